@@ -1,0 +1,97 @@
+"""What a criterion may look at, and what it must return."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["Criterion", "Evidence", "full_precision", "spread"]
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """Everything known about one tensor of a layer at one moment, channels first.
+
+    Attributes:
+        weight: shape ``(channels, ...)``; a row is what stays or goes. For a layer that reads the channels this is
+            its weight with the input axis in front.
+        role: how the tensor hangs on the channels: ``"out"`` makes them, ``"in"`` reads them, ``"norm"`` scales
+            them, ``"bias"`` shifts them.
+        grad: mean gradient over the gathered batches; shape of ``weight``.
+        grad_squared: mean over the gathered batches of the squared gradient; shape of ``weight``.
+        activation: shape ``(channels,)``; mean absolute activation of each channel.
+        generator: source of randomness, for criteria that draw.
+
+    Raises:
+        ValueError: ``grad`` or ``grad_squared`` differs in shape from ``weight``, or ``activation`` is not one
+            number a channel.
+    """
+
+    weight: Tensor
+    role: Literal["out", "in", "norm", "bias"] = "out"
+    grad: Tensor | None = None
+    grad_squared: Tensor | None = None
+    activation: Tensor | None = None
+    generator: torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        shapes = {"grad": self.weight.shape, "grad_squared": self.weight.shape, "activation": self.weight.shape[:1]}
+        for name, shape in shapes.items():
+            given = getattr(self, name)
+            if given is not None and given.shape != shape:
+                raise ValueError(
+                    f"`Evidence({name}=...)`: expected shape {tuple(shape)} for a weight of shape "
+                    f"{tuple(self.weight.shape)}, found {tuple(given.shape)}. Put the channels first, in both."
+                )
+
+    def need(self, name: Literal["grad", "grad_squared", "activation"]) -> Tensor:
+        """The piece called ``name``, which the criterion has announced in its ``needs``.
+
+        Raises:
+            ValueError: it was not gathered.
+        """
+        piece: Tensor | None = getattr(self, name)
+        if piece is None:
+            raise ValueError(
+                f"`Evidence({name}=None)`: expected a tensor, because the criterion's `needs` names {name!r}. "
+                "Gather it before scoring; a callback reads `needs` and does so."
+            )
+        return full_precision(piece)
+
+
+class Criterion(ABC):
+    """Scores a weight: same shape out, the lowest score goes first. Reads the evidence, keeps nothing.
+
+    Subclasses are frozen dataclasses, safe as defaults of arguments. A score of whole channels is spread evenly
+    over each row, so that the sum of a row is the score of its channel.
+
+    Attributes:
+        needs: what has to be gathered, of ``"grad"``, ``"grad_squared"``, ``"activation"``, ``"generator"``.
+        roles: the roles it can read; tensors in other roles do not count.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    roles: ClassVar[frozenset[str]] = frozenset({"out", "in", "norm"})
+
+    @abstractmethod
+    def __call__(self, evidence: Evidence) -> Tensor:
+        """One score a weight, in the shape of ``evidence.weight``; the lowest goes first."""
+
+
+def full_precision(tensor: Tensor) -> Tensor:
+    """Without its graph and in at least float32: the square of a small half-precision number is zero.
+
+    >>> full_precision(torch.tensor(1e-4, dtype=torch.float16)).square().item() > 0
+    True
+    """
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def spread(channel_scores: Tensor, like: Tensor) -> Tensor:
+    """Share each channel's score evenly over its row of ``like``: shape ``(channels,)`` -> that of ``like``."""
+    row = max(1, like[0].numel())
+    return (channel_scores / row).reshape(-1, *[1] * (like.dim() - 1)).expand(like.shape)

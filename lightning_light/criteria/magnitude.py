@@ -1,0 +1,44 @@
+"""Magnitude: a weight near zero does little."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_light.criteria.evidence import Criterion, Evidence, full_precision
+
+__all__ = ["Magnitude"]
+
+
+@dataclass(frozen=True)
+class Magnitude(Criterion):
+    """Score ``|w| ** p``.
+
+    For single weights the order is the same for every ``p``: Han et al., 2015, "Learning both Weights and Connections
+    for Efficient Neural Networks", https://arxiv.org/abs/1506.02626. Summed over a filter, ``p=1`` is Li et al., 2017,
+    "Pruning Filters for Efficient ConvNets", https://arxiv.org/abs/1608.08710; ``p=2`` weighs large weights more.
+
+    Args:
+        p: the exponent, above 0.
+
+    Raises:
+        ValueError: ``p`` is not above 0.
+
+    Example:
+        >>> import torch
+        >>> Magnitude(p=2.0)(Evidence(torch.tensor([[1.0, -2.0], [0.5, 0.0]])))
+        tensor([[1.0000, 4.0000],
+                [0.2500, 0.0000]])
+    """
+
+    p: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not self.p > 0.0:
+            raise ValueError(f"`Magnitude(p={self.p})`: expected p > 0. Usual are `Magnitude(p=1.0)` and `p=2.0`.")
+
+    @override
+    def __call__(self, evidence: Evidence) -> Tensor:
+        return full_precision(evidence.weight).abs() ** self.p

@@ -1,0 +1,128 @@
+"""From scores of weights to scores of channels, from tensors to groups, from groups to one ranking."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+__all__ = ["Normalizer", "Reduction", "channel_scores", "check_names", "combine", "normalize"]
+
+Reduction: TypeAlias = Literal["sum", "mean", "max", "prod", "first"]
+Normalizer: TypeAlias = Literal["mean", "sum", "max", "standardization", "gaussian", "lamp"]
+
+_TINY = 1e-8
+
+
+def channel_scores(score: Tensor) -> Tensor:
+    """Sum a score over everything but its channels: ``(channels, ...)`` -> ``(channels,)``.
+
+    >>> channel_scores(torch.ones(2, 3, 5, 5))
+    tensor([75., 75.])
+    """
+    return score.reshape(len(score), -1).sum(dim=1)
+
+
+def check_names(call: str, *, reduction: str = "sum", normalizer: str | None = None) -> None:
+    """Refuse an unknown name where the user wrote it, before any training.
+
+    Args:
+        call: the callback or function, for the message.
+        reduction: to be one of `Reduction`.
+        normalizer: to be one of `Normalizer`, or None.
+
+    Raises:
+        ValueError: one of the names is not known.
+    """
+    given = {"reduction": (reduction, get_args(Reduction)), "normalizer": (normalizer, (None, *get_args(Normalizer)))}
+    for argument, (name, known) in given.items():
+        if name not in known:
+            raise ValueError(
+                f"`{call}({argument}={name!r})`: expected one of {', '.join(map(repr, known))}. "
+                f"Write for instance `{argument}='mean'`."
+            )
+
+
+def combine(scores: Sequence[Tensor], reduction: Reduction) -> Tensor:
+    """One score a channel from those of all tensors that share the channels.
+
+    Fang et al., 2023, "DepGraph: Towards Any Structural Pruning", aggregates over a group in this way.
+    https://arxiv.org/abs/2301.12900
+
+    Args:
+        scores: tensors of one shape ``(channels,)``; the first belongs to the layer that makes the channels.
+        reduction: ``"sum"``, ``"mean"``, ``"max"``, ``"prod"``, or ``"first"``: only the first counts.
+
+    Raises:
+        ValueError: ``scores`` is empty, or the name is not known.
+
+    Example:
+        >>> combine([torch.tensor([1.0, 4.0]), torch.tensor([3.0, 0.0])], "mean")
+        tensor([2., 2.])
+    """
+    check_names("combine", reduction=reduction)
+    if not scores:
+        raise ValueError(
+            f"`combine([], {reduction!r})`: expected the score of at least one tensor, found none. The criterion's "
+            "`roles` fit no tensor of this group; choose a criterion that reads other roles."
+        )
+    stacked = torch.stack(list(scores))
+    if reduction == "first":
+        return stacked[0]
+    if reduction == "prod":
+        return stacked.prod(dim=0)
+    if reduction == "max":
+        return stacked.amax(dim=0)
+    return stacked.mean(dim=0) if reduction == "mean" else stacked.sum(dim=0)
+
+
+def normalize(scores: Tensor, normalizer: Normalizer | None) -> Tensor:
+    """Make the scores of one group comparable with those of others.
+
+    ===================  ========================================================================
+    ``None``             as they are
+    ``"mean"``           ``s / mean(s)``
+    ``"sum"``            ``s / sum(s)``
+    ``"max"``            ``s / max(s)``
+    ``"standardization"``  ``(s - min(s)) / (max(s) - min(s))``
+    ``"gaussian"``       ``(s - mean(s)) / std(s)``
+    ``"lamp"``           ``s_i / sum(s_j for s_j >= s_i)``; Lee et al., 2021, "Layer-adaptive Sparsity for the
+                         Magnitude-based Pruning", with ``s = w**2``. https://arxiv.org/abs/2010.07611
+    ===================  ========================================================================
+
+    Where all scores are equal to zero they stay zero.
+
+    Raises:
+        ValueError: the name is not known.
+
+    Example:
+        >>> normalize(torch.tensor([1.0, 3.0, 4.0]), "sum")
+        tensor([0.1250, 0.3750, 0.5000])
+        >>> normalize(torch.tensor([1.0, 3.0, 4.0]), "lamp")
+        tensor([0.1250, 0.4286, 1.0000])
+    """
+    check_names("normalize", normalizer=normalizer)
+    if normalizer is None or not scores.numel():
+        return scores
+    if normalizer == "lamp":
+        return _lamp(scores)
+    if normalizer == "standardization":
+        return (scores - scores.min()) / (scores.max() - scores.min() + _TINY)
+    if normalizer == "gaussian":
+        return (scores - scores.mean()) / (scores.std(correction=min(1, scores.numel() - 1)) + _TINY)
+    totals = {"mean": scores.mean(), "sum": scores.sum(), "max": scores.max()}
+    return _ratio(scores, totals[normalizer])
+
+
+def _lamp(scores: Tensor) -> Tensor:
+    ascending, order = scores.flatten().sort(stable=True)
+    at_least_as_large = ascending.flip(0).cumsum(0).flip(0)
+    result = torch.empty_like(ascending)
+    result[order] = _ratio(ascending, at_least_as_large)
+    return result.reshape(scores.shape)
+
+
+def _ratio(scores: Tensor, total: Tensor) -> Tensor:
+    return scores / torch.where(total == 0, torch.ones_like(total), total)

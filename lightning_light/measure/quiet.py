@@ -1,0 +1,73 @@
+"""Run a model to look at it, and leave no trace: modes, buffers, attributes, hooks and randomness are as before."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["undisturbed"]
+
+_TABLES = ("_parameters", "_buffers", "_modules")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients, inside which a forward pass changes nothing that outlives it.
+
+    Forward hooks are silent, compiled modules run uncompiled, and buffers are copies. Afterwards every module has
+    the attributes, training mode, hooks and buffers it had, and the generators of Python and torch (CPU and every
+    device of the model) go on where they were. What a module changes inside its own lists and dicts stays changed.
+
+    Example:
+        >>> model = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(2)).train()
+        >>> with undisturbed(model):
+        ...     (model.training, torch.is_grad_enabled())
+        (False, False)
+        >>> model.training
+        True
+    """
+    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    before = [(vars(module), dict(vars(module)), _contents(module)) for module in modules]
+    python_state = random.getstate()
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(torch.random.fork_rng(devices=_cuda_devices(model)))
+            _quieten(modules)
+            yield
+    finally:
+        random.setstate(python_state)
+        for live, attributes, contents in before:
+            live.clear()
+            live.update(attributes)
+            for table, entries in contents.items():
+                live[table].clear()
+                live[table].update(entries)
+
+
+def _contents(module: nn.Module) -> dict[str, dict[str, Any]]:
+    return {table: dict(vars(module)[table]) for table in _TABLES}
+
+
+def _quieten(modules: list[nn.Module]) -> None:
+    copies: dict[Tensor, Tensor] = {}  # one copy for a buffer that several modules share
+    for module in modules:
+        attributes = vars(module)
+        attributes["training"] = False
+        attributes["_compiled_call_impl"] = None
+        for hooks in _HOOKS:
+            attributes[hooks] = type(attributes[hooks])()
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = copies.setdefault(buffer, buffer.clone())
+
+
+def _cuda_devices(model: nn.Module) -> list[torch.device]:
+    tensors = (*model.parameters(), *model.buffers())
+    return sorted({tensor.device for tensor in tensors if tensor.device.type == "cuda"}, key=str)

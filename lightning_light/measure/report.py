@@ -1,0 +1,110 @@
+"""One row a layer: what a table before and after compression is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from lightning_light.measure.cost import Cost
+
+__all__ = ["LayerRow", "layer_table"]
+
+# attributes of torch.nn's layers that say how many channels go in and come out
+_WIDTHS = (
+    ("in_channels", "out_channels"),
+    ("in_features", "out_features"),
+    ("in1_features", "out_features"),
+    ("input_size", "hidden_size"),
+    ("num_features", "num_features"),
+    ("num_channels", "num_channels"),
+    ("embed_dim", "embed_dim"),
+    ("num_embeddings", "embedding_dim"),
+    ("num_parameters", "num_parameters"),
+)
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """What one layer is and costs.
+
+    Attributes:
+        name: its path in the model; empty for the model itself.
+        type: its class name.
+        channels_in: None where the layer does not say.
+        channels_out: None where the layer does not say.
+        params: elements of its own parameters.
+        macs: multiply-accumulates that ran in the layer itself.
+        zeros: share of zeros among its weights (biases are left out), in [0, 1].
+        bits: mean width of a weight's data type; a method that stores fewer bits replaces it.
+    """
+
+    name: str
+    type: str
+    channels_in: int | None
+    channels_out: int | None
+    params: int
+    macs: int
+    zeros: float
+    bits: float
+
+
+def layer_table(model: nn.Module, cost: Cost) -> list[LayerRow]:
+    """A row for each module that holds parameters of its own or in which products ran, in the model's order.
+
+    Args:
+        model: as it is now.
+        cost: from `count_cost` on the same model.
+
+    Example:
+        >>> import torch
+        >>> from lightning_light.measure.cost import count_cost
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> for row in layer_table(model, count_cost(model, (torch.zeros(1, 4),))):
+        ...     (row.name, row.type, row.channels_in, row.channels_out, row.params, row.macs, row.bits)
+        ('0', 'Linear', 4, 8, 40, 32, 32.0)
+        ('2', 'Linear', 8, 2, 18, 16, 32.0)
+    """
+    return [
+        _row(name, module, cost)
+        for name, module in model.named_modules()
+        if name in cost.macs_by_module or name in cost.params_by_module
+    ]
+
+
+def _row(name: str, module: nn.Module, cost: Cost) -> LayerRow:
+    channels_in, channels_out = _widths(module)
+    weights = _weights(module)
+    elements = sum(weight.numel() for weight in weights)
+    zeros = sum(weight.numel() - int(weight.count_nonzero()) for weight in weights)
+    bits = sum(8 * weight.element_size() * weight.numel() for weight in weights)
+    return LayerRow(
+        name=name,
+        type=type(module).__name__,
+        channels_in=channels_in,
+        channels_out=channels_out,
+        params=cost.params_by_module.get(name, 0),
+        macs=cost.macs_by_module.get(name, 0),
+        zeros=zeros / elements if elements else 0.0,
+        bits=bits / elements if elements else 0.0,
+    )
+
+
+def _widths(module: nn.Module) -> tuple[int | None, int | None]:
+    for names in _WIDTHS:
+        found = [getattr(module, name, None) for name in names]
+        if all(isinstance(width, int) for width in found):
+            return found[0], found[1]
+    if isinstance(module, nn.LayerNorm) and module.normalized_shape:
+        return module.normalized_shape[-1], module.normalized_shape[-1]
+    return None, None
+
+
+def _weights(module: nn.Module) -> list[Tensor]:
+    """The layer's own weights, through parametrizations; biases only if there is nothing else."""
+    own = dict(module.named_parameters(recurse=False))
+    if nn.utils.parametrize.is_parametrized(module):
+        own |= {name: getattr(module, name) for name in module.parametrizations}  # type: ignore[union-attr]
+    return [tensor.detach() for name, tensor in own.items() if "bias" not in name] or [
+        tensor.detach() for tensor in own.values()
+    ]
