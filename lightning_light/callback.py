@@ -1,0 +1,139 @@
+"""What every compression method shares: what it refuses, what a checkpoint remembers, what follows a change."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from typing_extensions import override
+
+from lightning_light.errors import NoEffectWarning
+from lightning_light.hosts import Callback
+from lightning_light.order import check_order
+from lightning_light.surgery.distributed import check_agreement, refuse_unsupported, rewrap, tell
+from lightning_light.surgery.journal import attach, release
+from lightning_light.surgery.ledger import Ledger
+from lightning_light.surgery.mirrors import mirrors_of
+from lightning_light.surgery.optimizer import check_optimizers
+from lightning_light.surgery.selection import restart_selection
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+    from torch import Tensor, nn
+
+__all__ = ["CompressionCallback"]
+
+
+class CompressionCallback(Callback):
+    """The base of every method: it says when, and keeps what must survive a checkpoint in the module's ledger.
+
+    A subclass names its `method` and `stage`, keeps its progress in `state`, changes the network only at
+    ``on_train_batch_start`` or ``on_train_epoch_start``, and calls ``_after_surgery`` when it has changed shapes or
+    modules. It does not use ``state_dict``: Lightning loads the weights before a callback's state, and a weights-only
+    checkpoint has no callback state at all.
+
+    A subclass that overrides ``setup``, ``on_fit_start`` or ``teardown`` calls ``super()`` first.
+    """
+
+    method: ClassVar[str]
+    """Key of the method's state in a checkpoint, and prefix of what it logs: ``structured_pruning``."""
+
+    stage: ClassVar[int]
+    """Where it stands in a chain of methods: one of `lightning_light.order.Stage`."""
+
+    structural: ClassVar[bool] = True
+    """Whether shapes or modules change during a run, which some strategies and optimizers cannot follow."""
+
+    _key: str | None = None
+
+    # Lightning's hooks, in the order a run meets them.
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work, and let the module's checkpoints carry the ledger before one is loaded."""
+        if self.structural:
+            refuse_unsupported(trainer, type(self).__name__)
+        peers = _peers(trainer)
+        check_order([(type(peer).__name__, peer.stage, peer.window(trainer.max_epochs)) for peer in peers])
+        same = [peer for peer in peers if peer.method == self.method]
+        place = same.index(self) if self in same else 0
+        self._key = self.method if place == 0 else f"{self.method}#{place + 1}"
+        attach(pl_module)
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the optimizers the parameters that their stored state belongs to, before it is loaded."""
+        if self.structural:
+            check_optimizers(trainer.optimizers)
+        attach(pl_module).reconcile(trainer.optimizers, pl_module)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave nothing but what lets ``trainer.save_checkpoint()`` after the run keep the manifest."""
+        release(pl_module)
+
+    # For subclasses.
+
+    def window(self, max_epochs: int | None) -> tuple[float, float] | None:
+        """From when to when the network changes, as fractions of the run; None: not during training."""
+        return None
+
+    def ledger(self, pl_module: nn.Module) -> Ledger:
+        """The module's ledger: the journal of structural changes, and the state of every method."""
+        return attach(pl_module)
+
+    def state(self, pl_module: nn.Module) -> dict[str, Any]:
+        """This method's part of the ledger: plain types and tensors, in every checkpoint of the module.
+
+        Restored with the weights, also from a weights-only checkpoint. Ask for it anew in every hook: loading a
+        checkpoint replaces it.
+        """
+        return attach(pl_module).state.setdefault(self._key or self.method, {})
+
+    def resumed(self, pl_module: nn.Module) -> bool:
+        """In ``on_fit_start`` or later: whether this ``fit`` goes on from a checkpoint that has a ledger."""
+        return attach(pl_module).resumed
+
+    def _after_surgery(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        entry: Mapping[str, Any],
+        summary: str,
+        *,
+        kept: Mapping[str, Mapping[int, Tensor]] | None = None,
+    ) -> None:
+        """Let everything that refers to the network follow: checkpoints, averaged copies, DDP, compiled code.
+
+        Once for a whole event, on every rank, when the optimizers and the averaged copies (`mirrors_of`) have been
+        changed along with the live module.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: the live module, changed.
+            entry: what the journal records: plain types under the name of a registered operation.
+            summary: what has happened, for the log line.
+            kept: for ``channels``: tensor name -> dimension -> positions that stayed.
+        """
+        shapes = {name: tuple(parameter.shape) for name, parameter in pl_module.named_parameters()}
+        decided = {name: dict(dims) for name, dims in (kept or {}).items()}
+        check_agreement(trainer, f"what `{type(self).__name__}` did", [dict(entry), decided, shapes])
+        for model in (pl_module, *mirrors_of(trainer, pl_module)):
+            attach(model).record(entry, kept=kept)
+        rewrap(trainer)
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()  # else the ninth shape falls back to eager code without a word
+        restart_selection(trainer)
+        tell(trainer, f"{self.method}: {summary}")
+
+    def _no_effect(self, reason: str) -> None:
+        """Warn that the method found nothing to do, by name and with the reason."""
+        warnings.warn(f"`{type(self).__name__}` had no effect: {reason}", NoEffectWarning, stacklevel=2)
+
+
+def _peers(trainer: Trainer) -> list[CompressionCallback]:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # an attribute set by a connector
+    return [callback for callback in callbacks if isinstance(callback, CompressionCallback)]

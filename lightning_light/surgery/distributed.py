@@ -1,0 +1,148 @@
+"""Several processes change one network: each at the same step, in the same way, or none at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_light.errors import RankMismatchError, UnsupportedError
+from lightning_light.hosts import loaded_hosts
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+T = TypeVar("T")
+
+_RETURNS_WEIGHTS = ("_MultiProcessingLauncher", "_XLALauncher")
+_REPLACES_LAYERS = ("TransformerEnginePrecision", "BitsandbytesPrecision")
+
+
+def refuse_unsupported(trainer: Trainer, method: str) -> None:
+    """Refuse, before anything is trained, what cannot follow a change of structure in the middle of a run.
+
+    Args:
+        trainer: the Trainer, in ``setup`` or later.
+        method: the callback's name as the user wrote it.
+
+    Raises:
+        UnsupportedError: the strategy shards or owns the parameters (FSDP, ModelParallel, DeepSpeed), the launcher
+            carries the weights back to a process with the old shapes (spawn, fork, notebook), or the precision plugin
+            replaces layers. Says the way round.
+    """
+    strategy = trainer.strategy
+    name = type(strategy).__name__
+    if strategy.restore_checkpoint_after_setup or not strategy.lightning_restore_optimizer:
+        raise UnsupportedError(
+            f"`{method}` with `{name}`: expected a strategy that leaves parameters whole (one device, or 'ddp'), found "
+            "one that shards or owns them, so that their shapes cannot change during a run. Compress on one device "
+            "or with `strategy='ddp'` first, then load the small network and shard that."
+        )
+    launchers = {cls.__name__ for cls in type(strategy.launcher).__mro__}
+    if launchers.intersection(_RETURNS_WEIGHTS):
+        start = getattr(strategy.launcher, "_start_method", "spawn")
+        raise UnsupportedError(
+            f"`{method}` with processes started by '{start}': expected a launcher that starts the script anew, found "
+            "one that at the end loads the small weights into a main process that still has the old shapes. Use "
+            "`strategy='ddp'` in a script; in a notebook, one device."
+        )
+    plugin = {cls.__name__ for cls in type(trainer.precision_plugin).__mro__}
+    if plugin.intersection(_REPLACES_LAYERS):
+        raise UnsupportedError(
+            f"`{method}` with `{type(trainer.precision_plugin).__name__}`: expected torch's own layers, found a "
+            "precision plugin that replaces them. Use a plain precision, such as 'bf16-mixed', while compressing."
+        )
+
+
+def rewrap(trainer: Trainer) -> None:
+    """Let DDP meet the changed parameters: a new reducer, once per event; without it ranks drift apart in silence."""
+    strategy: Any = trainer.strategy
+    if not isinstance(strategy.model, DistributedDataParallel):
+        return
+    module = trainer.lightning_module
+    old, strategy.model = strategy.model, module
+    for parameter in module.parameters():
+        if parameter.grad is not None:
+            parameter.grad = parameter.grad.clone()  # it may be a view of one of the old buckets
+    old.reducer = old.logger = None  # the reducer's end is what removes its hooks from the parameters
+    if hasattr(strategy, "_pl_static_graph_delay_done"):
+        strategy._pl_static_graph_delay_done = False
+    strategy.configure_ddp()
+
+
+def broadcast(trainer: Trainer, decision: T) -> T:
+    """What rank 0 decided, on every rank."""
+    return trainer.strategy.broadcast(decision, src=0)
+
+
+def reduce_mean(trainer: Trainer, tensor: Tensor) -> Tensor:
+    """The mean of ``tensor`` over all ranks, as a new tensor."""
+    mean = trainer.strategy.reduce(tensor.detach().clone(), reduce_op="mean")
+    assert isinstance(mean, Tensor)  # a tensor in, a tensor out
+    return mean
+
+
+def check_agreement(trainer: Trainer, what: str, value: Any) -> None:
+    """Compare ``value`` over all ranks, by digest. Every rank has to call it.
+
+    Args:
+        trainer: the Trainer.
+        what: what is compared, for the message: "the channels to remove".
+        value: plain types and tensors.
+
+    Raises:
+        RankMismatchError: on every rank, if two of them differ.
+    """
+    if trainer.world_size == 1 or not dist.is_initialized():
+        return
+    digests: list[Any] = [None] * trainer.world_size
+    dist.all_gather_object(digests, digest(value))
+    ranks: dict[str, list[int]] = {}
+    for rank, found in enumerate(digests):
+        ranks.setdefault(found, []).append(rank)
+    if len(ranks) > 1:
+        raise RankMismatchError(
+            f"Expected {what} to be the same on all {trainer.world_size} ranks, found {len(ranks)} versions, held by "
+            f"ranks {list(ranks.values())}. A decision must not depend on rank-local data or random numbers: reduce "
+            "what it is based on, or let rank 0 decide and broadcast."
+        )
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of plain types and tensors; equal values, equal digests, on every machine."""
+    found = hashlib.sha256()
+    for piece in _pieces(value):
+        found.update(piece)
+    return found.hexdigest()
+
+
+def _pieces(value: Any) -> Iterator[bytes]:
+    if isinstance(value, Tensor):
+        yield f"tensor {value.dtype} {tuple(value.shape)}".encode()
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        yield flat.view(torch.uint8).numpy().tobytes()
+    elif isinstance(value, Mapping):
+        yield f"mapping {len(value)}".encode()
+        for key in sorted(value, key=repr):
+            yield repr(key).encode()
+            yield from _pieces(value[key])
+    elif isinstance(value, list | tuple):
+        yield f"sequence {len(value)}".encode()
+        for item in value:
+            yield from _pieces(item)
+    else:
+        yield json.dumps(value).encode()
+
+
+def tell(trainer: Trainer, sentence: str) -> None:
+    """Log one line on rank 0, through the host's logger, so that it is seen where Lightning's lines are seen."""
+    if trainer.is_global_zero:
+        hosts = loaded_hosts()
+        logging.getLogger(f"{hosts[0]}.lightning_light" if hosts else "lightning_light").info(sentence)
