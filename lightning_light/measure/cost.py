@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,24 +106,31 @@ def _run(
 ) -> dict[str, int]:
     counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
     ledger = _Ledger(model, counter.get_total_flops)
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(undisturbed(model))
-            # one fused kernel would hide the products inside it
-            torch.backends.mha.set_fastpath_enabled(False)
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-            stack.callback(register_module_forward_pre_hook(ledger.enter).remove)
-            stack.callback(register_module_forward_hook(ledger.leave, always_call=True).remove)
-            if shapes is not None:
-                stack.enter_context(shapes)
-            stack.enter_context(counter)
-            model(*args, **kwargs)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
+    with ExitStack() as stack:
+        stack.enter_context(undisturbed(model))
+        stack.enter_context(_plain_kernels())
+        stack.callback(register_module_forward_pre_hook(ledger.enter).remove)
+        stack.callback(register_module_forward_hook(ledger.leave, always_call=True).remove)
+        if shapes is not None:
+            stack.enter_context(shapes)
+        stack.enter_context(counter)
+        model(*args, **kwargs)
     return ledger.close()
+
+
+@contextmanager
+def _plain_kernels() -> Iterator[None]:
+    """No fused kernel for attention or recurrent layers: it would hide the products inside it."""
+    mha, mkldnn, cudnn = torch.backends.mha, torch.backends.mkldnn, torch.backends.cudnn
+    before = mha.get_fastpath_enabled(), mkldnn.enabled, cudnn.enabled
+    try:
+        mha.set_fastpath_enabled(False)
+        mkldnn.enabled = cudnn.enabled = False  # type: ignore[assignment]  # typed as the descriptor it is
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        mha.set_fastpath_enabled(before[0])
+        mkldnn.enabled, cudnn.enabled = before[1:]
 
 
 class _Ledger:
