@@ -68,7 +68,8 @@ class CompressionCallback(Callback):
         """Give the optimizers the parameters that their stored state belongs to, before it is loaded."""
         if self.structural:
             check_optimizers(trainer.optimizers)
-        attach(pl_module).reconcile(trainer.optimizers, pl_module)
+        resuming = bool(trainer._checkpoint_connector._loaded_checkpoint)  # emptied when all state is restored
+        attach(pl_module).reconcile(trainer.optimizers, pl_module, resuming=resuming)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

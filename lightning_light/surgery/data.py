@@ -12,7 +12,7 @@ def set_data(tensor: Tensor, data: Tensor) -> None:
     through an empty tensor of another type first.
 
     Args:
-        tensor: a parameter or buffer. Its ``.grad`` is not touched; give it the new shape separately.
+        tensor: a parameter or buffer. A ``.grad`` of another shape than ``data`` is dropped: it cannot stay.
         data: what it holds from now on; not copied.
     """
     if tensor.is_leaf and tensor.requires_grad:

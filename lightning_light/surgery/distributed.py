@@ -67,7 +67,8 @@ def rewrap(trainer: Trainer) -> None:
     if not isinstance(strategy.model, DistributedDataParallel):
         return
     module = trainer.lightning_module
-    old, strategy.model = strategy.model, module
+    old: Any = strategy.model
+    strategy.model = module
     for parameter in module.parameters():
         if parameter.grad is not None:
             parameter.grad = parameter.grad.clone()  # it may be a view of one of the old buckets

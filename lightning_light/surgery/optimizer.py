@@ -1,7 +1,7 @@
 """What an optimizer remembers of a parameter follows the parameter: cut with it, or dropped with it."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,7 @@ Layout = tuple[int | None, ...]
 
 def unwrap(optimizer: Any) -> Optimizer:
     """The torch optimizer inside Lightning's ``LightningOptimizer``, or ``optimizer`` itself."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    return inner if isinstance(inner, Optimizer) else optimizer  # type: ignore[no-any-return]
+    return optimizer if isinstance(optimizer, Optimizer) else cast(Optimizer, optimizer.optimizer)
 
 
 def check_optimizers(optimizers: Iterable[Any]) -> None:
@@ -34,7 +33,7 @@ def check_optimizers(optimizers: Iterable[Any]) -> None:
             )
 
 
-def check_sliceable(optimizer: Any, parameter: nn.Parameter, old_shape: Sequence[int]) -> None:
+def check_sliceable(optimizer: Any, parameter: Tensor, old_shape: Sequence[int]) -> None:
     """Refuse, before anything is changed, state of ``parameter`` that cannot be cut along with it.
 
     Args:
@@ -52,9 +51,7 @@ def check_sliceable(optimizer: Any, parameter: nn.Parameter, old_shape: Sequence
             _layout(optimizer, key, value, tuple(old_shape))
 
 
-def slice_state(
-    optimizer: Any, parameter: nn.Parameter, old_shape: Sequence[int], gather: Mapping[int, Tensor]
-) -> None:
+def slice_state(optimizer: Any, parameter: Tensor, old_shape: Sequence[int], gather: Mapping[int, Tensor]) -> None:
     """Keep of every state tensor of ``parameter`` what ``gather`` keeps of the parameter.
 
     The sliced state is the one that the small network would have had if the removed channels had always been zero,
@@ -162,7 +159,7 @@ def _follows(key: str, value: Any, shape: tuple[int, ...]) -> bool:
         return False
     raise UnsupportedError(
         f"The optimizer keeps `{key}` of type {type(value).__name__} for a parameter of shape {shape}: expected "
-        "tensors and numbers, which can follow a change of shape. Use an elementwise optimizer such as `SGD` or `AdamW`."
+        "tensors and numbers, which can follow a change of shape. Use an elementwise optimizer, `SGD` or `AdamW`."
     )
 
 
@@ -177,7 +174,9 @@ def _layout(optimizer: Optimizer, key: str, value: Tensor, shape: tuple[int, ...
     without_last = tuple(range(rank - 1))
     without_second_last = (*range(rank - 2), rank - 1)
     fitting = [
-        layout for layout in (without_last, without_second_last) if rank > 1 and found == tuple(shape[d] for d in layout)
+        layout
+        for layout in (without_last, without_second_last)
+        if rank > 1 and found == tuple(shape[d] for d in layout)
     ]  # transformers' Adafactor: means over the last, or the second last dimension
     if len(fitting) == 2:  # the two have one size, and only the name tells which is which
         fitting = [layout for layout, word in zip(fitting, ("row", "col"), strict=True) if word in key]
@@ -198,7 +197,9 @@ def _select(value: Tensor, layout: Layout, gather: Mapping[int, Tensor]) -> Tens
 
 
 def _replace_in_group(
-    group: dict[str, Any], replacements: Mapping[nn.Parameter, Sequence[nn.Parameter]], names: Mapping[nn.Parameter, str]
+    group: dict[str, Any],
+    replacements: Mapping[nn.Parameter, Sequence[nn.Parameter]],
+    names: Mapping[nn.Parameter, str],
 ) -> int:
     kept_names = group.get("param_names", [""] * len(group["params"]))
     places = [

@@ -1,0 +1,109 @@
+"""The journal's operations, and what puts it into a module's checkpoints.
+
+Lightning loads the weights before any callback hears of the checkpoint, so the structure travels through the
+LightningModule's own ``on_save_checkpoint`` and ``on_load_checkpoint``, wrapped on the instance. They are bound
+methods of functions that have the hooks' names: a deep copy binds them to itself, and a pickle falls back to the
+class's own.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from lightning_light.surgery.blueprint import PRIVATE_PREFIX
+from lightning_light.surgery.ledger import Ledger
+from lightning_light.surgery.manifest import KEY
+from lightning_light.surgery.mirrors import mirrors_of
+from lightning_light.surgery.operations import register_operation
+
+__all__ = ["Ledger", "attach", "is_attached", "ledger_of", "register_operation", "release"]
+
+_LEDGER = f"{PRIVATE_PREFIX}_ledger"
+_HOOK = f"{PRIVATE_PREFIX}_hook"
+
+
+def attach(module: nn.Module) -> Ledger:
+    """The ledger of ``module``, which from now on travels in its checkpoints; the same one at every call.
+
+    Args:
+        module: a LightningModule, or any module whose state dicts shall be followed.
+    """
+    attributes = vars(module)
+    if _LEDGER not in attributes:
+        attributes[_LEDGER] = Ledger(module)
+    ledger: Ledger = attributes[_LEDGER]
+    for wrapper in (on_save_checkpoint, on_load_checkpoint):
+        if hasattr(type(module), wrapper.__name__):
+            _wrap(module, ledger, wrapper)
+    if _HOOK not in attributes:
+        hook = module.register_load_state_dict_pre_hook(follow_state_dict)  # type: ignore[no-untyped-call]
+        attributes[_HOOK] = hook
+    return ledger
+
+
+def _wrap(module: nn.Module, ledger: Ledger, wrapper: Callable[[Any, dict[str, Any]], None]) -> None:
+    name = wrapper.__name__
+    found = vars(module).get(name)
+    function = getattr(found, "__func__", None)
+    if function is wrapper:
+        return
+    if found is not None and function is not getattr(type(module), name):  # the class's own is what a pickle leaves
+        ledger.wrapped[name] = found
+    vars(module)[name] = types.MethodType(wrapper, module)
+
+
+def ledger_of(module: nn.Module) -> Ledger:
+    """The ledger of ``module``, or an empty one that is nowhere kept: asking changes nothing."""
+    ledger = vars(module).get(_LEDGER)
+    return ledger if isinstance(ledger, Ledger) else Ledger(module)
+
+
+def is_attached(module: nn.Module) -> bool:
+    """Whether ``module`` has a ledger, so that its own hooks are wrapped."""
+    return _LEDGER in vars(module)
+
+
+def release(module: nn.Module) -> None:
+    """Take back what `attach` did, but for the ledger and the two wrappers that later checkpoints need."""
+    handle = vars(module).pop(_HOOK, None)
+    if handle is not None:
+        handle.remove()
+
+
+def on_save_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
+    """The module's own hook, then the manifest."""
+    ledger = attach(self)
+    _call_wrapped(self, ledger, "on_save_checkpoint", checkpoint)
+    trainer = getattr(self, "_trainer", None)
+    checkpoint[KEY] = ledger.manifest(self, [] if trainer is None else trainer.optimizers)
+
+
+def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
+    """The module's own hook, then the structure that the weights will be loaded into, here and in averaged copies."""
+    ledger = attach(self)
+    _call_wrapped(self, ledger, "on_load_checkpoint", checkpoint)
+    ledger.load(self, checkpoint)
+    for copy in mirrors_of(getattr(self, "_trainer", None), self):
+        attach(copy).load(copy, checkpoint)
+        copy.load_state_dict(checkpoint["state_dict"], strict=False)
+
+
+def _call_wrapped(module: Any, ledger: Ledger, name: str, checkpoint: dict[str, Any]) -> None:
+    wrapped = ledger.wrapped.get(name)
+    if wrapped is not None:
+        wrapped(checkpoint)
+    else:
+        getattr(type(module), name)(module, checkpoint)
+
+
+def follow_state_dict(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *_: Any
+) -> None:
+    """A ``load_state_dict`` pre-hook: where no manifest is at hand, structure follows the shapes of the tensors."""
+    attach(module).follow(
+        module, {name: value for name, value in state_dict.items() if name.startswith(prefix)}, prefix
+    )
