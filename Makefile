@@ -1,0 +1,18 @@
+# One verb: `make check`. It uses the Python that is active; CONTRIBUTING.md says how to set one up.
+PYTHON ?= python
+
+.PHONY: check lint types test slow
+check: lint types test slow
+
+lint:
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+
+types:
+	$(PYTHON) -m mypy
+
+test:
+	$(PYTHON) -m pytest -m "not slow"
+
+slow:
+	$(PYTHON) -m pytest -m slow
