@@ -1,0 +1,211 @@
+"""Cut channels out of a live model: Parameter objects stay, and everything that refers to them follows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_light.errors import SurgeryError
+from lightning_light.surgery.attributes import implied_attributes
+from lightning_light.surgery.optimizer import check_sliceable, slice_state
+
+__all__ = ["Edit", "cut", "set_data", "take", "trial"]
+
+Positions = Mapping[str, Mapping[int, Tensor]]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What a cut changed.
+
+    Attributes:
+        shapes: tensor name -> (old shape, new shape).
+        kept: tensor name -> dim -> positions that stayed: what a follower (a mask, an average) has to do as well.
+        attributes: module name -> attribute -> new value.
+        old_attributes: the same, before.
+    """
+
+    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+    kept: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+    attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    old_attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def entry(self) -> dict[str, Any]:
+        """The line for the journal: plain types only. Shapes are not in it, they follow the state dict."""
+        plain = {
+            module: {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+            for module, values in self.attributes.items()
+        }
+        return {"op": "channels", "attributes": plain}
+
+
+def set_data(tensor: Tensor, data: Tensor) -> None:
+    """Give ``tensor`` the storage and shape of ``data``; whoever holds the object sees the change.
+
+    A leaf that requires grad may be watched by a live gradient accumulator (of a retained graph, or of DDP), which
+    remembers the shape. ``Tensor.data`` makes torch forget it only where type or device change, so the data go through
+    an empty tensor of another type first. A ``.grad`` that no longer fits is dropped.
+    """
+    if not (tensor.is_leaf and tensor.requires_grad):
+        tensor.data = data
+        return
+    grad, tensor.grad = tensor.grad, None
+    tensor.data = torch.empty(0, dtype=torch.float64 if tensor.dtype == torch.float32 else torch.float32)
+    tensor.data = data
+    tensor.grad = grad if grad is not None and grad.shape == data.shape else None
+
+
+def take(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
+    """``tensor`` with only the ``kept`` positions of each dimension; the largest loss first."""
+    for dim in sorted(kept, key=lambda d: kept[d].numel() / tensor.shape[d]):
+        tensor = tensor.index_select(dim, kept[dim].to(tensor.device))
+    return tensor
+
+
+def cut(
+    model: nn.Module,
+    kept: Positions,
+    *,
+    attributes: Mapping[str, Mapping[str, Any]] | None = None,
+    optimizers: Iterable[Optimizer] = (),
+    mirrors: Sequence[nn.Module] = (),
+) -> Edit:
+    """Keep only the positions in ``kept`` (tensor name -> dimension -> ascending indices), in place.
+
+    Weights, gradients, optimizer state, buffers, the attributes that count channels, and the ``mirrors`` (averaged copies
+    of ``model``) are cut in one go. Everything is read and checked before anything is written: after an error the model
+    is what it was.
+
+    Args:
+        attributes: further attributes to set, module name -> name -> value.
+
+    Raises:
+        SurgeryError: a name, dimension or index is not in the model, or a mirror has another shape.
+        UnsupportedError: an optimizer's state cannot be cut.
+    """
+    optimizers = list(optimizers)
+    tensors = _named_tensors(model)
+    _check(model, tensors, kept)
+    copies = [_named_tensors(mirror) for mirror in mirrors]
+    _check_mirrors(tensors, copies, kept)
+    for name in kept:
+        for optimizer in optimizers:
+            if isinstance(tensors[name], nn.Parameter):
+                check_sliceable(optimizer, tensors[name], tuple(tensors[name].shape))
+    edit = Edit(kept={name: dict(dims) for name, dims in kept.items()})
+    with torch.no_grad():
+        new = [{name: take(group[name].detach(), dims) for name, dims in kept.items()} for group in (tensors, *copies)]
+        grads = {name: take(tensors[name].grad, kept[name]) for name in kept if tensors[name].grad is not None}
+        for group, values in zip((tensors, *copies), new, strict=True):
+            _commit(group, values, grads if group is tensors else {}, kept, optimizers, edit)
+    for module in (model, *mirrors):
+        _set_attributes(module, set(kept), attributes or {}, edit)
+    return edit
+
+
+def _commit(
+    tensors: Mapping[str, Tensor],
+    values: Mapping[str, Tensor],
+    grads: Mapping[str, Tensor],
+    kept: Positions,
+    optimizers: Sequence[Optimizer],
+    edit: Edit,
+) -> None:
+    for name, value in values.items():
+        tensor, old = tensors[name], tuple(tensors[name].shape)
+        edit.shapes.setdefault(name, (old, tuple(value.shape)))
+        tensor.grad = None
+        set_data(tensor, value)
+        tensor.grad = grads.get(name)
+        for optimizer in optimizers:
+            slice_state(optimizer, tensor, old, kept[name])
+
+
+def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _check(model: nn.Module, tensors: Mapping[str, Tensor], kept: Positions) -> None:
+    for name, dims in kept.items():
+        if name not in tensors:
+            raise SurgeryError(
+                f"`cut(kept={{{name!r}: ...}})`: `{type(model).__name__}` has no tensor of that name. Expected a name of "
+                "`named_parameters()` or `named_buffers()`; a tied tensor goes by its first owner's name."
+            )
+        shape = tuple(tensors[name].shape)
+        for dim, index in dims.items():
+            if not 0 <= dim < len(shape):
+                raise SurgeryError(f"`cut(kept={{{name!r}: {{{dim}: ...}}}})`: the tensor has shape {shape}.")
+            ascending = bool((index[1:] > index[:-1]).all())
+            if index.numel() == 0 or not ascending or int(index[0]) < 0 or int(index[-1]) >= shape[dim]:
+                raise SurgeryError(
+                    f"`cut(kept={{{name!r}: {{{dim}: ...}}}})`: expected at least one ascending index below {shape[dim]}, "
+                    f"found {index.tolist()[:8]}{'...' if index.numel() > 8 else ''}."
+                )
+
+
+def _check_mirrors(tensors: Mapping[str, Tensor], copies: Sequence[Mapping[str, Tensor]], kept: Positions) -> None:
+    for copy in copies:
+        for name in kept:
+            if name not in copy or copy[name].shape != tensors[name].shape:
+                found = tuple(copy[name].shape) if name in copy else "nothing"
+                raise SurgeryError(
+                    f"An averaged copy of the model does not match it at `{name}`: expected shape "
+                    f"{tuple(tensors[name].shape)}, found {found}. Was the copy made from another structure?"
+                )
+
+
+def _set_attributes(
+    model: nn.Module, names: set[str], attributes: Mapping[str, Mapping[str, Any]], edit: Edit
+) -> None:
+    wanted: dict[str, dict[str, Any]] = {}
+    touched = {name.rpartition(".")[0] for name in names} | {_parent(name) for name in names}
+    for path, module in model.named_modules():
+        if path in touched:
+            wanted[path] = implied_attributes(module)
+    for path, values in attributes.items():
+        wanted.setdefault(path, {}).update(values)
+    for path, values in wanted.items():
+        module = model.get_submodule(path)
+        for name, value in values.items():
+            old = getattr(module, name)
+            if old != value:
+                setattr(module, name, value)
+                edit.old_attributes.setdefault(path, {}).setdefault(name, old)
+                edit.attributes.setdefault(path, {})[name] = value
+
+
+def _parent(name: str) -> str:
+    """The layer that owns a parametrization (``conv.parametrizations.weight.original0`` -> ``conv``) or a projection."""
+    path = name.partition(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]
+    return path.removesuffix(".out_proj") if path.endswith(".out_proj") else path
+
+
+@contextmanager
+def trial(model: nn.Module, kept: Positions, attributes: Mapping[str, Mapping[str, Any]] | None = None) -> Iterator[None]:
+    """Inside, ``model`` has the shape it would have after `cut`; afterwards it is what it was, optimizers and all."""
+    tensors = _named_tensors(model)
+    _check(model, tensors, kept)
+    before = {name: (tensors[name].data, tensors[name].grad) for name in kept}
+    edit = Edit()
+    try:
+        with torch.no_grad():
+            for name, dims in kept.items():
+                tensors[name].grad = None
+                set_data(tensors[name], take(before[name][0], dims))
+        _set_attributes(model, set(kept), attributes or {}, edit)
+        yield
+    finally:
+        for name, (data, grad) in before.items():
+            tensors[name].grad = None
+            set_data(tensors[name], data)
+            tensors[name].grad = grad
+        for path, values in edit.old_attributes.items():
+            for name, value in values.items():
+                setattr(model.get_submodule(path), name, value)
