@@ -20,7 +20,8 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients, inside which a forward pass changes nothing that outlives it.
 
-    Forward hooks are silent, compiled modules run uncompiled, and buffers are copies. Afterwards every module has
+    Forward hooks are silent (but for those of ``torch.nn.utils`` that make a weight), compiled modules run uncompiled,
+    and buffers are copies. Afterwards every module has
     the attributes, training mode, hooks and buffers it had, and the generators of Python and torch (CPU and every
     device of the model) go on where they were. What a module changes inside its own lists and dicts stays changed.
 
@@ -62,10 +63,15 @@ def _quieten(modules: list[nn.Module]) -> None:
         attributes["training"] = False
         attributes["_compiled_call_impl"] = None
         for hooks in _HOOKS:
-            attributes[hooks] = type(attributes[hooks])()
+            attributes[hooks] = type(attributes[hooks])(_of_torch(attributes[hooks]))
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = copies.setdefault(buffer, buffer.clone())
+
+
+def _of_torch(hooks: dict[int, Any]) -> list[tuple[int, Any]]:
+    """Hooks that make a layer's weight (``torch.nn.utils.weight_norm`` and its like) are part of the layer."""
+    return [(key, hook) for key, hook in hooks.items() if type(hook).__module__.startswith("torch.nn.utils.")]
 
 
 def _cuda_devices(model: nn.Module) -> list[torch.device]:

@@ -52,6 +52,8 @@ class LayerRow:
 def layer_table(model: nn.Module, cost: Cost) -> list[LayerRow]:
     """A row for each module that holds parameters of its own or in which products ran, in the model's order.
 
+    What the parametrizations of a layer hold and cost counts for the layer.
+
     Args:
         model: as it is now.
         cost: from `count_cost` on the same model.
@@ -65,14 +67,23 @@ def layer_table(model: nn.Module, cost: Cost) -> list[LayerRow]:
         ('0', 'Linear', 4, 8, 40, 32, 32.0)
         ('2', 'Linear', 8, 2, 18, 16, 32.0)
     """
+    macs, params = _by_layer(cost.macs_by_module), _by_layer(cost.params_by_module)
     return [
-        _row(name, module, cost)
+        _row(name, module, macs.get(name, 0), params.get(name, 0))
         for name, module in model.named_modules()
-        if name in cost.macs_by_module or name in cost.params_by_module
+        if name in macs or name in params
     ]
 
 
-def _row(name: str, module: nn.Module, cost: Cost) -> LayerRow:
+def _by_layer(counts: dict[str, int]) -> dict[str, int]:
+    folded: dict[str, int] = {}
+    for name, count in counts.items():
+        layer = "" if name.startswith("parametrizations.") else name.partition(".parametrizations.")[0]
+        folded[layer] = folded.get(layer, 0) + count
+    return folded
+
+
+def _row(name: str, module: nn.Module, macs: int, params: int) -> LayerRow:
     channels_in, channels_out = _widths(module)
     weights = _weights(module)
     elements = sum(weight.numel() for weight in weights)
@@ -83,8 +94,8 @@ def _row(name: str, module: nn.Module, cost: Cost) -> LayerRow:
         type=type(module).__name__,
         channels_in=channels_in,
         channels_out=channels_out,
-        params=cost.params_by_module.get(name, 0),
-        macs=cost.macs_by_module.get(name, 0),
+        params=params,
+        macs=macs,
         zeros=zeros / elements if elements else 0.0,
         bits=bits / elements if elements else 0.0,
     )

@@ -44,7 +44,16 @@ def test_zeros_behind_a_parametrization_count() -> None:
 
     model = nn.Sequential(nn.Linear(4, 5))
     nn.utils.parametrize.register_parametrization(model[0], "weight", Mask())
-    assert rows(model, torch.zeros(1, 4))["0"].zeros == 0.75
+    table = rows(model, torch.zeros(1, 4))
+    assert table.keys() == {"0"}
+    assert (table["0"].zeros, table["0"].params, table["0"].macs) == (0.75, 25, 20)
+
+
+def test_a_model_that_is_one_parametrized_layer() -> None:
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(4, 5))
+    table = rows(layer, torch.zeros(1, 4))
+    assert table.keys() == {""}
+    assert (table[""].params, table[""].macs) == (5 + 5 + 20, 20)
 
 
 def test_bits_are_those_of_the_data_type() -> None:
