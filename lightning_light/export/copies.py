@@ -1,0 +1,110 @@
+"""A copy of a module that can be taken apart: whatever happens to it, the live one does not notice."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterator, Mapping
+from types import MethodType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+__all__ = ["detached_copy"]
+
+M = TypeVar("M", bound=nn.Module)
+
+_HOSTS = ("lightning", "pytorch_lightning")
+_NOT_OF_THE_NETWORK = (
+    torch.Generator,
+    torch.optim.Optimizer,
+    torch.optim.lr_scheduler.LRScheduler,
+    Dataset,
+    DataLoader,
+)
+
+
+def detached_copy(model: M) -> M:
+    """Copy ``model`` on the CPU, in evaluation mode, without gradients and without ``torch.compile``.
+
+    What belongs to the network is copied, hooks that take part in the forward pass included. What only hangs on it
+    (Trainer, loggers, datasets, optimizers, the owners of hooks, and attributes that cannot be copied) is shared.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+        >>> twin = detached_copy(model)
+        >>> twin.training, twin[0].weight is model[0].weight, model.training
+        (False, False, True)
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for name, value in vars(module).items():
+            _share(value, memo, hooks=name.endswith("_hooks"))
+    twin = _uncompiled(_deepcopy(model, memo))
+    return twin.cpu().eval().requires_grad_(False)
+
+
+def _deepcopy(model: M, memo: dict[int, Any]) -> M:
+    try:
+        return copy.deepcopy(model, dict(memo))
+    except (TypeError, RuntimeError):  # a lock, a file, a connection: find out which attribute it is
+        memo |= {id(value): value for value in _uncopyable(model, memo)}
+        return copy.deepcopy(model, memo)
+
+
+def _uncopyable(model: nn.Module, memo: dict[int, Any]) -> Iterator[object]:
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if name in {"_parameters", "_buffers", "_modules"} or isinstance(value, Tensor | nn.Module):
+                continue
+            try:
+                copy.deepcopy(value, dict(memo))
+            except (TypeError, RuntimeError):
+                yield value
+
+
+def _share(value: object, memo: dict[int, Any], *, hooks: bool) -> None:
+    """Tell deepcopy, through its memo, what it shall not copy."""
+    if isinstance(value, Tensor):
+        if not value.is_leaf:  # deepcopy refuses it: a loss kept for later, a weight made by a hook
+            memo[id(value)] = value.detach().clone()
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            _share(item, memo, hooks=hooks)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _share(item, memo, hooks=hooks)
+    elif isinstance(value, MethodType):
+        if hooks and not isinstance(value.__self__, nn.Module):
+            memo[id(value.__self__)] = value.__self__
+    elif isinstance(value, _NOT_OF_THE_NETWORK) or _is_of_host(value):
+        memo[id(value)] = value
+
+
+def _is_of_host(value: object) -> bool:
+    """A Trainer, logger, callback or data module; a LightningModule inside another is part of the network."""
+    return not isinstance(value, nn.Module) and any(
+        base.__module__.partition(".")[0] in _HOSTS for base in type(value).__mro__
+    )
+
+
+def _uncompiled(model: M) -> M:
+    """Put every compiled module back: compiled code cannot be traced. ``model`` itself is not compiled by a wrapper."""
+    for module in list(model.modules()):
+        attributes = vars(module)
+        if attributes.get("_compiled_call_impl") is not None:
+            attributes["_compiled_call_impl"] = None
+        if attributes.get("_compiler_ctx") is not None:  # a LightningModule that was compiled as a whole
+            attributes["_compiler_ctx"] = None
+            attributes.pop("forward", None)
+        for name, child in module.named_children():
+            module._modules[name] = _original(child)
+    return _original(model)
+
+
+def _original(module: M) -> M:
+    dynamo = sys.modules.get("torch._dynamo")  # loaded if anything was compiled
+    compiled = dynamo is not None and isinstance(module, dynamo.OptimizedModule)
+    return module._orig_mod if compiled else module  # type: ignore[return-value]

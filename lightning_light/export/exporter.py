@@ -1,0 +1,54 @@
+"""What a file format has to offer: write a file, and run it in the runtime that will run it on the device."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+from lightning_light.export.inputs import Positional
+
+__all__ = ["Exporter"]
+
+
+class Exporter(ABC):
+    """One file format and its runtime. A frozen value: everything it needs to know is in its fields.
+
+    A new format is one file with one subclass; comparison, measures and the report are not its business.
+    """
+
+    suffix: ClassVar[str]
+    """What a path of this format ends in: ``.ptl``."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Refuse, before anything is trained, if the format or its runtime is not installed.
+
+        Raises:
+            UnsupportedError: names what is missing and what takes its place.
+        """
+
+    @abstractmethod
+    def runtime(self) -> str:
+        """The runtime that `load` uses and its version; times hold for it alone."""
+
+    @abstractmethod
+    def write(self, model: Positional, tensors: tuple[Any, ...], path: Path) -> dict[str, Any]:
+        """Write ``model`` to ``path``.
+
+        Args:
+            model: a copy on the CPU in evaluation mode that this call may change.
+            tensors: an example call of ``model``, one sample.
+            path: where to; the folder exists.
+
+        Returns:
+            What the report shall say about the file, in plain types.
+
+        Raises:
+            TraceError: the format cannot express the model.
+        """
+
+    @abstractmethod
+    def load(self, path: Path) -> Callable[..., Any]:
+        """The written file, run by its runtime: positional tensors in, the model's outputs out."""

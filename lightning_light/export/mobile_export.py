@@ -1,0 +1,257 @@
+"""The trained network as a file for the device, when the fit ends."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from typing_extensions import override
+
+from lightning_light.callback import CompressionCallback
+from lightning_light.errors import LightningLightError, UnsupportedError
+from lightning_light.example_input import Capture, ExampleInput, capture
+from lightning_light.export.copies import detached_copy
+from lightning_light.export.exporter import Exporter
+from lightning_light.export.functional import (
+    BATCH,
+    EXPORTER,
+    LATENCY_RUNS,
+    LATENCY_THREADS,
+    PARITY,
+    Batch,
+    check_options,
+    export_model,
+)
+from lightning_light.export.parity import Tolerance
+from lightning_light.export.recorder import Recorder
+from lightning_light.export.report import ExportReport
+from lightning_light.hosts import is_host
+from lightning_light.order import Stage
+from lightning_light.surgery.distributed import broadcast, tell
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+__all__ = ["MobileExport"]
+
+_BATCHES = 4
+
+
+class MobileExport(CompressionCallback):
+    """Write the trained network to a file, run the file in its real runtime, and compare, when ``fit`` ends.
+
+    A copy is exported: the live module stays as it is. The file is compared on batches of the last validation, as
+    ``forward`` received them, timed on one sample, and described by a report, in ``{path}.json`` and as ``report``.
+    If it does not answer as the module does, the run ends with an error, and the module is in a checkpoint.
+
+    With several processes the first one exports, and all fail if it fails. With ``fast_dev_run`` all of this is done
+    in a temporary folder.
+
+    Example:
+        >>> import os, tempfile
+        >>> import lightning as L
+        >>> folder = tempfile.mkdtemp()
+        >>> export = MobileExport(f"{folder}/model.ptl", latency_runs=5)
+        >>> trainer = L.Trainer(
+        ...     max_steps=2, callbacks=[export], logger=False, enable_checkpointing=False, accelerator="cpu",
+        ...     enable_progress_bar=False, enable_model_summary=False,
+        ... )
+        >>> trainer.fit(module, data, data)
+        >>> sorted(os.listdir(folder)), export.report.parity.max_absolute < 1e-4
+        (['model.ptl', 'model.ptl.json'], True)
+
+    Args:
+        path: where the file goes; ends in the exporter's suffix.
+        exporter: file format and runtime.
+        parity: how far an answer of the file may be off.
+        checkpoint: which weights: the ``last``, or the ``best`` of the first ``ModelCheckpoint``.
+        batch: ``any``: exported from one sample, and held to run with other batch sizes; ``one``: to run with one
+            sample at a time; ``as_given``: the inputs have no batch dimension, or shall keep exactly their shapes.
+        latency_runs: calls of the file that are timed, after a warm-up.
+        latency_threads: of torch's kernels in them.
+
+    Raises:
+        ValueError: an argument is wrong, or there is no ``ModelCheckpoint`` to take the best from.
+        UnsupportedError: the format is not installed, or the strategy shards the network.
+        TraceError: at the end of ``fit``: the format cannot express the network.
+        ParityError: at the end of ``fit``: the file answers differently.
+
+    Note:
+        The input of ``forward`` is seen in the run: an example in the module's ``example_input_array`` or the first
+        training batch, real ones in validation. A module whose steps do not call ``self(...)`` needs an
+        ``example_input_array``, and is compared on that alone.
+    """
+
+    method: ClassVar[str] = "mobile_export"
+    stage: ClassVar[int] = Stage.EXPORT
+    structural: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        exporter: Exporter = EXPORTER,
+        parity: Tolerance = PARITY,
+        checkpoint: Literal["last", "best"] = "last",
+        batch: Batch = BATCH,
+        latency_runs: int = LATENCY_RUNS,
+        latency_threads: int = LATENCY_THREADS,
+    ) -> None:
+        check_options(path, exporter, batch, latency_runs, latency_threads)
+        if checkpoint not in ("last", "best"):
+            raise ValueError(f"`MobileExport(checkpoint={checkpoint!r})`: expected 'last' or 'best'.")
+        self.path = path
+        self.exporter = exporter
+        self.parity = parity
+        self.checkpoint = checkpoint
+        self.batch = batch
+        self.latency_runs = latency_runs
+        self.latency_threads = latency_threads
+        self.report: ExportReport | None = None
+        self._capture = Capture()
+        self._recorder = Recorder(limit=_BATCHES)
+
+    # Lightning's hooks, in the order a run meets them.
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse, before anything is trained, what cannot be exported after it."""
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        self.exporter.check()
+        strategy = trainer.strategy
+        if strategy.restore_checkpoint_after_setup or not strategy.lightning_restore_optimizer:
+            raise UnsupportedError(
+                f"`MobileExport` with `{type(strategy).__name__}`: expected a strategy that leaves parameters whole "
+                "(one device, or 'ddp'), found one that shards or owns them. Save a full checkpoint, load it in one "
+                "process, and call `export_model` on it."
+            )
+        if self.checkpoint == "best" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            _best_of(trainer)
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look out for an example of what ``forward`` is called with."""
+        super().on_fit_start(trainer, pl_module)
+        self.report, self._recorder = None, Recorder(limit=_BATCHES)
+        if trainer.is_global_zero:
+            self._capture = capture(pl_module)
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the first inputs of the validation: the last one's are compared on."""
+        if trainer.is_global_zero and trainer.state.fn == "fit":
+            self._recorder.watch(pl_module)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look away while training goes on."""
+        self._recorder.stop()
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Export: by now averaged weights are in place and the last checkpoint is written."""
+        self._let_go()
+        try:
+            if trainer.is_global_zero:
+                self.report = self._export(trainer, pl_module)
+                tell(trainer, f"{self.method}: {self.report.summary()}")
+        finally:
+            self._conclude(trainer, sys.exc_info()[1])
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave no hook behind, whatever happened."""
+        self._let_go()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget the batches."""
+        super().teardown(trainer, pl_module, stage)
+        self._let_go()
+        self._capture, self._recorder = Capture(), Recorder(limit=_BATCHES)
+
+    # Private: the small questions the hooks ask.
+
+    def _let_go(self) -> None:
+        self._capture.remove()
+        self._recorder.stop()
+
+    def _export(self, trainer: Trainer, pl_module: LightningModule) -> ExportReport:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            with tempfile.TemporaryDirectory() as folder:
+                return self._write(pl_module, Path(folder) / Path(self.path).name)
+        module = _restored(trainer, pl_module) if self.checkpoint == "best" else pl_module
+        return self._write(module, self.path)
+
+    def _write(self, module: LightningModule, path: str | os.PathLike[str]) -> ExportReport:
+        example = self._example(module)
+        return export_model(
+            module,
+            example.args,
+            path,
+            kwargs=example.kwargs,
+            exporter=self.exporter,
+            parity=self.parity,
+            batches=self._recorder.calls,
+            batch=self.batch,
+            latency_runs=self.latency_runs,
+            latency_threads=self.latency_threads,
+        )
+
+    def _example(self, module: LightningModule) -> ExampleInput:
+        if self._capture.example is not None:
+            return self._capture.example
+        if self._recorder.calls:
+            return self._recorder.calls[0]
+        raise LightningLightError(
+            f"`MobileExport({str(self.path)!r})` on `{type(module).__name__}`: expected to see what `forward` is "
+            "called with; found no `example_input_array`, and no step that calls `self(...)`. Set the first in the "
+            "module, or call `export_model(module, (x,), path)` now."
+        )
+
+    def _conclude(self, trainer: Trainer, error: BaseException | None) -> None:
+        """Every rank learns how it went. If it went wrong, the trained network is saved, then all of them fail."""
+        found = None if error is None else f"{type(error).__name__}: {error}"
+        failure = broadcast(trainer, found)
+        if failure is None or not isinstance(error, Exception | None):
+            return
+        saved = ""
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            saved = f" Nothing is lost: the trained network is in {str(self.path)!r}.ckpt."
+            trainer.save_checkpoint(f"{self.path}.ckpt")
+        if isinstance(error, LightningLightError):
+            raise type(error)(f"{error}{saved}") from error
+        raise LightningLightError(
+            f"`MobileExport({str(self.path)!r})` failed after training: {failure}{saved}"
+        ) from error
+
+
+def _best_of(trainer: Trainer) -> Any:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # an attribute set by a connector
+    found = next((callback for callback in callbacks if is_host(callback, "ModelCheckpoint")), None)
+    if found is None:
+        raise ValueError(
+            "`MobileExport(checkpoint='best')`: expected a `ModelCheckpoint` among the Trainer's callbacks, found "
+            "none. Add one with `monitor=...`, or export the last weights: `checkpoint='last'`."
+        )
+    return found
+
+
+def _restored(trainer: Trainer, pl_module: LightningModule) -> LightningModule:
+    """A copy with the best checkpoint's structure and weights, by the way that the Trainer would load it."""
+    path = _best_of(trainer).best_model_path
+    if not path:
+        raise LightningLightError(
+            "`MobileExport(checkpoint='best')`: expected a checkpoint by the end of training, found that "
+            "`ModelCheckpoint` has saved none. Let it save at least once, or use `checkpoint='last'`."
+        )
+    saved = trainer.strategy.checkpoint_io.load_checkpoint(path, map_location="cpu", weights_only=False)
+    copy = detached_copy(pl_module)
+    copy.on_load_checkpoint(saved)
+    copy.load_state_dict(saved["state_dict"], strict=copy.strict_loading)
+    return copy

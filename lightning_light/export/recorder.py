@@ -1,0 +1,58 @@
+"""What the user's steps really pass to ``forward``, seen from a hook: no loader is touched, no random number drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_light.example_input import ExampleInput
+from lightning_light.export.inputs import cloned
+
+__all__ = ["Recorder"]
+
+
+class Recorder:
+    """Keeps copies of the first ``limit`` inputs of a module's ``forward`` while it is watching.
+
+    Example:
+        >>> recorder = Recorder(limit=2)
+        >>> recorder.watch(model)
+        >>> outputs = [model(torch.full((1, 3, 8, 8), float(value))) for value in range(3)]
+        >>> recorder.stop()
+        >>> [float(call.args[0].mean()) for call in recorder.calls]
+        [0.0, 1.0]
+    """
+
+    def __init__(self, *, limit: int) -> None:
+        self.calls: list[ExampleInput] = []
+        self._limit = limit
+        self._recording: list[ExampleInput] = []
+        self._handle: RemovableHandle | None = None
+
+    def watch(self, module: nn.Module) -> None:
+        """Begin anew; until `stop`, the inputs of the last time stay."""
+        self.stop()
+        self._recording = []
+        self._handle = module.register_forward_pre_hook(self._record, with_kwargs=True, prepend=True)
+
+    def stop(self) -> None:
+        """Remove the hook. If it has seen nothing, what an earlier time has seen is kept."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+        self.calls, self._recording = self._recording or self.calls, []
+
+    def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if torch.compiler.is_compiling() or _is_redirected(module) or len(self._recording) >= self._limit:
+            return
+        self._recording.append(cloned(ExampleInput(args, dict(kwargs))))
+
+
+def _is_redirected(module: nn.Module) -> bool:
+    """Whether DDP has called ``forward`` to reach one of the steps: its arguments are the step's."""
+    forward = vars(module).get("forward")
+    return getattr(forward, "__qualname__", "").startswith("_ForwardRedirection")

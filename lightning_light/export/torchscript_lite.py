@@ -1,0 +1,162 @@
+"""TorchScript for the lite interpreter: the ``.ptl`` files that PyTorch's mobile runtime runs."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.jit._trace import TracerWarning
+from typing_extensions import override
+
+from lightning_light.errors import TraceError, UnsupportedError
+from lightning_light.export.exporter import Exporter
+from lightning_light.export.inputs import Positional
+
+__all__ = ["TorchScriptLite"]
+
+_DEPRECATIONS = (r"`torch\.jit\.\w+` is deprecated", r"Lite Interpreter is deprecated")
+_TORCH = os.path.dirname(torch.__file__)
+
+
+@dataclass(frozen=True)
+class TorchScriptLite(Exporter):
+    """Trace, freeze, save for the lite interpreter.
+
+    Freezing makes every weight a constant, drops dropout and folds a batch norm into the convolution or linear layer
+    before it. One that follows a transposed convolution, or comes before its convolution, stays; the report counts
+    those as ``batch_norms_left``. Python runs once, while tracing: a branch that depends on values keeps the side that
+    the example took, and a warning names its line.
+    """
+
+    suffix: ClassVar[str] = ".ptl"
+
+    @override
+    def check(self) -> None:
+        saves = "_save_for_lite_interpreter" in vars(getattr(torch.jit, "RecursiveScriptModule", object))
+        runs = importlib.util.find_spec("torch.jit.mobile") is not None
+        if not (saves and runs and hasattr(torch.jit, "freeze")):
+            raise UnsupportedError(
+                f"`TorchScriptLite()` with torch {torch.__version__}: expected a release that writes files for the "
+                "lite interpreter (up to 2.13), found one that has dropped it. Install `torch<2.14`, or use an "
+                "exporter for its successor, ExecuTorch."
+            )
+
+    @override
+    def runtime(self) -> str:
+        return f"TorchScript lite interpreter of torch {torch.__version__}"
+
+    @override
+    def write(self, model: Positional, tensors: tuple[Any, ...], path: Path) -> dict[str, Any]:
+        with quiet_deprecations(), _torch_only_mha():
+            traced, branches = _trace(model, tensors)
+            frozen = torch.jit.freeze(traced)
+            frozen._save_for_lite_interpreter(str(path))
+            version = _runtime()._get_model_bytecode_version(str(path))
+        left = frozen.inlined_graph.findAllNodes("aten::batch_norm", recurse=True)
+        _warn_of(branches, type(model.model).__name__)
+        return {
+            "torch": torch.__version__,
+            "bytecode_version": version,
+            "batch_norms_left": len(left),
+            "built_in_values": branches,
+        }
+
+    @override
+    def load(self, path: Path) -> Callable[..., Any]:
+        with quiet_deprecations():
+            return _runtime()._load_for_lite_interpreter(str(path))  # type: ignore[no-any-return]
+
+
+def _runtime() -> Any:
+    """Imported late: torch does not load it by itself, and a release that has dropped it is refused by `check`."""
+    return importlib.import_module("torch.jit.mobile")
+
+
+@contextmanager
+def quiet_deprecations() -> Iterator[None]:
+    """Silence torch's news that TorchScript is deprecated, and nothing else: whoever exports to it knows."""
+    with warnings.catch_warnings():
+        for message in _DEPRECATIONS:
+            warnings.filterwarnings("ignore", message=message, category=DeprecationWarning)
+        yield
+
+
+class _Opaque(nn.Module):
+    """Calls a model that the tracer cannot look into: it sees operations, and weights as constants.
+
+    Otherwise it would read every attribute and property of the user's modules; some raise (``trainer``).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        vars(self)["held"] = (model,)
+        for place, module in enumerate(model.modules()):
+            if isinstance(module, torch.jit.ScriptModule):  # the one kind that the tracer has to know
+                self.add_module(f"scripted_{place}", module)
+
+    @override
+    def forward(self, *tensors: Any) -> Any:
+        return vars(self)["held"][0](*tensors)
+
+
+def _trace(model: Positional, tensors: tuple[Any, ...]) -> tuple[Any, list[str]]:
+    """The trace, and the lines of code whose Python values it has made constants."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", TracerWarning)
+        try:
+            traced = torch.jit.trace(_Opaque(model).eval(), tensors, strict=False, check_trace=False)  # type: ignore[no-untyped-call]
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise TraceError(_advice(model, error)) from error
+    lines = []
+    for warning in caught:
+        if not issubclass(warning.category, TracerWarning):
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        elif not warning.filename.startswith(_TORCH):  # torch's own checks hold for every input
+            lines.append(f"{warning.filename}:{warning.lineno}")
+    return traced, list(dict.fromkeys(lines))
+
+
+def _warn_of(branches: list[str], name: str) -> None:
+    if branches:
+        warnings.warn(
+            f"`TorchScriptLite()` on `{name}`: Python values that were taken from tensors at {', '.join(branches)} are "
+            "part of the file as they were for the example. Checks that hold for every input are fine; a branch or a "
+            "size that depends on the input is not: write it with tensor operations (`torch.where`).",
+            stacklevel=2,
+        )
+
+
+def _advice(model: Positional, error: Exception) -> str:
+    name = type(model.model).__name__
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if "infer type" in str(error) or "can be output from traced" in str(error):
+        return (
+            f"`TorchScriptLite()` on `{name}`: expected inputs and outputs that are tensors, tuples of them, or lists "
+            f"and dicts whose values are all of one kind; found others. {lines[-1].removeprefix(':')} Return a tuple, "
+            "a flat dict of tensors, or export a small module that calls yours and does so."
+        )
+    return (
+        f"`TorchScriptLite()` on `{name}`: expected a forward that can be traced with inputs "
+        f"{', '.join(model.names)}; found {type(error).__name__}: {lines[0]}. Check that `model.eval()(...)` runs on one "
+        "sample on the CPU, and that `forward` uses torch operations only."
+    )
+
+
+@contextmanager
+def _torch_only_mha() -> Iterator[None]:
+    """Write attention as plain operations: its fused form is not in every mobile runtime."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
