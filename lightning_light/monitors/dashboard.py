@@ -1,0 +1,88 @@
+"""What only TensorBoard shows: histograms, pictures, text, and a layout for its Custom Scalars page."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lightning_light.measure.quiet import undisturbed
+from lightning_light.monitors.heat_map import heat_map
+from lightning_light.monitors.history import History
+from lightning_light.monitors.pairs import belongs
+from lightning_light.monitors.scalars import PREFIX
+from lightning_light.monitors.snapshot import layer_weights
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from torch.utils.tensorboard import SummaryWriter
+
+__all__ = ["add_heat_maps", "add_histograms", "add_layout", "read_layout"]
+
+Layout = Mapping[str, Mapping[str, list[Any]]]
+
+
+def add_histograms(writer: SummaryWriter, model: nn.Module, layers: Collection[str], step: int) -> None:
+    """The distribution of each layer's finite weights, under ``compression/weights/<layer>``."""
+    with undisturbed(model):
+        for name, module in model.named_modules():
+            tensors = [weight.reshape(-1).float() for weight in layer_weights(module)]
+            if not tensors or not belongs(name, layers):
+                continue
+            values = torch.cat(tensors)
+            values = values[values.isfinite()]
+            if values.numel():
+                writer.add_histogram(f"{PREFIX}/weights/{name or 'model'}", values.cpu(), step)
+
+
+def add_heat_maps(writer: SummaryWriter, history: History, step: int) -> None:
+    """Layers over time: channels left and weights left, each once it is no longer all of them."""
+    for quantity, columns in (("channels", history.channels), ("weights", history.weights)):
+        if any(share != 1.0 for column in columns for share in column):
+            writer.add_image(f"{PREFIX}/heat_map/{quantity}", heat_map(history, quantity), step, dataformats="HWC")
+
+
+def add_layout(writer: SummaryWriter, folder: str | os.PathLike[str], layout: Layout) -> None:
+    """Add ``layout`` to what the run has on its Custom Scalars page.
+
+    TensorBoard shows the last layout of a run, so what is there already, the user's or our own of an earlier fit, is
+    read from the run's files and written again with ours.
+    """
+    writer.flush()
+    found = read_layout(folder)
+    merged = {**found, **{title: {**found.get(title, {}), **charts} for title, charts in layout.items()}}
+    if merged != found:
+        writer.add_custom_scalars(merged)
+
+
+def read_layout(folder: str | os.PathLike[str]) -> dict[str, dict[str, list[Any]]]:
+    """The layout that a run's event files hold, as ``SummaryWriter.add_custom_scalars`` takes it; empty if none."""
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader  # type: ignore[import-untyped]
+    from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[import-untyped]
+    from tensorboard.plugins.custom_scalar import layout_pb2, metadata  # type: ignore[import-untyped]
+
+    tag = metadata.CONFIG_SUMMARY_TAG
+    last = None
+    for file in sorted(Path(folder).glob("*tfevents*")):
+        for record in RawEventFileLoader(str(file)).Load():
+            if tag.encode() in record:
+                values = Event.FromString(record).summary.value
+                last = next((value.tensor.string_val[0] for value in values if value.tag == tag), last)
+    if last is None:
+        return {}
+    categories = layout_pb2.Layout.FromString(last).category
+    return {category.title: {chart.title: _chart(chart) for chart in category.chart} for category in categories}
+
+
+def _chart(chart: Any) -> list[Any]:
+    if chart.HasField("margin"):
+        return [
+            "Margin",
+            [name for series in chart.margin.series for name in (series.value, series.lower, series.upper)],
+        ]
+    return ["Multiline", list(chart.multiline.tag)]

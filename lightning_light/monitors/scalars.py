@@ -1,0 +1,70 @@
+"""What a logger plots: one number a quantity, and one a quantity and layer."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from lightning_light.measure.report import LayerRow
+from lightning_light.monitors.pairs import belongs
+from lightning_light.monitors.snapshot import Snapshot
+
+__all__ = ["PREFIX", "custom_layout", "layer_scalars", "total_scalars"]
+
+PREFIX = "compression"
+
+
+def total_scalars(now: Snapshot, before: Snapshot) -> dict[str, float]:
+    """Totals of a model, and what remains of it, under ``compression/<quantity>``."""
+    totals = {"params": now.params, "bytes": now.bytes, "macs": now.macs}
+    dense = {"params": before.params, "bytes": before.bytes, "macs": before.macs}
+    scalars = {key: float(value) for key, value in totals.items() if value is not None}
+    scalars["sparsity"], scalars["bits"] = now.zeros, now.bits
+    for key, value in totals.items():
+        if value is not None and (had := dense[key]):
+            scalars[f"{key}_remaining"] = value / had
+    return {f"{PREFIX}/{key}": value for key, value in scalars.items()}
+
+
+def layer_scalars(now: Snapshot, layers: Collection[str]) -> dict[str, float]:
+    """One number a quantity and layer, under ``compression/<quantity>/<layer>``.
+
+    Args:
+        now: the model.
+        layers: names of layers; what has replaced a layer lies inside its name and is reported under its own.
+    """
+    scalars: dict[str, float] = {}
+    for row in now.rows:
+        if belongs(row.name, layers):
+            scalars |= {f"{PREFIX}/{key}/{row.name or 'model'}": value for key, value in _of_row(row, now).items()}
+    return scalars
+
+
+def custom_layout(*, per_layer: bool) -> dict[str, dict[str, list[Any]]]:
+    """A dashboard for TensorBoard's Custom Scalars: all that remains on one chart, all layers on another."""
+    charts: dict[str, list[Any]] = {
+        "what remains": ["Multiline", [rf"^{PREFIX}/(params|macs|bytes)_remaining$"]],
+        "share of zeros": ["Multiline", [rf"^{PREFIX}/sparsity$"]],
+    }
+    if per_layer:
+        for title, key in _LAYER_CHARTS.items():
+            charts[title] = ["Multiline", [rf"^{PREFIX}/{key}/"]]
+    return {PREFIX: charts}
+
+
+_LAYER_CHARTS = {
+    "channels of each layer": "channels",
+    "MACs of each layer": "macs",
+    "parameters of each layer": "params",
+    "zeros of each layer": "zeros",
+    "bits of each layer": "bits",
+}
+
+
+def _of_row(row: LayerRow, now: Snapshot) -> dict[str, float]:
+    scalars: dict[str, float] = {"params": float(row.params), "zeros": row.zeros, "bits": row.bits}
+    if row.channels_out is not None:
+        scalars["channels"] = float(row.channels_out)
+    if now.macs is not None:
+        scalars["macs"] = float(row.macs)
+    return scalars
