@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import warnings
 from collections.abc import Mapping
@@ -31,9 +32,11 @@ class CompressionCallback(Callback):
     """The base of every method: it says when, and keeps what must survive a checkpoint in the module's ledger.
 
     A subclass names its `method` and `stage`, keeps its progress in `state`, changes the network only at
-    ``on_train_batch_start`` or ``on_train_epoch_start``, and calls ``_after_surgery`` when it has changed shapes or
-    modules. It does not use ``state_dict``: Lightning loads the weights before a callback's state, and a weights-only
-    checkpoint has no callback state at all.
+    ``on_train_batch_start``, and calls ``_after_surgery`` when it has changed shapes or modules. Not at
+    ``on_train_epoch_start``: a run that is resumed from the last step of an epoch, or from its middle, does not call
+    it. Not at ``on_train_epoch_end``: a checkpoint would pair the new weights with the old metric. It does not use
+    ``state_dict``: Lightning loads the weights before a callback's state, and a weights-only checkpoint has no
+    callback state at all.
 
     A subclass that overrides ``setup``, ``on_fit_start`` or ``teardown`` calls ``super()`` first.
     """
@@ -48,6 +51,14 @@ class CompressionCallback(Callback):
     """Whether shapes or modules change during a run, which some strategies and optimizers cannot follow."""
 
     _key: str | None = None
+
+    @override
+    def __repr__(self) -> str:
+        """The call that makes an equal callback: arguments that are not at their defaults."""
+        parameters = [p for name, p in inspect.signature(type(self).__init__).parameters.items() if name != "self"]
+        given = [(p.name, getattr(self, p.name)) for p in parameters if hasattr(self, p.name)]
+        defaults = {p.name: p.default for p in parameters}
+        return f"{type(self).__name__}({', '.join(f'{n}={v!r}' for n, v in given if v != defaults[n])})"
 
     # Lightning's hooks, in the order a run meets them.
 

@@ -34,11 +34,11 @@ class ExampleInput:
     @property
     def samples(self) -> int:
         """How many samples the call holds: the first dimension of its first tensor; 1 where there is none."""
-        return next((len(tensor) for tensor in _tensors((self.args, self.kwargs)) if tensor.ndim), 1)
+        return next((len(tensor) for tensor in tensors_in((self.args, self.kwargs)) if tensor.ndim), 1)
 
     def small(self) -> ExampleInput:
         """A detached copy with at most two samples, if all tensors agree on which dimension counts samples."""
-        sizes = {tensor.shape[0] if tensor.ndim else None for tensor in _tensors((self.args, self.kwargs))}
+        sizes = {tensor.shape[0] if tensor.ndim else None for tensor in tensors_in((self.args, self.kwargs))}
         samples = _SAMPLES if len(sizes) == 1 and None not in sizes else None
         return ExampleInput(_copy(self.args, samples), _copy(self.kwargs, samples))
 
@@ -102,15 +102,16 @@ def _is_training(module: nn.Module) -> bool:
     return module.training if trainer is None else bool(trainer.training)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in dicts, lists and tuples, in order."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_in(item)
 
 
 def _map(value: Any, function: Any) -> Any:

@@ -13,9 +13,10 @@ from torch.optim import Optimizer
 
 from lightning_light.errors import SurgeryError
 from lightning_light.surgery.attributes import implied_attributes
+from lightning_light.surgery.data import set_data
 from lightning_light.surgery.optimizer import check_sliceable, slice_state
 
-__all__ = ["Edit", "cut", "set_data", "take", "trial"]
+__all__ = ["Edit", "cut", "take", "trial"]
 
 Positions = Mapping[str, Mapping[int, Tensor]]
 
@@ -43,22 +44,6 @@ class Edit:
             for module, values in self.attributes.items()
         }
         return {"op": "channels", "attributes": plain}
-
-
-def set_data(tensor: Tensor, data: Tensor) -> None:
-    """Give ``tensor`` the storage and shape of ``data``; whoever holds the object sees the change.
-
-    A leaf that requires grad may be watched by a live gradient accumulator (of a retained graph, or of DDP), which
-    remembers the shape. ``Tensor.data`` makes torch forget it only where type or device change, so the data go through
-    an empty tensor of another type first. A ``.grad`` that no longer fits is dropped.
-    """
-    if not (tensor.is_leaf and tensor.requires_grad):
-        tensor.data = data
-        return
-    grad, tensor.grad = tensor.grad, None
-    tensor.data = torch.empty(0, dtype=torch.float64 if tensor.dtype == torch.float32 else torch.float32)
-    tensor.data = data
-    tensor.grad = grad if grad is not None and grad.shape == data.shape else None
 
 
 def take(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
