@@ -240,13 +240,15 @@ class _Conformer:
         return live
 
     def _new_tensor(self, wanted: Tensor) -> Tensor:
+        """On the live network's device; with values only where no state dict will bring them."""
         dtype = self._dtype if self._dtype is not None and wanted.is_floating_point() else wanted.dtype
-        if wanted.device.type != "meta":
-            return wanted.detach().clone().to(self._device)
-        data = torch.empty(wanted.shape, dtype=dtype, device=self._device)
+        if wanted.device.type == "meta":
+            data = torch.empty(wanted.shape, dtype=dtype, device=self._device)
+        else:
+            data = wanted.detach().clone().to(self._device)
         if not isinstance(wanted, nn.Parameter):
             return data
-        new = nn.Parameter(data, wanted.requires_grad)
+        new = nn.Parameter(data.to(dtype), wanted.requires_grad)
         new.__dict__.update(wanted.__dict__)
         return new
 

@@ -145,5 +145,6 @@ def _pieces(value: Any) -> Iterator[bytes]:
 def tell(trainer: Trainer, sentence: str) -> None:
     """Log one line on rank 0, through the host's logger, so that it is seen where Lightning's lines are seen."""
     if trainer.is_global_zero:
-        hosts = loaded_hosts()
-        logging.getLogger(f"{hosts[0]}.lightning_light" if hosts else "lightning_light").info(sentence)
+        modules = [cls.__module__ for cls in type(trainer).__mro__]
+        host = next((host for host in loaded_hosts() if any(name.startswith(f"{host}.") for name in modules)), "")
+        logging.getLogger(f"{host}.lightning_light".lstrip(".")).info(sentence)

@@ -112,11 +112,10 @@ class Ledger:
             return
         target, shapes = copy_structure(model), {name: state_dict[name] for name in changed}
         _take_shapes(target, shapes, prefix)
-        try:
-            _imply_attributes(target)
-        except (AttributeError, TypeError, ValueError, RuntimeError):
-            return  # the shapes do not go together
         current = copy_structure(model)
+        if not all(map(_go_together, current.modules(), target.modules())):
+            return
+        _imply_attributes(target)
         attributes = compare(current, target).attributes
         conform(model, current, target)
         self.record({"op": "channels", "attributes": attributes})
@@ -192,6 +191,16 @@ def _fits_into(small: Tensor, large: Tensor | None) -> bool:
     if large is None or small.ndim != large.ndim:
         return False
     return all(new <= old for new, old in zip(small.shape, large.shape, strict=True))
+
+
+def _go_together(before: nn.Module, after: nn.Module) -> bool:
+    """Whether the vectors of one layer that had one length still have one: a norm's weight, bias and statistics."""
+    lengths: dict[int, set[int]] = {}
+    for kind in ("_parameters", "_buffers"):
+        for name, old in getattr(before, kind).items():
+            if old is not None and not nn.parameter.is_lazy(old) and old.ndim == 1:
+                lengths.setdefault(len(old), set()).add(len(getattr(after, kind)[name]))
+    return all(len(new) == 1 for new in lengths.values())
 
 
 def _tensors(structure: nn.Module) -> dict[str, Tensor]:

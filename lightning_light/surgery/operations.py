@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_light.errors import ManifestError
@@ -60,7 +61,8 @@ def replay_journal(structure: nn.Module, journal: list[dict[str, Any]]) -> nn.Mo
                 "Import the module that registers it before loading."
             )
         try:
-            replay(structure, entry)
+            with torch.random.fork_rng(devices=[]):  # a new layer draws its first weights, which nobody will see
+                replay(structure, entry)
         except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
             raise ManifestError(
                 f"Entry {place} ({entry['op']!r}) of the checkpoint's journal does not fit "

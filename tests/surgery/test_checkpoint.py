@@ -1,0 +1,364 @@
+"""What reads a compressed checkpoint: other stages, averaged copies, copies of the module, a bare class."""
+
+import copy
+import io
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    LearningRateFinder,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
+
+from lightning_light.errors import ManifestError
+from lightning_light.surgery.checkpoint import CompressibleMixin, load_from_checkpoint
+from lightning_light.surgery.journal import attach, ledger_of, release
+from lightning_light.surgery.manifest import KEY
+from tests.surgery.runs import HOSTS, MODULES, Events, Lit, Loader, same, trainer
+from tests.zoo import noise
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The '.*dataloader' does not have many workers",
+    "ignore:.*LeafSpec:FutureWarning",
+    "ignore:Be aware that when using `ckpt_path`",
+)
+X = noise(2, 3, 8, 8)
+
+
+def by_epoch(folder: Path, **options: Any) -> ModelCheckpoint:
+    return ModelCheckpoint(folder, "e{epoch}", auto_insert_metric_name=False, save_top_k=-1, **options)
+
+
+@pytest.fixture
+def run(tmp_path) -> tuple[Lit, pl.Trainer, Path]:
+    """Epoch 0 ends dense, epoch 1 with half of conv1, epoch 2 with two layers for fc."""
+    module = Lit()
+    fitted = trainer(Events(cuts=(5,), factor_at=9), by_epoch(tmp_path))
+    fitted.fit(module, Loader())
+    return module, fitted, tmp_path
+
+
+def weights(path: Path) -> dict[str, Any]:
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_other_stages_go_forwards_and_backwards_on_one_module(run, stage) -> None:
+    _, _, folder = run
+    module = Lit()
+    for epoch in (2, 0, 1, 0, 2, 1):
+        other = trainer(Events())
+        getattr(other, stage)(module, ckpt_path=folder / f"e{epoch}.ckpt", verbose=False)
+        assert same(dict(module.state_dict()), dict(weights(folder / f"e{epoch}.ckpt"))), epoch
+        assert module.net.conv1.out_channels == (8, 4, 4)[epoch]
+        assert isinstance(module.net.fc, torch.nn.Sequential) == (epoch == 2)
+        assert module.training
+
+
+def test_modules_stay_the_same_objects_where_their_class_does(run) -> None:
+    module, _, folder = run
+    conv, weight, bias = module.net.conv1, module.net.conv1.weight, module.net.fc[1].bias
+    calls = []
+    handle = conv.register_forward_hook(lambda *_: calls.append(1))
+    trainer(Events()).test(module, ckpt_path=folder / "e0.ckpt", verbose=False)
+    assert module.net.conv1 is conv
+    assert conv.weight is weight
+    assert weight.shape == (8, 3, 3, 3)
+    assert calls
+    handle.remove()
+    assert bias is not module.net.fc.bias  # the layer is another one
+
+
+def test_after_going_back_training_goes_on_from_there(run) -> None:
+    module, _, folder = run
+    again = Lit()
+    trainer(Events(cuts=(5,), factor_at=9)).fit(again, Loader(), ckpt_path=folder / "e0.ckpt")
+    assert same(dict(again.state_dict()), dict(module.state_dict()))
+    trainer(Events(cuts=(5,), factor_at=9)).fit(module, Loader(), ckpt_path=folder / "e0.ckpt")
+    assert same(dict(again.state_dict()), dict(module.state_dict()))
+
+
+def test_an_optimizer_made_early_follows_when_a_run_starts_after_going_back(run) -> None:
+    _, _, folder = run
+    module = Lit(early=True)
+    trainer(Events()).test(module, ckpt_path=folder / "e2.ckpt", verbose=False)
+    fitted = trainer(Events(), max_epochs=1)
+    fitted.fit(module, Loader())
+    held = {id(p) for group in fitted.optimizers[0].param_groups for p in group["params"]}
+    assert held == {id(parameter) for parameter in module.parameters()}
+    assert not torch.equal(module.net.fc[0].weight, weights(folder / "e2.ckpt")["net.fc.0.weight"])
+
+
+def test_a_plain_checkpoint_takes_a_compressed_module_back(run, tmp_path) -> None:
+    module, _, _ = run
+    plain = trainer(ModelCheckpoint(tmp_path / "plain"), max_epochs=1)
+    plain.fit(Lit(), Loader())
+    trainer(Events()).test(module, ckpt_path=plain.checkpoint_callback.best_model_path, verbose=False)
+    assert module.net.conv1.out_channels == 8
+    assert ledger_of(module).journal == []
+    assert ledger_of(module).state == {"events": {}} or ledger_of(module).state == {}
+
+
+@pytest.mark.parametrize("average_first", [True, False])
+def test_averaged_copies_follow_and_resume_bit_for_bit(average_first, tmp_path) -> None:
+    def callbacks() -> list[Any]:
+        both = [EMAWeightAveraging(decay=0.9), Events(cuts=(2, 6), factor_at=5)]
+        return both if average_first else both[::-1]
+
+    whole = Lit()
+    trainer(*callbacks(), by_epoch(tmp_path)).fit(whole, Loader())
+    for epoch in (0, 1):
+        resumed = Lit()
+        trainer(*callbacks()).fit(resumed, Loader(), ckpt_path=tmp_path / f"e{epoch}.ckpt")
+        assert resumed.losses == whole.losses[4 * (epoch + 1) :]
+        assert same(dict(resumed.state_dict()), dict(whole.state_dict()))
+
+
+@pytest.mark.filterwarnings("ignore:Swapping scheduler", "ignore:.*lr_scheduler.step:UserWarning")
+@pytest.mark.parametrize("average_first", [True, False])
+def test_stochastic_averages_follow(average_first, tmp_path) -> None:
+    both = [StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1), Events(cuts=(2, 6), factor_at=5)]
+    module = Lit()
+    trainer(*(both if average_first else both[::-1]), by_epoch(tmp_path)).fit(module, Loader())
+    assert module.net.conv1.out_channels == 2
+    assert module(X).shape == (2, 5)
+    resumed = Lit()
+    again = [StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1), Events(cuts=(2, 6), factor_at=5)]
+    trainer(*(again if average_first else again[::-1])).fit(resumed, Loader(), ckpt_path=tmp_path / "e1.ckpt")
+    assert resumed.net.conv1.out_channels == 2
+    assert all(bool(tensor.isfinite().all()) for tensor in resumed.state_dict().values())
+
+
+def test_learning_rate_finder_inside_fit_keeps_the_parameters() -> None:
+    class WithRate(Lit):
+        lr = 0.01
+
+    module = WithRate()
+    finder = LearningRateFinder(num_training_steps=3, early_stop_threshold=None, update_attr=False)
+    fitted = trainer(finder, Events(cuts=(5,), factor_at=9))
+    fitted.fit(module, Loader())
+    held = {id(p) for group in fitted.optimizers[0].param_groups for p in group["params"]}
+    assert held == {id(parameter) for parameter in module.parameters()}
+    assert module.net.conv1.out_channels == 4
+    assert not ledger_of(module).resumed
+
+
+def test_deep_copy_has_a_ledger_of_its_own(run) -> None:
+    module, _, _ = run
+    twin = copy.deepcopy(module)
+    assert twin.on_save_checkpoint.__self__ is twin
+    assert ledger_of(twin) is not ledger_of(module)
+    checkpoint: dict[str, Any] = {"state_dict": twin.state_dict()}
+    twin.on_save_checkpoint(checkpoint)
+    assert json.loads(checkpoint[KEY]["journal"]) == ledger_of(module).journal
+    twin.on_load_checkpoint({"state_dict": weights(run[2] / "e0.ckpt"), KEY: _manifest(run[2] / "e0.ckpt")})
+    assert (twin.net.conv1.out_channels, module.net.conv1.out_channels) == (8, 4)
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    return torch.load(path, weights_only=True)[KEY]
+
+
+def test_pickle_keeps_the_ledger(run) -> None:
+    module, _, folder = run
+    twin = pickle.loads(pickle.dumps(module))
+    assert torch.equal(twin.eval()(X), module.eval()(X))
+    assert ledger_of(twin).journal == ledger_of(module).journal
+    trainer(Events()).test(twin, ckpt_path=folder / "e0.ckpt", verbose=False)
+    assert twin.net.conv1.out_channels == 8
+
+
+def test_net_alone_is_saved_whole_without_this_package(run) -> None:
+    module, _, _ = run
+    file = io.BytesIO()
+    torch.save(module.net, file)
+    assert b"lightning_light" not in file.getvalue()
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_class_is_loaded_without_a_trainer_and_left_as_it_was(host, tmp_path) -> None:
+    cls = MODULES[host]
+    module = cls("sgd", by_name=True)
+    fitted = trainer(Events(cuts=(2,), factor_at=3), host=host, max_epochs=1)
+    fitted.fit(module, Loader())
+    fitted.save_checkpoint(tmp_path / "small.ckpt", weights_only=True)
+    loaded = load_from_checkpoint(cls, tmp_path / "small.ckpt")
+    assert type(loaded) is cls
+    assert (loaded.optimizer, loaded.by_name) == ("sgd", True)
+    assert torch.equal(loaded.eval()(X), module.eval()(X))
+    assert "on_load_checkpoint" not in vars(cls)
+    with pytest.raises(RuntimeError, match="size mismatch|Missing key"):
+        cls.load_from_checkpoint(tmp_path / "small.ckpt")
+    loaded = load_from_checkpoint(cls, tmp_path / "small.ckpt", optimizer="adamw")
+    assert loaded.optimizer == "adamw"
+
+
+def test_what_was_loaded_is_trained_on_and_saved(run, tmp_path) -> None:
+    loaded = load_from_checkpoint(Lit, run[2] / "e1.ckpt")
+    fitted = trainer(Events(), max_epochs=1)
+    fitted.fit(loaded, Loader())
+    fitted.save_checkpoint(tmp_path / "on.ckpt")
+    assert load_from_checkpoint(Lit, tmp_path / "on.ckpt").net.conv1.out_channels == 4
+
+
+def test_the_mixin_makes_the_class_load_itself(run) -> None:
+    class Mixed(CompressibleMixin, Lit):
+        pass
+
+    loaded = Mixed.load_from_checkpoint(run[2] / "e2.ckpt")
+    assert torch.equal(loaded.eval()(X), run[0].eval()(X))
+    assert same(dict(load_from_checkpoint(Mixed, run[2] / "e2.ckpt").state_dict()), dict(loaded.state_dict()))
+    fresh = Mixed()
+    trainer(Events(cuts=(5,), factor_at=9)).fit(fresh, Loader(), ckpt_path=run[2] / "e1.ckpt")
+    assert same(dict(fresh.state_dict()), dict(run[0].state_dict()))
+
+
+def test_the_users_own_hooks_are_called_first(tmp_path) -> None:
+    class Talks(Lit):
+        def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            checkpoint["said"] = KEY not in checkpoint
+
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            self.heard = checkpoint["said"], self.net.conv1.out_channels
+
+    fitted = trainer(Events(cuts=(2,)), max_epochs=1)
+    fitted.fit(Talks(), Loader())
+    fitted.save_checkpoint(tmp_path / "x.ckpt")
+    assert load_from_checkpoint(Talks, tmp_path / "x.ckpt").heard == (True, 8)
+    assert "on_load_checkpoint" in vars(Talks)
+    module = Talks()
+    trainer(Events()).test(module, ckpt_path=tmp_path / "x.ckpt", verbose=False)
+    assert module.heard == (True, 8)
+
+
+def test_a_hook_set_on_the_instance_is_kept() -> None:
+    module, heard = Lit(), []
+    module.on_save_checkpoint = heard.append
+    attach(module)
+    module.on_save_checkpoint({})
+    assert len(heard) == 1
+
+
+def test_a_bare_state_dict_gives_a_fresh_module_its_shapes(run, tmp_path) -> None:
+    _, _, folder = run
+    fresh = Lit()
+    ledger = attach(fresh)
+    state_dict = weights(folder / "e1.ckpt")
+    assert str(fresh.load_state_dict(state_dict)) == "<All keys matched successfully>"
+    assert (fresh.net.conv1.out_channels, fresh.net.conv2.in_channels, fresh.net.bn1.num_features) == (4, 4, 4)
+    assert ledger.journal[0]["op"] == "channels"
+    checkpoint: dict[str, Any] = {"state_dict": fresh.state_dict()}
+    fresh.on_save_checkpoint(checkpoint)
+    other = Lit()
+    other_ledger = attach(other)
+    other_ledger.load(other, checkpoint)
+    assert other.net.conv1.out_channels == 4
+    release(fresh)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        fresh.load_state_dict(weights(folder / "e0.ckpt"))
+
+
+@pytest.mark.parametrize("change", ["wider", "missing", "inconsistent", "rank"])
+def test_a_state_dict_of_another_network_is_not_followed(run, change) -> None:
+    fresh = Lit()
+    attach(fresh)
+    before = {name: tuple(tensor.shape) for name, tensor in fresh.state_dict().items()}
+    state_dict = dict(weights(run[2] / "e1.ckpt"))
+    if change == "wider":
+        state_dict["net.fc.weight"] = torch.zeros(5, 13)
+    elif change == "missing":
+        del state_dict["net.bn1.weight"]
+    elif change == "rank":
+        state_dict["net.fc.weight"] = torch.zeros(5, 12, 1)
+    else:
+        state_dict = {**fresh.state_dict(), "net.bn1.weight": torch.zeros(4)}
+    with pytest.raises(RuntimeError):
+        fresh.load_state_dict(state_dict)
+    assert {name: tuple(tensor.shape) for name, tensor in fresh.state_dict().items()} == before
+
+
+def damage(checkpoint: dict[str, Any], how: str) -> None:
+    manifest = checkpoint[KEY]
+    journal = json.loads(manifest["journal"])
+    if how == "not a manifest":
+        checkpoint[KEY] = ["channels"]
+    elif how == "newer":
+        manifest["version"] = 99
+    elif how == "no journal":
+        del manifest["journal"]
+    elif how == "half a journal":
+        manifest["journal"] = manifest["journal"][:20]
+    elif how == "journal of another type":
+        manifest["journal"] = "{}"
+    elif how == "state of another type":
+        manifest["state"] = {"events": 1}
+    elif how == "unknown operation":
+        manifest["journal"] = json.dumps([*journal, {"op": "of another package"}])
+    elif how == "unknown module":
+        manifest["journal"] = json.dumps(
+            [{"op": "channels", "attributes": {"net.none": {"out_channels": 1}}}, *journal]
+        )
+    elif how == "unknown attribute":
+        manifest["journal"] = json.dumps([{"op": "channels", "attributes": {"net.conv1": {"chanels": 1}}}, *journal])
+    elif how == "contradiction":
+        journal[0]["attributes"]["net.conv1"]["out_channels"] = 3
+        manifest["journal"] = json.dumps(journal)
+    elif how == "weights missing":
+        del checkpoint["state_dict"]["net.conv1.weight"]
+    elif how == "weights of another rank":
+        checkpoint["state_dict"]["net.conv1.weight"] = torch.zeros(4)
+    elif how == "another network":
+        fingerprint = json.loads(manifest["fingerprint"])
+        manifest["fingerprint"] = json.dumps({**fingerprint, "net.conv1.weight": [16, 3, 3, 3]})
+
+
+DAMAGES = [
+    "not a manifest",
+    "newer",
+    "no journal",
+    "half a journal",
+    "journal of another type",
+    "state of another type",
+    "unknown operation",
+    "unknown module",
+    "unknown attribute",
+    "contradiction",
+    "weights missing",
+    "weights of another rank",
+    "another network",
+]
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_damaged_checkpoint_leaves_the_module_untouched(run, how, compressed) -> None:
+    module, _, folder = run if compressed else (Lit(), None, run[2])
+    path = folder / "damaged.ckpt"
+    checkpoint = torch.load(folder / "e1.ckpt", weights_only=True)
+    damage(checkpoint, how)
+    torch.save(checkpoint, path)
+    before = copy.deepcopy(module.state_dict())
+    modules = {name: (id(child), repr(child)) for name, child in module.named_modules()}
+    with pytest.raises(ManifestError):
+        trainer(Events()).test(module, ckpt_path=path, verbose=False)
+    assert same(dict(before), dict(module.state_dict()))
+    assert {name: (id(child), repr(child)) for name, child in module.named_modules()} == modules
+    with pytest.raises(ManifestError):
+        load_from_checkpoint(Lit, path)
+
+
+def test_state_that_a_weights_only_load_refuses_is_refused_when_saved() -> None:
+    module = Lit()
+    attach(module).state["method"] = {"nested": [torch.float32]}
+    with pytest.raises(TypeError, match=r"state\['method'\]\['nested'\]\[0\].*found dtype"):
+        module.on_save_checkpoint({})
+    attach(module).state["method"] = {(1, 2): 1}
+    with pytest.raises(TypeError, match="keys of type int or str, found tuple"):
+        module.on_save_checkpoint({})
