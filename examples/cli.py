@@ -1,0 +1,14 @@
+"""The examples' network on ``LightningCLI``: methods, budgets, schedules and criteria are written in YAML.
+
+``python examples/cli.py fit --config examples/configs/prune.yaml`` ends with the weights of 01_prune_and_export.py.
+"""
+
+from importlib import import_module
+
+from fashion_mnist import FashionMNIST
+from lightning.pytorch.cli import LightningCLI
+
+import lightning_light  # noqa: F401  # so that the YAML may say `StructuredPruning` for short
+
+if __name__ == "__main__":
+    LightningCLI(import_module("01_prune_and_export").Classifier, FashionMNIST, seed_everything_default=0)
