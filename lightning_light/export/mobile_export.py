@@ -222,8 +222,9 @@ class MobileExport(CompressionCallback):
             return
         saved = ""
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            saved = f" Nothing is lost: the trained network is in {str(self.path)!r}.ckpt."
-            trainer.save_checkpoint(f"{self.path}.ckpt")
+            rescue = f"{self.path}.ckpt"
+            trainer.save_checkpoint(rescue)
+            saved = f" Nothing is lost: the trained network is in {rescue!r}."
         if isinstance(error, LightningLightError):
             raise type(error)(f"{error}{saved}") from error
         raise LightningLightError(

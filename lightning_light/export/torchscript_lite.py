@@ -146,8 +146,8 @@ def _advice(model: Positional, error: Exception) -> str:
         )
     return (
         f"`TorchScriptLite()` on `{name}`: expected a forward that can be traced with inputs "
-        f"{', '.join(model.names)}; found {type(error).__name__}: {lines[0]}. Check that `model.eval()(...)` runs on one "
-        "sample on the CPU, and that `forward` uses torch operations only."
+        f"{', '.join(model.names)}; found {type(error).__name__}: {lines[0]}. Check that `model.eval()(...)` runs on "
+        "one sample on the CPU, and that `forward` uses torch operations only."
     )
 
 

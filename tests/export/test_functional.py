@@ -1,6 +1,5 @@
 """The exported file, run by the real lite interpreter."""
 
-import random
 import threading
 import warnings
 from collections import OrderedDict, namedtuple
@@ -9,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,6 +18,7 @@ from lightning_light.example_input import ExampleInput
 from lightning_light.export import ExportReport, Tolerance, TorchScriptLite, export_model
 from lightning_light.export.inputs import Positional, first_sample
 from lightning_light.export.torchscript_lite import quiet_deprecations
+from tests.export.snapshots import snapshot
 from tests.zoo import ZOO, noise, tokens
 
 QUICK: dict[str, Any] = {"latency_runs": 2}
@@ -43,30 +42,6 @@ def run(path: Path, model: nn.Module, *args: Any, **kwargs: Any) -> list[Tensor]
     return tree_leaves(TorchScriptLite().load(path)(*Positional(model, call).tensors(call)))
 
 
-def snapshot(model: nn.Module) -> dict[str, Any]:
-    return {
-        "tensors": {name: tensor.clone() for name, tensor in model.state_dict(keep_vars=True).items()},
-        "objects": [id(tensor) for tensor in model.state_dict(keep_vars=True).values()],
-        "grads": [parameter.grad for parameter in model.parameters()],
-        "requires_grad": [parameter.requires_grad for parameter in model.parameters()],
-        "modes": [module.training for module in model.modules()],
-        "attributes": [{name: id(value) for name, value in vars(module).items()} for module in model.modules()],
-        "hooks": [
-            list(table)
-            for module in model.modules()
-            for name, table in vars(module).items()
-            if name.endswith("_hooks") and table is not None
-        ],
-        "random": (torch.get_rng_state().tolist(), random.getstate(), numpy.random.get_state()[1].tolist()),
-    }
-
-
-def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
-    assert all(torch.equal(tensor, after["tensors"][name]) for name, tensor in before["tensors"].items())
-    for key in before.keys() - {"tensors"}:
-        assert before[key] == after[key], key
-
-
 @pytest.mark.parametrize("name", sorted(ZOO.keys() - {"control_flow"}))
 def test_file_answers_as_the_model_does_at_every_batch_size(name: str, tmp_path: Path) -> None:
     net = trained(ZOO[name]())
@@ -74,7 +49,7 @@ def test_file_answers_as_the_model_does_at_every_batch_size(name: str, tmp_path:
     path = tmp_path / "model.ptl"
     before = snapshot(net)
     report = export_model(net, args, path, kwargs=kwargs, **QUICK)
-    assert_same(before, snapshot(net))
+    assert snapshot(net) == before
     net.eval()
     for call in (ExampleInput(args, kwargs), first_sample(ExampleInput(args, kwargs))):
         with torch.no_grad():
