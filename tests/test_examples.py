@@ -1,0 +1,141 @@
+"""Every example runs as a user runs it, on a small part of its data; the YAML twin ends with the same weights."""
+
+import gzip
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SCRIPTS = sorted(EXAMPLES.glob("[0-9]*.py"))
+OUT = Path("runs") / "prune_and_export"  # where both twins write, below the folder they run in
+
+
+@pytest.fixture(scope="module")
+def fashion_mnist() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("fashion_mnist", EXAMPLES / "fashion_mnist.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def small(fashion_mnist: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few of the images that ship with the examples."""
+    path: Path = tmp_path_factory.mktemp("data") / "small.npz"
+    np.savez(path, **{name: array[:500] for name, array in fashion_mnist.load(fashion_mnist.EMBEDDED).items()})
+    return path
+
+
+@pytest.fixture(scope="module")
+def main_job(small: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder in which the main job ran, and what it printed."""
+    folder = tmp_path_factory.mktemp("main_job")
+    return folder, run(EXAMPLES / "01_prune_and_export.py", f"--data={small}", "--epochs=2", folder=folder)
+
+
+def run(script: Path, *arguments: str, folder: Path) -> str:
+    """What the script prints, started in ``folder`` by a new Python with one thread."""
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+    command = [sys.executable, str(script), *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def final_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of the last checkpoint that a run in ``folder`` wrote."""
+    checkpoints = (folder / OUT).glob("lightning_logs/version_*/checkpoints/*.ckpt")
+    last = max(checkpoints, key=lambda path: path.parent.parent.name)
+    weights: dict[str, torch.Tensor] = torch.load(last, weights_only=True)["state_dict"]
+    return weights
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_an_example_is_short_and_says_what_it_does(script: Path) -> None:
+    text = script.read_text()
+    assert text.count("\n") < 100
+    assert text.startswith('"""')
+
+
+def test_the_main_job_prunes_exports_and_compares(main_job: tuple[Path, str]) -> None:
+    folder, printed = main_job
+    rows = {words[0]: words for line in printed.splitlines() if (words := re.findall(r"[\w.,%]+", line))}
+    dense, pruned = (float(rows[name][rows[name].index("M") - 1]) for name in ("dense", "pruned"))
+    assert pruned <= 0.42 * dense
+    assert (folder / OUT / "pruned.ptl").stat().st_size < (folder / OUT / "dense.ptl").stat().st_size
+    assert (folder / OUT / "pruned.ptl.json").exists()
+
+
+@pytest.mark.slow
+def test_the_yaml_twin_ends_with_the_same_weights(main_job: tuple[Path, str], small: Path, tmp_path: Path) -> None:
+    config = EXAMPLES / "configs" / "prune.yaml"
+    run(
+        EXAMPLES / "cli.py", "fit", f"--config={config}", f"--data.data={small}", "--trainer.max_epochs=2",
+        folder=tmp_path,
+    )  # fmt: skip
+    python, yaml = final_weights(main_job[0]), final_weights(tmp_path)
+    assert python.keys() == yaml.keys()
+    assert [name for name in python if not torch.equal(python[name], yaml[name])] == []
+
+
+@pytest.mark.slow
+def test_a_printed_config_reads_back(tmp_path: Path) -> None:
+    config = EXAMPLES / "configs" / "prune.yaml"
+    printed = run(EXAMPLES / "cli.py", "fit", f"--config={config}", "--print_config", folder=tmp_path)
+    (tmp_path / "printed.yaml").write_text(printed)
+    again = run(EXAMPLES / "cli.py", "fit", "--config=printed.yaml", "--print_config", folder=tmp_path)
+    assert again == printed
+
+
+def test_the_embedded_part_is_what_it_says(fashion_mnist: ModuleType) -> None:
+    arrays = fashion_mnist.load(fashion_mnist.EMBEDDED)
+    assert arrays["x_train"].shape == arrays["x_test"].shape == (10_000, 28, 28)
+    assert np.bincount(arrays["y_test"]).tolist() == [1000] * 10
+    assert all(array.dtype == np.uint8 for array in arrays.values())
+
+
+def test_the_official_files_are_read(fashion_mnist: ModuleType, tmp_path: Path) -> None:
+    images, labels = np.arange(3 * 28 * 28, dtype=np.uint8).reshape(3, 28, 28), np.array([7, 0, 9], np.uint8)
+    for name, file in fashion_mnist.IDX_FILES.items():
+        array = images if name.startswith("x") else labels
+        header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
+        (tmp_path / file).write_bytes(gzip.compress(header + array.tobytes()))
+    arrays = fashion_mnist.load(tmp_path)
+    assert np.array_equal(arrays["x_test"], images)
+    assert np.array_equal(arrays["y_train"], labels)
+
+
+def test_predicted_residuals_are_unpacked(fashion_mnist: ModuleType, tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (2, 1, 5, 6), np.uint8)
+    residuals = images.copy()
+    for n, _, y, x in np.ndindex(images.shape):
+        west, north, corner = (
+            int(images[n, 0, b, a]) if b >= 0 and a >= 0 else 0 for b, a in ((y, x - 1), (y - 1, x), (y - 1, x - 1))
+        )
+        if corner >= max(west, north):  # Weinberger et al., 2000, "The LOCO-I Lossless Image Compression Algorithm"
+            predicted = min(west, north)
+        elif corner <= min(west, north):
+            predicted = max(west, north)
+        else:
+            predicted = west + north - corner
+        predicted = west if y == 0 else north if x == 0 else predicted
+        residuals[n, 0, y, x] = (int(images[n, 0, y, x]) - predicted) % 256
+    labels = np.zeros(2, np.uint8)
+    path = tmp_path / "packed.npz"
+    np.savez(path, **{"x_train@med": residuals, "x_test@med": residuals, "y_train": labels, "y_test": labels})
+    assert np.array_equal(fashion_mnist.load(path)["x_test"], images[:, 0])
+
+
+def test_a_missing_data_file_is_one_clear_sentence(fashion_mnist: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"`data=.*nowhere`: expected an `.npz` file or a folder with .*found"):
+        fashion_mnist.load(tmp_path / "nowhere")

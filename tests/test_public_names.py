@@ -1,0 +1,86 @@
+"""What the package promises: the names of `lightning_light`, and that they are the ones the wings list."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+import lightning_light
+
+ROOT = Path(lightning_light.__file__).parent
+FACES = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
+
+PUBLIC = [
+    "Activation",
+    "BatchNormScale",
+    "Budget",
+    "BudgetError",
+    "Channels",
+    "CompressibleMixin",
+    "CompressionCallback",
+    "CompressionMonitor",
+    "Constant",
+    "Cosine",
+    "Criterion",
+    "Cubic",
+    "Exponential",
+    "Exporter",
+    "GeometricMedian",
+    "Global",
+    "GroupLasso",
+    "GrowingRegularization",
+    "Hessian",
+    "Isomorphic",
+    "Latency",
+    "LightningLightError",
+    "Linear",
+    "Local",
+    "MACs",
+    "Magnitude",
+    "ManifestError",
+    "MobileExport",
+    "NoEffectWarning",
+    "OneShot",
+    "OrderError",
+    "Params",
+    "ParityError",
+    "Random",
+    "RankMismatchError",
+    "Ranking",
+    "Schedule",
+    "Size",
+    "Sparsity",
+    "SparsityLearning",
+    "Staircase",
+    "StructuredPruning",
+    "SurgeryError",
+    "TargetError",
+    "Targets",
+    "Taylor",
+    "Tolerance",
+    "TorchScriptLite",
+    "TraceError",
+    "UnsupportedError",
+    "Window",
+    "expand_checkpoint",
+    "export_model",
+    "load_from_checkpoint",
+    "prune_channels",
+]
+
+
+def test_the_public_names_are_these() -> None:
+    assert lightning_light.__all__ == PUBLIC
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_each_public_name_has_a_docstring(name: str) -> None:
+    assert (getattr(lightning_light, name).__doc__ or "").strip()
+
+
+@pytest.mark.parametrize("face", ["", *FACES])
+def test_a_face_lists_names_that_exist_in_order(face: str) -> None:
+    module = importlib.import_module(f"lightning_light.{face}".rstrip("."))
+    names = list(getattr(module, "__all__", []))
+    assert names == sorted(names)
+    assert [name for name in names if not hasattr(module, name)] == []
