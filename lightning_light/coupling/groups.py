@@ -168,7 +168,7 @@ def _role(model: nn.Module, leaf: Leaf) -> str:
         return "buffer"
     if tensor.dim() > 1:
         swapped = isinstance(module, nn.Embedding) or getattr(module, "transposed", False)
-        return "out" if (leaf.dim == 0) != swapped else "in"
+        return "out" if leaf.dim == int(swapped) else "in"
     if name == "weight" and not isinstance(module, (nn.PReLU, nn.modules.conv._ConvNd, nn.Linear)):
         return "norm"
     return "bias"

@@ -62,7 +62,7 @@ class LabelBook:
 
         A label that meets `FIXED` is protected, with ``reason``.
         """
-        left, right = torch.broadcast_tensors(left, right)
+        left, right = left + torch.zeros_like(right), right + torch.zeros_like(left)
         left, right = self.roots(left.reshape(-1)), self.roots(right.reshape(-1))
         lone = (left == FIXED) != (right == FIXED)
         if lone.any():

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +15,20 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lightning_light.coupling.labels import LabelBook, varying
 from lightning_light.coupling.rules import RULES, elementwise, unknown
 from lightning_light.errors import TraceError
+from lightning_light.measure.quiet import plain_kernels
 
-__all__ = ["Leaf", "Split", "Tie", "Tracer", "leaf_tensors", "quiet", "trace"]
+__all__ = ["FORWARD_ERRORS", "Leaf", "Split", "Tie", "Tracer", "leaf_tensors", "quiet", "trace"]
+
+FORWARD_ERRORS = (
+    RuntimeError,  # also NotImplementedError
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+)
+"""What a forward pass may raise on an input or a shape that it was not written for."""
 
 HEAD_COUNTS = ("num_heads", "n_heads", "nheads", "n_head", "nhead", "heads", "num_attention_heads")
 HEAD_SIZES = ("head_dim", "dim_head", "d_head", "head_size", "attention_head_size", "d_k")
@@ -51,7 +63,7 @@ class Split:
 
 
 @dataclass(eq=False)
-class Tracer(TorchDispatchMode):
+class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own signature
     """Follows labels through ATen operations.
 
     Attributes:
@@ -67,11 +79,11 @@ class Tracer(TorchDispatchMode):
     output_shapes: list[tuple[int, ...]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        super().__init__()
-        self._marks: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._marks: MutableMapping[Tensor, list[Tensor]] = WeakIdKeyDictionary()
         self._stack: list[tuple[str, nn.Module, Tensor | None]] = []
         self._function: Any = None
-        self._names: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._names: MutableMapping[Tensor, str] = WeakIdKeyDictionary()
         self._used: set[str] = set()
         self.shape_before: torch.Size = torch.Size()
 
@@ -87,7 +99,10 @@ class Tracer(TorchDispatchMode):
         self._marks[tensor] = [mark for mark in marks if varying(mark)]
 
     def along(self, tensor: Tensor, dim: int, reason: str = "", *, only: bool = False) -> Tensor | None:
-        """Labels along ``dim``, shape ``(size,)``. With ``reason``, protect what varies elsewhere (or, ``only``, them)."""
+        """Labels along ``dim``, shape ``(size,)``; with ``reason``, what varies elsewhere is protected.
+
+        With ``only`` nothing is returned, and what varies along ``dim`` is protected instead.
+        """
         found = None
         for mark in self.marks(tensor):
             if mark.shape[dim] == 1 or only:
@@ -119,8 +134,8 @@ class Tracer(TorchDispatchMode):
     def splits_heads(self, mark: Tensor) -> bool:
         """Whether the rows of ``mark`` are this module's attention heads, and whole heads are to leave."""
         module = self._stack[-1][1] if self._stack else None
-        counts = {getattr(module, name, None) for name in HEAD_COUNTS} - {None}
-        return self.heads == "head" and any(_counts(count, mark) for count in counts)
+        counts = [getattr(module, name, None) for name in HEAD_COUNTS]
+        return self.heads == "head" and any(type(count) is int and _counts(count, mark) for count in counts)
 
     def tie(self, attribute: str, labels: Tensor | None) -> None:
         """The module at hand counts ``labels`` in ``attribute``, if it has it."""
@@ -216,7 +231,7 @@ def trace(
         try:
             with tracer:
                 out = model(*args, **(kwargs or {}))
-        except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, NotImplementedError) as error:
+        except FORWARD_ERRORS as error:
             raise TraceError(
                 f"`{type(model).__name__}` does not run on the example input: {type(error).__name__}: {error}. "
                 "Expected one forward pass in eval mode. Give an input that `forward` accepts: "
@@ -233,26 +248,15 @@ def trace(
 
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
-    """A forward pass that leaves no trace: eval mode, no gradients, random state and buffers put back.
-
-    Fused attention and recurrent kernels are off, so that what they do can be seen.
-    """
+    """A forward pass as the user wrote it, hooks and all, that leaves no trace: modes, buffers, random state."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    fast = torch.backends.mha.get_fastpath_enabled()
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-        stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
-        torch.backends.mha.set_fastpath_enabled(False)
+    with torch.random.fork_rng(devices), torch.no_grad(), plain_kernels():
         try:
             model.eval()
             yield
         finally:
-            torch.backends.mha.set_fastpath_enabled(fast)
             for module, mode in modes:
                 module.training = mode
             for buffer, value in buffers:
@@ -281,7 +285,9 @@ def _module_names(model: nn.Module, tracer: Tracer) -> Iterator[None]:
 def _counts(number: int, mark: Tensor) -> bool:
     """Whether ``mark`` (one varying dimension) is ``number`` labels, perhaps repeated as a whole."""
     flat = mark.reshape(-1)
-    return 1 < number <= flat.numel() and flat.numel() % number == 0 and bool((flat.view(-1, number) == flat[:number]).all())
+    if not 1 < number <= flat.numel() or flat.numel() % number:
+        return False
+    return bool((flat.view(-1, number) == flat[:number]).all())
 
 
 def leaf_tensors(value: Any) -> list[Tensor]:

@@ -9,12 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_light.coupling.groups import ChannelGroup, Coupling, coupling_of
-from lightning_light.coupling.trace import Tracer, leaf_tensors, quiet, trace
+from lightning_light.coupling.trace import FORWARD_ERRORS, Tracer, leaf_tensors, quiet, trace
 from lightning_light.surgery.edit import trial
 
 __all__ = ["couple_channels", "failure"]
-
-_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError, AttributeError, ZeroDivisionError)
 
 
 def couple_channels(
@@ -22,9 +20,9 @@ def couple_channels(
 ) -> Coupling:
     """Find every set of channels of ``model`` that hangs together, and try each one.
 
-    One forward pass is traced; then one channel of each group is taken out, for a trial, and the forward pass must still
-    give outputs of the same shape. A group that breaks it (a size is written down in the code) is first tied to the width
-    of the module that it runs in, and protected where that does not help.
+    One forward pass is traced; then one channel of each group is taken out, for a trial, and the forward pass must
+    still give outputs of the same shape. A group that breaks it (a size is written down in the code) is first tied to
+    the width of the module that it runs in, and protected where that does not help.
 
     Args:
         model: a module; afterwards it is exactly what it was.
@@ -55,11 +53,11 @@ def failure(
     kwargs: Mapping[str, Any] | None,
     shapes: Sequence[tuple[int, ...]],
 ) -> str | None:
-    """Why ``model`` would not run, or not give outputs of ``shapes``, after the cut ``kept``; ``None`` where it would."""
+    """Why ``model`` would fail, or not give outputs of ``shapes``, after the cut ``kept``; ``None`` where it would not."""
     with quiet(model), trial(model, coupling.kept_positions(kept), coupling.attributes(model, kept)):
         try:
             out = model(*args, **(kwargs or {}))
-        except _ERRORS as error:
+        except FORWARD_ERRORS as error:
             return str(error).partition("\n")[0]
     found = [tuple(tensor.shape) for tensor in leaf_tensors(out)]
     return None if found == list(shapes) else f"the output's shape would change from {list(shapes)} to {found}"

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_light.measure.quiet import undisturbed
+from lightning_light.measure.quiet import plain_kernels, undisturbed
 
 __all__ = ["Cost", "count_cost"]
 
@@ -108,7 +107,7 @@ def _run(
     ledger = _Ledger(model, counter.get_total_flops)
     with ExitStack() as stack:
         stack.enter_context(undisturbed(model))
-        stack.enter_context(_plain_kernels())
+        stack.enter_context(plain_kernels())
         stack.callback(register_module_forward_pre_hook(ledger.enter).remove)
         stack.callback(register_module_forward_hook(ledger.leave, always_call=True).remove)
         if shapes is not None:
@@ -116,21 +115,6 @@ def _run(
         stack.enter_context(counter)
         model(*args, **kwargs)
     return ledger.close()
-
-
-@contextmanager
-def _plain_kernels() -> Iterator[None]:
-    """No fused kernel for attention or recurrent layers: it would hide the products inside it."""
-    mha, mkldnn, cudnn = torch.backends.mha, torch.backends.mkldnn, torch.backends.cudnn
-    before = mha.get_fastpath_enabled(), mkldnn.enabled, cudnn.enabled
-    try:
-        mha.set_fastpath_enabled(False)
-        mkldnn.enabled = cudnn.enabled = False  # type: ignore[assignment]  # typed as the descriptor it is
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        mha.set_fastpath_enabled(before[0])
-        mkldnn.enabled, cudnn.enabled = before[1:]
 
 
 class _Ledger:

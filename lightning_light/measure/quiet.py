@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__all__ = ["undisturbed"]
+__all__ = ["plain_kernels", "undisturbed"]
 
 _TABLES = ("_parameters", "_buffers", "_modules")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -50,6 +51,21 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             for table, entries in contents.items():
                 live[table].clear()
                 live[table].update(entries)
+
+
+@contextmanager
+def plain_kernels() -> Iterator[None]:
+    """No fused kernel for attention or recurrent layers: it would hide the products inside it."""
+    mha, mkldnn, cudnn = torch.backends.mha, torch.backends.mkldnn, torch.backends.cudnn
+    before = mha.get_fastpath_enabled(), mkldnn.enabled, cudnn.enabled
+    try:
+        mha.set_fastpath_enabled(False)
+        mkldnn.enabled = cudnn.enabled = False  # type: ignore[assignment]  # typed as the descriptor it is
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        mha.set_fastpath_enabled(before[0])
+        mkldnn.enabled, cudnn.enabled = before[1:]
 
 
 def _contents(module: nn.Module) -> dict[str, dict[str, Any]]:

@@ -38,8 +38,8 @@ def check_arguments(
         )
     if budget is not None and budget.quantity not in _QUANTITIES:
         raise ValueError(
-            f"`StructuredPruning({budget!r})`: expected MACs, Params, Channels, Size or Latency; {type(budget).__name__} "
-            "counts zeros, which stay in place. Use `WeightPruning` for them."
+            f"`StructuredPruning({budget!r})`: expected MACs, Params, Channels, Size or Latency, found a budget of "
+            f"{budget.quantity}, which stay in place. Mask weights to reach it."
         )
     if heads not in {"dim", "head"}:
         raise ValueError(

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_light.budgets import Budget
 from lightning_light.coupling import couple_channels
 from lightning_light.example_input import ExampleInput
 from lightning_light.structured.costs import quantity
 from lightning_light.structured.plan import Plan, plan_channels
+from lightning_light.structured.scores import Gathered
 from lightning_light.structured.structured_pruning import StructuredPruning
 from lightning_light.surgery.edit import cut
 
@@ -57,8 +57,8 @@ def prune_channels(
     """
     if pruning.criterion.needs - {"generator"}:
         raise ValueError(
-            f"`prune_channels(pruning={pruning!r})`: expected a criterion that reads weights alone, found one that needs "
-            f"{sorted(pruning.criterion.needs)}. Use the callback in a Trainer, or `criterion=Magnitude()`."
+            f"`prune_channels(pruning={pruning!r})`: expected a criterion that reads weights alone, found one that "
+            f"needs {sorted(pruning.criterion.needs)}. Use the callback in a Trainer, or `criterion=Magnitude()`."
         )
     example = ExampleInput(args, dict(kwargs or {}))
     coupling = couple_channels(model, args, kwargs, heads=pruning.heads)
@@ -72,7 +72,8 @@ def prune_channels(
         share=1.0,
         original={group.name: group.width for group in coupling.groups},
         example=example,
-        generator=torch.Generator().manual_seed(pruning.seed),
+        gathered=Gathered(),
+        generator=torch.Generator().manual_seed(0),
     )
     if plan.removed and not pruning.dry_run:
         kept = coupling.kept_positions(plan.kept)

@@ -33,7 +33,8 @@ class Options:
         criterion: scores weights.
         ranking: among which channels the lowest score is looked for.
         targets: layers whose output channels may leave.
-        amounts: layer pattern -> share of its channels that leaves in the end, in [0, 1); such layers leave the ranking.
+        amounts: layer pattern -> share of its channels that leaves in the end, in [0, 1); such layers are not
+            ranked.
         round_to: widths stay multiples of it, unless the layer was narrower.
         min_channels: what every layer keeps.
         max_amount: no layer loses more than this share of the channels that it once had, in [0, 1].
@@ -90,7 +91,7 @@ def plan_channels(
     share: float,
     original: Mapping[str, int],
     example: ExampleInput,
-    gathered: Gathered = Gathered(),
+    gathered: Gathered,
     generator: torch.Generator | None = None,
 ) -> Plan:
     """Choose the fewest channels, least important first, whose removal brings the budget's quantity to ``limit``.
@@ -212,6 +213,8 @@ def _candidates(model: nn.Module, coupling: Coupling, targets: Targets) -> tuple
     for group in coupling.groups:
         makers = {m.tensor.partition(".parametrizations.")[0] if ".parametrizations." in m.tensor else
                   m.tensor.rpartition(".")[0] for m in group.members if m.role == "out"}  # fmt: skip
+        if not makers:
+            continue
         if group.reason is not None:
             skipped[group.name] = group.reason
         elif makers - chosen:

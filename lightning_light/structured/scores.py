@@ -60,9 +60,9 @@ def score_groups(
                 found.append(positions[member.index.to(positions.device)].sum(dim=1))
         if not found:
             raise ValueError(
-                f"`{criterion!r}` reads {sorted(criterion.roles)}, but the layers of `{group.name}` have no such tensor "
-                "(for instance no batch norm). Exclude the layer, `targets=Targets(exclude=...)`, or choose another "
-                "criterion."
+                f"`{criterion!r}` reads {sorted(criterion.roles)}, but the layers of `{group.name}` have no such "
+                "tensor (for instance no batch norm). Exclude the layer, `targets=Targets(exclude=...)`, or choose "
+                "another criterion."
             )
         scores[group.name] = normalize(combine([score.cpu() for score in found], reduction), normalizer)
     return scores

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_light.coupling import ChannelGroup, Member
+from lightning_light.criteria.reduction import channel_scores
 
 __all__ = ["GroupLasso", "GrowingRegularization", "SparsityLearning", "add_penalty", "group_norms"]
 
@@ -60,9 +61,9 @@ class GroupLasso(SparsityLearning):
 
 @dataclass(frozen=True)
 class GrowingRegularization(SparsityLearning):
-    """Weight decay that grows during the phase, the faster the smaller a channel: ``strength * (1 + growth * p * rank) * w``.
+    """Weight decay that grows during the phase, the faster the smaller a channel is.
 
-    ``p`` is the progress of the phase, ``rank = (max - norm ** 2) / (max - min)`` over the channels of a group.
+    Gradient ``strength * (1 + growth * p * rank) * w``, where ``p`` is the progress of the phase, ``rank = (max - norm ** 2) / (max - min)`` over the channels of a group.
 
     After Wang et al., 2021, "Neural Pruning via Growing Regularization". https://arxiv.org/abs/2012.09243
 
@@ -100,9 +101,7 @@ def group_norms(tensors: Mapping[str, Tensor], group: ChannelGroup) -> Tensor:
 
 
 @torch.no_grad()
-def add_penalty(
-    model: nn.Module, groups: Sequence[ChannelGroup], learning: SparsityLearning, progress: float
-) -> None:
+def add_penalty(model: nn.Module, groups: Sequence[ChannelGroup], learning: SparsityLearning, progress: float) -> None:
     """Add the penalty's gradient to every ``.grad`` that is there; see `SparsityLearning.factors`."""
     tensors = dict(model.named_parameters())
     for group in groups:
@@ -123,5 +122,5 @@ def _weights(group: ChannelGroup) -> list[Member]:
 
 
 def _by_channel(values: Tensor, member: Member) -> Tensor:
-    positions = values.movedim(member.dim, 0).flatten(1).sum(dim=1)
+    positions = channel_scores(values.movedim(member.dim, 0))
     return positions[member.index.to(positions.device)].sum(dim=1).cpu()

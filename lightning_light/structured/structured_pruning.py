@@ -54,8 +54,8 @@ class StructuredPruning(CompressionCallback):
         StructuredPruning(budget=MACs(remaining=0.4), round_to=8)
 
     Args:
-        budget: what the network is to reach: ``MACs``, ``Params``, ``Channels``, ``Size`` (of its tensors) or ``Latency``
-            (of a forward pass on the training device). None where ``amounts`` say it all.
+        budget: what the network is to reach: ``MACs``, ``Params``, ``Channels``, ``Size`` (of its tensors) or
+            ``Latency`` (of a forward pass on the training device). None where ``amounts`` say it all.
         criterion: scores weights; the channels with the lowest scores go first.
         schedule: progress -> share of the way to the budget. Epochs and fractions as in `Window`.
         ranking: ``Local()``, ``Global()`` or ``Isomorphic()``: among which channels the lowest is looked for.
@@ -73,7 +73,6 @@ class StructuredPruning(CompressionCallback):
         reestimate_batch_norm: training batches after the last cut over which batch-norm statistics are averaged anew;
             0 for not at all.
         dry_run: log what the first cut would do, and do nothing.
-        seed: for criteria that draw.
 
     Raises:
         ValueError: an argument out of range; said at once.
@@ -109,7 +108,6 @@ class StructuredPruning(CompressionCallback):
         sparsity_learning: SparsityLearning | None = None,
         reestimate_batch_norm: int = 0,
         dry_run: bool = False,
-        seed: int = 0,
     ) -> None:
         check_arguments(budget, amounts, heads, round_to=round_to, min_channels=min_channels, max_amount=max_amount,
                         events=events, evidence_batches=evidence_batches,
@@ -132,7 +130,6 @@ class StructuredPruning(CompressionCallback):
         self.sparsity_learning = sparsity_learning
         self.reestimate_batch_norm = reestimate_batch_norm
         self.dry_run = dry_run
-        self.seed = seed
         self._points: list[tuple[float, float]] = []
         self._capture: Capture | None = None
         self._watch: ActivationWatch | None = None
@@ -201,7 +198,7 @@ class StructuredPruning(CompressionCallback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so, if nothing was removed."""
         state = self.state(pl_module)
-        if not self.dry_run and not state.get("removed", 0) and not trainer.fast_dev_run:
+        if not self.dry_run and not state.get("removed", 0) and not getattr(trainer, "fast_dev_run", False):
             self._no_effect(self._why_nothing(state))
 
     @override
@@ -226,8 +223,10 @@ class StructuredPruning(CompressionCallback):
 
     def _is_ready(self, pl_module: LightningModule) -> bool:
         """Whether there is an example, and what the criterion needs has been gathered."""
-        known = self._capture is not None and self._capture.example is not None
-        return known and (not self._needs_data or self.state(pl_module).get("seen", 0) >= self.evidence_batches)
+        if self._capture is None or self._capture.example is None:
+            return False
+        seen: int = self.state(pl_module).get("seen", 0)
+        return not self._needs_data or seen >= self.evidence_batches
 
     @property
     def _needs_data(self) -> bool:
@@ -296,7 +295,7 @@ class StructuredPruning(CompressionCallback):
                     pl_module, coupling, self.options(), budget=self.budget,
                     limit=0.0 if self.budget is None else self.budget.at(state["dense"], share), share=share,
                     original=_widths(coupling, state["original"]), example=example, gathered=gathered,
-                    generator=torch.Generator().manual_seed(self.seed + state.get("events", 0)),
+                    generator=torch.Generator().manual_seed(state.get("events", 0)),
                 )  # fmt: skip
             except LightningLightError as error:
                 outcome = error

@@ -10,14 +10,14 @@ __all__ = ["implied_attributes", "infer_attributes"]
 
 
 def infer_attributes(module: nn.Module) -> None:
-    """Set what the shapes of ``module``'s tensors imply, for instance ``in_features``; other modules stay as they are."""
+    """Set what the shapes of ``module``'s own tensors imply, for instance ``in_features``."""
     for name, value in implied_attributes(module).items():
         if getattr(module, name) != value:
             setattr(module, name, value)
 
 
 def implied_attributes(module: nn.Module) -> dict[str, Any]:
-    """Attribute -> value, as the shapes of ``module``'s own tensors say. Empty for modules that are not of ``torch.nn``.
+    """Attribute -> value, as the shapes of ``module``'s own tensors say; empty for modules that are not torch's.
 
     The number of groups of a grouped convolution is not implied; a depthwise one keeps its outputs per input.
     """
@@ -60,8 +60,9 @@ def _attention(module: nn.MultiheadAttention) -> dict[str, Any]:
 
 def _recurrent(module: nn.RNNBase) -> dict[str, Any]:
     gates = {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
-    sizes = {"input_size": module.weight_ih_l0.shape[1], "hidden_size": module.weight_ih_l0.shape[0] // gates}
-    return sizes | ({"proj_size": module.weight_hh_l0.shape[1]} if module.proj_size else {})
+    rows, columns = module.get_parameter("weight_ih_l0").shape
+    sizes = {"input_size": columns, "hidden_size": rows // gates}
+    return sizes | ({"proj_size": module.get_parameter("weight_hh_l0").shape[1]} if module.proj_size else {})
 
 
 def _by_first_vector(

@@ -63,12 +63,15 @@ def cut(
 ) -> Edit:
     """Keep only the positions in ``kept`` (tensor name -> dimension -> ascending indices), in place.
 
-    Weights, gradients, optimizer state, buffers, the attributes that count channels, and the ``mirrors`` (averaged copies
-    of ``model``) are cut in one go. Everything is read and checked before anything is written: after an error the model
-    is what it was.
+    Weights, gradients, optimizer state, buffers, the attributes that count channels, and the ``mirrors`` are cut in one
+    go. Everything is read and checked before anything is written: after an error the model is what it was.
 
     Args:
+        model: the live model.
+        kept: what stays; tensors and dimensions that are not named stay whole.
         attributes: further attributes to set, module name -> name -> value.
+        optimizers: whose state follows.
+        mirrors: averaged copies of ``model``, which are cut like it.
 
     Raises:
         SurgeryError: a name, dimension or index is not in the model, or a mirror has another shape.
@@ -86,7 +89,7 @@ def cut(
     edit = Edit(kept={name: dict(dims) for name, dims in kept.items()})
     with torch.no_grad():
         new = [{name: take(group[name].detach(), dims) for name, dims in kept.items()} for group in (tensors, *copies)]
-        grads = {name: take(tensors[name].grad, kept[name]) for name in kept if tensors[name].grad is not None}
+        grads = {name: take(grad, kept[name]) for name in kept if (grad := tensors[name].grad) is not None}
         for group, values in zip((tensors, *copies), new, strict=True):
             _commit(group, values, grads if group is tensors else {}, kept, optimizers, edit)
     for module in (model, *mirrors):
@@ -120,8 +123,8 @@ def _check(model: nn.Module, tensors: Mapping[str, Tensor], kept: Positions) -> 
     for name, dims in kept.items():
         if name not in tensors:
             raise SurgeryError(
-                f"`cut(kept={{{name!r}: ...}})`: `{type(model).__name__}` has no tensor of that name. Expected a name of "
-                "`named_parameters()` or `named_buffers()`; a tied tensor goes by its first owner's name."
+                f"`cut(kept={{{name!r}: ...}})`: expected a name of `named_parameters()` or `named_buffers()`, found "
+                f"none in `{type(model).__name__}`. A tied tensor goes by its first owner's name."
             )
         shape = tuple(tensors[name].shape)
         for dim, index in dims.items():
@@ -130,8 +133,8 @@ def _check(model: nn.Module, tensors: Mapping[str, Tensor], kept: Positions) -> 
             ascending = bool((index[1:] > index[:-1]).all())
             if index.numel() == 0 or not ascending or int(index[0]) < 0 or int(index[-1]) >= shape[dim]:
                 raise SurgeryError(
-                    f"`cut(kept={{{name!r}: {{{dim}: ...}}}})`: expected at least one ascending index below {shape[dim]}, "
-                    f"found {index.tolist()[:8]}{'...' if index.numel() > 8 else ''}."
+                    f"`cut(kept={{{name!r}: {{{dim}: ...}}}})`: expected at least one ascending index below "
+                    f"{shape[dim]}, found {index.tolist()[:8]}{'...' if index.numel() > 8 else ''}."
                 )
 
 
@@ -146,9 +149,7 @@ def _check_mirrors(tensors: Mapping[str, Tensor], copies: Sequence[Mapping[str, 
                 )
 
 
-def _set_attributes(
-    model: nn.Module, names: set[str], attributes: Mapping[str, Mapping[str, Any]], edit: Edit
-) -> None:
+def _set_attributes(model: nn.Module, names: set[str], attributes: Mapping[str, Mapping[str, Any]], edit: Edit) -> None:
     wanted: dict[str, dict[str, Any]] = {}
     touched = {name.rpartition(".")[0] for name in names} | {_parent(name) for name in names}
     for path, module in model.named_modules():
@@ -167,13 +168,15 @@ def _set_attributes(
 
 
 def _parent(name: str) -> str:
-    """The layer that owns a parametrization (``conv.parametrizations.weight.original0`` -> ``conv``) or a projection."""
+    """The layer that owns a parametrization (``conv.parametrizations.weight.original0``) or a projection: ``conv``."""
     path = name.partition(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]
     return path.removesuffix(".out_proj") if path.endswith(".out_proj") else path
 
 
 @contextmanager
-def trial(model: nn.Module, kept: Positions, attributes: Mapping[str, Mapping[str, Any]] | None = None) -> Iterator[None]:
+def trial(
+    model: nn.Module, kept: Positions, attributes: Mapping[str, Mapping[str, Any]] | None = None
+) -> Iterator[None]:
     """Inside, ``model`` has the shape it would have after `cut`; afterwards it is what it was, optimizers and all."""
     tensors = _named_tensors(model)
     _check(model, tensors, kept)

@@ -34,7 +34,8 @@ def _product(t: Tracer, name: str, args: Sequence[Any], kwargs: dict[str, Any], 
 
 def _by_contraction(t: Tracer, marks: Marks, dim: int) -> tuple[Marks, Marks]:
     """Split ``marks`` into those that vary along the contracted dimension (the last), and the others."""
-    read, made = [], []
+    read: Marks = []
+    made: Marks = []
     for mark in marks:
         if mark.shape[-1] > 1 and mark.shape[-2] > 1:
             t.book.protect(mark, "varies along both dimensions of a matrix product")
