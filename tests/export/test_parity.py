@@ -1,0 +1,69 @@
+"""The comparison finds what is off, and says where."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lightning_light.errors import ParityError
+from lightning_light.export.parity import Parity, Tolerance, compare
+
+NUMBERS = st.floats(-100.0, 100.0)
+
+
+def between(model: object, file: object, tolerance: Tolerance = Tolerance()) -> Parity:
+    return compare(lambda _: model, lambda _: file, [(3, None)], tolerance)
+
+
+@given(st.lists(NUMBERS, min_size=1, max_size=5), NUMBERS, st.floats(0.0, 1.0), st.floats(0.0, 1.0))
+def test_every_element_is_held_to_the_formula(right: list[float], off: float, absolute: float, relative: float) -> None:
+    model = torch.tensor(right, dtype=torch.float64)
+    file = model.clone()
+    file[-1] += off
+    difference = abs(float(file[-1] - model[-1]))
+    if difference <= absolute + relative * abs(right[-1]):
+        assert between(model, file, Tolerance(absolute, relative)).max_absolute == difference
+    else:
+        with pytest.raises(ParityError, match="1 of "):
+            between(model, file, Tolerance(absolute, relative))
+
+
+def test_worst_over_all_outputs_and_batches() -> None:
+    model = {1: (torch.tensor([1.0, 2.0]), [torch.tensor([4.0])]), 2: (torch.tensor([8.0, 0.0]), [torch.tensor([1.0])])}
+    file = {1: (torch.tensor([1.0, 2.5]), [torch.tensor([4.0])]), 2: (torch.tensor([8.0, 0.0]), [torch.tensor([1.75])])}
+    found = compare(model.get, file.get, [(2, 1), (3, 2)], Tolerance(absolute=1.0))
+    assert found == Parity(max_absolute=0.75, max_relative=0.75, batches=2, samples=5)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_has_to_be_the_same(value: float) -> None:
+    odd, plain = torch.tensor([1.0, value]), torch.tensor([1.0, 2.0])
+    assert between(odd, odd).max_absolute == 0.0
+    for model, file in ((odd, plain), (plain, odd)):
+        with pytest.raises(ParityError, match="1 of 2 elements"):
+            between(model, file, Tolerance(absolute=1e9))
+
+
+@pytest.mark.parametrize(
+    ("model", "file"),
+    [
+        (torch.zeros(2, 3), torch.zeros(3, 2)),
+        ((torch.zeros(2), torch.zeros(2)), torch.zeros(2)),
+    ],
+)
+def test_other_shapes_are_an_error(model: Tensor, file: Tensor) -> None:
+    with pytest.raises(ParityError, match="expected outputs of shapes"):
+        between(model, file)
+
+
+def test_classes_have_to_be_equal() -> None:
+    with pytest.raises(ParityError, match=r"of output\['label'\] .* the worst is 2 in the file, 1 in the model"):
+        between({"label": torch.tensor([0, 1])}, {"label": torch.tensor([0, 2])})
+
+
+def test_order_of_a_dict_does_not_matter() -> None:
+    one, two = torch.tensor(1.0), torch.tensor(2.0)
+    assert between({"a": one, "b": two}, {"b": two, "a": one}).max_absolute == 0.0
