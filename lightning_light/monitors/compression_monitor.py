@@ -45,9 +45,12 @@ class CompressionMonitor(CompressionCallback):
 
     Example:
         >>> from lightning.pytorch import Trainer
-        >>> trainer = Trainer(callbacks=[CompressionMonitor(table=False)], fast_dev_run=True,
-        ...                   enable_progress_bar=False, enable_model_summary=False)  # doctest: +SKIP
-        >>> trainer.fit(module, data)  # doctest: +SKIP
+        >>> monitor = CompressionMonitor(layers=["net.conv*", "net.fc"], table=False)
+        >>> trainer = Trainer(callbacks=[monitor], fast_dev_run=True, accelerator="cpu", enable_progress_bar=False,
+        ...                   enable_model_summary=False)
+        >>> trainer.fit(module, data, data)
+        >>> trainer.callback_metrics["compression/macs_remaining"]
+        tensor(1.)
 
     Args:
         every_n_steps: optimizer steps between two looks; None: the Trainer's ``log_every_n_steps``. A change of
@@ -283,7 +286,8 @@ class CompressionMonitor(CompressionCallback):
 def _print(table: Table) -> None:
     console = Console()
     if not console.is_terminal:  # a file has no width
-        console.width = max(console.width, Measurement.get(console, console.options, table).maximum)
+        wide = console.options.update_width(1000)
+        console.width = max(console.width, Measurement.get(console, wide, table).maximum)
     console.print(table)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lightning_light.measure.quiet import undisturbed
-from lightning_light.monitors.heat_map import heat_map
+from lightning_light.monitors.heat_map import Quantity, heat_map
 from lightning_light.monitors.history import History
 from lightning_light.monitors.pairs import belongs
 from lightning_light.monitors.scalars import PREFIX
@@ -42,7 +42,8 @@ def add_histograms(writer: SummaryWriter, model: nn.Module, layers: Collection[s
 
 def add_heat_maps(writer: SummaryWriter, history: History, step: int) -> None:
     """Layers over time: channels left and weights left, each once it is no longer all of them."""
-    for quantity, columns in (("channels", history.channels), ("weights", history.weights)):
+    pictures: dict[Quantity, Sequence[Sequence[float]]] = {"channels": history.channels, "weights": history.weights}
+    for quantity, columns in pictures.items():
         if any(share != 1.0 for column in columns for share in column):
             writer.add_image(f"{PREFIX}/heat_map/{quantity}", heat_map(history, quantity), step, dataformats="HWC")
 

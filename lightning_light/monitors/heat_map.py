@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from PIL.ImageDraw import ImageDraw
     from PIL.ImageFont import FreeTypeFont, ImageFont
 
-__all__ = ["colors", "heat_map"]
+__all__ = ["Quantity", "colors", "heat_map"]
 
 Quantity = Literal["channels", "weights"]
 
@@ -51,6 +51,7 @@ def heat_map(history: History, quantity: Quantity = "channels") -> Tensor:
         ValueError: the history is empty.
 
     Example:
+        >>> from lightning_light.monitors import History, take_snapshot
         >>> before, after = take_snapshot(nn.Linear(8, 4)), take_snapshot(nn.Linear(8, 2))
         >>> history = History.of(before, [""]).extended(0, before, before).extended(10, before, after)
         >>> heat_map(history).shape[-1]

@@ -61,6 +61,7 @@ def take_snapshot(model: nn.Module, cost: Cost | None = None) -> Snapshot:
         cost: from `count_cost` on a model of the same structure; without it nothing is known of MACs.
 
     Example:
+        >>> from lightning_light.measure import count_cost
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> snapshot = take_snapshot(model, count_cost(model, (torch.zeros(1, 4),)))
         >>> snapshot.params, snapshot.macs, snapshot.bytes

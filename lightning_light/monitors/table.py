@@ -38,8 +38,19 @@ def compression_table(
 
     Example:
         >>> from rich.console import Console
+        >>> from lightning_light.monitors import take_snapshot
         >>> before, after = take_snapshot(nn.Linear(8, 4)), take_snapshot(nn.Linear(8, 2))
-        >>> Console(width=80).print(compression_table(before, after, title=None))  # doctest: +SKIP
+        >>> Console(width=80).print(compression_table(before, after, title=None))
+        <BLANKLINE>
+          layer     channels    params         size
+         ─────────────────────────────────────────────
+          (model)      4 → 2   36 → 18   144B → 72B
+        <BLANKLINE>
+          total                36 → 18   144B → 72B
+          remaining              50.0%        50.0%
+        <BLANKLINE>
+        share of zeros: 0%, unchanged
+        bits of a weight: 32, unchanged
     """
     sheet = _sheet(before, after, layers)
     table = Table(
@@ -184,7 +195,7 @@ def _lines(pairs: list[Pair], layers: Collection[str] | None) -> list[Pair]:
     if not rest:
         return shown
     others = Pair(
-        f"({len(rest)} others)",
+        f"({len(rest)} other{'s' if len(rest) > 1 else ''})",
         tuple(row for pair in rest for row in pair.before),
         tuple(row for pair in rest for row in pair.after),
     )
@@ -199,8 +210,8 @@ def _is_idle(column: _Column, pairs: list[Pair], before: Snapshot, after: Snapsh
 
 
 def _cell(column: _Column, pair: Pair) -> str:
-    if pair.name.startswith("(") and column.header in ("type", "channels"):
-        return ""
+    if len(pair.before) > 1 and len(pair.after) > 1 and column.header in ("type", "channels"):
+        return ""  # of several layers together
     old = column.of_rows(pair.before) if pair.before else "none"
     new = column.of_rows(pair.after) if pair.after else "none"
     return "" if column.header == "type" and old == new else _change(old, new)

@@ -1,0 +1,473 @@
+"""A real Trainer, watched: what the loggers got is read back from their files."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import plugin_data_pb2
+from torch import Tensor, nn
+
+from lightning_light.errors import TargetError, UnsupportedError
+from lightning_light.measure import count_cost
+from lightning_light.monitors import CompressionMonitor
+from lightning_light.monitors.dashboard import read_layout
+from lightning_light.surgery.journal import ledger_of
+from tests.surgery.runs import HOSTS, MODULES, Events, Lit, Loader, same, trainer
+from tests.zoo import Boring
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The '.*dataloader' does not have many workers",
+    "ignore:.*LeafSpec:FutureWarning",
+    "ignore:Be aware that when using `ckpt_path`",
+    "ignore:Experiment logs directory .* exists and is not empty",
+)
+
+
+def read(logger: Any) -> EventAccumulator:
+    events = EventAccumulator(logger.log_dir, size_guidance={"tensors": 0, "scalars": 0, "images": 0, "histograms": 0})
+    events.Reload()
+    return events
+
+
+def curve(logger: Any, tag: str) -> list[tuple[int, float]]:
+    return [(event.step, event.value) for event in read(logger).Scalars(f"compression/{tag}")]
+
+
+@pytest.fixture
+def board(tmp_path: Path) -> TensorBoardLogger:
+    return TensorBoardLogger(tmp_path, name="board")
+
+
+# What the loggers get.
+
+
+def test_curves_follow_a_cut_at_its_step_and_end_at_the_last(board: TensorBoardLogger) -> None:
+    module = Lit()
+    dense = count_cost(module, (torch.zeros(1, 3, 8, 8),))
+    trainer(Events(cuts=(6,)), CompressionMonitor(every_n_steps=5), logger=board).fit(module, Loader())
+    pruned = count_cost(module, (torch.zeros(1, 3, 8, 8),))
+    share = pytest.approx(pruned.macs / dense.macs)
+    assert curve(board, "macs_remaining") == [(0, 1.0), (5, 1.0), (6, share), (10, share), (12, share)]
+    assert [value for _, value in curve(board, "macs")] == [dense.macs] * 2 + [pruned.macs] * 3
+    assert [value for _, value in curve(board, "params")] == [dense.params] * 2 + [pruned.params] * 3
+    width = module.net.conv1.out_channels
+    assert [value for _, value in curve(board, "channels/net.conv1")] == [2 * width] * 2 + [width] * 3
+    assert {value for _, value in curve(board, "bits/net.conv1")} == {32.0}
+    assert {value for _, value in curve(board, "sparsity")} == {0.0}
+
+
+def test_a_replaced_layer_is_reported_by_what_replaces_it(board: TensorBoardLogger) -> None:
+    monitor = CompressionMonitor(every_n_steps=1, layers="net.fc")
+    trainer(Events(factor_at=5), monitor, logger=board).fit(Lit(), Loader())
+    tags = read(board).Tags()["scalars"]
+    assert curve(board, "channels/net.fc")[-1][0] == 4
+    assert [step for step, _ in curve(board, "channels/net.fc.0")] == [*range(5, 13)]
+    assert "compression/params/net.fc.1" in tags
+    assert not [tag for tag in tags if "net.conv1" in tag]
+
+
+def test_every_logger_gets_the_same(tmp_path: Path) -> None:
+    loggers = [TensorBoardLogger(tmp_path, name="board"), CSVLogger(tmp_path, name="csv")]
+    trainer(Events(cuts=(2,)), CompressionMonitor(every_n_steps=4), logger=loggers).fit(Lit(), Loader())
+    with open(f"{loggers[1].log_dir}/metrics.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("compression/params")]
+    from_csv = [(int(row["step"]), float(row["compression/params"])) for row in rows]
+    assert from_csv == curve(loggers[0], "params")
+
+
+def test_two_optimizers_in_manual_optimization_are_on_lightnings_own_axis(board: TensorBoardLogger) -> None:
+    class Two(Boring):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.SGD(part.parameters(), 0.1) for part in (self.net.fc, self.net.stem)]
+
+        def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+            loss = F.cross_entropy(self(batch[0]), batch[1])
+            self.manual_backward(loss)
+            for optimizer in self.optimizers():
+                optimizer.step()
+            self.log("train_loss", loss)
+
+    trainer(CompressionMonitor(), logger=board, log_every_n_steps=2, max_epochs=2).fit(
+        Two(), Boring.data(), Boring.data()
+    )
+    logged = [event.step for event in read(board).Scalars("train_loss")]
+    assert [step for step, _ in curve(board, "params")] == [0, 2, 4, 6, 8]
+    assert logged == [1, 3, 5, 7]  # Lightning logs after the step that it logs
+
+
+def test_tensorboard_gets_histograms_pictures_text_and_a_layout(board: TensorBoardLogger) -> None:
+    trainer(Events(cuts=(2,)), CompressionMonitor(), logger=board).fit(Lit(), Loader())
+    events, tags = read(board), read(board).Tags()
+    assert sorted(tags["images"]) == ["compression/heat_map/channels", "compression/heat_map/weights"]
+    assert events.Images("compression/heat_map/channels")[-1].encoded_image_string.startswith(b"\x89PNG")
+    assert "compression/weights/net.conv1" in tags["histograms"]
+    last = events.Histograms("compression/weights/net.conv1")[-1].histogram_value
+    assert last.num == 4 * 3 * 9
+    (text,) = events.Tensors("compression/table/text_summary")
+    assert "| net.conv1 | 8 → 4 |" in text.tensor_proto.string_val[0].decode()
+    assert list(read_layout(board.log_dir)) == ["compression"]
+
+
+def test_what_is_switched_off_is_not_there(board: TensorBoardLogger, capsys: Any) -> None:
+    off = dict.fromkeys(("per_layer", "histograms", "heat_map", "layout", "hparams", "progress_bar", "table"), False)
+    run = trainer(Events(cuts=(2,)), CompressionMonitor(**off), logger=board)
+    run.fit(Lit(), Loader())
+    tags = read(board).Tags()
+    assert (tags["images"], tags["histograms"]) == ([], [])
+    assert "custom_scalars__config__" not in tags["tensors"]
+    assert not [tag for tag in tags["scalars"] if tag.count("/") > 1]
+    assert run.progress_bar_metrics == {}
+    assert "before → after" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("when", ["before the run", "in the run"])
+def test_the_users_layout_stays_and_ours_is_written_once(board: TensorBoardLogger, when: str) -> None:
+    theirs = {"mine": {"loss": ["Multiline", ["loss/.*"]], "band": ["Margin", ["a", "b", "c"]]}}
+
+    class Own(Lit):
+        def on_train_start(self) -> None:
+            if when == "in the run":
+                board.experiment.add_custom_scalars(theirs)
+
+    if when == "before the run":
+        board.experiment.add_custom_scalars(theirs)
+    module = Own()
+    trainer(CompressionMonitor(), logger=board, max_epochs=1).fit(module, Loader())
+    layout = read_layout(board.log_dir)
+    assert {title: layout[title] for title in theirs} == theirs
+    assert "what remains" in layout["compression"]
+    again = trainer(CompressionMonitor(), logger=board, max_epochs=1)
+    again.fit(module, Loader())
+    written = len(read(board).Tensors("custom_scalars__config__"))
+    assert written == (2 if when == "before the run" else 4)  # ours once after each of theirs
+    assert read_layout(board.log_dir) == layout
+
+
+def test_charts_of_the_layout_name_curves_that_exist(board: TensorBoardLogger) -> None:
+    trainer(Events(cuts=(2,)), CompressionMonitor(), logger=board, max_epochs=1).fit(Lit(), Loader())
+    tags = read(board).Tags()["scalars"]
+    for title, (_, patterns) in read_layout(board.log_dir)["compression"].items():
+        assert any(re.match(pattern, tag) for pattern in patterns for tag in tags), title
+
+
+# Hyper-parameters.
+
+
+def hparams_page(logger: Any) -> set[str]:
+    content = read(logger).SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    return set(plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams)
+
+
+def test_methods_join_the_users_hyper_parameters_and_leave_the_module_alone(board: TensorBoardLogger) -> None:
+    module = Lit()
+    run = trainer(Events(cuts=(2,)), CompressionMonitor(), logger=board)
+    run.fit(module, Loader())
+    assert hparams_page(board) == {
+        "optimizer", "by_name", "early", "events/cuts", "events/factor_at", "events/hook",
+    }  # fmt: skip
+    assert "events/cuts: (2,)" in Path(board.log_dir, "hparams.yaml").read_text()
+    assert set(module.hparams) == set(module.hparams_initial) == {"optimizer", "by_name", "early"}
+
+
+def test_methods_are_logged_where_the_user_logs_none(board: TensorBoardLogger) -> None:
+    module = Boring()
+    trainer(Events(), CompressionMonitor(), logger=board, max_epochs=1).fit(module, Boring.data(), Boring.data())
+    assert "events/cuts" in hparams_page(board)
+    assert dict(module.hparams) == {}
+
+
+def test_methods_join_the_hyper_parameters_of_a_datamodule(board: TensorBoardLogger) -> None:
+    class Data(pl.LightningDataModule):
+        def __init__(self, batch_size: int = 8) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+
+        def train_dataloader(self) -> Any:
+            return Boring.data()
+
+        val_dataloader = train_dataloader
+
+    data = Data()
+    trainer(Events(), CompressionMonitor(), logger=board, max_epochs=1).fit(Boring(), datamodule=data)
+    assert {"batch_size", "events/cuts"} <= hparams_page(board)
+    assert set(data.hparams_initial) == {"batch_size"}
+
+
+def test_without_a_method_there_is_nothing_to_add(board: TensorBoardLogger) -> None:
+    trainer(CompressionMonitor(), logger=board, max_epochs=1).fit(Boring(), Boring.data(), Boring.data())
+    assert "hp_metric" not in read(board).Tags()["scalars"]
+
+
+# The table, the progress bar, other callbacks.
+
+
+def test_the_table_is_printed_at_the_end(capsys: Any) -> None:
+    trainer(Events(cuts=(2,), factor_at=5), CompressionMonitor()).fit(Lit(), Loader())
+    out = capsys.readouterr().out
+    assert "Compression: before → after" in out
+    assert re.search(r"net\.conv1 +8 → 4 ", out)
+    assert "Linear → 2 Linear" in out
+    assert out.count("Compression: before → after") == 1
+
+
+def test_the_table_tells_what_was_exported_wherever_the_exporter_stands(capsys: Any) -> None:
+    class Report:
+        def summary(self) -> str:
+            return "model.ptl: 12.3 kB"
+
+    class Exporter(pl.Callback):
+        report: Report | None = None
+
+        def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            self.report = Report()
+
+    trainer(CompressionMonitor(), Exporter(), max_epochs=1).fit(Lit(), Loader())
+    assert "exported: model.ptl: 12.3 kB" in capsys.readouterr().out
+
+
+def test_other_callbacks_and_the_progress_bar_see_the_totals(tmp_path: Path) -> None:
+    best = pl.callbacks.ModelCheckpoint(tmp_path, monitor="compression/macs_remaining", mode="min", save_top_k=1)
+    run = trainer(Events(cuts=(6,)), CompressionMonitor(every_n_steps=100), best)
+    run.fit(Lit(), Loader())
+    assert set(run.progress_bar_metrics) == {"compression/macs_remaining", "compression/sparsity"}
+    assert run.progress_bar_metrics["compression/macs_remaining"] < 0.8
+    assert best.best_model_score is not None
+    assert best.best_model_score < 0.8
+    assert run.callback_metrics["compression/bits"] == 32.0
+
+
+# It only watches.
+
+
+def fitted(*callbacks: Any, **options: Any) -> tuple[Lit, Any]:
+    torch.manual_seed(3)
+    module = Lit()
+    module.net.add_module("drop", nn.Dropout(0.5))  # so that randomness is drawn
+    plain = module.net.forward
+    module.net.forward = lambda x: F.dropout(plain(x), 0.3, module.training)
+    run = trainer(*callbacks, **options)
+    run.fit(module, Loader())
+    return module, run
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"accumulate_grad_batches": 2}, {"precision": "bf16-mixed"}, {"gradient_clip_val": 0.1}],
+    ids=["plain", "accumulation", "bf16", "clipping"],
+)
+def test_a_run_is_the_same_with_and_without_it_bit_for_bit(board: TensorBoardLogger, options: dict[str, Any]) -> None:
+    alone, first = fitted(Events(cuts=(2, 6)), logger=False, **options)
+    random_alone = torch.get_rng_state()
+    watched, second = fitted(Events(cuts=(2, 6)), CompressionMonitor(every_n_steps=1), logger=board, **options)
+    assert torch.equal(torch.get_rng_state(), random_alone)
+    assert watched.losses == alone.losses
+    assert same(watched.state_dict(), alone.state_dict())
+    assert same(second.optimizers[0].state_dict(), first.optimizers[0].state_dict())
+    assert watched.training == alone.training
+
+
+def test_it_leaves_nothing_on_the_module_and_no_look_behind() -> None:
+    module = Lit()
+    monitor = CompressionMonitor()
+    trainer(monitor, max_epochs=1).fit(module, Loader())
+    assert not module._forward_pre_hooks
+    assert {name for name in vars(monitor) if name.startswith("_")} <= {
+        "_key", "_count", "_chronicle", "_last_step", "_parameters", "_seen", "_borrowed",
+    }  # fmt: skip
+    assert not any(vars(monitor)[name] for name in ("_count", "_chronicle", "_parameters", "_borrowed"))
+    assert repr(pickle.loads(pickle.dumps(monitor))) == repr(monitor)
+
+
+def test_a_method_after_it_in_the_list_is_seen_too(board: TensorBoardLogger) -> None:
+    trainer(CompressionMonitor(every_n_steps=100), Events(cuts=(3,)), logger=board).fit(Lit(), Loader())
+    assert [step for step, _ in curve(board, "params")] == [0, 3, 12]
+
+
+# Resume, second fit, and runs that are not fits.
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_a_resumed_run_compares_with_the_dense_network(tmp_path: Path, capsys: Any, weights_only: bool) -> None:
+    run = trainer(Events(cuts=(1,)), CompressionMonitor(), max_epochs=1)
+    run.fit(module := Lit(), Loader())
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    dense = ledger_of(module).state["compression_monitor"]["before"]
+    capsys.readouterr()
+    resumed = Lit()
+    board = TensorBoardLogger(tmp_path, name="resumed")
+    options: dict[str, Any] = {"weights_only": True} if weights_only else {}
+    second = trainer(Events(cuts=(1, 5)), CompressionMonitor(every_n_steps=1), max_epochs=2, logger=board)
+    second.fit(resumed, Loader(), ckpt_path=tmp_path / "last.ckpt", **options)
+    assert ledger_of(resumed).state["compression_monitor"]["before"] == dense
+    assert curve(board, "channels/net.conv1")[0] == (4, 4.0)
+    assert curve(board, "params_remaining")[0][1] < 0.8
+    assert "8 → 2" in capsys.readouterr().out
+    assert ledger_of(resumed).state["compression_monitor"]["history"]["steps"] == [0, 1, 5]
+
+
+def test_resuming_at_every_step_gives_the_same_history(tmp_path: Path) -> None:
+    every = pl.callbacks.ModelCheckpoint(tmp_path, "{step}", auto_insert_metric_name=False, save_top_k=-1,
+                                         every_n_train_steps=1)  # fmt: skip
+    trainer(Events(cuts=(2, 6), factor_at=5), CompressionMonitor(), every).fit(whole := Lit(), Loader())
+    for step in range(1, 12):
+        resumed = Lit()
+        run = trainer(Events(cuts=(2, 6), factor_at=5), CompressionMonitor())
+        run.fit(resumed, Loader(), ckpt_path=tmp_path / f"{step}.ckpt")
+        assert same(ledger_of(resumed).state, ledger_of(whole).state), step
+
+
+def test_a_second_fit_goes_on_comparing_with_the_first_start(capsys: Any) -> None:
+    module = Lit()
+    trainer(Events(cuts=(1,)), CompressionMonitor(), max_epochs=1).fit(module, Loader())
+    capsys.readouterr()
+    trainer(CompressionMonitor(), max_epochs=1).fit(module, Loader())
+    assert re.search(r"net\.conv1 +8 → 4 ", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_it_is_silent_where_nothing_is_fitted(stage: str, board: TensorBoardLogger, capsys: Any) -> None:
+    getattr(trainer(CompressionMonitor(), logger=board), stage)(Lit(), Loader(), verbose=False)
+    assert capsys.readouterr().out == ""
+    assert not [tag for tag in read(board).Tags()["scalars"] if tag.startswith("compression")]
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_fast_dev_run_on_both_hosts(host: Any, capsys: Any) -> None:
+    trainer(CompressionMonitor(), host=host, fast_dev_run=True, logger=True).fit(MODULES[host](), Loader())
+    assert "Compression: before → after" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_the_other_host_has_its_tensorboard_too(host: Any, tmp_path: Path) -> None:
+    logger = host.loggers.TensorBoardLogger(tmp_path)
+    trainer(Events(cuts=(2,)), CompressionMonitor(), host=host, logger=logger).fit(MODULES[host](), Loader())
+    tags = read(logger).Tags()
+    assert "compression/heat_map/channels" in tags["images"]
+    assert "compression/macs_remaining" in tags["scalars"]
+    assert {"optimizer", "events/cuts"} <= hparams_page(logger)
+
+
+def test_the_learning_rate_finder_inside_fit_leaves_no_trace_in_the_history(board: TensorBoardLogger) -> None:
+    class Rated(Lit):
+        lr = 0.01
+
+    finder = pl.callbacks.LearningRateFinder(num_training_steps=4, early_stop_threshold=None)
+    module = Rated()
+    trainer(finder, CompressionMonitor(every_n_steps=1), logger=board, enable_checkpointing=True,
+            default_root_dir=board.root_dir).fit(module, Loader())  # fmt: skip
+    assert [step for step, _ in curve(board, "params")][:3] == [0, 1, 2]
+    assert ledger_of(module).state["compression_monitor"]["history"]["steps"] == [0]
+
+
+# Unusual modules.
+
+
+def test_lazy_layers_are_looked_at_once_they_have_shapes(board: TensorBoardLogger) -> None:
+    class Lazy(Boring):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net.fc = nn.LazyLinear(5)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.net.stem.parameters(), 0.1)
+
+    trainer(CompressionMonitor(), logger=board, max_epochs=1).fit(Lazy(), Boring.data(), Boring.data())
+    assert curve(board, "params")[0] == (0, 1885.0)
+
+
+def test_layers_made_in_configure_model_are_seen(board: TensorBoardLogger) -> None:
+    class Late(Boring):
+        def configure_model(self) -> None:
+            if not hasattr(self, "late"):
+                self.late = nn.Linear(2, 2)
+
+    trainer(CompressionMonitor(), logger=board, max_epochs=1).fit(Late(), Boring.data(), Boring.data())
+    assert curve(board, "channels/late")[0] == (0, 2.0)
+
+
+def test_a_module_that_is_never_called_has_no_macs_and_says_so(board: TensorBoardLogger, capsys: Any) -> None:
+    class Inner(Boring):
+        def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    run = trainer(CompressionMonitor(), logger=board, max_epochs=1)
+    run.fit(Inner(), Boring.data(), Boring.data())
+    assert "compression/macs" not in read(board).Tags()["scalars"]
+    assert "compression/params_remaining" in run.progress_bar_metrics
+    assert "MACs are not known" in capsys.readouterr().out
+
+
+def test_an_example_input_that_does_not_fit_ends_the_count_and_not_the_run() -> None:
+    module = Boring()
+    module.example_input_array = torch.zeros(1, 7, 8, 8)
+    run = trainer(CompressionMonitor(table=False), max_epochs=1)
+    with pytest.warns(UserWarning, match=r"reports no MACs: `Boring.forward` does not run on the example input"):
+        run.fit(module, Boring.data(), Boring.data())
+    assert run.global_step == 4
+
+
+def test_macs_are_those_of_one_sample(board: TensorBoardLogger) -> None:
+    module = Boring()
+    module.example_input_array = torch.zeros(16, 3, 8, 8)
+    trainer(CompressionMonitor(), logger=board, max_epochs=1).fit(module, Boring.data(), Boring.data())
+    assert curve(board, "macs")[0][1] == count_cost(module, (torch.zeros(1, 3, 8, 8),)).macs
+
+
+def test_weights_that_are_not_finite_do_not_end_the_run(board: TensorBoardLogger) -> None:
+    class Broken(Boring):
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 3:
+                with torch.no_grad():
+                    self.net.stem.weight.fill_(float("nan"))
+                    self.net.fc.weight[0, 0] = float("inf")
+
+    trainer(CompressionMonitor(), logger=board, max_epochs=1).fit(Broken(), Boring.data(), Boring.data())
+    assert "compression/weights/net.stem" not in read(board).Tags()["histograms"]
+    assert read(board).Histograms("compression/weights/net.fc")[-1].histogram_value.num == 5 * 12 - 1
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize("steps", [0, -5])
+def test_an_interval_below_one_is_refused(steps: int) -> None:
+    with pytest.raises(ValueError, match=rf"`CompressionMonitor\(every_n_steps={steps}\)`: expected an integer >= 1"):
+        CompressionMonitor(every_n_steps=steps)
+
+
+def test_layers_that_the_model_does_not_have_are_refused_before_training() -> None:
+    module = Lit()
+    with pytest.raises(TargetError, match=r"net\.cnov1"):
+        trainer(CompressionMonitor(layers=["net.cnov1"])).fit(module, Loader())
+    assert module.losses == []
+
+
+def test_a_strategy_that_shards_is_refused() -> None:
+    class Sharded(pl.strategies.SingleDeviceStrategy):
+        restore_checkpoint_after_setup = True
+
+    run = trainer(CompressionMonitor(), strategy=Sharded(device="cpu"))
+    with pytest.raises(UnsupportedError, match=r"`CompressionMonitor` with `Sharded`: expected a strategy that leaves"):
+        run.fit(Lit(), Loader())
+
+
+def test_its_repr_is_the_call_that_makes_it() -> None:
+    monitor = CompressionMonitor(every_n_steps=7, layers=["net.*"], table=False)
+    assert repr(monitor) == "CompressionMonitor(every_n_steps=7, layers=['net.*'], table=False)"
+    assert vars(eval(repr(monitor))) == vars(monitor)
+    assert copy.deepcopy(monitor).layers == ["net.*"]

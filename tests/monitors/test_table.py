@@ -1,0 +1,184 @@
+import io
+from collections.abc import Callable
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+from lightning_light.measure import LayerRow, count_cost
+from lightning_light.monitors.pairs import pair_rows, remaining
+from lightning_light.monitors.snapshot import Snapshot, matrix_layers, structure, take_snapshot
+from lightning_light.monitors.table import compression_markdown, compression_table, human_bytes, human_count
+from tests.zoo import ZOO, Net
+
+
+def net(first: int = 16, second: int = 24) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, first, 3), nn.BatchNorm2d(first), nn.Conv2d(first, second, 3), nn.Flatten(),
+        nn.Linear(16 * second, 5),
+    )  # fmt: skip
+
+
+def snapshot(model: nn.Module) -> Snapshot:
+    return take_snapshot(model, count_cost(model, (torch.zeros(1, 3, 8, 8),)))
+
+
+def text(before: Snapshot, after: Snapshot, width: int = 120, **options: object) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(compression_table(before, after, **options))
+    return console.export_text()
+
+
+def row(name: str, *, kind: str = "Linear", out: int | None = 4, params: int = 8, zeros: float = 0.0) -> LayerRow:
+    return LayerRow(name, kind, 2, out, params, 8, zeros, 32.0)
+
+
+@pytest.mark.parametrize("make", ZOO.values(), ids=ZOO)
+def test_a_snapshot_adds_up_and_changes_nothing(make: Callable[[], Net]) -> None:
+    model = make().train()
+    args, kwargs = model.example
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    rng = torch.get_rng_state()
+    found = take_snapshot(model, count_cost(model, args, kwargs))
+    assert sum(line.params for line in found.rows) == found.params == sum(p.numel() for p in model.parameters())
+    assert sum(line.macs for line in found.rows) == found.macs
+    assert (found.zeros, found.bits) == (pytest.approx(found.zeros), 32.0)
+    assert Snapshot.from_plain(found.plain()) == found
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_without_a_forward_pass_all_but_the_macs_is_known() -> None:
+    model = net()
+    blind, full = take_snapshot(model), snapshot(model)
+    assert blind.macs is None
+    assert (blind.params, blind.bytes, blind.zeros) == (full.params, full.bytes, full.zeros)
+    assert "MACs" not in text(blind, blind)
+
+
+def test_zeros_are_those_the_layer_computes_with() -> None:
+    model = nn.Sequential(nn.Linear(10, 10))
+    parametrizations.spectral_norm(model[0])
+    with torch.no_grad():
+        model[0].parametrizations.weight.original[:5] = 0.0
+    vectors = model[0].parametrizations.weight[0]._u.clone()
+    found = take_snapshot(model.train())
+    assert found.zeros == pytest.approx(0.5)
+    assert [(line.name, line.type, line.params) for line in found.rows] == [("0", "Linear", 110)]
+    assert torch.equal(model[0].parametrizations.weight[0]._u, vectors)  # reading a weight in training would move it on
+
+
+def test_weights_shared_by_two_layers_count_once() -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    model[1].weight = model[0].weight
+    with torch.no_grad():
+        model[0].weight.zero_()
+    assert take_snapshot(model).zeros == pytest.approx(0.5)
+
+
+def test_structure_changes_with_shapes_classes_and_formats_only() -> None:
+    model = net()
+    first = structure(model)
+    with torch.no_grad():
+        model[0].weight.zero_()
+    assert structure(model) == first
+    assert structure(net(first=15)) != first
+    assert structure(net().half()) != first
+    model[1] = nn.Identity()
+    assert structure(model) != first
+
+
+def test_layers_that_multiply_are_those_with_matrices() -> None:
+    assert matrix_layers(net()) == ["0", "2", "4"]
+    assert matrix_layers(ZOO["weight_norm"]()) == matrix_layers(ZOO["plain"]())
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "pairs"),
+    [
+        (["a", "b"], ["a", "b"], [("a", 1, 1), ("b", 1, 1)]),
+        (["a"], ["a.0", "a.1"], [("a", 1, 2)]),
+        (["a.conv3", "a.conv1", "b"], ["a", "b"], [("a", 2, 1), ("b", 1, 1)]),
+        (["a", "a.out"], ["a", "a.out"], [("a", 1, 1), ("a.out", 1, 1)]),
+        (["a", "gone"], ["a", "new"], [("a", 1, 1), ("gone", 1, 0), ("new", 0, 1)]),
+        (["layer1"], ["layer10"], [("layer1", 1, 0), ("layer10", 0, 1)]),
+    ],
+)
+def test_rows_are_paired_by_name(before: list[str], after: list[str], pairs: list[tuple[str, int, int]]) -> None:
+    found = pair_rows([row(name) for name in before], [row(name) for name in after])
+    assert [(pair.name, len(pair.before), len(pair.after)) for pair in found] == pairs
+
+
+def test_what_remains_counts_channels_that_come_out_and_weights_that_are_not_zero() -> None:
+    (pair,) = pair_rows([row("a", out=8, params=100)], [row("a.0", out=2, params=20), row("a.1", out=6, params=40)])
+    assert remaining(pair) == (6 / 8, 60 / 100)
+    (pair,) = pair_rows([row("a", params=100)], [row("a", params=100, zeros=0.9)])
+    assert remaining(pair) == (1.0, pytest.approx(0.1))
+    (pair,) = pair_rows([row("a")], [])
+    assert remaining(pair) == (0.0, 0.0)
+    (pair,) = pair_rows([], [row("a")])
+    assert remaining(pair) == (1.0, 1.0)
+
+
+def test_the_table_tells_before_and_after_of_every_layer() -> None:
+    before, after = snapshot(net()), snapshot(net(first=6, second=9))
+    shown = text(before, after)
+    assert "16 → 6" in shown
+    assert "448 → 168" in shown  # 16 * (27 + 1) and 6 * (27 + 1)
+    assert f"{human_count(before.macs or 0)} → {human_count(after.macs or 0)}" in shown
+    assert f"{human_bytes(before.bytes)} → {human_bytes(after.bytes)}" in shown
+    assert f"{after.params / before.params:.1%}" in shown
+    assert "share of zeros: 0%, unchanged" in shown
+    assert "bits of a weight: 32, unchanged" in shown
+
+
+def test_columns_of_zeros_bits_and_types_appear_when_they_have_something_to_tell() -> None:
+    before = snapshot(model := net())
+    prune.l1_unstructured(model[2], "weight", 0.9)
+    prune.remove(model[2], "weight")
+    model[4] = nn.Sequential(nn.Linear(16 * 24, 2, bias=False), nn.Linear(2, 5)).to(torch.bfloat16)
+    shown = text(before, take_snapshot(model))
+    assert "0% → 90.0%" in shown
+    assert "32 → 16" in shown
+    assert "Linear → 2 Linear" in shown
+    assert "Conv2d" not in shown  # nothing has become of its type
+
+
+def test_layers_without_a_line_share_one() -> None:
+    before, after = snapshot(net()), snapshot(net(first=6))
+    shown = text(before, after, layers=["0", "4"])
+    assert "(2 others)" in shown
+    listed = sum(line.params for line in before.rows if line.name not in ("0", "4"))
+    assert f"{human_count(listed)} → " in shown
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
+def test_a_narrow_terminal_loses_no_digit(width: int) -> None:
+    before, after = snapshot(net()), snapshot(net(first=6))
+    squeezed = "".join(text(before, after, width=width).split())
+    assert "…" not in squeezed
+
+
+def test_names_that_look_like_markup_are_printed_as_they_are() -> None:
+    model = nn.Sequential()
+    model.add_module("[red]", nn.Linear(2, 2))
+    assert "[red]" in text(take_snapshot(model), take_snapshot(model))
+
+
+def test_markdown_has_the_same_lines() -> None:
+    before, after = snapshot(net()), snapshot(net(first=6))
+    lines = compression_markdown(before, after, notes=["exported: model.ptl"]).splitlines()
+    assert lines[0] == "| layer | channels | params | MACs | size |"
+    assert lines[2].startswith("| 0 | 16 → 6 | 448 → 168 |")
+    assert lines[-1].startswith("exported: model.ptl")
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0, "0"), (999, "999"), (999.6, "1k"), (12_345, "12.3k"), (999_600, "1M"), (4.1e9, "4.1G"), (2e13, "20T")],
+)
+def test_counts_have_three_digits(value: float, shown: str) -> None:
+    assert human_count(value) == shown
