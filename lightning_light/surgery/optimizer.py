@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from lightning_light.errors import SurgeryError, UnsupportedError
+from lightning_light.hosts import is_host
 
 # For each dimension of a state tensor: the parameter's dimension that it follows, or None where it is broadcast.
 Layout = tuple[int | None, ...]
@@ -15,7 +16,7 @@ Layout = tuple[int | None, ...]
 
 def unwrap(optimizer: Any) -> Optimizer:
     """The torch optimizer inside Lightning's ``LightningOptimizer``, or ``optimizer`` itself."""
-    return optimizer if isinstance(optimizer, Optimizer) else cast(Optimizer, optimizer.optimizer)
+    return cast(Optimizer, optimizer.optimizer if is_host(optimizer, "LightningOptimizer") else optimizer)
 
 
 def check_optimizers(optimizers: Iterable[Any]) -> None:

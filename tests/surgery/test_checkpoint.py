@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +195,7 @@ def test_a_class_is_loaded_without_a_trainer_and_left_as_it_was(host, tmp_path) 
     assert (loaded.optimizer, loaded.by_name) == ("sgd", True)
     assert torch.equal(loaded.eval()(X), module.eval()(X))
     assert "on_load_checkpoint" not in vars(cls)
-    with pytest.raises(RuntimeError, match="size mismatch|Missing key"):
+    with pytest.raises(RuntimeError, match=r"size mismatch|Missing key"):
         cls.load_from_checkpoint(tmp_path / "small.ckpt")
     loaded = load_from_checkpoint(cls, tmp_path / "small.ckpt", optimizer="adamw")
     assert loaded.optimizer == "adamw"
@@ -284,56 +285,36 @@ def test_a_state_dict_of_another_network_is_not_followed(run, change) -> None:
     assert {name: tuple(tensor.shape) for name, tensor in fresh.state_dict().items()} == before
 
 
-def damage(checkpoint: dict[str, Any], how: str) -> None:
-    manifest = checkpoint[KEY]
-    journal = json.loads(manifest["journal"])
-    if how == "not a manifest":
-        checkpoint[KEY] = ["channels"]
-    elif how == "newer":
-        manifest["version"] = 99
-    elif how == "no journal":
-        del manifest["journal"]
-    elif how == "half a journal":
-        manifest["journal"] = manifest["journal"][:20]
-    elif how == "journal of another type":
-        manifest["journal"] = "{}"
-    elif how == "state of another type":
-        manifest["state"] = {"events": 1}
-    elif how == "unknown operation":
-        manifest["journal"] = json.dumps([*journal, {"op": "of another package"}])
-    elif how == "unknown module":
-        manifest["journal"] = json.dumps(
-            [{"op": "channels", "attributes": {"net.none": {"out_channels": 1}}}, *journal]
-        )
-    elif how == "unknown attribute":
-        manifest["journal"] = json.dumps([{"op": "channels", "attributes": {"net.conv1": {"chanels": 1}}}, *journal])
-    elif how == "contradiction":
-        journal[0]["attributes"]["net.conv1"]["out_channels"] = 3
-        manifest["journal"] = json.dumps(journal)
-    elif how == "weights missing":
-        del checkpoint["state_dict"]["net.conv1.weight"]
-    elif how == "weights of another rank":
-        checkpoint["state_dict"]["net.conv1.weight"] = torch.zeros(4)
-    elif how == "another network":
-        fingerprint = json.loads(manifest["fingerprint"])
-        manifest["fingerprint"] = json.dumps({**fingerprint, "net.conv1.weight": [16, 3, 3, 3]})
+def first(checkpoint: dict[str, Any], entry: dict[str, Any]) -> None:
+    """Put ``entry`` before the others in the journal."""
+    checkpoint[KEY]["journal"] = json.dumps([entry, *json.loads(checkpoint[KEY]["journal"])])
 
 
-DAMAGES = [
-    "not a manifest",
-    "newer",
-    "no journal",
-    "half a journal",
-    "journal of another type",
-    "state of another type",
-    "unknown operation",
-    "unknown module",
-    "unknown attribute",
-    "contradiction",
-    "weights missing",
-    "weights of another rank",
-    "another network",
-]
+def contradict(checkpoint: dict[str, Any]) -> None:
+    journal = json.loads(checkpoint[KEY]["journal"])
+    journal[0]["attributes"]["net.conv1"]["out_channels"] = 3
+    checkpoint[KEY]["journal"] = json.dumps(journal)
+
+
+def channels(module: str, attribute: str) -> dict[str, Any]:
+    return {"op": "channels", "attributes": {module: {attribute: 1}}}
+
+
+DAMAGES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "not a manifest": lambda c: c.update({KEY: ["channels"]}),
+    "newer": lambda c: c[KEY].update(version=99),
+    "no journal": lambda c: c[KEY].pop("journal"),
+    "half a journal": lambda c: c[KEY].update(journal=c[KEY]["journal"][:20]),
+    "journal of another type": lambda c: c[KEY].update(journal="{}"),
+    "state of another type": lambda c: c[KEY].update(state={"events": 1}),
+    "unknown operation": lambda c: first(c, {"op": "of another package"}),
+    "unknown module": lambda c: first(c, channels("net.none", "out_channels")),
+    "unknown attribute": lambda c: first(c, channels("net.conv1", "chanels")),
+    "contradiction": contradict,
+    "weights missing": lambda c: c["state_dict"].pop("net.conv1.weight"),
+    "weights of another rank": lambda c: c["state_dict"].update({"net.conv1.weight": torch.zeros(4)}),
+    "another network": lambda c: c[KEY].update(fingerprint=json.dumps({"net.conv1.weight": [16, 3, 3, 3]})),
+}
 
 
 @pytest.mark.parametrize("how", DAMAGES)
@@ -342,7 +323,7 @@ def test_a_damaged_checkpoint_leaves_the_module_untouched(run, how, compressed) 
     module, _, folder = run if compressed else (Lit(), None, run[2])
     path = folder / "damaged.ckpt"
     checkpoint = torch.load(folder / "e1.ckpt", weights_only=True)
-    damage(checkpoint, how)
+    DAMAGES[how](checkpoint)
     torch.save(checkpoint, path)
     before = copy.deepcopy(module.state_dict())
     modules = {name: (id(child), repr(child)) for name, child in module.named_modules()}

@@ -1,0 +1,63 @@
+"""Which method may act before which other."""
+
+import pytest
+
+from lightning_light.errors import OrderError
+from lightning_light.order import Stage, check_order
+
+DISTILL = ("Distill", Stage.DISTILLATION, None)
+EXPORT = ("Export", Stage.EXPORT, None)
+MONITOR = ("Monitor", Stage.MONITORS, None)
+
+
+def prune(start=0.1, end=0.5):
+    return ("Prune", Stage.STRUCTURED, (start, end))
+
+
+def mask(start=0.5, end=0.6):
+    return ("Mask", Stage.MASKS, (start, end))
+
+
+def quantize(start=0.7, end=1.0):
+    return ("Quantize", Stage.QUANTIZATION, (start, end))
+
+
+@pytest.mark.parametrize(
+    "items",
+    [
+        [],
+        [prune()],
+        [DISTILL, prune(), mask(), quantize(), EXPORT, MONITOR],
+        [MONITOR, quantize(), mask(0.55), prune(), DISTILL],  # the windows say when, the list need not
+        [prune(), prune(0.3, 0.9)],  # two of one stage are their own affair
+        [prune(0.1, 0.5), mask(0.5, 0.6)],
+        [("Factor", Stage.FACTORS, None), quantize()],
+        [MONITOR, EXPORT],
+    ],
+)
+def test_good_orders_pass(items) -> None:
+    check_order(items)
+
+
+@pytest.mark.parametrize(
+    ("items", "found"),
+    [
+        ([prune(0.1, 0.8), quantize(0.7)], "Quantize beginning at 70% of the run, while Prune goes on until 80%"),
+        ([mask(0.0, 0.2), prune(0.1, 0.3)], "Mask beginning at 0% of the run, while Prune goes on until 30%"),
+        ([mask(0.5, 0.6), prune(0.1, 0.5)], "Mask before Prune in the list, and both acting at 50% of the run"),
+        ([EXPORT, quantize()], "Export before Quantize in the list"),
+        ([("Factor", Stage.FACTORS, None), prune()], "Factor before Prune in the list"),
+    ],
+)
+def test_bad_orders_are_told_with_the_right_one(items, found) -> None:
+    with pytest.raises(OrderError) as caught:
+        check_order(items)
+    listed = ", ".join(name for name, _, _ in items)
+    right = ", ".join(name for name, _, _ in sorted(items, key=lambda item: item[1]))
+    assert str(caught.value).startswith(f"`callbacks=[{listed}]`: expected {right} in this order")
+    assert found in str(caught.value)
+
+
+def test_the_right_order_leaves_out_who_may_stand_anywhere() -> None:
+    with pytest.raises(OrderError, match=r"expected Prune, Quantize in this order"):
+        check_order([MONITOR, quantize(0.2), DISTILL, prune()])
