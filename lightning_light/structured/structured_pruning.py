@@ -29,6 +29,7 @@ from lightning_light.structured.ranking import Global, Ranking
 from lightning_light.structured.sparsity import SparsityLearning, add_penalty
 from lightning_light.surgery.distributed import broadcast, reduce_mean, tell
 from lightning_light.surgery.edit import cut
+from lightning_light.surgery.manifest import plain_copy
 from lightning_light.surgery.mirrors import mirrors_of
 from lightning_light.targets import Targets, as_targets
 
@@ -158,6 +159,9 @@ class StructuredPruning(CompressionCallback):
         reestimate.resume(pl_module, self.state(pl_module).get("momenta", {}))
         self._groups = None
         self._capture = capture(pl_module)
+        if self._capture.example is None and self.state(pl_module).get("example"):
+            self._capture.remove()
+            self._capture.example = ExampleInput(**self.state(pl_module)["example"])
         if "activation" in self.criterion.needs:
             self._watch = ActivationWatch(pl_module)
 
@@ -184,6 +188,8 @@ class StructuredPruning(CompressionCallback):
     ) -> None:
         """Count what was gathered, and the batches over which batch norm is re-estimated."""
         state = self.state(pl_module)
+        if "example" not in state and self._capture is not None and self._capture.example is not None:
+            _keep_example(state, self._capture.example)
         if self._watch is not None:
             gathering = self._is_gathering(trainer, pl_module)
             self._watch.move_to(state.setdefault("gathered", {}) if gathering else {})
@@ -337,6 +343,14 @@ class StructuredPruning(CompressionCallback):
         if self._last_plan.kept:
             return f"the budget is met by the network as it is: {self.budget!r}. {reasons}"
         return f"no layer may lose channels. {reasons}"
+
+
+def _keep_example(state: dict[str, Any], example: ExampleInput) -> None:
+    """For a run that is resumed where a cut is due: its first batch comes too late."""
+    try:
+        state["example"] = plain_copy({"args": example.args, "kwargs": example.kwargs}, "example")
+    except TypeError:  # objects of the user's own, which no weights-only checkpoint holds
+        state["example"] = {}
 
 
 def _widths(coupling: Coupling, original: Mapping[str, int]) -> dict[str, int]:
