@@ -3,6 +3,7 @@
 from lightning_light.monitors.compression_monitor import CompressionMonitor
 from lightning_light.monitors.heat_map import heat_map
 from lightning_light.monitors.history import History
+from lightning_light.monitors.report_image import report_image
 from lightning_light.monitors.snapshot import Snapshot, take_snapshot
 from lightning_light.monitors.table import compression_markdown, compression_table
 
@@ -13,5 +14,6 @@ __all__ = [
     "compression_markdown",
     "compression_table",
     "heat_map",
+    "report_image",
     "take_snapshot",
 ]

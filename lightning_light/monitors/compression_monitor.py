@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from torch import nn
 
+    from lightning_light.monitors.history import History
     from lightning_light.monitors.snapshot import Snapshot
 
 __all__ = ["CompressionMonitor"]
@@ -65,6 +66,11 @@ class CompressionMonitor(CompressionCallback):
         hparams: add the arguments of every compression method to the hyper-parameters that the loggers get.
         progress_bar: show the remaining MACs and the sparsity in the progress bar.
         table: print the table, before → after, at the end of fit.
+
+    Attributes:
+        before: after a fit, the network as the first fit found it.
+        after: after a fit, the network as it is.
+        history: after a fit, what remained of each layer from moment to moment.
 
     Raises:
         ValueError: ``every_n_steps`` is below 1.
@@ -107,6 +113,9 @@ class CompressionMonitor(CompressionCallback):
         self.hparams = hparams
         self.progress_bar = progress_bar
         self.table = table
+        self.before: Snapshot | None = None
+        self.after: Snapshot | None = None
+        self.history: History | None = None
 
     # Lightning's hooks, in the order a run meets them.
 
@@ -127,6 +136,7 @@ class CompressionMonitor(CompressionCallback):
         """Look at the network before anything is done to it, and add our hyper-parameters to the user's."""
         super().on_fit_start(trainer, pl_module)
         self._forget()
+        self.before = self.after = self.history = None
         self._count = CostCounter(capture(pl_module))
         if is_countable(pl_module):
             self._chronicle = self._begin(pl_module)
@@ -171,8 +181,14 @@ class CompressionMonitor(CompressionCallback):
         """Show the result: here, because other callbacks have exported and converted in ``on_fit_end``."""
         super().teardown(trainer, pl_module, stage)
         self._return_hparams()
-        if stage == "fit" and self._chronicle is not None and trainer.is_global_zero:
+        if stage == "fit" and self._chronicle is not None:
             self._conclude(trainer, pl_module, self._chronicle)
+        self._forget()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let go of the module: there will be no teardown."""
+        self._return_hparams()
         self._forget()
 
     # Private: when to look, and at what.
@@ -248,11 +264,12 @@ class CompressionMonitor(CompressionCallback):
         self._log_scalars(trainer, chronicle)
         self._draw(trainer, pl_module, chronicle)
         before, now, layers = chronicle.before, chronicle.now, chronicle.layers
+        self.before, self.after, self.history = before, now, chronicle.history
         notes = _notes(trainer, now)
         for writer, _ in self._tensorboards(trainer):
             text = compression_markdown(before, now, layers=layers, notes=notes)
             writer.add_text(f"{PREFIX}/table", text, steps_done(trainer))
-        if self.table:
+        if self.table and trainer.is_global_zero:
             _print(compression_table(before, now, layers=layers, notes=notes))
 
     def _tensorboards(self, trainer: Trainer) -> list[tuple[Any, str]]:
@@ -270,8 +287,9 @@ class CompressionMonitor(CompressionCallback):
         data = trainer.datamodule  # type: ignore[attr-defined]  # set by a connector
         for owner in (pl_module, data):
             if owner is not None and owner._log_hyperparams:
-                self._borrowed = owner, owner._hparams_initial
-                owner._hparams_initial = {**owner.hparams_initial, **methods}
+                if not methods.keys() <= owner.hparams_initial.keys():  # else another monitor has done it
+                    self._borrowed = owner, owner._hparams_initial
+                    owner._hparams_initial = {**owner.hparams_initial, **methods}
                 return
         for logger in trainer.loggers:
             logger.log_hyperparams(methods)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from PIL.ImageDraw import ImageDraw
     from PIL.ImageFont import FreeTypeFont, ImageFont
 
-__all__ = ["Quantity", "colors", "heat_map"]
+__all__ = ["Quantity", "colors", "heat_map", "short_names"]
 
 Quantity = Literal["channels", "weights"]
 
@@ -66,7 +67,7 @@ def heat_map(history: History, quantity: Quantity = "channels") -> Tensor:
         )
     font, title_font = _font(_FONT), _font(_TITLE)
     row = max(_SMALLEST_ROW, min(_ROW, _MOST_HEIGHT // len(history.layers)))
-    labels = _labels(history.layers)
+    labels = short_names(history.layers)
     left = _MARGIN + round(max(font.getlength(label) for label in labels)) + 8
     top, bottom = _MARGIN + 2 * _TITLE, row * len(history.layers)
     size = (left + _PLOT_WIDTH + 64 + _MARGIN, top + bottom + 92)
@@ -105,16 +106,11 @@ def _cells(history: History, columns: Sequence[Sequence[float]], row: int) -> Te
     return field.contiguous()
 
 
-def _labels(layers: Sequence[str], most: int = 40) -> list[str]:
+def short_names(layers: Sequence[str], most: int = 40) -> list[str]:
     """Names without the part that all share, long ones without their middle."""
-    shared = layers[0].split(".")[:-1]
-    for layer in layers[1:]:
-        parts = layer.split(".")[:-1]
-        shared = [part for part, other in zip(shared, parts, strict=False) if part == other]
-    prefix = (
-        ".".join(shared) + "." if shared and all(layer.startswith(".".join(shared) + ".") for layer in layers) else ""
-    )
-    names = [layer.removeprefix(prefix) or "model" for layer in layers]
+    parents = [layer.split(".")[:-1] for layer in layers]
+    shared = sum(1 for _ in takewhile(lambda parts: len(set(parts)) == 1, zip(*parents, strict=False)))
+    names = [".".join(layer.split(".")[shared:]) or "model" for layer in layers]
     return [name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-most // 2 :]}" for name in names]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import json
 import pickle
 import re
 from pathlib import Path
@@ -14,14 +15,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.base_plugin import TBContext
 from tensorboard.plugins.hparams import plugin_data_pb2
 from torch import Tensor, nn
 
 from lightning_light.errors import TargetError, UnsupportedError
 from lightning_light.measure import count_cost
 from lightning_light.monitors import CompressionMonitor
-from lightning_light.monitors.dashboard import read_layout
+from lightning_light.monitors.dashboard import add_histograms, read_layout
 from lightning_light.surgery.journal import ledger_of
 from tests.surgery.runs import HOSTS, MODULES, Events, Lit, Loader, same, trainer
 from tests.zoo import Boring
@@ -30,6 +35,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:The '.*dataloader' does not have many workers",
     "ignore:.*LeafSpec:FutureWarning",
     "ignore:Be aware that when using `ckpt_path`",
+    "ignore:html5lib's sanitizer is deprecated:DeprecationWarning",
     "ignore:Experiment logs directory .* exists and is not empty",
 )
 
@@ -117,10 +123,21 @@ def test_tensorboard_gets_histograms_pictures_text_and_a_layout(board: TensorBoa
     assert events.Images("compression/heat_map/channels")[-1].encoded_image_string.startswith(b"\x89PNG")
     assert "compression/weights/net.conv1" in tags["histograms"]
     last = events.Histograms("compression/weights/net.conv1")[-1].histogram_value
-    assert last.num == 4 * 3 * 9
+    assert last.num == sum(last.bucket) == 4 * 3 * 9
+    assert len(last.bucket) == len(last.bucket_limit) == 64
     (text,) = events.Tensors("compression/table/text_summary")
     assert "| net.conv1 | 8 → 4 |" in text.tensor_proto.string_val[0].decode()
     assert list(read_layout(board.log_dir)) == ["compression"]
+
+
+def test_a_histogram_of_equal_weights_has_all_of_them(board: TensorBoardLogger) -> None:
+    layer = nn.Linear(3, 2)
+    nn.init.zeros_(layer.weight)
+    add_histograms(board.experiment, layer, [""], step=0)
+    board.experiment.flush()
+    (event,) = read(board).Histograms("compression/weights/model")
+    assert sum(event.histogram_value.bucket) == 6
+    assert (event.histogram_value.min, event.histogram_value.max) == (0.0, 0.0)
 
 
 def test_what_is_switched_off_is_not_there(board: TensorBoardLogger, capsys: Any) -> None:
@@ -151,10 +168,11 @@ def test_the_users_layout_stays_and_ours_is_written_once(board: TensorBoardLogge
     layout = read_layout(board.log_dir)
     assert {title: layout[title] for title in theirs} == theirs
     assert "what remains" in layout["compression"]
+    assert served(board) == {"mine", "compression"}
     again = trainer(CompressionMonitor(), logger=board, max_epochs=1)
     again.fit(module, Loader())
-    written = len(read(board).Tensors("custom_scalars__config__"))
-    assert written == (2 if when == "before the run" else 4)  # ours once after each of theirs
+    if when == "before the run":
+        assert len(read(board).Tensors("custom_scalars__config__")) == 2  # theirs, and ours with it
     assert read_layout(board.log_dir) == layout
 
 
@@ -166,6 +184,18 @@ def test_charts_of_the_layout_name_curves_that_exist(board: TensorBoardLogger) -
 
 
 # Hyper-parameters.
+
+
+def served(logger: Any) -> set[str]:
+    """Titles of the Custom Scalars page, as TensorBoard itself serves it."""
+    from tensorboard.plugins.custom_scalar.custom_scalars_plugin import CustomScalarsPlugin  # warns when imported
+
+    multiplexer = EventMultiplexer()
+    multiplexer.AddRunsFromDirectory(logger.log_dir)
+    multiplexer.Reload()
+    provider = MultiplexerDataProvider(multiplexer, logger.log_dir)
+    page = CustomScalarsPlugin(TBContext(data_provider=provider, multiplexer=multiplexer))
+    return {category["title"] for category in json.loads(page.layout_impl(RequestContext(), ""))["category"]}
 
 
 def hparams_page(logger: Any) -> set[str]:
@@ -223,6 +253,17 @@ def test_the_table_is_printed_at_the_end(capsys: Any) -> None:
     assert re.search(r"net\.conv1 +8 → 4 ", out)
     assert "Linear → 2 Linear" in out
     assert out.count("Compression: before → after") == 1
+
+
+def test_what_was_found_stays_on_the_callback() -> None:
+    module, monitor = Lit(), CompressionMonitor(table=False)
+    dense = sum(parameter.numel() for parameter in module.parameters())
+    trainer(Events(cuts=(2,)), monitor).fit(module, Loader())
+    assert monitor.before is not None
+    assert monitor.after is not None
+    assert monitor.history is not None
+    assert (monitor.before.params, monitor.history.steps) == (dense, (0, 2))
+    assert monitor.after.params == sum(parameter.numel() for parameter in module.parameters()) < dense
 
 
 def test_the_table_tells_what_was_exported_wherever_the_exporter_stands(capsys: Any) -> None:
@@ -291,6 +332,26 @@ def test_it_leaves_nothing_on_the_module_and_no_look_behind() -> None:
     }  # fmt: skip
     assert not any(vars(monitor)[name] for name in ("_count", "_chronicle", "_parameters", "_borrowed"))
     assert repr(pickle.loads(pickle.dumps(monitor))) == repr(monitor)
+
+
+def test_a_run_that_fails_early_leaves_hyper_parameters_and_hooks_as_they_were() -> None:
+    class Failing(pl.Callback):
+        def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            raise KeyError("planted")
+
+    module = Lit()
+    with pytest.raises(KeyError, match="planted"):
+        trainer(Events(), CompressionMonitor(), Failing()).fit(module, Loader())
+    assert set(module.hparams_initial) == {"optimizer", "by_name", "early"}
+    assert not module._forward_pre_hooks
+
+
+def test_two_monitors_give_the_hyper_parameters_back_too(board: TensorBoardLogger) -> None:
+    module = Lit()
+    both = CompressionMonitor(), CompressionMonitor(table=False, layers="net.fc")
+    trainer(Events(), *both, logger=board, max_epochs=1).fit(module, Loader())
+    assert set(module.hparams_initial) == {"optimizer", "by_name", "early"}
+    assert {"compression_monitor", "compression_monitor#2"} <= set(ledger_of(module).state)
 
 
 def test_a_method_after_it_in_the_list_is_seen_too(board: TensorBoardLogger) -> None:

@@ -5,8 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from lightning_light.monitors.heat_map import colors, heat_map
+from lightning_light.monitors.heat_map import colors, heat_map, short_names
 from lightning_light.monitors.history import History
+from lightning_light.monitors.report_image import report_image
 from lightning_light.monitors.snapshot import take_snapshot
 from tests.monitors.test_table import net
 
@@ -85,3 +86,27 @@ def test_an_empty_history_is_no_picture() -> None:
 def test_colors_go_from_pale_to_dark_without_a_step_back() -> None:
     brightness = colors(torch.linspace(0, 1, 101)).float() @ torch.tensor([0.299, 0.587, 0.114])
     assert (brightness.diff() < 0).all()
+
+
+@pytest.mark.parametrize(
+    ("names", "short"),
+    [
+        (["net.a.conv", "net.b.conv"], ["a.conv", "b.conv"]),
+        (["net.a.x", "net.a.y"], ["x", "y"]),
+        (["net.fc"], ["fc"]),
+        (["stem", "net.fc"], ["stem", "net.fc"]),
+        ([""], ["model"]),
+        (["a" * 100], ["a" * 19 + "…" + "a" * 20]),
+    ],
+)
+def test_names_are_shown_without_what_they_share(names: list[str], short: list[str]) -> None:
+    assert short_names(names) == short
+
+
+def test_a_report_is_one_picture_of_costs_metrics_and_layers(tmp_path: Path) -> None:
+    accuracy = {"test accuracy": [(0, 0.1), (60, 0.8)]}
+    report_image(grown(moments=12), tmp_path / "report.png", metrics=accuracy, title="Pruned", dpi=60)
+    with Image.open(tmp_path / "report.png") as read:
+        assert read.width == 480
+    with pytest.raises(ValueError, match=r"`report_image` of 0 layers at 0 moments"):
+        report_image(History(), tmp_path / "none.png")
