@@ -15,7 +15,7 @@ from lightning_light.errors import NoEffectWarning
 from lightning_light.hosts import Callback
 from lightning_light.order import check_order
 from lightning_light.surgery.distributed import check_agreement, refuse_unsupported, rewrap, tell
-from lightning_light.surgery.journal import attach, release
+from lightning_light.surgery.journal import attach, is_attached, ledger_of, release
 from lightning_light.surgery.ledger import Ledger
 from lightning_light.surgery.mirrors import mirrors_of
 from lightning_light.surgery.optimizer import check_optimizers
@@ -69,9 +69,8 @@ class CompressionCallback(Callback):
             refuse_unsupported(trainer, type(self).__name__)
         peers = _peers(trainer)
         check_order([(type(peer).__name__, peer.stage, peer.window(trainer.max_epochs)) for peer in peers])
-        same = [peer for peer in peers if peer.method == self.method]
-        place = same.index(self) if self in same else 0
-        self._key = self.method if place == 0 else f"{self.method}#{place + 1}"
+        place = [id(peer) for peer in peers if peer.method == self.method].index(id(self)) + 1
+        self._key = self.method if place == 1 else f"{self.method}#{place}"
         attach(pl_module)
 
     @override
@@ -95,7 +94,7 @@ class CompressionCallback(Callback):
 
     def ledger(self, pl_module: nn.Module) -> Ledger:
         """The module's ledger: the journal of structural changes, and the state of every method."""
-        return attach(pl_module)
+        return ledger_of(pl_module) if is_attached(pl_module) else attach(pl_module)
 
     def state(self, pl_module: nn.Module) -> dict[str, Any]:
         """This method's part of the ledger: plain types and tensors, in every checkpoint of the module.
@@ -103,11 +102,11 @@ class CompressionCallback(Callback):
         Restored with the weights, also from a weights-only checkpoint. Ask for it anew in every hook: loading a
         checkpoint replaces it.
         """
-        return attach(pl_module).state.setdefault(self._key or self.method, {})
+        return self.ledger(pl_module).state.setdefault(self._key or self.method, {})
 
     def resumed(self, pl_module: nn.Module) -> bool:
         """In ``on_fit_start`` or later: whether this ``fit`` goes on from a checkpoint that has a ledger."""
-        return attach(pl_module).resumed
+        return self.ledger(pl_module).resumed
 
     def _after_surgery(
         self,

@@ -243,7 +243,7 @@ class _Conformer:
         """On the live network's device; with values only where no state dict will bring them."""
         dtype = self._dtype if self._dtype is not None and wanted.is_floating_point() else wanted.dtype
         if wanted.device.type == "meta":
-            data = torch.empty(wanted.shape, dtype=dtype, device=self._device)
+            data = torch.empty_like(wanted.detach(), dtype=dtype, device=self._device)
         else:
             data = wanted.detach().clone().to(self._device)
         if not isinstance(wanted, nn.Parameter):

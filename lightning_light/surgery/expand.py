@@ -14,7 +14,7 @@ from lightning_light.errors import ManifestError, UnsupportedError
 from lightning_light.example_input import ExampleInput, tensors_in
 from lightning_light.surgery.blueprint import PRIVATE_PREFIX
 from lightning_light.surgery.journal import attach, release
-from lightning_light.surgery.manifest import KEY, Kept, Manifest, check_fingerprint, fingerprint_of
+from lightning_light.surgery.manifest import KEY, Kept, Manifest, check_fingerprint
 
 __all__ = ["expand_checkpoint"]
 
@@ -47,7 +47,7 @@ def expand_checkpoint(path: str | Path, out: str | Path, model: nn.Module, *, ex
     if KEY not in checkpoint:
         raise ManifestError(f"`expand_checkpoint({str(path)!r})`: expected a checkpoint with a manifest, found none.")
     manifest = Manifest.decode(checkpoint[KEY])
-    check_fingerprint(model, fingerprint_of(model, PRIVATE_PREFIX), manifest.fingerprint)
+    check_fingerprint(model, manifest.fingerprint, PRIVATE_PREFIX)
     kept = _refuse(model, manifest)
     first_names = _first_names(model)
     full = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}

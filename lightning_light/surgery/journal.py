@@ -76,7 +76,7 @@ def release(module: nn.Module) -> None:
 
 def on_save_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
     """The module's own hook, then the manifest."""
-    ledger = attach(self)
+    ledger = ledger_of(self)
     _call_wrapped(self, ledger, "on_save_checkpoint", checkpoint)
     trainer = getattr(self, "_trainer", None)
     checkpoint[KEY] = ledger.manifest(self, [] if trainer is None else trainer.optimizers)
@@ -84,12 +84,12 @@ def on_save_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
 
 def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
     """The module's own hook, then the structure that the weights will be loaded into, here and in averaged copies."""
-    ledger = attach(self)
+    ledger = ledger_of(self)
     _call_wrapped(self, ledger, "on_load_checkpoint", checkpoint)
     ledger.load(self, checkpoint)
     for copy in mirrors_of(getattr(self, "_trainer", None), self):
         attach(copy).load(copy, checkpoint)
-        copy.load_state_dict(checkpoint["state_dict"], strict=False)
+        copy.load_state_dict(checkpoint.get("state_dict", {}), strict=False)
 
 
 def _call_wrapped(module: Any, ledger: Ledger, name: str, checkpoint: dict[str, Any]) -> None:
@@ -104,6 +104,6 @@ def follow_state_dict(
     module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *_: Any
 ) -> None:
     """A ``load_state_dict`` pre-hook: where no manifest is at hand, structure follows the shapes of the tensors."""
-    attach(module).follow(
+    ledger_of(module).follow(
         module, {name: value for name, value in state_dict.items() if name.startswith(prefix)}, prefix
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_light.errors import ManifestError, SurgeryError
 from lightning_light.surgery.attributes import implied_attributes
@@ -89,10 +90,9 @@ class Ledger:
         """
         self._remember(model)
         manifest = Manifest.decode(checkpoint[KEY]) if KEY in checkpoint else self._plain_manifest()
-        state_dict: Mapping[str, Any] = checkpoint["state_dict"]
+        state_dict: Mapping[str, Any] = checkpoint.get("state_dict", {})
         if manifest.journal or self.journal:
-            expected = fingerprint_of(self._blueprint, PRIVATE_PREFIX)
-            check_fingerprint(model, expected, manifest.fingerprint)
+            check_fingerprint(self._blueprint, manifest.fingerprint, PRIVATE_PREFIX)
             if manifest.journal != self.journal or _other_shapes(model, state_dict):
                 self._restructure(model, manifest, state_dict)
         self.journal, self.state, self.kept = manifest.journal, copy.deepcopy(manifest.state), manifest.kept
@@ -179,7 +179,7 @@ class Ledger:
 
 def _other_shapes(model: nn.Module, state_dict: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Names of tensors whose shapes differ, under the names of ``state_dict``."""
-    live = {f"{prefix}{name}": tensor for name, tensor in _tensors(model).items() if not nn.parameter.is_lazy(tensor)}
+    live = {f"{prefix}{name}": tensor for name, tensor in _tensors(model).items()}
     return [
         name
         for name, tensor in live.items()
@@ -198,19 +198,20 @@ def _go_together(before: nn.Module, after: nn.Module) -> bool:
     lengths: dict[int, set[int]] = {}
     for kind in ("_parameters", "_buffers"):
         for name, old in getattr(before, kind).items():
-            if old is not None and not nn.parameter.is_lazy(old) and old.ndim == 1:
+            if old is not None and not is_lazy(old) and old.ndim == 1:
                 lengths.setdefault(len(old), set()).add(len(getattr(after, kind)[name]))
     return all(len(new) == 1 for new in lengths.values())
 
 
 def _tensors(structure: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers under all their names, tied ones too."""
+    """Parameters and persistent buffers under all their names, tied ones too; not those that have no shape yet."""
     return {
-        f"{path}.{name}" if path else name: tensor
+        name: tensor
         for path, module in structure.named_modules(remove_duplicate=False)
         for kind in (module._parameters, module._buffers)
-        for name, tensor in kind.items()
-        if tensor is not None and name not in module._non_persistent_buffers_set
+        for own, tensor in kind.items()
+        if tensor is not None and own not in module._non_persistent_buffers_set and not is_lazy(tensor)
+        if not (name := f"{path}.{own}" if path else own).startswith(PRIVATE_PREFIX)
     }
 
 
@@ -234,7 +235,7 @@ def _check_complete(target: nn.Module, state_dict: Mapping[str, Any], concerns: 
 def _take_shapes(structure: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> None:
     for name, tensor in _tensors(structure).items():
         wanted = state_dict.get(f"{prefix}{name}")
-        if isinstance(wanted, Tensor) and not nn.parameter.is_lazy(tensor) and wanted.shape != tensor.shape:
+        if isinstance(wanted, Tensor) and wanted.shape != tensor.shape:
             set_data(tensor, torch.empty(wanted.shape, dtype=tensor.dtype, device="meta"))
 
 
@@ -256,7 +257,7 @@ def _imply_attributes(structure: nn.Module) -> None:
 def _check_attributes(structure: nn.Module, paths: set[str]) -> None:
     """The journal and the shapes of the state dict say the same, or one of them is not what was written."""
     for path, module in structure.named_modules():
-        if path not in paths:
+        if path not in paths or any(map(is_lazy, module.parameters(recurse=False))):
             continue
         implied = implied_attributes(module)
         different = {name: (getattr(module, name), v) for name, v in implied.items() if getattr(module, name) != v}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,7 +90,8 @@ class Manifest:
             "journal": isinstance(self.journal, list)
             and all(isinstance(entry, dict) and isinstance(entry.get("op"), str) for entry in self.journal),
             "state": isinstance(self.state, dict) and all(isinstance(value, dict) for value in self.state.values()),
-            "parameter_order": isinstance(self.parameter_order, list),
+            "parameter_order": isinstance(self.parameter_order, list)
+            and all(isinstance(group, list) for groups in self.parameter_order for group in groups),
             "buffers": all(isinstance(value, Tensor) for value in self.buffers.values()),
         }
         damaged = [name for name, good in sound.items() if not good]
@@ -132,18 +132,20 @@ def fingerprint_of(model: nn.Module, leave_out: str) -> Shapes:
     }
 
 
-def check_fingerprint(model: nn.Module, expected: Mapping[str, tuple[int, ...]], found: Shapes) -> None:
+def check_fingerprint(model: nn.Module, found: Shapes, leave_out: str) -> None:
     """Refuse the checkpoint of a network that was another one from the start.
 
     Args:
-        model: for its name in the message.
-        expected: the live network's parameters before any operation.
-        found: those of the network that the checkpoint is of.
+        model: the live network as it was before any operation.
+        found: names and shapes of the parameters of the network that the checkpoint is of.
+        leave_out: as in `fingerprint_of`.
 
     Raises:
-        ManifestError: names or shapes differ.
+        ManifestError: names or shapes differ; where ``model`` has no shape yet, any will do.
     """
-    different = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
+    expected = fingerprint_of(model, leave_out)
+    open_ = {name for name, parameter in model.named_parameters() if nn.parameter.is_lazy(parameter)}
+    different = sorted(name for name in {*expected, *found} - open_ if expected.get(name) != found.get(name))
     if different:
         examples = "; ".join(f"{name}: {expected.get(name)}, {found.get(name)}" for name in different[:3])
         raise ManifestError(

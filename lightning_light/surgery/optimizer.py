@@ -9,6 +9,7 @@ from torch.optim import LBFGS, Optimizer
 
 from lightning_light.errors import SurgeryError, UnsupportedError
 from lightning_light.hosts import is_host
+from lightning_light.surgery.data import in_layout_of
 
 # For each dimension of a state tensor: the parameter's dimension that it follows, or None where it is broadcast.
 Layout = tuple[int | None, ...]
@@ -191,10 +192,11 @@ def _layout(optimizer: Optimizer, key: str, value: Tensor, shape: tuple[int, ...
 
 
 def _select(value: Tensor, layout: Layout, gather: Mapping[int, Tensor]) -> Tensor:
+    sliced = value
     for dim, source in enumerate(layout):
         if source is not None and source in gather:
-            value = value.index_select(dim, gather[source].to(value.device))
-    return value.contiguous()
+            sliced = sliced.index_select(dim, gather[source].to(value.device))
+    return in_layout_of(value, sliced)
 
 
 def _replace_in_group(

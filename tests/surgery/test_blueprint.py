@@ -199,3 +199,57 @@ def test_data_of_another_shape_survives_a_live_graph() -> None:
     assert weight.grad is not None
     assert weight.grad.shape == (2, 3)
     assert graph.item() == 24
+
+
+@pytest.mark.parametrize("made_first", [True, False])
+def test_lazy_layers_are_loaded_before_they_have_a_shape(made_first) -> None:
+    class Lazy(Lit):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net.fc = nn.LazyLinear(5)
+
+    module = Lazy()
+    module(noise(2, 3, 8, 8))
+    ledger = attach(module)
+    stay = torch.tensor([0, 2])
+    kept = {"net.conv2.weight": {0: stay}, "net.fc.weight": {1: stay}}
+    kept |= {f"net.bn2.{name}": {0: stay} for name in ("weight", "bias", "running_mean", "running_var")}
+    edit = cut(module, kept)
+    ledger.record(edit.entry(), kept=edit.kept)
+    module.on_save_checkpoint(checkpoint := {"state_dict": module.state_dict()})
+    fresh = Lazy()
+    if made_first:
+        fresh(noise(2, 3, 8, 8))
+    attach(fresh).load(fresh, checkpoint)
+    fresh.load_state_dict(checkpoint["state_dict"])
+    assert torch.equal(fresh.eval()(noise(2, 3, 8, 8)), module.eval()(noise(2, 3, 8, 8)))
+    assert fresh.net.fc.in_features == 2
+
+
+def test_the_memory_layout_survives_cuts_and_loads() -> None:
+    module = Lit()
+    module.to(memory_format=torch.channels_last)
+    fresh = copy.deepcopy(module)
+    ledger = attach(module)
+    optimizer = torch.optim.AdamW(module.parameters())
+    module.training_step((noise(2, 3, 8, 8), torch.tensor([0, 1])), 0).backward()
+    optimizer.step()
+    edit = cut(module, halve(module, "net.conv1", "net.bn1", "net.conv2"), optimizers=[optimizer])
+    ledger.record(edit.entry(), kept=edit.kept)
+    module.on_save_checkpoint(checkpoint := {"state_dict": module.state_dict()})
+    attach(fresh).load(fresh, checkpoint)
+    for net in (module.net, fresh.net):
+        for weight in (net.conv1.weight, net.conv2.weight):
+            assert weight.is_contiguous(memory_format=torch.channels_last)
+            assert not weight.is_contiguous()
+    moment = optimizer.state[module.net.conv2.weight]["exp_avg"]
+    assert moment.stride() == module.net.conv2.weight.stride()
+
+
+def test_reading_the_state_after_a_run_attaches_nothing_anew() -> None:
+    module = Lit()
+    attach(module)
+    release(module)
+    module.on_save_checkpoint({"state_dict": module.state_dict()})
+    module.on_load_checkpoint({"state_dict": module.state_dict()})
+    assert not module._load_state_dict_pre_hooks

@@ -122,6 +122,14 @@ def test_averaged_copies_follow_and_resume_bit_for_bit(average_first, tmp_path) 
         assert same(dict(resumed.state_dict()), dict(whole.state_dict()))
 
 
+def test_a_trainer_with_averages_tests_an_earlier_network(tmp_path) -> None:
+    run = trainer(EMAWeightAveraging(decay=0.9), Events(cuts=(5,), factor_at=9), by_epoch(tmp_path))
+    run.fit(module := Lit(), Loader())
+    for epoch, width in ((0, 8), (2, 4), (1, 4)):
+        run.test(module, ckpt_path=tmp_path / f"e{epoch}.ckpt", verbose=False)
+        assert module.net.conv1.out_channels == width
+
+
 @pytest.mark.filterwarnings("ignore:Swapping scheduler", "ignore:.*lr_scheduler.step:UserWarning")
 @pytest.mark.parametrize("average_first", [True, False])
 def test_stochastic_averages_follow(average_first, tmp_path) -> None:
