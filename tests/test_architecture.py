@@ -1,6 +1,7 @@
 """The house rules that a machine can keep: wings stand on a common ground, and only callbacks know Lightning."""
 
 import ast
+import sys
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -11,6 +12,17 @@ FILES = sorted(ROOT.rglob("*.py"))
 WINGS = {"distillation", "export", "kernels", "lowrank", "monitors", "quantization", "search", "sparsity", "structured"}
 HOSTS = {"lightning", "pytorch_lightning", "lightning_fabric"}
 HOSTS_FILE = "hosts.py"  # the one file of the ground that may import a host
+BROUGHT = {
+    "PIL",
+    "lightning_light",
+    "numpy",
+    "rich",
+    "tensorboard",
+    "torch",
+    "torchmetrics",
+    "typing_extensions",
+} | HOSTS
+OPTIONAL = {"matplotlib"}  # of an extra: imported where it is used
 LIMIT = 400
 
 
@@ -22,11 +34,15 @@ def imported(tree: ast.Module) -> Iterator[str]:
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             todo += node.orelse
             continue
-        if isinstance(node, ast.ImportFrom):
-            yield "." * node.level + (node.module or "")
-        elif isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+        yield from imported_by(node)
         todo += ast.iter_child_nodes(node)
+
+
+def imported_by(node: ast.AST) -> list[str]:
+    """Modules that one statement imports."""
+    if isinstance(node, ast.ImportFrom):
+        return ["." * node.level + (node.module or "")]
+    return [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
 
 
 def room(module: str) -> str:
@@ -51,6 +67,14 @@ def complaints(file: str, text: str) -> list[str]:
         found.append(f"{file} has {text.count(chr(10))} lines: which idea wants a room of its own?")
     if {name.split(".")[0] for name in names} & HOSTS and file != HOSTS_FILE and not holds_callback(tree):
         found.append(f"{file} imports Lightning as it runs, but holds no callback: take what it needs as arguments.")
+    packages = {name.split(".")[0] for name in names if not name.startswith(".")} - sys.stdlib_module_names
+    if unknown := sorted(packages - BROUGHT - OPTIONAL):
+        found.append(f"{file} imports {', '.join(unknown)}, which no dependency of the package brings.")
+    at_once = {name.split(".")[0] for node in tree.body for name in imported_by(node)}
+    if early := sorted(at_once & OPTIONAL):
+        found.append(
+            f"{file} imports {', '.join(early)} at once, which only an extra brings: import it where it is used."
+        )
     if any(name.startswith(".") for name in names):
         found.append(f"{file} imports relatively: write where the thing lives, from `lightning_light` on.")
     if file == "__init__.py":
@@ -86,6 +110,8 @@ def test_every_wing_that_exists_is_known() -> None:
         ("callback.py", "from lightning_light.export.parity import check\n", "knows no wing"),
         ("surgery/edit.py", "from lightning_light import MACs\n", "import from where the thing lives"),
         ("surgery/edit.py", "from .journal import Ledger\n", "imports relatively"),
+        ("surgery/edit.py", "def f():\n    import pandas\n", "which no dependency of the package brings"),
+        ("monitors/picture.py", "import matplotlib.pyplot\n", "import it where it is used"),
     ],
 )
 def test_a_planted_bad_file_is_named_with_its_reason(file: str, text: str, sentence: str) -> None:
