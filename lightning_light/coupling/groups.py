@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -99,9 +99,55 @@ class Coupling:
                 changes.setdefault(tie.module, {})[tie.attribute] = new
         return changes
 
+    def shrunk(self, kept: Mapping[str, Tensor]) -> Coupling:
+        """The coupling of the model after the cut ``kept``: nothing has to be traced again."""
+        positions, gone = self.kept_positions(kept), self._gone(kept)
+        shapes = {
+            name: tuple(positions[name][d].numel() if d in positions.get(name, {}) else s for d, s in enumerate(shape))
+            for name, shape in self.shapes.items()
+        }
+        tables = {
+            (tensor, dim): _renumbering(self.shapes[tensor][dim], stays)
+            for tensor, dims in positions.items()
+            for dim, stays in dims.items()
+        }
+        groups = _in_order(self.shapes, [_shrunk(group, kept.get(group.name), tables) for group in self.groups])
+        ties = tuple(replace(tie, labels=tie.labels[~torch.isin(tie.labels, gone)]) for tie in self.ties)
+        return Coupling(groups, ties, shapes)
+
+    def fits(self, model: nn.Module) -> bool:
+        """Whether ``model`` still has the tensors and shapes that were traced."""
+        return dict(self.shapes) == _shapes(model)
+
     def _gone(self, kept: Mapping[str, Tensor]) -> Tensor:
         lost = [group.roots[~kept[group.name]] for group in self.groups if group.name in kept]
         return torch.cat(lost) if lost else torch.empty(0, dtype=torch.long)
+
+
+def _renumbering(size: int, stays: Tensor) -> Tensor:
+    table = torch.full((size,), -1)
+    table[stays] = torch.arange(stays.numel())
+    return table
+
+
+def _shrunk(group: ChannelGroup, mask: Tensor | None, tables: Mapping[tuple[str, int], Tensor]) -> ChannelGroup:
+    mask = torch.ones(group.width, dtype=torch.bool) if mask is None else mask
+    members = []
+    for member in group.members:
+        index, table = member.index[mask], tables.get((member.tensor, member.dim))
+        members.append(replace(member, index=index if table is None else table[index]))
+    return replace(group, width=int(mask.sum()), members=tuple(members), roots=group.roots[mask])
+
+
+def _in_order(tensors: Iterable[str], groups: Iterable[ChannelGroup]) -> tuple[ChannelGroup, ...]:
+    """As the layers stand in the model; groups of one layer by their first position in it."""
+    order = {name: number for number, name in enumerate(tensors)}
+    firsts = ((order[g.members[0].tensor], g.members[0].dim, int(g.members[0].index[0, 0]), g) for g in groups)
+    return tuple(group for *_, group in sorted(firsts, key=lambda first: first[:3]))
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
 
 
 def coupling_of(model: nn.Module, tracer: Tracer) -> Coupling:
@@ -115,11 +161,9 @@ def coupling_of(model: nn.Module, tracer: Tracer) -> Coupling:
         for value in torch.unique(signature[root]).tolist():
             by_signature.setdefault(value, []).append((leaf, root))
     groups = [_group(model, places, signature, value, reasons) for value, places in by_signature.items()]
-    order = {leaf.tensor: number for number, leaf in reversed(list(enumerate(leaves)))}
-    groups.sort(key=lambda group: (order[group.members[0].tensor], group.members[0].dim, int(group.roots[0])))
     ties = tuple(replace(tie, labels=tracer.book.roots(tie.labels)) for tie in tracer.ties)
-    shapes = {name: tuple(t.shape) for name, t in [*model.named_parameters(), *model.named_buffers()]}
-    return Coupling(_named(groups), ties, shapes)
+    shapes = _shapes(model)
+    return Coupling(_named(_in_order(shapes, groups)), ties, shapes)
 
 
 def _signatures(leaves: Sequence[Leaf], roots: Sequence[Tensor], count: int, reasons: Mapping[int, str]) -> Tensor:

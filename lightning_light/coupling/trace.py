@@ -227,15 +227,14 @@ def trace(
     """
     tracer = Tracer(heads=heads)
     tracer.watch(model)
-    with quiet(model), _module_names(model, tracer):
+    with quiet(model), _module_names(model, tracer), tracer:
         try:
-            with tracer:
-                out = model(*args, **(kwargs or {}))
+            out = model(*args, **(kwargs or {}))
         except FORWARD_ERRORS as error:
             raise TraceError(
                 f"`{type(model).__name__}` does not run on the example input: {type(error).__name__}: {error}. "
                 "Expected one forward pass in eval mode. Give an input that `forward` accepts: "
-                "`self.example_input_array = ...` in the module, or `example_input=...` in the callback."
+                "`self.example_input_array = ...` in the module."
             ) from error
     tracer.output_shapes = [tuple(tensor.shape) for tensor in leaf_tensors(out)]
     for tensor in leaf_tensors(out):
@@ -252,7 +251,8 @@ def quiet(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices), torch.no_grad(), plain_kernels():
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    with torch.random.fork_rng(devices), torch.no_grad(), plain_kernels(convolutions=not recurrent):
         try:
             model.eval()
             yield

@@ -12,7 +12,7 @@ from lightning_light.coupling.groups import ChannelGroup, Coupling, coupling_of
 from lightning_light.coupling.trace import FORWARD_ERRORS, Tracer, leaf_tensors, quiet, trace
 from lightning_light.surgery.edit import trial
 
-__all__ = ["couple_channels", "failure"]
+__all__ = ["couple_channels"]
 
 
 def couple_channels(
@@ -35,48 +35,42 @@ def couple_channels(
     """
     tracer = trace(model, args, kwargs, heads=heads)
     coupling = coupling_of(model, tracer)
-    shapes = tracer.output_shapes
-    if not _broken(model, coupling, args, kwargs, shapes):
+    attempt = _Attempt(model, args, kwargs or {}, tracer)
+    if not attempt.broken(coupling):
         return coupling
     if _tie_to_width(tracer):
         coupling = coupling_of(model, tracer)
-    for group, error in _broken(model, coupling, args, kwargs, shapes):
+    for group, error in attempt.broken(coupling):
         tracer.book.protect(group.roots, f"a size is fixed in the code that reads it ({error})")
     return coupling_of(model, tracer)
 
 
-def failure(
-    model: nn.Module,
-    coupling: Coupling,
-    kept: Mapping[str, Tensor],
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any] | None,
-    shapes: Sequence[tuple[int, ...]],
-) -> str | None:
-    """Why ``model`` would fail, or not give outputs of ``shapes``, after the cut ``kept``; ``None`` where it would not."""
-    with quiet(model), trial(model, coupling.kept_positions(kept), coupling.attributes(model, kept)):
-        try:
-            out = model(*args, **(kwargs or {}))
-        except FORWARD_ERRORS as error:
-            return str(error).partition("\n")[0]
-    found = [tuple(tensor.shape) for tensor in leaf_tensors(out)]
-    return None if found == list(shapes) else f"the output's shape would change from {list(shapes)} to {found}"
+class _Attempt:
+    """One forward pass of the model, as it would be after a cut."""
 
+    def __init__(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], tracer: Tracer) -> None:
+        self._model, self._args, self._kwargs, self._tracer = model, args, kwargs, tracer
 
-def _broken(
-    model: nn.Module,
-    coupling: Coupling,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any] | None,
-    shapes: Sequence[tuple[int, ...]],
-) -> list[tuple[ChannelGroup, str]]:
-    """Groups that cannot lose a channel, each with the error that tells why. One pass where all is well."""
-    groups = [group for group in coupling.groups if group.reason is None and group.width > 1]
-    without_one = {group.name: torch.arange(group.width) > 0 for group in groups}
-    if failure(model, coupling, without_one, args, kwargs, shapes) is None:
-        return []
-    tried = [(g, failure(model, coupling, {g.name: without_one[g.name]}, args, kwargs, shapes)) for g in groups]
-    return [(group, error) for group, error in tried if error is not None]
+    def broken(self, coupling: Coupling) -> list[tuple[ChannelGroup, str]]:
+        """Groups that cannot lose a channel, each with the error that tells why. One pass where all is well."""
+        groups = [group for group in coupling.groups if group.reason is None and group.width > 1]
+        without_one = {group.name: torch.arange(group.width) > 0 for group in groups}
+        if self.failure(coupling, without_one) is None:
+            return []
+        tried = [(group, self.failure(coupling, {group.name: without_one[group.name]})) for group in groups]
+        return [(group, error) for group, error in tried if error is not None]
+
+    def failure(self, coupling: Coupling, kept: Mapping[str, Tensor]) -> str | None:
+        """Why the pass fails after the cut ``kept``, or gives outputs of other shapes; None where it is fine."""
+        positions, attributes = coupling.kept_positions(kept), coupling.attributes(self._model, kept)
+        with quiet(self._model), trial(self._model, positions, attributes):
+            try:
+                out = self._model(*self._args, **self._kwargs)
+            except FORWARD_ERRORS as error:
+                return str(error).partition("\n")[0]
+        found = [tuple(tensor.shape) for tensor in leaf_tensors(out)]
+        expected = self._tracer.output_shapes
+        return None if found == expected else f"the output's shape would change from {expected} to {found}"
 
 
 def _tie_to_width(tracer: Tracer) -> bool:

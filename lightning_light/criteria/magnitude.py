@@ -41,4 +41,5 @@ class Magnitude(Criterion):
 
     @override
     def __call__(self, evidence: Evidence) -> Tensor:
-        return full_precision(evidence.weight).abs() ** self.p
+        weight = full_precision(evidence.weight)
+        return weight.square() if self.p == 2.0 else weight.abs() ** self.p

@@ -54,13 +54,18 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def plain_kernels() -> Iterator[None]:
-    """No fused kernel for attention or recurrent layers: it would hide the products inside it."""
+def plain_kernels(*, convolutions: bool = False) -> Iterator[None]:
+    """No fused kernel for attention or recurrent layers: it would hide the products inside it.
+
+    Args:
+        convolutions: keep the fast libraries, which recurrent layers use as well; for networks that have none.
+    """
     mha, mkldnn, cudnn = torch.backends.mha, torch.backends.mkldnn, torch.backends.cudnn
     before = mha.get_fastpath_enabled(), mkldnn.enabled, cudnn.enabled
     try:
         mha.set_fastpath_enabled(False)
-        mkldnn.enabled = cudnn.enabled = False  # type: ignore[assignment]  # typed as the descriptor it is
+        if not convolutions:
+            mkldnn.enabled = cudnn.enabled = False  # type: ignore[assignment]  # typed as the descriptor it is
         with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:

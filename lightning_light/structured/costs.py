@@ -69,7 +69,8 @@ class Estimator:
         if self._budget.quantity == "channels":
             return self(torch.tensor([int(kept[group.name].sum()) for group in self.groups]))
         positions = self._coupling.kept_positions(kept)
-        with trial(self._model, positions, self._coupling.attributes(self._model, kept)):
+        attributes = self._coupling.attributes(self._model, kept)
+        with trial(self._model, positions, attributes, values=self._budget.quantity == "seconds"):
             return quantity(self._model, self._budget, self._example, ())
 
     def _cost_of_tensors(self) -> dict[str, float]:
@@ -80,6 +81,8 @@ class Estimator:
             return {name: float(t.numel()) for name, t in mine.items() if isinstance(t, nn.Parameter)}
         if self._budget.quantity == "bytes":
             return {name: float(t.numel() * t.element_size()) for name, t in mine.items()}
+        if self._budget.quantity == "channels":
+            return {}
         macs = count_cost(self._model, self._example.args, self._example.kwargs).macs_by_module
         scale = self.now / max(sum(macs.values()), 1)
         return _shared_out(macs, tensors, set(mine), scale)

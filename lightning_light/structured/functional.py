@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_light.coupling import couple_channels
+from lightning_light.coupling import Coupling, couple_channels
 from lightning_light.example_input import ExampleInput
 from lightning_light.structured.costs import quantity
 from lightning_light.structured.plan import Plan, plan_channels
@@ -27,6 +27,7 @@ def prune_channels(
     *,
     pruning: StructuredPruning,
     optimizers: Iterable[Optimizer] = (),
+    coupling: Coupling | None = None,
 ) -> Plan:
     """Remove channels of ``model`` in one shot, in place, as the callback ``pruning`` would at its last cut.
 
@@ -36,6 +37,7 @@ def prune_channels(
         kwargs: keyword arguments of that call.
         pruning: says what to reach and how to choose; its schedule does not count. With ``dry_run`` nothing is removed.
         optimizers: whose state is to follow.
+        coupling: of ``model`` as it stands, where it is known; else it is traced.
 
     Returns:
         What has left, and why the rest stayed.
@@ -61,7 +63,7 @@ def prune_channels(
             f"needs {sorted(pruning.criterion.needs)}. Use the callback in a Trainer, or `criterion=Magnitude()`."
         )
     example = ExampleInput(args, dict(kwargs or {}))
-    coupling = couple_channels(model, args, kwargs, heads=pruning.heads)
+    coupling = coupling or couple_channels(model, args, kwargs, heads=pruning.heads)
     dense = 0.0 if pruning.budget is None else quantity(model, pruning.budget, example, coupling.groups)
     plan = plan_channels(
         model,

@@ -63,7 +63,8 @@ class GroupLasso(SparsityLearning):
 class GrowingRegularization(SparsityLearning):
     """Weight decay that grows during the phase, the faster the smaller a channel is.
 
-    Gradient ``strength * (1 + growth * p * rank) * w``, where ``p`` is the progress of the phase, ``rank = (max - norm ** 2) / (max - min)`` over the channels of a group.
+    Gradient ``strength * (1 + growth * p * rank) * w``, where ``p`` is the progress of the phase and
+    ``rank = (max - norm ** 2) / (max - min)`` over the channels of a group.
 
     After Wang et al., 2021, "Neural Pruning via Growing Regularization". https://arxiv.org/abs/2012.09243
 

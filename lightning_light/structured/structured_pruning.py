@@ -134,7 +134,7 @@ class StructuredPruning(CompressionCallback):
         self._points: list[tuple[float, float]] = []
         self._capture: Capture | None = None
         self._watch: ActivationWatch | None = None
-        self._groups: tuple[ChannelGroup, ...] | None = None
+        self._coupling: Coupling | None = None
         self._last_plan: Plan | None = None
 
     # Lightning's hooks, in the order a run meets them.
@@ -157,7 +157,7 @@ class StructuredPruning(CompressionCallback):
         if not self.resumed(pl_module):
             self.state(pl_module).clear()
         reestimate.resume(pl_module, self.state(pl_module).get("momenta", {}))
-        self._groups = None
+        self._coupling = None
         self._capture = capture(pl_module)
         if self._capture.example is None and self.state(pl_module).get("example"):
             self._capture.remove()
@@ -213,7 +213,7 @@ class StructuredPruning(CompressionCallback):
         for held in (self._capture, self._watch):
             if held is not None:
                 held.remove()
-        self._capture, self._watch, self._groups = None, None, None
+        self._capture, self._watch, self._coupling = None, None, None
         super().teardown(trainer, pl_module, stage)
 
     @override
@@ -246,19 +246,22 @@ class StructuredPruning(CompressionCallback):
         if not self._needs_data or self._is_finished(pl_module):
             return False
         progress, _ = self._points[self.state(pl_module).get("events", 0)]
-        return steps_done(trainer) + self.evidence_batches >= progress * steps_planned(trainer)
+        return bool(steps_done(trainer) + self.evidence_batches >= progress * steps_planned(trainer))
 
     def _phase(self, trainer: Trainer) -> float:
         return min(training_progress(trainer) / max(self._points[-1][0], 1e-9), 1.0)
 
     def _penalized(self, pl_module: LightningModule) -> Sequence[ChannelGroup]:
-        if self._groups is None and self._capture is not None and self._capture.example is not None:
-            coupling = self._couple(pl_module, self._capture.example.to(pl_module))
-            self._groups = tuple(group for group in coupling.groups if group.reason is None)
-        return self._groups or ()
+        if self._capture is None or self._capture.example is None:
+            return ()
+        coupling = self._couple(pl_module, self._capture.example.to(pl_module))
+        return [group for group in coupling.groups if group.reason is None]
 
     def _couple(self, pl_module: LightningModule, example: ExampleInput) -> Coupling:
-        return couple_channels(pl_module, example.args, example.kwargs, heads=self.heads)
+        """Traced once, and again where somebody else has changed the network."""
+        if self._coupling is None or not self._coupling.fits(pl_module):
+            self._coupling = couple_channels(pl_module, example.args, example.kwargs, heads=self.heads)
+        return self._coupling
 
     def _cut(self, trainer: Trainer, pl_module: LightningModule, due: int) -> None:
         """One event: decide on rank 0, cut everywhere, let everything follow."""
@@ -276,7 +279,7 @@ class StructuredPruning(CompressionCallback):
             edit = cut(pl_module, kept, attributes=coupling.attributes(pl_module, plan.kept),
                        optimizers=trainer.optimizers, mirrors=mirrors_of(trainer, pl_module))  # fmt: skip
             state["removed"] = state.get("removed", 0) + plan.removed
-            self._groups = None
+            self._coupling = coupling.shrunk(plan.kept)
             self._after_surgery(trainer, pl_module, edit.entry(), self._summary(plan), kept=kept)
         state |= {"events": due, "seen": 0, "share": share}
         state.pop("gathered", None)

@@ -175,18 +175,24 @@ def _parent(name: str) -> str:
 
 @contextmanager
 def trial(
-    model: nn.Module, kept: Positions, attributes: Mapping[str, Mapping[str, Any]] | None = None
+    model: nn.Module,
+    kept: Positions,
+    attributes: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    values: bool = False,
 ) -> Iterator[None]:
-    """Inside, ``model`` has the shape it would have after `cut`; afterwards it is what it was, optimizers and all."""
+    """Inside, ``model`` has the shape it would have after `cut`; afterwards it is what it was, optimizers and all.
+
+    Without ``values`` only the shapes are right: the tensors are views of the first positions, and nothing is copied.
+    """
     tensors = _named_tensors(model)
     _check(model, tensors, kept)
     before = {name: (tensors[name].data, tensors[name].grad) for name in kept}
     edit = Edit()
     try:
-        with torch.no_grad():
-            for name, dims in kept.items():
-                tensors[name].grad = None
-                set_data(tensors[name], take(before[name][0], dims))
+        for name, dims in kept.items():
+            tensors[name].grad = None
+            set_data(tensors[name], take(before[name][0], dims) if values else _first(before[name][0], dims))
         _set_attributes(model, set(kept), attributes or {}, edit)
         yield
     finally:
@@ -194,6 +200,12 @@ def trial(
             tensors[name].grad = None
             set_data(tensors[name], data)
             tensors[name].grad = grad
-        for path, values in edit.old_attributes.items():
-            for name, value in values.items():
+        for path, old in edit.old_attributes.items():
+            for name, value in old.items():
                 setattr(model.get_submodule(path), name, value)
+
+
+def _first(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
+    for dim, positions in kept.items():
+        tensor = tensor.narrow(dim, 0, positions.numel())
+    return tensor
