@@ -1,0 +1,68 @@
+"""`StructuredPruning`: every criterion, ranking and kind of budget at least once."""
+
+from typing import Any
+
+from lightning_light.budgets import Channels, MACs, Params, Size
+from lightning_light.criteria import (
+    Activation,
+    BatchNormScale,
+    GeometricMedian,
+    Hessian,
+    Magnitude,
+    Random,
+    Taylor,
+)
+from lightning_light.schedules import Linear, OneShot, Window
+from lightning_light.structured import (
+    Global,
+    GroupLasso,
+    GrowingRegularization,
+    Isomorphic,
+    Local,
+    StructuredPruning,
+)
+from lightning_light.targets import Targets
+from tests.contract.bodies import Momentum
+from tests.contract.case import Case
+
+THRICE: dict[str, Any] = {"schedule": Window(Linear(), start=0.1, end=0.75), "events": 3}
+
+
+def case(name: str, budget: Any = None, *, full: bool = False, body: Any = None, **options: Any) -> Case:
+    """A row in which channels leave three times, between the second step and the ninth."""
+    arguments = {**THRICE, **options}
+    return Case(
+        f"structured_{name}",
+        lambda folder: [StructuredPruning(budget, **arguments)],
+        no_effect=lambda folder: [StructuredPruning(Channels(1.0), **THRICE)],
+        full=full,
+        **({"body": body} if body else {}),
+    )
+
+
+CASES = [
+    case("magnitude", MACs(0.5), full=True),
+    case("taylor", Params(0.5), criterion=Taylor(), ranking=Local(), evidence_batches=2, full=True),
+    case("hessian", MACs(0.6), criterion=Hessian(), ranking=Isomorphic(), evidence_batches=3),
+    case("activation", Channels(0.7), criterion=Activation(), evidence_batches=2, targets="features.conv*"),
+    case("batch_norm_scale", Size("9 kB"), criterion=BatchNormScale(), targets=Targets(exclude="features.last")),
+    case("geometric_median", Channels(0.5), criterion=GeometricMedian(), round_to=2, body=Momentum),
+    case("random", MACs(0.5), criterion=Random(), reduction="max", normalizer=None),
+    case("amounts", amounts={"features.conv1": 0.5, "features.last": 0.25}, criterion=Magnitude(1.0)),
+    case(
+        "group_lasso",
+        MACs(0.5),
+        sparsity_learning=GroupLasso(0.01),
+        reestimate_batch_norm=2,
+        ranking=Global(),
+        max_amount=0.8,
+        full=True,
+    ),
+    case(
+        "growing_regularization",
+        Params(0.6),
+        sparsity_learning=GrowingRegularization(0.01),
+        schedule=OneShot(at=0.4),
+        body=Momentum,
+    ),
+]
