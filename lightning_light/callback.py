@@ -15,7 +15,7 @@ from lightning_light.errors import NoEffectWarning
 from lightning_light.hosts import Callback
 from lightning_light.order import check_order
 from lightning_light.surgery.distributed import check_agreement, refuse_unsupported, rewrap, tell
-from lightning_light.surgery.journal import attach, is_attached, ledger_of, release
+from lightning_light.surgery.journal import attach, is_attached, ledger_of, record, release
 from lightning_light.surgery.ledger import Ledger
 from lightning_light.surgery.mirrors import mirrors_of
 from lightning_light.surgery.optimizer import check_optimizers
@@ -132,8 +132,7 @@ class CompressionCallback(Callback):
         shapes = {name: tuple(parameter.shape) for name, parameter in pl_module.named_parameters()}
         decided = {name: dict(dims) for name, dims in (kept or {}).items()}
         check_agreement(trainer, f"what `{type(self).__name__}` did", [dict(entry), decided, shapes])
-        for model in (pl_module, *mirrors_of(trainer, pl_module)):
-            attach(model).record(entry, kept=kept)
+        record(pl_module, mirrors_of(trainer, pl_module), entry, kept)
         rewrap(trainer)
         if "torch._dynamo" in sys.modules:
             torch.compiler.reset()  # else the ninth shape falls back to eager code without a word

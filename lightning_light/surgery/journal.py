@@ -9,10 +9,10 @@ class's own.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_light.surgery.blueprint import PRIVATE_PREFIX
 from lightning_light.surgery.ledger import Ledger
@@ -20,7 +20,7 @@ from lightning_light.surgery.manifest import KEY
 from lightning_light.surgery.mirrors import mirrors_of
 from lightning_light.surgery.operations import register_operation
 
-__all__ = ["Ledger", "attach", "is_attached", "ledger_of", "register_operation", "release"]
+__all__ = ["Ledger", "attach", "is_attached", "ledger_of", "record", "register_operation", "release"]
 
 _LEDGER = f"{PRIVATE_PREFIX}_ledger"
 _HOOK = f"{PRIVATE_PREFIX}_hook"
@@ -54,6 +54,27 @@ def _wrap(module: nn.Module, ledger: Ledger, wrapper: Callable[[Any, dict[str, A
     if found is not None and function is not getattr(type(module), name):  # the class's own is what a pickle leaves
         ledger.wrapped[name] = found
     vars(module)[name] = types.MethodType(wrapper, module)
+
+
+def record(
+    module: nn.Module,
+    mirrors: Iterable[nn.Module],
+    entry: Mapping[str, Any],
+    kept: Mapping[str, Mapping[int, Tensor]] | None = None,
+) -> None:
+    """Write an operation into the ledger of ``module`` and of its averaged copies, which have one history.
+
+    Args:
+        module: the live module, changed.
+        mirrors: its copies, changed likewise.
+        entry: as in `Ledger.record`.
+        kept: as in `Ledger.record`.
+    """
+    ledger = attach(module)
+    ledger.record(entry, kept=kept)
+    for mirror in mirrors:
+        vars(mirror)[_LEDGER] = ledger.twin()
+        attach(mirror)
 
 
 def ledger_of(module: nn.Module) -> Ledger:

@@ -62,6 +62,14 @@ class Ledger:
         else:
             self.journal.append(plain)
 
+    def twin(self) -> Ledger:
+        """The same history, for an averaged copy of the module; what is written into one is not in the other."""
+        twin = Ledger.__new__(Ledger)
+        twin.__dict__.update(vars(self), wrapped={})
+        twin.journal, twin.state = copy.deepcopy(self.journal), copy.deepcopy(self.state)
+        twin.kept = None if self.kept is None else {name: dict(dims) for name, dims in self.kept.items()}
+        return twin
+
     def manifest(self, model: nn.Module, optimizers: Iterable[Any] = ()) -> dict[str, Any]:
         """What a checkpoint of ``model`` carries under the key ``lightning_light``."""
         self._remember(model)
