@@ -15,7 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lightning_light.coupling.labels import LabelBook, varying
 from lightning_light.coupling.rules import RULES, elementwise, unknown
 from lightning_light.errors import TraceError
-from lightning_light.measure.quiet import plain_kernels
+from lightning_light.measure.quiet import plain_kernels, uncompiled
 
 __all__ = ["FORWARD_ERRORS", "Leaf", "Split", "Tie", "Tracer", "leaf_tensors", "quiet", "trace"]
 
@@ -252,7 +252,8 @@ def quiet(model: nn.Module) -> Iterator[None]:
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-    with torch.random.fork_rng(devices), torch.no_grad(), plain_kernels(convolutions=not recurrent):
+    kernels = plain_kernels(convolutions=not recurrent)
+    with torch.random.fork_rng(devices), torch.no_grad(), uncompiled(model), kernels:
         try:
             model.eval()
             yield

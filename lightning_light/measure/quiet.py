@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__all__ = ["plain_kernels", "undisturbed"]
+__all__ = ["plain_kernels", "uncompiled", "undisturbed"]
 
 _TABLES = ("_parameters", "_buffers", "_modules")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_COMPILED = ("_compiled_call_impl", "forward")
 
 
 @contextmanager
@@ -41,6 +43,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context(torch.random.fork_rng(devices=_cuda_devices(model)))
+            stack.enter_context(uncompiled(model))
             _quieten(modules)
             yield
     finally:
@@ -51,6 +54,25 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             for table, entries in contents.items():
                 live[table].clear()
                 live[table].update(entries)
+
+
+@contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Inside, modules that ``torch.compile`` has a hand in run as written, those compiled in place and wrapped ones."""
+    tables = [(module, vars(module)) for module in model.modules()]
+    before = [(table, {key: table[key] for key in _COMPILED if key in table}) for _, table in tables]
+    try:
+        for module, table in tables:
+            if "_compiled_call_impl" in table:
+                table["_compiled_call_impl"] = None
+            if "forward" in table and "_orig_mod" in module._modules:
+                table["forward"] = module._modules["_orig_mod"]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Using `torch.compile.module.` when there are global hooks")
+            yield
+    finally:
+        for table, entries in before:
+            table.update(entries)
 
 
 @contextmanager
@@ -82,7 +104,6 @@ def _quieten(modules: list[nn.Module]) -> None:
     for module in modules:
         attributes = vars(module)
         attributes["training"] = False
-        attributes["_compiled_call_impl"] = None
         for hooks in _HOOKS:
             attributes[hooks] = type(attributes[hooks])(_of_torch(attributes[hooks]))
         for name, buffer in module._buffers.items():
