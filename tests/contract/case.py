@@ -24,7 +24,8 @@ class Case:
             ``fp16``, ``bf16``, ``accumulation``, ``clipping``, ``fast_dev_run``, ``second_fit``, ``resume``,
             ``export``, ``ddp``.
         tolerance: how far the exported file's answers may be off the module's.
-        full: run every contract; False for variants of a method that only have to fit, resume and round-trip.
+        full: run every contract; False for variants of a method that only have to fit, resume and round-trip. The first
+            full row of a method is fast, further ones are slow.
     """
 
     name: str

@@ -2,7 +2,12 @@
 
 import importlib
 import pkgutil
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
+
+import pytest
 
 import lightning_light
 import lightning_light.callback
@@ -16,8 +21,18 @@ def all_cases() -> list[Case]:
     return [case for file in files for case in importlib.import_module(f"{cases.__name__}.{file}").CASES]
 
 
+def rows_for_every_contract(rows: list[Case]) -> Iterator[Any]:
+    """For ``parametrize``: the first full row of every callback is fast, its others are slow."""
+    seen: set[type[Any]] = set()
+    for case in rows:
+        if case.full:
+            method = type(case.build(Path(gettempdir()))[0])
+            yield pytest.param(case, id=case.name, marks=[pytest.mark.slow] if method in seen else [])
+            seen.add(method)
+
+
 CASES = all_cases()
-FULL = [case for case in CASES if case.full]
+FULL = list(rows_for_every_contract(CASES))
 
 
 def public_callbacks() -> set[type[Any]]:

@@ -11,7 +11,7 @@ import torch
 from lightning_light.surgery.journal import ledger_of
 from tests.contract.case import Case
 from tests.contract.runs import assert_changed, checkpoints, differences, module_of, outcome, trainer
-from tests.contract.table import CASES
+from tests.contract.table import CASES, FULL
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # no need to save again
 
@@ -51,6 +51,6 @@ def test_resumes_from_every_step_and_epoch(case, tmp_path) -> None:
     compare(case, tmp_path, HOSTS[0], FILES)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.full], ids=str)
+@pytest.mark.parametrize("case", FULL)
 def test_fits_and_resumes_under_the_other_host(case, tmp_path) -> None:
     compare(case, tmp_path, HOSTS[1], ["step=7"])
