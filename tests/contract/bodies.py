@@ -187,5 +187,8 @@ class Wrapped(Body):
 
 @functools.cache
 def module_class(body: type[Body], host: Any) -> type[Any]:
-    """``body`` as a LightningModule of ``host``."""
-    return type(body.__name__, (body, host.LightningModule), {"__module__": __name__})
+    """``body`` as a LightningModule of ``host``, which pickle finds by its name."""
+    name = f"{body.__name__}_{host.__name__.replace('.', '_')}"
+    made = type(name, (body, host.LightningModule), {"__module__": __name__})
+    globals()[name] = made
+    return made

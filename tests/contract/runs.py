@@ -33,6 +33,7 @@ def trainer(*callbacks: Any, host: Any = DEFAULT_HOST, **options: Any) -> Any:
         "enable_checkpointing": any(type(callback).__name__.endswith("Checkpoint") for callback in callbacks),
         "num_sanity_val_steps": 0,
         "limit_val_batches": 1,
+        "limit_test_batches": 1,
     }
     return host.Trainer(callbacks=list(callbacks), **{**quiet, **options})
 

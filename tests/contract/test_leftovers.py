@@ -1,0 +1,95 @@
+"""A run leaves nothing behind, says when it had no effect, and takes nothing that it does not need."""
+
+import random
+from typing import Any
+
+import lightning.pytorch
+import pytest
+import torch
+from torch import nn
+
+from lightning_light.errors import NoEffectWarning
+from tests.contract.runs import differences, module_of, trainer
+from tests.contract.table import FULL
+
+OURS = {"on_save_checkpoint", "on_load_checkpoint"}  # what later checkpoints need, on the LightningModule alone
+HOOKS = [name for name in vars(nn.Module()) if "hooks" in name]
+
+
+def traces(module: Any) -> dict[str, Any]:
+    """Attributes, hooks and modes of every module, by its name."""
+    found = {}
+    for name, part in module.named_modules():
+        attributes = {key for key in vars(part) if not key.startswith("_lightning_light")} - (
+            OURS if not name else set()
+        )
+        hooks = {key: len(vars(part)[key]) for key in HOOKS}
+        found[name] = (sorted(attributes), hooks, part.training, type(part).__name__)
+    return found
+
+
+class Drawn(lightning.pytorch.Callback):
+    """What the generators give at every step: nobody else may draw from them."""
+
+    def __init__(self) -> None:
+        self.states: list[Any] = []
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.states.append((torch.get_rng_state(), random.getstate()))
+
+
+@pytest.mark.parametrize("case", FULL)
+def test_no_hook_attribute_mode_or_random_number_is_left_changed(case, tmp_path) -> None:
+    ends, drawn = [], []
+    before = torch.is_grad_enabled(), torch.get_num_threads(), torch.get_default_dtype()
+    for callbacks in ([], case.build(tmp_path)):
+        torch.manual_seed(3)
+        random.seed(3)
+        module, watch = module_of(case), Drawn()
+        trainer(*callbacks, watch).fit(module)
+        ends.append(traces(module))
+        drawn.append(watch.states)
+    for name, (attributes, hooks, mode, kind) in ends[0].items():
+        if not case.structural or name in ends[1]:
+            assert ends[1][name] == (attributes, hooks, mode, kind), name
+    assert not differences(*drawn)
+    assert before == (torch.is_grad_enabled(), torch.get_num_threads(), torch.get_default_dtype())
+    assert all(parameter.requires_grad for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("case", FULL)
+def test_no_hook_is_left_after_an_error_in_training(case, tmp_path) -> None:
+    class Stop(lightning.pytorch.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 1:
+                raise RuntimeError("enough")
+
+    plain, module = module_of(case), module_of(case)
+    for callbacks, target in (([], plain), (case.build(tmp_path), module)):
+        with pytest.raises(RuntimeError, match="enough"):
+            trainer(*callbacks, Stop()).fit(target)
+    assert {name: trace[1] for name, trace in traces(module).items() if name} == {
+        name: trace[1] for name, trace in traces(plain).items() if name
+    }
+
+
+@pytest.mark.parametrize("case", FULL)
+def test_a_run_without_effect_says_so_by_name(case, tmp_path) -> None:
+    if case.no_effect is None:
+        return
+    callbacks = case.no_effect(tmp_path)
+    with pytest.warns(NoEffectWarning, match=type(callbacks[0]).__name__):
+        trainer(*callbacks).fit(module_of(case))
+
+
+@pytest.mark.parametrize("case", FULL)
+def test_two_networks_are_not_mixed_up_when_copied(case, tmp_path) -> None:
+    """A module that was fitted can be copied and pickled: nothing in it refers to the run."""
+    import copy
+    import pickle
+
+    module = module_of(case)
+    trainer(*case.build(tmp_path)).fit(module)
+    module.trainer = None
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert not differences(dict(module.state_dict()), dict(twin.state_dict()))
