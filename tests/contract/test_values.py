@@ -64,7 +64,7 @@ def arguments(callback: Any) -> dict[str, str]:
     return {name: repr(getattr(callback, name)) for name in parameters if hasattr(callback, name)}
 
 
-@pytest.mark.filterwarnings("ignore:(?s).*skip_none")  # its newer name is not known to older releases
+@pytest.mark.filterwarnings("ignore:(?s).*skip_none", "ignore:(?s).*JSONARGPARSE_DEPRECATION")  # works in old and new
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_yaml_there_and_back(case, tmp_path) -> None:
     built = case.build(tmp_path)
