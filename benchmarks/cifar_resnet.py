@@ -1,9 +1,9 @@
-"""CIFAR-10 ResNets with parameter-free, zero-padded shortcuts, pruned to half their MACs; beside torch-pruning's pruner.
+"""CIFAR-10 ResNets with zero-padded shortcuts, pruned to half their MACs; beside torch-pruning's own pruner.
 
     python benchmarks/cifar_resnet.py --data cifar10.npz --weights resnet20_cifar10.pt --depth 20
 
-``--data`` is an archive with ``x_train`` (n, 32, 32, 3), ``y_train``, ``x_test``, ``y_test`` as bytes. ``--weights`` is a
-state dict with the names of akamaster/pytorch_resnet_cifar10.
+``--data`` is an archive with ``x_train`` (n, 32, 32, 3), ``y_train``, ``x_test``, ``y_test`` as bytes. ``--weights`` is
+a state dict with the names of akamaster/pytorch_resnet_cifar10.
 """
 
 import argparse

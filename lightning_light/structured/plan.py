@@ -74,11 +74,14 @@ class Plan:
         """How many channels leave."""
         return sum(int((~mask).sum()) for mask in self.kept.values())
 
+    def cuts(self) -> list[str]:
+        """One line for each layer that loses channels."""
+        return [f"{name}: {mask.numel()} -> {int(mask.sum())} channels" for name, mask in self.kept.items()
+                if not mask.all()]  # fmt: skip
+
     def lines(self) -> list[str]:
         """One line a layer: what leaves, and why the others stay."""
-        cuts = [f"{name}: {mask.numel()} -> {int(mask.sum())} channels" for name, mask in self.kept.items()
-                if not mask.all()]  # fmt: skip
-        return cuts + [f"{name}: stays, {reason}" for name, reason in self.skipped.items()]
+        return self.cuts() + [f"{name}: stays, {reason}" for name, reason in self.skipped.items()]
 
 
 def plan_channels(

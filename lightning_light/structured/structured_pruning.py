@@ -155,7 +155,7 @@ class StructuredPruning(CompressionCallback):
         for pattern in self.amounts or {}:
             as_targets(pattern).select(pl_module)
         if not self.resumed(pl_module):
-            self.state(pl_module).clear()
+            _begin_anew(self.state(pl_module))
         reestimate.resume(pl_module, self.state(pl_module).get("momenta", {}))
         self._coupling = None
         self._capture = capture(pl_module)
@@ -280,7 +280,9 @@ class StructuredPruning(CompressionCallback):
                        optimizers=trainer.optimizers, mirrors=mirrors_of(trainer, pl_module))  # fmt: skip
             state["removed"] = state.get("removed", 0) + plan.removed
             self._coupling = coupling.shrunk(plan.kept)
-            self._after_surgery(trainer, pl_module, edit.entry(), self._summary(plan), kept=kept)
+            self._after_surgery(
+                trainer, pl_module, edit.entry(), self._summary(plan, first="share" not in state), kept=kept
+            )
         state |= {"events": due, "seen": 0, "share": share}
         state.pop("gathered", None)
         if due == len(self._points) and self.reestimate_batch_norm and not self.dry_run:
@@ -293,17 +295,17 @@ class StructuredPruning(CompressionCallback):
         """The plan of rank 0, on every rank; so is its refusal."""
         state = self.state(pl_module)
         gathered = mean_evidence(state.get("gathered", {}), lambda tensor: reduce_mean(trainer, tensor))
-        if "original" not in state:
-            dense = 0.0 if self.budget is None else quantity(pl_module, self.budget, example, coupling.groups)
-            widths = {group.name: group.width for group in coupling.groups}
-            state |= {"dense": broadcast(trainer, dense), "original": widths}
+        state.setdefault("original", {group.name: group.width for group in coupling.groups})
+        limit = (
+            0.0 if self.budget is None else self.budget.at(self._dense(trainer, pl_module, coupling, example), share)
+        )
         outcome: Plan | LightningLightError | None = None
         if trainer.is_global_zero:
             try:
                 outcome = plan_channels(
                     pl_module, coupling, self.options(), budget=self.budget,
-                    limit=0.0 if self.budget is None else self.budget.at(state["dense"], share), share=share,
-                    original=_widths(coupling, state["original"]), example=example, gathered=gathered,
+                    limit=limit, share=share, original=_widths(coupling, state["original"]), example=example,
+                    gathered=gathered,
                     generator=torch.Generator().manual_seed(state.get("events", 0)),
                 )  # fmt: skip
             except LightningLightError as error:
@@ -314,6 +316,15 @@ class StructuredPruning(CompressionCallback):
         assert outcome is not None  # rank 0 has one
         return outcome
 
+    def _dense(self, trainer: Trainer, pl_module: LightningModule, coupling: Coupling, example: ExampleInput) -> float:
+        """What the budget counts, of the network as it was before the first cut of the first run."""
+        assert self.budget is not None
+        known: dict[str, float] = self.state(pl_module).setdefault("dense", {})
+        if self.budget.quantity not in known:
+            measured = quantity(pl_module, self.budget, example, coupling.groups)
+            known[self.budget.quantity] = broadcast(trainer, measured)
+        return known[self.budget.quantity]
+
     def options(self) -> Options:
         """How channels are chosen, for `plan_channels`."""
         return Options(
@@ -322,8 +333,8 @@ class StructuredPruning(CompressionCallback):
             max_amount=self.max_amount, reduction=self.reduction, normalizer=self.normalizer,
         )  # fmt: skip
 
-    def _summary(self, plan: Plan) -> str:
-        lines = "\n  ".join(plan.lines())
+    def _summary(self, plan: Plan, *, first: bool) -> str:
+        lines = "\n  ".join(plan.lines() if first else plan.cuts())
         reached = "" if self.budget is None else f", {self.budget.quantity} {plan.before:.6g} -> {plan.after:.6g}"
         return f"{plan.removed} channels removed{reached}\n  {lines}"
 
@@ -354,6 +365,12 @@ def _keep_example(state: dict[str, Any], example: ExampleInput) -> None:
         state["example"] = plain_copy({"args": example.args, "kwargs": example.kwargs}, "example")
     except TypeError:  # objects of the user's own, which no weights-only checkpoint holds
         state["example"] = {}
+
+
+def _begin_anew(state: dict[str, Any]) -> None:
+    """A second run counts its cuts from the start; a budget still means the network as it was built."""
+    for name in set(state) - {"dense", "original", "removed"}:
+        del state[name]
 
 
 def _widths(coupling: Coupling, original: Mapping[str, int]) -> dict[str, int]:

@@ -9,15 +9,20 @@ _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 def set_data(tensor: Tensor, data: Tensor) -> None:
     """Give ``tensor`` the values and shape of ``data``, in its own memory layout; whoever holds the object sees it.
 
-    A leaf that requires grad may be watched by a live ``AccumulateGrad`` node (of a retained graph, or of DDP), which
-    remembers the shape. ``Tensor.data`` makes torch forget that node only if type or device change, so the data go
-    through an empty tensor of another type first.
-
     Args:
         tensor: a parameter or buffer. A ``.grad`` of another shape than ``data`` is dropped: it cannot stay.
         data: what it holds from now on; copied only where the layout differs.
     """
-    data = in_layout_of(tensor, data)
+    swap_data(tensor, in_layout_of(tensor, data))
+
+
+def swap_data(tensor: Tensor, data: Tensor) -> None:
+    """Give ``tensor`` the very ``data``, layout and all.
+
+    A leaf that requires grad may be watched by a live ``AccumulateGrad`` node (of a retained graph, or of DDP), which
+    remembers the shape. ``Tensor.data`` makes torch forget that node only if type or device change, so the data go
+    through an empty tensor of another type first. A ``.grad`` of another shape is dropped.
+    """
     if tensor.is_leaf and tensor.requires_grad:
         other = torch.float32 if tensor.dtype != torch.float32 else torch.float64
         grad, tensor.grad = tensor.grad, None

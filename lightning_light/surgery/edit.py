@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_light.errors import SurgeryError
 from lightning_light.surgery.attributes import implied_attributes
-from lightning_light.surgery.data import set_data
+from lightning_light.surgery.data import set_data, swap_data
 from lightning_light.surgery.optimizer import check_sliceable, slice_state
 
 __all__ = ["Edit", "cut", "take", "trial"]
@@ -192,13 +192,13 @@ def trial(
     try:
         for name, dims in kept.items():
             tensors[name].grad = None
-            set_data(tensors[name], take(before[name][0], dims) if values else _first(before[name][0], dims))
+            swap_data(tensors[name], take(before[name][0], dims) if values else _first(before[name][0], dims))
         _set_attributes(model, set(kept), attributes or {}, edit)
         yield
     finally:
         for name, (data, grad) in before.items():
             tensors[name].grad = None
-            set_data(tensors[name], data)
+            swap_data(tensors[name], data)
             tensors[name].grad = grad
         for path, old in edit.old_attributes.items():
             for name, value in old.items():
