@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_light.errors import SurgeryError
 from lightning_light.surgery.attributes import implied_attributes
-from lightning_light.surgery.data import set_data, swap_data
+from lightning_light.surgery.data import set_data
 from lightning_light.surgery.optimizer import check_sliceable, slice_state
 
 __all__ = ["Edit", "cut", "take", "trial"]
@@ -74,12 +74,13 @@ def cut(
         mirrors: averaged copies of ``model``, which are cut like it.
 
     Raises:
-        SurgeryError: a name, dimension or index is not in the model, or a mirror has another shape.
+        SurgeryError: a name, dimension, index or attribute is not in the model, or a mirror has another shape.
         UnsupportedError: an optimizer's state cannot be cut.
     """
     optimizers = list(optimizers)
     tensors = _named_tensors(model)
     _check(model, tensors, kept)
+    _check_attributes(model, attributes or {})
     copies = [_named_tensors(mirror) for mirror in mirrors]
     _check_mirrors(tensors, copies, kept)
     for name in kept:
@@ -138,6 +139,18 @@ def _check(model: nn.Module, tensors: Mapping[str, Tensor], kept: Positions) -> 
                 )
 
 
+def _check_attributes(model: nn.Module, attributes: Mapping[str, Mapping[str, Any]]) -> None:
+    modules = dict(model.named_modules())
+    for path, values in attributes.items():
+        missing = [name for name in values if path not in modules or not hasattr(modules[path], name)]
+        if missing:
+            found = type(modules[path]).__name__ if path in modules else "no such module"
+            raise SurgeryError(
+                f"`cut(attributes={{{path!r}: {{{missing[0]!r}: ...}}}})`: expected an attribute that the module has, "
+                f"found none of this name ({found}). Name modules as in `named_modules()`."
+            )
+
+
 def _check_mirrors(tensors: Mapping[str, Tensor], copies: Sequence[Mapping[str, Tensor]], kept: Positions) -> None:
     for copy in copies:
         for name in kept:
@@ -184,6 +197,7 @@ def trial(
     """Inside, ``model`` has the shape it would have after `cut`; afterwards it is what it was, optimizers and all.
 
     Without ``values`` only the shapes are right: the tensors are views of the first positions, and nothing is copied.
+    For forward passes without gradients: nodes that accumulate them, and DDP's hooks on those, live through a trial.
     """
     tensors = _named_tensors(model)
     _check(model, tensors, kept)
@@ -192,13 +206,13 @@ def trial(
     try:
         for name, dims in kept.items():
             tensors[name].grad = None
-            swap_data(tensors[name], take(before[name][0], dims) if values else _first(before[name][0], dims))
+            tensors[name].data = take(before[name][0], dims) if values else _first(before[name][0], dims)
         _set_attributes(model, set(kept), attributes or {}, edit)
         yield
     finally:
         for name, (data, grad) in before.items():
             tensors[name].grad = None
-            swap_data(tensors[name], data)
+            tensors[name].data = data
             tensors[name].grad = grad
         for path, old in edit.old_attributes.items():
             for name, value in old.items():
