@@ -14,12 +14,17 @@ BATCHES, BATCH_SIZE = 4, 8
 
 
 class Loader:
-    """Four batches in fixed order; it knows how far it is, so that a run can go on in the middle of an epoch."""
+    """Four batches in fixed order; it knows how far it is, so that a run can go on in the middle of an epoch.
 
-    def __init__(self) -> None:
+    Args:
+        turn: which batch is the first; ranks with different turns see different batches.
+    """
+
+    def __init__(self, turn: int = 0) -> None:
         samples = BATCHES * BATCH_SIZE
         images, labels = noise(samples, 3, 8, 8).split(BATCH_SIZE), tokens(samples, below=5).split(BATCH_SIZE)
-        self.batches = list(zip(images, labels, strict=True))
+        batches = list(zip(images, labels, strict=True))
+        self.batches = batches[turn:] + batches[:turn]
         self.given = self.skipped = 0
 
     def __len__(self) -> int:

@@ -23,6 +23,8 @@ class Case:
             ``manual``, ``frozen``, ``tied``, ``configure_model``, ``compiled``, ``wrapped``, ``ema``, ``swa``,
             ``fp16``, ``bf16``, ``accumulation``, ``clipping``, ``fast_dev_run``, ``second_fit``, ``resume``,
             ``export``, ``ddp``.
+        plant: makes a callback decide otherwise than its equals on other ranks, which every rank must notice; for
+            structural methods.
         tolerance: how far the exported file's answers may be off the module's.
         full: run every contract; False for variants of a method that only have to fit, resume and round-trip. The first
             full row of a method is fast, further ones are slow.
@@ -34,6 +36,7 @@ class Case:
     structural: bool = True
     no_effect: Callable[[Path], list[Any]] | None = None
     refuses: Mapping[str, str] = field(default_factory=dict)
+    plant: Callable[[Any], None] | None = None
     tolerance: float = 1e-4
     full: bool = True
 

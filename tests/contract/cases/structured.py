@@ -1,5 +1,6 @@
 """`StructuredPruning`: every criterion, ranking and kind of budget at least once."""
 
+from dataclasses import replace
 from typing import Any
 
 from lightning_light.budgets import Channels, MACs, Params, Size
@@ -28,6 +29,17 @@ from tests.contract.case import Case
 THRICE: dict[str, Any] = {"schedule": Window(Linear(), start=0.1, end=0.75), "events": 3}
 
 
+def keep_the_others(pruning: StructuredPruning) -> None:
+    """Of every layer, as many channels as decided stay, but not the same."""
+    decide = pruning._decide
+
+    def otherwise(*arguments: Any) -> Any:
+        plan = decide(*arguments)
+        return replace(plan, kept={name: mask.flip(0) for name, mask in plan.kept.items()})
+
+    pruning._decide = otherwise  # type: ignore[method-assign]
+
+
 def case(name: str, budget: Any = None, *, full: bool = False, body: Any = None, **options: Any) -> Case:
     """A row in which channels leave three times, between the second step and the ninth."""
     arguments = {**THRICE, **options}
@@ -35,6 +47,7 @@ def case(name: str, budget: Any = None, *, full: bool = False, body: Any = None,
         f"structured_{name}",
         lambda folder: [StructuredPruning(budget, **arguments)],
         no_effect=lambda folder: [StructuredPruning(Channels(1.0), **THRICE)],
+        plant=keep_the_others,
         full=full,
         **({"body": body} if body else {}),
     )
