@@ -170,6 +170,8 @@ def _set_attributes(model: nn.Module, names: set[str], attributes: Mapping[str, 
             wanted[path] = implied_attributes(module)
     for path, values in attributes.items():
         wanted.setdefault(path, {}).update(values)
+        if {"embed_dim", "num_heads", "head_dim"} <= set(wanted[path]):  # the two that are given decide
+            wanted[path]["head_dim"] = wanted[path]["embed_dim"] // wanted[path]["num_heads"]
     for path, values in wanted.items():
         module = model.get_submodule(path)
         for name, value in values.items():
