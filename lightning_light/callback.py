@@ -108,6 +108,20 @@ class CompressionCallback(Callback):
         """In ``on_fit_start`` or later: whether this ``fit`` goes on from a checkpoint that has a ledger."""
         return self.ledger(pl_module).resumed
 
+    def on_surgery(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        kept: Mapping[str, Mapping[int, Tensor]] | None,
+    ) -> None:
+        """A method of this Trainer, maybe this one, has just changed the structure: follow it.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: the live module, changed.
+            kept: tensor name -> dimension -> positions that stayed; None where modules were replaced instead.
+        """
+
     def _after_surgery(
         self,
         trainer: Trainer,
@@ -133,6 +147,8 @@ class CompressionCallback(Callback):
         decided = {name: dict(dims) for name, dims in (kept or {}).items()}
         check_agreement(trainer, f"what `{type(self).__name__}` did", [dict(entry), decided, shapes])
         record(pl_module, mirrors_of(trainer, pl_module), entry, kept)
+        for peer in _peers(trainer):
+            peer.on_surgery(trainer, pl_module, kept)
         rewrap(trainer)
         if "torch._dynamo" in sys.modules:
             torch.compiler.reset()  # else the ninth shape falls back to eager code without a word
