@@ -209,7 +209,8 @@ class StructuredPruning(CompressionCallback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave no hook behind."""
+        """Leave no hook behind, and no layer in the middle of a re-estimation."""
+        reestimate.restore(pl_module, self.state(pl_module).get("momenta", {}))
         for held in (self._capture, self._watch):
             if held is not None:
                 held.remove()
