@@ -1,0 +1,46 @@
+"""A teacher: the network learns from what another one says, and from what it sees on the way."""
+
+from lightning_light.distillation.features import (
+    RKD,
+    SRD,
+    AttentionTransfer,
+    ChannelWise,
+    ContrastiveHint,
+    FeatureHint,
+    OutputRegression,
+    SimilarityPreserving,
+)
+from lightning_light.distillation.knowledge_distillation import KnowledgeDistillation
+from lightning_light.distillation.logits import DIST, DKD, LogitStandardization, SoftTargets
+from lightning_light.distillation.loss import DistillationLoss, Falling, FeatureLoss
+from lightning_light.distillation.teachers import (
+    CheckpointTeacher,
+    FactoryTeacher,
+    FileTeacher,
+    SelfTeacher,
+    TeacherSource,
+)
+
+__all__ = [
+    "AttentionTransfer",
+    "ChannelWise",
+    "CheckpointTeacher",
+    "ContrastiveHint",
+    "DIST",
+    "DKD",
+    "DistillationLoss",
+    "FactoryTeacher",
+    "Falling",
+    "FeatureHint",
+    "FeatureLoss",
+    "FileTeacher",
+    "KnowledgeDistillation",
+    "LogitStandardization",
+    "OutputRegression",
+    "RKD",
+    "SRD",
+    "SelfTeacher",
+    "SimilarityPreserving",
+    "SoftTargets",
+    "TeacherSource",
+]

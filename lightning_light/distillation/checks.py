@@ -1,0 +1,91 @@
+"""What is refused before anything is trained, and what the Trainer is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from lightning_light.distillation.loss import DistillationLoss
+from lightning_light.distillation.teachers import SelfTeacher, TeacherSource, shared_parameters
+
+__all__ = ["check_arguments", "end_of", "refuse_shared", "samples_of"]
+
+
+def check_arguments(
+    losses: Sequence[DistillationLoss],
+    sources: Sequence[TeacherSource],
+    weights: Sequence[float] | None,
+    cache: str | None,
+    balance_every: int,
+    stop: float | None,
+) -> None:
+    """Refuse arguments of `KnowledgeDistillation` that do not go together."""
+    if wrong := [loss for loss in losses if not isinstance(loss, DistillationLoss)]:
+        raise TypeError(
+            f"`KnowledgeDistillation(losses=[{wrong[0]!r}])`: expected distillation losses, found "
+            f"{type(wrong[0]).__name__}. Write for instance `losses=[SoftTargets(temperature=4.0)]`."
+        )
+    if not losses or not sources:
+        raise ValueError("`KnowledgeDistillation(...)`: expected at least one teacher and one loss, found none.")
+    if weights is not None and (len(weights) != len(sources) or min(weights) < 0):
+        raise ValueError(
+            f"`KnowledgeDistillation(teacher_weights={weights})`: expected a weight >= 0 for each of {len(sources)} "
+            "teachers."
+        )
+    if balance_every < 0:
+        raise ValueError(f"`KnowledgeDistillation(balance_every={balance_every})`: expected steps >= 0; 0 for never.")
+    if stop is not None and not (stop >= 0 and (isinstance(stop, int) or stop <= 1)):
+        raise ValueError(
+            f"`KnowledgeDistillation(stop={stop})`: expected a fraction of the run (float in [0, 1]) or an epoch "
+            "(int >= 0)."
+        )
+    if len([s for s in sources if isinstance(s, SelfTeacher)]) > 1:
+        raise ValueError("`KnowledgeDistillation(teacher=[...])`: expected one `SelfTeacher` at most, found several.")
+    if cache is not None:
+        _check_cache(losses, sources, cache)
+
+
+def refuse_shared(teacher: nn.Module, optimizers: Sequence[Any]) -> None:
+    """A teacher that is trained along is no teacher."""
+    if shared := shared_parameters(teacher, optimizers):
+        raise ValueError(
+            f"`KnowledgeDistillation(teacher={type(teacher).__name__})`: expected a teacher of its own, found {shared} "
+            "of its parameters among those that the optimizers change. For the student as teacher write `'self'`; else "
+            "give a copy."
+        )
+
+
+def end_of(stop: int | float | None, max_epochs: int | None) -> float:
+    """Progress at which the teacher stops; beyond 1 for never.
+
+    Raises:
+        ValueError: ``stop`` counts epochs, and the run does not.
+    """
+    if stop is None or isinstance(stop, float):
+        return 2.0 if stop is None else stop
+    if max_epochs is None or max_epochs < 1:
+        raise ValueError(
+            f"`KnowledgeDistillation(stop={stop})` counts epochs, but this Trainer has max_epochs={max_epochs}. Give a "
+            "fraction of the run, or set `Trainer(max_epochs=...)`."
+        )
+    return stop / max_epochs
+
+
+def samples_of(trainer: Any) -> int | None:
+    """How many samples the training data has, where it can say so."""
+    dataset = getattr(trainer.train_dataloader, "dataset", None)
+    return len(dataset) if hasattr(dataset, "__len__") else None
+
+
+def _check_cache(losses: Sequence[DistillationLoss], sources: Sequence[TeacherSource], cache: str) -> None:
+    if tapped := [loss for loss in losses if getattr(loss, "taps", None) is not None]:
+        raise ValueError(
+            f"`KnowledgeDistillation(cache={cache!r})`: expected losses that compare outputs, which are what is stored; "
+            f"found `{type(tapped[0]).__name__}` with taps. Leave `cache` or the taps out."
+        )
+    if any(isinstance(source, SelfTeacher) and source.decay is not None for source in sources):
+        raise ValueError(
+            f"`KnowledgeDistillation(cache={cache!r})`: expected a teacher that stays as it is, found a moving average."
+        )

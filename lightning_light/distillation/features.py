@@ -1,0 +1,265 @@
+"""Losses over features: what the teacher sees on the way to its answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_light.distillation.loss import FeatureLoss, check_positive, exact, pooled, same_resolution
+
+__all__ = [
+    "RKD", "SRD", "AttentionTransfer", "ChannelWise", "ContrastiveHint", "FeatureHint", "OutputRegression",
+    "SimilarityPreserving",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureHint(FeatureLoss):
+    """The teacher's features as targets, through a trained projector r: ``mean((t - r(s))^2) / 2``.
+
+    Romero et al., 2015, "FitNets: Hints for Thin Deep Nets", eq. 3 (there a sum). https://arxiv.org/abs/1412.6550
+
+    Args:
+        taps: see `FeatureLoss`.
+        projector: likewise.
+        weight: see `DistillationLoss`.
+        schedule: likewise.
+    """
+
+    projector: Literal["auto", "conv", "linear", "none"] = "auto"
+
+    @override
+    def __call__(
+        self, student: Tensor, teacher: Tensor, *, labels: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        student, teacher = same_resolution(exact(student), exact(teacher))
+        return F.mse_loss(student, teacher) / 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class SRD(FeatureLoss):
+    """Normalized features through a linear projector, and a distance that does not mind a few large differences.
+
+    ``log(sum(|bn(r(s)) - bn(t)|^exponent))`` over batch and channels, with a batch normalization without weights.
+    Miles & Mikolajczyk, 2024, "Understanding the Role of the Projector in Knowledge Distillation".
+    https://arxiv.org/abs/2303.11098
+
+    Args:
+        exponent: of the absolute difference.
+        taps: see `FeatureLoss`; feature maps are averaged over positions.
+        projector: likewise.
+        weight: see `DistillationLoss`.
+        schedule: likewise.
+    """
+
+    exponent: float = 4.0
+    projector: Literal["auto", "conv", "linear", "none"] = "linear"
+
+    @override
+    def __call__(
+        self, student: Tensor, teacher: Tensor, *, labels: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        s, t = (F.batch_norm(pooled(exact(features)), None, None, training=True) for features in (student, teacher))
+        return torch.log((s - t).abs().pow(self.exponent).sum())
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionTransfer(FeatureLoss):
+    """Where to look: ``mean((Q_s - Q_t)^2)``, with ``Q`` the sum of ``|a|^p`` over channels, normalized to length 1.
+
+    Zagoruyko & Komodakis, 2017, "Paying More Attention to Attention". https://arxiv.org/abs/1612.03928. The mean
+    square is the authors' code's; the paper writes a norm.
+
+    Args:
+        p: the power of an activation.
+        taps: see `FeatureLoss`; widths may differ without a projector.
+        projector: likewise.
+        weight: see `DistillationLoss`; the authors take 1000 for each tap.
+        schedule: likewise.
+    """
+
+    p: float = 2.0
+
+    same_width: ClassVar[bool] = False
+
+    @override
+    def __call__(
+        self, student: Tensor, teacher: Tensor, *, labels: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        maps = (
+            F.normalize(features.abs().pow(self.p).mean(dim=1).flatten(1))
+            for features in same_resolution(exact(student), exact(teacher))
+        )
+        return F.mse_loss(*maps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimilarityPreserving(FeatureLoss):
+    """Which samples look alike: ``||G_s - G_t||_F^2 / b^2``, with ``G = A A^T``, its rows normalized to length 1.
+
+    Tung & Mori, 2019, "Similarity-Preserving Knowledge Distillation". https://arxiv.org/abs/1907.09682
+
+    Args:
+        taps: see `FeatureLoss`; widths and resolutions may differ without a projector.
+        projector: likewise.
+        weight: see `DistillationLoss`; the authors take 3000.
+        schedule: likewise.
+    """
+
+    same_width: ClassVar[bool] = False
+
+    @override
+    def __call__(
+        self, student: Tensor, teacher: Tensor, *, labels: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        s, t = (F.normalize(a @ a.T) for a in (exact(student).flatten(1), exact(teacher).flatten(1)))
+        return (s - t).square().sum() / len(s) ** 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class RKD(FeatureLoss):
+    """Distances between samples and angles of their triplets, by Huber's loss; each relative to the batch's mean.
+
+    Park et al., 2019, "Relational Knowledge Distillation". https://arxiv.org/abs/1904.05068
+
+    Args:
+        distance: weight of the distances; 0 leaves them out.
+        angle: weight of the angles; 0 leaves them out. They take memory with the batch to the third power.
+        taps: see `FeatureLoss`; widths may differ without a projector.
+        projector: likewise.
+        weight: see `DistillationLoss`.
+        schedule: likewise.
+    """
+
+    distance: float = 25.0
+    angle: float = 50.0
+
+    same_width: ClassVar[bool] = False
+
+    @override
+    def __call__(
+        self, student: Tensor, teacher: Tensor, *, labels: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        s, t = exact(student).flatten(1), exact(teacher).flatten(1)
+        total = s.new_zeros(())
+        if self.distance:
+            total = total + self.distance * F.smooth_l1_loss(_distances(s), _distances(t))
+        return total + self.angle * F.smooth_l1_loss(_angles(s), _angles(t)) if self.angle else total
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContrastiveHint(FeatureLoss):
+    """Tell the teacher's view of a sample from its views of the other samples in the batch.
+
+    ``-mean_i log(exp(s_i . t_i / T) / sum_j exp(s_i . t_j / T))`` of projected features, averaged over positions and
+    normalized to length 1: the objective of Tian et al., 2020, "Contrastive Representation Distillation"
+    (https://arxiv.org/abs/1910.10699), with the batch in place of a memory bank, in the form of van den Oord et al.,
+    2018, "Representation Learning with Contrastive Predictive Coding", eq. 4. https://arxiv.org/abs/1807.03748
+
+    Args:
+        temperature: T.
+        taps: see `FeatureLoss`.
+        projector: likewise.
+        weight: see `DistillationLoss`.
+        schedule: likewise.
+    """
+
+    temperature: float = 0.1
+    projector: Literal["auto", "conv", "linear", "none"] = "linear"
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, temperature=self.temperature)
+
+    @override
+    def __call__(
+        self, student: Tensor, teacher: Tensor, *, labels: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        s, t = (F.normalize(pooled(exact(features))) for features in (student, teacher))
+        return F.cross_entropy(s @ t.T / self.temperature, torch.arange(len(s), device=s.device))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChannelWise(FeatureLoss):
+    """For dense prediction: where each channel is active, ``T^2 / C * sum_c KL(softmax(t_c / T) || softmax(s_c / T))``.
+
+    The softmax runs over positions; the mean over samples is taken. Shu et al., 2021, "Channel-wise Knowledge
+    Distillation for Dense Prediction". https://arxiv.org/abs/2011.13256
+
+    Args:
+        temperature: T.
+        taps: see `FeatureLoss`; without taps the outputs ``(N, C, H, W)``.
+        projector: likewise.
+        weight: see `DistillationLoss`.
+        schedule: likewise.
+    """
+
+    temperature: float = 4.0
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, temperature=self.temperature)
+
+    @override
+    def __call__(
+        self, student: Tensor, teacher: Tensor, *, labels: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        s, t = (x.flatten(2) / self.temperature for x in same_resolution(exact(student), exact(teacher)))
+        divergence = F.kl_div(F.log_softmax(s, dim=2), F.softmax(t, dim=2), reduction="sum")
+        return divergence * self.temperature * self.temperature / (s.shape[0] * s.shape[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputRegression(FeatureLoss):
+    """The teacher's numbers as targets: for regression, boxes, logits. Mean over all elements that count.
+
+    Ba & Caruana, 2014, "Do Deep Nets Really Need to be Deep?", eq. 2. https://arxiv.org/abs/1312.6184
+
+    Args:
+        distance: ``"mse"``, ``"l1"`` or ``"smooth_l1"``.
+        taps: see `FeatureLoss`.
+        projector: likewise.
+        weight: see `DistillationLoss`.
+        schedule: likewise.
+    """
+
+    distance: Literal["mse", "l1", "smooth_l1"] = "mse"
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.distance not in ("mse", "l1", "smooth_l1"):
+            raise ValueError(f"`OutputRegression(distance={self.distance!r})`: expected 'mse', 'l1' or 'smooth_l1'.")
+
+    @override
+    def __call__(
+        self, student: Tensor, teacher: Tensor, *, labels: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        student, teacher = exact(student), exact(teacher)
+        if mask is not None:
+            student, teacher = student[mask.bool()], teacher[mask.bool()]
+        functions = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}
+        total = functions[self.distance](student, teacher, reduction="sum")
+        return total / max(student.numel(), 1)
+
+
+def _distances(x: Tensor) -> Tensor:
+    """Between all pairs, relative to the mean distance of different samples."""
+    gaps = x[:, None] - x[None]
+    squared = gaps.square().sum(dim=2)
+    same = torch.eye(len(x), dtype=torch.bool, device=x.device)
+    distances = squared.masked_fill(same, 1.0).clamp_min(1e-12).sqrt().masked_fill(same, 0.0)
+    return distances / distances[distances > 0].mean() if len(x) > 1 else distances
+
+
+def _angles(x: Tensor) -> Tensor:
+    """Cosine of the angle at j between i and k, for all triplets."""
+    gaps = F.normalize(x[None] - x[:, None], dim=2)
+    return torch.bmm(gaps, gaps.transpose(1, 2))

@@ -1,0 +1,161 @@
+"""Losses over classes: what the teacher thinks of the answers that are not right."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_light.distillation.loss import DistillationLoss, check_positive, kullback_leibler, rows
+
+__all__ = ["DIST", "DKD", "LogitStandardization", "SoftTargets"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftTargets(DistillationLoss):
+    """The teacher's softened probabilities as targets: ``T^2 * KL(softmax(t / T) || softmax(s / T))``.
+
+    Hinton et al., 2015, "Distilling the Knowledge in a Neural Network". https://arxiv.org/abs/1503.02531
+
+    Args:
+        temperature: T; higher tells more of the unlikely classes.
+        class_dim: which dimension counts classes: -1 for ``(N, C)`` and tokens ``(N, T, C)``, 1 for ``(N, C, H, W)``.
+        weight: see `DistillationLoss`.
+        schedule: likewise.
+
+    Example:
+        >>> loss = SoftTargets(temperature=2.0)
+        >>> loss(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 2.0]])).item()
+        0.0
+    """
+
+    temperature: float = 4.0
+    class_dim: int = -1
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, temperature=self.temperature)
+
+    @override
+    def __call__(
+        self, student: Tensor, teacher: Tensor, *, labels: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        student, teacher = (rows(logits, self.class_dim, mask) for logits in (student, teacher))
+        return kullback_leibler(student, teacher, self.temperature)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitStandardization(SoftTargets):
+    """Soft targets of logits that are standardized first: ``(z - mean(z)) / std(z)`` over the classes of each.
+
+    The student need not match the teacher's range, only the relations. Sun et al., 2024, "Logit Standardization in
+    Knowledge Distillation". https://arxiv.org/abs/2403.01427. The standard deviation divides by the number of classes.
+
+    Args:
+        temperature: see `SoftTargets`.
+        class_dim: likewise.
+        weight: see `DistillationLoss`; the authors take 9 for CIFAR.
+        schedule: likewise.
+    """
+
+    temperature: float = 2.0
+
+    @override
+    def __call__(
+        self, student: Tensor, teacher: Tensor, *, labels: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        student, teacher = (_standardized(rows(logits, self.class_dim, mask)) for logits in (student, teacher))
+        return kullback_leibler(student, teacher, self.temperature)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DKD(SoftTargets):
+    """Soft targets in two parts: ``T^2 * (alpha * KL(target or not) + beta * KL(among the other classes))``.
+
+    Zhao et al., 2022, "Decoupled Knowledge Distillation". https://arxiv.org/abs/2203.08679
+
+    Args:
+        alpha: weight of "how sure of the label".
+        beta: weight of "which other class rather".
+        temperature: see `SoftTargets`.
+        class_dim: likewise.
+        weight: see `DistillationLoss`. The authors let it rise over 20 epochs: ``schedule=Window(Linear(), 0, 20)``.
+        schedule: likewise.
+    """
+
+    alpha: float = 1.0
+    beta: float = 8.0
+
+    needs_labels: ClassVar[bool] = True
+
+    @override
+    def __call__(
+        self, student: Tensor, teacher: Tensor, *, labels: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        assert labels is not None  # promised by `needs_labels`
+        student, teacher = (rows(logits, self.class_dim, mask) for logits in (student, teacher))
+        targets = labels.reshape(-1) if mask is None else labels.reshape(-1)[mask.reshape(-1).bool()]
+        (target_s, other_s), (target_t, other_t) = (
+            _decoupled(logits / self.temperature, targets) for logits in (student, teacher)
+        )
+        target = F.kl_div(target_s, target_t, reduction="sum", log_target=True)
+        other = F.kl_div(other_s, other_t, reduction="sum", log_target=True)
+        count = max(len(student), 1)
+        return (self.alpha * target + self.beta * other) / count * self.temperature * self.temperature
+
+
+@dataclass(frozen=True, kw_only=True)
+class DIST(SoftTargets):
+    """Correlation rather than equality, among classes and among samples; for teachers much stronger than the student.
+
+    ``T^2 * (beta * (1 - mean_i pearson(p_i, q_i)) + gamma * (1 - mean_c pearson(p_:c, q_:c)))`` of the softened
+    probabilities p and q. Huang et al., 2022, "Knowledge Distillation from A Stronger Teacher".
+    https://arxiv.org/abs/2205.10536
+
+    Args:
+        beta: weight of the correlation over the classes of a sample.
+        gamma: weight of the correlation over the samples of a class; sees the batch of this process.
+        temperature: see `SoftTargets`.
+        class_dim: likewise.
+        weight: see `DistillationLoss`.
+        schedule: likewise.
+    """
+
+    beta: float = 1.0
+    gamma: float = 1.0
+    temperature: float = 1.0
+
+    @override
+    def __call__(
+        self, student: Tensor, teacher: Tensor, *, labels: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        p, q = (
+            F.softmax(rows(logits, self.class_dim, mask) / self.temperature, dim=1) for logits in (student, teacher)
+        )
+        inter, intra = 1.0 - _pearson(p, q).mean(), 1.0 - _pearson(p.T, q.T).mean()
+        return (self.beta * inter + self.gamma * intra) * self.temperature * self.temperature
+
+
+def _standardized(logits: Tensor) -> Tensor:
+    centered = logits - logits.mean(dim=1, keepdim=True)
+    return centered / (centered.square().mean(dim=1, keepdim=True).sqrt() + 1e-7)
+
+
+def _decoupled(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Logarithms of ``(p_target, 1 - p_target)``, and of the distribution over the other classes."""
+    log_p = F.log_softmax(logits, dim=1)
+    is_target = F.one_hot(targets, logits.shape[1]).bool()
+    others = log_p[~is_target].reshape(len(logits), -1)
+    rest = torch.logsumexp(others, dim=1, keepdim=True)
+    return torch.cat([log_p[is_target][:, None], rest], dim=1), others - rest
+
+
+def _pearson(a: Tensor, b: Tensor) -> Tensor:
+    """The correlation of each row of ``a`` with the same row of ``b``."""
+    a, b = a - a.mean(dim=1, keepdim=True), b - b.mean(dim=1, keepdim=True)
+    return F.cosine_similarity(a, b, dim=1, eps=1e-8)

@@ -1,0 +1,143 @@
+"""Projectors: small layers between the student's features and the teacher's, trained with the student.
+
+They are no part of the LightningModule: its state dict, its averaged copies and DDP's buckets do not know them. Their
+weights are in the method's state, so that checkpoints have them, and their optimizer is the student's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_light.distillation.loss import pooled
+from lightning_light.errors import UnsupportedError
+from lightning_light.surgery.edit import cut
+from lightning_light.surgery.optimizer import unwrap
+
+__all__ = ["Projectors", "channel_source", "discard", "owner_of"]
+
+
+class Projectors:
+    """All projectors of a run, by key; made when the first features are seen.
+
+    Args:
+        state: where their weights are remembered: part of the method's state, changed in place.
+        optimizer: of the student, whose first group is given their parameters; None if there is none.
+        seed: of their first weights.
+        like: a parameter of the student, whose device and type they take.
+    """
+
+    def __init__(self, state: dict[str, Any], optimizer: Any, seed: int, like: Tensor) -> None:
+        self._state, self._optimizer, self._seed, self._like = state, optimizer, seed, like
+        self.layers = nn.ModuleDict()
+        for key, kept in state.items():
+            layer = _layer(kept["kind"], kept["weight"].shape[1], kept["weight"].shape[0]).to(like.device, like.dtype)
+            with torch.no_grad():
+                layer.weight.copy_(kept["weight"])
+            self._own(key, layer, kept["kind"], kept["source"])
+
+    def __call__(self, key: str, kind: str, student: Tensor, teacher: Tensor, source: str | None) -> Tensor:
+        """``student`` at ``teacher``'s width.
+
+        Args:
+            key: which projector; made if there is none yet, anew if the width is another and nobody said which
+                channels stayed.
+            kind: ``"auto"``, ``"conv"``, ``"linear"`` or ``"none"``.
+            student: features with their graph.
+            teacher: the features that they are compared with.
+            source: name of the tensor whose first dimension counts the student's channels, if known.
+        """
+        kind = {"auto": "conv" if student.ndim == 4 else "positions"}.get(kind, kind)
+        if kind == "none":
+            return student
+        if kind == "linear" and student.ndim > 2:
+            student = pooled(student)
+        inputs = student.shape[1] if kind == "conv" else student.shape[-1]
+        outputs = teacher.shape[-1] if kind == "positions" else teacher.shape[1 if teacher.ndim != 3 else -1]
+        layer: Any = self.layers[key] if key in self.layers else None
+        if layer is None or layer.weight.shape[1] != inputs:
+            layer = self._make(key, kind, inputs, outputs, source)
+        projected: Tensor = layer(student)
+        return projected
+
+    def follow(self, kept: Mapping[str, Mapping[int, Tensor]]) -> None:
+        """Channels have left the student: so do the projectors' columns, and their optimizer's state."""
+        for key, remembered in self._state.items():
+            positions = kept.get(remembered["source"], {}).get(0)
+            layer: Any = self.layers[key]
+            if positions is not None and len(positions) < layer.weight.shape[1]:
+                cut(self.layers, {f"{key}.weight": {1: positions}}, optimizers=[self._optimizer])
+                remembered["weight"] = layer.weight.detach()
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """Of all projectors."""
+        return self.layers.parameters()
+
+    def _make(self, key: str, kind: str, inputs: int, outputs: int, source: str | None) -> nn.Module:
+        if key in self.layers:
+            _disown(self._optimizer, self.layers[key].weight)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._seed + len(self.layers))
+            layer = _layer(kind, inputs, outputs).to(self._like.device, self._like.dtype)
+        self._own(key, layer, kind, source)
+        return layer
+
+    def _own(self, key: str, layer: Any, kind: str, source: str | None) -> None:
+        if self._optimizer is None or isinstance(self._optimizer, torch.optim.LBFGS):
+            raise UnsupportedError(
+                f"`KnowledgeDistillation` with a projector and {type(self._optimizer).__name__}: expected an optimizer "
+                "of the student that takes parameters during a run, found none. Use `projector='none'`, or `AdamW`."
+            )
+        self.layers[key] = layer
+        self._state[key] = {"kind": kind, "source": source, "weight": layer.weight.detach()}
+        group = self._optimizer.param_groups[0]
+        group["params"].append(layer.weight)
+        if "param_names" in group:
+            group["param_names"].append(f"distillation.{key}.weight")
+
+
+def discard(projectors: Projectors, optimizers: Iterable[Any]) -> None:
+    """Take the parameters back from the optimizers, if they have them."""
+    for optimizer in map(unwrap, optimizers):
+        for parameter in projectors.parameters():
+            _disown(optimizer, parameter)
+
+
+def owner_of(student: nn.Module, optimizers: Sequence[Any]) -> Any:
+    """The optimizer that changes the student: the first that has one of its parameters."""
+    mine = {id(parameter) for parameter in student.parameters()}
+    for optimizer in map(unwrap, optimizers):
+        if any(id(parameter) in mine for group in optimizer.param_groups for parameter in group["params"]):
+            return optimizer
+    return None
+
+
+def _disown(optimizer: Any, parameter: nn.Parameter) -> None:
+    for group in optimizer.param_groups:
+        for place in [place for place, held in enumerate(group["params"]) if held is parameter]:
+            del group["params"][place]
+            if "param_names" in group:
+                del group["param_names"][place]
+    optimizer.state.pop(parameter, None)
+
+
+def channel_source(model: nn.Module, tap: str, width: int) -> str | None:
+    """The name of the tensor that counts the channels coming out of ``tap``: the last of that width up to its end."""
+    end = [name for name, _ in model.named_modules() if name == tap or name.startswith(f"{tap}.")][-1]
+    found = None
+    for path, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and weight.ndim and len(weight) == width and "weight" in module._parameters:
+            found = f"{path}.weight" if path else "weight"
+        if path == end:
+            break
+    return found
+
+
+def _layer(kind: str, inputs: int, outputs: int) -> nn.Module:
+    if kind == "conv":
+        return nn.Conv2d(inputs, outputs, 1, bias=False)
+    return nn.Linear(inputs, outputs, bias=False)
