@@ -22,12 +22,14 @@ from lightning_light.distillation.teachers import (
 )
 
 __all__ = [
+    "DIST",
+    "DKD",
+    "RKD",
+    "SRD",
     "AttentionTransfer",
     "ChannelWise",
     "CheckpointTeacher",
     "ContrastiveHint",
-    "DIST",
-    "DKD",
     "DistillationLoss",
     "FactoryTeacher",
     "Falling",
@@ -37,8 +39,6 @@ __all__ = [
     "KnowledgeDistillation",
     "LogitStandardization",
     "OutputRegression",
-    "RKD",
-    "SRD",
     "SelfTeacher",
     "SimilarityPreserving",
     "SoftTargets",

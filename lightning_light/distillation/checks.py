@@ -82,7 +82,7 @@ def samples_of(trainer: Any) -> int | None:
 def _check_cache(losses: Sequence[DistillationLoss], sources: Sequence[TeacherSource], cache: str) -> None:
     if tapped := [loss for loss in losses if getattr(loss, "taps", None) is not None]:
         raise ValueError(
-            f"`KnowledgeDistillation(cache={cache!r})`: expected losses that compare outputs, which are what is stored; "
+            f"`KnowledgeDistillation(cache={cache!r})`: expected losses of outputs, which are what is stored; "
             f"found `{type(tapped[0]).__name__}` with taps. Leave `cache` or the taps out."
         )
     if any(isinstance(source, SelfTeacher) and source.decay is not None for source in sources):

@@ -221,8 +221,8 @@ class Distiller:
             heard = self._listeners[0].seen.get(student), self._listeners[place + 1].seen.get(teacher)
             if heard[0] is None or heard[1] is None:
                 raise ValueError(
-                    f"`{type(loss).__name__}(taps={taps!r})`: expected `{student}` of the student and `{teacher}` of the "
-                    "teacher to be called in a forward pass and to return a tensor, found that "
+                    f"`{type(loss).__name__}(taps={taps!r})`: expected `{student}` of the student and `{teacher}` of "
+                    "the teacher to be called in a forward pass and to return a tensor, found that "
                     f"{'the student' if heard[0] is None else 'the teacher'} does not. Tap another module."
                 )
             key = f"{number}_{place}_{student.replace('.', '-')}"

@@ -47,9 +47,9 @@ class KnowledgeDistillation(CompressionCallback):
     Hinton et al., 2015, "Distilling the Knowledge in a Neural Network". https://arxiv.org/abs/1503.02531
 
     Example:
-        >>> from lightning_light.distillation import CheckpointTeacher, KnowledgeDistillation, SoftTargets
-        >>> KnowledgeDistillation(teacher="teacher.pt2", losses=[SoftTargets(temperature=2.0)], stop=0.9)
-        KnowledgeDistillation(teacher='teacher.pt2', losses=[SoftTargets(weight=1.0, ..., temperature=2.0, ...)], stop=0.9)
+        >>> from lightning_light.distillation import KnowledgeDistillation
+        >>> KnowledgeDistillation(teacher="teacher.pt2", stop=0.9)
+        KnowledgeDistillation(teacher='teacher.pt2', stop=0.9)
 
     Args:
         teacher: a module; a function without arguments that makes one, called when a fit begins; `CheckpointTeacher`;
@@ -173,7 +173,7 @@ class KnowledgeDistillation(CompressionCallback):
         weights = self.teacher_weights or [1.0 / len(teachers)] * len(teachers)
         self._distiller = Distiller(
             base, f"{self.student}." if self.student else "", teachers, weights, self._losses, self._reading(),
-            self._projectors, self._caches(trainer, state, teachers), state.setdefault("taps", {}), samples_of(trainer),
+            self._projectors, self._caches(trainer, state, teachers), state.setdefault("taps", {}),
         )  # fmt: skip
         self._distiller.listen()
         self._watch = StudentWatch(self.student if self.student is not None else state.get("student"))
@@ -223,7 +223,7 @@ class KnowledgeDistillation(CompressionCallback):
             self._distiller.listen(pl_module.get_submodule(self.student or ""))
             self._watch.listen(pl_module)
         if self._average_model is not None:
-            self.state(pl_module)["self"] = {"weights": self._average_model.state_dict()}
+            self.state(pl_module)["self"] = {"weights": dict(self._average_model.state_dict())}
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -341,7 +341,7 @@ class KnowledgeDistillation(CompressionCallback):
         if call is None:
             return None
         if not self._begun:
-            self._begin(state)
+            self._begin(trainer, state)
         unmatched = len(self._distiller.chosen)
         terms = self._distiller.compare(call, self._batch, shares)
         if len(self._distiller.chosen) > unmatched:
@@ -353,11 +353,12 @@ class KnowledgeDistillation(CompressionCallback):
             self._scalars |= {name: torch.tensor(value) for name, value in self._distiller.agreement(call).items()}
         return total
 
-    def _begin(self, state: dict[str, Any]) -> None:
+    def _begin(self, trainer: Trainer, state: dict[str, Any]) -> None:
         """The first call of this fit: now it is known which part of the module is the student."""
         assert self._watch is not None
         assert self._distiller is not None
         self._begun = True
+        self._distiller.samples = samples_of(trainer)  # the data are loaded by now
         state |= {"asked": True, "student": self._watch.path}
         inner = (self._watch.path or "") if self.student is None else ""
         for source, teacher in zip(self._sources, self._distiller.teachers, strict=True):

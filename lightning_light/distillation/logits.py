@@ -150,7 +150,7 @@ def _decoupled(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Logarithms of ``(p_target, 1 - p_target)``, and of the distribution over the other classes."""
     log_p = F.log_softmax(logits, dim=1)
     is_target = F.one_hot(targets, logits.shape[1]).bool()
-    others = log_p[~is_target].reshape(len(logits), -1)
+    others = log_p[~is_target].reshape(len(logits), logits.shape[1] - 1)
     rest = torch.logsumexp(others, dim=1, keepdim=True)
     return torch.cat([log_p[is_target][:, None], rest], dim=1), others - rest
 

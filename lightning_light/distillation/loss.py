@@ -61,7 +61,7 @@ class DistillationLoss(ABC):
     def __post_init__(self) -> None:
         if not self.weight >= 0.0:
             raise ValueError(
-                f"`{type(self).__name__}(weight={self.weight})`: expected a weight >= 0. To leave the loss out, drop it."
+                f"`{type(self).__name__}(weight={self.weight})`: expected a weight >= 0. To leave it out, drop it."
             )
 
     @property

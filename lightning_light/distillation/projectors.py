@@ -57,7 +57,7 @@ class Projectors:
             student = pooled(student)
         inputs = student.shape[1] if kind == "conv" else student.shape[-1]
         outputs = teacher.shape[-1] if kind == "positions" else teacher.shape[1 if teacher.ndim != 3 else -1]
-        layer: Any = self.layers[key] if key in self.layers else None
+        layer: Any = dict(self.layers).get(key)
         if layer is None or layer.weight.shape[1] != inputs:
             layer = self._make(key, kind, inputs, outputs, source)
         projected: Tensor = layer(student)

@@ -1,0 +1,333 @@
+"""The callback with real Trainers: teachers of every kind, taps, caches, surgery, refusals."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+
+from lightning_light.budgets import Channels
+from lightning_light.distillation import (
+    AttentionTransfer,
+    CheckpointTeacher,
+    FeatureHint,
+    KnowledgeDistillation,
+    SelfTeacher,
+    SoftTargets,
+)
+from lightning_light.errors import NoEffectWarning, TargetError
+from lightning_light.schedules import OneShot
+from lightning_light.structured import StructuredPruning
+from lightning_light.surgery.journal import ledger_of
+from tests.contract.runs import checkpoints
+from tests.distillation.runs import Net, Plain, fitted, loader, mentor, trainer, weights
+
+pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+
+
+def distilled(*losses: Any, module: Any = None, data: Any = None, **arguments: Any) -> Any:
+    """A module fitted with `mentor` as the teacher, unless the arguments name another."""
+    given = {"teacher": mentor, **arguments}
+    callback = KnowledgeDistillation(losses=list(losses) or None, **given)
+    return fitted(module or Plain(), callback, data=data)
+
+
+class Twin(Plain):
+    """A teacher with the student's paths, and wider."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mentor()
+
+
+# Teachers
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TorchScript leaves, but is read
+def test_every_way_to_give_one_teacher_is_the_same(tmp_path: Path) -> None:
+    torch.jit.save(torch.jit.trace(mentor().eval(), torch.zeros(4, 3, 8, 8)), tmp_path / "teacher.pt")
+    program = torch.export.export(mentor().eval(), (torch.zeros(4, 3, 8, 8),))
+    torch.export.save(program, tmp_path / "teacher.pt2")
+    run = trainer(max_epochs=0)
+    run.fit(Twin(), loader())
+    run.save_checkpoint(tmp_path / "teacher.ckpt")
+    checkpoint = CheckpointTeacher(f"{__name__}.Twin", str(tmp_path / "teacher.ckpt"))
+    found = [
+        weights(distilled(teacher=teacher))
+        for teacher in (mentor(), mentor, checkpoint, str(tmp_path / "teacher.pt"), str(tmp_path / "teacher.pt2"))
+    ]
+    for other in found[1:3]:
+        assert torch.equal(found[0], other)
+    for other in found[3:]:
+        torch.testing.assert_close(found[0], other)
+
+
+def test_a_teacher_is_left_as_it_came() -> None:
+    teacher = mentor()
+    teacher.conv1.eval()
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    distilled(teacher=teacher)
+    assert [teacher.training, teacher.conv1.training, teacher.fc.training] == [True, False, True]
+    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in teacher.parameters())
+    assert not any(module._forward_hooks for module in teacher.modules())
+
+
+def test_no_checkpoint_has_the_teacher(tmp_path: Path) -> None:
+    callback = KnowledgeDistillation(teacher=mentor, losses=[SoftTargets()])
+    fitted(Plain(), callback, *checkpoints(tmp_path))
+    checkpoint = torch.load(tmp_path / "epoch=1.ckpt", weights_only=True)
+    assert list(checkpoint["state_dict"]) == list(Plain().state_dict())
+    assert checkpoint["lightning_light"]["state"]["distillation"]["asked"] is True
+    assert (tmp_path / "epoch=1.ckpt").stat().st_size < 60_000
+    Plain.load_from_checkpoint(tmp_path / "epoch=1.ckpt")
+
+
+def test_several_teachers_by_weight() -> None:
+    both = distilled(SoftTargets(), teacher=[mentor, Net(4, seed=9)], teacher_weights=[1.0, 0.0])
+    assert torch.equal(weights(both), weights(distilled(SoftTargets())))
+
+
+def test_the_moving_average_is_the_one_of_the_formula() -> None:
+    averages: list[Tensor] = []
+
+    class Look(KnowledgeDistillation):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+            assert self._average_model is not None
+            now, live = weights(self._average_model), weights(pl_module)
+            if averages:
+                torch.testing.assert_close(now, 0.9 * averages[-1] + 0.1 * live)
+            averages.append(now)
+
+    fitted(Plain(), Look(teacher=SelfTeacher(decay=0.9)))
+    assert len(averages) == 16
+
+
+# What is compared
+
+
+def test_the_part_that_training_step_calls_is_found() -> None:
+    class CallsInside(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            raise AssertionError("not called")
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    found = distilled(module=CallsInside())
+    assert torch.equal(weights(found), weights(distilled()))
+    assert torch.equal(weights(distilled(module=CallsInside(), student="net")), weights(found))
+    fitted(CallsInside(), KnowledgeDistillation())  # its own teacher: the same part of the copy
+
+
+def test_outputs_and_inputs_are_selected() -> None:
+    class Detector(Plain):
+        def forward(self, image: Tensor, *, scale: float) -> dict[str, Any]:
+            return {"logits": self.net(image * scale), "boxes": [1]}
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return F.cross_entropy(self(batch[0], scale=1.0)["logits"], batch[1])
+
+    found = distilled(module=Detector(), output="logits", teacher_output=lambda out: out, inputs=lambda batch: batch[0])
+    assert torch.equal(weights(found), weights(distilled()))
+
+
+def test_taps_by_glob_by_pair_and_by_resolution() -> None:
+    hint = FeatureHint(taps={"net.conv[12]": "conv[12]"})
+    found = distilled(hint)
+    pairs = ledger_of(found).state["distillation"]["taps"]["0"]
+    assert pairs == [["net.conv1", "conv1"], ["net.conv2", "conv2"]]
+    matched = distilled(AttentionTransfer(taps="auto"), student="net")
+    pairs = ledger_of(matched).state["distillation"]["taps"]["0"]
+    assert pairs == [["bn1", "bn1"], ["conv2", "conv2"]]
+    named = distilled(AttentionTransfer(taps=["bn1", "conv2"]), student="net")
+    assert torch.equal(weights(matched), weights(named))
+
+
+def test_projectors_learn_with_the_student_and_are_not_in_its_state_dict() -> None:
+    run = trainer(KnowledgeDistillation(teacher=Twin, losses=[FeatureHint(taps="net.conv1")]))
+    module = Plain()
+    run.fit(module, loader())
+    (kept,) = ledger_of(module).state["distillation"]["projectors"].values()
+    (group,) = run.optimizers[0].param_groups
+    assert kept["weight"].shape == (12, 6, 1, 1)
+    assert torch.equal(group["params"][-1], kept["weight"])
+    assert run.optimizers[0].state[group["params"][-1]]["step"] == 16
+    assert len(module.state_dict()) == len(Plain().state_dict())
+
+
+def test_a_projector_s_columns_leave_with_the_student_s_channels() -> None:
+    seen: list[Tensor] = []
+
+    class Look(KnowledgeDistillation):
+        def on_surgery(self, trainer: Any, pl_module: Any, kept: Any) -> None:
+            (state,) = self.state(pl_module)["projectors"].values()
+            before, parameter = state["weight"].clone(), trainer.optimizers[0].param_groups[0]["params"][-1]
+            moment = trainer.optimizers[0].state[parameter]["exp_avg"].clone()
+            super().on_surgery(trainer, pl_module, kept)
+            positions = kept["net.conv1.weight"][0]
+            seen.append(positions)
+            (state,) = self.state(pl_module)["projectors"].values()
+            assert torch.equal(state["weight"], before[:, positions])
+            assert trainer.optimizers[0].param_groups[0]["params"][-1] is parameter
+            assert torch.equal(trainer.optimizers[0].state[parameter]["exp_avg"], moment[:, positions])
+
+    distillation = Look(teacher=Twin, losses=[FeatureHint(taps="net.bn1")])
+    pruning = StructuredPruning(Channels(0.5), schedule=OneShot(at=0.5))
+    module = fitted(Plain(), distillation, pruning)
+    assert module.net.conv1.out_channels == len(seen[0]) < 6
+
+
+def test_balanced_losses_pull_as_hard_as_the_task() -> None:
+    found = distilled(SoftTargets(weight=1000.0), balance_every=4)
+    factor = ledger_of(found).state["distillation"]["factors"]["soft_targets"]
+    assert factor > 0
+    scaled = distilled(SoftTargets(temperature=8.0), balance_every=4)
+    assert ledger_of(scaled).state["distillation"]["factors"]["soft_targets"] != factor
+
+
+def test_it_stops_and_says_when_it_never_began() -> None:
+    calls: list[int] = []
+    teacher = mentor()
+    teacher.register_forward_hook(lambda *_: calls.append(1))
+    distilled(teacher=teacher, stop=1)
+    assert len(calls) == 8
+    with pytest.warns(NoEffectWarning, match="KnowledgeDistillation"):
+        distilled(stop=0.0)
+
+
+def test_the_curves(tmp_path: Path) -> None:
+    callback = KnowledgeDistillation(teacher=mentor, losses=[SoftTargets(), SoftTargets(temperature=2.0)])
+    logger = CSVLogger(tmp_path)
+    fitted(Plain(), callback, logger=logger, log_every_n_steps=4)
+    lines = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
+    columns = {f"distillation/{name}" for name in ("task_loss", "soft_targets_0", "soft_targets_1", "agreement", "kl")}
+    assert columns <= set(lines[0].split(","))
+    assert len(lines) == 1 + 4
+
+
+def test_two_of_them_wrap_one_step_and_leave_it() -> None:
+    module = Plain()
+    callbacks = [KnowledgeDistillation(teacher=mentor, losses=[SoftTargets(weight=0.5)]) for _ in range(2)]
+    fitted(module, *callbacks)
+    assert "training_step" not in vars(module)
+    assert set(ledger_of(module).state) >= {"distillation", "distillation#2"}
+    torch.testing.assert_close(weights(module), weights(distilled(SoftTargets(weight=1.0))))
+
+
+# The cache
+
+
+@pytest.mark.parametrize("where", ["memory", "files"])
+@pytest.mark.parametrize("index", [None, 2])
+def test_from_the_second_epoch_on_the_teacher_is_not_asked(where: str, index: Any, tmp_path: Path) -> None:
+    calls: list[int] = []
+    teacher = mentor()
+    teacher.register_forward_hook(lambda *_: calls.append(1))
+    cache = "memory" if where == "memory" else str(tmp_path / "answers")
+    found = distilled(teacher=teacher, cache=cache, sample_index=index)
+    assert len(calls) == 8
+    assert torch.equal(weights(found), weights(distilled()))
+    if where == "files":
+        assert torch.equal(weights(distilled(teacher=teacher, cache=cache, sample_index=index)), weights(found))
+        assert len(calls) == 8
+        with pytest.raises(ValueError, match="expected answers of this teacher"):
+            distilled(teacher=Net(3, seed=4), cache=cache, sample_index=index)
+
+
+@pytest.mark.parametrize("where", ["memory", "files"])
+def test_resumes_with_a_half_filled_cache(where: str, tmp_path: Path) -> None:
+    cache = "memory" if where == "memory" else str(tmp_path / "answers")
+
+    def callback() -> KnowledgeDistillation:
+        return KnowledgeDistillation(teacher=mentor, cache=cache, cache_half=True)
+
+    whole = fitted(Plain(), callback(), *checkpoints(tmp_path))
+    for file in tmp_path.glob("answers.*"):
+        file.unlink()
+    fitted(Plain(), callback(), max_steps=3)
+    again = fitted(Plain(), callback(), ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert torch.equal(weights(whole), weights(again))
+
+
+def test_views_that_change_are_refused_unless_they_shall_count_as_one() -> None:
+    class Augmented:
+        def __init__(self) -> None:
+            self.dataset = loader().dataset
+            self.epoch = 0
+
+        def __len__(self) -> int:
+            return 8
+
+        def __iter__(self) -> Any:
+            self.epoch += 1
+            for images, labels, numbers in loader():
+                yield images + self.epoch, labels, numbers
+
+    with pytest.raises(ValueError, match=r"cache=...\)`: expected every sample to look the same"):
+        distilled(cache="memory", sample_index=2, data=Augmented())
+    with pytest.raises(ValueError, match="expected at most 32 different inputs"):
+        distilled(cache="memory", data=Augmented())
+    distilled(cache="memory", sample_index=2, fixed_views=True, data=Augmented())
+
+
+# What cannot work is said before the first step
+
+
+class Silent(Plain):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        with torch.no_grad():
+            self(batch[0])
+        return self.net.fc.weight.sum()
+
+
+class Grey(nn.Module):
+    def forward(self, x: Tensor, length: Tensor) -> Tensor:
+        return x
+
+
+REFUSED: list[tuple[Any, type[Exception], str]] = [
+    (lambda: distilled(FeatureHint(taps="net.conv9")), TargetError, r"Nearest: .*'net.conv[12]'"),
+    (lambda: distilled(FeatureHint(taps={"net.conv*": "conv1"})), TargetError, "as many modules in the student"),
+    (lambda: distilled(FeatureHint(taps={"net.fc": "conv3"})), TargetError, r"of the teacher .*Nearest: 'conv"),
+    (lambda: distilled(teacher=nn.Sequential(nn.Flatten(), nn.Linear(192, 7))), ValueError, r"\(4, 5\) and \(4, 7\)"),
+    (lambda: distilled(teacher=nn.Linear(3, 5)), ValueError, r"does not take \(\(4, 3, 8, 8\)\).*inputs="),
+    (lambda: distilled(teacher=Grey()), ValueError, r"Its signature: missing a required argument: 'length'"),
+    (lambda: distilled(output="logits"), ValueError, r"output='logits'\)`: expected to find a tensor, found"),
+    (lambda: distilled(module=Silent()), ValueError, "expected `training_step` to call `Silent`"),
+    (lambda: distilled(FeatureHint(taps="net.conv1"), teacher=Twin, cache="memory"), ValueError, "Leave `cache`"),
+    (lambda: distilled(FeatureHint(taps={"net.conv1": "conv1"}, projector="none")), ValueError, "or, for features, a"),
+    (lambda: distilled(teacher=SelfTeacher(decay=0.5), cache="memory"), ValueError, "found a moving average"),
+    (lambda: distilled(teacher="nowhere.pt"), ValueError, "found no such file"),
+    (lambda: distilled(teacher=lambda: 3), TypeError, "expected a function that returns a module"),
+    (lambda: KnowledgeDistillation(teacher=3), TypeError, "expected a module, a function"),  # type: ignore[arg-type]
+    (lambda: KnowledgeDistillation(losses=[3]), TypeError, "expected distillation losses"),  # type: ignore[list-item]
+    (lambda: KnowledgeDistillation(losses=[]), ValueError, "at least one teacher and one loss"),
+    (lambda: KnowledgeDistillation(stop=1.5), ValueError, "expected a fraction of the run"),
+    (lambda: KnowledgeDistillation(teacher_weights=[1.0, 2.0]), ValueError, "for each of 1 teachers"),
+    (lambda: KnowledgeDistillation(balance_every=-1), ValueError, "steps >= 0"),
+    (lambda: SelfTeacher(decay=1.0), ValueError, r"expected a number in \(0, 1\)"),
+]
+
+
+@pytest.mark.parametrize(("make", "kind", "sentence"), REFUSED, ids=[sentence[:30] for _, _, sentence in REFUSED])
+def test_is_refused(make: Any, kind: type[Exception], sentence: str) -> None:
+    with pytest.raises(kind, match=sentence):
+        make()
+
+
+def test_the_student_cannot_be_its_own_live_teacher() -> None:
+    module = Plain()
+    with pytest.raises(ValueError, match="For the student as teacher write `'self'`"):
+        distilled(module=module, teacher=module.net)
+
+
+def test_a_teacher_without_modules_has_no_taps(tmp_path: Path) -> None:
+    program = torch.export.export(mentor().eval(), (torch.zeros(4, 3, 8, 8),))
+    torch.export.save(program, tmp_path / "teacher.pt2")
+    with pytest.raises(ValueError, match="expected a teacher made of modules"):
+        distilled(FeatureHint(taps={"net.conv1": "conv1"}), teacher=str(tmp_path / "teacher.pt2"))
