@@ -202,8 +202,8 @@ class Distiller:
         if index is None and self.samples is not None and len(cache) > self.samples:
             raise ValueError(
                 f"`KnowledgeDistillation(cache=...)`: expected at most {self.samples} different inputs, one for each "
-                f"sample of the data, found {len(cache)}: they are augmented, so a stored answer is never used. Augment "
-                "without randomness, or drop `cache`; with `sample_index` and `fixed_views=True` the answers are those "
+                f"sample of the data, found {len(cache)}: they are augmented, so no stored answer is ever used. "
+                "Augment without randomness, or drop `cache`; with `sample_index` and `fixed_views=True` they are those "
                 "of each sample's first view."
             )
         return answers.to(first.device, next((p.dtype for p in teacher.root.parameters()), answers.dtype))
