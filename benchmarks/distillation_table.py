@@ -19,7 +19,6 @@ import torch
 from lightning_light.distillation import (
     DIST,
     DKD,
-    RKD,
     DistillationLoss,
     FeatureHint,
     KnowledgeDistillation,
@@ -36,7 +35,6 @@ ROWS: dict[str, list[DistillationLoss]] = {
     "DKD": [DKD(beta=2.0, schedule=Window(Linear(), start=0.0, end=0.2))],
     "DIST": [DIST()],
     "SoftTargets + FeatureHint": [SoftTargets(), FeatureHint(taps="blocks.2")],
-    "RKD": [RKD(distance=1.0, angle=2.0, taps="blocks.2")],
 }
 
 

@@ -21,15 +21,13 @@ from lightning_light.distillation.teachers import (
     TeacherSource,
 )
 
-__all__ = [
-    "DIST",
-    "DKD",
-    "RKD",
-    "SRD",
+__all__ = [  # noqa: RUF022  # plain order, capitals or not
     "AttentionTransfer",
     "ChannelWise",
     "CheckpointTeacher",
     "ContrastiveHint",
+    "DIST",
+    "DKD",
     "DistillationLoss",
     "FactoryTeacher",
     "Falling",
@@ -39,6 +37,8 @@ __all__ = [
     "KnowledgeDistillation",
     "LogitStandardization",
     "OutputRegression",
+    "RKD",
+    "SRD",
     "SelfTeacher",
     "SimilarityPreserving",
     "SoftTargets",

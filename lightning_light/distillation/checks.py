@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from typing import Any
 
 from torch import nn
@@ -76,7 +76,7 @@ def end_of(stop: int | float | None, max_epochs: int | None) -> float:
 def samples_of(trainer: Any) -> int | None:
     """How many samples the training data has, where it can say so."""
     dataset = getattr(trainer.train_dataloader, "dataset", None)
-    return len(dataset) if hasattr(dataset, "__len__") else None
+    return len(dataset) if isinstance(dataset, Sized) else None
 
 
 def _check_cache(losses: Sequence[DistillationLoss], sources: Sequence[TeacherSource], cache: str) -> None:

@@ -203,7 +203,7 @@ class Distiller:
             raise ValueError(
                 f"`KnowledgeDistillation(cache=...)`: expected at most {self.samples} different inputs, one for each "
                 f"sample of the data, found {len(cache)}: they are augmented, so no stored answer is ever used. "
-                "Augment without randomness, or drop `cache`; with `sample_index` and `fixed_views=True` they are those "
+                "Augment without randomness, or drop `cache`; `sample_index` and `fixed_views=True` take those "
                 "of each sample's first view."
             )
         return answers.to(first.device, next((p.dtype for p in teacher.root.parameters()), answers.dtype))

@@ -91,11 +91,11 @@ class AttentionTransfer(FeatureLoss):
     def __call__(
         self, student: Tensor, teacher: Tensor, *, labels: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        maps = (
+        s, t = (
             F.normalize(features.abs().pow(self.p).mean(dim=1).flatten(1))
             for features in same_resolution(exact(student), exact(teacher))
         )
-        return F.mse_loss(*maps)
+        return F.mse_loss(s, t)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -380,7 +380,8 @@ class KnowledgeDistillation(CompressionCallback):
         return [known[term.name] for term in terms]
 
     def _is_logging(self, trainer: Trainer) -> bool:
-        return bool(trainer.loggers) and (steps_done(trainer) + 1) % trainer.log_every_n_steps == 0
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # an attribute set by a connector
+        return bool(trainer.loggers) and (steps_done(trainer) + 1) % every == 0
 
     def _refuse_unasked(self, pl_module: LightningModule, on: bool) -> None:
         if on and not self._begun:

@@ -34,7 +34,8 @@ class Projectors:
         self._state, self._optimizer, self._seed, self._like = state, optimizer, seed, like
         self.layers = nn.ModuleDict()
         for key, kept in state.items():
-            layer = _layer(kept["kind"], kept["weight"].shape[1], kept["weight"].shape[0]).to(like.device, like.dtype)
+            outputs, inputs = kept["weight"].shape[:2]
+            layer: Any = _layer(kept["kind"], inputs, outputs).to(like.device, like.dtype)
             with torch.no_grad():
                 layer.weight.copy_(kept["weight"])
             self._own(key, layer, kept["kind"], kept["source"])
@@ -78,7 +79,7 @@ class Projectors:
 
     def _make(self, key: str, kind: str, inputs: int, outputs: int, source: str | None) -> nn.Module:
         if key in self.layers:
-            _disown(self._optimizer, self.layers[key].weight)
+            _disown(self._optimizer, self.layers[key].get_parameter("weight"))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed + len(self.layers))
             layer = _layer(kind, inputs, outputs).to(self._like.device, self._like.dtype)
