@@ -69,8 +69,9 @@ class CompressionCallback(Callback):
             refuse_unsupported(trainer, type(self).__name__)
         peers = _peers(trainer)
         check_order([(type(peer).__name__, peer.stage, peer.window(trainer.max_epochs)) for peer in peers])
-        place = [id(peer) for peer in peers if peer.method == self.method].index(id(self)) + 1
-        self._key = self.method if place == 1 else f"{self.method}#{place}"
+        key = type(self).method  # the class's: an argument may have the same name
+        place = [id(peer) for peer in peers if type(peer).method == key].index(id(self)) + 1
+        self._key = key if place == 1 else f"{key}#{place}"
         attach(pl_module)
 
     @override
@@ -102,7 +103,7 @@ class CompressionCallback(Callback):
         Restored with the weights, also from a weights-only checkpoint. Ask for it anew in every hook: loading a
         checkpoint replaces it.
         """
-        return self.ledger(pl_module).state.setdefault(self._key or self.method, {})
+        return self.ledger(pl_module).state.setdefault(self._key or type(self).method, {})
 
     def resumed(self, pl_module: nn.Module) -> bool:
         """In ``on_fit_start`` or later: whether this ``fit`` goes on from a checkpoint that has a ledger."""
@@ -153,7 +154,7 @@ class CompressionCallback(Callback):
         if "torch._dynamo" in sys.modules:
             torch.compiler.reset()  # else the ninth shape falls back to eager code without a word
         restart_selection(trainer)
-        tell(trainer, f"{self.method}: {summary}")
+        tell(trainer, f"{type(self).method}: {summary}")
 
     def _no_effect(self, reason: str) -> None:
         """Warn that the method found nothing to do, by name and with the reason."""

@@ -77,6 +77,15 @@ def test_the_main_job_prunes_exports_and_compares(main_job: tuple[Path, str]) ->
 
 
 @pytest.mark.slow
+def test_sparse_training_compares_four_ways_and_draws_them(small: Path, tmp_path: Path) -> None:
+    printed = run(EXAMPLES / "02_sparse_training.py", f"--data={small}", "--epochs=3", folder=tmp_path)
+    zeros = dict(re.findall(r"(dense|gradual 90 %|RigL 90 %|2:4)[^\d]+[\d.]+%[^\d]+([\d.]+)%", printed))
+    assert zeros == {"dense": "0.00", "gradual 90 %": "90.00", "RigL 90 %": "90.00", "2:4": zeros["2:4"]}
+    assert 49.0 < float(zeros["2:4"]) <= 50.0  # the first layer, which has one input, stays dense
+    assert (tmp_path / "runs" / "sparse_training" / "sparse_training.png").exists()
+
+
+@pytest.mark.slow
 def test_the_yaml_twin_ends_with_the_same_weights(main_job: tuple[Path, str], small: Path, tmp_path: Path) -> None:
     config = EXAMPLES / "configs" / "prune.yaml"
     run(

@@ -8,9 +8,9 @@ from typing import ClassVar
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_light.criteria.evidence import Criterion, Evidence, spread
+from lightning_light.criteria.evidence import Criterion, Evidence, full_precision, spread
 
-__all__ = ["Activation"]
+__all__ = ["Activation", "Wanda"]
 
 
 @dataclass(frozen=True)
@@ -28,3 +28,24 @@ class Activation(Criterion):
     @override
     def __call__(self, evidence: Evidence) -> Tensor:
         return spread(evidence.need("activation").abs(), evidence.weight)
+
+
+@dataclass(frozen=True)
+class Wanda(Criterion):
+    """Score ``|w| * ||x||_2``: a small weight matters if what it is multiplied with is large.
+
+    Sun et al., 2024, "A Simple and Effective Pruning Approach for Large Language Models". The paper compares the
+    weights of one output with each other; here the scope decides. https://arxiv.org/abs/2306.11695
+
+    Example:
+        >>> import torch
+        >>> Wanda()(Evidence(torch.tensor([[1.0, -2.0]]), inputs=torch.tensor([[3.0, 1.0]])))
+        tensor([[3., 2.]])
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"inputs"})
+    roles: ClassVar[frozenset[str]] = frozenset({"out"})
+
+    @override
+    def __call__(self, evidence: Evidence) -> Tensor:
+        return full_precision(evidence.weight).abs() * evidence.need("inputs")

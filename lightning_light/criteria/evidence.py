@@ -24,11 +24,13 @@ class Evidence:
         grad: mean gradient over the gathered batches; shape of ``weight``.
         grad_squared: mean over the gathered batches of the squared gradient; shape of ``weight``.
         activation: shape ``(channels,)``; mean absolute activation of each channel.
+        inputs: broadcasts to ``weight``; the norm over the gathered batches of what each weight is multiplied with.
+        movement: shape of ``weight``; what `Movement` has added up over the optimizer steps so far.
         generator: source of randomness, for criteria that draw.
 
     Raises:
-        ValueError: ``grad`` or ``grad_squared`` differs in shape from ``weight``, or ``activation`` is not one
-            number a channel.
+        ValueError: ``grad``, ``grad_squared`` or ``movement`` differs in shape from ``weight``, or ``activation`` is
+            not one number a channel.
     """
 
     weight: Tensor
@@ -37,9 +39,12 @@ class Evidence:
     grad_squared: Tensor | None = None
     activation: Tensor | None = None
     generator: torch.Generator | None = None
+    inputs: Tensor | None = None
+    movement: Tensor | None = None
 
     def __post_init__(self) -> None:
-        shapes = {"grad": self.weight.shape, "grad_squared": self.weight.shape, "activation": self.weight.shape[:1]}
+        whole = self.weight.shape
+        shapes = {"grad": whole, "grad_squared": whole, "movement": whole, "activation": whole[:1]}
         for name, shape in shapes.items():
             given = getattr(self, name)
             if given is not None and given.shape != shape:
@@ -47,8 +52,13 @@ class Evidence:
                     f"`Evidence({name}=...)`: expected shape {tuple(shape)} for a weight of shape "
                     f"{tuple(self.weight.shape)}, found {tuple(given.shape)}. Put the channels first, in both."
                 )
+        if self.inputs is not None and not _broadcasts(self.inputs, whole):
+            raise ValueError(
+                f"`Evidence(inputs=...)`: expected a shape that broadcasts to {tuple(whole)}, one number for what each "
+                f"weight is multiplied with, found {tuple(self.inputs.shape)}. Put the inputs on the second axis."
+            )
 
-    def need(self, name: Literal["grad", "grad_squared", "activation"]) -> Tensor:
+    def need(self, name: Literal["grad", "grad_squared", "activation", "inputs", "movement"]) -> Tensor:
         """The piece called ``name``, which the criterion has announced in its ``needs``.
 
         Raises:
@@ -70,7 +80,8 @@ class Criterion(ABC):
     over each row, so that the sum of a row is the score of its channel.
 
     Attributes:
-        needs: what has to be gathered, of ``"grad"``, ``"grad_squared"``, ``"activation"``, ``"generator"``.
+        needs: what has to be gathered, of ``"grad"``, ``"grad_squared"``, ``"activation"``, ``"inputs"``,
+            ``"movement"``, ``"generator"``.
         roles: the roles it can read; tensors in other roles do not count.
     """
 
@@ -89,6 +100,11 @@ def full_precision(tensor: Tensor) -> Tensor:
     True
     """
     return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _broadcasts(tensor: Tensor, shape: torch.Size) -> bool:
+    pairs = zip(reversed(tensor.shape), reversed(shape), strict=False)
+    return tensor.ndim <= len(shape) and all(size in (1, full) for size, full in pairs)
 
 
 def spread(channel_scores: Tensor, like: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from lightning_light.criteria.evidence import Criterion, Evidence, full_precision
 
-__all__ = ["Hessian", "Taylor"]
+__all__ = ["SNIP", "Hessian", "Taylor"]
 
 
 @dataclass(frozen=True)
@@ -55,3 +55,23 @@ class Hessian(Criterion):
     @override
     def __call__(self, evidence: Evidence) -> Tensor:
         return full_precision(evidence.weight) ** 2 * evidence.need("grad_squared") / 2.0
+
+
+@dataclass(frozen=True)
+class SNIP(Criterion):
+    """Score ``|w * dL/dw|``: how much the loss feels the connection.
+
+    Lee et al., 2019, "SNIP: Single-shot Network Pruning based on Connection Sensitivity". The paper divides by the sum
+    over all weights, which changes no order, and prunes once, before training. https://arxiv.org/abs/1810.02340
+
+    Example:
+        >>> import torch
+        >>> SNIP()(Evidence(torch.tensor([2.0, 1.0]), grad=torch.tensor([0.5, -3.0])))
+        tensor([1., 3.])
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"grad"})
+
+    @override
+    def __call__(self, evidence: Evidence) -> Tensor:
+        return (full_precision(evidence.weight) * evidence.need("grad")).abs()

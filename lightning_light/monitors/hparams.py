@@ -15,7 +15,7 @@ __all__ = ["method_hparams"]
 def method_hparams(callbacks: Iterable[object]) -> dict[str, Any]:
     """The arguments of every method in the list but monitors, as ``<method>/<argument>``; by ``repr`` if not plain."""
     return {
-        f"{callback.method}/{name}": _plain(getattr(callback, name))
+        f"{type(callback).method}/{name}": _plain(getattr(callback, name))
         for callback in callbacks
         if isinstance(callback, CompressionCallback) and callback.stage != Stage.MONITORS
         for name in inspect.signature(type(callback).__init__).parameters

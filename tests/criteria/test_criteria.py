@@ -8,6 +8,7 @@ from torch import Tensor
 
 import lightning_light.criteria as criteria
 from lightning_light.criteria import (
+    SNIP,
     Activation,
     BatchNormScale,
     Criterion,
@@ -15,8 +16,11 @@ from lightning_light.criteria import (
     GeometricMedian,
     Hessian,
     Magnitude,
+    Movement,
     Random,
+    SoftMovement,
     Taylor,
+    Wanda,
     channel_scores,
 )
 
@@ -27,8 +31,12 @@ ALL: list[Criterion] = [
     Hessian(),
     Magnitude(),
     Magnitude(p=1.0),
+    Movement(),
     Random(seed=3),
+    SNIP(),
+    SoftMovement(),
     Taylor(),
+    Wanda(),
 ]
 SHAPES = [(6, 4, 3, 3), (6, 4), (6,), (1, 4), (1,)]
 
@@ -37,9 +45,10 @@ def evidence(shape: tuple[int, ...] = (6, 4, 3, 3), dtype: torch.dtype = torch.f
     source = torch.Generator().manual_seed(1)
     weight, grad = torch.randn(shape, generator=source), torch.randn(shape, generator=source)
     squared, activation = torch.rand(shape, generator=source), torch.rand(shape[0], generator=source)
-    pieces = (piece.to(dtype) for piece in (weight, grad, squared, activation))
-    weight, grad, squared, activation = pieces
-    return Evidence(weight, "out", grad, squared, activation, torch.Generator().manual_seed(2))
+    inputs, movement = torch.rand(shape, generator=source), torch.rand(shape, generator=source)
+    pieces = (piece.to(dtype) for piece in (weight, grad, squared, activation, inputs, movement))
+    weight, grad, squared, activation, inputs, movement = pieces
+    return Evidence(weight, "out", grad, squared, activation, torch.Generator().manual_seed(2), inputs, movement)
 
 
 def test_every_criterion_is_tried_here() -> None:

@@ -1,0 +1,228 @@
+"""What the callbacks of this wing share: masks in the ledger, kept at zero, that follow the network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_light.callback import CompressionCallback
+from lightning_light.errors import OrderError, UnsupportedError
+from lightning_light.example_input import Capture, capture
+from lightning_light.order import Stage
+from lightning_light.progress import steps_done, steps_planned, training_progress
+from lightning_light.sparsity.keeper import Keeper, mask_model
+from lightning_light.sparsity.weights import Weight, find_weights
+from lightning_light.sparsity.worth import Zeros, measure_zeros, zero_rows
+from lightning_light.surgery.distributed import broadcast, tell
+from lightning_light.surgery.edit import take
+from lightning_light.surgery.mirrors import mirrors_of
+from lightning_light.surgery.selection import restart_selection
+from lightning_light.targets import Targets, as_targets
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+    from torch import nn
+    from torch.optim import Optimizer
+
+__all__ = ["MaskingCallback"]
+
+
+class MaskingCallback(CompressionCallback):
+    """Keeps masks beside the network: in the ledger, never in the modules or under the user's ``state_dict`` keys.
+
+    Attributes:
+        zeros: what the zeros are worth, measured at the end of training.
+    """
+
+    stage: ClassVar[int] = Stage.MASKS
+    structural: ClassVar[bool] = False
+
+    targets: Targets | str | list[str] | None
+    zeros: Zeros | None = None
+
+    def __init__(self) -> None:
+        self._keeper = Keeper()
+        self._held: Mapping[str, Tensor] | None = None
+        self._weights: list[Weight] = []
+        self._capture: Capture | None = None
+
+    # Lightning's hooks, in the order a run meets them.
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse strategies that hold other tensors than the module's parameters."""
+        super().setup(trainer, pl_module, stage)
+        strategy = trainer.strategy
+        if strategy.restore_checkpoint_after_setup or not strategy.lightning_restore_optimizer:
+            raise UnsupportedError(
+                f"`{type(self).__name__}` with `{type(strategy).__name__}`: expected a strategy that leaves parameters "
+                "whole (one device, or 'ddp'), found one that shards or copies them, past which masks would not hold. "
+                "Prune on one device or with `strategy='ddp'`."
+            )
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the weights as they are now; go on with the masks of a checkpoint, or of an earlier fit."""
+        super().on_fit_start(trainer, pl_module)
+        self._weights = self._find(pl_module)
+        self._refuse_overlap(trainer, pl_module)
+        self._check_weights(pl_module)
+        state = self.state(pl_module)
+        if not self.resumed(pl_module):
+            masks = _still_true(pl_module, state.get("masks", {}))
+            state.clear()
+            state["masks"] = masks
+        self._held = None
+        self._hold(pl_module)
+        self._keeper.watch(trainer.optimizers)
+        self._capture = capture(pl_module)
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Mask the gradients: here they are accumulated, reduced and unscaled, and not yet clipped."""
+        self._hold(pl_module)
+        self._keeper.before_step(optimizer)
+
+    @override
+    def on_surgery(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        kept: Mapping[str, Mapping[int, Tensor]] | None,
+    ) -> None:
+        """Cut what belongs to a weight along with the weight; forget what belongs to one that is gone."""
+        shapes = {name: parameter.shape for name, parameter in pl_module.named_parameters()}
+        state = self.state(pl_module)
+        for key in self._cut_along(state):
+            holder, last = key
+            entries = {
+                name: take(tensor, {dim: stays.long() for dim, stays in (kept or {}).get(name, {}).items()})
+                for name, tensor in holder[last].items()
+            }
+            holder[last] = {name: t for name, t in entries.items() if shapes.get(name, t.shape) == t.shape
+                            and (name in shapes or key[1] == "origin")}  # fmt: skip
+        self._weights = [weight for weight in self._find(pl_module) if weight.name in shapes]
+        self._held = None
+        self._hold(pl_module)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure what the zeros are worth; say so, if there are none."""
+        if getattr(trainer, "fast_dev_run", False):
+            return
+        reason = self._why_nothing(trainer, pl_module)
+        if reason is not None:
+            self._no_effect(reason)
+            return
+        example = None if self._capture is None else self._capture.example
+        self.zeros = measure_zeros(pl_module, example)
+        tell(trainer, f"{type(self).method}: {self.zeros.summary()}")
+        self._log(trainer, self.zeros.scalars())
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave no hook behind, and no reference to the network."""
+        self._keeper.release()
+        self._keeper = Keeper()
+        if self._capture is not None:
+            self._capture.remove()
+        self._held, self._weights, self._capture = None, [], None
+        super().teardown(trainer, pl_module, stage)
+
+    # For the two callbacks.
+
+    def _find(self, pl_module: nn.Module) -> list[Weight]:
+        return find_weights(pl_module, as_targets(self.targets), type(self).__name__)
+
+    def _check_weights(self, pl_module: LightningModule) -> None:
+        """Refuse weights that the method cannot mask."""
+
+    def _why_nothing(self, trainer: Trainer, pl_module: LightningModule) -> str | None:
+        """Why nothing was masked, or None."""
+        raise NotImplementedError
+
+    def _cut_along(self, state: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
+        """Where in the state there are tensors by weight name, in the weights' shapes."""
+        return [(state, key) for key in ("masks", "movement", "dense", "shadow", "origin") if key in state]
+
+    def _hold(self, pl_module: LightningModule) -> None:
+        """Take up the masks of the ledger, if those are others: a checkpoint may have been loaded."""
+        masks = self.state(pl_module).setdefault("masks", {})
+        if masks is not self._held:
+            self._keeper.hold(pl_module, masks)
+            self._held = masks
+
+    def _change(self, trainer: Trainer, pl_module: LightningModule, masks: dict[str, Tensor]) -> float:
+        """Take up other masks, everywhere. Returns the share of mask entries that have changed."""
+        if trainer.world_size > 1:
+            masks = broadcast(trainer, {name: mask.cpu() for name, mask in masks.items()})
+        state = self.state(pl_module)
+        devices = {weight.name: weight.parameter.device for weight in self._weights}
+        masks = {name: mask.to(devices[name]) for name, mask in masks.items()}
+        changed, total = 0, 0
+        for name, mask in masks.items():
+            before = state["masks"].get(name)
+            changed += int((~mask if before is None else mask != before.to(mask.device)).sum())
+            total += mask.numel()
+        state["masks"] = masks
+        self._hold(pl_module)
+        self._keeper.apply(trainer.optimizers)
+        for copy in mirrors_of(trainer, pl_module):
+            mask_model(copy, masks)
+        return changed / max(total, 1)
+
+    def _announce(self, trainer: Trainer, pl_module: LightningModule, churn: float, *, restart: bool) -> None:
+        """Log what the masks are now; with other zeros, look for the best checkpoint anew."""
+        masks = self.state(pl_module)["masks"]
+        total = sum(weight.parameter.numel() for weight in self._weights)
+        gone = sum(int((~mask).sum()) for mask in masks.values())
+        facing = {weight.name: weight for weight in self._weights}
+        dead = sum(zero_rows(facing[name].facing(mask)) for name, mask in masks.items())
+        scalars = {"sparsity": gone / max(total, 1), "churn": churn, "dead_filters": float(dead)}
+        self._log(trainer, scalars)
+        if restart:
+            restart_selection(trainer)
+        tell(trainer, f"{type(self).method}: sparsity {gone / max(total, 1):.4f}, {churn:.4f} of the masks changed, "
+                      f"{dead} dead filters")  # fmt: skip
+
+    def _log(self, trainer: Trainer, scalars: Mapping[str, float]) -> None:
+        named = {f"{type(self).method}/{key}": value for key, value in scalars.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(named, step=steps_done(trainer))
+
+    def _progress(self, trainer: Trainer, ahead: int = 0) -> float:
+        """Progress, where the last step of a run counts as its end: nothing is due after it."""
+        planned = steps_planned(trainer)
+        if steps_done(trainer) + ahead + 1 >= planned:
+            return 1.0
+        return min(training_progress(trainer) + ahead / planned, 1.0)
+
+    def _refuse_overlap(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        mine = {weight.name for weight in self._weights}
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+        for other in callbacks:
+            if not isinstance(other, MaskingCallback) or other is self:
+                continue
+            both = sorted(mine & {weight.name for weight in other._find(pl_module)})
+            if both:
+                names = f"{type(self).__name__}` and `{type(other).__name__}"
+                raise OrderError(
+                    f"`{names}`: expected each weight to be masked by one callback, found {len(both)} that both mask: "
+                    f"{both[:3]}. Give them `targets` that do not overlap."
+                )
+
+
+def _still_true(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The masks of an earlier fit under which the weights are still zero."""
+    parameters = dict(model.named_parameters())
+    return {
+        name: mask
+        for name, mask in masks.items()
+        if name in parameters
+        and parameters[name].shape == mask.shape
+        and not torch.count_nonzero(parameters[name].detach()[~mask.to(parameters[name].device)])
+    }

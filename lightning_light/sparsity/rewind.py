@@ -1,0 +1,50 @@
+"""Rewinding: remember the weights of an early step, and go back to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_light.schedules import Schedule
+from lightning_light.sparsity.regimes import Rewinding
+
+__all__ = ["check", "remember", "restore"]
+
+
+def check(schedule: Schedule, window: tuple[float, float] | None) -> None:
+    """Refuse to rewind to a moment after the first rise.
+
+    Raises:
+        ValueError: ``to`` is not before the window begins.
+    """
+    if isinstance(schedule, Rewinding) and window is not None and schedule.to >= window[0]:
+        raise ValueError(
+            f"`{schedule!r}`: expected `to` before the schedule first rises, at {window[0]:.3g} of the run, found "
+            f"{schedule.to}. Start the schedule later, or rewind to an earlier moment."
+        )
+
+
+def remember(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the parameters that learn and of the floating point buffers (running statistics) of a state dict."""
+    stored = model.state_dict()
+    kept = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    buffers = {name: b.clone() for name, b in model.named_buffers() if name in stored and b.is_floating_point()}
+    return kept | buffers
+
+
+@torch.no_grad()
+def restore(
+    model: nn.Module, origin: Mapping[str, Tensor], masks: Mapping[str, Tensor], optimizers: Iterable[Optimizer]
+) -> None:
+    """Go back to ``origin`` where ``masks`` leave something, with the optimizers' state at zero, as new."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name in origin:
+            value = origin[name].to(tensor)
+            tensor.copy_(value * masks[name].to(tensor) if name in masks else value)
+    for optimizer in optimizers:
+        for state in optimizer.state.values():
+            for key, value in state.items():
+                state[key] = value.zero_() if isinstance(value, Tensor) else 0 if isinstance(value, int) else value

@@ -1,0 +1,57 @@
+"""2:4 weights for the hardware that multiplies them."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lightning_light.errors import UnsupportedError
+from lightning_light.sparsity.patterns import NM
+from lightning_light.targets import Targets, as_targets
+
+__all__ = ["to_semi_structured"]
+
+
+def to_semi_structured(model: nn.Module, *, targets: Targets | str | list[str] | None = None) -> list[str]:
+    """Store the weights of 2:4 sparse linear layers compressed, in place, for inference on a GPU with sparse cores.
+
+    Everything is checked before anything is changed. The layers can be trained no more.
+
+    Args:
+        model: on such a GPU, in half precision, bfloat16 or int8.
+        targets: linear layers; those of other kinds are left alone.
+
+    Returns:
+        The names of the layers that were stored anew.
+
+    Raises:
+        UnsupportedError: the model is not on a CUDA device of compute capability 8.0 or more; says what to do instead.
+        ValueError: a layer's weights are not 2:4 sparse, or of a data type that these cores do not take.
+    """
+    layers = {n: m for n, m in as_targets(targets).select(model).items() if isinstance(m, nn.Linear)}
+    for name, layer in layers.items():
+        _check(name, layer)
+    for layer in layers.values():
+        compressed = torch.sparse.to_sparse_semi_structured(layer.weight.detach())
+        layer.weight = nn.Parameter(compressed, requires_grad=False)
+    return list(layers)
+
+
+def _check(name: str, layer: nn.Linear) -> None:
+    weight = layer.weight.detach()
+    if weight.device.type != "cuda" or torch.cuda.get_device_capability(weight.device) < (8, 0):
+        raise UnsupportedError(
+            f"`to_semi_structured` on `{name}`: expected weights on an NVIDIA GPU with sparse cores (compute "
+            f"capability 8.0 or more), found {weight.device}. Elsewhere the zeros of a 2:4 pattern "
+            "save size after compression only."
+        )
+    if weight.dtype not in (torch.float16, torch.bfloat16, torch.int8):
+        raise ValueError(
+            f"`to_semi_structured` on `{name}`: expected float16, bfloat16 or int8, found {weight.dtype}. Convert "
+            "first: `model.half()`."
+        )
+    if NM(2, 4).complaint(weight.shape) or bool((weight.reshape(-1, 4) != 0).sum(dim=1).gt(2).any()):
+        raise ValueError(
+            f"`to_semi_structured` on `{name}`: expected at most 2 of every 4 neighbouring inputs to have a weight, "
+            "found more. Train with `WeightPruning(pattern=NM(2, 4))`, or exclude the layer."
+        )
