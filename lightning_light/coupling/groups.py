@@ -89,7 +89,7 @@ class Coupling:
 
     def attributes(self, model: nn.Module, kept: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
         """New values of the attributes that count channels, by module name."""
-        gone = self._gone(kept)
+        gone = self.gone(kept)
         changes: dict[str, dict[str, Any]] = {}
         for tie in self.ties if gone.numel() else ():
             left = int((~torch.isin(tie.labels, gone)).sum())
@@ -101,7 +101,7 @@ class Coupling:
 
     def shrunk(self, kept: Mapping[str, Tensor]) -> Coupling:
         """The coupling of the model after the cut ``kept``: nothing has to be traced again."""
-        positions, gone = self.kept_positions(kept), self._gone(kept)
+        positions, gone = self.kept_positions(kept), self.gone(kept)
         shapes = {
             name: tuple(positions[name][d].numel() if d in positions.get(name, {}) else s for d, s in enumerate(shape))
             for name, shape in self.shapes.items()
@@ -119,7 +119,8 @@ class Coupling:
         """Whether ``model`` still has the tensors and shapes that were traced."""
         return dict(self.shapes) == _shapes(model)
 
-    def _gone(self, kept: Mapping[str, Tensor]) -> Tensor:
+    def gone(self, kept: Mapping[str, Tensor]) -> Tensor:
+        """Labels of the channels that leave."""
         lost = [group.roots[~kept[group.name]] for group in self.groups if group.name in kept]
         return torch.cat(lost) if lost else torch.empty(0, dtype=torch.long)
 
@@ -155,7 +156,8 @@ def coupling_of(model: nn.Module, tracer: Tracer) -> Coupling:
     leaves = tracer.leaves
     roots = [tracer.book.roots(leaf.labels) for leaf in leaves]
     reasons = tracer.book.reasons()
-    signature = _signatures(leaves, roots, tracer.book.parent.numel(), reasons)
+    picks = [torch.unique(tracer.book.roots(labels)) for labels in tracer.apart]
+    signature = _signatures([*roots, *picks], tracer.book.parent.numel(), reasons)
     by_signature: dict[int, list[tuple[Leaf, Tensor]]] = {}
     for leaf, root in zip(leaves, roots, strict=True):
         for value in torch.unique(signature[root]).tolist():
@@ -166,8 +168,8 @@ def coupling_of(model: nn.Module, tracer: Tracer) -> Coupling:
     return Coupling(_named(_in_order(shapes, groups)), ties, shapes)
 
 
-def _signatures(leaves: Sequence[Leaf], roots: Sequence[Tensor], count: int, reasons: Mapping[int, str]) -> Tensor:
-    """One number a label: equal where two channels have the same members, equally often, and the same protection."""
+def _signatures(roots: Sequence[Tensor], count: int, reasons: Mapping[int, str]) -> Tensor:
+    """One number a label: equal where two channels are in the same ``roots``, equally often, and protected alike."""
     generator = torch.Generator().manual_seed(0)
     signature = torch.zeros(count, dtype=torch.long)
     for root in roots:
@@ -226,9 +228,11 @@ def _named(groups: Sequence[ChannelGroup]) -> tuple[ChannelGroup, ...]:
     makers = Counter((group.name, group.reason is None) for group in groups)
     named: dict[str, ChannelGroup] = {}
     for group in groups:
-        places = sorted(f"{member.tensor}.{member.dim}" for member in group.members)
+        places = sorted(f"{member.tensor}.{member.dim}.{member.index.shape[1]}" for member in group.members)
         mark = hashlib.sha256(" ".join([str(group.reason), *places]).encode()).hexdigest()[:4]
         alone = makers[group.name, group.reason is None] == 1 and (group.reason is None or not makers[group.name, True])
         name = group.name if alone else f"{group.name}#{mark}"
+        twins = sum(other.partition("/")[0] == name for other in named)  # taken apart by position alone
+        name = f"{name}/{twins + 1}" if twins else name
         named[name] = replace(group, name=name)
     return tuple(named.values())

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-__all__ = ["FIXED", "LabelBook", "varying"]
+__all__ = ["FIXED", "LabelBook", "collapsed", "varying"]
 
 FIXED = 0
 """The label of a position that no surgery may remove, for instance a zero that ``F.pad`` put there."""
@@ -16,6 +16,15 @@ FIXED = 0
 def varying(marks: Tensor) -> tuple[int, ...]:
     """Dimensions along which ``marks`` is not broadcast."""
     return tuple(dim for dim, size in enumerate(marks.shape) if size > 1)
+
+
+def collapsed(marks: Tensor) -> Tensor:
+    """``marks``, with every dimension along which they are all the same shrunk to one."""
+    for dim in varying(marks):
+        first = marks.narrow(dim, 0, 1)
+        if torch.equal(first.expand_as(marks), marks):
+            marks = first
+    return marks
 
 
 @dataclass
@@ -29,6 +38,10 @@ class LabelBook:
 
     parent: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.long))
     protected: list[tuple[Tensor, str]] = field(default_factory=list)
+
+    def copy(self) -> LabelBook:
+        """A book that may be written in without a change of this one."""
+        return LabelBook(self.parent.clone(), list(self.protected))
 
     def fresh(self, count: int) -> Tensor:
         """``count`` labels that nothing else has, shape ``(count,)``."""
@@ -50,12 +63,7 @@ class LabelBook:
 
     def tidy(self, marks: Tensor) -> Tensor:
         """Representatives, with every dimension along which they are all the same shrunk to one."""
-        marks = self.roots(marks)
-        for dim in varying(marks):
-            first = marks.narrow(dim, 0, 1)
-            if torch.equal(first.expand_as(marks), marks):
-                marks = first
-        return marks
+        return collapsed(self.roots(marks))
 
     def merge(self, left: Tensor, right: Tensor, reason: str = "") -> None:
         """Make broadcast ``left`` and ``right`` the same channels, position by position.

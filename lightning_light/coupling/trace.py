@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,9 @@ FORWARD_ERRORS = (
 HEAD_COUNTS = ("num_heads", "n_heads", "nheads", "n_head", "nhead", "heads", "num_attention_heads")
 HEAD_SIZES = ("head_dim", "dim_head", "d_head", "head_size", "attention_head_size", "d_k")
 WIDTHS = ("embed_dim", "all_head_size", "inner_dim", "hidden_size", "d_model", "dim", "width")
+
+
+Known: TypeAlias = "Mapping[tuple[str, int], Tensor]"
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,13 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
     Attributes:
         heads: what leaves an attention: ``"head"`` (whole heads) or ``"dim"`` (the same position of every head).
         book: which labels are one channel, and which must stay.
+        leaves: the dimensions that were labelled.
+        ties: attributes that count channels.
+        splits: dimensions that became heads or other parts.
+        parts: labels, shape ``(parts, size)``, that the code took apart in equal parts, perhaps by ``chunk``.
+        apart: labels that the code picked out of others by position.
+        history: every operation, and the marks of its outputs.
+        output_shapes: of the network.
     """
 
     heads: str = "dim"
@@ -76,6 +86,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
     leaves: list[Leaf] = field(default_factory=list)
     ties: list[Tie] = field(default_factory=list)
     splits: list[Split] = field(default_factory=list)
+    parts: list[Tensor] = field(default_factory=list)
+    apart: list[Tensor] = field(default_factory=list)
+    history: list[tuple[str, list[list[Tensor]]]] = field(default_factory=list)
     output_shapes: list[tuple[int, ...]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -84,6 +97,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
         self._stack: list[tuple[str, nn.Module, Tensor | None]] = []
         self._function: Any = None
         self._names: MutableMapping[Tensor, str] = WeakIdKeyDictionary()
+        self._counting: MutableMapping[Tensor, list[Tensor]] = WeakIdKeyDictionary()
         self._used: set[str] = set()
         self.shape_before: torch.Size = torch.Size()
 
@@ -122,6 +136,10 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
         elif left is not None or right is not None:
             self.book.protect(left if left is not None else right, reason)  # type: ignore[arg-type]
 
+    def give_indices(self, indices: Tensor, marks: Sequence[Tensor]) -> None:
+        """The values of ``indices`` are numbers of channels: whoever uses them holds ``marks`` in place."""
+        self._counting[indices] = list(marks)
+
     def again(self, tensor: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The operation at hand, on ``tensor`` in place of its first argument."""
         plain = [arg.cpu() if isinstance(arg, Tensor) else arg for arg in args]
@@ -140,7 +158,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
     def tie(self, attribute: str, labels: Tensor | None) -> None:
         """The module at hand counts ``labels`` in ``attribute``, if it has it."""
         if labels is not None and self._stack and hasattr(self._stack[-1][1], attribute):
-            self.ties.append(Tie(self._stack[-1][0], attribute, labels))
+            number = getattr(self._stack[-1][1], attribute)
+            once = type(number) is int and 1 < number < labels.numel()  # instance norm repeats them for every sample
+            self.ties.append(Tie(self._stack[-1][0], attribute, labels[:number] if once else labels))
 
     def note_split(self, mark: Tensor, dims: Sequence[int]) -> None:
         """Remember how the user's code cut a dimension into parts."""
@@ -174,7 +194,10 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
         kwargs = kwargs or {}
         self.shape_before = args[0].shape if args and isinstance(args[0], Tensor) else torch.Size()
         before = self._marks.get(args[0]) if args and isinstance(args[0], Tensor) else None
-        self._used.update(self._names[x] for x in leaf_tensors([args, kwargs]) if x in self._names)
+        read = leaf_tensors([args, kwargs])
+        self._used.update(self._names[x] for x in read if x in self._names)
+        for mark in (mark for x in read for mark in self._counting.get(x, ())):
+            self.book.protect(mark, "is chosen by its number, which other operations use")
         out = function(*args, **kwargs)
         self._function = function
         name = function._schema.name.split("::")[1]
@@ -182,16 +205,17 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
         if before is not None and args[0] is out:
             self._marks[out] = before
         found(self, name, args, kwargs, out)
+        self.history.append((name, [self._marks.get(x, []) for x in leaf_tensors(out)]))
         return out
 
-    def watch(self, model: nn.Module) -> None:
-        """Label every dimension of every parameter and buffer of ``model``."""
+    def watch(self, model: nn.Module, known: Known | None = None) -> None:
+        """Label every dimension of every parameter and buffer of ``model``, anew or as ``known``."""
         named = [*model.named_parameters(), *model.named_buffers()]
         for name, tensor in named:
             marks = []
             for dim, size in enumerate(tensor.shape if tensor.is_floating_point() else ()):
                 if size > 1:
-                    labels = self.book.fresh(size)
+                    labels = self.book.fresh(size) if known is None else known[name, dim]
                     self.leaves.append(Leaf(name, dim, labels))
                     marks.append(labels.reshape([size if d == dim else 1 for d in range(tensor.dim())]))
             self._marks[tensor] = marks
@@ -208,6 +232,14 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
         """A module's forward ends."""
         self._stack.pop()
 
+    def after(self, positions: Mapping[str, Mapping[int, Tensor]]) -> tuple[LabelBook, Known]:
+        """What to start a second trace with, when only ``positions`` of the tensors are left."""
+        known = {}
+        for leaf in self.leaves:
+            labels, kept = self.book.roots(leaf.labels), positions.get(leaf.tensor, {}).get(leaf.dim)
+            known[leaf.tensor, leaf.dim] = labels if kept is None else labels[kept]
+        return LabelBook(torch.arange(self.book.parent.numel())), known
+
     def protect_unused(self) -> None:
         """What no operation reads belongs to no layer that runs here."""
         for leaf in self.leaves:
@@ -216,17 +248,31 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
 
 
 def trace(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None, *, heads: str = "dim"
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    heads: str = "dim",
+    known: Known | None = None,
+    book: LabelBook | None = None,
 ) -> Tracer:
     """Follow every channel of ``model`` through one forward pass on ``args`` and ``kwargs``.
 
     Everything is as before afterwards: modes, buffers, random state, gradients.
 
+    Args:
+        model: the module.
+        args: positional arguments of one call.
+        kwargs: keyword arguments of that call.
+        heads: see `Tracer`.
+        known: labels to start from, where a trace before has given them.
+        book: to keep them in.
+
     Raises:
         TraceError: the forward pass fails.
     """
-    tracer = Tracer(heads=heads)
-    tracer.watch(model)
+    tracer = Tracer(heads=heads, book=book or LabelBook())
+    tracer.watch(model, known)
     with quiet(model), _module_names(model, tracer), tracer:
         try:
             out = model(*args, **(kwargs or {}))
@@ -240,8 +286,11 @@ def trace(
     for tensor in leaf_tensors(out):
         for mark in tracer.marks(tensor):
             tracer.book.protect(mark, "makes the network's output")
-    _tie_attention(model, tracer)
-    tracer.protect_unused()
+    tracer.history.append(("output", [tracer.marks(tensor) for tensor in leaf_tensors(out)]))
+    if known is None:
+        _tie_attention(model, tracer)
+        _keep_projections(model, tracer)
+        tracer.protect_unused()
     return tracer
 
 
@@ -320,3 +369,12 @@ def _tie_attention(model: nn.Module, tracer: Tracer) -> None:
             queries = labels.get((f"{prefix}in_proj_weight", 1), labels.get((f"{prefix}q_proj_weight", 1)))
             if queries is not None:
                 tracer.book.merge(queries, stream)
+
+
+def _keep_projections(model: nn.Module, tracer: Tracer) -> None:
+    """An LSTM with projections must be wider inside than outside: torch tells the two apart by their sizes."""
+    projecting = {name for name, m in model.named_modules() if isinstance(m, nn.RNNBase) and m.proj_size}
+    for leaf in tracer.leaves:
+        path, _, name = leaf.tensor.rpartition(".")
+        if path in projecting and leaf.dim == 0 and name.startswith("weight_ih"):
+            tracer.book.protect(leaf.labels, "is projected inside its LSTM, which has to stay wider than its outputs")

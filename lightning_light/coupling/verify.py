@@ -1,18 +1,25 @@
-"""Try a coupling out: sizes that stand as literals in the user's ``forward`` show only when a channel is missing."""
+"""Try a coupling out: what stands as a number in the user's ``forward`` shows only when channels are missing."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_light.coupling.alignment import misaligned
 from lightning_light.coupling.groups import ChannelGroup, Coupling, coupling_of
-from lightning_light.coupling.trace import FORWARD_ERRORS, Tracer, leaf_tensors, quiet, trace
+from lightning_light.coupling.trace import Tracer, trace
+from lightning_light.errors import TraceError
 from lightning_light.surgery.edit import trial
 
 __all__ = ["couple_channels"]
+
+Kept = Mapping[str, Tensor]
+_LEAST = 2
+"""Of so few channels one does not show, after the other has left, where it went."""
 
 
 def couple_channels(
@@ -20,9 +27,10 @@ def couple_channels(
 ) -> Coupling:
     """Find every set of channels of ``model`` that hangs together, and try each one.
 
-    One forward pass is traced; then one channel of each group is taken out, for a trial, and the forward pass must
-    still give outputs of the same shape. A group that breaks it (a size is written down in the code) is first tied to
-    the width of the module that it runs in, and protected where that does not help.
+    One forward pass is traced. Then channels are taken out, for a trial, and the pass is traced again: it must give
+    outputs of the same shape, and every channel must arrive where it arrived before. What breaks that (a size or a
+    position is written down in the code: ``x[:, 4:8]``) is first tied to the channels that it may have to leave with,
+    and protected where that does not help.
 
     Args:
         model: a module; afterwards it is exactly what it was.
@@ -34,50 +42,117 @@ def couple_channels(
         TraceError: the forward pass fails on the input given.
     """
     tracer = trace(model, args, kwargs, heads=heads)
-    coupling = coupling_of(model, tracer)
     attempt = _Attempt(model, args, kwargs or {}, tracer)
-    if not attempt.broken(coupling):
-        return coupling
-    if _tie_to_width(tracer):
+    coupling = coupling_of(model, tracer)
+    broken = attempt.broken(coupling)
+    if broken and _tie_to_width(tracer, broken):
         coupling = coupling_of(model, tracer)
-    for group, error in attempt.broken(coupling):
-        tracer.book.protect(group.roots, f"a size is fixed in the code that reads it ({error})")
-    return coupling_of(model, tracer)
+        broken = attempt.broken(coupling)
+    if broken and _tie_parts(attempt, broken):
+        coupling = coupling_of(model, tracer)
+        broken = attempt.broken(coupling)
+    while broken:
+        for group, error in broken:
+            tracer.book.protect(group.roots, f"a size is fixed in the code that reads it ({error})")
+        coupling = coupling_of(model, tracer)
+        broken = attempt.broken(coupling)
+    return coupling
 
 
 class _Attempt:
-    """One forward pass of the model, as it would be after a cut."""
+    """The model, as it would be after a cut."""
 
     def __init__(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], tracer: Tracer) -> None:
-        self._model, self._args, self._kwargs, self._tracer = model, args, kwargs, tracer
+        self.model, self.tracer = model, tracer
+        self._args, self._kwargs = args, kwargs
 
     def broken(self, coupling: Coupling) -> list[tuple[ChannelGroup, str]]:
-        """Groups that cannot lose a channel, each with the error that tells why. One pass where all is well."""
-        groups = [group for group in coupling.groups if group.reason is None and group.width > 1]
-        without_one = {group.name: torch.arange(group.width) > 0 for group in groups}
-        if self.failure(coupling, without_one) is None:
-            return []
-        tried = [(group, self.failure(coupling, {group.name: without_one[group.name]})) for group in groups]
-        return [(group, error) for group, error in tried if error is not None]
+        """Groups that cannot lose channels, each with the reason. Few passes where all is well."""
+        free = [group for group in coupling.groups if group.reason is None and group.width > 1]
+        picked = torch.cat([torch.empty(0).long(), *(self.tracer.book.roots(labels) for labels in self.tracer.apart)])
+        few = [group for group in free if group.width <= _LEAST and torch.isin(group.roots, picked).any()]
+        found = [(group, f"{group.width} channels that the code picks by their position") for group in few]
+        groups = [group for group in free if not any(group is other for other in few)]
+        while (error := self.failure(coupling, groups)) is not None:
+            culprit = self._culprit(coupling, groups)
+            alone = self.failure(coupling, [culprit])
+            found.append((culprit, alone or error))
+            groups = [group for group in groups if group is not culprit]
+        return found
 
-    def failure(self, coupling: Coupling, kept: Mapping[str, Tensor]) -> str | None:
-        """Why the pass fails after the cut ``kept``, or gives outputs of other shapes; None where it is fine."""
-        positions, attributes = coupling.kept_positions(kept), coupling.attributes(self._model, kept)
-        with quiet(self._model), trial(self._model, positions, attributes):
+    def failure(self, coupling: Coupling, groups: Sequence[ChannelGroup]) -> str | None:
+        """Why the pass fails when ``groups`` lose channels; None where all is well."""
+        errors = (self._error(coupling, kept) for kept in _patterns(groups))
+        return next((error for error in errors if error is not None), None)
+
+    def _culprit(self, coupling: Coupling, groups: Sequence[ChannelGroup]) -> ChannelGroup:
+        """The last of the shortest beginning of ``groups`` that fails, by bisection."""
+        low, high = 1, len(groups)
+        while low < high:
+            middle = (low + high) // 2
+            if self.failure(coupling, groups[:middle]) is None:
+                low = middle + 1
+            else:
+                high = middle
+        return groups[high - 1]
+
+    def _error(self, coupling: Coupling, kept: Kept) -> str | None:
+        positions, attributes = coupling.kept_positions(kept), coupling.attributes(self.model, kept)
+        book, known = self.tracer.after(positions)
+        with trial(self.model, positions, attributes, values=True):
             try:
-                out = self._model(*self._args, **self._kwargs)
-            except FORWARD_ERRORS as error:
-                return str(error).partition("\n")[0]
-        found = [tuple(tensor.shape) for tensor in leaf_tensors(out)]
-        expected = self._tracer.output_shapes
-        return None if found == expected else f"the output's shape would change from {expected} to {found}"
+                again = trace(self.model, self._args, self._kwargs, heads=self.tracer.heads, known=known, book=book)
+            except TraceError as error:
+                return str(error.__cause__).partition("\n")[0]
+        last = [group.roots for group in coupling.groups if group.name in kept and int(kept[group.name].sum()) == 1]
+        lone = torch.cat(last) if last else torch.empty(0, dtype=torch.long)
+        return misaligned(self.tracer, again, coupling.gone(kept), lone)
 
 
-def _tie_to_width(tracer: Tracer) -> bool:
+def _patterns(groups: Sequence[ChannelGroup]) -> Iterator[Kept]:
+    """Different channels, and different numbers of them: a number in the code fits one pattern, not all."""
+    generator = torch.Generator().manual_seed(0)
+    many, few = [g for g in groups if g.width > _LEAST], [g for g in groups if g.width <= _LEAST]
+    for mine, share in [*itertools.product((many, many[::2], many[1::2]), (0.5, 0.0)), (few, 0.0)]:
+        kept = {}
+        for group in mine:
+            most = max(1, min(group.width - 2, int(group.width * share)))
+            count = int(torch.randint(1, most + 1, (1,), generator=generator))
+            gone = torch.randperm(group.width, generator=generator)[:count]
+            kept[group.name] = torch.ones(group.width, dtype=torch.bool).index_fill(0, gone, False)
+        if kept:
+            yield kept
+
+
+def _tie_to_width(tracer: Tracer, broken: Sequence[tuple[ChannelGroup, str]]) -> bool:
     """``x.reshape(n, length, heads, width // heads)``: what is split inside is as wide as what comes in."""
+    roots = torch.cat([group.roots for group, _ in broken])
     tied = False
     for split in tracer.splits:
-        if split.width is not None and split.parts.numel() % split.width.numel() == 0:
+        if split.width is None or split.parts.numel() % split.width.numel():
+            continue
+        if torch.isin(tracer.book.roots(split.parts), roots).any() or torch.isin(split.width, roots).any():
             tracer.book.merge(split.parts.reshape(-1, split.width.numel()), split.width)
+            tied = True
+    return tied
+
+
+def _tie_parts(attempt: _Attempt, broken: Sequence[tuple[ChannelGroup, str]]) -> bool:
+    """``a, b = x.chunk(2, dim=1)``: the same positions must leave every part, where that mends what is broken."""
+    tracer, tied = attempt.tracer, False
+    roots = torch.cat([group.roots for group, _ in broken])
+    for parts in {tuple(tracer.book.roots(part).flatten().tolist()): part for part in tracer.parts}.values():
+        if parts.shape[1] <= _LEAST or not torch.isin(tracer.book.roots(parts), roots).any():
+            continue
+        before = tracer.book
+        tracer.book = before.copy()
+        tracer.book.merge(parts, parts[:1])
+        coupling = coupling_of(attempt.model, tracer)
+        mine = tracer.book.roots(parts)
+        free = [group for group in coupling.groups if group.reason is None and group.width > 1]
+        groups = [group for group in free if torch.isin(group.roots, mine).any()]
+        if not groups or attempt.failure(coupling, groups) is not None:
+            tracer.book = before
+        else:
             tied = True
     return tied

@@ -77,6 +77,8 @@ def _reduced(t: Tracer, name: str, args: Sequence[Any], kwargs: dict[str, Any], 
         for mark in t.marks(source):
             if not set(varying(mark)) & set(dims):
                 kept.append(mark if tensor.dim() == source.dim() else mark.squeeze(tuple(dims)))
+            elif not tensor.is_floating_point():
+                t.give_indices(tensor, [mark])
         t.give(tensor, kept)
     return None
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 __all__: list[str] = []
 
 _RESHAPES = {"view", "_unsafe_view", "reshape", "_reshape_alias"}
+_PICKS = {"slice", "split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "select", "unbind",
+          "unsafe_chunk", "index_select", "narrow", "diagonal"}  # fmt: skip
 _FREE_OF_SIZE = {"transpose", "permute", "t", "unsqueeze", "transpose_", "t_", "unsqueeze_"}
 
 
@@ -33,12 +35,30 @@ def _moved(t: Tracer, name: str, args: Sequence[Any], kwargs: dict[str, Any], ou
         full = mark if name in _FREE_OF_SIZE else mark.expand(tuple(shape))
         full = full.clone() if name.endswith("_") else full
         results = [full.reshape(out.shape)] if name in _RESHAPES else outputs_of(t.again(full, args[1:], kwargs))
-        for slot, result in zip(moved, results, strict=True):
-            slot.append(t.book.tidy(result))
+        tidy = [t.book.tidy(result) for result in results]
+        _note_picks(t, name, mark, tidy)
+        for slot, result in zip(moved, tidy, strict=True):
+            slot.append(result)
     if name in _RESHAPES:
         moved = [[_in_equal_parts(t, mark) for mark in moved[0]]]
     for tensor, slot in zip(outputs, moved, strict=True):
         t.give(tensor, slot)
+
+
+def _note_picks(t: Tracer, name: str, mark: Tensor, results: Marks) -> None:
+    """Which channels the code picked by position: the others are of another kind, though the same layers read them."""
+    dims = varying(mark)
+    if name not in _PICKS or len(dims) != 1:
+        return
+    t.history.append(("pick", [[result] for result in results]))
+    if all(result.numel() < mark.numel() for result in results):
+        picked = [result.reshape(-1) for result in results]
+        sizes, channels = {labels.numel() for labels in picked}, mark.numel()
+        size = sizes.pop() if len(sizes) == 1 else 0
+        start = mark.reshape(-1).tolist().index(int(picked[0][0])) if size > 1 else 0
+        if size > 1 and channels % size == 0 and start % size == 0:
+            t.parts.append(mark.reshape(channels // size, size))
+        t.apart += picked
 
 
 def _in_equal_parts(t: Tracer, mark: Tensor) -> Tensor:
@@ -117,6 +137,20 @@ def _pixels_shuffled(t: Tracer, name: str, args: Sequence[Any], kwargs: dict[str
         grid = channels.view(out.shape[-3], -1)
         t.book.merge(grid, grid[:, :1])
         t.give(out, [grid[:, 0].reshape((1,) * (out.dim() - 3) + (-1, 1, 1))])
+
+
+@rule("glu")
+def _gated(t: Tracer, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+    """The same positions leave the values and their gates."""
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", -1)) % out.dim()
+    kept = []
+    for mark in t.marks(args[0]):
+        if mark.shape[dim] > 1:
+            value, gate = mark.chunk(2, dim)
+            t.book.merge(value, gate)
+            mark = value
+        kept.append(mark)
+    t.give(out, kept)
 
 
 @rule("channel_shuffle", "native_channel_shuffle")

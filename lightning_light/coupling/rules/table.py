@@ -84,5 +84,6 @@ def _protect_where_fixed(t: Tracer, mark: Tensor, owner: Tensor, inputs: Sequenc
         missing = rank - other.dim()
         shape = (1,) * missing + tuple(other.shape)
         covered = {dim + missing for own in t.marks(other) for dim in varying(own)}
-        if any(shape[dim] > 1 and dim not in covered for dim in varying(mark)):
+        strides = (0,) * missing + other.stride()  # 0: expanded from size one, to the size that the others have
+        if any(shape[dim] > 1 and strides[dim] and dim not in covered for dim in varying(mark)):
             t.book.protect(mark, FIXED_OPERAND)
