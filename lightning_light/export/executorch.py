@@ -99,11 +99,19 @@ class ExecuTorch(Exporter):
             from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
             from executorch.exir import to_edge_transform_and_lower
 
+            _write_strides(program.graph.graph)
             partitioners = [XnnpackPartitioner()] if self.partitioner else []
             edge = to_edge_transform_and_lower(program.graph, partitioner=partitioners)
             called = _called(edge.exported_program().graph_module.graph)
             left = sorted(set(called) - {_DELEGATE, "getitem"})
             return called.count(_DELEGATE), left, edge.to_executorch()
+
+
+def _write_strides(graph: torch.fx.Graph) -> None:
+    """Write the stride of a pool that leaves it out, which is the kernel's size: XNNPACK's partitioner looks for it."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.max_pool2d.default):
+        if len(node.args) == 2:
+            node.args = (*node.args, node.args[1])
 
 
 def _called(graph: torch.fx.Graph) -> list[str]:

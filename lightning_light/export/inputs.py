@@ -14,7 +14,17 @@ from typing_extensions import override
 from lightning_light.errors import TraceError
 from lightning_light.example_input import ExampleInput
 
-__all__ = ["Positional", "batch_size", "batched", "cloned", "first_sample", "first_samples", "in_order", "samples", "tripled"]
+__all__ = [
+    "Positional",
+    "batch_size",
+    "batched",
+    "cloned",
+    "first_sample",
+    "first_samples",
+    "in_order",
+    "samples",
+    "tripled",
+]
 
 
 def batch_size(call: ExampleInput) -> int | None:

@@ -168,7 +168,9 @@ def advice(call: str, model: Positional, error: BaseException) -> str:
             f"branch, a loop or a size that does. {first} Write it with tensor operations (`torch.where`), or use "
             "`TorchScriptLite()`, which keeps the side that the example takes."
         )
-    if any(tree_leaves(model.batched)) and ("batch" in text and ("Constraints violated" in text or "specializ" in text)):
+    if any(tree_leaves(model.batched)) and (
+        "batch" in text and ("Constraints violated" in text or "specializ" in text)
+    ):
         return (
             f"`{call}` on `{name}`: expected a forward that takes any batch size, found one with a size built in. "
             "Use `x.flatten(1)` and `x.shape[0]` without `int(...)`, or promise one sample at a time with "

@@ -87,7 +87,7 @@ def test_control_flow_is_refused_with_a_way_out(exporter: Exporter, tmp_path: Pa
     net = ZOO["control_flow"]()
     with pytest.raises(TraceError, match=r"on `ControlFlow`: .*a branch, a loop or a size that does.*TorchScriptLite"):
         export_model(net, (noise(2, 3, 8, 8),), tmp_path / f"m{exporter.suffix}", exporter=exporter, **QUICK)
-    with pytest.raises(TraceError, match="torch.where"):
+    with pytest.raises(TraceError, match=r"`torch\.where`"):
         export_model(Branch(), (noise(2, 3),), tmp_path / f"m{exporter.suffix}", exporter=exporter, **QUICK)
     assert list(tmp_path.iterdir()) == []
 
@@ -147,7 +147,7 @@ def test_outputs_that_are_no_tensors_are_refused(tmp_path: Path) -> None:
         def forward(self, x: Tensor) -> Any:
             return x, None
 
-    with pytest.raises(TraceError, match="found NoneType. Return a tuple or a dict of tensors"):
+    with pytest.raises(TraceError, match=r"found NoneType\. Return a tuple or a dict of tensors"):
         export_model(Answers(), (noise(2, 3),), tmp_path / "m.onnx", exporter=ONNX(), **QUICK)
 
 
@@ -231,12 +231,7 @@ def test_a_release_for_another_torch_is_refused() -> None:
 HIDDEN = """
 import sys
 
-class Hide:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == {package!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-
-sys.meta_path.insert(0, Hide())
+sys.modules[{package!r}] = None  # as if it were not installed: import and find_spec both say so
 import lightning_light as ll
 from lightning_light.export import ExecuTorch, ONNX
 from lightning_light.errors import UnsupportedError
@@ -260,13 +255,14 @@ def test_a_missing_extra_is_named_before_training(package: str, exporter: str, e
     assert f"`pip install lightning-light[{extra}]`. 0" in found.stdout
 
 
+@pytest.mark.filterwarnings("ignore:(?s).*skip_none", "ignore:(?s).*JSONARGPARSE_DEPRECATION")  # works in old and new
 @pytest.mark.parametrize("exporter", [ONNX(opset=20), ExecuTorch(partitioner=None, max_batch=2)], ids=str)
 def test_yaml_there_and_back(exporter: Exporter) -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--exporter", type=Exporter)
     name = f"lightning_light.export.{type(exporter).__name__}"
     known = parser.parse_object({"exporter": {"class_path": name, "init_args": vars(exporter)}})
-    again = parser.parse_string(parser.dump(known))
+    again = parser.parse_string(parser.dump(known, skip_none=False))
     make = getattr(parser, "instantiate", None) or parser.instantiate_classes
     assert make(again).exporter == exporter
     assert eval(repr(exporter)) == exporter
