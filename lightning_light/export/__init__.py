@@ -9,12 +9,12 @@ from lightning_light.export.parity import Parity, Tolerance
 from lightning_light.export.report import ExportReport
 from lightning_light.export.torchscript_lite import TorchScriptLite
 
-__all__ = [
-    "ONNX",
+__all__ = [  # noqa: RUF022 - in plain order, as the tests hold it; `ONNX` is no constant
     "ExecuTorch",
     "ExportReport",
     "Exporter",
     "MobileExport",
+    "ONNX",
     "Parity",
     "Tolerance",
     "TorchScriptLite",

@@ -183,8 +183,8 @@ def _compare(right: Positional, run: Callable[..., Any], calls: list[ExampleInpu
             raise ParityError(
                 f"The exported file, asked for {batch_size(call)} samples: expected it to run as the model does, found "
                 f"{type(error).__name__}: {reason}. It was exported from one sample, and a size, in `forward` or by "
-                "the runtime, was built in: use tensor operations (`x.flatten(1)`, `x.shape[0]` without `int(...)`), or "
-                "promise one sample at a time with `batch='one'`; inputs without a batch dimension need "
+                "the runtime, was built in: use tensor operations (`x.flatten(1)`, `x.shape[0]` without `int(...)`), "
+                "or promise one sample at a time with `batch='one'`; inputs without a batch dimension need "
                 "`batch='as_given'`."
             ) from error
 
