@@ -9,7 +9,7 @@ from lightning_light.export.parity import Parity, Tolerance
 from lightning_light.export.report import ExportReport
 from lightning_light.export.torchscript_lite import TorchScriptLite
 
-__all__ = [  # noqa: RUF022 - in plain order, as the tests hold it; `ONNX` is no constant
+__all__ = [  # plain order, capitals or not
     "ExecuTorch",
     "ExportReport",
     "Exporter",
