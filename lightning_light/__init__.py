@@ -59,7 +59,15 @@ from lightning_light.errors import (
     TraceError,
     UnsupportedError,
 )
-from lightning_light.export import Exporter, MobileExport, Tolerance, TorchScriptLite, export_model
+from lightning_light.export import (
+    ONNX,
+    ExecuTorch,
+    Exporter,
+    MobileExport,
+    Tolerance,
+    TorchScriptLite,
+    export_model,
+)
 from lightning_light.monitors import CompressionMonitor
 from lightning_light.schedules import (
     Constant,
@@ -139,6 +147,7 @@ __all__ = [  # plain order, capitals or not
     "DistillationLoss",
     "DynamicMethod",
     "DynamicSparseTraining",
+    "ExecuTorch",
     "Exponential",
     "Exporter",
     "FactoryTeacher",
@@ -167,6 +176,7 @@ __all__ = [  # plain order, capitals or not
     "Movement",
     "NM",
     "NoEffectWarning",
+    "ONNX",
     "OneShot",
     "OrderError",
     "OutputRegression",

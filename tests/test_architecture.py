@@ -22,7 +22,7 @@ BROUGHT = {
     "torchmetrics",
     "typing_extensions",
 } | HOSTS
-OPTIONAL = {"matplotlib"}  # of an extra: imported where it is used
+OPTIONAL = {"executorch", "matplotlib", "onnx_ir", "onnxruntime"}  # of an extra: imported where it is used
 LIMIT = 400
 
 

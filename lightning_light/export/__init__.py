@@ -1,10 +1,22 @@
 """Export: a file for the device, run and compared before anyone relies on it."""
 
+from lightning_light.export.executorch import ExecuTorch
 from lightning_light.export.exporter import Exporter
 from lightning_light.export.functional import export_model
 from lightning_light.export.mobile_export import MobileExport
+from lightning_light.export.onnx import ONNX
 from lightning_light.export.parity import Parity, Tolerance
 from lightning_light.export.report import ExportReport
 from lightning_light.export.torchscript_lite import TorchScriptLite
 
-__all__ = ["ExportReport", "Exporter", "MobileExport", "Parity", "Tolerance", "TorchScriptLite", "export_model"]
+__all__ = [  # plain order, capitals or not
+    "ExecuTorch",
+    "ExportReport",
+    "Exporter",
+    "MobileExport",
+    "ONNX",
+    "Parity",
+    "Tolerance",
+    "TorchScriptLite",
+    "export_model",
+]

@@ -21,6 +21,11 @@ class Exporter(ABC):
     suffix: ClassVar[str]
     """What a path of this format ends in: ``.ptl``."""
 
+    @property
+    def largest_batch(self) -> int | None:
+        """The largest batch that its files run with, if they are exported for ``batch='any'``; None: there is none."""
+        return None
+
     @abstractmethod
     def check(self) -> None:
         """Refuse, before anything is trained, if the format or its runtime is not installed.
@@ -38,7 +43,8 @@ class Exporter(ABC):
         """Write ``model`` to ``path``.
 
         Args:
-            model: a copy on the CPU in evaluation mode that this call may change.
+            model: a copy on the CPU in evaluation mode that this call may change; ``model.batched`` tells in which
+                tensors the first dimension has to stay open.
             tensors: an example call of ``model``, one sample.
             path: where to; the folder exists.
 
@@ -51,4 +57,7 @@ class Exporter(ABC):
 
     @abstractmethod
     def load(self, path: Path) -> Callable[..., Any]:
-        """The written file, run by its runtime: positional tensors in, the model's outputs out."""
+        """The written file, run by its runtime: positional tensors in, the model's outputs out.
+
+        Outputs may come as a flat list, dicts in the order of their keys. The runtime uses as many threads as torch.
+        """

@@ -18,11 +18,22 @@ from lightning_light.errors import ParityError
 from lightning_light.example_input import ExampleInput
 from lightning_light.export.copies import detached_copy
 from lightning_light.export.exporter import Exporter
-from lightning_light.export.inputs import Positional, batch_size, cloned, first_sample, samples, tripled
+from lightning_light.export.inputs import (
+    Positional,
+    batch_size,
+    batched,
+    cloned,
+    first_sample,
+    first_samples,
+    in_order,
+    samples,
+    tripled,
+)
 from lightning_light.export.parity import Parity, Tolerance, compare
 from lightning_light.export.report import ExportReport
 from lightning_light.export.torchscript_lite import TorchScriptLite
 from lightning_light.measure import count_cost, deflated_bytes, file_bytes, measure_latency
+from lightning_light.measure.latency import torch_threads
 
 __all__ = ["Batch", "check_options", "export_model"]
 
@@ -69,7 +80,7 @@ def export_model(
         batch: ``any``: exported from one sample, and held to run with other batch sizes; ``one``: to run with one
             sample at a time; ``as_given``: the inputs have no batch dimension, or shall keep exactly their shapes.
         latency_runs: calls of the file that are timed, after a warm-up.
-        latency_threads: of torch's kernels in them.
+        latency_threads: of the runtime in them.
 
     Raises:
         TraceError: the format cannot express the model.
@@ -90,10 +101,12 @@ def export_model(
         example = given if batch == "as_given" else first_sample(given)
         right = Positional(detached_copy(model), example)
         tensors = right.tensors(example)
-        details = exporter.write(Positional(detached_copy(model), example), right.tensors(cloned(example)), part)
-        run = exporter.load(part)
+        copy = Positional(detached_copy(model), example, batched(given) if batch == "any" else None)
+        details = exporter.write(copy, right.tensors(cloned(example)), part)
+        with torch_threads(latency_threads):
+            run = exporter.load(part)
         fitting = [call for call in batches if right.fits(call) and (batch != "as_given" or _alike(call, example))]
-        found = _compare(right, run, _calls([given, *fitting], batch), parity)
+        found = _compare(right, run, _calls([given, *fitting], batch, exporter.largest_batch), parity)
         latency = measure_latency(lambda: run(*tensors), runs=latency_runs, threads=latency_threads)
         cost = count_cost(right.model, example.args, example.kwargs)
         report = ExportReport(
@@ -130,6 +143,11 @@ def check_options(path: str | os.PathLike[str], exporter: Exporter, batch: str, 
         )
     if batch not in get_args(Batch):
         raise ValueError(f"`batch={batch!r}`: expected one of {list(get_args(Batch))}. Usual is 'any'.")
+    if batch == "any" and exporter.largest_batch == 1:
+        raise ValueError(
+            f"`batch='any'` with `exporter={exporter}`: expected an exporter whose files run with other batch sizes, "
+            "found one for one sample at a time. Write `batch='one'`."
+        )
     if runs < 1 or threads < 1:
         raise ValueError(f"`latency_runs={runs}, latency_threads={threads}`: expected two integers >= 1.")
 
@@ -142,14 +160,18 @@ def _alike(call: ExampleInput, example: ExampleInput) -> bool:
     return shapes[0] == shapes[1]
 
 
-def _calls(given: list[ExampleInput], batch: Batch) -> list[ExampleInput]:
-    """What is compared: whole batches, at least one of them larger than the one that was traced; or samples."""
+def _calls(given: list[ExampleInput], batch: Batch, largest: int | None) -> list[ExampleInput]:
+    """What is compared: whole batches, at least one of one sample and one of several; or samples."""
     if batch == "as_given":
         return given
     if batch == "one":
         return [sample for call in given for sample in samples(call, _SAMPLES)] or given
     sizes = {batch_size(call) for call in given}
-    return given if sizes != {1} else [*given, tripled(given[0])]
+    if sizes == {1}:
+        given = [*given, tripled(given[0])]
+    elif not sizes & {1, None}:
+        given = [*given, first_sample(given[0])]
+    return [first_samples(call, largest) for call in given]
 
 
 def _compare(right: Positional, run: Callable[..., Any], calls: list[ExampleInput], tolerance: Tolerance) -> Parity:
@@ -160,9 +182,10 @@ def _compare(right: Positional, run: Callable[..., Any], calls: list[ExampleInpu
             reason = str(error).strip().splitlines()[0]
             raise ParityError(
                 f"The exported file, asked for {batch_size(call)} samples: expected it to run as the model does, found "
-                f"{type(error).__name__}: {reason}. It was exported from one sample, and a size in `forward` was built "
-                "in: use tensor operations (`x.flatten(1)`, `x.shape[0]` without `int(...)`), or promise one sample at "
-                "a time with `batch='one'`; inputs without a batch dimension need `batch='as_given'`."
+                f"{type(error).__name__}: {reason}. It was exported from one sample, and a size, in `forward` or by "
+                "the runtime, was built in: use tensor operations (`x.flatten(1)`, `x.shape[0]` without `int(...)`), "
+                "or promise one sample at a time with `batch='one'`; inputs without a batch dimension need "
+                "`batch='as_given'`."
             ) from error
 
     return compare(
@@ -177,7 +200,8 @@ def _described(right: Positional, tensors: tuple[Any, ...]) -> list[dict[str, An
     return [
         {"name": name + keystr(place), "shape": list(leaf.shape), "dtype": str(leaf.dtype).removeprefix("torch.")}
         for name, value in zip(right.names, tensors, strict=True)
-        for place, leaf in tree_flatten_with_path(value)[0]
+        for place, leaf in tree_flatten_with_path(in_order(value))[0]
+        if isinstance(leaf, Tensor)
     ]
 
 

@@ -14,7 +14,17 @@ from typing_extensions import override
 from lightning_light.errors import TraceError
 from lightning_light.example_input import ExampleInput
 
-__all__ = ["Positional", "batch_size", "cloned", "first_sample", "samples", "tripled"]
+__all__ = [
+    "Positional",
+    "batch_size",
+    "batched",
+    "cloned",
+    "first_sample",
+    "first_samples",
+    "in_order",
+    "samples",
+    "tripled",
+]
 
 
 def batch_size(call: ExampleInput) -> int | None:
@@ -32,7 +42,12 @@ def first_sample(call: ExampleInput) -> ExampleInput:
         >>> call.args[0].shape, call.kwargs
         (torch.Size([1, 3]), {'scale': tensor(0.), 'flip': True})
     """
-    return _batched(call, lambda tensor: tensor[:1])
+    return first_samples(call, 1)
+
+
+def first_samples(call: ExampleInput, limit: int | None) -> ExampleInput:
+    """At most ``limit`` samples; all of them for None."""
+    return call if limit is None else _batched(call, lambda tensor: tensor[:limit])
 
 
 def samples(call: ExampleInput, limit: int) -> list[ExampleInput]:
@@ -50,6 +65,29 @@ def cloned(call: ExampleInput) -> ExampleInput:
     """Own tensors on the CPU, outside inference mode: a forward pass may write into what it is given."""
     with torch.inference_mode(False):
         return _mapped(call, lambda leaf: leaf.detach().cpu().clone() if isinstance(leaf, Tensor) else leaf)
+
+
+def batched(call: ExampleInput) -> ExampleInput:
+    """The same call with True in place of each tensor that has the batch as first dimension, else False.
+
+    Example:
+        >>> batched(ExampleInput((torch.zeros(4, 3),), {"scale": torch.zeros(()), "flip": True}))
+        ExampleInput(args=(True,), kwargs={'scale': False, 'flip': False})
+    """
+    size = batch_size(call)
+    return _mapped(call, lambda leaf: _is_batched(leaf) and len(leaf) == size)
+
+
+def in_order(value: Any) -> Any:
+    """Dicts sorted by their keys, however deep: the order in which a runtime takes and gives tensors.
+
+    Example:
+        >>> in_order([{"b": 1, "a": (2, 3)}])
+        [{'a': [2, 3], 'b': 1}]
+    """
+    if isinstance(value, Mapping):
+        return {key: in_order(value[key]) for key in sorted(value, key=str)}
+    return [in_order(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _batched(call: ExampleInput, change: Callable[[Tensor], Tensor]) -> ExampleInput:
@@ -71,6 +109,11 @@ class Positional(nn.Module):
 
     Runtimes take positional inputs, and a flag or a None is no input for them.
 
+    Attributes:
+        names: of the positional inputs.
+        constants: arguments that hold no tensor.
+        batched: for each positional input, in its structure, whether a tensor has the batch, of any size, first.
+
     Example:
         >>> class Scaled(nn.Module):
         ...     def forward(self, x, *, scale, flip=False):
@@ -79,11 +122,13 @@ class Positional(nn.Module):
         >>> module = Positional(Scaled(), call)
         >>> module.names, module.constants
         (('x', 'scale'), {'flip': False})
+        >>> module.batched
+        (False, False)
         >>> module(torch.ones(2), torch.full((2,), 4.0))
         tensor([4., 4.])
     """
 
-    def __init__(self, model: nn.Module, example: ExampleInput) -> None:
+    def __init__(self, model: nn.Module, example: ExampleInput, batched: ExampleInput | None = None) -> None:
         super().__init__()
         self.model = model
         self._signature = inspect.signature(model.forward)
@@ -92,6 +137,7 @@ class Positional(nn.Module):
         self.constants = {name: value for name, value in named.items() if name not in self.names}
         self._order = list(named)
         self._keywords = list(self._bound(example).kwargs)
+        self.batched = self.tensors(batched or _mapped(example, lambda leaf: False))
 
     @override
     def forward(self, *tensors: Any) -> Any:

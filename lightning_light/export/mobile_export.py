@@ -71,7 +71,7 @@ class MobileExport(CompressionCallback):
         batch: ``any``: exported from one sample, and held to run with other batch sizes; ``one``: to run with one
             sample at a time; ``as_given``: the inputs have no batch dimension, or shall keep exactly their shapes.
         latency_runs: calls of the file that are timed, after a warm-up.
-        latency_threads: of torch's kernels in them.
+        latency_threads: of the runtime in them.
 
     Raises:
         ValueError: an argument is wrong, or there is no ``ModelCheckpoint`` to take the best from.

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from lightning_light.errors import ParityError
+from lightning_light.export.inputs import in_order
 
 __all__ = ["Parity", "Tolerance", "compare"]
 
@@ -79,7 +80,7 @@ def compare(
 
 
 def _outputs(result: Any) -> list[tuple[str, Tensor]]:
-    leaves, _ = tree_flatten_with_path(dict(sorted(result.items())) if isinstance(result, dict) else result)
+    leaves, _ = tree_flatten_with_path(in_order(result))
     return [(f"output{keystr(path)}", leaf) for path, leaf in leaves if isinstance(leaf, Tensor)]
 
 

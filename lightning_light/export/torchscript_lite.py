@@ -18,6 +18,7 @@ from torch.jit._trace import TracerWarning
 from typing_extensions import override
 
 from lightning_light.errors import TraceError, UnsupportedError
+from lightning_light.export.attention import plain_attention
 from lightning_light.export.exporter import Exporter
 from lightning_light.export.inputs import Positional
 
@@ -56,7 +57,7 @@ class TorchScriptLite(Exporter):
 
     @override
     def write(self, model: Positional, tensors: tuple[Any, ...], path: Path) -> dict[str, Any]:
-        with quiet_deprecations(), _torch_only_mha():
+        with quiet_deprecations(), plain_attention():
             traced, branches = _trace(model, tensors)
             frozen = torch.jit.freeze(traced)
             frozen._save_for_lite_interpreter(str(path))
@@ -149,14 +150,3 @@ def _advice(model: Positional, error: Exception) -> str:
         f"{', '.join(model.names)}; found {type(error).__name__}: {lines[0]}. Check that `model.eval()(...)` runs on "
         "one sample on the CPU, and that `forward` uses torch operations only."
     )
-
-
-@contextmanager
-def _torch_only_mha() -> Iterator[None]:
-    """Write attention as plain operations: its fused form is not in every mobile runtime."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Latency", "measure_latency"]
+__all__ = ["Latency", "measure_latency", "torch_threads"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def measure_latency(
             f"`measure_latency(warmup={warmup}, runs={runs}, threads={threads})`: expected warmup >= 0, runs >= 1 and "
             "threads >= 1 or None. Usual are `warmup=10, runs=50, threads=1`."
         )
-    with _threads(threads):
+    with torch_threads(threads):
         for _ in range(warmup):
             run()
         seconds = sorted(_timed(run) for _ in range(runs))
@@ -78,7 +78,8 @@ def _quantile(ascending: list[float], share: float) -> float:
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def torch_threads(count: int | None) -> Iterator[None]:
+    """As many threads for torch's kernels, for a while; None leaves them as they are."""
     before = torch.get_num_threads()
     try:
         if count is not None:

@@ -106,7 +106,7 @@ def test_report_says_what_was_measured(tmp_path: Path) -> None:
     assert report.params == sum(parameter.numel() for parameter in model.parameters())
     assert report.macs == 8 * 27 * 36 + 8 * 9 * 16 + 48
     assert (report.latency.runs, report.latency.threads) == (7, 1)
-    assert (report.parity.samples, report.parity.batches, report.parity_batches) == (10, 3, 2)
+    assert (report.parity.samples, report.parity.batches, report.parity_batches) == (11, 4, 2)  # one sample, too
     assert 0.0 < report.parity.max_absolute < 1e-5
     assert report.inputs == [{"name": "x", "shape": [1, 3, 8, 8], "dtype": "float32"}]
     assert report.deflated_bytes < report.bytes

@@ -106,7 +106,7 @@ def test_without_validation_the_example_is_compared(tmp_path: Path) -> None:
     export = export_to(tmp_path / "model.ptl")
     fit(Lit(Images()), export, limit_val_batches=0)
     assert export.report is not None
-    assert (export.report.parity_batches, export.report.parity.samples) == (0, 2)
+    assert (export.report.parity_batches, export.report.parity.samples) == (0, 3)  # two, and one alone
 
 
 def test_steps_that_do_not_call_self_need_an_example(tmp_path: Path) -> None:

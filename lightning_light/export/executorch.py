@@ -1,0 +1,159 @@
+"""ExecuTorch: PyTorch's runtime for phones and smaller, successor of the lite interpreter."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_light.errors import TraceError, UnsupportedError
+from lightning_light.export.exporter import Exporter
+from lightning_light.export.extras import check_pair, need, version_of
+from lightning_light.export.inputs import Positional
+from lightning_light.export.program import FAILURES, Program, advice, flat_tensors, quiet_torch, traced
+
+__all__ = ["ExecuTorch"]
+
+_TORCH = {"1.4": "2.13"}  # release of ExecuTorch -> release of torch that it is built with
+_DELEGATE = "executorch_call_delegate"
+
+
+@dataclass(frozen=True)
+class ExecuTorch(Exporter):
+    """`torch.export`, then ExecuTorch's lowering; run by ExecuTorch itself, through its Python bindings.
+
+    With ``partitioner='xnnpack'`` XNNPACK runs what it can (whole convolutional networks, batch norms folded), and
+    portable kernels the rest: the report counts both. Memory is planned when the file is written, for the largest
+    batch: export for ``batch='one'`` where one sample is all that a device sees. Needs
+    ``pip install lightning-light[executorch]``.
+
+    Args:
+        partitioner: ``xnnpack``, or None for portable kernels alone, which are slow and run on any processor.
+        max_batch: samples in a batch, at most, in files that are exported for ``batch='any'``.
+
+    Note:
+        ExecuTorch has one pool of threads in a process. To load a file gives it as many as torch has.
+    """
+
+    suffix: ClassVar[str] = ".pte"
+
+    partitioner: Literal["xnnpack"] | None = "xnnpack"
+    max_batch: int = 8
+
+    def __post_init__(self) -> None:
+        if self.partitioner not in ("xnnpack", None) or self.max_batch < 1:
+            raise ValueError(
+                f"`{self}`: expected `partitioner='xnnpack'` or None, and `max_batch` >= 1. Usual is `ExecuTorch()`."
+            )
+
+    @property
+    @override
+    def largest_batch(self) -> int | None:
+        return self.max_batch
+
+    @override
+    def check(self) -> None:
+        need(str(self), "executorch", "executorch.exir", "executorch.extension.pybindings.portable_lib")
+        check_pair(str(self), "executorch", version_of("executorch"), torch.__version__, _TORCH)
+
+    @override
+    def runtime(self) -> str:
+        kernels = "XNNPACK" if self.partitioner else "portable kernels"
+        return f"ExecuTorch {version_of('executorch')}, {kernels}"
+
+    @override
+    def write(self, model: Positional, tensors: tuple[Any, ...], path: Path) -> dict[str, Any]:
+        program = traced(str(self), model, tensors, largest=self.max_batch)
+        try:
+            delegates, left, lowered = self._lowered(program)
+        except FAILURES as error:
+            raise TraceError(advice(str(self), model, error)) from error
+        path.write_bytes(lowered.buffer)
+        (plan,) = lowered.executorch_program.execution_plan
+        return {
+            "torch": torch.__version__,
+            "executorch": version_of("executorch"),
+            "inputs": program.inputs,
+            "outputs": program.outputs,
+            "delegates": delegates,
+            "portable_operators": left,
+            "planned_bytes": sum(plan.non_const_buffer_sizes),
+        }
+
+    @override
+    def load(self, path: Path) -> Callable[..., Any]:
+        with _quiet_bindings():
+            return _Method(path)
+
+    def _lowered(self, program: Program) -> tuple[int, list[str], Any]:
+        """How many parts are delegated, what is not, and the program to be written."""
+        with _quiet_bindings(), quiet_torch():
+            from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+            from executorch.exir import to_edge_transform_and_lower
+
+            _write_strides(program.graph.graph)
+            partitioners = [XnnpackPartitioner()] if self.partitioner else []
+            edge = to_edge_transform_and_lower(program.graph, partitioner=partitioners)
+            called = _called(edge.exported_program().graph_module.graph)
+            left = sorted(set(called) - {_DELEGATE, "getitem"})
+            return called.count(_DELEGATE), left, edge.to_executorch()
+
+
+def _write_strides(graph: torch.fx.Graph) -> None:
+    """Write the stride of a pool that leaves it out, which is the kernel's size: XNNPACK's partitioner looks for it."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.max_pool2d.default):
+        if len(node.args) == 2:
+            node.args = (*node.args, node.args[1])
+
+
+def _called(graph: torch.fx.Graph) -> list[str]:
+    return [getattr(node.target, "__name__", str(node.target)) for node in graph.nodes if node.op == "call_function"]
+
+
+class _Method:
+    """A file in the runtime."""
+
+    _loaded: ClassVar[weakref.WeakSet[_Method]] = weakref.WeakSet()
+
+    def __init__(self, path: Path) -> None:
+        from executorch.runtime import Runtime
+
+        _set_threads(torch.get_num_threads(), bool(self._loaded))
+        self._program = Runtime.get().load_program(path)
+        self._method = self._program.load_method("forward")
+        self._loaded.add(self)
+
+    def __call__(self, *tensors: Any) -> list[Tensor]:
+        return list(self._method.execute([tensor.detach().contiguous() for tensor in flat_tensors(tensors)]))
+
+
+def _set_threads(count: int, in_use: bool) -> None:
+    from executorch.extension.pybindings import portable_lib
+
+    found = portable_lib._threadpool_get_thread_count()
+    if found == count:
+        return
+    if in_use:  # XNNPACK holds on to the pool that it was loaded with
+        raise UnsupportedError(
+            f"A file of `ExecuTorch()` with {count} threads: expected no other file to be loaded in this process, or "
+            f"one with as many threads, found one with {found}. Let go of it first (`del`), or use {found}."
+        )
+    portable_lib._unsafe_reset_threadpool(count)
+
+
+@contextmanager
+def _quiet_bindings() -> Iterator[None]:
+    """Silence ExecuTorch's news about itself: an experimental interface, and old ways to read its own files."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="This API is experimental")
+        warnings.filterwarnings("ignore", message=r"\w+ is deprecated. Use files\(\) instead")
+        warnings.filterwarnings("ignore", message=r"`torch\.jit\.\w+` is deprecated")
+        yield

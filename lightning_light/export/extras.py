@@ -1,0 +1,75 @@
+"""Packages that only an extra brings: whether they are here, and whether they go with this torch."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import warnings
+from collections.abc import Mapping
+
+from lightning_light.errors import UnsupportedError
+
+__all__ = ["check_pair", "need", "version_of"]
+
+
+def need(call: str, extra: str, *packages: str) -> None:
+    """Import ``packages``, so that what is missing or broken shows before anything is trained.
+
+    Raises:
+        UnsupportedError: names the package and the extra that brings it.
+
+    Example:
+        >>> need("Paper()", "paper", "json", "no_such_package")
+        Traceback (most recent call last):
+        lightning_light.errors.UnsupportedError: `Paper()`: expected the packages json, no_such_package, found that
+        no_such_package cannot be imported (No module named 'no_such_package'). Install them:
+        `pip install lightning-light[paper]`.
+    """
+    for package in packages:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what other packages' modules warn of is not the user's affair
+                importlib.import_module(package)
+        except ImportError as error:
+            raise UnsupportedError(
+                f"`{call}`: expected the packages {', '.join(packages)}, found that {package} cannot be imported "
+                f"({error}). Install them: `pip install lightning-light[{extra}]`."
+            ) from error
+
+
+def version_of(package: str) -> str:
+    """The installed version, without importing anything."""
+    return importlib.metadata.version(package)
+
+
+def check_pair(call: str, package: str, version: str, torch: str, pairs: Mapping[str, str]) -> None:
+    """Refuse a release of ``package`` that was not made for this torch.
+
+    Args:
+        call: the exporter, as the user wrote it.
+        package: name of the package.
+        version: its version.
+        torch: torch's version.
+        pairs: release of the package -> release of torch, each as ``major.minor``.
+
+    Raises:
+        UnsupportedError: names both versions, and a pair that works.
+
+    Example:
+        >>> check_pair("ExecuTorch()", "executorch", "1.4.1", "2.13.0+cpu", {"1.4": "2.13"})
+        >>> check_pair("ExecuTorch()", "executorch", "1.5.0", "2.13.0", {"1.4": "2.13"})
+        Traceback (most recent call last):
+        lightning_light.errors.UnsupportedError: `ExecuTorch()`: expected executorch and torch of one pair (1.4 with
+        2.13), found 1.5.0 with 2.13.0. Install `executorch==1.4.*` and `torch==2.13.*`.
+    """
+    if pairs.get(_release(version)) != _release(torch):
+        known = ", ".join(f"{release} with {partner}" for release, partner in pairs.items())
+        release, partner = next(iter(pairs.items()))
+        raise UnsupportedError(
+            f"`{call}`: expected {package} and torch of one pair ({known}), found {version} with {torch}. "
+            f"Install `{package}=={release}.*` and `torch=={partner}.*`."
+        )
+
+
+def _release(version: str) -> str:
+    return ".".join(version.split(".")[:2])

@@ -1,0 +1,159 @@
+"""ONNX: the files that ONNX Runtime, and many a vendor's converter, reads."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_light.errors import TraceError
+from lightning_light.export.exporter import Exporter
+from lightning_light.export.extras import check_pair, need, version_of
+from lightning_light.export.inputs import Positional
+from lightning_light.export.program import FAILURES, Program, advice, flat_tensors, quiet_torch, traced
+
+__all__ = ["ONNX"]
+
+_TORCH = {"0.7": "2.13"}  # release of onnxscript -> release of torch: what the tests have passed on
+_OPSETS = range(18, 24)
+_NUMPY_LACKS = frozenset({torch.bfloat16})
+
+
+@dataclass(frozen=True)
+class ONNX(Exporter):
+    """`torch.export`, then onnxscript's translation; run by ONNX Runtime on the CPU.
+
+    One file, weights included. Inputs are named as the arguments of ``forward``, outputs as the keys of the dict that
+    it returns. ONNX Runtime folds batch norms when it loads the file. Needs ``pip install lightning-light[onnx]``.
+
+    Args:
+        opset: version of ONNX's operators; older readers need a lower one.
+        dynamic_batch: whether files that are exported for ``batch='any'`` leave the batch size open; without it,
+            export for ``batch='one'``.
+    """
+
+    suffix: ClassVar[str] = ".onnx"
+
+    opset: int = 18
+    dynamic_batch: bool = True
+
+    def __post_init__(self) -> None:
+        if self.opset not in _OPSETS:
+            raise ValueError(f"`{self}`: expected an opset from {_OPSETS[0]} to {_OPSETS[-1]}. Usual is `ONNX()`: 18.")
+
+    @property
+    @override
+    def largest_batch(self) -> int | None:
+        return None if self.dynamic_batch else 1
+
+    @override
+    def check(self) -> None:
+        need(str(self), "onnx", "onnx", "onnxscript", "onnxruntime")
+        check_pair(str(self), "onnxscript", version_of("onnxscript"), torch.__version__, _TORCH)
+
+    @override
+    def runtime(self) -> str:
+        return f"onnxruntime {version_of('onnxruntime')}, CPU"
+
+    @override
+    def write(self, model: Positional, tensors: tuple[Any, ...], path: Path) -> dict[str, Any]:
+        program = traced(str(self), model, tensors)
+        _check_types(str(self), model, program)
+        try:
+            translated = self._translated(program)
+        except (torch.onnx.OnnxExporterError, *FAILURES) as error:
+            raise TraceError(advice(str(self), model, error.__cause__ or error)) from error
+        _name_batch(translated.model)
+        translated.save(path)
+        return {
+            "torch": torch.__version__,
+            "onnxscript": version_of("onnxscript"),
+            "opset": self.opset,
+            "inputs": program.inputs,
+            "outputs": program.outputs,
+            "operators": sorted({node.op_type for node in translated.model.graph}),
+        }
+
+    @override
+    def load(self, path: Path) -> Callable[..., Any]:
+        return _Session(path)
+
+    def _translated(self, program: Program) -> Any:
+        with quiet_torch(), _quiet_registry():
+            return torch.onnx.export(
+                program.graph,
+                program.example,
+                dynamo=True,
+                verbose=False,
+                external_data=False,
+                opset_version=self.opset,
+                input_names=program.inputs,
+                output_names=program.outputs,
+            )
+
+
+class _Session:
+    """A file in ONNX Runtime."""
+
+    def __init__(self, path: Path) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._names = [value.name for value in self._session.get_inputs()]
+        self._errors = tuple(
+            getattr(onnxruntime.capi.onnxruntime_pybind11_state, name)
+            for name in ("Fail", "InvalidArgument", "RuntimeException")
+        )
+
+    def __call__(self, *tensors: Any) -> list[Tensor]:
+        arrays = [tensor.detach().numpy() for tensor in flat_tensors(tensors)]
+        try:
+            found = self._session.run(None, dict(zip(self._names, arrays, strict=True)))
+        except self._errors as error:  # bare Exceptions, all of them
+            raise RuntimeError(str(error)) from error
+        return [torch.from_numpy(array) for array in found]
+
+
+def _check_types(call: str, model: Positional, program: Program) -> None:
+    """ONNX Runtime is called with arrays of NumPy."""
+    values = [node.meta["val"] for node in program.graph.graph.find_nodes(op="output")[0].args[0]]
+    if lacking := sorted({str(value.dtype) for value in [*program.example, *values]} & set(map(str, _NUMPY_LACKS))):
+        raise TraceError(
+            f"`{call}` on `{type(model.model).__name__}`: expected inputs and outputs of types that NumPy has, found "
+            f"{', '.join(lacking)}. Export `model.float()`."
+        )
+
+
+def _name_batch(model: Any) -> None:
+    """Call the open size ``batch``, which is how a reader of the file meets it."""
+    import onnx_ir
+
+    values = [*model.graph.inputs, *(value for node in model.graph.all_nodes() for value in node.outputs)]
+    first = [str(value.shape[0]) for value in model.graph.inputs if value.shape and not isinstance(value.shape[0], int)]
+    for value in values:
+        for place, size in enumerate(value.shape or ()):
+            if first and not isinstance(size, int) and str(size) == first[0]:
+                value.shape[place] = onnx_ir.SymbolicDim("batch")
+
+
+@contextmanager
+def _quiet_registry() -> Iterator[None]:
+    """Without the news that torchvision's operators are not there for the taking."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
