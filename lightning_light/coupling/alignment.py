@@ -51,4 +51,5 @@ def _orders(book: LabelBook, marks: list[Tensor], stays: Tensor, name: str) -> s
     for mark in marks:
         order = collapsed(book.roots(mark)).reshape(-1)
         orders.add(tuple(order[stays[order]].tolist()))
-    return {order for order in orders if len(set(order) - {FIXED}) > (name != "pick")}
+    least = 1 if name == "pick" else 2
+    return {order for order in orders if len(set(order) - {FIXED}) >= least}

@@ -118,7 +118,7 @@ def _patterns(groups: Sequence[ChannelGroup]) -> Iterator[Kept]:
         for group in mine:
             most = max(1, min(group.width - 2, int(group.width * share)))
             count = int(torch.randint(1, most + 1, (1,), generator=generator))
-            gone = torch.randperm(group.width, generator=generator)[:count]
+            gone = torch.randperm(group.width, generator=generator)[:count] if share else torch.zeros(1).long()
             kept[group.name] = torch.ones(group.width, dtype=torch.bool).index_fill(0, gone, False)
         if kept:
             yield kept

@@ -65,6 +65,7 @@ PICKS: dict[str, tuple[Step, int]] = {
     "one": (lambda net, x: x * x[:, 3:4], 16),
     "roll": (lambda net, x: x.roll(2, 1), 16),
     "select": (lambda net, x: x * x[:, 3].unsqueeze(1), 16),
+    "select beside": (lambda net, x: net.wide(x) * x[:, 3].mean((1, 2))[:, None, None, None], 4),
     "shift": (shifted, 16),
     "slice": (lambda net, x: x[:, 4:8], 4),
     "step": (lambda net, x: x[:, ::2], 8),
