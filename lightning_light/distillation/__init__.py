@@ -21,7 +21,7 @@ from lightning_light.distillation.teachers import (
     TeacherSource,
 )
 
-__all__ = [  # noqa: RUF022  # plain order, capitals or not
+__all__ = [  # plain order, capitals or not
     "AttentionTransfer",
     "ChannelWise",
     "CheckpointTeacher",
