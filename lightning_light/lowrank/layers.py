@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.prune import BasePruningMethod
 
 from lightning_light.example_input import ExampleInput, tensors_in
 from lightning_light.lowrank.attention import Blocks, OpenAttention, opened_weights, why_closed
@@ -154,6 +153,8 @@ def _why_not(module: nn.Module, shared: set[int], calls: _Calls, parts: int, *, 
 def _special(module: nn.Module) -> str | None:
     if parametrize.is_parametrized(module):
         return "its weight is computed by a parametrization"
+    if "weight" not in module._parameters:
+        return "its weight is computed by a hook (`weight_norm`, a mask of `torch.nn.utils.prune`): make it permanent"
     if hasattr(module, "weight_fake_quant") or hasattr(module, "activation_post_process"):
         return "it is prepared for quantization: factor first, then quantize"
     if type(module) not in _PLAIN:
@@ -168,8 +169,6 @@ def _special(module: nn.Module) -> str | None:
 def _touched(module: nn.Module, shared: set[int]) -> str | None:
     if any(id(parameter) in shared for parameter in module.parameters()):
         return "its weight is used by another layer too"
-    if any(isinstance(hook, BasePruningMethod) for hook in module._forward_pre_hooks.values()):
-        return "it has a mask of `torch.nn.utils.prune`; make that permanent first"
     return None
 
 

@@ -152,8 +152,9 @@ class LowRankFactorization(CompressionCallback):
         """Look for an example of a call; name the targets as the layers are now."""
         super().on_fit_start(trainer, pl_module)
         state = self.state(pl_module)
-        if not self.resumed(pl_module):
-            state.clear()
+        if not self.resumed(pl_module):  # a second run keeps the dense network's budget, and does not do it twice
+            for key in ("events", "seen", "gathered", "share"):
+                state.pop(key, None)
         if "names" not in state:
             state["names"] = list(as_targets(self.targets).select(pl_module))
         self._last_plan = None
@@ -252,8 +253,9 @@ class LowRankFactorization(CompressionCallback):
 
     def _layers(self, pl_module: LightningModule) -> tuple[list[Layer], dict[str, str]]:
         state = self.state(pl_module)
-        mine = state.get("layers", {})
-        names = dict.fromkeys([*state["names"], *mine])
+        done = state.get("layers", {})
+        names = dict.fromkeys([*state["names"], *done])
+        mine = done if self.budget is not None else ()  # a rule has one answer, and has given it
         return find_layers(
             pl_module, self._example(pl_module), names, form=self.form, blocks=self.blocks or {}, mine=mine
         )

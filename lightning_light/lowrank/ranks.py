@@ -198,7 +198,7 @@ def _free_energy(x: Tensor, alpha: float, bound: float) -> float:
 
 def _minimum(function: Callable[[float], float], low: float, high: float) -> float:
     """On a fine logarithmic grid, then by golden section around the best of it: the function has several valleys."""
-    grid = [low * (high / low) ** (place / 63) for place in range(64)]
+    grid: list[float] = [low * (high / low) ** (place / 63) for place in range(64)]
     best = min(range(len(grid)), key=lambda place: function(grid[place]))
     left, right = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
     ratio = (math.sqrt(5) - 1) / 2
