@@ -76,9 +76,15 @@ def resnet(args: argparse.Namespace) -> None:
     net = cifar_resnet(args.depth)
     net.load_state_dict(torch.load(args.weights, weights_only=True))
     head(f"ResNet-{args.depth}, CIFAR-10, {args.epochs} epochs of {args.images} images, round_to={args.round_to}")
+    if "tuned" in args.parts:
+        fine_tuned(net, data, example, args)
+    if "one_shot" in args.parts:
+        one_shot(net, data, example, args)
+
+
+def one_shot(net: nn.Module, data: dict[str, TensorDataset], example: Tensor, args: argparse.Namespace) -> None:
     row("dense", [accuracy(net, data["test"])], net, net, example)
-    train = TensorDataset(*(tensor[: args.images] for tensor in data["train"].tensors))
-    calibration = DataLoader(TensorDataset(train.tensors[0][:1024]), 128)
+    calibration = DataLoader(TensorDataset(data["train"].tensors[0][:1024]), 128)
     for form in ("channel", "spatial", "tucker2", "auto"):
         factored = copy.deepcopy(net).eval()
         budget = LowRankFactorization(MACs(args.remaining), form=form, round_to=args.round_to)
@@ -90,10 +96,14 @@ def resnet(args: argparse.Namespace) -> None:
     )
     factorize(factored, (example,), factorization=budget)
     row("one shot, `fit=WhitenedSVD()`", [accuracy(factored, data["test"])], factored, net, example)
+
+
+def fine_tuned(net: nn.Module, data: dict[str, TensorDataset], example: Tensor, args: argparse.Namespace) -> None:
+    train = TensorDataset(*(tensor[: args.images] for tensor in data["train"].tensors))
     right = []
     for seed in range(args.seeds):
         L.seed_everything(seed, verbose=False)
-        module = Classifier(copy.deepcopy(net), args.lr)
+        module = Classifier(copy.deepcopy(net), args.lr).train()
         method = LowRankFactorization(MACs(args.remaining), form=args.form, round_to=args.round_to)
         trainer = L.Trainer(max_epochs=args.epochs, callbacks=[method], **QUIET)
         trainer.fit(module, DataLoader(train, 128, shuffle=True, drop_last=True))
@@ -121,7 +131,7 @@ def cnn(args: argparse.Namespace) -> None:
             f"factored at half of the run, `form={form!r}`": lambda form=form: [
                 LowRankFactorization(MACs(args.remaining), start=0.5, form=form, round_to=args.round_to)
             ]
-            for form in ("auto", "spatial")
+            for form in args.forms
         },
     }
     dense = None
@@ -150,6 +160,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--lr", type=float, default=0.02)
     parser.add_argument("--form", default="auto")
+    parser.add_argument("--forms", nargs="+", default=["auto", "spatial"], help="of the cnn's rows")
+    parser.add_argument("--parts", nargs="+", default=["one_shot", "tuned"], help="of the resnet's table")
     parser.add_argument("--round_to", type=int, default=4)
     args = parser.parse_args()
     torch.set_num_threads(1)
