@@ -37,10 +37,12 @@ def apply_factors(
         new = open_module(old, blocks)
         replace_module(model, name, new, op=OPERATION, optimizers=optimizers, parameters=followers(old, new),
                        mirrors=mirrors)  # fmt: skip
+    places = _Places(model, optimizers)
     for name, found in plan.layers.items():
         old = model.get_submodule(name)
         factors = build_factors(old, found.form, found.ranks, found.factors)
-        replace_module(model, name, factors, op=OPERATION, optimizers=optimizers, mirrors=mirrors,
+        roots, inner = places.nearest(name, (model, *mirrors))
+        replace_module(roots[0], inner, factors, op=OPERATION, optimizers=optimizers, mirrors=roots[1:],
                        parameters=_weights_of(old, factors))  # fmt: skip
         for root in (model, *mirrors):
             close_fast_paths(root, name)
@@ -99,3 +101,27 @@ def _weights_of(old: nn.Module, factors: nn.Sequential) -> dict[nn.Parameter, li
         return {weight: new}
     layers: list[Any] = list(old.children())
     return {layer.weight: [weight] for layer, weight in zip(layers, new, strict=True)}
+
+
+class _Places:
+    """From where a layer may be replaced: its parent, where nothing outside it refers to the layer.
+
+    Walking the whole network for each layer takes longer than the decompositions do. A plan has no layer whose weights
+    another one shares, so only a layer with several names, and optimizers that know names, need the root.
+    """
+
+    def __init__(self, model: nn.Module, optimizers: Sequence[Any]) -> None:
+        names: dict[int, int] = {}
+        for _, module in model.named_modules(remove_duplicate=False):
+            names[id(module)] = names.get(id(module), 0) + 1
+        self._model, self._names = model, names
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        self._by_name = any("param_names" in group for group in groups)
+
+    def nearest(self, name: str, roots: Sequence[nn.Module]) -> tuple[list[nn.Module], str]:
+        """The root for each of ``roots``, and the layer's name from there."""
+        parent, _, leaf = name.rpartition(".")
+        alone = self._names.get(id(self._model.get_submodule(name)), 1) == 1
+        if not alone or self._by_name:
+            return list(roots), name
+        return [root.get_submodule(parent) for root in roots], leaf

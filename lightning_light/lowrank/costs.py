@@ -27,7 +27,7 @@ def quantity(model: nn.Module, budget: Budget | None, example: ExampleInput) -> 
     """What ``budget`` counts, of ``model`` as it stands: MACs (of one sample) without one."""
     kind = "macs" if budget is None else budget.quantity
     if kind == "macs":
-        return count_cost(model, example.args, example.kwargs).macs / example.samples
+        return count_cost(model, example.args, example.kwargs, shapes_only=False).macs / example.samples
     if kind == "params":
         return float(sum(parameter.numel() for parameter in model.parameters()))
     if kind == "bytes":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Literal
 
 import torch
@@ -281,7 +282,7 @@ class _Desk:
         if len(steps) == 2:
             return self._tucker(layer, spectrum, steps, dense)
         found = (self._choice(layer, form, (rank,)) for rank in steps[0])
-        return [choice for choice in found if self._is_smaller(choice, dense)]
+        return list(takewhile(lambda choice: self._is_smaller(choice, dense), found))  # the next one only costs more
 
     def _tucker(self, layer: Layer, spectrum: Spectrum, steps: list[list[int]], dense: Choice) -> list[Choice]:
         """Of the grid of both ranks only what may lie on the frontier."""

@@ -218,6 +218,7 @@ def _unfoldings(spectrum: Spectrum) -> list[tuple[Tensor, tuple[int, int]]]:
 
 def _smallest(spectrum: Spectrum, good: Tensor) -> Ranks:
     """The ranks with the fewest in total at which ``good`` holds; it holds at full rank."""
+    good = good.clone()
     good[tuple(full - 1 for full in spectrum.full)] = True
     places = good.nonzero()
     return tuple(int(place) + 1 for place in places[places.sum(1).argmin()])

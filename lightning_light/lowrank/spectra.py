@@ -59,7 +59,11 @@ class MatrixSpectrum(Spectrum):
             first, self._inverse = weights
             self._left, self._values, self._right = _svd(_apply(matrix.double(), first.to(matrix.device)))
         self.full = (self._values.shape[-1],)
-        self.total = float(self._values.double().square().sum())
+        squares = self._values.double().square().sum(0)
+        tails = squares.flip(0).cumsum(0).flip(0)
+        self.total = float(squares.sum())
+        self._errors = torch.cat([tails[1:], tails.new_zeros(1)])
+        self._list: list[float] = self._errors.tolist()
 
     @property
     def values(self) -> Tensor:
@@ -68,9 +72,11 @@ class MatrixSpectrum(Spectrum):
 
     @override
     def errors(self) -> Tensor:
-        squares = self._values.double().square().sum(0)
-        tails = squares.flip(0).cumsum(0).flip(0)
-        return torch.cat([tails[1:], tails.new_zeros(1)])
+        return self._errors
+
+    @override
+    def error(self, ranks: Ranks) -> float:
+        return self._list[ranks[0] - 1] / max(self.total, 1e-300)
 
     @override
     def factors(self, ranks: Ranks) -> list[Tensor]:
