@@ -9,6 +9,14 @@ StructuredPruning(budget=MACs(remaining=0.4), schedule=Window(schedule=Cubic(), 
 
 from lightning_light.budgets import Budget, Channels, Latency, MACs, Params, Size, Sparsity
 from lightning_light.callback import CompressionCallback
+from lightning_light.clustering import (
+    DKM,
+    CentroidTraining,
+    StraightThrough,
+    WeightClustering,
+    load_clustered,
+    save_clustered,
+)
 from lightning_light.criteria import (
     SNIP,
     Activation,
@@ -60,6 +68,22 @@ from lightning_light.errors import (
     UnsupportedError,
 )
 from lightning_light.export import Exporter, MobileExport, Tolerance, TorchScriptLite, export_model
+from lightning_light.lowrank import (
+    EVBMF,
+    ActivationSVD,
+    EnergyKept,
+    FisherSVD,
+    LowRankFactorization,
+    NuclearNorm,
+    Orthogonality,
+    OutputChange,
+    RankRatio,
+    WeightSVD,
+    WhitenedSVD,
+    balance_factors,
+    factorize,
+    factorize_checkpoint,
+)
 from lightning_light.monitors import CompressionMonitor
 from lightning_light.schedules import (
     Constant,
@@ -113,14 +137,16 @@ from lightning_light.targets import Targets
 
 __version__ = "0.1.0"
 
-__all__ = [  # plain order, capitals or not
+__all__ = [
     "Activation",
+    "ActivationSVD",
     "Alternating",
     "AttentionTransfer",
     "BatchNormScale",
     "Block",
     "Budget",
     "BudgetError",
+    "CentroidTraining",
     "ChannelWise",
     "Channels",
     "CheckpointTeacher",
@@ -135,10 +161,13 @@ __all__ = [  # plain order, capitals or not
     "Cubic",
     "DIST",
     "DKD",
+    "DKM",
     "DenseSparseDense",
     "DistillationLoss",
     "DynamicMethod",
     "DynamicSparseTraining",
+    "EVBMF",
+    "EnergyKept",
     "Exponential",
     "Exporter",
     "FactoryTeacher",
@@ -147,6 +176,7 @@ __all__ = [  # plain order, capitals or not
     "FeatureLoss",
     "FileTeacher",
     "Filter",
+    "FisherSVD",
     "GeometricMedian",
     "Global",
     "GroupLasso",
@@ -160,6 +190,7 @@ __all__ = [  # plain order, capitals or not
     "Linear",
     "Local",
     "LogitStandardization",
+    "LowRankFactorization",
     "MACs",
     "Magnitude",
     "ManifestError",
@@ -167,8 +198,11 @@ __all__ = [  # plain order, capitals or not
     "Movement",
     "NM",
     "NoEffectWarning",
+    "NuclearNorm",
     "OneShot",
     "OrderError",
+    "Orthogonality",
+    "OutputChange",
     "OutputRegression",
     "Params",
     "ParityError",
@@ -176,6 +210,7 @@ __all__ = [  # plain order, capitals or not
     "RKD",
     "Random",
     "RankMismatchError",
+    "RankRatio",
     "Ranking",
     "Rewinding",
     "RigL",
@@ -194,6 +229,7 @@ __all__ = [  # plain order, capitals or not
     "SparsityLearning",
     "Staircase",
     "Static",
+    "StraightThrough",
     "StructuredPruning",
     "SurgeryError",
     "TargetError",
@@ -206,15 +242,23 @@ __all__ = [  # plain order, capitals or not
     "Unstructured",
     "UnsupportedError",
     "Wanda",
+    "WeightClustering",
     "WeightPruning",
+    "WeightSVD",
+    "WhitenedSVD",
     "Window",
     "Zeros",
+    "balance_factors",
     "expand_checkpoint",
     "export_model",
+    "factorize",
+    "factorize_checkpoint",
+    "load_clustered",
     "load_from_checkpoint",
     "measure_zeros",
     "prune_channels",
     "prune_weights",
     "remove_dead_channels",
+    "save_clustered",
     "to_semi_structured",
 ]

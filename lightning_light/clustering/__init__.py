@@ -4,10 +4,10 @@ from lightning_light.clustering.files import ClusteredTensor, clustered_sizes, l
 from lightning_light.clustering.training import DKM, CentroidTraining, Learning, StraightThrough
 from lightning_light.clustering.weight_clustering import WeightClustering
 
-__all__ = [
-    "DKM",
+__all__ = [  # plain order, capitals or not
     "CentroidTraining",
     "ClusteredTensor",
+    "DKM",
     "Learning",
     "StraightThrough",
     "WeightClustering",

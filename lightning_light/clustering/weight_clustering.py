@@ -43,8 +43,8 @@ class WeightClustering(CompressionCallback):
     ones.
 
     Example:
-        >>> WeightClustering(16, start=0.3)
-        WeightClustering(clusters=16, start=0.3)
+        >>> WeightClustering(8, start=0.3)
+        WeightClustering(clusters=8, start=0.3)
 
     Args:
         clusters: different values of a layer, or of each channel, from 2 to 256.

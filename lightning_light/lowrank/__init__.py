@@ -7,9 +7,9 @@ from lightning_light.lowrank.low_rank_factorization import LowRankFactorization
 from lightning_light.lowrank.ranks import EVBMF, EnergyKept, OutputChange, RankRatio, RankRule
 from lightning_light.lowrank.regularize import NuclearNorm, Orthogonality, RankPenalty
 
-__all__ = [
-    "EVBMF",
+__all__ = [  # plain order, capitals or not
     "ActivationSVD",
+    "EVBMF",
     "EnergyKept",
     "FisherSVD",
     "Fit",
