@@ -9,7 +9,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "lightning_light"
 FILES = sorted(ROOT.rglob("*.py"))
-WINGS = {"distillation", "export", "kernels", "lowrank", "monitors", "quantization", "search", "sparsity", "structured"}
+WINGS = {
+    "clustering", "distillation", "export", "kernels", "lowrank", "monitors", "quantization", "search", "sparsity",
+    "structured",
+}  # fmt: skip
 HOSTS = {"lightning", "pytorch_lightning", "lightning_fabric"}
 HOSTS_FILE = "hosts.py"  # the one file of the ground that may import a host
 BROUGHT = {

@@ -1,0 +1,197 @@
+"""Layers of ``torch.nn`` in the place of one, and the journal's operation that replays them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_light.lowrank.attention import open_module
+from lightning_light.surgery.operations import register_operation
+from lightning_light.surgery.replace import put_module
+
+__all__ = [
+    "FORM",
+    "OPERATION",
+    "build_factors",
+    "close_fast_paths",
+    "compose",
+    "current_ranks",
+    "dense_weight",
+    "factor_form",
+    "replay_factors",
+]
+
+OPERATION = "lowrank/factors"
+FORM = "factored_form"
+"""The one attribute that the ``nn.Sequential`` of factors has: what keeps it from being factored again."""
+
+_CONVOLUTIONS: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+Conv = nn.modules.conv._ConvNd
+
+
+def factor_form(module: nn.Module) -> str | None:
+    """The form in which ``module`` has been factored, or None."""
+    return vars(module).get(FORM)
+
+
+def build_factors(old: nn.Module, form: str, ranks: Sequence[int], weights: Sequence[Tensor] = ()) -> nn.Sequential:
+    """The factors of ``old`` as a plain ``nn.Sequential``; no random number is drawn.
+
+    Args:
+        old: a layer, or the factors of one, whose ranks are lowered.
+        form: see `lightning_light.lowrank.spectra.Spectrum`.
+        ranks: within a group.
+        weights: of the factors, in order; without them they stay on ``meta``, for a replay.
+    """
+    makers: dict[str, Callable[..., list[Any]]] = {
+        "linear": _linear,
+        "embedding": _embedding,
+        "channel": _channel,
+        "spatial": _spatial,
+        "tucker2": _tucker,
+    }
+    layers = makers[form](old, *ranks)
+    last = old[-1] if isinstance(old, nn.Sequential) else old
+    layers[-1].bias = getattr(last, "bias", None)  # the same object: its optimizer state and its average stay
+    reference = last.weight
+    assert isinstance(reference, Tensor)
+    for layer, weight in zip(layers, weights, strict=False):
+        value = weight.to(device=reference.device, dtype=reference.dtype).contiguous()
+        layer.weight = nn.Parameter(value, requires_grad=reference.requires_grad)
+    if not weights:
+        for layer in layers:
+            layer.weight = nn.Parameter(layer.weight.detach().to(reference.dtype), reference.requires_grad)
+    factors = nn.Sequential(*layers)
+    setattr(factors, FORM, form)
+    return factors
+
+
+@register_operation(OPERATION)
+def replay_factors(model: nn.Module, entry: Mapping[str, Any]) -> None:
+    """Open attentions, then put factors where the event put them; their tensors come from the state dict."""
+    for name, blocks in entry["opened"]:
+        put_module(model, name, open_module(model.get_submodule(name), blocks))
+    for name, form, ranks in entry["layers"]:
+        put_module(model, name, build_factors(model.get_submodule(name), form, ranks))
+        close_fast_paths(model, name)
+
+
+def close_fast_paths(model: nn.Module, name: str) -> None:
+    """Transformer layers read their parts' weights around them in evaluation mode; what has been replaced has none."""
+    parts = name.split(".")
+    for depth in range(len(parts)):
+        parent = model.get_submodule(".".join(parts[:depth]))
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            parent.activation_relu_or_gelu = 0
+        elif isinstance(parent, nn.TransformerEncoder):
+            parent.use_nested_tensor = False
+
+
+def _ends(old: nn.Module) -> tuple[Any, Any]:
+    """What reads the input and what writes the output: a layer itself, or the first and the last of its factors."""
+    return (old[0], old[-1]) if isinstance(old, nn.Sequential) else (old, old)
+
+
+def _linear(old: Any, rank: int) -> list[Any]:
+    first, last = _ends(old)
+    return [
+        nn.Linear(first.in_features, rank, bias=False, device="meta"),
+        nn.Linear(rank, last.out_features, bias=False, device="meta"),
+    ]
+
+
+def _embedding(old: Any, rank: int) -> list[Any]:
+    table, last = _ends(old)
+    width = last.embedding_dim if last is table else last.out_features
+    words = nn.Embedding(
+        table.num_embeddings, rank, padding_idx=table.padding_idx, scale_grad_by_freq=table.scale_grad_by_freq,
+        sparse=table.sparse, device="meta",
+    )  # fmt: skip
+    return [words, nn.Linear(rank, width, bias=False, device="meta")]
+
+
+def _channel(old: Any, rank: int) -> list[Any]:
+    first, last = _ends(old)
+    return [
+        _conv(first, first.in_channels, first.groups * rank, like=first),
+        _conv(first, first.groups * rank, last.out_channels),
+    ]
+
+
+def _spatial(old: Any, rank: int) -> list[Any]:
+    first, last = _ends(old)
+    middle = first.groups * rank
+    return [
+        _conv(first, first.in_channels, middle, like=first, axis=0),
+        _conv(first, middle, last.out_channels, like=last, axis=1),
+    ]
+
+
+def _tucker(old: Any, inputs: int, outputs: int) -> list[Any]:
+    first, last = _ends(old)
+    core: Any = old[1] if isinstance(old, nn.Sequential) else old
+    before, after = core.groups * inputs, core.groups * outputs
+    return [
+        _conv(core, first.in_channels, before),
+        _conv(core, before, after, like=core),
+        _conv(core, after, last.out_channels),
+    ]
+
+
+def _conv(layer: Conv, before: int, after: int, *, like: Conv | None = None, axis: int | None = None) -> Any:
+    """A convolution of ``layer``'s dimensions and groups: 1x1, or with the kernel of ``like``, or of one axis of it."""
+    make: Any = _CONVOLUTIONS[len(layer.kernel_size) - 1]
+    if like is None:
+        return make(before, after, 1, groups=layer.groups, bias=False, device="meta")
+    kernel, stride, dilation, padding = like.kernel_size, like.stride, like.dilation, like.padding
+    if axis is not None:
+        kernel, stride, dilation = (_along(axis, values, 1) for values in (kernel, stride, dilation))
+        padding = padding if isinstance(padding, str) else _along(axis, padding, 0)
+    options: Any = {"stride": stride, "padding": padding, "dilation": dilation, "padding_mode": like.padding_mode}
+    return make(before, after, kernel, groups=layer.groups, bias=False, device="meta", **options)
+
+
+def _along(axis: int, values: Sequence[int], neutral: int) -> tuple[int, ...]:
+    return tuple(value if place == axis else neutral for place, value in enumerate(values))
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """The weight ``(groups, out, in, *kernel)`` of a layer, or the one that its factors multiply to."""
+    form = factor_form(module)
+    if form is None:
+        return _grouped(module, module.weight)  # type: ignore[arg-type]  # a parameter
+    layers: list[Any] = list(module.children())
+    return compose(form, [layer.weight.detach() for layer in layers], getattr(layers[0], "groups", 1))
+
+
+def compose(form: str, factors: Sequence[Tensor], groups: int) -> Tensor:
+    """The weight ``(groups, out, in, *kernel)`` that factors multiply to; an embedding is ``(1, words, width)``."""
+    pieces = [factor if factor.dtype == torch.float64 else factor.float() for factor in factors]
+    if form == "embedding":
+        return (pieces[0] @ pieces[1].mT)[None]
+    if form == "linear":
+        return (pieces[1] @ pieces[0])[None]
+    first, *rest = (piece.reshape(groups, -1, *piece.shape[1:]) for piece in pieces)
+    if form == "tucker2":
+        return torch.einsum("gop,gpq...,gqi->goi...", rest[1].flatten(3)[..., 0], rest[0], first.flatten(3)[..., 0])
+    if form == "spatial":
+        return torch.einsum("grix,gory->goixy", first.flatten(3), rest[0].flatten(3))
+    return torch.einsum("gor,gri...->goi...", rest[0].flatten(3)[..., 0], first)
+
+
+def _grouped(module: nn.Module, weight: Tensor) -> Tensor:
+    groups: int = getattr(module, "groups", 1)
+    return weight.detach().reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
+
+
+def current_ranks(module: nn.Module) -> tuple[int, ...]:
+    """The ranks of a layer's factors, within a group."""
+    layers: list[Any] = list(module.children())
+    groups: int = getattr(layers[0], "groups", 1)
+    if factor_form(module) == "embedding":
+        return (layers[0].embedding_dim,)
+    return tuple(layer.weight.shape[0] // groups for layer in layers[:-1])

@@ -1,0 +1,100 @@
+"""Training that makes a later factorization cheap: penalties whose gradients are added before the optimizer steps."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+__all__ = ["NuclearNorm", "Orthogonality", "RankPenalty", "add_rank_penalty"]
+
+
+class RankPenalty(ABC):
+    """A penalty on the matrices ``(out, in * kernel)`` of the layers that are going to be factored."""
+
+    @abstractmethod
+    def gradient(self, matrix: Tensor) -> Tensor:
+        """Of the penalty, in the shape of ``matrix``."""
+
+
+@dataclass(frozen=True)
+class NuclearNorm(RankPenalty):
+    """``strength * sum of singular values``: small ones become zero, large ones hardly change.
+
+    The gradient is ``strength * U V^T`` (Watson, 1992); singular values of zero have none. In the manner of Xu et al.,
+    2019, "Trained Rank Pruning for Efficient Deep Neural Networks", who add it as a subgradient.
+    https://arxiv.org/abs/1812.02402
+
+    Args:
+        strength: above 0; as a weight decay, for instance 3e-4.
+
+    Raises:
+        ValueError: ``strength`` is not above 0.
+    """
+
+    strength: float = 3e-4
+
+    def __post_init__(self) -> None:
+        _require_positive(self)
+
+    @override
+    def gradient(self, matrix: Tensor) -> Tensor:
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        present = (values > values.amax() * 1e-6).to(matrix.dtype)
+        gradient: Tensor = self.strength * (left * present) @ right
+        return gradient
+
+
+@dataclass(frozen=True)
+class Orthogonality(RankPenalty):
+    """``strength / 2 * ||G - I||^2`` of the smaller Gram matrix ``G``: directions stay apart, none dominates.
+
+    Bansal et al., 2018, "Can We Gain More from Orthogonality Regularizations in Training Deep Networks?", the soft
+    orthogonality of section 3.1 (there of ``W^T W``). https://arxiv.org/abs/1810.09102. It keeps factors well
+    conditioned; it does not lower the rank by itself.
+
+    Args:
+        strength: above 0, for instance 1e-3.
+
+    Raises:
+        ValueError: ``strength`` is not above 0.
+    """
+
+    strength: float = 1e-3
+
+    def __post_init__(self) -> None:
+        _require_positive(self)
+
+    @override
+    def gradient(self, matrix: Tensor) -> Tensor:
+        if matrix.shape[0] > matrix.shape[1]:
+            return self.gradient(matrix.mT).mT
+        gram = matrix @ matrix.mT
+        return 2.0 * self.strength * (gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)) @ matrix
+
+
+def add_rank_penalty(penalty: RankPenalty, layers: Iterable[nn.Module], parameters: Iterable[nn.Parameter]) -> None:
+    """Add the penalty's gradient to the ``.grad`` of every layer's weight that ``parameters`` has.
+
+    Args:
+        penalty: what to add.
+        layers: linear layers, convolutions, embeddings.
+        parameters: those that the optimizer is about to change.
+    """
+    mine = set(parameters)
+    for layer in layers:
+        weight = layer.weight
+        if isinstance(weight, nn.Parameter) and weight in mine and weight.grad is not None:
+            groups: int = getattr(layer, "groups", 1)
+            matrices = weight.detach().float().reshape(groups, len(weight) // groups, -1)
+            gradients = torch.stack([penalty.gradient(matrix) for matrix in matrices])
+            weight.grad.add_(gradients.reshape(weight.shape).to(weight.grad.dtype))
+
+
+def _require_positive(value: NuclearNorm | Orthogonality) -> None:
+    if not value.strength > 0.0:
+        raise ValueError(f"`{value!r}`: expected a strength above 0, such as `{type(value).__name__}()` has.")

@@ -1,0 +1,29 @@
+"""`WeightClustering`: every way of learning and both granularities."""
+
+from typing import Any
+
+from lightning_light.clustering import DKM, StraightThrough, WeightClustering
+from lightning_light.targets import Targets
+from tests.contract.bodies import Momentum
+from tests.contract.case import Case
+
+
+def case(name: str, clusters: int = 8, *, full: bool = False, body: Any = None, **options: Any) -> Case:
+    """A row in which weights share values from the sixth step on."""
+    arguments = {"start": 0.4, **options}
+    return Case(
+        f"clustering_{name}",
+        lambda folder: [WeightClustering(clusters, **arguments)],
+        structural=False,
+        no_effect=lambda folder: [WeightClustering(targets=Targets(types="BatchNorm2d"))],
+        full=full,
+        **({"body": body} if body else {}),
+    )
+
+
+CASES = [
+    case("centroids", full=True),
+    case("straight_through", learning=StraightThrough(), granularity="channel", full=True),
+    case("dkm", 4, learning=DKM(), targets="features.conv*", body=Momentum),
+    case("density", 16, initialization="density", keep_zeros=False, start=1, body=Momentum),
+]

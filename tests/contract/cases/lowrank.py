@@ -1,0 +1,45 @@
+"""`LowRankFactorization`: every form, fit, rule and kind of budget at least once."""
+
+from typing import Any
+
+from lightning_light.budgets import MACs, Params, Size
+from lightning_light.lowrank import (
+    EVBMF,
+    ActivationSVD,
+    EnergyKept,
+    FisherSVD,
+    LowRankFactorization,
+    NuclearNorm,
+    Orthogonality,
+    RankRatio,
+    WhitenedSVD,
+)
+from lightning_light.targets import Targets
+from tests.contract.bodies import Momentum
+from tests.contract.case import Case
+
+
+def case(name: str, budget: Any = None, *, full: bool = False, body: Any = None, **options: Any) -> Case:
+    """A row in which layers are factored before the sixth step, unless it says otherwise."""
+    arguments = {"start": 0.4, "round_to": 2, **options}
+    return Case(
+        f"low_rank_{name}",
+        lambda folder: [LowRankFactorization(budget, **arguments)],
+        no_effect=lambda folder: [LowRankFactorization(MACs(1.0))],
+        full=full,
+        **({"body": body} if body else {}),
+    )
+
+
+CASES = [
+    case("macs", MACs(0.5), full=True),
+    case("gradual", MACs(0.4), start=0.1, end=0.75, events=3, round_to=1, full=True),
+    case("whitened", Params(0.6), fit=WhitenedSVD(), calibration_batches=2, full=True),
+    case("activation", MACs(0.6), fit=ActivationSVD(), calibration_batches=3, form="channel"),
+    case("fisher", MACs(0.6), fit=FisherSVD(), calibration_batches=2, body=Momentum),
+    case("size", Size("11 kB"), form="spatial", penalty=NuclearNorm(1e-3)),
+    case("energy", ranks=EnergyKept(0.8), form="tucker2", penalty=Orthogonality(1e-3), body=Momentum),
+    case("ratio", ranks=RankRatio(0.3), targets=Targets(include="features.*", exclude="features.stem")),
+    case("evbmf", ranks=EVBMF(), form="channel"),
+    case("epoch", MACs(0.7), start=1, targets=["features.conv1", "features.last"]),
+]

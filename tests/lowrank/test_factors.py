@@ -1,0 +1,179 @@
+"""Factors against the layer at full rank, and against the theory's optimum below it."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lightning_light.lowrank.build import build_factors, compose, dense_weight
+from lightning_light.lowrank.evidence import InputWatch, mean_evidence
+from lightning_light.lowrank.fits import ActivationSVD, FisherSVD, WhitenedSVD
+from lightning_light.lowrank.layers import Layer
+from lightning_light.lowrank.spectra import decompose
+
+CONVOLUTIONS = {
+    "plain": (nn.Conv2d, (6, 8, 3), {"padding": 1}),
+    "strided": (nn.Conv2d, (6, 8, 3), {"padding": 1, "stride": 2}),
+    "uneven": (nn.Conv2d, (4, 10, (3, 5)), {"padding": (0, 2), "stride": (2, 1), "dilation": (1, 2)}),
+    "grouped": (nn.Conv2d, (8, 12, 3), {"padding": 1, "groups": 4}),
+    "grouped_strided": (nn.Conv2d, (8, 16, 3), {"stride": 2, "dilation": 2, "groups": 2, "bias": False}),
+    "same": (nn.Conv2d, (5, 7, (3, 5)), {"padding": "same", "dilation": 2}),
+    "valid": (nn.Conv2d, (5, 7, 3), {"padding": "valid"}),
+    "reflect": (nn.Conv2d, (5, 7, 3), {"padding": 1, "padding_mode": "reflect", "stride": 2}),
+    "circular": (nn.Conv2d, (5, 7, 5), {"padding": (2, 1), "padding_mode": "circular"}),
+    "replicate": (nn.Conv2d, (5, 7, 3), {"padding": 2, "padding_mode": "replicate", "dilation": 2}),
+    "point": (nn.Conv2d, (6, 9, 1), {"stride": 2}),
+    "one_dimension": (nn.Conv1d, (6, 8, 5), {"padding": 2, "stride": 2}),
+    "three_dimensions": (nn.Conv3d, (4, 6, 3), {"padding": 1, "stride": (1, 2, 1)}),
+}
+EXACT = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+
+def images(layer: nn.Module, dtype: torch.dtype) -> Tensor:
+    dims = len(layer.kernel_size)
+    return torch.randn(2, layer.in_channels, *(11, 12, 9)[:dims], dtype=dtype)
+
+
+def grouped(layer: nn.Module) -> Tensor:
+    return dense_weight(layer)
+
+
+def factored(layer: nn.Module, form: str, ranks: tuple[int, ...] | None = None) -> nn.Sequential:
+    spectrum = decompose(form, grouped(layer))
+    return build_factors(layer, form, ranks or spectrum.full, spectrum.factors(ranks or spectrum.full))
+
+
+@pytest.mark.parametrize("dtype", list(EXACT), ids=str)
+@pytest.mark.parametrize("form", ["channel", "tucker2", "spatial"])
+@pytest.mark.parametrize("name", list(CONVOLUTIONS))
+def test_a_convolution_at_full_rank_is_the_convolution(name, form, dtype) -> None:
+    make, arguments, options = CONVOLUTIONS[name]
+    layer = make(*arguments, **options).to(dtype)
+    if form == "spatial" and (not isinstance(layer, nn.Conv2d) or 1 in layer.kernel_size):
+        return
+    x, factors = images(layer, dtype), factored(layer, form)
+    torch.testing.assert_close(factors(x), layer(x), rtol=EXACT[dtype], atol=EXACT[dtype])
+    assert {type(part) for part in factors} == {make}
+    assert factors[-1].bias is layer.bias
+    assert type(factors) is nn.Sequential
+
+
+@pytest.mark.parametrize("dtype", list(EXACT), ids=str)
+def test_linear_and_embedding_at_full_rank_are_themselves(dtype) -> None:
+    linear, words = nn.Linear(9, 7).to(dtype), nn.Embedding(11, 6, padding_idx=2).to(dtype)
+    x, ids = torch.randn(2, 5, 9, dtype=dtype), torch.randint(11, (3, 4))
+    for layer, form, call in ((linear, "linear", x), (words, "embedding", ids)):
+        torch.testing.assert_close(factored(layer, form)(call), layer(call), rtol=EXACT[dtype], atol=EXACT[dtype])
+
+
+WIDTHS, TAPS = st.integers(2, 7), st.integers(1, 4)
+SHAPES = st.tuples(st.sampled_from([1, 2, 3]), WIDTHS, WIDTHS, TAPS, TAPS)
+
+
+@settings(max_examples=40, deadline=None)
+@given(SHAPES, st.integers(0, 10**6), st.floats(0.01, 1.0))
+def test_the_error_of_a_rank_is_what_eckart_and_young_say(shape, seed, share) -> None:
+    weight = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    groups, out, inputs, height, width = shape
+    matrices = {"channel": weight.reshape(groups, out, -1)}
+    if height > 1 and width > 1:
+        matrices["spatial"] = weight.permute(0, 2, 3, 1, 4).reshape(groups, inputs * height, out * width)
+    for form, matrix in matrices.items():
+        spectrum = decompose(form, weight)
+        rank = max(1, round(share * spectrum.full[0]))
+        values = torch.linalg.svdvals(matrix)
+        best = values[:, rank:].square().sum()
+        found = (compose(form, spectrum.factors((rank,)), groups) - weight).square().sum()
+        torch.testing.assert_close(found, best, rtol=1e-8, atol=1e-10)
+        assert math.isclose(spectrum.error((rank,)), float(best / weight.square().sum()), rel_tol=1e-6, abs_tol=1e-10)
+
+
+@settings(max_examples=25, deadline=None)
+@given(SHAPES, st.integers(0, 10**6), st.floats(0.1, 1.0), st.floats(0.1, 1.0))
+def test_the_error_of_tucker_is_counted_exactly_and_alternation_only_lowers_it(shape, seed, first, second) -> None:
+    weight = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    groups, out, inputs, *kernel = shape
+    spectrum = decompose("tucker2", weight)
+    ranks = max(1, round(first * spectrum.full[0])), max(1, round(second * spectrum.full[1]))
+    if ranks[0] > ranks[1] * math.prod(kernel) or ranks[1] > ranks[0] * math.prod(kernel):
+        return
+    flat = weight.flatten(3)  # the truncated higher-order SVD, written plainly, group by group
+    projected = torch.zeros_like(flat)
+    for group in range(groups):
+        u_out = torch.linalg.svd(flat[group].reshape(out, -1))[0][:, : ranks[1]]
+        u_in = torch.linalg.svd(flat[group].transpose(0, 1).reshape(inputs, -1))[0][:, : ranks[0]]
+        projected[group] = torch.einsum("pq,rs,qsk->prk", u_out @ u_out.T, u_in @ u_in.T, flat[group])
+    plain = (projected - flat).square().sum() / flat.square().sum()
+    assert math.isclose(spectrum.error(ranks), float(plain), rel_tol=1e-6, abs_tol=1e-9)
+    found = (compose("tucker2", spectrum.factors(ranks), groups) - weight).square().sum() / weight.square().sum()
+    assert float(found) <= float(plain) + 1e-9
+    tails = (torch.linalg.svdvals(part.reshape(out, -1))[ranks[1] :].square().sum() for part in flat)
+    lower = float(sum(tails)) / float(flat.square().sum())  # no projection keeps more than an unfolding's own best
+    assert float(found) >= lower - 1e-9
+
+
+@pytest.mark.parametrize("samples", [200, 5])
+def test_whitening_gives_the_best_outputs_on_the_data(samples) -> None:
+    weight, x = torch.randn(9, 12, dtype=torch.float64), torch.randn(samples, 12, dtype=torch.float64)
+    x = x @ torch.randn(12, 12, dtype=torch.float64)
+    moment = (x.T @ x / samples)[None]
+    weights = WhitenedSVD(damping=0.0).weights({"moment": moment})
+    spectrum = decompose("linear", weight[None], weights)
+    outputs = weight @ x.T
+    values = torch.linalg.svdvals(outputs)
+    for rank in (1, 3, 5, 8):
+        fitted = compose("linear", spectrum.factors((rank,)), 1)[0]
+        found = (fitted @ x.T - outputs).square().sum()
+        torch.testing.assert_close(found, values[rank:].square().sum(), rtol=1e-6, atol=1e-8)  # nothing is better
+        plain = compose("linear", decompose("linear", weight[None]).factors((rank,)), 1)[0]
+        assert found <= (plain @ x.T - outputs).square().sum() + 1e-9
+    assert math.isclose(spectrum.error((3,)), float(values[3:].square().sum() / values.square().sum()), rel_tol=1e-5)
+
+
+def test_the_diagonal_fits_are_their_papers_formulas() -> None:
+    weight, absolute = torch.randn(6, 8, dtype=torch.float64), torch.rand(1, 8, dtype=torch.float64) + 0.1
+    squares = torch.rand(1, 1, 8, dtype=torch.float64) + 0.1
+    for fit, evidence, scale in (
+        (ActivationSVD(0.5), {"absolute": absolute}, absolute[0] ** 0.5),
+        (FisherSVD(), {"grad_squared": squares}, squares[0, 0].sqrt()),
+    ):
+        left, values, right = torch.linalg.svd(weight * scale, full_matrices=False)
+        paper = (left[:, :3] * values[:3]) @ right[:3] / scale
+        found = compose("linear", decompose("linear", weight[None], fit.weights(evidence)).factors((3,)), 1)[0]
+        torch.testing.assert_close(found, paper, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", list(CONVOLUTIONS))
+def test_the_moment_of_a_convolution_is_that_of_the_patches_it_reads(name) -> None:
+    make, arguments, options = CONVOLUTIONS[name]
+    layer = make(*arguments, **options).double()
+    model, x = nn.Sequential(layer), images(layer, torch.float64)
+    watch = InputWatch(model, [Layer("0", ("channel",), grouped(layer), None, (1, 1, 1))], frozenset({"moment"}))
+    watch.is_open = True
+    y = model(x)
+    watch.remove()
+    moment = mean_evidence(watch.sums, lambda tensor: tensor)["0"]["moment"]
+    weight = grouped(layer).flatten(2)
+    bias = 0 if layer.bias is None else layer.bias.detach().view(1, -1, *(1,) * (y.dim() - 2))
+    energy = (y.detach() - bias).square().movedim(1, 0).reshape(layer.groups, -1).sum(1)
+    positions = y.numel() // layer.out_channels
+    found = torch.einsum("goi,gij,goj->g", weight, moment, weight) * positions
+    torch.testing.assert_close(found, energy, rtol=1e-9, atol=1e-9)
+
+
+def test_nothing_is_drawn_and_gradients_flow() -> None:
+    layer = nn.Conv2d(6, 8, 3)
+    state = torch.get_rng_state()
+    factors = factored(layer, "spatial", (3,))
+    assert torch.equal(state, torch.get_rng_state())
+    F.relu(factors(torch.randn(1, 6, 8, 8))).sum().backward()
+    assert all(parameter.grad is not None for parameter in factors.parameters())
+
+
+def test_what_is_frozen_stays_frozen() -> None:
+    layer = nn.Linear(8, 8).requires_grad_(False)
+    assert not any(parameter.requires_grad for parameter in factored(layer, "linear", (2,)).parameters())
