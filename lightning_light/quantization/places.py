@@ -67,6 +67,9 @@ class Frames:
     def end(self) -> None:
         """The outermost call has ended, well or not."""
 
+    def finish(self, output: Any) -> Any:
+        """What the outermost call gives instead of ``output``; None for itself."""
+
     def _push(self, name: str, module: nn.Module) -> None:
         if _is_redirected(module):  # DDP calls `training_step` through `forward`: no call of the network's
             self._stack.append(None)
@@ -77,9 +80,12 @@ class Frames:
         self._calls[name] += 1
         self._stack.append((name, self._calls[name], Counter()))
 
-    def _pop(self) -> None:
+    def _pop(self) -> bool:
+        """Whether this was the outermost call."""
         if self._stack and self._stack.pop() is not None and not self.inside:
             self.end()
+            return True
+        return False
 
 
 class _Place:
@@ -91,8 +97,8 @@ class _Place:
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.frames._push(self.name, module)
 
-    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.frames._pop()
+    def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
+        return self.frames.finish(output) if self.frames._pop() else None
 
 
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -10,10 +10,7 @@ from lightning_light.quantization.operations import ADDING, BATCH_NORM, HEAVY
 from lightning_light.quantization.places import module_of
 from lightning_light.quantization.record import Operation
 
-__all__ = ["Grid", "Plan", "plan_sites"]
-
-# The sigmoid and tanh of QNNPACK know one output grid each: (scale, zero point).
-_FIXED = {"sigmoid": (1 / 256, 0), "hardsigmoid": (1 / 256, 0), "tanh": (1 / 128, 128)}
+__all__ = ["Grid", "Group", "Plan", "plan_sites"]
 
 
 @dataclass(frozen=True)
@@ -23,12 +20,25 @@ class Grid:
     Attributes:
         positive: nothing is below zero: a ReLU is part of the operation.
         cap: nothing is above it.
-        fixed: scale and zero point, where the engine leaves no choice.
     """
 
     positive: bool = False
     cap: float | None = None
-    fixed: tuple[float, int] | None = None
+
+
+@dataclass(frozen=True)
+class Group:
+    """What one kernel computes, after its own operation.
+
+    Attributes:
+        tail: the last operation of the group.
+        batch_norm: one that is folded into the weight.
+        relu: a ReLU, or ReLU6.
+    """
+
+    tail: str
+    batch_norm: str | None = None
+    relu: str | None = None
 
 
 @dataclass(frozen=True)
@@ -40,7 +50,7 @@ class Plan:
         outputs: operation -> grid that its result is rounded to.
         arguments: operation -> position of an argument -> grid; for inputs of the network.
         weights: operation -> whether its weight has one scale a channel (else one in all).
-        batch_norms: batch norms that are folded into the layer before them.
+        groups: operation -> what its kernel computes along with it.
         left_float: layers whose weights stay float, with the reason.
     """
 
@@ -48,7 +58,7 @@ class Plan:
     outputs: dict[str, int] = field(default_factory=dict)
     arguments: dict[str, dict[int, int]] = field(default_factory=dict)
     weights: dict[str, bool] = field(default_factory=dict)
-    batch_norms: list[str] = field(default_factory=list)
+    groups: dict[str, Group] = field(default_factory=dict)
     left_float: dict[str, str] = field(default_factory=dict)
 
     def plain(self) -> dict[str, Any]:
@@ -58,8 +68,9 @@ class Plan:
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Plan:
         """What `plain` wrote."""
-        grids = [Grid(grid["positive"], grid["cap"], _pair(grid["fixed"])) for grid in plain["grids"]]
-        return cls(**{**plain, "grids": grids})
+        grids = [Grid(**grid) for grid in plain["grids"]]
+        groups = {key: Group(**group) for key, group in plain["groups"].items()}
+        return cls(**{**plain, "grids": grids, "groups": groups})
 
 
 def plan_sites(operations: Iterable[Operation], *, keep_float: Collection[str] = ()) -> Plan:
@@ -88,7 +99,7 @@ class _Planner:
             if operation.kind == "float" and module_of(operation.key) in keep_float:
                 self.plan.left_float[module_of(operation.key)] = "asked for by `keep_float`"
         self._tails: dict[int, Operation] = {}
-        self._absorbed: set[int] = set()  # a ReLU that is part of the operation before it
+        self._groups: dict[int, Group] = {}
         self._grids: dict[int, int] = {}  # operation -> its grid
 
     def run(self) -> Plan:
@@ -103,16 +114,16 @@ class _Planner:
 
     def _tail(self, operation: Operation) -> Operation:
         """The last operation of the group that one kernel computes."""
-        tail = operation
+        tail, batch_norm, relu = operation, None, None
         if operation.kind == "transposed" or not (operation.kind in HEAVY or operation.kind in ADDING):
             return tail  # the scale of its weight is one in all, and would not follow the batch norm
         follower = _only_user(tail)
         if operation.kind in HEAVY and follower is not None and follower.kind == BATCH_NORM:
             tail, follower = follower, _only_user(follower)
-            self.plan.batch_norms.append(tail.key)
+            batch_norm = tail.key
         if follower is not None and follower.kind in {"relu", "relu6"}:
-            tail = follower
-            self._absorbed.add(id(tail))
+            tail, relu = follower, follower.key
+        self._groups[id(operation)] = Group(tail.key, batch_norm, relu)
         return tail
 
     def _layer(self, operation: Operation) -> None:
@@ -121,7 +132,7 @@ class _Planner:
             self.plan.left_float[module_of(operation.key)] = "reads whole numbers"
             return
         self._round_input(operation, place, source)
-        self._round(self._tails[id(operation)])
+        self._round_group(operation)
         self.plan.weights[operation.key] = operation.kind != "transposed"
 
     def _join(self, operation: Operation) -> None:
@@ -140,7 +151,12 @@ class _Planner:
             self._grids[id(operation)] = self._grids[id(_origin(sources[0]))]
             self.plan.outputs[operation.key] = self._grids[id(operation)]
         elif operation.kind != "pool":
-            self._round(self._tails[id(operation)])
+            self._round_group(operation)
+
+    def _round_group(self, operation: Operation) -> None:
+        tail = self._tails[id(operation)]
+        self.plan.groups[operation.key] = self._groups.get(id(operation), Group(tail.key))
+        self._round(tail)
 
     def _round_input(self, operation: Operation, place: int, source: Operation) -> None:
         origin = _origin(source)
@@ -158,7 +174,7 @@ class _Planner:
             positive = operation.kind in {"relu", "relu6"}
             cap = 6.0 if operation.kind == "relu6" else None
             self._grids[id(operation)] = len(self.plan.grids)
-            self.plan.grids.append(Grid(positive, cap, _FIXED.get(operation.name)))
+            self.plan.grids.append(Grid(positive, cap))
         return self._grids[id(operation)]
 
 
@@ -184,7 +200,3 @@ def _only_user(operation: Operation) -> Operation | None:
 
 def _is_float(operation: Operation) -> bool:
     return operation.kind in {"float", "int", BATCH_NORM, "clamp"}
-
-
-def _pair(value: Any) -> tuple[float, int] | None:
-    return None if value is None else (float(value[0]), int(value[1]))

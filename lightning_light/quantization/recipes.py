@@ -11,7 +11,7 @@ __all__ = ["Engine", "Int8"]
 
 Engine = Literal["qnnpack", "x86"]
 
-_HIGHEST = {"qnnpack": 255, "x86": 127}
+_WEIGHT_LIMIT = {"qnnpack": 127, "x86": 63}
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,8 @@ class Int8:
     """Eight bits as the int8 kernels of mobile and server CPUs compute with them.
 
     Weights are symmetric, one scale an output channel: ``q = round(w / s)`` in [-127, 127], ``s = max|w| / 127``; zero
-    stays zero, so masks survive. Activations are affine, one scale a tensor: ``q = round(x / s) + z``, with ``s`` and
-    ``z`` from a moving average of the smallest and largest value of each training batch.
+    stays zero, so masks survive. Activations are affine, one scale a tensor: ``q = round(x / s) + z`` in [0, 255],
+    with ``s`` and ``z`` from a moving average of the smallest and largest value of each training batch.
 
     Jacob et al., 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference".
     https://arxiv.org/abs/1712.05877
@@ -30,8 +30,8 @@ class Int8:
         Int8(engine='x86', keep_float=['head'])
 
     Args:
-        engine: whose rules. ``qnnpack`` (ARM): activations in [0, 255]. ``x86``: activations in [0, 127], because
-            without VNNI its kernels add two products of 8 bits in 16, which overflows.
+        engine: whose rules. ``qnnpack`` (ARM): weights in [-127, 127]. ``x86``: weights in [-63, 63], because without
+            VNNI its kernels add two products in 16 bits, and 2 * 255 * 127 does not fit.
         keep_float: layers that stay float: patterns or `Targets`; the first or the last, for instance.
         averaging: weight of a new batch in the moving average of the ranges, in (0, 1].
 
@@ -60,6 +60,6 @@ class Int8:
         return f"Int8({', '.join(f'{name}={value!r}' for name, value, default in given if value != default)})"
 
     @property
-    def highest(self) -> int:
-        """The largest quantized activation; the smallest is 0."""
-        return _HIGHEST[self.engine]
+    def weight_limit(self) -> int:
+        """The largest quantized weight; the smallest is its negative."""
+        return _WEIGHT_LIMIT[self.engine]

@@ -30,14 +30,14 @@ def begin(state: dict[str, Any], model: nn.Module, example: ExampleInput, recipe
     plan = plan_sites(record(model, example.args, example.kwargs), keep_float=kept)
     ranges = torch.tensor([[torch.inf, -torch.inf]] * len(plan.grids)).reshape(-1, 2)
     state.clear()
-    state |= {"plan": plan.plain(), "ranges": ranges, "batches": 0, "form": "plain", "highest": recipe.highest}
+    state |= {"plan": plan.plain(), "ranges": ranges, "batches": 0, "form": "plain", "engine": recipe.engine, "weight_limit": recipe.weight_limit}
 
 
 def attach_from(model: nn.Module, state: dict[str, Any]) -> Attachment | None:
     """Hook ``model`` as ``state`` says; None if there is no plan, or nothing in it."""
     if not state.get("plan", {}).get("weights"):
         return None
-    attachment = attach(model, Plan.from_plain(state["plan"]), state["ranges"], state["highest"])
+    attachment = attach(model, Plan.from_plain(state["plan"]), state["ranges"], state["engine"], state["weight_limit"])
     attachment.form = state["form"]
     return attachment
 
