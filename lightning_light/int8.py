@@ -13,7 +13,10 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["Kernels", "RoundsNumbers", "rounders_of"]
+__all__ = ["QUANTIZED_TENSORS_ARE_DEPRECATED", "Kernels", "RoundsNumbers", "rounders_of"]
+
+QUANTIZED_TENSORS_ARE_DEPRECATED = r"torch\.quantize_per_tensor, torch\.quantize_per_channel"
+"""How torch's news begins that its int8 kernels will leave; whoever exports to them knows."""
 
 
 @dataclass

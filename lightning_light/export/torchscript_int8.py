@@ -19,7 +19,7 @@ from lightning_light.export.exporter import Exporter
 from lightning_light.export.inputs import Positional
 from lightning_light.export.parity import Tolerance
 from lightning_light.export.torchscript_lite import TorchScriptLite, write_lite
-from lightning_light.int8 import Kernels, rounders_of
+from lightning_light.int8 import QUANTIZED_TENSORS_ARE_DEPRECATED, Kernels, rounders_of
 
 __all__ = ["TorchScriptInt8"]
 
@@ -126,6 +126,8 @@ def _engine(name: str) -> Iterator[None]:
     before = torch.backends.quantized.engine
     torch.backends.quantized.engine = name
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", QUANTIZED_TENSORS_ARE_DEPRECATED)
+            yield
     finally:
         torch.backends.quantized.engine = before

@@ -16,6 +16,7 @@ from typing_extensions import override
 from lightning_light.int8 import Kernels, RoundsNumbers
 from lightning_light.quantization.kernels import tensors_to_float
 from lightning_light.quantization.lowering import Lowering
+from lightning_light.quantization.news import warnings_of_the_caller, without_news
 from lightning_light.quantization.operations import BATCH_NORM, HEAVY, kind_of, name_of
 from lightning_light.quantization.places import Frames
 from lightning_light.quantization.plan import Plan
@@ -95,7 +96,7 @@ class Attachment(Frames, RoundsNumbers):
         try:
             torch.backends.quantized.engine = self.engine
             self._lowering = lowering
-            with torch.no_grad():
+            with torch.no_grad(), without_news():
                 call()  # collects
                 lowering.build()
                 self.form = "kernels"
@@ -103,7 +104,8 @@ class Attachment(Frames, RoundsNumbers):
             lowering.trying = False
             layers = {key: layer for key, layer in lowering.layers.items() if key not in lowering.refused}
             packed = [layer.packed for layer in layers.values()]
-            yield Kernels(self.engine, packed, self._output_scales, len(layers), lowering.left_float())
+            with without_news():
+                yield Kernels(self.engine, packed, self._output_scales, len(layers), lowering.left_float())
         finally:
             self.form, self._lowering, torch.backends.quantized.engine = form, None, engine
 
@@ -165,6 +167,9 @@ class _Mode(TorchFunctionMode):
         key = self.attachment.next_key(name)
         if key is None:
             return func(*args, **(kwargs or {}))
+        if torch._C._get_tracing_state() is not None:
+            with warnings_of_the_caller():
+                return self.attachment.run(key, name, func, list(args), dict(kwargs or {}))
         return self.attachment.run(key, name, func, list(args), dict(kwargs or {}))
 
 

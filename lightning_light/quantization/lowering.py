@@ -108,7 +108,7 @@ class Lowering:
         self, key: str, name: str, function: Any, args: list[Any], kwargs: dict[str, Any]
     ) -> tuple[bool, Any]:
         kind, group = kind_of(name), self.plan.groups.get(key)
-        first = args[0] if args else kwargs.get("input")
+        first: Any = args[0] if args else kwargs.get("input")
         if key in self.layers:
             if not first.is_quantized:
                 raise NotImplementedError("its input is not on a grid")
@@ -119,9 +119,7 @@ class Lowering:
             return True, function(*args, **kwargs)
         return False, None
 
-    def _join(
-        self, key: str, kind: str, group: Group, args: list[Any], kwargs: dict[str, Any]
-    ) -> tuple[bool, Any]:
+    def _join(self, key: str, kind: str, group: Group, args: list[Any], kwargs: dict[str, Any]) -> tuple[bool, Any]:
         scale = self._scale_of(group)
         values = list(args[0]) if kind == "cat" else [*args, *kwargs.values()][:2]
         if scale is None or not all(isinstance(value, Tensor) and value.is_quantized for value in values):
@@ -164,4 +162,6 @@ class Lowering:
 def _parameters(name: str) -> tuple[str, ...]:
     if name.startswith("conv"):
         return _TRANSPOSED if "transpose" in name else _CONVOLUTION
-    return tuple(inspect.signature(getattr(F, name)).parameters) if name == "batch_norm" else ("input", "weight", "bias")
+    return (
+        tuple(inspect.signature(getattr(F, name)).parameters) if name == "batch_norm" else ("input", "weight", "bias")
+    )

@@ -43,7 +43,7 @@ class QuantizationAwareTraining(CompressionCallback):
     Example:
         >>> from lightning_light.quantization import Int8, QuantizationAwareTraining
         >>> QuantizationAwareTraining(Int8(), start=0.7)
-        QuantizationAwareTraining(recipe=Int8(), start=0.7)
+        QuantizationAwareTraining(start=0.7)
 
     Args:
         recipe: how many bits, and by which engine's rules.

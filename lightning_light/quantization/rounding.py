@@ -25,8 +25,8 @@ def scales_of(grids: Sequence[Grid], ranges: Tensor) -> list[tuple[float, int] |
             been seen, which has no scale.
 
     Example:
-        >>> scales_of([Grid(), Grid(positive=True, cap=6.0)], torch.tensor([[-1.0, 1.55], [-3.0, 9.0]]))
-        [(0.01, 100), (0.023529411764705882, 0)]
+        >>> scales_of([Grid(), Grid(positive=True, cap=6.0)], torch.tensor([[-1.0, 4.0], [-3.0, 9.0]]))
+        [(0.0196..., 51), (0.0235..., 0)]
     """
     found: list[tuple[float, int] | None] = []
     for grid, (low, high) in zip(grids, ranges.double().tolist(), strict=True):
@@ -35,7 +35,7 @@ def scales_of(grids: Sequence[Grid], ranges: Tensor) -> list[tuple[float, int] |
             continue
         low = 0.0 if grid.positive else min(low, 0.0)
         high = max(high if grid.cap is None else min(high, grid.cap), 0.0)
-        scale = max(round((high - low) / HIGHEST, 12), _SMALLEST)
+        scale = max((high - low) / HIGHEST, _SMALLEST)
         found.append((scale, min(max(round(-low / scale), 0), HIGHEST)))
     return found
 

@@ -19,9 +19,10 @@ from lightning_light.surgery.journal import ledger_of
 from lightning_light.surgery.manifest import plain_copy
 from lightning_light.targets import as_targets
 
-__all__ = ["attach_from", "begin", "fake_quantized", "keep_example"]
+__all__ = ["METHOD", "attach_from", "begin", "fake_quantized", "keep_example"]
 
-_METHOD = "quantization_aware_training"
+METHOD = "quantization_aware_training"
+"""Where in the ledger the ranges are."""
 
 
 def begin(state: dict[str, Any], model: nn.Module, example: ExampleInput, recipe: Int8) -> None:
@@ -30,7 +31,14 @@ def begin(state: dict[str, Any], model: nn.Module, example: ExampleInput, recipe
     plan = plan_sites(record(model, example.args, example.kwargs), keep_float=kept)
     ranges = torch.tensor([[torch.inf, -torch.inf]] * len(plan.grids)).reshape(-1, 2)
     state.clear()
-    state |= {"plan": plan.plain(), "ranges": ranges, "batches": 0, "form": "plain", "engine": recipe.engine, "weight_limit": recipe.weight_limit}
+    state |= {
+        "plan": plan.plain(),
+        "ranges": ranges,
+        "batches": 0,
+        "form": "plain",
+        "engine": recipe.engine,
+        "weight_limit": recipe.weight_limit,
+    }
 
 
 def attach_from(model: nn.Module, state: dict[str, Any]) -> Attachment | None:
@@ -62,7 +70,7 @@ def fake_quantized(model: nn.Module) -> Iterator[nn.Module]:
     Raises:
         LightningLightError: nothing in it has been quantized.
     """
-    states = [state for method, state in ledger_of(model).state.items() if method.startswith(_METHOD)]
+    states = [state for method, state in ledger_of(model).state.items() if method.startswith(METHOD)]
     attachments = [found for state in states if (found := attach_from(model, state)) is not None]
     if not attachments:
         raise LightningLightError(

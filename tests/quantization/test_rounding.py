@@ -24,7 +24,7 @@ def test_activations(low, high) -> None:
     x = torch.linspace(low - 1, high + 1, 1001)
     x = x[((x.double() / scale) % 1 - 0.5).abs() > 1e-3]  # a tie in float64 need not be one in float32
     found = round_activation(x, scale, zero)
-    torch.testing.assert_close(found.double(), jacob(x, scale, zero, 0), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.double(), jacob(x, scale, zero, 0, 255), atol=1e-5, rtol=1e-5)
     assert round_activation(torch.zeros(1), scale, zero).item() == 0.0
     inside = x[(x >= low) & (x <= high)]
     assert (round_activation(inside, scale, zero) - inside).abs().max() <= scale * 1.001

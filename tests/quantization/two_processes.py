@@ -58,7 +58,12 @@ def fit(folder: Path, ckpt_path: Path | None = None) -> tuple[Any, Any, dict[str
 
     saving = checkpoints(folder) if ckpt_path is None else []
     run = trainer(
-        Look(), qat, *saving, devices=2, strategy=DDPStrategy(process_group_backend="gloo"), use_distributed_sampler=True
+        Look(),
+        qat,
+        *saving,
+        devices=2,
+        strategy=DDPStrategy(process_group_backend="gloo"),
+        use_distributed_sampler=True,
     )
     run.fit(module, ckpt_path=ckpt_path)
     return run, module, {**qat.state(module), "example": examples[0] if examples else None}
