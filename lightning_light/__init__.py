@@ -65,10 +65,12 @@ from lightning_light.export import (
     Exporter,
     MobileExport,
     Tolerance,
+    TorchScriptInt8,
     TorchScriptLite,
     export_model,
 )
 from lightning_light.monitors import CompressionMonitor
+from lightning_light.quantization import Int8, QuantizationAwareTraining, fake_quantized, quantize
 from lightning_light.schedules import (
     Constant,
     Cosine,
@@ -121,7 +123,7 @@ from lightning_light.targets import Targets
 
 __version__ = "0.1.0"
 
-__all__ = [  # plain order, capitals or not
+__all__ = [
     "Activation",
     "Alternating",
     "AttentionTransfer",
@@ -161,6 +163,7 @@ __all__ = [  # plain order, capitals or not
     "GroupLasso",
     "GrowingRegularization",
     "Hessian",
+    "Int8",
     "Isomorphic",
     "Kernel",
     "KnowledgeDistillation",
@@ -183,6 +186,7 @@ __all__ = [  # plain order, capitals or not
     "Params",
     "ParityError",
     "Pattern",
+    "QuantizationAwareTraining",
     "RKD",
     "Random",
     "RankMismatchError",
@@ -211,6 +215,7 @@ __all__ = [  # plain order, capitals or not
     "Taylor",
     "TeacherSource",
     "Tolerance",
+    "TorchScriptInt8",
     "TorchScriptLite",
     "TraceError",
     "Unstructured",
@@ -221,10 +226,12 @@ __all__ = [  # plain order, capitals or not
     "Zeros",
     "expand_checkpoint",
     "export_model",
+    "fake_quantized",
     "load_from_checkpoint",
     "measure_zeros",
     "prune_channels",
     "prune_weights",
+    "quantize",
     "remove_dead_channels",
     "to_semi_structured",
 ]
