@@ -73,6 +73,7 @@ from lightning_light.export import (
     Exporter,
     MobileExport,
     Tolerance,
+    TorchScriptInt8,
     TorchScriptLite,
     export_model,
 from lightning_light.export import Exporter, MobileExport, Tolerance, TorchScriptLite, export_model
@@ -93,6 +94,7 @@ from lightning_light.lowrank import (
     factorize_checkpoint,
 )
 from lightning_light.monitors import CompressionMonitor
+from lightning_light.quantization import Int8, QuantizationAwareTraining, fake_quantized, quantize
 from lightning_light.schedules import (
     Constant,
     Cosine,
@@ -191,6 +193,7 @@ __all__ = [
     "GroupLasso",
     "GrowingRegularization",
     "Hessian",
+    "Int8",
     "Isomorphic",
     "Kernel",
     "KnowledgeDistillation",
@@ -217,6 +220,7 @@ __all__ = [
     "Params",
     "ParityError",
     "Pattern",
+    "QuantizationAwareTraining",
     "RKD",
     "Random",
     "RankMismatchError",
@@ -247,6 +251,7 @@ __all__ = [
     "Taylor",
     "TeacherSource",
     "Tolerance",
+    "TorchScriptInt8",
     "TorchScriptLite",
     "TraceError",
     "Unstructured",
@@ -263,11 +268,13 @@ __all__ = [
     "export_model",
     "factorize",
     "factorize_checkpoint",
+    "fake_quantized",
     "load_clustered",
     "load_from_checkpoint",
     "measure_zeros",
     "prune_channels",
     "prune_weights",
+    "quantize",
     "remove_dead_channels",
     "save_clustered",
     "to_semi_structured",

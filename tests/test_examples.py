@@ -86,6 +86,16 @@ def test_sparse_training_compares_four_ways_and_draws_them(small: Path, tmp_path
 
 
 @pytest.mark.slow
+def test_the_int8_file_is_smaller_and_its_accuracy_is_the_modules(small: Path, tmp_path: Path) -> None:
+    printed = run(EXAMPLES / "06_quantize.py", f"--data={small}", "--epochs=4", folder=tmp_path)
+    rows = {line.split()[1]: re.findall(r"([\d.]+)%", line) for line in printed.splitlines() if line.count("%") == 2}
+    (module, file) = (float(share) for share in rows["int8,"])
+    assert abs(module - file) <= 1.0
+    quantized, plain = (tmp_path / "runs" / "quantize" / f"{name}.ptl" for name in ("int8", "float"))
+    assert quantized.stat().st_size < 0.35 * plain.stat().st_size
+
+
+@pytest.mark.slow
 def test_the_yaml_twin_ends_with_the_same_weights(main_job: tuple[Path, str], small: Path, tmp_path: Path) -> None:
     config = EXAMPLES / "configs" / "prune.yaml"
     run(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from lightning_light.export.inputs import Positional
+from lightning_light.export.parity import Tolerance
 
 __all__ = ["Exporter"]
 
@@ -54,6 +55,15 @@ class Exporter(ABC):
         Raises:
             TraceError: the format cannot express the model.
         """
+
+    def allowed(self, tolerance: Tolerance, details: Mapping[str, Any]) -> Tolerance:
+        """How far the file's answers may be off: what the user allows, unless the format cannot keep that.
+
+        Args:
+            tolerance: the user's.
+            details: what `write` has returned.
+        """
+        return tolerance
 
     @abstractmethod
     def load(self, path: Path) -> Callable[..., Any]:

@@ -106,6 +106,7 @@ def export_model(
         with torch_threads(latency_threads):
             run = exporter.load(part)
         fitting = [call for call in batches if right.fits(call) and (batch != "as_given" or _alike(call, example))]
+        parity = exporter.allowed(parity, details)
         found = _compare(right, run, _calls([given, *fitting], batch, exporter.largest_batch), parity)
         latency = measure_latency(lambda: run(*tensors), runs=latency_runs, threads=latency_threads)
         cost = count_cost(right.model, example.args, example.kwargs)

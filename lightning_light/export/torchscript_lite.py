@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,13 +57,8 @@ class TorchScriptLite(Exporter):
 
     @override
     def write(self, model: Positional, tensors: tuple[Any, ...], path: Path) -> dict[str, Any]:
-        with quiet_deprecations(), plain_attention():
-            traced, branches = _trace(model, tensors)
-            frozen = torch.jit.freeze(traced)
-            frozen._save_for_lite_interpreter(str(path))
-            version = _runtime()._get_model_bytecode_version(str(path))
+        frozen, version, branches = write_lite(model, tensors, path)
         left = frozen.inlined_graph.findAllNodes("aten::batch_norm", recurse=True)
-        _warn_of(branches, type(model.model).__name__)
         return {
             "torch": torch.__version__,
             "bytecode_version": version,
@@ -75,6 +70,31 @@ class TorchScriptLite(Exporter):
     def load(self, path: Path) -> Callable[..., Any]:
         with quiet_deprecations():
             return _runtime()._load_for_lite_interpreter(str(path))  # type: ignore[no-any-return]
+
+
+def write_lite(
+    model: Positional,
+    tensors: tuple[Any, ...],
+    path: Path,
+    packed: Sequence[Any] = (),
+    notes: Mapping[str, str] | None = None,
+) -> tuple[Any, int, list[str]]:
+    """Trace, freeze, save; gives the frozen network, the version of the file, and the lines with built-in values.
+
+    Args:
+        model: as in `Exporter.write`.
+        tensors: likewise.
+        path: likewise.
+        packed: weights that are no tensors, which the kernels of the network hold.
+        notes: written into the file, as ``extra/{name}``.
+    """
+    with quiet_deprecations(), plain_attention():
+        traced, branches = _trace(model, tensors, packed)
+        frozen = torch.jit.freeze(traced)
+        frozen._save_for_lite_interpreter(str(path), _extra_files=dict(notes or {}))
+        version = _runtime()._get_model_bytecode_version(str(path))
+    _warn_of(branches, type(model.model).__name__)
+    return frozen, version, branches
 
 
 def _runtime() -> Any:
@@ -97,9 +117,11 @@ class _Opaque(nn.Module):
     Otherwise it would read every attribute and property of the user's modules; some raise (``trainer``).
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, packed: Sequence[Any] = ()) -> None:
         super().__init__()
         vars(self)["held"] = (model,)
+        for place, weight in enumerate(packed):  # of int8 kernels: objects that the tracer has to find somewhere
+            setattr(self, f"packed_{place}", weight)
         for place, module in enumerate(model.modules()):
             if isinstance(module, torch.jit.ScriptModule):  # the one kind that the tracer has to know
                 self.add_module(f"scripted_{place}", module)
@@ -109,12 +131,12 @@ class _Opaque(nn.Module):
         return vars(self)["held"][0](*tensors)
 
 
-def _trace(model: Positional, tensors: tuple[Any, ...]) -> tuple[Any, list[str]]:
+def _trace(model: Positional, tensors: tuple[Any, ...], packed: Sequence[Any] = ()) -> tuple[Any, list[str]]:
     """The trace, and the lines of code whose Python values it has made constants."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", TracerWarning)
         try:
-            traced = torch.jit.trace(_Opaque(model).eval(), tensors, strict=False, check_trace=False)  # type: ignore[no-untyped-call]
+            traced = torch.jit.trace(_Opaque(model, packed).eval(), tensors, strict=False, check_trace=False)  # type: ignore[no-untyped-call]
         except (RuntimeError, TypeError, ValueError) as error:
             raise TraceError(_advice(model, error)) from error
     lines = []

@@ -1,0 +1,188 @@
+"""Fake quantization in place: hooks on the user's modules, and nothing else of theirs is touched."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+from typing_extensions import override
+
+from lightning_light.int8 import Kernels, RoundsNumbers
+from lightning_light.quantization.kernels import tensors_to_float
+from lightning_light.quantization.lowering import Lowering
+from lightning_light.quantization.news import warnings_of_the_caller, without_news
+from lightning_light.quantization.operations import BATCH_NORM, HEAVY, kind_of, name_of
+from lightning_light.quantization.places import Frames
+from lightning_light.quantization.plan import Plan
+from lightning_light.quantization.rounding import round_activation, round_weight, scales_of
+
+__all__ = ["Attachment", "attach"]
+
+Form = Literal["plain", "rounded", "kernels"]
+
+
+class Attachment(Frames, RoundsNumbers):
+    """Carries out a plan on one network, as long as it is attached.
+
+    Attributes:
+        plan: what is rounded.
+        engine: whose kernels will run it.
+        limit: the largest quantized weight.
+        form: ``plain`` numbers, ``rounded`` ones, or int8 ``kernels``.
+        observing: whether ranges of the numbers are noted, for `observed`.
+        batch_norm_frozen: whether folded batch norms use, and keep, the statistics that they have.
+    """
+
+    def __init__(self, plan: Plan, engine: str, limit: int) -> None:
+        super().__init__()
+        self.plan, self.engine, self.limit = plan, engine, limit
+        self.form: Form = "plain"
+        self.observing = False
+        self.batch_norm_frozen = False
+        self.scales: list[tuple[float, int] | None] = []
+        self._seen: dict[int, Tensor] = {}
+        self._folded = frozenset(group.batch_norm for group in plan.groups.values())
+        self._lowering: Lowering | None = None
+        self._output_scales: list[float | None] = []
+        self._open: list[Any] = []
+
+    def use(self, ranges: Tensor) -> None:
+        """Compute every grid anew."""
+        self.scales = scales_of(self.plan.grids, ranges)
+
+    def observed(self, device: torch.device) -> Tensor:
+        """``(grids, 2)``: smallest and largest value of each since the last call; infinite where there was none."""
+        nothing = torch.tensor([torch.inf, -torch.inf], device=device)
+        ranges = [self._seen.get(place, nothing).to(device) for place in range(len(self.plan.grids))]
+        self._seen = {}
+        return torch.stack(ranges) if ranges else torch.empty(0, 2, device=device)
+
+    @override
+    def begin(self) -> None:
+        self._open = [_Mode(self)]
+        if "torch._dynamo" in sys.modules:  # compiled code would not see the mode
+            self._open.append(torch.compiler.set_stance("force_eager"))
+        for context in self._open:
+            context.__enter__()
+
+    @override
+    def end(self) -> None:
+        while self._open:
+            self._open.pop().__exit__(None, None, None)
+
+    @override
+    def finish(self, output: Any) -> Any:
+        if self.form != "kernels":
+            return None
+        if self._lowering is not None and self._lowering.trying:
+            found = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+            self._output_scales = [leaf.q_scale() if leaf.is_quantized else None for leaf in found]
+        return tensors_to_float(output)
+
+    @override
+    @contextmanager
+    def on_kernels(self, call: Callable[[], Any]) -> Iterator[Kernels]:
+        form, engine = self.form, torch.backends.quantized.engine
+        if form != "rounded":
+            yield Kernels("none")
+            return
+        lowering = Lowering(self.plan, self.scales, self.limit, self.engine)
+        try:
+            torch.backends.quantized.engine = self.engine
+            self._lowering = lowering
+            with torch.no_grad(), without_news():
+                call()  # collects
+                lowering.build()
+                self.form = "kernels"
+                call()  # tries
+            lowering.trying = False
+            layers = {key: layer for key, layer in lowering.layers.items() if key not in lowering.refused}
+            packed = [layer.packed for layer in layers.values()]
+            with without_news():
+                yield Kernels(self.engine, packed, self._output_scales, len(layers), lowering.left_float())
+        finally:
+            self.form, self._lowering, torch.backends.quantized.engine = form, None, engine
+
+    # What the mode asks at every operation.
+
+    def run(self, key: str, name: str, function: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        """One operation: rounded, or on a kernel."""
+        if self._lowering is not None and self.form == "kernels":
+            return self._lowering.run(key, name, function, args, kwargs)
+        if self._lowering is not None:
+            self._lowering.collect(key, name, args, kwargs)
+        self._before(key, kind_of(name), args, kwargs)
+        result = function(*args, **kwargs)
+        grid = self.plan.outputs.get(key)
+        return result if grid is None else self._activation(grid, result)
+
+    def _before(self, key: str, kind: str, args: list[Any], kwargs: dict[str, Any]) -> None:
+        """Round a weight, and inputs of the network; tell a batch norm which statistics to use."""
+        if kind == BATCH_NORM and self.batch_norm_frozen and key in self._folded:
+            _set(args, kwargs, 5, "training", False)
+        if self.form != "plain" and kind in HEAVY and key in self.plan.weights:
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            _set(args, kwargs, 1, "weight", round_weight(weight, self.limit, self.plan.weights[key]))
+        for place, grid in self.plan.arguments.get(key, {}).items():
+            if place < len(args):
+                args[place] = self._activation(grid, args[place])
+            else:
+                name = list(kwargs)[place - len(args)]
+                kwargs[name] = self._activation(grid, kwargs[name])
+
+    def _activation(self, grid: int, x: Any) -> Any:
+        """``x`` on its grid; what is no floating point tensor stays itself."""
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return x
+        if self.observing:
+            self._note(grid, x)
+        scale = self.scales[grid]
+        return x if self.form == "plain" or scale is None else round_activation(x, *scale)
+
+    def _note(self, grid: int, x: Tensor) -> None:
+        low, high = torch.aminmax(x.detach())
+        found = torch.stack([low, high]).float()
+        if grid in self._seen:
+            before = self._seen[grid]
+            found = torch.stack([torch.minimum(before[0], found[0]), torch.maximum(before[1], found[1])])
+        self._seen[grid] = found
+
+
+class _Mode(TorchFunctionMode):
+    """Sees every operation of a forward pass as it is called."""
+
+    def __init__(self, attachment: Attachment) -> None:
+        super().__init__()
+        self.attachment = attachment
+
+    @override
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = name_of(func)
+        key = self.attachment.next_key(name)
+        if key is None:
+            return func(*args, **(kwargs or {}))
+        if torch._C._get_tracing_state() is not None:
+            with warnings_of_the_caller():
+                return self.attachment.run(key, name, func, list(args), dict(kwargs or {}))
+        return self.attachment.run(key, name, func, list(args), dict(kwargs or {}))
+
+
+def _set(args: list[Any], kwargs: dict[str, Any], place: int, name: str, value: Any) -> None:
+    if len(args) > place:
+        args[place] = value
+    else:
+        kwargs[name] = value
+
+
+def attach(model: nn.Module, plan: Plan, ranges: Tensor, engine: str, limit: int) -> Attachment:
+    """Hook ``model``, and begin with plain numbers."""
+    attachment = Attachment(plan, engine, limit)
+    attachment.use(ranges)
+    attachment.watch(model)
+    return attachment

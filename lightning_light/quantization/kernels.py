@@ -1,0 +1,130 @@
+"""The engines' int8 kernels: which operation becomes which, and what they cannot do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_light.quantization.rounding import weight_scale
+
+__all__ = ["Layer", "add_fits", "join", "quantize", "tensors_to_float"]
+
+Scale = tuple[float, int]
+
+
+@dataclass
+class Layer:
+    """A layer with its batch norm folded, its weight packed, and its output grid.
+
+    Attributes:
+        run: the kernel.
+        packed: the engine's form of the weight.
+        scale: of the output.
+    """
+
+    run: Any
+    packed: Any
+    scale: Scale
+
+    def __call__(self, x: Tensor) -> Any:
+        """The whole group: layer, batch norm, ReLU, rounding."""
+        return self.run(x, self.packed, *self.scale)
+
+    @classmethod
+    def of(
+        cls, name: str, args: Mapping[str, Any], batch_norm: Mapping[str, Any] | None, *, relu: bool, scale: Scale,
+        limit: int, per_channel: bool,
+    ) -> Layer:  # fmt: skip
+        """Fold, quantize and pack.
+
+        Args:
+            name: of the operation: ``conv2d``.
+            args: its arguments by name.
+            batch_norm: those of the batch norm that follows, or None.
+            relu: whether one follows; it costs nothing, since nothing below zero is on the grid then.
+            scale: of the output.
+            limit: the largest quantized weight.
+            per_channel: whether the weight has one scale a channel.
+
+        Raises:
+            RuntimeError: the engine has no such kernel.
+            NotImplementedError: likewise.
+        """
+        weight, bias = args["weight"].detach().float(), args.get("bias")
+        bias = None if bias is None else bias.detach().float()
+        if batch_norm is not None:
+            weight, bias = _folded(weight, bias, batch_norm)
+        packed_weight, ops = _quantized(weight, limit, per_channel), torch.ops.quantized
+        suffix = "_relu" if relu else ""
+        if name == "linear":
+            return cls(getattr(ops, f"linear{suffix}"), ops.linear_prepack(packed_weight, bias), scale)
+        dims = weight.dim() - 2
+        geometry = [_listed(args.get(key, usual), dims) for key, usual in _GEOMETRY[name.startswith("conv_t")]]
+        pack = getattr(ops, f"{name}_prepack")
+        return cls(getattr(ops, name + suffix), pack(packed_weight, bias, *geometry, args.get("groups", 1)), scale)
+
+
+_GEOMETRY: dict[bool, list[tuple[str, int]]] = {
+    False: [("stride", 1), ("padding", 0), ("dilation", 1)],
+    True: [("stride", 1), ("padding", 0), ("output_padding", 0), ("dilation", 1)],
+}
+
+
+def _listed(value: Any, dims: int) -> list[int]:
+    if isinstance(value, str):
+        raise NotImplementedError(f"padding {value!r}")
+    listed = list(value) if isinstance(value, Sequence) else [value]
+    return [int(item) for item in (listed * dims if len(listed) == 1 else listed)]
+
+
+def _folded(weight: Tensor, bias: Tensor | None, norm: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """``g = gamma / sqrt(var + eps)``: the weight times ``g``, and ``beta + (bias - mean) * g``; in float64."""
+    gain = (norm["running_var"].double() + norm.get("eps", 1e-5)).rsqrt()
+    if norm.get("weight") is not None:
+        gain = gain * norm["weight"].detach().double()
+    shift = -norm["running_mean"].double() if bias is None else bias.double() - norm["running_mean"].double()
+    beta = 0.0 if norm.get("bias") is None else norm["bias"].detach().double()
+    columns = gain.reshape(-1, *[1] * (weight.dim() - 1))
+    return (weight.double() * columns).float(), (beta + shift * gain).float()
+
+
+def _quantized(weight: Tensor, limit: int, per_channel: bool) -> Tensor:
+    scale = weight_scale(weight, limit, per_channel)
+    if not per_channel:
+        return torch.quantize_per_tensor(weight, float(scale), 0, torch.qint8)
+    zeros = torch.zeros_like(scale, dtype=torch.int64)
+    return torch.quantize_per_channel(weight, scale.double(), zeros, 0, torch.qint8)
+
+
+def quantize(x: Tensor, scale: Scale) -> Tensor:
+    """A float tensor on a grid; one that is quantized is on it already."""
+    return x if x.is_quantized else torch.quantize_per_tensor(x.float(), scale[0], scale[1], torch.quint8)
+
+
+def add_fits(values: Sequence[Tensor], scale: Scale) -> bool:
+    """QNNPACK adds in 32 bits: an operand's scale over the sum's must be in [2**-14, 2**8), or it stops the process."""
+    return all(2.0**-14 <= value.q_scale() / scale[0] < 2.0**8 for value in values)
+
+
+def join(name: str, values: Sequence[Tensor], dim: int, scale: Scale, *, relu: bool) -> Any:
+    """A sum, product or concatenation of quantized tensors."""
+    ops = torch.ops.quantized
+    if name == "cat":
+        return ops.cat(list(values), dim, *scale)
+    return getattr(ops, name + ("_relu" if relu else ""))(*values, *scale)
+
+
+def tensors_to_float(value: Any) -> Any:
+    """Quantized tensors in lists, tuples and dicts, dequantized."""
+    if isinstance(value, Tensor):
+        return value.dequantize() if value.is_quantized else value
+    if isinstance(value, dict):
+        return {key: tensors_to_float(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        items = [tensors_to_float(item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value

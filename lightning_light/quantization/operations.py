@@ -1,0 +1,44 @@
+"""Which operations have an int8 kernel, and which only move numbers."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+__all__ = ["ADDING", "BATCH_NORM", "HEAVY", "kind_of", "name_of"]
+
+HEAVY: Final = frozenset({"conv", "transposed", "linear"})
+"""Kinds with a weight: what quantization is about."""
+
+ADDING: Final = frozenset({"add", "mul"})
+BATCH_NORM: Final = "batch_norm"
+
+_NAMES = {
+    "conv": "conv1d conv2d conv3d",
+    "transposed": "conv_transpose1d conv_transpose2d conv_transpose3d",
+    "linear": "linear",
+    "batch_norm": "batch_norm",
+    "relu": "relu relu_",
+    "relu6": "relu6",
+    "clamp": "hardtanh hardtanh_ clamp clamp_ clip",
+    "add": "add add_ __add__ __iadd__ __radd__",
+    "mul": "mul mul_ __mul__ __imul__ __rmul__ multiply",
+    "cat": "cat concat concatenate",
+    # The mean of values on a grid is put back on the same grid: what the engines do.
+    "pool": "adaptive_avg_pool1d adaptive_avg_pool2d avg_pool2d mean",
+    # What goes in comes out, elsewhere: no rounding is needed.
+    "move": "flatten view reshape permute transpose squeeze unsqueeze max_pool1d max_pool2d adaptive_max_pool2d "
+    "contiguous chunk split __getitem__ unflatten dropout dropout1d dropout2d dropout_ expand movedim narrow select "
+    "to float type detach clone",
+    "curve": "sigmoid hardsigmoid tanh hardswish hardswish_ leaky_relu leaky_relu_",
+}
+_KINDS = {name: kind for kind, names in _NAMES.items() for name in names.split()}
+
+
+def name_of(function: Any) -> str:
+    """What torch calls an operation: ``conv2d``, ``__add__``."""
+    return str(getattr(function, "__name__", function))
+
+
+def kind_of(name: str) -> str:
+    """The kind of an operation; ``float`` for those that stay as they are."""
+    return _KINDS.get(name, "float")

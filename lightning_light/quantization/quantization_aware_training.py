@@ -1,0 +1,225 @@
+"""`QuantizationAwareTraining`: the network learns to live with few bits, while it trains."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from typing_extensions import override
+
+from lightning_light.callback import CompressionCallback
+from lightning_light.example_input import Capture, ExampleInput, capture
+from lightning_light.order import Stage
+from lightning_light.progress import training_progress
+from lightning_light.quantization.attachment import Attachment
+from lightning_light.quantization.moments import check_moments, resolve_moment
+from lightning_light.quantization.recipes import Int8
+from lightning_light.quantization.rounding import merge
+from lightning_light.quantization.state import attach_from, begin, keep_example
+from lightning_light.surgery.distributed import check_agreement, reduce_mean, tell
+from lightning_light.surgery.selection import restart_selection
+from lightning_light.targets import as_targets
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+__all__ = ["QuantizationAwareTraining"]
+
+
+class QuantizationAwareTraining(CompressionCallback):
+    """Train with the rounding of int8 kernels in every forward pass, in place.
+
+    From ``start`` on ranges of the numbers are observed for ``observe_batches`` training batches; then weights and
+    numbers are rounded as the engine will round them, in training and in evaluation, and gradients pass straight
+    through. No module is replaced and no tensor of the module's ``state_dict`` is added or renamed: the operations
+    are found by following one forward pass, and rounded as they are called. What is remembered is in the checkpoint's
+    manifest. When the run has ended, the module computes in float again; `fake_quantized` brings the rounding back.
+
+    A batch norm after a layer is folded into it by the engine. It needs no other treatment in training: weights have
+    one scale a channel, so rounding them before or after the fold is the same.
+
+    Jacob et al., 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference".
+    https://arxiv.org/abs/1712.05877
+
+    Example:
+        >>> from lightning_light.quantization import Int8, QuantizationAwareTraining
+        >>> QuantizationAwareTraining(Int8(), start=0.7)
+        QuantizationAwareTraining(start=0.7)
+
+    Args:
+        recipe: how many bits, and by which engine's rules.
+        start: when observation begins; an int is an epoch, a float a fraction of the run. 0.0 for a trained network.
+        observe_batches: training batches that are observed before anything is rounded.
+        freeze_observers: from when on ranges stay as they are; 1.0 for never.
+        freeze_batch_norm: from when on the batch norms that the engine folds use their running statistics and keep
+            them; 1.0 for never.
+
+    Raises:
+        ValueError: an argument out of range, or moments out of order.
+        TypeError: ``recipe`` is no recipe.
+        TargetError: the recipe's ``keep_float`` names nothing.
+        OrderError: another method changes the structure after ``start``.
+
+    Note:
+        Channels leave, weights become zero and layers are factored before ``start``: ranges belong to the network that
+        is exported. Parts that ``torch.compile`` has compiled run uncompiled from ``start`` on.
+    """
+
+    method: ClassVar[str] = "quantization_aware_training"
+    stage: ClassVar[int] = Stage.QUANTIZATION
+    structural: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        recipe: Int8 = Int8(),
+        *,
+        start: int | float = 0.0,
+        observe_batches: int = 32,
+        freeze_observers: int | float = 0.9,
+        freeze_batch_norm: int | float = 0.95,
+    ) -> None:
+        check_moments(recipe, observe_batches, start=start, freeze_observers=freeze_observers,
+                      freeze_batch_norm=freeze_batch_norm)  # fmt: skip
+        self.recipe = recipe
+        self.start = start
+        self.observe_batches = observe_batches
+        self.freeze_observers = freeze_observers
+        self.freeze_batch_norm = freeze_batch_norm
+        self._moments: dict[str, float] = {}
+        self._capture: Capture | None = None
+        self._attachment: Attachment | None = None
+
+    # Lightning's hooks, in the order a run meets them.
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Resolve the moments, so that what cannot work is said before anything is trained."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self._moments = {
+                name: resolve_moment(name, getattr(self, name), trainer.max_epochs)
+                for name in ("start", "freeze_observers", "freeze_batch_norm")
+            }
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on where the checkpoint was, or begin anew."""
+        super().on_fit_start(trainer, pl_module)
+        state = self.state(pl_module)
+        if self.recipe.keep_float is not None:
+            as_targets(self.recipe.keep_float).select(pl_module)
+        if not self.resumed(pl_module):
+            state.clear()
+        self._attach(pl_module)
+        if "plan" not in state:
+            self._capture = capture(pl_module)
+            if self._capture.example is None and state.get("example"):
+                self._capture.remove()
+                self._capture.example = ExampleInput(**state["example"])
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Round in ``trainer.validate`` too; within ``fit`` that is so already."""
+        self._attach(pl_module)
+
+    @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Round in ``trainer.test`` too."""
+        self._attach(pl_module)
+
+    @override
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Round in ``trainer.predict`` too."""
+        self._attach(pl_module)
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Enter the stage that is due: observe, round, keep the ranges, keep the statistics."""
+        progress, state = training_progress(trainer), self.state(pl_module)
+        if "plan" not in state and progress >= self._moments["start"]:
+            self._begin(trainer, pl_module)
+        if self._attachment is None:
+            return
+        if state["form"] == "plain" and state["batches"] >= self.observe_batches:
+            state["form"] = self._attachment.form = "rounded"
+            restart_selection(trainer)  # else "best" is the float network
+            tell(trainer, f"{self.method}: {state['batches']} batches observed, from here on numbers are rounded")
+        rounded = state["form"] == "rounded"
+        self._attachment.observing = not rounded or progress < self._moments["freeze_observers"]
+        # In its last epoch `StochasticWeightAveraging` gathers statistics anew, and does not learn.
+        self._attachment.batch_norm_frozen = (
+            rounded and progress >= self._moments["freeze_batch_norm"] and not _is_gathering_statistics(trainer)
+        )
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Take what this batch has shown on all ranks into the ranges; validation is never observed."""
+        state = self.state(pl_module)
+        if "plan" not in state and "example" not in state and self._capture and self._capture.example:
+            keep_example(state, self._capture.example)
+        if self._attachment is None or not self._attachment.observing:
+            return
+        self._attachment.observing = False
+        seen = reduce_mean(trainer, self._attachment.observed(pl_module.device))
+        state["ranges"] = merge(state["ranges"].to(seen), seen, self.recipe.averaging)
+        state["batches"] += 1
+        self._attachment.use(state["ranges"])
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so, if nothing was rounded."""
+        if self._attachment is not None:
+            self._attachment.batch_norm_frozen = False
+        state = self.state(pl_module)
+        if state.get("form") != "rounded" and not getattr(trainer, "fast_dev_run", False):
+            self._no_effect(self._why_nothing(state))
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave no hook behind."""
+        for held in (self._capture, self._attachment):
+            if isinstance(held, Capture):
+                held.remove()
+            elif held is not None:
+                held.let_go()
+        self._capture, self._attachment = None, None
+        super().teardown(trainer, pl_module, stage)
+
+    @override
+    def window(self, max_epochs: int | None) -> tuple[float, float] | None:
+        """From the first observation to the end: the ranges belong to the network that is exported."""
+        return resolve_moment("start", self.start, max_epochs), 1.0
+
+    # Private: the small questions the hooks ask.
+
+    def _attach(self, pl_module: LightningModule) -> None:
+        if self._attachment is None:
+            self._attachment = attach_from(pl_module, self.state(pl_module))
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._capture is None or self._capture.example is None:
+            return
+        state, example = self.state(pl_module), self._capture.example.to(pl_module)
+        begin(state, pl_module, example, self.recipe)
+        check_agreement(trainer, "where `QuantizationAwareTraining` rounds", state["plan"])
+        self._attach(pl_module)
+        layers, left = len(state["plan"]["weights"]), state["plan"]["left_float"]
+        tell(trainer, f"{self.method}: {layers} layers observed; left float: {left or 'none'}")
+
+    def _why_nothing(self, state: dict[str, Any]) -> str:
+        if "plan" not in state:
+            return (
+                f"the run was over before `start={self.start}`, or no step calls the module, `self(...)`, and it has "
+                "no `example_input_array`."
+            )
+        if self._attachment is None:
+            return "no convolution or linear layer was found whose weight can be rounded."
+        return (
+            f"the run was over after {state['batches']} of `observe_batches={self.observe_batches}`. Start earlier, or "
+            "observe fewer."
+        )
+
+
+def _is_gathering_statistics(trainer: Trainer) -> bool:
+    return bool(getattr(trainer.fit_loop, "_skip_backward", False))

@@ -1,0 +1,85 @@
+"""What a quantized network remembers in its ledger, and how it is brought back from there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_light.errors import LightningLightError
+from lightning_light.example_input import ExampleInput
+from lightning_light.quantization.attachment import Attachment, attach
+from lightning_light.quantization.plan import Plan, plan_sites
+from lightning_light.quantization.recipes import Int8
+from lightning_light.quantization.record import record
+from lightning_light.surgery.journal import ledger_of
+from lightning_light.surgery.manifest import plain_copy
+from lightning_light.targets import as_targets
+
+__all__ = ["METHOD", "attach_from", "begin", "fake_quantized", "keep_example"]
+
+METHOD = "quantization_aware_training"
+"""Where in the ledger the ranges are."""
+
+
+def begin(state: dict[str, Any], model: nn.Module, example: ExampleInput, recipe: Int8) -> None:
+    """Plan ``model``'s sites into ``state``; nothing is observed yet."""
+    kept = {} if recipe.keep_float is None else as_targets(recipe.keep_float).select(model)
+    plan = plan_sites(record(model, example.args, example.kwargs), keep_float=kept)
+    ranges = torch.tensor([[torch.inf, -torch.inf]] * len(plan.grids)).reshape(-1, 2)
+    state.clear()
+    state |= {
+        "plan": plan.plain(),
+        "ranges": ranges,
+        "batches": 0,
+        "form": "plain",
+        "engine": recipe.engine,
+        "weight_limit": recipe.weight_limit,
+    }
+
+
+def attach_from(model: nn.Module, state: dict[str, Any]) -> Attachment | None:
+    """Hook ``model`` as ``state`` says; None if there is no plan, or nothing in it."""
+    if not state.get("plan", {}).get("weights"):
+        return None
+    attachment = attach(model, Plan.from_plain(state["plan"]), state["ranges"], state["engine"], state["weight_limit"])
+    attachment.form = state["form"]
+    return attachment
+
+
+def keep_example(state: dict[str, Any], example: ExampleInput) -> None:
+    """So that a run that is resumed just before it begins can begin in time."""
+    try:
+        kept = plain_copy({"args": example.args, "kwargs": example.kwargs}, "example")
+    except TypeError:  # an object of the user's: a resumed run waits for its first batch
+        kept = None
+    state["example"] = kept
+
+
+@contextmanager
+def fake_quantized(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside, ``model`` computes with rounded numbers, as it was trained to.
+
+    Args:
+        model: a module that `QuantizationAwareTraining` has trained, in this process or loaded by
+            ``lightning_light.load_from_checkpoint``.
+
+    Raises:
+        LightningLightError: nothing in it has been quantized.
+    """
+    states = [state for method, state in ledger_of(model).state.items() if method.startswith(METHOD)]
+    attachments = [found for state in states if (found := attach_from(model, state)) is not None]
+    if not attachments:
+        raise LightningLightError(
+            f"`fake_quantized` on `{type(model).__name__}`: expected a module that was trained with "
+            "`QuantizationAwareTraining`, found no ranges in it. A checkpoint keeps them: load it by "
+            "`lightning_light.load_from_checkpoint`."
+        )
+    try:
+        yield model
+    finally:
+        for attachment in attachments:
+            attachment.let_go()

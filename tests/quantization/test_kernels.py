@@ -1,0 +1,211 @@
+"""What was rounded runs on the engines' int8 kernels, with the same answers; and their known defects are avoided."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_light.errors import UnsupportedError
+from lightning_light.example_input import ExampleInput
+from lightning_light.export import MobileExport, TorchScriptInt8, TorchScriptLite, export_model
+from lightning_light.quantization import Int8, QuantizationAwareTraining, fake_quantized, quantize
+from lightning_light.quantization.lowering import Lowering
+from tests.contract.bodies import Body, module_class
+from tests.contract.runs import DEFAULT_HOST, trainer
+from tests.quantization.test_plan import calibrated
+from tests.zoo import ZOO, noise
+
+ENGINES = [
+    name for name in ("qnnpack", "x86") if name in torch.backends.quantized.supported_engines
+]  # a build of torch may lack one
+
+
+def exported(net: nn.Module, folder: Path, *args: Tensor, **options: Any) -> Any:
+    return export_model(net, args, folder / "net.ptl", exporter=TorchScriptInt8(), latency_runs=1, **options)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", list(ZOO))
+@pytest.mark.filterwarnings("ignore:`TorchScriptInt8... on .*stay float")
+@pytest.mark.filterwarnings("ignore:`TorchScriptLite... on `ControlFlow.*Python values")
+def test_every_net_of_the_zoo_as_a_file(name, engine, tmp_path) -> None:
+    """Within three steps of the output's grid, and within eight for the exporter not to refuse."""
+    torch.manual_seed(0)
+    net = ZOO[name]().eval()
+    args, kwargs = net.example
+    attachment = calibrated(net, ExampleInput(args, kwargs), Int8(engine=engine))
+    before = torch.backends.quantized.engine
+    report = export_model(
+        net, args, tmp_path / "net.ptl", kwargs=kwargs, exporter=TorchScriptInt8(steps=3), latency_runs=1
+    )
+    assert torch.backends.quantized.engine == before
+    assert attachment.form == "rounded"
+    details = report.details
+    assert details["engine"] == engine
+    left = ["up"] if engine == "x86" and name in {"transposed", "unet"} else []
+    assert list(details["left_float"]) == left
+    assert details["int8_layers"] == len(attachment.plan.weights) - len(left)
+    heavy = sum(count for kind, count in details["int8_operations"].items() if "conv" in kind or "linear" in kind)
+    assert heavy >= details["int8_layers"]
+
+
+@pytest.mark.skipif("x86" not in ENGINES, reason="this torch has no x86 kernels")
+def test_the_defect_of_transposed_convolutions_on_x86_is_there_and_is_avoided(tmp_path) -> None:
+    """If a release of torch has mended the kernel, this fails: then it need no longer stay float."""
+    torch.manual_seed(0)
+    net = ZOO["transposed"]().eval()
+    args, kwargs = net.example
+    attachment = calibrated(net, ExampleInput(args, kwargs), Int8(engine="x86"))
+    with pytest.warns(UserWarning, match="stay float: {'up': 'the x86 kernel of transposed"):
+        report = exported(net, tmp_path, *args)
+    assert report.parity.max_absolute == 0.0
+    with torch.no_grad():
+        right = net(*args)
+        before = torch.backends.quantized.engine
+        lowering = Lowering(attachment.plan, attachment.scales, 63, "qnnpack")  # which does not refuse it
+        try:
+            torch.backends.quantized.engine = "x86"
+            attachment._lowering = lowering
+            net(*args)
+            lowering.build()
+            attachment.form = "kernels"
+            off = float((net(*args) - right).abs().max())
+        finally:
+            torch.backends.quantized.engine = before
+    assert off > 10 * report.details["output_scales"][0]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_relu6_does_not_meet_the_clamp_of_qnnpack(engine, tmp_path) -> None:
+    """On channels-last tensors, as its convolutions make them, that kernel clamps every number away."""
+
+    class Six(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu6(3 * self.first(x))  # not absorbed
+            return F.relu6(self.second(x)).clamp(0.1, 0.5)
+
+    torch.manual_seed(0)
+    net = Six().eval()
+    images = 3 * noise(2, 3, 8, 8)
+    calibrated(net, ExampleInput((images,)), Int8(engine=engine))
+    report = exported(net, tmp_path, images)
+    assert report.details["int8_layers"] == 2
+    assert report.parity.max_absolute < 0.05
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_sums_of_scales_far_apart_stay_float(engine, tmp_path) -> None:
+    """QNNPACK stops the process where an operand's scale is 2**8 times the sum's."""
+
+    class Far(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.third = (nn.Conv2d(3, 3, 1) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            return self.third(y + self.second(x))
+
+    torch.manual_seed(0)
+    net = Far().eval()
+    with torch.no_grad():
+        net.second.weight.copy_(-net.first.weight * (1 - 1e-4))
+        net.second.bias.copy_(-net.first.bias * (1 - 1e-4))  # type: ignore[operator, union-attr]
+    calibrated(net, ExampleInput((noise(2, 3, 8, 8),)), Int8(engine=engine))
+    report = exported(net, tmp_path, noise(2, 3, 8, 8))
+    assert "quantized::add" not in report.details["int8_operations"]
+    assert report.details["int8_layers"] == 3
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_file_is_a_quarter_and_takes_any_batch(engine, tmp_path) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 256, 3), nn.ReLU(), nn.Conv2d(256, 64, 3)).eval()
+    images = noise(2, 3, 8, 8)
+    plain = export_model(net, (images,), tmp_path / "float.ptl", latency_runs=1)
+    calibrated(net, ExampleInput((images,)), Int8(engine=engine))
+    small = exported(net, tmp_path, images)
+    assert small.bytes < {"qnnpack": 0.29, "x86": 0.55}[engine] * plain.bytes  # x86 keeps the weights twice
+    run = TorchScriptInt8().load(tmp_path / "net.ptl")
+    assert torch.equal(torch.cat([run(images[:1]), run(images[1:])]), run(images))
+
+
+def test_a_trained_network_is_exported_when_the_fit_ends(tmp_path) -> None:
+    stages: dict[str, Any] = {"start": 0.25, "observe_batches": 2, "freeze_observers": 0.75}
+    module: Any = module_class(Body, DEFAULT_HOST)()
+    export = MobileExport(tmp_path / "net.ptl", exporter=TorchScriptInt8(), latency_runs=1)
+    trainer(QuantizationAwareTraining(Int8(averaging=0.5), **stages), export).fit(module)
+    assert export.report is not None
+    assert export.report.details["int8_layers"] == 5
+    assert not export.report.details["left_float"]
+    images = module.val_dataloader().batches[0][0]
+    with fake_quantized(module.eval()):
+        torch.testing.assert_close(
+            TorchScriptInt8().load(tmp_path / "net.ptl")(images), module(images), rtol=0.0, atol=0.1
+        )
+
+
+def test_what_is_not_rounded_is_refused(tmp_path) -> None:
+    net = ZOO["plain"]().eval()
+    with pytest.raises(UnsupportedError, match=r"found 0 that round them.*`TorchScriptLite\(\)`"):
+        exported(net, tmp_path, noise(2, 3, 8, 8))
+    attachment = calibrated(net, ExampleInput((noise(2, 3, 8, 8),)))
+    attachment.form = "plain"
+    with pytest.raises(UnsupportedError, match="its numbers are not rounded yet"):
+        exported(net, tmp_path, noise(2, 3, 8, 8))
+    with pytest.raises(ValueError, match="Usual is 8"):
+        TorchScriptInt8(steps=-1)
+
+
+def test_the_float_exporter_writes_the_rounding_itself(tmp_path) -> None:
+    net = ZOO["plain"]().eval()
+    calibrated(net, ExampleInput((noise(2, 3, 8, 8),)))
+    report = export_model(net, (noise(2, 3, 8, 8),), tmp_path / "net.ptl", exporter=TorchScriptLite(), latency_runs=1)
+    assert report.parity.max_absolute < 1e-4
+
+
+class TestQuantize:
+    """Ranges from a few batches, without training."""
+
+    def test_ranges_hold_all_that_was_seen_and_the_module_is_as_before(self) -> None:
+        net = ZOO["plain"]().train()
+        before = {name: value.clone() for name, value in net.state_dict().items()}
+        batches = [noise(2, 3, 8, 8), 2 * noise(2, 3, 8, 8)]
+        assert quantize(net, batches, Int8()) is net
+        assert net.training
+        assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+        net.eval()
+        with torch.no_grad(), fake_quantized(net):
+            rounded = net(batches[0])
+        assert not torch.equal(rounded, net(batches[0]))
+        torch.testing.assert_close(rounded, net(batches[0]), atol=0.05, rtol=0.05)
+
+    def test_what_gives_no_range_is_refused(self) -> None:
+        net = ZOO["plain"]()
+        with pytest.raises(ValueError, match="found no batch"):
+            quantize(net, [], Int8())
+        with pytest.raises(ValueError, match="images for images, _ in loader"):
+            quantize(net, [[noise(2, 3, 8, 8), torch.zeros(2)]], Int8())
+        with pytest.raises(ValueError, match="no convolution or linear layer"):
+            quantize(nn.Sequential(nn.ReLU()), [noise(2, 3)], Int8())
+
+    def test_inputs_by_name(self) -> None:
+        class Named(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer = nn.Linear(6, 4)
+
+            def forward(self, *, x: Tensor) -> Tensor:
+                return self.layer(x)
+
+        net = Named()
+        quantize(net, [{"x": noise(2, 6)}], Int8())
+        with fake_quantized(net), torch.no_grad():
+            assert (net(x=noise(2, 6)) - net.layer(noise(2, 6))).abs().max() < 0.1

@@ -1,0 +1,215 @@
+"""Stages in a real Trainer: what is seen when, what is refused, and that the user's module stays theirs."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+import lightning_light
+from lightning_light.budgets import MACs
+from lightning_light.errors import LightningLightError, NoEffectWarning, OrderError, TargetError
+from lightning_light.quantization import Int8, QuantizationAwareTraining, fake_quantized
+from lightning_light.schedules import Linear, Window
+from lightning_light.structured import StructuredPruning
+from tests.contract.bodies import Body, module_class
+from tests.contract.runs import differences, trainer
+
+STAGES: dict[str, Any] = {"start": 0.25, "observe_batches": 2, "freeze_observers": 0.75, "freeze_batch_norm": 0.75}
+IMAGES = Body.train_dataloader(None).batches[0][0]  # type: ignore[arg-type]
+
+
+def module() -> Any:
+    return module_class(Body, pl)()
+
+
+class Diary(pl.Callback):
+    """The state after every batch."""
+
+    def __init__(self, qat: QuantizationAwareTraining) -> None:
+        self.qat, self.forms, self.ranges, self.means = qat, [], [], []  # type: ignore[var-annotated]
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        state = self.qat.state(pl_module)
+        self.forms.append(state.get("form"))
+        self.ranges.append(state["ranges"].clone() if "ranges" in state else None)
+        self.means.append(pl_module.features.bn1.running_mean.clone())
+
+
+def test_the_stages_come_in_order() -> None:
+    qat = QuantizationAwareTraining(Int8(averaging=0.5), **STAGES)
+    diary, net = Diary(qat), module()
+    trainer(qat, diary).fit(net)
+    assert diary.forms == [None] * 3 + ["plain"] * 2 + ["rounded"] * 7
+    moved = [not torch.equal(first, second) for first, second in zip(diary.ranges[3:], diary.ranges[4:], strict=False)]
+    assert moved == [True] * 5 + [False] * 3, "ranges stay from progress 0.75 on"
+    moved = [not torch.equal(first, second) for first, second in zip(diary.means, diary.means[1:], strict=False)]
+    assert moved == [True] * 8 + [False] * 3, "so do the statistics of folded batch norms"
+    assert set(net.state_dict()) == set(module().state_dict())
+
+
+def test_validation_and_sanity_checks_are_never_observed() -> None:
+    ends = []
+    for validation in ({"limit_val_batches": 0}, {"limit_val_batches": 4, "num_sanity_val_steps": 2}):
+        qat, net = QuantizationAwareTraining(Int8(), **{**STAGES, "start": 0.0}), module()
+        net.example_input_array = IMAGES
+        diary = Diary(qat)
+        trainer(qat, diary, **validation).fit(net)
+        ends.append({"ranges": diary.ranges[-1], **net.state_dict()})
+    assert not differences(*ends)
+
+
+def test_an_example_input_lets_the_first_batch_be_observed() -> None:
+    qat, net = QuantizationAwareTraining(Int8(), **{**STAGES, "start": 0.0}), module()
+    net.example_input_array = IMAGES
+    diary = Diary(qat)
+    trainer(qat, diary).fit(net)
+    assert diary.forms[:3] == ["plain", "plain", "rounded"]
+    first = diary.ranges[0][0].tolist()
+    assert first == [IMAGES.min().item(), IMAGES.max().item()]
+
+
+def test_the_network_computes_on_the_grid_in_the_trainer_and_in_float_after_it() -> None:
+    qat, net = QuantizationAwareTraining(Int8(averaging=0.9), **STAGES), module()
+    seen: list[Tensor] = []
+
+    class Look(pl.Callback):
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            pl_module.eval()
+            seen.append(pl_module(IMAGES).detach())
+            pl_module.train()
+
+    run = trainer(Look(), qat)
+    run.fit(net)
+    net.eval()
+    plain = net(IMAGES).detach()
+    with fake_quantized(net) as same:
+        assert same is net
+        rounded = net(IMAGES).detach()
+    assert torch.equal(rounded, seen[0])
+    assert not torch.equal(plain, rounded)
+    assert torch.equal(net(IMAGES), plain)
+    grid = qat.state(net)["plan"]["outputs"]["head|1|linear|1"]
+    low, high = qat.state(net)["ranges"][grid].clamp(torch.tensor([-1e9, 0.0]), torch.tensor([0.0, 1e9])).tolist()
+    steps = rounded.double() / ((high - low) / 255)
+    torch.testing.assert_close(steps, steps.round(), atol=1e-3, rtol=0.0)
+
+
+def test_a_loaded_checkpoint_can_be_rounded_without_a_trainer(tmp_path) -> None:
+    net = module()
+    run = trainer(QuantizationAwareTraining(Int8(), **STAGES))
+    run.fit(net)
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    loaded = lightning_light.load_from_checkpoint(type(net), tmp_path / "last.ckpt")
+    with fake_quantized(net), fake_quantized(loaded):
+        assert torch.equal(net.eval()(IMAGES), loaded.eval()(IMAGES))
+    with pytest.raises(LightningLightError, match=r"was trained with `QuantizationAwareTraining`"):
+        fake_quantized(module()).__enter__()
+
+
+def test_validate_rounds_too() -> None:
+    qat, net = QuantizationAwareTraining(Int8(), **STAGES), module()
+    run = trainer(qat)
+    run.fit(net)
+    (within,) = run.validate(net, verbose=False)
+    (plain,) = trainer().validate(net, verbose=False)
+    with fake_quantized(net):
+        (by_hand,) = trainer().validate(net, verbose=False)
+    assert within == by_hand
+    assert within != plain
+
+
+def test_masks_survive() -> None:
+    class Masked(Body):
+        def make(self) -> None:
+            super().make()
+            prune.l1_unstructured(self.features.conv1, "weight", amount=0.5)
+
+    net = module_class(Masked, pl)()
+    zero = net.features.conv1.weight_mask == 0
+    seen: list[Tensor] = []
+    conv2d = nn.functional.conv2d
+
+    class Spy(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is conv2d and args[1].shape == zero.shape:
+                seen.append(args[1].detach())
+            return func(*args, **(kwargs or {}))
+
+    trainer(QuantizationAwareTraining(Int8(), **STAGES)).fit(net)
+    with Spy(), fake_quantized(net):
+        net(IMAGES)
+    assert seen
+    assert all((weight[zero] == 0).all() for weight in seen)
+    assert seen[0][~zero].count_nonzero() > 0
+
+
+def test_pruning_after_the_start_is_refused_with_the_right_order() -> None:
+    late = StructuredPruning(MACs(0.5), schedule=Window(Linear(), start=0.2, end=0.6))
+    with pytest.raises(OrderError, match="expected StructuredPruning, QuantizationAwareTraining in this order"):
+        trainer(late, QuantizationAwareTraining(Int8(), start=0.4)).fit(module())
+
+
+def test_pruning_before_it_is_followed() -> None:
+    early = StructuredPruning(MACs(0.5), schedule=Window(Linear(), start=0.0, end=0.4), events=2)
+    net = module()
+    trainer(early, QuantizationAwareTraining(Int8(), **{**STAGES, "start": 0.5})).fit(net)
+    assert net.features.conv1.weight.shape[0] < 16
+    with fake_quantized(net):
+        assert net(IMAGES).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"start": 1.0}, r"start=1\.0\)`: expected a fraction"),
+        ({"start": -1}, "an epoch"),
+        ({"freeze_observers": 1.5}, "expected a fraction"),
+        ({"start": 0.5, "freeze_observers": 0.4}, "expected start <= freeze_observers <= freeze_batch_norm"),
+        ({"observe_batches": 0}, "expected an integer >= 1"),
+    ],
+)
+def test_bad_values_are_refused_at_once(options, sentence) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        QuantizationAwareTraining(Int8(), **options)
+
+
+def test_bad_recipes_are_refused_at_once() -> None:
+    with pytest.raises(TypeError, match=r"Write `QuantizationAwareTraining\(Int8\(\)\)`"):
+        QuantizationAwareTraining("int8")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="For phones write 'qnnpack'"):
+        Int8(engine="xnnpack")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="expected 0 < averaging <= 1"):
+        Int8(averaging=0.0)
+
+
+def test_what_cannot_work_in_this_run_is_refused_before_training() -> None:
+    with pytest.raises(ValueError, match="counts epochs"):
+        trainer(QuantizationAwareTraining(Int8(), start=1), max_epochs=-1, max_steps=4).fit(module())
+    with pytest.raises(ValueError, match="max_epochs"):
+        trainer(QuantizationAwareTraining(Int8(), start=3)).fit(module())
+    with pytest.raises(TargetError):
+        trainer(QuantizationAwareTraining(Int8(keep_float=["haed"]))).fit(module())
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"observe_batches": 99}, r"over after \d+ of `observe_batches=99`"),
+        ({"start": 0.99}, "the run was over before"),
+    ],
+)
+def test_a_run_that_is_too_short_says_so(options, sentence) -> None:
+    frozen = {"freeze_observers": 1.0, "freeze_batch_norm": 1.0}
+    with pytest.warns(NoEffectWarning, match=sentence):
+        trainer(QuantizationAwareTraining(Int8(), **{**STAGES, **frozen, **options})).fit(module())
+
+
+@pytest.mark.slow
+def test_two_ranks_have_one_network_and_resume(tmp_path) -> None:
+    from tests.quantization.two_processes import run_both
+
+    for found in run_both(tmp_path):
+        assert found == {"apart": 0.0, "resumed": 0.0, "rounded": True, "example": [2, 3, 8, 8]}

@@ -1,0 +1,102 @@
+"""Against the formulas of Jacob et al. (2018), restated here in float64."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.utils import fuse_conv_bn_eval
+
+from lightning_light.quantization.plan import Grid
+from lightning_light.quantization.rounding import merge, round_activation, round_weight, scales_of, weight_scale
+from tests.zoo import noise
+
+
+def jacob(r: Tensor, scale: float, zero: int, low: int, high: int) -> Tensor:
+    """``r = S (q - Z)``, ``q = clamp(round(r / S) + Z)``: their equations 1 and 12, ties to even as in torch."""
+    q = torch.clamp(torch.round(r.double() / scale) + zero, low, high)
+    return scale * (q - zero)
+
+
+@given(low=st.floats(-50, 0), high=st.floats(0.01, 50))
+def test_activations(low, high) -> None:
+    ((scale, zero),) = scales_of([Grid()], torch.tensor([[low, high]]))
+    x = torch.linspace(low - 1, high + 1, 1001)
+    x = x[((x.double() / scale) % 1 - 0.5).abs() > 1e-3]  # a tie in float64 need not be one in float32
+    found = round_activation(x, scale, zero)
+    torch.testing.assert_close(found.double(), jacob(x, scale, zero, 0, 255), atol=1e-5, rtol=1e-5)
+    assert round_activation(torch.zeros(1), scale, zero).item() == 0.0
+    inside = x[(x >= low) & (x <= high)]
+    assert (round_activation(inside, scale, zero) - inside).abs().max() <= scale * 1.001
+
+
+def test_gradients_pass_straight_through_within_the_range() -> None:
+    x = torch.tensor([-3.0, -0.4, 0.3, 9.0], requires_grad=True)
+    round_activation(x, 0.01, 100).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [0.0, 1.0, 1.0, 0.0]
+    w = noise(4, 3).requires_grad_()
+    (round_weight(w, 127, True) * noise(4, 3)).sum().backward()
+    assert torch.equal(w.grad, noise(4, 3))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("limit", [127, 63])
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_weights(per_channel, limit) -> None:
+    w = noise(6, 4, 3, 3)
+    largest = w.double().abs().flatten(1).amax(1) if per_channel else w.double().abs().amax().expand(6)
+    scale = (largest / limit)[:, None, None, None]
+    torch.testing.assert_close(
+        round_weight(w, limit, per_channel).double(), scale * torch.round(w.double() / scale), atol=1e-6, rtol=1e-6
+    )
+    assert weight_scale(w, limit, per_channel).shape == ((6,) if per_channel else ())
+
+
+def test_zeros_stay_zero_and_a_dead_channel_has_a_scale() -> None:
+    w = noise(6, 8)
+    w[:, ::2] = 0.0
+    w[3] = 0.0
+    rounded = round_weight(w, 127, True)
+    assert torch.equal(rounded == 0, (rounded == 0) | (w == 0))
+    assert (rounded[w == 0] == 0).all()
+    assert (weight_scale(w, 127, True) > 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_types_are_kept(dtype) -> None:
+    assert round_weight(noise(3, 4).to(dtype), 127, True).dtype == dtype
+    assert round_activation(noise(3, 4).to(dtype), 0.02, 128).dtype == dtype
+
+
+def test_rounding_before_the_fold_is_rounding_after_it() -> None:
+    """What the engine does (fold, then round) and what training does (round, then normalize) are one network."""
+    conv, bn = nn.Conv2d(3, 8, 3, bias=False).eval(), nn.BatchNorm2d(8).eval()
+    with torch.no_grad():
+        bn.weight.copy_(noise(8))  # of both signs
+        bn.running_var.copy_(noise(8).abs() + 0.1)
+        bn.running_mean.copy_(noise(8))
+        images = noise(2, 3, 8, 8)
+        folded = fuse_conv_bn_eval(conv, bn)
+        engine = torch.conv2d(images, round_weight(folded.weight, 127, True), folded.bias)
+        training = bn(torch.conv2d(images, round_weight(conv.weight, 127, True)))
+    torch.testing.assert_close(engine, training, atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_known_of_a_grid() -> None:
+    ranges = torch.tensor([[-1.0, 9.0], [-1.0, 9.0], [torch.inf, -torch.inf], [0.0, 0.0]])
+    grids = [Grid(positive=True), Grid(positive=True, cap=6.0), Grid(), Grid()]
+    plain, capped, unseen, zeros = scales_of(grids, ranges)
+    assert plain == (pytest.approx(9 / 255), 0)
+    assert capped == (pytest.approx(6 / 255), 0)
+    assert unseen is None
+    assert zeros is not None
+    assert zeros[0] > 0
+
+
+def test_moving_average() -> None:
+    infinite = torch.tensor([[torch.inf, -torch.inf]])
+    first = merge(infinite, torch.tensor([[-1.0, 2.0]]), 0.25)
+    assert first.tolist() == [[-1.0, 2.0]]
+    assert merge(first, torch.tensor([[-2.0, 6.0]]), 0.25).tolist() == [[-1.25, 3.0]]
+    assert merge(first, infinite, 0.25).tolist() == first.tolist()
+    assert merge(first, torch.tensor([[torch.nan, torch.inf]]), 0.25).tolist() == first.tolist()
