@@ -76,7 +76,7 @@ from lightning_light.export import (
     TorchScriptInt8,
     TorchScriptLite,
     export_model,
-from lightning_light.export import Exporter, MobileExport, Tolerance, TorchScriptLite, export_model
+)
 from lightning_light.lowrank import (
     EVBMF,
     ActivationSVD,

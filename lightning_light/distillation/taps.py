@@ -27,7 +27,7 @@ def pair_taps(taps: Taps, student: nn.Module, teacher: nn.Module) -> list[tuple[
         TargetError: a path names no module, or the two sides match different numbers. Prints the nearest names.
 
     Example:
-        >>> pair_taps("[02]", nn.Sequential(nn.ReLU(), nn.ReLU(), nn.ReLU()), nn.Sequential(*[nn.ReLU()] * 3))
+        >>> pair_taps("[02]", *(nn.Sequential(nn.ReLU(), nn.Tanh(), nn.ReLU()) for _ in range(2)))
         [('0', '0'), ('2', '2')]
     """
     wanted: Mapping[str, str]

@@ -18,8 +18,8 @@ def event_points(schedule: Schedule, events: int) -> list[tuple[float, float]]:
 
     Example:
         >>> from lightning_light.schedules import Linear, OneShot, Window
-        >>> event_points(Window(Linear(), start=0.2, end=0.6), events=2)
-        [(0.4, 0.5), (0.6, 1.0)]
+        >>> event_points(Window(Linear(), start=0.0, end=0.5), events=2)
+        [(0.25, 0.5), (0.5, 1.0)]
         >>> event_points(OneShot(), events=10)
         [(0.0, 1.0)]
     """
