@@ -15,4 +15,4 @@ test:
 	$(PYTHON) -m pytest -m "not slow"
 
 slow:
-	$(PYTHON) -m pytest -m slow
+	$(PYTHON) -m pytest -m slow $(TESTS)
