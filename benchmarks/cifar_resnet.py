@@ -125,7 +125,7 @@ def main() -> None:
         print(
             f"| one shot, {ranking} | {macs(pruned) / dense:.3f} | {accuracy(pruned, data['test']):.2%} |", flush=True
         )
-    module = Classifier(copy.deepcopy(net), args.lr)
+    module = Classifier(copy.deepcopy(net).train(), args.lr)  # a Trainer leaves evaluation mode as it is
     train = TensorDataset(*(tensor[: args.images] for tensor in data["train"].tensors))
     pruning = ll.StructuredPruning(budget, schedule=ll.Window(ll.Cubic(), start=0.0, end=0.4))
     trainer = L.Trainer(
