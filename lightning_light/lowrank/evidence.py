@@ -82,13 +82,13 @@ def add_gradients(sums: Sums, model: nn.Module, layers: Iterable[Layer], paramet
                 entry["steps"] = entry.get("steps", torch.zeros(())) + 1
 
 
-def mean_evidence(sums: Sums, reduce: Callable[[Tensor], Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Means of what was gathered; ``reduce`` takes the mean over processes, which have seen different data."""
+def mean_evidence(sums: Sums) -> dict[str, dict[str, Tensor]]:
+    """Means of what was gathered."""
     means: dict[str, dict[str, Tensor]] = {}
     for name, entry in sums.items():
         kinds = {kind: value for kind, value in entry.items() if kind not in {"count", "steps"}}
         counts = {kind: entry["steps" if kind == "grad_squared" else "count"] for kind in kinds}
-        means[name] = {kind: reduce(value) / reduce(counts[kind].to(value.device)) for kind, value in kinds.items()}
+        means[name] = {kind: value / counts[kind].to(value.device) for kind, value in kinds.items()}
     return means
 
 
@@ -104,7 +104,7 @@ def from_batches(
                 model(*call.args, **call.kwargs)
         finally:
             watch.remove()
-    return mean_evidence(watch.sums, lambda tensor: tensor)
+    return mean_evidence(watch.sums)
 
 
 def as_call(batch: Any, model: nn.Module) -> ExampleInput:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_light.budgets import Budget
@@ -193,7 +193,7 @@ class LowRankFactorization(CompressionCallback):
         if self._watch is not None and self._watch.is_open:
             self._watch.is_open = False
             state = self.state(pl_module)
-            _move(self._watch.sums, state.setdefault("gathered", {}))
+            _move(self._watch.sums, state.setdefault("gathered", {}), lambda tensor: reduce_mean(trainer, tensor))
             state["seen"] = state.get("seen", 0) + 1
 
     @override
@@ -293,7 +293,7 @@ class LowRankFactorization(CompressionCallback):
     def _decide(self, trainer: Trainer, pl_module: LightningModule, share: float) -> Plan:
         """The plan of rank 0, with its factors, on every rank; so is its refusal."""
         state = self.state(pl_module)
-        evidence = mean_evidence(state.get("gathered", {}), lambda tensor: reduce_mean(trainer, tensor))
+        evidence = mean_evidence(state.get("gathered", {}))
         outcome: Plan | LightningLightError | None = None
         if trainer.is_global_zero:
             now = quantity(pl_module, self.budget, self._example(pl_module))
@@ -358,9 +358,11 @@ def _facts(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _move(source: Sums, target: Sums) -> None:
+def _move(source: Sums, target: Sums, reduce: Callable[[Tensor], Tensor]) -> None:
+    """Add what this batch gave to what all ranks know, so that rank 0's checkpoint resumes every rank."""
     for name, entry in source.items():
         mine = target.setdefault(name, {})
-        for kind, value in entry.items():
+        for kind, local in entry.items():
+            value = reduce(local)
             mine[kind] = mine[kind].to(value.device) + value if kind in mine else value
     source.clear()

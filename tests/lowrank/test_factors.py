@@ -156,7 +156,7 @@ def test_the_moment_of_a_convolution_is_that_of_the_patches_it_reads(name) -> No
     watch.is_open = True
     y = model(x)
     watch.remove()
-    moment = mean_evidence(watch.sums, lambda tensor: tensor)["0"]["moment"]
+    moment = mean_evidence(watch.sums)["0"]["moment"]
     weight = grouped(layer).flatten(2)
     bias = 0 if layer.bias is None else layer.bias.detach().view(1, -1, *(1,) * (y.dim() - 2))
     energy = (y.detach() - bias).square().movedim(1, 0).reshape(layer.groups, -1).sum(1)
