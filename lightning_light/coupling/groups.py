@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_light.coupling.account import Tie
 from lightning_light.coupling.labels import FIXED
-from lightning_light.coupling.trace import Leaf, Tie, Tracer
+from lightning_light.coupling.trace import Leaf, Tracer
 
 __all__ = ["ChannelGroup", "Coupling", "Member", "coupling_of"]
 

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lightning_light.coupling.labels import LabelBook, varying
+from lightning_light.coupling.account import Account, Tie
+from lightning_light.coupling.labels import LabelBook
 from lightning_light.coupling.rules import RULES, elementwise, unknown
 from lightning_light.errors import TraceError
 from lightning_light.measure.quiet import plain_kernels, uncompiled
 
-__all__ = ["FORWARD_ERRORS", "Leaf", "Split", "Tie", "Tracer", "leaf_tensors", "quiet", "trace"]
+__all__ = ["FORWARD_ERRORS", "Leaf", "Tracer", "leaf_tensors", "quiet", "trace"]
 
 FORWARD_ERRORS = (
     RuntimeError,  # also NotImplementedError
@@ -29,11 +30,6 @@ FORWARD_ERRORS = (
     ArithmeticError,
 )
 """What a forward pass may raise on an input or a shape that it was not written for."""
-
-HEAD_COUNTS = ("num_heads", "n_heads", "nheads", "n_head", "nhead", "heads", "num_attention_heads")
-HEAD_SIZES = ("head_dim", "dim_head", "d_head", "head_size", "attention_head_size", "d_k")
-WIDTHS = ("embed_dim", "all_head_size", "inner_dim", "hidden_size", "d_model", "dim", "width")
-
 
 Known: TypeAlias = "Mapping[tuple[str, int], Tensor]"
 
@@ -47,145 +43,22 @@ class Leaf:
     labels: Tensor
 
 
-@dataclass(frozen=True)
-class Tie:
-    """An integer attribute of a module that counts channels: ``labels`` are those it counts."""
-
-    module: str
-    attribute: str
-    labels: Tensor
-
-
-@dataclass(frozen=True)
-class Split:
-    """A dimension that the user's code cut into parts (attention heads, shuffled groups), as it stood before."""
-
-    module: str
-    parts: Tensor
-    width: Tensor | None
-
-
 @dataclass(eq=False)
-class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own signature
-    """Follows labels through ATen operations.
+class Tracer(Account, TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own signature
+    """Follows labels through ATen operations, and lets their rules keep the account.
 
     Attributes:
-        heads: what leaves an attention: ``"head"`` (whole heads) or ``"dim"`` (the same position of every head).
-        book: which labels are one channel, and which must stay.
         leaves: the dimensions that were labelled.
-        ties: attributes that count channels.
-        splits: dimensions that became heads or other parts.
-        parts: labels, shape ``(parts, size)``, that the code took apart in equal parts, perhaps by ``chunk``.
-        apart: labels that the code picked out of others by position.
-        history: every operation, and the marks of its outputs.
         output_shapes: of the network.
     """
 
-    heads: str = "dim"
-    book: LabelBook = field(default_factory=LabelBook)
     leaves: list[Leaf] = field(default_factory=list)
-    ties: list[Tie] = field(default_factory=list)
-    splits: list[Split] = field(default_factory=list)
-    parts: list[Tensor] = field(default_factory=list)
-    apart: list[Tensor] = field(default_factory=list)
-    history: list[tuple[str, list[list[Tensor]]]] = field(default_factory=list)
     output_shapes: list[tuple[int, ...]] = field(default_factory=list)
+    _names: MutableMapping[Tensor, str] = field(default_factory=WeakIdKeyDictionary)
+    _used: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._marks: MutableMapping[Tensor, list[Tensor]] = WeakIdKeyDictionary()
-        self._stack: list[tuple[str, nn.Module, Tensor | None]] = []
-        self._function: Any = None
-        self._names: MutableMapping[Tensor, str] = WeakIdKeyDictionary()
-        self._counting: MutableMapping[Tensor, list[Tensor]] = WeakIdKeyDictionary()
-        self._used: set[str] = set()
-        self.shape_before: torch.Size = torch.Size()
-
-    # What rules ask for.
-
-    def marks(self, tensor: Tensor) -> list[Tensor]:
-        """The marks of ``tensor``, tidied; those that vary nowhere are dropped."""
-        tidy = [self.book.tidy(mark) for mark in self._marks.get(tensor, ())]
-        return [mark for mark in tidy if varying(mark)]
-
-    def give(self, tensor: Tensor, marks: Sequence[Tensor]) -> None:
-        """``tensor`` carries ``marks`` from now on."""
-        self._marks[tensor] = [mark for mark in marks if varying(mark)]
-
-    def along(self, tensor: Tensor, dim: int, reason: str = "", *, only: bool = False) -> Tensor | None:
-        """Labels along ``dim``, shape ``(size,)``; with ``reason``, what varies elsewhere is protected.
-
-        With ``only`` nothing is returned, and what varies along ``dim`` is protected instead.
-        """
-        found = None
-        for mark in self.marks(tensor):
-            if mark.shape[dim] == 1 or only:
-                if reason and (mark.shape[dim] > 1) == only:
-                    self.book.protect(mark, reason)
-                continue
-            if len(varying(mark)) > 1:
-                self.book.protect(mark, "varies along two dimensions at once")
-            index = [slice(None) if d == dim % mark.dim() else 0 for d in range(mark.dim())]
-            found = mark[tuple(index)] if found is None else found
-        return found
-
-    def couple(self, left: Tensor | None, right: Tensor | None, reason: str) -> None:
-        """Merge two label vectors; where one side has none, the other must stay, for ``reason``."""
-        if left is not None and right is not None:
-            self.book.merge(left, right, reason)
-        elif left is not None or right is not None:
-            self.book.protect(left if left is not None else right, reason)  # type: ignore[arg-type]
-
-    def give_indices(self, indices: Tensor, marks: Sequence[Tensor]) -> None:
-        """The values of ``indices`` are numbers of channels: whoever uses them holds ``marks`` in place."""
-        self._counting[indices] = list(marks)
-
-    def again(self, tensor: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """The operation at hand, on ``tensor`` in place of its first argument."""
-        plain = [arg.cpu() if isinstance(arg, Tensor) else arg for arg in args]
-        return self._function(tensor, *plain, **kwargs)
-
-    def in_recurrent_layer(self) -> bool:
-        """Whether the operation at hand runs inside an ``nn.RNNBase``."""
-        return bool(self._stack) and isinstance(self._stack[-1][1], nn.RNNBase)
-
-    def splits_heads(self, mark: Tensor) -> bool:
-        """Whether the rows of ``mark`` are this module's attention heads, and whole heads are to leave."""
-        module = self._stack[-1][1] if self._stack else None
-        counts = [getattr(module, name, None) for name in HEAD_COUNTS]
-        return self.heads == "head" and any(type(count) is int and _counts(count, mark) for count in counts)
-
-    def tie(self, attribute: str, labels: Tensor | None) -> None:
-        """The module at hand counts ``labels`` in ``attribute``, if it has it."""
-        if labels is not None and self._stack and hasattr(self._stack[-1][1], attribute):
-            number = getattr(self._stack[-1][1], attribute)
-            once = type(number) is int and 1 < number < labels.numel()  # instance norm repeats them for every sample
-            self.ties.append(Tie(self._stack[-1][0], attribute, labels[:number] if once else labels))
-
-    def note_split(self, mark: Tensor, dims: Sequence[int]) -> None:
-        """Remember how the user's code cut a dimension into parts."""
-        if self._stack:
-            name, _, width = self._stack[-1]
-            self.splits.append(Split(name, mark.reshape([mark.shape[dim] for dim in dims]), width))
-
-    def note_parts(self, mark: Tensor, dims: Sequence[int]) -> None:
-        """Tie the attributes that count the heads, or a head's positions."""
-        names, dim = (HEAD_COUNTS, dims[-2]) if mark.shape[dims[-2]] > 1 else (HEAD_SIZES, dims[-1])
-        if mark.shape[dim] > 1:
-            self._tie_by_name(names, mark)
-
-    def note_merge(self, mark: Tensor) -> None:
-        """Tie the attribute that names a width, where a reshape writes one."""
-        if varying(mark):
-            self._tie_by_name(WIDTHS, mark)
-
-    def _tie_by_name(self, names: Sequence[str], mark: Tensor) -> None:
-        module = self._stack[-1][1] if self._stack else None
-        for name in names:
-            if type(getattr(module, name, None)) is int and _counts(getattr(module, name), mark):
-                self.tie(name, mark.reshape(-1)[: getattr(module, name)])
-
-    # Watching.
+        TorchDispatchMode.__init__(self)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -330,14 +203,6 @@ def _module_names(model: nn.Module, tracer: Tracer) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _counts(number: int, mark: Tensor) -> bool:
-    """Whether ``mark`` (one varying dimension) is ``number`` labels, perhaps repeated as a whole."""
-    flat = mark.reshape(-1)
-    if not 1 < number <= flat.numel() or flat.numel() % number:
-        return False
-    return bool((flat.view(-1, number) == flat[:number]).all())
 
 
 def leaf_tensors(value: Any) -> list[Tensor]:

@@ -3,34 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
+from lightning_light.coupling.account import Account
 from lightning_light.coupling.labels import varying
 from lightning_light.coupling.rules.table import elementwise, outputs_of, rule, unknown
-
-if TYPE_CHECKING:
-    from lightning_light.coupling.trace import Tracer
 
 __all__: list[str] = []
 
 
 @rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
       "miopen_batch_norm", "_batch_norm_no_update", "_batch_norm_with_update")  # fmt: skip
-def _batch_normed(t: Tracer, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+def _batch_normed(t: Account, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
     _normed(t, args[0], 1, args[1:5], "num_features", out)
 
 
 @rule("native_layer_norm", "_fused_rms_norm")
-def _layer_normed(t: Tracer, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+def _layer_normed(t: Account, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
     if len(args[1]) > 1:
         return unknown(t, name, args, kwargs, out)
     return _normed(t, args[0], args[0].dim() - 1, args[2:4], "normalized_shape", out)
 
 
 @rule("native_group_norm")
-def _group_normed(t: Tracer, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+def _group_normed(t: Account, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
     """Groups stay, and the same positions leave each."""
     channels = t.along(args[0], 1)
     if channels is not None:
@@ -39,7 +37,7 @@ def _group_normed(t: Tracer, name: str, args: Sequence[Any], kwargs: dict[str, A
     _normed(t, args[0], 1, args[1:3], "num_channels", out)
 
 
-def _normed(t: Tracer, source: Tensor, dim: int, vectors: Sequence[Any], attribute: str, out: Any) -> None:
+def _normed(t: Account, source: Tensor, dim: int, vectors: Sequence[Any], attribute: str, out: Any) -> None:
     """Scale, shift and statistics are the source's channels."""
     channels = t.along(source, dim)
     for vector in vectors:
@@ -54,7 +52,7 @@ def _normed(t: Tracer, source: Tensor, dim: int, vectors: Sequence[Any], attribu
       "replication_pad1d", "replication_pad2d", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",
       "upsample_bilinear2d", "upsample_linear1d", "upsample_trilinear3d", "upsample_bicubic2d", "grid_sampler_2d",
       "_upsample_bilinear2d_aa", "_upsample_nearest_exact2d")  # fmt: skip
-def _over_space(t: Tracer, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+def _over_space(t: Account, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
     """Space changes, channels pass."""
     channels = [mark for mark in t.marks(args[0]) if varying(mark) == (1,)]
     for mark in t.marks(args[0]):
@@ -66,7 +64,7 @@ def _over_space(t: Tracer, name: str, args: Sequence[Any], kwargs: dict[str, Any
 
 @rule("mean", "sum", "var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm", "amax", "amin", "prod",
       "logsumexp", "max", "min", "nansum")  # fmt: skip
-def _reduced(t: Tracer, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+def _reduced(t: Account, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
     """A reduced dimension is consumed, the others pass."""
     if len(args) > 1 and isinstance(args[1], Tensor):
         return elementwise(t, name, args, kwargs, out)
@@ -92,14 +90,14 @@ def _reduced_dims(name: str, args: Sequence[Any], kwargs: dict[str, Any], rank: 
 
 
 @rule("_weight_norm_interface")
-def _weight_normed(t: Tracer, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+def _weight_normed(t: Account, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
     """``g * v / |v|``: direction and length have the same channels."""
     elementwise(t, name, args[:2], {}, out[0])
 
 
 @rule("empty", "zeros", "ones", "full", "arange", "new_zeros", "new_empty", "new_ones", "new_full", "scalar_tensor",
       "rand", "randn", "_local_scalar_dense", "linspace", "eye")  # fmt: skip
-def _constant(t: Tracer, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+def _constant(t: Account, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
     """A constant has no channels; but the first state of a recurrent layer follows its ``hidden_size``."""
     if t.in_recurrent_layer() and isinstance(out, Tensor) and out.dim() and out.shape[-1] > 1:
         t.give(out, [t.book.fresh(out.shape[-1]).reshape((1,) * (out.dim() - 1) + (-1,))])

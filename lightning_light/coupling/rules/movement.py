@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_light.coupling.account import Account
 from lightning_light.coupling.labels import FIXED, varying
 from lightning_light.coupling.rules.table import Marks, outputs_of, rule
-
-if TYPE_CHECKING:
-    from lightning_light.coupling.trace import Tracer
 
 __all__: list[str] = []
 
@@ -26,7 +24,7 @@ _FREE_OF_SIZE = {"transpose", "permute", "t", "unsqueeze", "transpose_", "t_", "
       "unsafe_split_with_sizes", "select", "unbind", "unsafe_chunk", "view", "_unsafe_view", "reshape",
       "_reshape_alias", "expand", "repeat", "flip", "roll", "index_select", "transpose_", "squeeze_", "unsqueeze_",
       "t_", "diagonal", "narrow")  # fmt: skip
-def _moved(t: Tracer, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+def _moved(t: Account, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
     """Carry the same movement out on every mark."""
     source, outputs = args[0], outputs_of(out)
     shape = t.shape_before
@@ -45,7 +43,7 @@ def _moved(t: Tracer, name: str, args: Sequence[Any], kwargs: dict[str, Any], ou
         t.give(tensor, slot)
 
 
-def _note_picks(t: Tracer, name: str, mark: Tensor, results: Marks) -> None:
+def _note_picks(t: Account, name: str, mark: Tensor, results: Marks) -> None:
     """Which channels the code picked by position: the others are of another kind, though the same layers read them."""
     dims = varying(mark)
     if name not in _PICKS or len(dims) != 1:
@@ -61,7 +59,7 @@ def _note_picks(t: Tracer, name: str, mark: Tensor, results: Marks) -> None:
         t.apart += picked
 
 
-def _in_equal_parts(t: Tracer, mark: Tensor) -> Tensor:
+def _in_equal_parts(t: Account, mark: Tensor) -> Tensor:
     """Where one dimension became several, the same positions leave every part, or (for heads) whole parts leave."""
     dims = varying(mark)
     if len(dims) < 2:
@@ -78,7 +76,7 @@ def _in_equal_parts(t: Tracer, mark: Tensor) -> Tensor:
 
 
 @rule("cat", "concat", "concatenate", "stack")
-def _joined(t: Tracer, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+def _joined(t: Account, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
     """Marks along the joined dimension stand end to end; across it they must agree."""
     tensors = [x for x in args[0] if x.dim() == args[0][-1].dim()]
     dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.dim()
@@ -101,7 +99,7 @@ def _end_to_end(along: Sequence[Tensor | None], sizes: Sequence[int], dim: int, 
     return torch.cat([part.expand([-1 if d == dim else common[d] for d in range(rank)]) for part in parts], dim)
 
 
-def _agreed(t: Tracer, across: Sequence[Marks], out: Tensor) -> Marks:
+def _agreed(t: Account, across: Sequence[Marks], out: Tensor) -> Marks:
     """Channels of the other dimensions are the same in every part; a part without them holds the rest in place."""
     result: Marks = []
     for mark in (mark for own in across for mark in own):
@@ -117,7 +115,7 @@ def _agreed(t: Tracer, across: Sequence[Marks], out: Tensor) -> Marks:
 
 
 @rule("constant_pad_nd")
-def _padded(t: Tracer, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+def _padded(t: Account, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
     """Padded positions are `FIXED`: the size of the padding stands in the user's code."""
     pads = args[1]
     result = []
@@ -130,7 +128,7 @@ def _padded(t: Tracer, name: str, args: Sequence[Any], kwargs: dict[str, Any], o
 
 
 @rule("pixel_shuffle")
-def _pixels_shuffled(t: Tracer, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+def _pixels_shuffled(t: Account, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
     """The ``r * r`` channels of one output channel leave together."""
     channels = t.along(args[0], args[0].dim() - 3)
     if channels is not None:
@@ -140,7 +138,7 @@ def _pixels_shuffled(t: Tracer, name: str, args: Sequence[Any], kwargs: dict[str
 
 
 @rule("glu")
-def _gated(t: Tracer, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+def _gated(t: Account, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
     """The same positions leave the values and their gates."""
     dim = (args[1] if len(args) > 1 else kwargs.get("dim", -1)) % out.dim()
     kept = []
@@ -154,7 +152,7 @@ def _gated(t: Tracer, name: str, args: Sequence[Any], kwargs: dict[str, Any], ou
 
 
 @rule("channel_shuffle", "native_channel_shuffle")
-def _channels_shuffled(t: Tracer, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+def _channels_shuffled(t: Account, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
     """The same positions leave every group."""
     channels = t.along(args[0], 1)
     if channels is not None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
+from lightning_light.coupling.account import Account
 from lightning_light.coupling.labels import varying
 from lightning_light.coupling.rules.table import FIXED_OPERAND, Marks, elementwise, rule
-
-if TYPE_CHECKING:
-    from lightning_light.coupling.trace import Tracer
 
 __all__: list[str] = []
 
@@ -19,7 +17,7 @@ _INPUT = "reads a tensor of fixed size (for instance the network's input)"
 
 
 @rule("mm", "bmm", "addmm", "baddbmm")
-def _product(t: Tracer, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+def _product(t: Account, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
     """The contracted dimension is one set of channels; rows, columns and batches pass through."""
     left, right = args[-2:] if name in {"mm", "bmm"} else args[1:3]
     read_left, made_left = _by_contraction(t, t.marks(left), -1)
@@ -32,7 +30,7 @@ def _product(t: Tracer, name: str, args: Sequence[Any], kwargs: dict[str, Any], 
         elementwise(t, name, [args[0], out], {}, out)
 
 
-def _by_contraction(t: Tracer, marks: Marks, dim: int) -> tuple[Marks, Marks]:
+def _by_contraction(t: Account, marks: Marks, dim: int) -> tuple[Marks, Marks]:
     """Split ``marks`` into those that vary along the contracted dimension (the last), and the others."""
     read: Marks = []
     made: Marks = []
@@ -43,7 +41,7 @@ def _by_contraction(t: Tracer, marks: Marks, dim: int) -> tuple[Marks, Marks]:
     return read, made
 
 
-def _contract(t: Tracer, lefts: Marks, rights: Marks) -> None:
+def _contract(t: Account, lefts: Marks, rights: Marks) -> None:
     for marks, others in ((lefts, rights), (rights, lefts)):
         for mark in marks if not others else []:
             t.book.protect(mark, _INPUT)
@@ -52,7 +50,7 @@ def _contract(t: Tracer, lefts: Marks, rights: Marks) -> None:
             t.book.merge(left, right, _INPUT)
 
 
-def _batches(t: Tracer, left: tuple[Marks, Tensor], right: tuple[Marks, Tensor]) -> Marks:
+def _batches(t: Account, left: tuple[Marks, Tensor], right: tuple[Marks, Tensor]) -> Marks:
     """A batch dimension that carries channels (heads) is the same on both sides."""
     found: list[Marks] = []
     for marks, _ in (left, right):
@@ -67,7 +65,7 @@ def _batches(t: Tracer, left: tuple[Marks, Tensor], right: tuple[Marks, Tensor])
 
 
 @rule("convolution", "_convolution")
-def _convolved(t: Tracer, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+def _convolved(t: Account, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
     """Rows of the weight make channels, columns read them; grouped and depthwise ones have their own arithmetic."""
     source, weight, bias, transposed, groups = args[0], args[1], args[2], args[6], args[8]
     for dim in range(2, weight.dim()):
@@ -87,7 +85,7 @@ def _convolved(t: Tracer, name: str, args: Sequence[Any], kwargs: dict[str, Any]
 
 
 def _depthwise(
-    t: Tracer, channels: Tensor | None, rows: Tensor | None, multiplier: int, transposed: bool
+    t: Account, channels: Tensor | None, rows: Tensor | None, multiplier: int, transposed: bool
 ) -> Tensor | None:
     """A depthwise filter leaves with the channel it reads; its ``multiplier`` outputs leave together."""
     if rows is None:
@@ -100,7 +98,7 @@ def _depthwise(
 
 
 def _grouped(
-    t: Tracer, channels: Tensor | None, reads: Tensor | None, makes: Tensor | None, groups: int, transposed: bool
+    t: Account, channels: Tensor | None, reads: Tensor | None, makes: Tensor | None, groups: int, transposed: bool
 ) -> Tensor | None:
     """The same positions leave every group."""
     parts = None if channels is None else channels.view(groups, -1)
@@ -118,7 +116,7 @@ def _grouped(
 
 
 @rule("embedding")
-def _embedded(t: Tracer, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+def _embedded(t: Account, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
     """A table's columns are channels, its rows are the vocabulary."""
     t.along(args[0], 0, "is an entry of an embedding's vocabulary", only=True)
     columns = t.along(args[0], 1)

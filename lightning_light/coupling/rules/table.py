@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from lightning_light.coupling.account import Account
 from lightning_light.coupling.labels import varying
-
-if TYPE_CHECKING:
-    from lightning_light.coupling.trace import Tracer
 
 __all__ = ["RULES", "Marks", "Rule", "elementwise", "outputs_of", "rule", "unknown"]
 
 Marks: TypeAlias = list[Tensor]
-Rule: TypeAlias = "Callable[[Tracer, str, Sequence[Any], dict[str, Any], Any], None]"
+Rule: TypeAlias = "Callable[[Account, str, Sequence[Any], dict[str, Any], Any], None]"
 RULES: dict[str, Rule] = {}
 
 FIXED_OPERAND = "meets a tensor of fixed size (an input, or a constant made in `forward`)"
@@ -40,7 +38,7 @@ def _tensors(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
     return [tensor for value in [*args, *kwargs.values()] for tensor in outputs_of(value)]
 
 
-def unknown(t: Tracer, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+def unknown(t: Account, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
     """An operation without a rule: its inputs' channels stay, its output has none."""
     for tensor in _tensors(args, kwargs):
         for mark in t.marks(tensor):
@@ -51,7 +49,7 @@ def unknown(t: Tracer, name: str, args: Sequence[Any], kwargs: dict[str, Any], o
       "cumsum", "native_dropout", "zeros_like", "ones_like", "empty_like", "rand_like", "randn_like", "full_like",
       "hardtanh", "hardtanh_", "hardswish", "hardswish_", "_prelu_kernel", "copy_", "softplus", "celu", "elu", "gelu",
       "rrelu", "masked_fill", "masked_fill_", "bernoulli")  # fmt: skip
-def elementwise(t: Tracer, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+def elementwise(t: Account, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
     """Position meets position: marks on the same dimensions are the same channels."""
     output = outputs_of(out)[0]
     rank = output.dim()
@@ -65,7 +63,7 @@ def elementwise(t: Tracer, name: str, args: Sequence[Any], kwargs: dict[str, Any
     t.give(output, kept)
 
 
-def _met(t: Tracer, kept: Marks, mark: Tensor) -> Marks:
+def _met(t: Account, kept: Marks, mark: Tensor) -> Marks:
     """Merge ``mark`` with those that share a dimension; of nested ones the larger is kept."""
     dims = set(varying(mark))
     for other in kept:
@@ -76,7 +74,7 @@ def _met(t: Tracer, kept: Marks, mark: Tensor) -> Marks:
     return [other for other in kept if not set(varying(other)) < dims] + [mark]
 
 
-def _protect_where_fixed(t: Tracer, mark: Tensor, owner: Tensor, inputs: Sequence[Tensor], rank: int) -> None:
+def _protect_where_fixed(t: Account, mark: Tensor, owner: Tensor, inputs: Sequence[Tensor], rank: int) -> None:
     """An operand of full size that has no channel of its own to lose holds ``mark`` in place."""
     for other in inputs:
         if other is owner:
