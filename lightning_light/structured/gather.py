@@ -36,14 +36,13 @@ def add_gradients(sums: Sums, model: nn.Module, criterion: Criterion, parameters
                 _add(sums, "grad_squared", name, gradient.float().square())
 
 
-def mean_evidence(sums: Sums, reduce: Callable[[Tensor], Tensor]) -> Gathered:
-    """Means of what was gathered; ``reduce`` takes the mean over processes where they have seen different data."""
+def mean_evidence(sums: Sums) -> Gathered:
+    """Means of what was gathered."""
     means: dict[str, dict[str, Tensor]] = {}
     for kind, entries in sums.items():
         named = {name: total for name, total in entries.items() if not name.startswith("#")}
         means[kind] = {name: total / entries[f"#{name}"] for name, total in named.items()}
-    activation = {name: reduce(value) for name, value in means.get("activation", {}).items()}
-    return Gathered(means.get("grad", {}), means.get("grad_squared", {}), activation)
+    return Gathered(means.get("grad", {}), means.get("grad_squared", {}), means.get("activation", {}))
 
 
 def _add(sums: Sums, kind: str, name: str, value: Tensor) -> None:
@@ -63,12 +62,20 @@ class ActivationWatch:
             if isinstance(getattr(module, "weight", None), Tensor) and not list(module.children())
         ]
 
-    def move_to(self, sums: Sums) -> None:
-        """Hand over what was seen since the last call."""
+    def move_to(self, sums: Sums, reduce: Callable[[Tensor], Tensor]) -> None:
+        """Hand over what was seen since the last call; ``reduce`` takes the mean over processes.
+
+        Done batch by batch, so that a checkpoint, which one process writes, holds what all have seen.
+        """
         for kind, entries in self._seen.items():
             target = sums.setdefault(kind, {})
-            for name, value in entries.items():
+            for name, own in entries.items():
+                value = own if name.startswith("#") else reduce(own)
                 target[name] = target[name].to(value.device) + value if name in target else value
+        self._seen.clear()
+
+    def forget(self) -> None:
+        """Drop what was seen since the last call of `move_to`."""
         self._seen.clear()
 
     def remove(self) -> None:

@@ -190,11 +190,12 @@ class StructuredPruning(CompressionCallback):
         state = self.state(pl_module)
         if "example" not in state and self._capture is not None and self._capture.example is not None:
             _keep_example(state, self._capture.example)
-        if self._watch is not None:
-            gathering = self._is_gathering(trainer, pl_module)
-            self._watch.move_to(state.setdefault("gathered", {}) if gathering else {})
         if self._is_gathering(trainer, pl_module):
             state["seen"] = state.get("seen", 0) + 1
+            if self._watch is not None:
+                self._watch.move_to(state.setdefault("gathered", {}), lambda tensor: reduce_mean(trainer, tensor))
+        elif self._watch is not None:
+            self._watch.forget()
         if state.get("batches_left", 0) > 0:
             state["batches_left"] -= 1
             if state["batches_left"] == 0:
@@ -295,7 +296,7 @@ class StructuredPruning(CompressionCallback):
     ) -> Plan:
         """The plan of rank 0, on every rank; so is its refusal."""
         state = self.state(pl_module)
-        gathered = mean_evidence(state.get("gathered", {}), lambda tensor: reduce_mean(trainer, tensor))
+        gathered = mean_evidence(state.get("gathered", {}))
         state.setdefault("original", {group.name: group.width for group in coupling.groups})
         limit = (
             0.0 if self.budget is None else self.budget.at(self._dense(trainer, pl_module, coupling, example), share)

@@ -63,7 +63,7 @@ def test_gradients_are_means_over_steps() -> None:
         model(x).square().sum().backward()
         gradients.append(model.weight.grad.clone())
         add_gradients(sums, model, Both(), model.parameters())
-    found = mean_evidence(sums, lambda tensor: tensor)
+    found = mean_evidence(sums)
     stacked = torch.stack(gradients)
     torch.testing.assert_close(found.grad["weight"], stacked.mean(0))
     torch.testing.assert_close(found.grad_squared["weight"], stacked.square().mean(0))
@@ -86,13 +86,13 @@ def test_activations_are_means_over_all_but_the_channels() -> None:
         x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
         outputs["0"].append(model[0](x).abs().mean((0, 2, 3)))
         outputs["2"].append(model[2](model[0](x).flatten(2)).abs().mean((0, 1)))
-        watch.move_to({})  # what the lines above made it see
+        watch.forget()  # what the lines above made it see
         model(x)
-        watch.move_to(sums)
+        watch.move_to(sums, lambda tensor: tensor)
     model.eval()(x)
-    watch.move_to(sums)
+    watch.move_to(sums, lambda tensor: tensor)
     watch.remove()
-    found = mean_evidence(sums, lambda tensor: tensor)
+    found = mean_evidence(sums)
     for name, values in outputs.items():
         torch.testing.assert_close(found.activation[name], torch.stack(values).mean(0).detach())
     assert not model[0]._forward_hooks
