@@ -301,7 +301,7 @@ REFUSED: list[tuple[Any, type[Exception], str]] = [
     (lambda: distilled(module=Silent()), ValueError, "expected `training_step` to call `Silent`"),
     (lambda: distilled(FeatureHint(taps="net.conv1"), teacher=Twin, cache="memory"), ValueError, "Leave `cache`"),
     (lambda: distilled(FeatureHint(taps={"net.conv1": "conv1"}, projector="none")), ValueError, "or, for features, a"),
-    (lambda: distilled(teacher=SelfTeacher(decay=0.5), cache="memory"), ValueError, "found a moving average"),
+    (lambda: distilled(teacher=SelfTeacher(decay=0.5), cache="memory"), ValueError, r"found `SelfTeacher\(decay=0.5\)"),
     (lambda: distilled(teacher="nowhere.pt"), ValueError, "found no such file"),
     (lambda: distilled(teacher=lambda: 3), TypeError, "expected a function that returns a module"),
     (lambda: KnowledgeDistillation(teacher=3), TypeError, "expected a module, a function"),  # type: ignore[arg-type]
