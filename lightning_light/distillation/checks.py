@@ -52,8 +52,8 @@ def check_exits(losses: Sequence[DistillationLoss], sources: Sequence[TeacherSou
     if LiveTeacher() in sources and of_outputs and teacher_output is None:
         raise ValueError(
             f"`KnowledgeDistillation(teacher=LiveTeacher(), losses=[{type(of_outputs[0]).__name__}(...)])`: expected "
-            "two exits of the student, found one output, which would be compared with itself. Name the exit that learns, "
-            "`output=...`, and the one that teaches, `teacher_output=...`."
+            "two exits of the student, found one output, which would be compared with itself. Name the exit that "
+            "learns, `output=...`, and the one that teaches, `teacher_output=...`."
         )
 
 

@@ -22,6 +22,7 @@ from lightning_light.distillation.loss import DistillationLoss
 from lightning_light.distillation.own_teacher import Overheard, copy_of_student, move_towards
 from lightning_light.distillation.projectors import Projectors, discard, owner_of
 from lightning_light.distillation.selecting import Selector
+from lightning_light.distillation.taps import part_of
 from lightning_light.distillation.teachers import LiveTeacher, SelfTeacher, Teacher, TeacherSource, as_source
 from lightning_light.order import Stage
 from lightning_light.progress import steps_done, training_progress
@@ -161,7 +162,7 @@ class KnowledgeDistillation(CompressionCallback):
         state = self.state(pl_module)
         if not resuming:
             state.clear()
-        base = pl_module.get_submodule(self.student or "")
+        base = part_of(pl_module, self.student or "", f"KnowledgeDistillation(student={self.student!r})")
         like = next((p for p in base.parameters() if p.is_floating_point()), torch.empty(0, device=pl_module.device))
         self._projectors = Projectors(
             state.setdefault("projectors", {}), owner_of(base, trainer.optimizers), self.seed, like

@@ -10,6 +10,7 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_light.distillation.attachment import Call, StudentWatch
+from lightning_light.distillation.taps import part_of
 from lightning_light.distillation.teachers import Teacher
 from lightning_light.surgery.journal import attach
 from lightning_light.surgery.manifest import KEY
@@ -66,7 +67,7 @@ class Overheard(Teacher):
 
     def listen(self, pl_module: nn.Module) -> None:
         """Find the part, as it is now."""
-        self.root = self.module = pl_module.get_submodule(self._path)
+        self.root = self.module = part_of(pl_module, self._path, f"LiveTeacher({self._path!r})")
         if self._watch is not None:
             self._watch.listen(pl_module)
 

@@ -210,6 +210,14 @@ def test_the_curves(tmp_path: Path) -> None:
     assert len(lines) == 1 + 4
 
 
+def test_hints_alone_have_a_curve_of_agreement_too(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    hint = KnowledgeDistillation(teacher=Twin, losses=[FeatureHint(taps="net.conv1")])
+    fitted(Plain(), hint, logger=logger, log_every_n_steps=4)
+    columns = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"distillation/feature_hint", "distillation/agreement", "distillation/kl"} <= set(columns)
+
+
 def test_two_of_them_wrap_one_step_and_leave_it() -> None:
     module = Plain()
     callbacks = [KnowledgeDistillation(teacher=mentor, losses=[SoftTargets(weight=0.5)]) for _ in range(2)]
@@ -318,6 +326,18 @@ REFUSED: list[tuple[Any, type[Exception], str]] = [
 def test_is_refused(make: Any, kind: type[Exception], sentence: str) -> None:
     with pytest.raises(kind, match=sentence):
         make()
+
+
+@pytest.mark.parametrize("manual", [False, True])
+def test_what_does_not_fit_together_is_found_before_the_first_step(manual: bool) -> None:
+    for teacher in (nn.Linear(3, 5), nn.Sequential(nn.Flatten(), nn.Linear(192, 7)), Grey()):
+        module = Plain(manual=manual)
+        before = weights(module).clone()
+        with pytest.raises(ValueError, match="expected"):
+            distilled(module=module, teacher=teacher)
+        assert torch.equal(before, weights(module))
+        assert "training_step" not in vars(module)
+        assert not any(part._forward_hooks for part in module.modules())
 
 
 def test_the_student_cannot_be_its_own_live_teacher() -> None:
