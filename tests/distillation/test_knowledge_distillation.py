@@ -1,5 +1,6 @@
 """The callback with real Trainers: teachers of every kind, taps, caches, surgery, refusals."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -136,12 +137,14 @@ def test_outputs_and_inputs_are_selected() -> None:
     assert torch.equal(weights(found), weights(distilled()))
 
 
-def test_taps_by_glob_by_pair_and_by_resolution() -> None:
+def test_taps_by_glob_by_pair_and_by_resolution(caplog: pytest.LogCaptureFixture) -> None:
     hint = FeatureHint(taps={"net.conv[12]": "conv[12]"})
     found = distilled(hint)
     pairs = ledger_of(found).state["distillation"]["taps"]["0"]
     assert pairs == [["net.conv1", "conv1"], ["net.conv2", "conv2"]]
-    matched = distilled(AttentionTransfer(taps="auto"), student="net")
+    with caplog.at_level(logging.INFO):
+        matched = distilled(AttentionTransfer(taps="auto"), student="net")
+    assert "taps matched by resolution: {'0': [['bn1', 'bn1'], ['conv2', 'conv2']]}" in caplog.text
     pairs = ledger_of(matched).state["distillation"]["taps"]["0"]
     assert pairs == [["bn1", "bn1"], ["conv2", "conv2"]]
     named = distilled(AttentionTransfer(taps=["bn1", "conv2"]), student="net")

@@ -30,14 +30,14 @@ IMAGES = Path(__file__).parents[2] / "examples" / "data" / "fashion_mnist_10k.np
 
 
 def images() -> Tensor:
-    """The first 600 clothes, in [0, 1]."""
+    """The first 400 clothes, in [0, 1]."""
     spec = importlib.util.spec_from_file_location("fashion_mnist", IMAGES.parents[1] / "fashion_mnist.py")
     assert spec is not None
     assert spec.loader is not None
     example = importlib.util.module_from_spec(spec)
     sys.modules.setdefault("fashion_mnist", example)
     spec.loader.exec_module(example)
-    return torch.from_numpy(np.asarray(example.load(IMAGES)["x_train"][:600])).float() / 255
+    return torch.from_numpy(np.asarray(example.load(IMAGES)["x_train"][:400])).float() / 255
 
 
 class Labeller(LightningModule):
