@@ -10,9 +10,9 @@ rounds, with quartiles:
 - step / by hand: what the callback adds;
 - cached: a step of the second epoch with a cache / the student's step, goal 1.05.
 
-While the teacher runs, the student's activations are held, which they are not in the sum above; glibc then asks the
-system for pages that it gave back after the step before, and waiting for them is as dear as some layers. So the program
-starts itself anew with an allocator that keeps its pages, as those of GPUs do; ``--default-malloc`` leaves it.
+glibc gives pages back after each step and asks for them in the next one. What that costs depends on what else the
+machine does, and is more where a step holds more: on a busy machine up to a sixth of the step, also by hand. So the
+program starts itself anew with an allocator that keeps its pages; ``--default-malloc`` leaves it as it is.
 
 Then the peak of memory: bytes that torch's allocator holds more than at the beginning of a step, as its profiler counts
 them, at the most within the step; the ratios are of the same ways.

@@ -185,13 +185,8 @@ class KnowledgeDistillation(CompressionCallback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Let a moving average follow the last step; keep the batch for labels and masks."""
+        """Keep the batch for labels and masks."""
         self._batch = batch
-        state = self.state(pl_module)
-        if self._average_model is not None and state.get("averaged", 0) != steps_done(trainer):
-            decay = next(s.decay for s in self._sources if isinstance(s, SelfTeacher) and s.decay is not None)
-            move_towards(self._average_model, pl_module, 1.0 - decay)
-            state["averaged"] = steps_done(trainer)
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -292,6 +287,7 @@ class KnowledgeDistillation(CompressionCallback):
         """The user's ``training_step``, listened to; what it returns, with the distillation losses."""
         assert self._watch is not None
         assert self._distiller is not None
+        self._follow_average(trainer, pl_module)
         shares = self._shares(trainer)
         on = any(shares)
         self._watch.on = on
@@ -319,6 +315,14 @@ class KnowledgeDistillation(CompressionCallback):
         shares = self._shares(trainer)
         extra = self._extra(trainer, pl_module, loss, shares) if any(shares) else None
         original(loss if extra is None else loss + extra, *args, **kwargs)
+
+    def _follow_average(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A moving average follows the last step; not before DDP has given all ranks the buffers of the first."""
+        state = self.state(pl_module)
+        if self._average_model is not None and state.get("averaged", 0) != steps_done(trainer):
+            decay = next(s.decay for s in self._sources if isinstance(s, SelfTeacher) and s.decay is not None)
+            move_towards(self._average_model, pl_module, 1.0 - decay)
+            state["averaged"] = steps_done(trainer)
 
     def _shares(self, trainer: Trainer) -> list[float]:
         """Of each loss's weight, now; zeros when it is time to stop."""

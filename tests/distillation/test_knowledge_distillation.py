@@ -19,6 +19,7 @@ from lightning_light.distillation import (
     SelfTeacher,
     SoftTargets,
 )
+from lightning_light.distillation.balance import gradient_factors
 from lightning_light.errors import NoEffectWarning, TargetError
 from lightning_light.schedules import OneShot
 from lightning_light.structured import StructuredPruning
@@ -92,20 +93,50 @@ def test_several_teachers_by_weight() -> None:
     assert torch.equal(weights(both), weights(distilled(SoftTargets())))
 
 
+def test_two_teachers_and_their_caches_are_what_one_writes_by_hand() -> None:
+    class Two(Plain):
+        def extra(self, student: Tensor, batch: Any) -> Tensor:
+            with torch.no_grad():
+                answers = [teacher.eval()(batch[0]) for teacher in (mentor(), Net(4, seed=9))]
+            return 0.7 * SoftTargets()(student, answers[0]) + 0.3 * SoftTargets()(student, answers[1])
+
+    by_hand = weights(fitted(Two()))
+    given: dict[str, Any] = {"teacher": [mentor, Net(4, seed=9)], "teacher_weights": [0.7, 0.3]}
+    assert torch.equal(by_hand, weights(distilled(**given)))
+    assert torch.equal(by_hand, weights(distilled(**given, cache="memory")))
+
+
+def test_a_factory_is_called_when_a_fit_begins_and_for_no_other_command() -> None:
+    class Validated(Plain):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self(batch[0])
+
+    calls: list[int] = []
+    module, run = Validated(), trainer(KnowledgeDistillation(teacher=lambda: calls.append(1) or mentor()))
+    run.validate(module, loader())
+    assert not calls
+    run.fit(module, loader(), loader())
+    assert calls == [1]
+
+
 def test_the_moving_average_is_the_one_of_the_formula() -> None:
+    live: list[Tensor] = []
     averages: list[Tensor] = []
 
     class Look(KnowledgeDistillation):
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            live.append(weights(pl_module).clone())
             super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             assert self._average_model is not None
-            now, live = weights(self._average_model), weights(pl_module)
-            if averages:
-                torch.testing.assert_close(now, 0.9 * averages[-1] + 0.1 * live)
-            averages.append(now)
+            averages.append(weights(self._average_model).clone())
 
     fitted(Plain(), Look(teacher=SelfTeacher(decay=0.9)))
     assert len(averages) == 16
+    assert torch.equal(averages[0], live[0])
+    for before, now, weight in zip(averages, averages[1:], live[1:], strict=False):
+        torch.testing.assert_close(now, 0.9 * before + 0.1 * weight)
 
 
 # What is compared
@@ -191,6 +222,23 @@ def test_balanced_losses_pull_as_hard_as_the_task() -> None:
     assert factor > 0
     scaled = distilled(SoftTargets(temperature=8.0), balance_every=4)
     assert ledger_of(scaled).state["distillation"]["factors"]["soft_targets"] != factor
+
+
+def test_the_factors_make_gradients_equally_long() -> None:
+    weight = nn.Parameter(torch.tensor([1.0, 2.0]))
+    task, terms = 3.0 * weight[0], [weight.sum() * 0.0, 5.0 * weight[1], (weight * torch.tensor([6.0, 8.0])).sum()]
+    found = gradient_factors(task, terms, [weight], lambda mean: mean)
+    assert found.tolist() == pytest.approx([1.0, 3.0 / 5.0, 3.0 / 10.0])
+
+
+def test_a_schedule_decides_when_the_teacher_is_asked() -> None:
+    calls: list[int] = []
+    teacher = mentor()
+    teacher.register_forward_hook(lambda *_: calls.append(1))
+    late = distilled(SoftTargets(schedule=OneShot(at=0.75)), teacher=teacher)
+    assert len(calls) == 4
+    assert not torch.equal(weights(late), weights(distilled(SoftTargets())))
+    assert not torch.equal(weights(late), weights(fitted(Plain())))
 
 
 def test_it_stops_and_says_when_it_never_began() -> None:
