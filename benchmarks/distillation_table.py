@@ -22,6 +22,7 @@ from lightning_light.distillation import (
     DistillationLoss,
     FeatureHint,
     KnowledgeDistillation,
+    KnowledgeReview,
     LogitStandardization,
     SoftTargets,
 )
@@ -35,6 +36,7 @@ ROWS: dict[str, list[DistillationLoss]] = {
     "DKD": [DKD(beta=2.0, schedule=Window(Linear(), start=0.0, end=0.2))],
     "DIST": [DIST()],
     "SoftTargets + FeatureHint": [SoftTargets(), FeatureHint(taps="blocks.2")],
+    "SoftTargets + KnowledgeReview": [SoftTargets(), KnowledgeReview(taps=["blocks.0", "blocks.1", "blocks.2"])],
 }
 
 
@@ -81,7 +83,7 @@ def main() -> None:
             found.append(train(distill.Classifier, args.student, seed, callbacks, data, args.epochs)[1])
         spread = statistics.stdev(found) if len(found) > 1 else 0.0
         values = ", ".join(f"{value:.2f}" for value in found)
-        print(f"{name:28s} {statistics.mean(found):.2f} +- {spread:.2f}  ({values})", flush=True)
+        print(f"{name:30s} {statistics.mean(found):.2f} +- {spread:.2f}  ({values})", flush=True)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ A project uses either, or, by way of its dependencies, both. `Callback` is a cal
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import sys
@@ -87,6 +88,7 @@ def _host_of(near: object) -> str | None:
     return None
 
 
+@functools.cache  # asked for in every step
 def _find(root: str, name: str) -> type | None:
     folder, _, last = name.removeprefix("pytorch.").rpartition(".")
     if folder == "fabric" or folder.startswith("fabric."):

@@ -7,6 +7,7 @@ from lightning_light.distillation.features import (
     ChannelWise,
     ContrastiveHint,
     FeatureHint,
+    KnowledgeReview,
     OutputRegression,
     SimilarityPreserving,
 )
@@ -17,6 +18,7 @@ from lightning_light.distillation.teachers import (
     CheckpointTeacher,
     FactoryTeacher,
     FileTeacher,
+    LiveTeacher,
     SelfTeacher,
     TeacherSource,
 )
@@ -35,6 +37,8 @@ __all__ = [  # plain order, capitals or not
     "FeatureLoss",
     "FileTeacher",
     "KnowledgeDistillation",
+    "KnowledgeReview",
+    "LiveTeacher",
     "LogitStandardization",
     "OutputRegression",
     "RKD",

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence, Sized
 from typing import Any
 
-from torch import nn
-
 from lightning_light.distillation.loss import DistillationLoss
-from lightning_light.distillation.teachers import SelfTeacher, TeacherSource, shared_parameters
+from lightning_light.distillation.own_teacher import Overheard
+from lightning_light.distillation.teachers import LiveTeacher, SelfTeacher, Teacher, TeacherSource, shared_parameters
 
-__all__ = ["check_arguments", "end_of", "refuse_shared", "samples_of"]
+__all__ = ["check_arguments", "check_exits", "end_of", "refuse_shared", "samples_of"]
 
 
 def check_arguments(
@@ -47,13 +46,24 @@ def check_arguments(
         _check_cache(losses, sources, cache)
 
 
-def refuse_shared(teacher: nn.Module, optimizers: Sequence[Any]) -> None:
-    """A teacher that is trained along is no teacher."""
-    if shared := shared_parameters(teacher, optimizers):
+def check_exits(losses: Sequence[DistillationLoss], sources: Sequence[TeacherSource], teacher_output: object) -> None:
+    """Refuse a student whose output would be compared with itself."""
+    of_outputs = [loss for loss in losses if getattr(loss, "taps", None) is None]
+    if LiveTeacher() in sources and of_outputs and teacher_output is None:
         raise ValueError(
-            f"`KnowledgeDistillation(teacher={type(teacher).__name__})`: expected a teacher of its own, found {shared} "
-            "of its parameters among those that the optimizers change. For the student as teacher write `'self'`; else "
-            "give a copy."
+            f"`KnowledgeDistillation(teacher=LiveTeacher(), losses=[{type(of_outputs[0]).__name__}(...)])`: expected "
+            "two exits of the student, found one output, which would be compared with itself. Name the exit that "
+            "learns, `output=...`, and the one that teaches, `teacher_output=...`."
+        )
+
+
+def refuse_shared(teacher: Teacher, optimizers: Sequence[Any]) -> None:
+    """A teacher that is trained along is no teacher, unless the user says so."""
+    if not isinstance(teacher, Overheard) and (shared := shared_parameters(teacher.root, optimizers)):
+        raise ValueError(
+            f"`KnowledgeDistillation(teacher={type(teacher.root).__name__})`: expected a teacher of its own, found "
+            f"{shared} of its parameters among those that the optimizers change. For the student as teacher write "
+            "`'self'`; for what is trained along, `LiveTeacher(path)`; else give a copy."
         )
 
 
@@ -85,7 +95,8 @@ def _check_cache(losses: Sequence[DistillationLoss], sources: Sequence[TeacherSo
             f"`KnowledgeDistillation(cache={cache!r})`: expected losses of outputs, which are what is stored; "
             f"found `{type(tapped[0]).__name__}` with taps. Leave `cache` or the taps out."
         )
-    if any(isinstance(source, SelfTeacher) and source.decay is not None for source in sources):
+    moving = [s for s in sources if isinstance(s, LiveTeacher) or (isinstance(s, SelfTeacher) and s.decay is not None)]
+    if moving:
         raise ValueError(
-            f"`KnowledgeDistillation(cache={cache!r})`: expected a teacher that stays as it is, found a moving average."
+            f"`KnowledgeDistillation(cache={cache!r})`: expected a teacher that stays as it is, found `{moving[0]!r}`."
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_light.distillation.attachment import Call
 from lightning_light.distillation.cache import AnswerCache, fingerprints
 from lightning_light.distillation.loss import DistillationLoss, FeatureLoss, pooled, rows
+from lightning_light.distillation.own_teacher import Overheard
 from lightning_light.distillation.projectors import Projectors, channel_source
 from lightning_light.distillation.selecting import Selector, labels_of, select
 from lightning_light.distillation.taps import Listener, match_resolutions, pair_taps
@@ -87,7 +88,8 @@ class Distiller:
             if isinstance(loss, FeatureLoss) and loss.taps not in (None, "auto"):
                 for teacher in self.teachers:
                     self._refuse_opaque(teacher, loss)
-                    self.chosen[str(place)] = [list(pair) for pair in pair_taps(loss.taps, self.student, teacher.root)]
+                    found = loss.pairs(pair_taps(loss.taps, self.student, teacher.root))
+                    self.chosen[str(place)] = [list(pair) for pair in found]
         seeking = any(self._seeks(place) for place in range(len(self.losses)))
         pairs = [pair for chosen in self.chosen.values() for pair in chosen]
         models = [self.student, *(teacher.root for teacher in self.teachers)]
@@ -100,8 +102,11 @@ class Distiller:
 
     def switch(self, on: bool) -> None:
         """Keep the student's features from now on, or no longer."""
-        for listener in self._listeners[:1]:
-            listener.on = on
+        live = [teacher for teacher in self.teachers if isinstance(teacher, Overheard)]
+        for teacher in live:
+            teacher.switch(on)
+        for listener, who in zip(self._listeners, [None, *self.teachers], strict=True):
+            listener.on = on and (who is None or who in live)
 
     def compare(self, call: Call, batch: Any, shares: Sequence[float]) -> list[Term]:
         """The losses, of all teachers, whose share is not zero.
@@ -139,9 +144,12 @@ class Distiller:
         divergence = F.kl_div(F.log_softmax(s, 1), F.softmax(t, 1), reduction="batchmean")
         return {"agreement": (s.argmax(1) == t.argmax(1)).float().mean().item(), "kl": divergence.item()}
 
-    def follow(self, kept: Mapping[str, Mapping[int, Tensor]]) -> None:
-        """Channels have left the student."""
+    def follow(self, kept: Mapping[str, Mapping[int, Tensor]], pl_module: nn.Module) -> None:
+        """Channels have left the student, or modules were replaced."""
         self.projectors.follow(kept)
+        for teacher in self.teachers:
+            if isinstance(teacher, Overheard):
+                teacher.listen(pl_module)
 
     def release(self) -> None:
         """Leave no hook behind, and the teachers as they came."""
@@ -169,9 +177,10 @@ class Distiller:
         if self.caches:
             answer: Tensor | None = self._recall(self.caches[place], teacher, given, batch)
         else:
-            raw = self._listened(place, teacher, given)
+            raw = teacher.answer(call) if isinstance(teacher, Overheard) else self._listened(place, teacher, given)
+            plain = isinstance(raw, Tensor) and isinstance(call.output, Tensor)  # enough for the curve of agreement
             wanted = any(getattr(loss, "taps", None) is None for loss in self.losses)
-            answer = self._read(raw) if wanted else None
+            answer = self._read(raw) if wanted or plain else None
         if place == 0 and answer is not None:
             self.said["answer"] = answer
         return answer
@@ -215,7 +224,7 @@ class Distiller:
         if taps is None:
             assert answer is not None  # asked for by `_ask`
             mine = select(call.output, self.reading.output, "output")
-            yield self._fitting(loss, f"{number}_{place}_output", kind, mine, answer, None)
+            yield self._fitting(loss, f"{number}_{place}_output", kind, mine, answer)
             return
         for student, teacher in self.chosen[str(number)]:
             heard = self._listeners[0].seen.get(student), self._listeners[place + 1].seen.get(teacher)
@@ -225,19 +234,24 @@ class Distiller:
                     "the teacher to be called in a forward pass and to return a tensor, found that "
                     f"{'the student' if heard[0] is None else 'the teacher'} does not. Tap another module."
                 )
-            key = f"{number}_{place}_{student.replace('.', '-')}"
-            yield self._fitting(loss, key, kind, heard[0], heard[1].detach(), student)
+            key = f"{number}_{place}_{student}_{teacher}".replace(".", "-")
+            names = self._sources(student, heard[0], self.teachers[place], teacher, heard[1]) if kind != "none" else ()
+            yield self._fitting(loss, key, kind, heard[0], heard[1].detach(), student, *names)
+
+    def _sources(
+        self, tap: str, student: Tensor, teacher: Teacher, their_tap: str, theirs: Tensor
+    ) -> tuple[str | None, str | None]:
+        """Names of the tensors that count the channels of two features, where these may leave during the run."""
+        mine = channel_source(self.student, tap, _width(student))
+        other = None if teacher.prefix is None else channel_source(teacher.root, their_tap, _width(theirs))
+        return mine and f"{self.prefix}{mine}", other and f"{teacher.prefix}{other}"
 
     def _fitting(
-        self, loss: DistillationLoss, key: str, kind: str, student: Tensor, teacher: Tensor, tap: str | None
-    ) -> tuple[Tensor, Tensor]:
+        self, loss: DistillationLoss, key: str, kind: str, student: Tensor, teacher: Tensor, tap: str | None = None,
+        source: str | None = None, target: str | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         before = tuple(student.shape)
-        source = None
-        if tap is not None and kind != "none":
-            width = student.shape[1] if student.ndim == 4 else student.shape[-1]
-            name = channel_source(self.student, tap, width)
-            source = None if name is None else f"{self.prefix}{name}"
-        projected = self.projectors(key, kind, student, teacher, source)
+        projected = self.projectors(key, kind, student, teacher, source, target)
         if projected.ndim != teacher.ndim and teacher.ndim > 2 and projected.ndim == 2:
             teacher = pooled(teacher)
         same = len(projected) == len(teacher)
@@ -265,7 +279,8 @@ class Distiller:
         for number, loss in enumerate(self.losses):
             if self._seeks(number):
                 self._refuse_opaque(self.teachers[place], loss)
-                self.chosen[str(number)] = [list(pair) for pair in match_resolutions(*heard)]
+                found = match_resolutions(*heard)
+                self.chosen[str(number)] = [list(pair) for pair in cast("FeatureLoss", loss).pairs(found)]
         seen = [dict(listener.seen) for listener in self._listeners]
         self.listen()
         for listener, kept in zip(self._listeners, seen, strict=True):

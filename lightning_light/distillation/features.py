@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -10,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_light.distillation.loss import FeatureLoss, check_positive, exact, pooled, same_resolution
+from lightning_light.distillation.loss import FeatureLoss, check_positive, pooled, same_resolution
 
 __all__ = [
-    "RKD", "SRD", "AttentionTransfer", "ChannelWise", "ContrastiveHint", "FeatureHint", "OutputRegression",
-    "SimilarityPreserving",
+    "RKD", "SRD", "AttentionTransfer", "ChannelWise", "ContrastiveHint", "FeatureHint", "KnowledgeReview",
+    "OutputRegression", "SimilarityPreserving",
 ]  # fmt: skip
 
 
@@ -34,11 +35,48 @@ class FeatureHint(FeatureLoss):
     projector: Literal["auto", "conv", "linear", "none"] = "auto"
 
     @override
-    def __call__(
-        self, student: Tensor, teacher: Tensor, *, labels: Tensor | None = None, mask: Tensor | None = None
-    ) -> Tensor:
-        student, teacher = same_resolution(exact(student), exact(teacher))
-        return F.mse_loss(student, teacher) / 2
+    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+        student, teacher = same_resolution(student, teacher)
+        return F.mse_loss(student, teacher, reduction="sum") / max(student.numel(), 1) / 2
+
+    @override
+    def _counts(self, features: Tensor, mask: Tensor) -> bool:
+        return features.ndim == 3 and mask.shape == features.shape[:2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnowledgeReview(FeatureLoss):
+    """Each stage of the student learns from the teacher's at its own depth and from all before it.
+
+    ``sum_i sum_(j <= i) D(r_ij(s_i), t_j)`` over the taps in their order, with projectors r and the hierarchical
+    context distance ``D(s, t) = (mse(s, t) + sum_k 2^-k mse(pool_k(s), pool_k(t))) / (1 + sum_k 2^-k)``, where
+    ``pool_k`` averages to 4 x 4, 2 x 2 and 1 x 1 positions, where there are more. Chen et al., 2021, "Distilling
+    Knowledge via Knowledge Review". https://arxiv.org/abs/2104.09044. The double sum itself, without the attention
+    based fusion that saves most of its terms.
+
+    Args:
+        taps: see `FeatureLoss`; at least two, from the input to the output.
+        projector: likewise.
+        weight: see `DistillationLoss`.
+        schedule: likewise.
+    """
+
+    projector: Literal["auto", "conv", "linear", "none"] = "auto"
+
+    @override
+    def pairs(self, found: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+        return [(student, earlier) for depth, (student, _) in enumerate(found) for _, earlier in found[: depth + 1]]
+
+    @override
+    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+        s, t = same_resolution(student, teacher)
+        total, share, shares = F.mse_loss(s, t), 1.0, 1.0
+        for size in (4, 2, 1):
+            if s.ndim == 4 and size < min(s.shape[2:]):
+                share /= 2
+                shares += share
+                total = total + share * F.mse_loss(F.adaptive_avg_pool2d(s, size), F.adaptive_avg_pool2d(t, size))
+        return total / shares
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +99,8 @@ class SRD(FeatureLoss):
     projector: Literal["auto", "conv", "linear", "none"] = "linear"
 
     @override
-    def __call__(
-        self, student: Tensor, teacher: Tensor, *, labels: Tensor | None = None, mask: Tensor | None = None
-    ) -> Tensor:
-        s, t = (F.batch_norm(pooled(exact(features)), None, None, training=True) for features in (student, teacher))
+    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+        s, t = (F.batch_norm(pooled(features), None, None, training=True) for features in (student, teacher))
         return torch.log((s - t).abs().pow(self.exponent).sum())
 
 
@@ -88,12 +124,10 @@ class AttentionTransfer(FeatureLoss):
     same_width: ClassVar[bool] = False
 
     @override
-    def __call__(
-        self, student: Tensor, teacher: Tensor, *, labels: Tensor | None = None, mask: Tensor | None = None
-    ) -> Tensor:
+    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         s, t = (
-            F.normalize(features.abs().pow(self.p).mean(dim=1).flatten(1))
-            for features in same_resolution(exact(student), exact(teacher))
+            F.normalize(features.abs().pow(self.p).mean(dim=1 if features.ndim == 4 else -1).flatten(1))
+            for features in same_resolution(student, teacher)
         )
         return F.mse_loss(s, t)
 
@@ -114,10 +148,8 @@ class SimilarityPreserving(FeatureLoss):
     same_width: ClassVar[bool] = False
 
     @override
-    def __call__(
-        self, student: Tensor, teacher: Tensor, *, labels: Tensor | None = None, mask: Tensor | None = None
-    ) -> Tensor:
-        s, t = (F.normalize(a @ a.T) for a in (exact(student).flatten(1), exact(teacher).flatten(1)))
+    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+        s, t = (F.normalize(a @ a.T) for a in (student.flatten(1), teacher.flatten(1)))
         return (s - t).square().sum() / len(s) ** 2
 
 
@@ -142,10 +174,8 @@ class RKD(FeatureLoss):
     same_width: ClassVar[bool] = False
 
     @override
-    def __call__(
-        self, student: Tensor, teacher: Tensor, *, labels: Tensor | None = None, mask: Tensor | None = None
-    ) -> Tensor:
-        s, t = exact(student).flatten(1), exact(teacher).flatten(1)
+    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+        s, t = student.flatten(1), teacher.flatten(1)
         total = s.new_zeros(())
         if self.distance:
             total = total + self.distance * F.smooth_l1_loss(_distances(s), _distances(t))
@@ -178,10 +208,8 @@ class ContrastiveHint(FeatureLoss):
         check_positive(self, temperature=self.temperature)
 
     @override
-    def __call__(
-        self, student: Tensor, teacher: Tensor, *, labels: Tensor | None = None, mask: Tensor | None = None
-    ) -> Tensor:
-        s, t = (F.normalize(pooled(exact(features))) for features in (student, teacher))
+    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+        s, t = (F.normalize(pooled(features)) for features in (student, teacher))
         return F.cross_entropy(s @ t.T / self.temperature, torch.arange(len(s), device=s.device))
 
 
@@ -208,10 +236,8 @@ class ChannelWise(FeatureLoss):
         check_positive(self, temperature=self.temperature)
 
     @override
-    def __call__(
-        self, student: Tensor, teacher: Tensor, *, labels: Tensor | None = None, mask: Tensor | None = None
-    ) -> Tensor:
-        s, t = (x.flatten(2) / self.temperature for x in same_resolution(exact(student), exact(teacher)))
+    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+        s, t = (x.flatten(2) / self.temperature for x in same_resolution(student, teacher))
         divergence = F.kl_div(F.log_softmax(s, dim=2), F.softmax(t, dim=2), reduction="sum")
         return divergence * self.temperature * self.temperature / (s.shape[0] * s.shape[1])
 
@@ -239,15 +265,14 @@ class OutputRegression(FeatureLoss):
             raise ValueError(f"`OutputRegression(distance={self.distance!r})`: expected 'mse', 'l1' or 'smooth_l1'.")
 
     @override
-    def __call__(
-        self, student: Tensor, teacher: Tensor, *, labels: Tensor | None = None, mask: Tensor | None = None
-    ) -> Tensor:
-        student, teacher = exact(student), exact(teacher)
-        if mask is not None:
-            student, teacher = student[mask.bool()], teacher[mask.bool()]
+    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         functions = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}
         total = functions[self.distance](student, teacher, reduction="sum")
         return total / max(student.numel(), 1)
+
+    @override
+    def _counts(self, features: Tensor, mask: Tensor) -> bool:
+        return mask.shape == features.shape[: mask.ndim]
 
 
 def _distances(x: Tensor) -> Tensor:

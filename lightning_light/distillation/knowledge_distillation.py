@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -15,19 +14,20 @@ from typing_extensions import override
 from lightning_light.callback import CompressionCallback
 from lightning_light.distillation.attachment import StudentWatch, Wrapping, add_to
 from lightning_light.distillation.balance import gradient_factors
-from lightning_light.distillation.cache import AnswerCache
-from lightning_light.distillation.checks import check_arguments, end_of, refuse_shared, samples_of
+from lightning_light.distillation.cache import AnswerCache, caches_of
+from lightning_light.distillation.checks import check_arguments, check_exits, end_of, refuse_shared, samples_of
 from lightning_light.distillation.distiller import Distiller, Reading, Term, total_of
 from lightning_light.distillation.logits import SoftTargets
 from lightning_light.distillation.loss import DistillationLoss
-from lightning_light.distillation.own_teacher import copy_of_student, move_towards
+from lightning_light.distillation.own_teacher import Overheard, copy_of_student, move_towards
 from lightning_light.distillation.projectors import Projectors, discard, owner_of
 from lightning_light.distillation.selecting import Selector
-from lightning_light.distillation.teachers import SelfTeacher, Teacher, TeacherSource, as_source
+from lightning_light.distillation.taps import part_of
+from lightning_light.distillation.teachers import LiveTeacher, SelfTeacher, Teacher, TeacherSource, as_source
 from lightning_light.order import Stage
 from lightning_light.progress import steps_done, training_progress
 from lightning_light.schedules import Schedule, resolve
-from lightning_light.surgery.distributed import digest, reduce_mean, tell
+from lightning_light.surgery.distributed import reduce_mean, tell
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -54,7 +54,7 @@ class KnowledgeDistillation(CompressionCallback):
     Args:
         teacher: a module; a function without arguments that makes one, called when a fit begins; `CheckpointTeacher`;
             the path of a TorchScript or ``.pt2`` file; ``"self"`` or `SelfTeacher`, the student before compression or
-            its moving average; or several of these.
+            its moving average; `LiveTeacher`, what is trained along; or several of these.
         losses: what is compared; by default ``[SoftTargets()]``.
         student: path of the module that is distilled; None for the LightningModule itself or, if ``training_step``
             does not call it, the one part of it that it calls. Taps are looked up in it.
@@ -131,6 +131,7 @@ class KnowledgeDistillation(CompressionCallback):
         self._losses: list[DistillationLoss] = [SoftTargets()] if losses is None else list(losses)
         self._sources = [as_source(one) for one in (teacher if isinstance(teacher, list) else [teacher])]
         check_arguments(self._losses, self._sources, teacher_weights, cache, balance_every, stop)
+        check_exits(self._losses, self._sources, teacher_output)
         self._schedules: list[Schedule] = []
         self._end = 1.0
         self._watch: StudentWatch | None = None
@@ -161,15 +162,15 @@ class KnowledgeDistillation(CompressionCallback):
         state = self.state(pl_module)
         if not resuming:
             state.clear()
-        base = pl_module.get_submodule(self.student or "")
+        base = part_of(pl_module, self.student or "", f"KnowledgeDistillation(student={self.student!r})")
         like = next((p for p in base.parameters() if p.is_floating_point()), torch.empty(0, device=pl_module.device))
         self._projectors = Projectors(
             state.setdefault("projectors", {}), owner_of(base, trainer.optimizers), self.seed, like
         )
         super().on_fit_start(trainer, pl_module)
-        teachers = [Teacher(self._build(source, pl_module), like) for source in self._sources]
+        teachers = [self._teacher(source, pl_module, like) for source in self._sources]
         for teacher in teachers:
-            refuse_shared(teacher.root, trainer.optimizers)
+            refuse_shared(teacher, trainer.optimizers)
         weights = self.teacher_weights or [1.0 / len(teachers)] * len(teachers)
         self._distiller = Distiller(
             base, f"{self.student}." if self.student else "", teachers, weights, self._losses, self._reading(),
@@ -184,13 +185,8 @@ class KnowledgeDistillation(CompressionCallback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Let a moving average follow the last step; keep the batch for labels and masks."""
+        """Keep the batch for labels and masks."""
         self._batch = batch
-        state = self.state(pl_module)
-        if self._average_model is not None and state.get("averaged", 0) != steps_done(trainer):
-            decay = next(s.decay for s in self._sources if isinstance(s, SelfTeacher) and s.decay is not None)
-            move_towards(self._average_model, pl_module, 1.0 - decay)
-            state["averaged"] = steps_done(trainer)
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -219,7 +215,7 @@ class KnowledgeDistillation(CompressionCallback):
     ) -> None:
         """Another method has changed the student: projectors follow, hooks move to the modules there are now."""
         if self._distiller is not None and self._watch is not None:
-            self._distiller.follow(kept or {})
+            self._distiller.follow(kept or {}, pl_module)
             self._distiller.listen(pl_module.get_submodule(self.student or ""))
             self._watch.listen(pl_module)
         if self._average_model is not None:
@@ -260,28 +256,23 @@ class KnowledgeDistillation(CompressionCallback):
         return Reading(self.output, self.teacher_output, self.inputs, self.labels, self.mask, self.ignore_index,
                        self.sample_index, self.fixed_views)  # fmt: skip
 
-    def _build(self, source: TeacherSource, pl_module: LightningModule) -> nn.Module:
+    def _teacher(self, source: TeacherSource, pl_module: LightningModule, like: Tensor) -> Teacher:
+        if isinstance(source, LiveTeacher):
+            return Overheard(source.path, pl_module, self.student or "")
         if not isinstance(source, SelfTeacher):
-            return source.build()
+            return Teacher(source.build(), like)
         copied = copy_of_student(pl_module, self.state(pl_module), frozen=source.decay is None)
-        if source.decay is not None:
-            self._average_model = copied
-        return copied.get_submodule(self.student or "")
+        part = copied.get_submodule(self.student or "")
+        if source.decay is None:
+            return Teacher(part, like)
+        self._average_model = copied
+        return Teacher(part, like, prefix=f"{self.student}." if self.student else "")
 
     def _caches(self, trainer: Trainer, state: dict[str, Any], teachers: Sequence[Teacher]) -> list[AnswerCache]:
         if self.cache is None:
             return []
-        rank = f".rank{trainer.global_rank}" if trainer.world_size > 1 else ""
-        caches = []
-        for place, teacher in enumerate(teachers):
-            if self.cache == "memory":
-                kept = state.setdefault("cache", {}).setdefault(str(place), {})
-                caches.append(AnswerCache(kept, None, half=self.cache_half, teacher=""))
-            else:
-                path = Path(f"{self.cache}{f'.{place}' if place else ''}{rank}")
-                name = f"{digest(dict(teacher.root.state_dict()))} half={self.cache_half}"
-                caches.append(AnswerCache(None, path, half=self.cache_half, teacher=name))
-        return caches
+        rank = trainer.global_rank if trainer.world_size > 1 else None
+        return caches_of(self.cache, self.cache_half, [teacher.root for teacher in teachers], state, rank)
 
     def _wrap(self, trainer: Trainer, pl_module: LightningModule) -> None:
         step = functools.partial(self._training_step, trainer, pl_module)
@@ -296,6 +287,7 @@ class KnowledgeDistillation(CompressionCallback):
         """The user's ``training_step``, listened to; what it returns, with the distillation losses."""
         assert self._watch is not None
         assert self._distiller is not None
+        self._follow_average(trainer, pl_module)
         shares = self._shares(trainer)
         on = any(shares)
         self._watch.on = on
@@ -324,6 +316,14 @@ class KnowledgeDistillation(CompressionCallback):
         extra = self._extra(trainer, pl_module, loss, shares) if any(shares) else None
         original(loss if extra is None else loss + extra, *args, **kwargs)
 
+    def _follow_average(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A moving average follows the last step; not before DDP has given all ranks the buffers of the first."""
+        state = self.state(pl_module)
+        if self._average_model is not None and state.get("averaged", 0) != steps_done(trainer):
+            decay = next(s.decay for s in self._sources if isinstance(s, SelfTeacher) and s.decay is not None)
+            move_towards(self._average_model, pl_module, 1.0 - decay)
+            state["averaged"] = steps_done(trainer)
+
     def _shares(self, trainer: Trainer) -> list[float]:
         """Of each loss's weight, now; zeros when it is time to stop."""
         progress = training_progress(trainer)
@@ -351,6 +351,7 @@ class KnowledgeDistillation(CompressionCallback):
         if self._is_logging(trainer):
             self._scalars = {"task_loss": task.detach(), **{term.name: term.value.detach() for term in terms}}
             self._scalars |= {name: torch.tensor(value) for name, value in self._distiller.agreement(call).items()}
+        self._distiller.said.clear()
         return total
 
     def _begin(self, trainer: Trainer, state: dict[str, Any]) -> None:

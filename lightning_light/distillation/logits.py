@@ -45,7 +45,19 @@ class SoftTargets(DistillationLoss):
     def __call__(
         self, student: Tensor, teacher: Tensor, *, labels: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        student, teacher = (rows(logits, self.class_dim, mask) for logits in (student, teacher))
+        s, t = (rows(logits, self.class_dim, mask) for logits in (student, teacher))
+        if self.needs_labels and labels is not None:
+            labels = labels.reshape(-1) if mask is None else labels.reshape(-1)[mask.reshape(-1).bool()]
+        return self.compare(s, t, labels)
+
+    def compare(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
+        """A scalar.
+
+        Args:
+            student: logits ``(positions, classes)``, of the positions that count.
+            teacher: likewise.
+            labels: of these positions, for losses that need them.
+        """
         return kullback_leibler(student, teacher, self.temperature)
 
 
@@ -66,11 +78,8 @@ class LogitStandardization(SoftTargets):
     temperature: float = 2.0
 
     @override
-    def __call__(
-        self, student: Tensor, teacher: Tensor, *, labels: Tensor | None = None, mask: Tensor | None = None
-    ) -> Tensor:
-        student, teacher = (_standardized(rows(logits, self.class_dim, mask)) for logits in (student, teacher))
-        return kullback_leibler(student, teacher, self.temperature)
+    def compare(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
+        return kullback_leibler(_standardized(student), _standardized(teacher), self.temperature)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,14 +103,10 @@ class DKD(SoftTargets):
     needs_labels: ClassVar[bool] = True
 
     @override
-    def __call__(
-        self, student: Tensor, teacher: Tensor, *, labels: Tensor | None = None, mask: Tensor | None = None
-    ) -> Tensor:
+    def compare(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
         assert labels is not None  # promised by `needs_labels`
-        student, teacher = (rows(logits, self.class_dim, mask) for logits in (student, teacher))
-        targets = labels.reshape(-1) if mask is None else labels.reshape(-1)[mask.reshape(-1).bool()]
         (target_s, other_s), (target_t, other_t) = (
-            _decoupled(logits / self.temperature, targets) for logits in (student, teacher)
+            _decoupled(logits / self.temperature, labels) for logits in (student, teacher)
         )
         target = F.kl_div(target_s, target_t, reduction="sum", log_target=True)
         other = F.kl_div(other_s, other_t, reduction="sum", log_target=True)
@@ -131,12 +136,8 @@ class DIST(SoftTargets):
     temperature: float = 1.0
 
     @override
-    def __call__(
-        self, student: Tensor, teacher: Tensor, *, labels: Tensor | None = None, mask: Tensor | None = None
-    ) -> Tensor:
-        p, q = (
-            F.softmax(rows(logits, self.class_dim, mask) / self.temperature, dim=1) for logits in (student, teacher)
-        )
+    def compare(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
+        p, q = (F.softmax(logits / self.temperature, dim=1) for logits in (student, teacher))
         inter, intra = 1.0 - _pearson(p, q).mean(), 1.0 - _pearson(p.T, q.T).mean()
         return (self.beta * inter + self.gamma * intra) * self.temperature * self.temperature
 

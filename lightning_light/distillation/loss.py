@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -105,6 +106,32 @@ class FeatureLoss(DistillationLoss):
             raise ValueError(
                 f"`{type(self).__name__}(projector={self.projector!r})`: expected 'auto', 'conv', 'linear' or 'none'."
             )
+
+    @override
+    def __call__(
+        self, student: Tensor, teacher: Tensor, *, labels: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        student, teacher = exact(student), exact(teacher)
+        if mask is not None and self._counts(student, mask):
+            student, teacher = student[mask.bool()], teacher[mask.bool()]
+        return self.compare(student, teacher)
+
+    @abstractmethod
+    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """A scalar: how far the student's features, projected, are from the teacher's.
+
+        Args:
+            student: in single precision at least, as the teacher's.
+            teacher: the teacher's.
+        """
+
+    def pairs(self, found: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Which taps are compared with which, given those that belong together: these, unless a loss says otherwise."""
+        return list(found)
+
+    def _counts(self, features: Tensor, mask: Tensor) -> bool:
+        """Whether only the positions of ``mask`` are compared."""
+        return False
 
 
 def check_positive(loss: object, **values: float) -> None:

@@ -38,9 +38,11 @@ class Projectors:
             layer: Any = _layer(kept["kind"], inputs, outputs).to(like.device, like.dtype)
             with torch.no_grad():
                 layer.weight.copy_(kept["weight"])
-            self._own(key, layer, kept["kind"], kept["source"])
+            self._own(key, layer, kept)
 
-    def __call__(self, key: str, kind: str, student: Tensor, teacher: Tensor, source: str | None) -> Tensor:
+    def __call__(
+        self, key: str, kind: str, student: Tensor, teacher: Tensor, source: str | None, target: str | None = None
+    ) -> Tensor:
         """``student`` at ``teacher``'s width.
 
         Args:
@@ -50,6 +52,7 @@ class Projectors:
             student: features with their graph.
             teacher: the features that they are compared with.
             source: name of the tensor whose first dimension counts the student's channels, if known.
+            target: likewise of a teacher whose channels leave along with the student's.
         """
         kind = {"auto": "conv" if student.ndim == 4 else "positions"}.get(kind, kind)
         if kind == "none":
@@ -59,41 +62,44 @@ class Projectors:
         inputs = student.shape[1] if kind == "conv" else student.shape[-1]
         outputs = teacher.shape[-1] if kind == "positions" else teacher.shape[1 if teacher.ndim != 3 else -1]
         layer: Any = dict(self.layers).get(key)
-        if layer is None or layer.weight.shape[1] != inputs:
-            layer = self._make(key, kind, inputs, outputs, source)
+        if layer is None or layer.weight.shape[:2] != (outputs, inputs):
+            layer = self._make(key, inputs, outputs, {"kind": kind, "source": source, "target": target})
         projected: Tensor = layer(student)
         return projected
 
     def follow(self, kept: Mapping[str, Mapping[int, Tensor]]) -> None:
-        """Channels have left the student: so do the projectors' columns, and their optimizer's state."""
+        """Channels have left the student: so do the projectors' columns and rows, and their optimizer's state."""
         for key, remembered in self._state.items():
-            positions = kept.get(remembered["source"], {}).get(0)
             layer: Any = self.layers[key]
-            if positions is not None and len(positions) < layer.weight.shape[1]:
-                cut(self.layers, {f"{key}.weight": {1: positions}}, optimizers=[self._optimizer])
+            stay = {dim: kept.get(remembered[end], {}).get(0) for dim, end in ((1, "source"), (0, "target"))}
+            fewer = {
+                dim: where for dim, where in stay.items() if where is not None and len(where) < layer.weight.shape[dim]
+            }
+            if fewer:
+                cut(self.layers, {f"{key}.weight": fewer}, optimizers=[self._optimizer])
                 remembered["weight"] = layer.weight.detach()
 
     def parameters(self) -> Iterable[nn.Parameter]:
         """Of all projectors."""
         return self.layers.parameters()
 
-    def _make(self, key: str, kind: str, inputs: int, outputs: int, source: str | None) -> nn.Module:
+    def _make(self, key: str, inputs: int, outputs: int, remembered: dict[str, Any]) -> nn.Module:
         if key in self.layers:
             _disown(self._optimizer, self.layers[key].get_parameter("weight"))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed + len(self.layers))
-            layer = _layer(kind, inputs, outputs).to(self._like.device, self._like.dtype)
-        self._own(key, layer, kind, source)
+            layer = _layer(remembered["kind"], inputs, outputs).to(self._like.device, self._like.dtype)
+        self._own(key, layer, remembered)
         return layer
 
-    def _own(self, key: str, layer: Any, kind: str, source: str | None) -> None:
+    def _own(self, key: str, layer: Any, remembered: dict[str, Any]) -> None:
         if self._optimizer is None or isinstance(self._optimizer, torch.optim.LBFGS):
             raise UnsupportedError(
                 f"`KnowledgeDistillation` with a projector and {type(self._optimizer).__name__}: expected an optimizer "
                 "of the student that takes parameters during a run, found none. Use `projector='none'`, or `AdamW`."
             )
         self.layers[key] = layer
-        self._state[key] = {"kind": kind, "source": source, "weight": layer.weight.detach()}
+        self._state[key] = {**remembered, "weight": layer.weight.detach()}
         group = self._optimizer.param_groups[0]
         group["params"].append(layer.weight)
         if "param_names" in group:

@@ -14,7 +14,7 @@ from lightning_light.distillation.loss import Taps
 from lightning_light.errors import TargetError
 from lightning_light.example_input import tensors_in
 
-__all__ = ["Listener", "match_resolutions", "pair_taps"]
+__all__ = ["Listener", "match_resolutions", "pair_taps", "part_of"]
 
 
 def pair_taps(taps: Taps, student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]:
@@ -115,8 +115,28 @@ def _matching(pattern: str, model: nn.Module, who: str) -> list[str]:
     found = [paths[name] for name in known if name.count(".") == depth and fnmatch.fnmatchcase(name, pattern)]
     if found:
         return found
-    nearest = difflib.get_close_matches(pattern, known, n=5, cutoff=0.4) or known[:5]
-    raise TargetError(
-        f"`taps={pattern!r}`: expected the path of a module of the {who} (`{type(model).__name__}`), found none among "
-        f"{len(known)}. Nearest: {', '.join(map(repr, nearest))}."
+    raise _unknown(f"`taps={pattern!r}`", f"a module of the {who} (`{type(model).__name__}`)", pattern, known)
+
+
+def part_of(pl_module: nn.Module, path: str, call: str) -> nn.Module:
+    """The module at ``path``.
+
+    Args:
+        pl_module: the LightningModule.
+        path: of a part of it; empty for itself.
+        call: what the user has written, for the sentence.
+
+    Raises:
+        TargetError: there is none. Prints the nearest names.
+    """
+    parts: dict[str, nn.Module] = dict(pl_module.named_modules(remove_duplicate=False))
+    if path not in parts:
+        raise _unknown(f"`{call}`", f"a part of `{type(pl_module).__name__}`", path, [name for name in parts if name])
+    return parts[path]
+
+
+def _unknown(call: str, what: str, path: str, known: list[str]) -> TargetError:
+    nearest = difflib.get_close_matches(path, known, n=5, cutoff=0.4) or known[:5]
+    return TargetError(
+        f"{call}: expected the path of {what}, found none among {len(known)}. Nearest: {', '.join(map(repr, nearest))}."
     )

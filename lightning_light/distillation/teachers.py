@@ -17,7 +17,16 @@ from typing_extensions import override
 
 from lightning_light.surgery.checkpoint import load_from_checkpoint
 
-__all__ = ["CheckpointTeacher", "FactoryTeacher", "FileTeacher", "SelfTeacher", "Teacher", "TeacherSource", "as_source"]
+__all__ = [
+    "CheckpointTeacher",
+    "FactoryTeacher",
+    "FileTeacher",
+    "LiveTeacher",
+    "SelfTeacher",
+    "Teacher",
+    "TeacherSource",
+    "as_source",
+]
 
 
 class TeacherSource(ABC):
@@ -133,6 +142,31 @@ class SelfTeacher(TeacherSource):
         raise NotImplementedError("made from the student by the callback")
 
 
+@dataclass(frozen=True)
+class LiveTeacher(TeacherSource):
+    """What is trained along: a deeper exit of the student, or another part of the LightningModule; never called.
+
+    What it says in the student's own training step counts, without its graph. With an exit: Zhang et al., 2019, "Be
+    Your Own Teacher". https://arxiv.org/abs/1905.08094. With two parts of a LightningModule whose ``training_step`` has
+    the loss of both, and one `KnowledgeDistillation` for each direction: Zhang et al., 2018, "Deep Mutual Learning".
+    https://arxiv.org/abs/1706.00384
+
+    Args:
+        path: of the other part; None for the student itself, of which ``output=`` names the exit that learns and
+            ``teacher_output=`` the one that teaches, or taps pair early with late layers.
+
+    Example:
+        >>> LiveTeacher("second")
+        LiveTeacher(path='second')
+    """
+
+    path: str | None = None
+
+    @override
+    def build(self) -> nn.Module:
+        raise NotImplementedError("found in the LightningModule by the callback")
+
+
 @dataclass(frozen=True, eq=False)
 class _Given(TeacherSource):
     module: nn.Module
@@ -168,9 +202,11 @@ class Teacher:
     Args:
         module: the teacher.
         like: a parameter of the student, whose device and floating type it takes.
+        prefix: of its names in the LightningModule, along with which it changes its shape; None: it never does.
     """
 
-    def __init__(self, module: nn.Module, like: Tensor) -> None:
+    def __init__(self, module: nn.Module, like: Tensor, prefix: str | None = None) -> None:
+        self.prefix = prefix
         if any(tensor.device != like.device or _differs(tensor, like) for tensor in _tensors(module)):
             module = _moved(module, like)
         self.module = self.root = module

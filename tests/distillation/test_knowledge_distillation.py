@@ -1,5 +1,6 @@
 """The callback with real Trainers: teachers of every kind, taps, caches, surgery, refusals."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lightning_light.distillation import (
     SelfTeacher,
     SoftTargets,
 )
+from lightning_light.distillation.balance import gradient_factors
 from lightning_light.errors import NoEffectWarning, TargetError
 from lightning_light.schedules import OneShot
 from lightning_light.structured import StructuredPruning
@@ -91,20 +93,50 @@ def test_several_teachers_by_weight() -> None:
     assert torch.equal(weights(both), weights(distilled(SoftTargets())))
 
 
+def test_two_teachers_and_their_caches_are_what_one_writes_by_hand() -> None:
+    class Two(Plain):
+        def extra(self, student: Tensor, batch: Any) -> Tensor:
+            with torch.no_grad():
+                answers = [teacher.eval()(batch[0]) for teacher in (mentor(), Net(4, seed=9))]
+            return 0.7 * SoftTargets()(student, answers[0]) + 0.3 * SoftTargets()(student, answers[1])
+
+    by_hand = weights(fitted(Two()))
+    given: dict[str, Any] = {"teacher": [mentor, Net(4, seed=9)], "teacher_weights": [0.7, 0.3]}
+    assert torch.equal(by_hand, weights(distilled(**given)))
+    assert torch.equal(by_hand, weights(distilled(**given, cache="memory")))
+
+
+def test_a_factory_is_called_when_a_fit_begins_and_for_no_other_command() -> None:
+    class Validated(Plain):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self(batch[0])
+
+    calls: list[int] = []
+    module, run = Validated(), trainer(KnowledgeDistillation(teacher=lambda: calls.append(1) or mentor()))
+    run.validate(module, loader())
+    assert not calls
+    run.fit(module, loader(), loader())
+    assert calls == [1]
+
+
 def test_the_moving_average_is_the_one_of_the_formula() -> None:
+    live: list[Tensor] = []
     averages: list[Tensor] = []
 
     class Look(KnowledgeDistillation):
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            live.append(weights(pl_module).clone())
             super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             assert self._average_model is not None
-            now, live = weights(self._average_model), weights(pl_module)
-            if averages:
-                torch.testing.assert_close(now, 0.9 * averages[-1] + 0.1 * live)
-            averages.append(now)
+            averages.append(weights(self._average_model).clone())
 
     fitted(Plain(), Look(teacher=SelfTeacher(decay=0.9)))
     assert len(averages) == 16
+    assert torch.equal(averages[0], live[0])
+    for before, now, weight in zip(averages, averages[1:], live[1:], strict=False):
+        torch.testing.assert_close(now, 0.9 * before + 0.1 * weight)
 
 
 # What is compared
@@ -136,12 +168,14 @@ def test_outputs_and_inputs_are_selected() -> None:
     assert torch.equal(weights(found), weights(distilled()))
 
 
-def test_taps_by_glob_by_pair_and_by_resolution() -> None:
+def test_taps_by_glob_by_pair_and_by_resolution(caplog: pytest.LogCaptureFixture) -> None:
     hint = FeatureHint(taps={"net.conv[12]": "conv[12]"})
     found = distilled(hint)
     pairs = ledger_of(found).state["distillation"]["taps"]["0"]
     assert pairs == [["net.conv1", "conv1"], ["net.conv2", "conv2"]]
-    matched = distilled(AttentionTransfer(taps="auto"), student="net")
+    with caplog.at_level(logging.INFO):
+        matched = distilled(AttentionTransfer(taps="auto"), student="net")
+    assert "taps matched by resolution: {'0': [['bn1', 'bn1'], ['conv2', 'conv2']]}" in caplog.text
     pairs = ledger_of(matched).state["distillation"]["taps"]["0"]
     assert pairs == [["bn1", "bn1"], ["conv2", "conv2"]]
     named = distilled(AttentionTransfer(taps=["bn1", "conv2"]), student="net")
@@ -190,6 +224,23 @@ def test_balanced_losses_pull_as_hard_as_the_task() -> None:
     assert ledger_of(scaled).state["distillation"]["factors"]["soft_targets"] != factor
 
 
+def test_the_factors_make_gradients_equally_long() -> None:
+    weight = nn.Parameter(torch.tensor([1.0, 2.0]))
+    task, terms = 3.0 * weight[0], [weight.sum() * 0.0, 5.0 * weight[1], (weight * torch.tensor([6.0, 8.0])).sum()]
+    found = gradient_factors(task, terms, [weight], lambda mean: mean)
+    assert found.tolist() == pytest.approx([1.0, 3.0 / 5.0, 3.0 / 10.0])
+
+
+def test_a_schedule_decides_when_the_teacher_is_asked() -> None:
+    calls: list[int] = []
+    teacher = mentor()
+    teacher.register_forward_hook(lambda *_: calls.append(1))
+    late = distilled(SoftTargets(schedule=OneShot(at=0.75)), teacher=teacher)
+    assert len(calls) == 4
+    assert not torch.equal(weights(late), weights(distilled(SoftTargets())))
+    assert not torch.equal(weights(late), weights(fitted(Plain())))
+
+
 def test_it_stops_and_says_when_it_never_began() -> None:
     calls: list[int] = []
     teacher = mentor()
@@ -208,6 +259,14 @@ def test_the_curves(tmp_path: Path) -> None:
     columns = {f"distillation/{name}" for name in ("task_loss", "soft_targets_0", "soft_targets_1", "agreement", "kl")}
     assert columns <= set(lines[0].split(","))
     assert len(lines) == 1 + 4
+
+
+def test_hints_alone_have_a_curve_of_agreement_too(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    hint = KnowledgeDistillation(teacher=Twin, losses=[FeatureHint(taps="net.conv1")])
+    fitted(Plain(), hint, logger=logger, log_every_n_steps=4)
+    columns = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"distillation/feature_hint", "distillation/agreement", "distillation/kl"} <= set(columns)
 
 
 def test_two_of_them_wrap_one_step_and_leave_it() -> None:
@@ -301,7 +360,7 @@ REFUSED: list[tuple[Any, type[Exception], str]] = [
     (lambda: distilled(module=Silent()), ValueError, "expected `training_step` to call `Silent`"),
     (lambda: distilled(FeatureHint(taps="net.conv1"), teacher=Twin, cache="memory"), ValueError, "Leave `cache`"),
     (lambda: distilled(FeatureHint(taps={"net.conv1": "conv1"}, projector="none")), ValueError, "or, for features, a"),
-    (lambda: distilled(teacher=SelfTeacher(decay=0.5), cache="memory"), ValueError, "found a moving average"),
+    (lambda: distilled(teacher=SelfTeacher(decay=0.5), cache="memory"), ValueError, r"found `SelfTeacher\(decay=0.5\)"),
     (lambda: distilled(teacher="nowhere.pt"), ValueError, "found no such file"),
     (lambda: distilled(teacher=lambda: 3), TypeError, "expected a function that returns a module"),
     (lambda: KnowledgeDistillation(teacher=3), TypeError, "expected a module, a function"),  # type: ignore[arg-type]
@@ -318,6 +377,18 @@ REFUSED: list[tuple[Any, type[Exception], str]] = [
 def test_is_refused(make: Any, kind: type[Exception], sentence: str) -> None:
     with pytest.raises(kind, match=sentence):
         make()
+
+
+@pytest.mark.parametrize("manual", [False, True])
+def test_what_does_not_fit_together_is_found_before_the_first_step(manual: bool) -> None:
+    for teacher in (nn.Linear(3, 5), nn.Sequential(nn.Flatten(), nn.Linear(192, 7)), Grey()):
+        module = Plain(manual=manual)
+        before = weights(module).clone()
+        with pytest.raises(ValueError, match="expected"):
+            distilled(module=module, teacher=teacher)
+        assert torch.equal(before, weights(module))
+        assert "training_step" not in vars(module)
+        assert not any(part._forward_hooks for part in module.modules())
 
 
 def test_the_student_cannot_be_its_own_live_teacher() -> None:

@@ -21,6 +21,7 @@ from lightning_light.distillation import (
     ContrastiveHint,
     Falling,
     FeatureHint,
+    KnowledgeReview,
     LogitStandardization,
     OutputRegression,
     SimilarityPreserving,
@@ -156,6 +157,24 @@ def channels(s: Tensor, t: Tensor, temperature: float) -> float:
     return temperature**2 / s.shape[1] * total / len(s)
 
 
+def averaged(x: Tensor, size: int) -> Tensor:
+    """To ``size`` x ``size``, by hand: windows from the floor of their beginning to the ceiling of their end."""
+
+    def windows(length: int) -> list[slice]:
+        return [slice(i * length // size, -(-(i + 1) * length // size)) for i in range(size)]
+
+    rows, columns = windows(x.shape[2]), windows(x.shape[3])
+    return torch.stack([torch.stack([x[:, :, a, b].mean((2, 3)) for b in columns], -1) for a in rows], -2)
+
+
+def reviewed(s: Tensor, t: Tensor) -> float:
+    total = float(((s - t) ** 2).mean())
+    for share, size in ((1 / 2, 4), (1 / 4, 2), (1 / 8, 1)):
+        total += share * float(((averaged(s, size) - averaged(t, size)) ** 2).mean())
+    return total / (1 + 1 / 2 + 1 / 4 + 1 / 8)
+
+
+LARGE = ((2, C, 6, 5), (2, C, 6, 5))
 FLAT, MAPS = ((N, C), (N, C)), ((N, C, H, W), (N, C, H, W))
 OTHER_WIDTH = ((N, C, H, W), (N, C + 3, H, W))
 CASES: list[tuple[Any, Any, Any]] = [
@@ -164,6 +183,7 @@ CASES: list[tuple[Any, Any, Any]] = [
     (DKD(alpha=0.7, beta=3.0, temperature=2.0), FLAT, lambda s, t: decoupled(s, t, 0.7, 3.0, 2.0)),
     (DIST(beta=1.5, gamma=0.5, temperature=2.0), FLAT, lambda s, t: stronger(s, t, 1.5, 0.5, 2.0)),
     (FeatureHint(taps="x"), MAPS, lambda s, t: float(((s - t) ** 2).sum() / s.numel() / 2)),
+    (KnowledgeReview(taps="x"), LARGE, reviewed),
     (AttentionTransfer(taps="x"), OTHER_WIDTH, attention),
     (SimilarityPreserving(taps="x"), OTHER_WIDTH, similarity),
     (RKD(distance=2.0, angle=3.0), OTHER_WIDTH, lambda s, t: relations(s, t, 2.0, 3.0)),
@@ -238,6 +258,28 @@ def test_a_batch_without_a_position_that_counts_adds_nothing(loss: Any) -> None:
     s = double(2, 3, C).requires_grad_()
     none = torch.zeros(2, 3, dtype=torch.bool)
     assert loss(s, double(2, 3, C, seed=1), labels=torch.zeros(2, 3, dtype=torch.long), mask=none).item() == 0.0
+
+
+def test_hints_at_tokens_count_what_the_mask_counts() -> None:
+    s, t, mask = double(2, 3, C), double(2, 3, C, seed=1), torch.tensor([[True, False, True], [False, False, True]])
+    found = FeatureHint(taps="x")(s, t, mask=mask).item()
+    assert found == pytest.approx(float(((s - t)[mask] ** 2).sum()) / (3 * C) / 2, rel=1e-12)
+    maps, pixels = double(2, C, 3, 3), torch.zeros(2, 3, dtype=torch.bool)
+    assert FeatureHint(taps="x")(maps, maps + 1, mask=pixels).item() == pytest.approx(0.5)
+
+
+def test_a_review_pairs_each_stage_with_those_before_it() -> None:
+    found = [("a", "x"), ("b", "y"), ("c", "z")]
+    assert FeatureHint(taps="?").pairs(found) == found
+    assert KnowledgeReview(taps="?").pairs(found) == [
+        ("a", "x"), ("b", "x"), ("b", "y"), ("c", "x"), ("c", "y"), ("c", "z"),
+    ]  # fmt: skip
+
+
+def test_attention_of_tokens_is_over_positions() -> None:
+    s, t = double(2, 6, C), double(2, 6, C + 3, seed=1)
+    expected = AttentionTransfer(taps="x")(*(x.movedim(2, 1)[..., None] for x in (s, t)))
+    assert AttentionTransfer(taps="x")(s, t).item() == pytest.approx(expected.item(), rel=1e-12)
 
 
 def test_soft_targets_are_torch_s_divergence_to_the_last_bit() -> None:

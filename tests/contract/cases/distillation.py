@@ -1,4 +1,4 @@
-"""`KnowledgeDistillation`: every kind of teacher and every loss at least once, alone and beside pruning."""
+"""`KnowledgeDistillation`: every kind of teacher and every loss at least once, alone and beside other methods."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_light.budgets import Channels
+from lightning_light.budgets import Channels, Sparsity
 from lightning_light.distillation import (
     DIST,
     DKD,
@@ -21,13 +21,17 @@ from lightning_light.distillation import (
     Falling,
     FeatureHint,
     KnowledgeDistillation,
+    KnowledgeReview,
+    LiveTeacher,
     LogitStandardization,
     OutputRegression,
     SelfTeacher,
     SimilarityPreserving,
     SoftTargets,
 )
-from lightning_light.schedules import Linear, OneShot
+from lightning_light.quantization import Int8, QuantizationAwareTraining
+from lightning_light.schedules import Linear, OneShot, Window
+from lightning_light.sparsity import WeightPruning
 from lightning_light.structured import StructuredPruning
 from tests.contract.bodies import Features, Momentum
 from tests.contract.case import Case
@@ -63,13 +67,32 @@ def case(name: str, *losses: DistillationLoss, full: bool = False, body: Any = N
     )
 
 
-def beside_pruning(name: str, *losses: DistillationLoss, **options: Any) -> Case:
-    """A row in which the student's channels leave in the fifth step."""
-    build: Callable[[Path], list[Any]] = lambda folder: [  # noqa: E731  # its twin above is one, too
-        KnowledgeDistillation(losses=list(losses), **options),
-        StructuredPruning(Channels(0.5), schedule=OneShot(at=0.4)),
-    ]
-    return Case(f"distillation_pruned_{name}", build, full=False)
+def beside(name: str, other: Callable[[], Any], *losses: DistillationLoss, **options: Any) -> Case:
+    """A row with another method below it, which begins in the fifth step."""
+    return Case(
+        f"distillation_{name}",
+        lambda folder: [KnowledgeDistillation(losses=list(losses), **options), other()],
+        structural=other is cutting,
+        tolerance=0.2 if other is rounding else 1e-4,  # after the run the module is float again, and the file is not
+        full=False,
+    )
+
+
+def cutting() -> Any:
+    """The student's channels leave."""
+    return StructuredPruning(Channels(0.5), schedule=OneShot(at=0.4))
+
+
+def masking() -> Any:
+    """The student's weights become zero."""
+    return WeightPruning(Sparsity(0.7), schedule=Window(Linear(), start=0.4, end=0.8), every_n_steps=2)
+
+
+def rounding() -> Any:
+    """The student's layers are observed, then rounded."""
+    return QuantizationAwareTraining(
+        Int8(averaging=0.9), start=0.1, observe_batches=2, freeze_observers=0.7, freeze_batch_norm=0.75
+    )
 
 
 def _placed(arguments: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -87,7 +110,15 @@ CASES = [
     case("matched", AttentionTransfer(taps="auto"), SRD(taps=HINT), ContrastiveHint(taps=HINT)),
     case("relations", RKD(), SimilarityPreserving(taps=HINT), ChannelWise(taps=HINT), stop=0.8),
     case("balanced", SoftTargets(schedule=Falling(Linear())), OutputRegression(), balance_every=2),
-    beside_pruning("hint", FeatureHint(taps=HINT), teacher=MENTOR),
-    beside_pruning("self", SoftTargets(), FeatureHint(taps="features.last")),
-    beside_pruning("average", SoftTargets(), teacher=SelfTeacher(decay=0.9)),
+    case("review", KnowledgeReview(taps=["features.bn0", "features.bn2", "features.last"])),
+    case("exits", FeatureHint(taps={"features.bn0": "features.bn2"}), teacher=LiveTeacher()),
+    beside("pruned_hint", cutting, FeatureHint(taps=HINT), teacher=MENTOR),
+    beside("pruned_self", cutting, SoftTargets(), FeatureHint(taps="features.last")),
+    beside("pruned_average", cutting, SoftTargets(), FeatureHint(taps=HINT), teacher=SelfTeacher(decay=0.9)),
+    beside("pruned_exits", cutting, FeatureHint(taps={HINT: "features.last"}), teacher=LiveTeacher()),
+    beside("masked_self", masking, SoftTargets(), FeatureHint(taps=HINT)),
+    beside("masked_average", masking, SoftTargets(), teacher=SelfTeacher(decay=0.9)),
+    beside("rounded_self", rounding, SoftTargets(), FeatureHint(taps=HINT)),
+    beside("rounded_hint", rounding, SoftTargets(), FeatureHint(taps="features.last"), teacher=MENTOR),
+    beside("rounded_average", rounding, SoftTargets(), teacher=SelfTeacher(decay=0.9)),
 ]
