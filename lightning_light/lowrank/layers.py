@@ -68,11 +68,6 @@ class Layer:
         weights = groups * ranks[0] * (inputs * taps + out)
         return after * weights, weights
 
-    def costs_of_grid(self, inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
-        """`cost` of Tucker-2 for many pairs of ranks at once."""
-        macs, params = self.cost("tucker2", (inputs, outputs))  # type: ignore[arg-type]  # arithmetic alone
-        return torch.as_tensor(macs), torch.as_tensor(params)
-
 
 @dataclass
 class _Calls:
