@@ -324,9 +324,8 @@ class LowRankFactorization(CompressionCallback):
     def _log(self, trainer: Trainer, pl_module: LightningModule, plan: Plan, share: float) -> None:
         scalars = {f"{self.method}/share": share, f"{self.method}/{plan.quantity}": plan.after}
         for name, fact in self.state(pl_module).get("layers", {}).items():
-            scalars[f"{self.method}/rank/{name}"] = float(max(fact["ranks"]))
-            scalars[f"{self.method}/energy_kept/{name}"] = fact["energy_kept"]
-            scalars[f"{self.method}/reconstruction_error/{name}"] = fact["reconstruction_error"]
+            for key in ("rank", "energy_kept", "reconstruction_error"):
+                scalars[f"{self.method}/{key}/{name}"] = fact[key]
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=steps_done(trainer))
 
@@ -350,6 +349,7 @@ def _facts(plan: Plan) -> dict[str, Any]:
         name: {
             "form": found.form,
             "ranks": list(found.ranks),
+            "rank": float(max(found.ranks)),
             "full": list(found.full),
             "energy_kept": 1.0 - found.error,
             "reconstruction_error": max(found.error, 0.0) ** 0.5,
