@@ -103,9 +103,9 @@ def fine_tuned(net: nn.Module, data: dict[str, TensorDataset], example: Tensor, 
     right = []
     for seed in range(args.seeds):
         L.seed_everything(seed, verbose=False)
-        module = Classifier(copy.deepcopy(net), args.lr).train()
+        module = Classifier(copy.deepcopy(net), args.lr).train().to(memory_format=torch.channels_last)
         method = LowRankFactorization(MACs(args.remaining), form=args.form, round_to=args.round_to)
-        trainer = L.Trainer(max_epochs=args.epochs, callbacks=[method], **QUIET)
+        trainer = L.Trainer(max_epochs=args.epochs, callbacks=[method], precision=args.precision, **QUIET)
         trainer.fit(module, DataLoader(train, 128, shuffle=True, drop_last=True))
         right.append(accuracy(module.net, data["test"]))
         print(f"seed {seed}: {right[-1]:.2%}", file=sys.stderr, flush=True)
@@ -160,6 +160,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=10_000, help="training images an epoch")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--lr", type=float, default=0.02)
+    parser.add_argument("--precision", default="32-true", help="of the resnet's fine-tuning, as Lightning has it")
     parser.add_argument("--form", default="auto")
     parser.add_argument("--forms", nargs="+", default=["auto", "spatial"], help="of the cnn's rows")
     parser.add_argument("--parts", nargs="+", default=["one_shot", "tuned"], help="of the resnet's table")

@@ -243,7 +243,7 @@ class WeightClustering(CompressionCallback):
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=steps_done(trainer))
         for name, bits in rows.items():
-            self.state(pl_module)["layers"][name]["bits"] = bits
+            self.state(pl_module)["layers"][name]["coded_bits"] = bits
         tell(
             trainer,
             f"{self.method}: {len(rows)} layers with at most {self.clusters} values, {total:.2f} bits a weight after "

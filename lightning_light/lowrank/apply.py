@@ -11,7 +11,7 @@ from lightning_light.lowrank.attention import followers, open_module
 from lightning_light.lowrank.build import OPERATION, build_factors, close_fast_paths, dense_weight, factor_form
 from lightning_light.lowrank.plan import Plan
 from lightning_light.lowrank.spectra import MatrixSpectrum, TuckerSpectrum, decompose
-from lightning_light.surgery.replace import replace_module
+from lightning_light.surgery.replace import replace_modules
 
 __all__ = ["apply_factors", "balance_factors"]
 
@@ -31,24 +31,20 @@ def apply_factors(
         The journal's entry.
     """
     optimizers = list(optimizers)
-    opened = {found.owner: found.blocks for found in plan.layers.values() if found.owner}
-    for name, blocks in opened.items():
-        old = model.get_submodule(name)
-        new = open_module(old, blocks)
-        replace_module(model, name, new, op=OPERATION, optimizers=optimizers, parameters=followers(old, new),
-                       mirrors=mirrors)  # fmt: skip
-    places = _Places(model, optimizers)
+    _open(model, plan, optimizers=optimizers, mirrors=mirrors)
+    factors: dict[str, nn.Module] = {}
+    weights: dict[nn.Parameter, list[nn.Parameter]] = {}
     for name, found in plan.layers.items():
         old = model.get_submodule(name)
-        factors = build_factors(old, found.form, found.ranks, found.factors)
-        roots, inner = places.nearest(name, (model, *mirrors))
-        replace_module(roots[0], inner, factors, op=OPERATION, optimizers=optimizers, mirrors=roots[1:],
-                       parameters=_weights_of(old, factors))  # fmt: skip
-        for root in (model, *mirrors):
-            close_fast_paths(root, name)
+        new = build_factors(old, found.form, found.ranks, found.factors)
+        factors[name] = new
+        weights |= _weights_of(old, new)
+    replace_modules(model, factors, optimizers=optimizers, parameters=weights, mirrors=mirrors)
+    for root in (model, *mirrors):
+        close_fast_paths(root, factors)
     return {
         "op": OPERATION,
-        "opened": [[name, blocks] for name, blocks in opened.items()],
+        "opened": [[name, blocks] for name, blocks in _owners(plan).items()],
         "layers": [[name, found.form, list(found.ranks)] for name, found in plan.layers.items()],
     }
 
@@ -87,6 +83,22 @@ def balance_factors(model: nn.Module) -> list[str]:
     return balanced
 
 
+def _owners(plan: Plan) -> dict[str, int]:
+    return {found.owner: found.blocks for found in plan.layers.values() if found.owner}
+
+
+def _open(model: nn.Module, plan: Plan, *, optimizers: Iterable[Any], mirrors: Sequence[nn.Module]) -> None:
+    """Attentions and fused layers become several layers each, some of which are then factored."""
+    opened: dict[str, nn.Module] = {}
+    parameters: dict[nn.Parameter, list[nn.Parameter]] = {}
+    for name, blocks in _owners(plan).items():
+        old = model.get_submodule(name)
+        opened[name] = open_module(old, blocks)
+        parameters |= followers(old, opened[name])
+    if opened:
+        replace_modules(model, opened, optimizers=optimizers, parameters=parameters, mirrors=mirrors)
+
+
 def _ranks(form: str, layers: list[Any]) -> tuple[int, ...]:
     if form == "embedding":
         return (layers[0].embedding_dim,)
@@ -101,27 +113,3 @@ def _weights_of(old: nn.Module, factors: nn.Sequential) -> dict[nn.Parameter, li
         return {weight: new}
     layers: list[Any] = list(old.children())
     return {layer.weight: [weight] for layer, weight in zip(layers, new, strict=True)}
-
-
-class _Places:
-    """From where a layer may be replaced: its parent, where nothing outside it refers to the layer.
-
-    Walking the whole network for each layer takes longer than the decompositions do. A plan has no layer whose weights
-    another one shares, so only a layer with several names, and optimizers that know names, need the root.
-    """
-
-    def __init__(self, model: nn.Module, optimizers: Sequence[Any]) -> None:
-        names: dict[int, int] = {}
-        for _, module in model.named_modules(remove_duplicate=False):
-            names[id(module)] = names.get(id(module), 0) + 1
-        self._model, self._names = model, names
-        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        self._by_name = any("param_names" in group for group in groups)
-
-    def nearest(self, name: str, roots: Sequence[nn.Module]) -> tuple[list[nn.Module], str]:
-        """The root for each of ``roots``, and the layer's name from there."""
-        parent, _, leaf = name.rpartition(".")
-        alone = self._names.get(id(self._model.get_submodule(name)), 1) == 1
-        if not alone or self._by_name:
-            return list(roots), name
-        return [root.get_submodule(parent) for root in roots], leaf

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-__all__ = ["Blocks", "OpenAttention", "open_module", "opened_weights"]
+__all__ = ["Blocks", "OpenAttention", "followers", "open_module", "opened_weights", "why_closed"]
+
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
 class Blocks(nn.Module):
@@ -92,11 +94,11 @@ class OpenAttention(nn.Module):
 
 def opened_weights(module: nn.Module, blocks: int = 0) -> dict[str, Tensor]:
     """Name of the layer inside -> the weight that it would have, if ``module`` were opened."""
-    if isinstance(module, nn.MultiheadAttention):
-        return {**dict(zip(("q_proj", "k_proj", "v_proj"), _projections(module), strict=True)),
-                "out_proj": module.out_proj.weight}  # fmt: skip
-    weight: Tensor = module.weight  # type: ignore[assignment]  # of a linear layer
-    return {f"blocks.{place}": part for place, part in enumerate(weight.chunk(blocks))}
+    if not isinstance(module, nn.MultiheadAttention):
+        return _chunks("", module.weight, blocks)  # type: ignore[arg-type]  # of a linear layer
+    named = zip(_PROJECTIONS, _projections(module), strict=True)
+    inner = [_chunks(f"{name}.", weight, blocks) if blocks else {name: weight} for name, weight in named]
+    return {**inner[0], **inner[1], **inner[2], "out_proj": module.out_proj.weight}
 
 
 def open_module(module: nn.Module, blocks: int = 0) -> OpenAttention | Blocks:
@@ -104,22 +106,22 @@ def open_module(module: nn.Module, blocks: int = 0) -> OpenAttention | Blocks:
 
     Args:
         module: an attention that `why_closed` says nothing against, or a linear layer.
-        blocks: for a linear layer, in how many equal parts its outputs fall.
+        blocks: in how many equal parts the outputs of a linear layer fall, or those of each projection of an attention:
+            the number of heads, for one part a head. 0 leaves projections whole.
     """
-    weights = opened_weights(module, blocks)
     if isinstance(module, nn.MultiheadAttention):
         joint = module.in_proj_bias
         biases = [None] * 3 if joint is None else list(joint.chunk(3))
         layers: dict[str, nn.Module] = {
-            name: _layer(weights[name], bias, module.out_proj.weight)
-            for name, bias in zip(("q_proj", "k_proj", "v_proj"), biases, strict=True)
+            name: _split(weight, bias, blocks, module.out_proj.weight)
+            for name, weight, bias in zip(_PROJECTIONS, _projections(module), biases, strict=True)
         }
         layers["out_proj"] = _shared(module.out_proj)
         return OpenAttention(module, layers)
-    bias: Tensor | None = module.bias  # type: ignore[assignment]
-    parts = [None] * blocks if bias is None else list(bias.chunk(blocks))
-    pieces = zip(weights.values(), parts, strict=True)
-    return Blocks([_layer(weight, part, module.weight) for weight, part in pieces])  # type: ignore[arg-type]
+    linear: Any = module
+    opened = _split(linear.weight, linear.bias, blocks, linear.weight)
+    assert isinstance(opened, Blocks)
+    return opened
 
 
 def why_closed(module: nn.MultiheadAttention) -> str | None:
@@ -133,6 +135,17 @@ def _projections(module: nn.MultiheadAttention) -> list[Tensor]:
     if module.in_proj_weight is not None:
         return list(module.in_proj_weight.chunk(3))
     return [module.q_proj_weight, module.k_proj_weight, module.v_proj_weight]
+
+
+def _chunks(prefix: str, weight: Tensor, blocks: int) -> dict[str, Tensor]:
+    return {f"{prefix}blocks.{place}": part for place, part in enumerate(weight.chunk(blocks))}
+
+
+def _split(weight: Tensor, bias: Tensor | None, blocks: int, reference: Tensor) -> nn.Linear | Blocks:
+    if not blocks:
+        return _layer(weight, bias, reference)
+    biases = [None] * blocks if bias is None else list(bias.chunk(blocks))
+    return Blocks([_layer(*part, reference) for part in zip(weight.chunk(blocks), biases, strict=True)])
 
 
 def _layer(weight: Tensor, bias: Tensor | None, reference: Tensor) -> nn.Linear:
@@ -158,13 +171,20 @@ def _additive(mask: Tensor, like: Tensor) -> Tensor:
 
 def followers(old: nn.Module, new: nn.Module) -> dict[nn.Parameter, list[nn.Parameter]]:
     """What takes the place of each parameter of ``old`` in the optimizers."""
-    if isinstance(old, nn.MultiheadAttention):
-        inner: list[Any] = [new.q_proj, new.k_proj, new.v_proj]
-        joint = [old.in_proj_weight] if old.in_proj_weight is not None else [
-            old.q_proj_weight, old.k_proj_weight, old.v_proj_weight]  # fmt: skip
-    else:
-        inner, joint = list(new.blocks), [old.weight]  # type: ignore[arg-type, list-item]
-    weights = [layer.weight for layer in inner]
-    found = {joint[0]: weights} if len(joint) == 1 else {o: [w] for o, w in zip(joint, weights, strict=True)}
-    bias: Any = getattr(old, "in_proj_bias", None) if isinstance(old, nn.MultiheadAttention) else old.bias
-    return found if bias is None else {**found, bias: [layer.bias for layer in inner]}
+    if not isinstance(old, nn.MultiheadAttention):
+        weights, biases = _inner(new)
+        bias: Any = old.bias
+        return {old.weight: weights, **({} if bias is None else {bias: biases})}
+    parts = [_inner(getattr(new, name)) for name in _PROJECTIONS]
+    every = [[parameter for part in parts for parameter in part[kind]] for kind in (0, 1)]
+    bias = {} if old.in_proj_bias is None else {old.in_proj_bias: every[1]}
+    if old.in_proj_weight is not None:
+        return {old.in_proj_weight: every[0], **bias}
+    separate: list[Any] = _projections(old)
+    return {**{weight: part[0] for weight, part in zip(separate, parts, strict=True)}, **bias}
+
+
+def _inner(new: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Weights and biases of a layer, or of the blocks that stand for it."""
+    layers: list[Any] = list(new.blocks) if isinstance(new, Blocks) else [new]
+    return [layer.weight for layer in layers], [layer.bias for layer in layers]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -77,14 +77,14 @@ def replay_factors(model: nn.Module, entry: Mapping[str, Any]) -> None:
         put_module(model, name, open_module(model.get_submodule(name), blocks))
     for name, form, ranks in entry["layers"]:
         put_module(model, name, build_factors(model.get_submodule(name), form, ranks))
-        close_fast_paths(model, name)
+    close_fast_paths(model, [name for name, _, _ in entry["layers"]])
 
 
-def close_fast_paths(model: nn.Module, name: str) -> None:
+def close_fast_paths(model: nn.Module, names: Iterable[str]) -> None:
     """Transformer layers read their parts' weights around them in evaluation mode; what has been replaced has none."""
-    parts = name.split(".")
-    for depth in range(len(parts)):
-        parent = model.get_submodule(".".join(parts[:depth]))
+    inside = {".".join(parts[:depth]) for parts in (name.split(".") for name in names) for depth in range(len(parts))}
+    for name in inside:
+        parent = model.get_submodule(name)
         if isinstance(parent, nn.TransformerEncoderLayer):
             parent.activation_relu_or_gelu = 0
         elif isinstance(parent, nn.TransformerEncoder):

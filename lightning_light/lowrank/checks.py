@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lightning_light.budgets import Budget
+from lightning_light.events import event_points
 from lightning_light.schedules import Window, resolve
 
 if TYPE_CHECKING:
     from lightning_light.lowrank.low_rank_factorization import LowRankFactorization
 
-__all__ = ["check_arguments", "event_points", "points_done"]
+__all__ = ["check_arguments", "moments"]
 
 _QUANTITIES = ("macs", "params", "bytes", "seconds")
-_SAME = 1e-9
 
 
 def check_arguments(given: LowRankFactorization) -> None:
@@ -83,7 +83,7 @@ def _is_moment(moment: float) -> bool:
     return moment >= 0 if isinstance(moment, int) else 0.0 <= moment <= 1.0
 
 
-def event_points(given: LowRankFactorization, max_epochs: int | None) -> list[tuple[float, float]]:
+def moments(given: LowRankFactorization, max_epochs: int | None) -> list[tuple[float, float]]:
     """``(progress, share of the way)`` of every event, in order.
 
     Raises:
@@ -91,21 +91,7 @@ def event_points(given: LowRankFactorization, max_epochs: int | None) -> list[tu
     """
     if given.end is None:
         return [(_fraction(given.start, max_epochs), 1.0)]
-    window = resolve(Window(given.schedule, given.start, given.end), max_epochs)
-    assert isinstance(window, Window)
-    points: list[tuple[float, float]] = []
-    for number in range(given.events + 1):
-        progress = round(window.start + (window.end - window.start) * number / given.events, 9)
-        share = window(progress)
-        if share > (points[-1][1] if points else 0.0) + _SAME:
-            points.append((progress, share))
-    return points
-
-
-def points_done(points: list[tuple[float, float]], progress: float, planned: int) -> int:
-    """How many of ``points`` lie behind or are due now; the last step of a run is its end."""
-    last = 1.0 - 1.0 / max(planned, 1)
-    return sum(min(point, last) <= progress + _SAME for point, _ in points)
+    return event_points(resolve(Window(given.schedule, given.start, given.end), max_epochs), given.events)
 
 
 def _fraction(moment: float, max_epochs: int | None) -> float:

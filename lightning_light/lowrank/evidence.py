@@ -119,7 +119,7 @@ def _input_of(layer: Layer, module: nn.Module, args: Any, kwargs: Any) -> Tensor
         return next(tensors_in((args, kwargs)))
     names = ("query", "key", "value")
     places = {"q_proj": 0, "k_proj": 1, "v_proj": 2}
-    place = places.get(layer.name.rpartition(".")[2])
+    place = places.get(layer.name.removeprefix(f"{layer.owner}.").partition(".")[0])
     if place is None:
         return None  # what the output projection reads exists inside the attention's own kernel only
     found: Tensor = args[place] if len(args) > place else kwargs[names[place]]
@@ -150,9 +150,11 @@ def _gradients(layer: Layer, module: nn.Module) -> list[tuple[Tensor, Tensor | N
     part = layer.name.removeprefix(f"{layer.owner}.")
     if isinstance(module, nn.MultiheadAttention) and part == "out_proj":
         return [(module.out_proj.weight, module.out_proj.weight.grad)]
-    joint: Any = module.weight if layer.blocks else module.in_proj_weight
+    is_attention = isinstance(module, nn.MultiheadAttention)
+    joint: Any = module.in_proj_weight if is_attention else module.weight
+    place, parts = list(opened_weights(module, layer.blocks)).index(part), max(layer.blocks, 1)
     if joint is None:
-        separate: Any = getattr(module, f"{part}_weight")
-        return [(separate, separate.grad)]
-    place = list(opened_weights(module, layer.blocks)).index(part)
-    return [(joint, None if joint.grad is None else joint.grad.chunk(layer.blocks or 3)[place])]
+        joint, place = getattr(module, f"{part.partition('.')[0]}_weight"), place % parts
+    elif is_attention:
+        parts *= 3
+    return [(joint, None if joint.grad is None else joint.grad.chunk(parts)[place])]

@@ -20,10 +20,9 @@ _TINY = 1e-8
 
 
 class Fit(ABC):
-    """Weighs the input axis of a matrix before its singular value decomposition, and takes the weight back after it.
+    """Says which errors of a matrix count: those along inputs that matter.
 
-    For a matrix ``W`` of shape ``(out, in)`` and a weight ``M`` the fit is the best low-rank ``V`` in
-    ``||(W - V) M||``: ``V = svd(W M)`` cut to its rank, times the inverse of ``M`` (Eckart and Young, 1936).
+    For a matrix ``W`` of shape ``(out, in)`` the fit is the best low-rank ``V`` in ``||(W - V) M||``, for some ``M``.
 
     Attributes:
         needs: kinds of evidence, of ``"moment"`` (mean of ``x x^T``), ``"absolute"`` (mean of ``|x|``) and
@@ -33,8 +32,8 @@ class Fit(ABC):
     needs: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
-    def weights(self, evidence: Evidence) -> tuple[Tensor, Tensor] | None:
-        """``M`` and its inverse, each ``(groups, in, in)``, or ``(groups, 1, in)`` for a diagonal; None for none."""
+    def metric(self, evidence: Evidence) -> Tensor | None:
+        """``M M^T``, as ``(groups, in, in)``, or as ``(groups, 1, in)`` if it is diagonal; None for the identity."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class WeightSVD(Fit):
     """The nearest matrix of a rank, by its entries alone: no data are needed."""
 
     @override
-    def weights(self, evidence: Evidence) -> tuple[Tensor, Tensor] | None:
+    def metric(self, evidence: Evidence) -> Tensor | None:
         return None
 
 
@@ -51,8 +50,8 @@ class WhitenedSVD(Fit):
     """The matrix whose outputs are nearest on the data: ``M M^T = E[x x^T]``.
 
     Wang et al., 2024, "SVD-LLM: Truncation-aware Singular Value Decomposition for Large Language Model Compression".
-    https://arxiv.org/abs/2403.07378. There ``M`` is a Cholesky factor; here it is the symmetric root, which also
-    exists where inputs depend on each other, and gives the same fit.
+    https://arxiv.org/abs/2403.07378. There a Cholesky factor is taken and inverted; the closed form used here needs
+    neither, and so also holds where inputs depend on each other.
 
     Args:
         damping: share of the mean variance that is added to every input's.
@@ -70,15 +69,11 @@ class WhitenedSVD(Fit):
             raise ValueError(f"`WhitenedSVD(damping={self.damping})`: expected a share >= 0, such as 1e-6.")
 
     @override
-    def weights(self, evidence: Evidence) -> tuple[Tensor, Tensor] | None:
+    def metric(self, evidence: Evidence) -> Tensor | None:
         moment = evidence["moment"].double()
         moment = (moment + moment.mT) / 2
         mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp_min(_TINY)
-        values, vectors = torch.linalg.eigh(moment + self.damping * mean * torch.eye(moment.shape[-1]).to(moment))
-        roots = values.clamp_min(0.0).sqrt()
-        least = roots.amax(-1, keepdim=True) * 1e-10
-        inverse = torch.where(roots > least, 1.0 / roots.clamp_min(_TINY * _TINY), 0.0)
-        return (vectors * roots[..., None, :]) @ vectors.mT, (vectors * inverse[..., None, :]) @ vectors.mT
+        return moment + self.damping * mean * torch.eye(moment.shape[-1]).to(moment)
 
 
 @dataclass(frozen=True)
@@ -104,8 +99,8 @@ class ActivationSVD(Fit):
             raise ValueError(f"`ActivationSVD(alpha={self.alpha})`: expected 0 <= alpha <= 1, such as 0.5.")
 
     @override
-    def weights(self, evidence: Evidence) -> tuple[Tensor, Tensor] | None:
-        return _diagonal(evidence["absolute"].double() ** self.alpha)
+    def metric(self, evidence: Evidence) -> Tensor | None:
+        return _diagonal(evidence["absolute"].double() ** (2 * self.alpha))
 
 
 @dataclass(frozen=True)
@@ -119,11 +114,10 @@ class FisherSVD(Fit):
     needs: ClassVar[frozenset[str]] = frozenset({"grad_squared"})
 
     @override
-    def weights(self, evidence: Evidence) -> tuple[Tensor, Tensor] | None:
-        return _diagonal(evidence["grad_squared"].double().sum(-2).sqrt())
+    def metric(self, evidence: Evidence) -> Tensor | None:
+        return _diagonal(evidence["grad_squared"].double().sum(-2))
 
 
-def _diagonal(scale: Tensor) -> tuple[Tensor, Tensor]:
-    """An input that was always silent keeps a small weight, so that the inverse exists."""
-    scale = scale.clamp_min(1e-6 * float(scale.max()) or 1.0)[..., None, :]
-    return scale, 1.0 / scale
+def _diagonal(squares: Tensor) -> Tensor:
+    """An input that was always silent still counts a little."""
+    return squares.clamp_min(1e-12 * float(squares.max()) or 1.0)[..., None, :]

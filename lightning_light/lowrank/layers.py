@@ -68,11 +68,6 @@ class Layer:
         weights = groups * ranks[0] * (inputs * taps + out)
         return after * weights, weights
 
-    def costs_of_grid(self, inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
-        """`cost` of Tucker-2 for many pairs of ranks at once."""
-        macs, params = self.cost("tucker2", (inputs, outputs))  # type: ignore[arg-type]  # arithmetic alone
-        return torch.as_tensor(macs), torch.as_tensor(params)
-
 
 @dataclass
 class _Calls:
@@ -104,7 +99,8 @@ def find_layers(
         example: one call of it.
         names: of the modules that may be touched, with all that is in them.
         form: of a convolution: ``"auto"`` for all that fit, or one.
-        blocks: pattern of fused linear layers -> how many equal parts each consists of.
+        blocks: pattern of fused linear layers, or of attentions -> how many equal parts each, or each projection of
+            it, consists of.
         mine: names of layers whose factors may be factored further: their ranks go down.
     """
     calls = _run(model, example)
@@ -142,7 +138,8 @@ def _outermost(model: nn.Module, names: Iterable[str]) -> list[str]:
 def _why_not(module: nn.Module, shared: set[int], calls: _Calls, parts: int, *, may_shrink: bool) -> str | None:
     """Why a module is left alone: a sentence, or nothing to say about one that has no matrix; None if it is not."""
     if isinstance(module, nn.MultiheadAttention):
-        return why_closed(module) or _not_called(module, calls) or _touched(module, shared)
+        why = why_closed(module) or _not_called(module, calls) or _touched(module, shared)
+        return why or _not_divisible(module, parts)
     if factor_form(module) is not None:
         return _not_called(module, calls) if may_shrink else "it is factored already"
     if not isinstance(module, _PLAIN):
@@ -177,9 +174,11 @@ def _not_called(module: nn.Module, calls: _Calls) -> str | None:
 
 
 def _not_divisible(module: nn.Module, parts: int) -> str | None:
-    if not parts or (isinstance(module, nn.Linear) and module.out_features % parts == 0):
+    widths = {nn.Linear: "out_features", nn.MultiheadAttention: "embed_dim"}
+    width = next((getattr(module, name) for kind, name in widths.items() if isinstance(module, kind)), None)
+    if not parts or (width is not None and width % parts == 0):
         return None
-    return f"not a linear layer whose outputs fall into {parts} equal parts"
+    return f"neither a linear layer nor an attention whose outputs fall into {parts} equal parts"
 
 
 def _layer(name: str, module: nn.Module, calls: _Calls, form: str) -> Layer:

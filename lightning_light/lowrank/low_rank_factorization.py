@@ -11,10 +11,11 @@ from typing_extensions import override
 from lightning_light.budgets import Budget
 from lightning_light.callback import CompressionCallback
 from lightning_light.errors import LightningLightError
+from lightning_light.events import points_done
 from lightning_light.example_input import Capture, ExampleInput, capture
 from lightning_light.lowrank.apply import apply_factors
 from lightning_light.lowrank.build import factor_form
-from lightning_light.lowrank.checks import check_arguments, event_points, points_done
+from lightning_light.lowrank.checks import check_arguments, moments
 from lightning_light.lowrank.costs import quantity
 from lightning_light.lowrank.evidence import InputWatch, Sums, add_gradients, from_batches, mean_evidence
 from lightning_light.lowrank.fits import Fit, WeightSVD
@@ -68,8 +69,9 @@ class LowRankFactorization(CompressionCallback):
             With data, convolutions take the ``"channel"`` form.
         form: of convolutions; ``"auto"`` takes what loses least for the cost, layer by layer.
         targets: layers that may be replaced: patterns or `Targets`.
-        blocks: pattern of a fused linear layer -> how many equal parts it consists of, each of which gets ranks of its
-            own: ``{"*.qkv": 3}``. `torch.nn.MultiheadAttention` needs no mention.
+        blocks: pattern of a fused linear layer, or of a `torch.nn.MultiheadAttention` -> how many equal parts it, or
+            each of its projections, consists of, each of which gets ranks of its own: ``{"*.qkv": 3}``, or
+            ``{"*.attention": heads}`` for ranks per head. Without a mention, an attention has its four projections.
         round_to: ranks are multiples of it.
         min_rank: what every layer keeps at least.
         faster_only: leave a layer alone if its factors, timed on this machine, do not run faster.
@@ -145,7 +147,7 @@ class LowRankFactorization(CompressionCallback):
         """Resolve epochs, so that what cannot work is said before anything is trained."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self._points = event_points(self, trainer.max_epochs)
+            self._points = moments(self, trainer.max_epochs)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -215,7 +217,7 @@ class LowRankFactorization(CompressionCallback):
     @override
     def window(self, max_epochs: int | None) -> tuple[float, float] | None:
         """From the first event to the last."""
-        points = event_points(self, max_epochs)
+        points = moments(self, max_epochs)
         return (points[0][0], points[-1][0]) if points else None
 
     # For functions that do the same without a Trainer.
@@ -324,9 +326,8 @@ class LowRankFactorization(CompressionCallback):
     def _log(self, trainer: Trainer, pl_module: LightningModule, plan: Plan, share: float) -> None:
         scalars = {f"{self.method}/share": share, f"{self.method}/{plan.quantity}": plan.after}
         for name, fact in self.state(pl_module).get("layers", {}).items():
-            scalars[f"{self.method}/rank/{name}"] = float(max(fact["ranks"]))
-            scalars[f"{self.method}/energy_kept/{name}"] = fact["energy_kept"]
-            scalars[f"{self.method}/reconstruction_error/{name}"] = fact["reconstruction_error"]
+            for key in ("rank", "energy_kept", "reconstruction_error"):
+                scalars[f"{self.method}/{key}/{name}"] = fact[key]
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=steps_done(trainer))
 
@@ -350,6 +351,7 @@ def _facts(plan: Plan) -> dict[str, Any]:
         name: {
             "form": found.form,
             "ranks": list(found.ranks),
+            "rank": float(max(found.ranks)),
             "full": list(found.full),
             "energy_kept": 1.0 - found.error,
             "reconstruction_error": max(found.error, 0.0) ** 0.5,

@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
-from typing import Literal
+from typing import Any, Literal
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from lightning_light.budgets import Budget
@@ -141,10 +141,12 @@ def plan_factors(
     skipped = dict(reasons)
     fronts: dict[str, list[Choice]] = {}
     for layer in layers:
-        fronts[layer.name], why = desk.front(layer)
-        if why:
-            skipped[layer.name] = why
-    able = {layer.name: layer for layer in layers if len(fronts[layer.name]) > 1}
+        found = desk.front(layer)
+        if isinstance(found, str):
+            skipped[layer.name] = found
+        else:
+            fronts[layer.name] = found
+    able = {layer.name: layer for layer in layers if layer.name in fronts}
     while True:
         chosen = _choose(desk, able, fronts, budget, now, limit, probe, by_output)
         slower = desk.slower(able, chosen) if options.faster_only else {}
@@ -152,7 +154,7 @@ def plan_factors(
             break
         skipped |= slower
         able = {name: layer for name, layer in able.items() if name not in slower}
-    saved = sum(fronts[name][-1].cost - choice.cost for name, choice in chosen.items())
+    saved = sum(desk.as_it_is(able[name]).cost - choice.cost for name, choice in chosen.items())
     why = "the budget is met without it" if budget else "at the ranks of the rule its factors would not be smaller"
     skipped |= {name: why for name, choice in chosen.items() if not choice.form}
     done = {name: desk.factored(able[name], choice) for name, choice in chosen.items() if choice.form}
@@ -164,9 +166,9 @@ def _choose(
     limit: float, probe: Callable[[Layer, Spectrum, Ranks], float] | None, by_output: bool,
 ) -> dict[str, Choice]:  # fmt: skip
     if budget is None:
-        return {name: desk.by_rule(layer, fronts[name], probe) for name, layer in able.items()}
+        return {name: desk.by_rule(layer, probe) for name, layer in able.items()}
     names = list(able)
-    rest = now - sum(fronts[name][-1].cost for name in names)
+    rest = now - sum(desk.as_it_is(able[name]).cost for name in names)
     weights = None
     if by_output:
         assert probe is not None  # the callback asks for calibration batches
@@ -194,38 +196,37 @@ class _Desk:
         key = layer.name, form
         if key not in self._spectra:
             weighed = form in {"linear", "channel"} and layer.name in self._evidence
-            weights = self._options.fit.weights(self._evidence[layer.name]) if weighed else None
-            self._spectra[key] = decompose(form, layer.weight, weights)
+            metric = self._options.fit.metric(self._evidence[layer.name]) if weighed else None
+            self._spectra[key] = decompose(form, layer.weight, metric)
         return self._spectra[key]
 
-    def front(self, layer: Layer) -> tuple[list[Choice], str]:
-        """The layer's choices, itself last; and why there is nothing to choose."""
-        dense = self._as_it_is(layer)
+    def front(self, layer: Layer) -> list[Choice] | str:
+        """The layer's choices, ascending in cost; or why there is nothing to choose."""
+        dense = self.as_it_is(layer)
         if layer.forms == ("embedding",) and self._quantity in {"macs", "seconds"} and self._options.rule is None:
-            return [dense], f"an embedding costs no {self._quantity} as it is"
+            return f"an embedding costs no {self._quantity} as it is"
         choices = [choice for form in self._forms(layer) for choice in self._choices(layer, form, dense)]
         if not choices:
-            return [dense], "factors of the lowest rank allowed would not be smaller"
+            return "factors of the lowest rank allowed would not be smaller"
         if self._quantity == "seconds":
-            choices, dense = self._timed(layer, frontier(choices), dense)
+            choices = self._timed(layer, frontier(choices), dense)
             if not choices:
-                return [dense], "its factors do not run faster on this machine"
-        return frontier([*choices, dense]), ""
+                return "its factors do not run faster on this machine"
+        return frontier([*choices, dense])
 
-    def by_rule(
-        self, layer: Layer, front: list[Choice], probe: Callable[[Layer, Spectrum, Ranks], float] | None
-    ) -> Choice:
+    def by_rule(self, layer: Layer, probe: Callable[[Layer, Spectrum, Ranks], float] | None) -> Choice:
         """The cheapest form, at the ranks that the rule says."""
         assert self._options.rule is not None  # or there is a budget
-        found = [front[-1]]
+        dense = self.as_it_is(layer)
+        found = [dense]
         for form in self._forms(layer):
             spectrum = self.spectrum(layer, form)
             measure = None if probe is None else lambda ranks, s=spectrum: probe(layer, s, ranks)
             ranks = self._options.rule(spectrum, measure)
             ranks = tuple(max(rank, self._options.min_rank) for rank in ranks)
             ranks = rounded(ranks, layer.limits or spectrum.full, self._options.round_to)
-            choice = self._choice(layer, form, ranks)
-            if self._is_smaller(choice, front[-1]):
+            choice = self._priced(form, ranks, *layer.cost(form, ranks), spectrum.error(ranks))
+            if self._is_smaller(choice, dense):
                 found.append(choice)
         return min(found, key=lambda choice: (choice.macs, choice.params))
 
@@ -251,7 +252,7 @@ class _Desk:
 
     def factored(self, layer: Layer, choice: Choice) -> Factored:
         """The factors themselves."""
-        spectrum, dense = self.spectrum(layer, choice.form), self._as_it_is(layer)
+        spectrum, dense = self.spectrum(layer, choice.form), self.as_it_is(layer)
         return Factored(
             choice.form, choice.ranks, spectrum.full, choice.error, (dense.macs, choice.macs),
             (dense.params, choice.params), spectrum.factors(choice.ranks), layer.owner, layer.blocks,
@@ -262,43 +263,46 @@ class _Desk:
         weighed = self._options.fit.needs and "channel" in layer.forms and len(layer.forms) > 1
         return ("channel",) if weighed else layer.forms
 
-    def _as_it_is(self, layer: Layer) -> Choice:
-        if layer.limits is None:
-            return self._with_cost(Choice("", (), layer.macs, layer.weight.numel(), 0.0, 0.0))
-        macs, params = layer.cost(layer.forms[0], layer.limits)
-        return self._with_cost(Choice("", layer.limits, macs, params, 0.0, 0.0))
+    def as_it_is(self, layer: Layer) -> Choice:
+        """The layer unchanged."""
+        ranks = layer.limits or ()
+        macs, params = layer.cost(layer.forms[0], ranks) if ranks else (layer.macs, layer.weight.numel())
+        choice = self._priced("", ranks, macs, params, 0.0)
+        return replace(choice, cost=self._timer(layer, "", ())) if self._quantity == "seconds" else choice
 
-    def _with_cost(self, choice: Choice) -> Choice:
-        costs = {"macs": choice.macs, "params": float(choice.params), "bytes": float(choice.params * self._bytes)}
-        return replace(choice, cost=costs.get(self._quantity, choice.macs))
-
-    def _choice(self, layer: Layer, form: str, ranks: Ranks) -> Choice:
-        macs, params = layer.cost(form, ranks)
-        return self._with_cost(Choice(form, ranks, macs, params, 0.0, self.spectrum(layer, form).error(ranks)))
+    def _priced(self, form: str, ranks: Ranks, macs: float, params: int, error: float) -> Choice:
+        costs = {"params": float(params), "bytes": float(params * self._bytes)}
+        return Choice(form, ranks, macs, params, costs.get(self._quantity, macs), error)
 
     def _choices(self, layer: Layer, form: str, dense: Choice) -> list[Choice]:
         spectrum = self.spectrum(layer, form)
         steps = [self._steps(full) for full in (layer.limits or spectrum.full)]
         if len(steps) == 2:
             return self._tucker(layer, spectrum, steps, dense)
-        found = (self._choice(layer, form, (rank,)) for rank in steps[0])
+        shares = spectrum.shares().tolist()
+        found = (self._priced(form, (rank,), *layer.cost(form, (rank,)), shares[rank - 1]) for rank in steps[0])
         return list(takewhile(lambda choice: self._is_smaller(choice, dense), found))  # the next one only costs more
 
     def _tucker(self, layer: Layer, spectrum: Spectrum, steps: list[list[int]], dense: Choice) -> list[Choice]:
         """Of the grid of both ranks only what may lie on the frontier."""
-        inputs, outputs = (axis.flatten() for axis in torch.meshgrid(*map(torch.tensor, steps), indexing="ij"))
-        errors = spectrum.errors()[inputs - 1, outputs - 1]
-        macs, params = layer.costs_of_grid(inputs, outputs)
+        inputs, outputs = np.array(steps[0])[:, None], np.array(steps[1])[None]
         taps = math.prod(layer.weight.shape[3:])
+        grid: Any = layer.cost  # arithmetic alone, so of whole arrays too
+        macs, params = grid("tucker2", (inputs, outputs))
         good = (macs < dense.macs) & (params < dense.params)
         good &= (inputs <= outputs * taps) & (outputs <= inputs * taps)  # beyond that a rank adds nothing
-        order = (macs if self._quantity in {"macs", "seconds"} else params).argsort()
-        found, least = [], math.inf
-        for place in order[good[order]].tolist():
-            if errors[place] < least:
-                least = float(errors[place])
-                found.append(self._choice(layer, "tucker2", (int(inputs[place]), int(outputs[place]))))
-        return found
+        errors = spectrum.shares().cpu().numpy()[inputs - 1, outputs - 1][good]
+        cost = (macs if self._quantity in {"macs", "seconds"} else params)[good]
+        order = cost.argsort(kind="stable")
+        least = np.minimum.accumulate(np.concatenate([[math.inf], errors[order]]))
+        order = order[errors[order] < least[:-1]]
+        places = np.argwhere(good)[order].tolist()
+        columns = zip(places, *(column[good][order].tolist() for column in (macs, params)), errors[order].tolist(),
+                      strict=True)  # fmt: skip
+        return [
+            self._priced("tucker2", (steps[0][i], steps[1][o]), macs, params, error)
+            for (i, o), macs, params, error in columns
+        ]
 
     def _steps(self, full: int) -> list[int]:
         """The ranks that are tried: multiples of ``round_to``, and the full rank where it is none."""
@@ -309,15 +313,14 @@ class _Desk:
         cheaper = choice.macs < dense.macs or choice.form == "embedding"
         return choice.params < dense.params and cheaper
 
-    def _timed(self, layer: Layer, choices: list[Choice], dense: Choice) -> tuple[list[Choice], Choice]:
+    def _timed(self, layer: Layer, choices: list[Choice], dense: Choice) -> list[Choice]:
         """At most a few choices, evenly spread, with measured costs; only those that are faster than the layer."""
         count = min(_TIMED, len(choices))
         picked = [choices[round(i * (len(choices) - 1) / max(count - 1, 1))] for i in range(count)]
-        dense = replace(dense, cost=self._timer(layer, "", ()))
         timed = [
             replace(choice, cost=self._timer(layer, choice.form, choice.ranks)) for choice in dict.fromkeys(picked)
         ]
-        return [choice for choice in timed if choice.cost < dense.cost], dense
+        return [choice for choice in timed if choice.cost < dense.cost]
 
 
 def _product(ranks: Ranks) -> str:

@@ -57,9 +57,11 @@ class Chronicle:
         """In plain types, for a checkpoint."""
         return {"before": self.before.plain(), "history": self.history.plain(), "layers": list(self.layers)}
 
-    def look(self, model: nn.Module, cost: Cost | None, step: int) -> None:
+    def look(
+        self, model: nn.Module, cost: Cost | None, step: int, facts: Mapping[str, Mapping[str, float]] | None = None
+    ) -> None:
         """See what the model is now. The first cost that is known is also that of a start with the same structure."""
-        self.now = take_snapshot(model, cost)
+        self.now = take_snapshot(model, cost, facts)
         if cost is not None and self._first_structure is not None:
             if self._first_structure == structure(model):
                 self.before = self.now.with_zeros_of(self.before)

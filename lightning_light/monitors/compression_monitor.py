@@ -13,6 +13,7 @@ from lightning_light.callback import CompressionCallback
 from lightning_light.errors import UnsupportedError
 from lightning_light.example_input import capture
 from lightning_light.hosts import is_host
+from lightning_light.measure.facts import layer_facts
 from lightning_light.monitors.chronicle import Chronicle, CostCounter, is_countable
 from lightning_light.monitors.dashboard import add_heat_maps, add_histograms, add_layout
 from lightning_light.monitors.hparams import method_hparams
@@ -38,7 +39,8 @@ class CompressionMonitor(CompressionCallback):
 
     Every logger gets the totals (``compression/params``, ``macs``, ``bytes``, ``sparsity``, ``bits``), what remains of
     them (``compression/macs_remaining``, ...), and the same for every layer (``compression/channels/<layer>``, ...),
-    on Lightning's own axis. TensorBoard gets more: histograms of weights, a heat map of layers over time, a layout of
+    on Lightning's own axis; and what methods know of a layer: its rank, the energy kept, the bits it takes in a coded
+    file. TensorBoard gets more: histograms of weights, a heat map of layers over time, a layout of
     its Custom Scalars page, and the table. The totals are also in ``trainer.callback_metrics``.
 
     "Before" is the network as the first fit found it; it is in every checkpoint, so a resumed run compares with the
@@ -214,11 +216,14 @@ class CompressionMonitor(CompressionCallback):
         if self._chronicle is None:  # the first forward pass has given lazy layers their shapes
             self._chronicle = self._begin(pl_module)
         assert self._count is not None
-        self._chronicle.look(pl_module, self._count(pl_module), steps_done(trainer))
+        self._chronicle.look(pl_module, self._count(pl_module), steps_done(trainer), self._facts(pl_module))
         self.state(pl_module).update(self._chronicle.plain())
         self._parameters = tuple(pl_module.parameters())
         self._seen = self._signature(pl_module)
         return self._chronicle
+
+    def _facts(self, pl_module: LightningModule) -> dict[str, dict[str, float]]:
+        return layer_facts(self.ledger(pl_module).state)
 
     def _is_due(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         step = steps_done(trainer)
@@ -260,7 +265,7 @@ class CompressionMonitor(CompressionCallback):
 
     def _conclude(self, trainer: Trainer, pl_module: LightningModule, chronicle: Chronicle) -> None:
         cost = None if self._count is None else self._count(pl_module)
-        chronicle.look(pl_module, cost, steps_done(trainer))
+        chronicle.look(pl_module, cost, steps_done(trainer), self._facts(pl_module))
         self._log_scalars(trainer, chronicle)
         self._draw(trainer, pl_module, chronicle)
         before, now, layers = chronicle.before, chronicle.now, chronicle.layers

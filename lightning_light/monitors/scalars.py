@@ -37,6 +37,9 @@ def layer_scalars(now: Snapshot, layers: Collection[str]) -> dict[str, float]:
     for row in now.rows:
         if belongs(row.name, layers):
             scalars |= {f"{PREFIX}/{key}/{row.name or 'model'}": value for key, value in _of_row(row, now).items()}
+    for name, numbers in now.facts.items():
+        if belongs(name, layers):
+            scalars |= {f"{PREFIX}/{key}/{name}": value for key, value in numbers.items()}
     return scalars
 
 

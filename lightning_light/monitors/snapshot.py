@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ class Snapshot:
         bytes: of all parameters and of the buffers that a checkpoint keeps.
         zeros: share of zeros among all weights (biases are left out), in [0, 1].
         bits: mean width of a weight.
+        facts: layer -> quantity -> what a method knows of it, as `layer_facts` gives it.
     """
 
     rows: tuple[LayerRow, ...]
@@ -36,10 +37,12 @@ class Snapshot:
     bytes: int
     zeros: float
     bits: float
+    facts: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def plain(self) -> dict[str, Any]:
         """In plain types, for a checkpoint."""
-        return {**vars(self), "rows": [list(astuple(row)) for row in self.rows]}
+        facts = {name: dict(numbers) for name, numbers in self.facts.items()}
+        return {**vars(self), "rows": [list(astuple(row)) for row in self.rows], "facts": facts}
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> Snapshot:
@@ -53,12 +56,15 @@ class Snapshot:
         return replace(self, rows=rows, zeros=earlier.zeros)
 
 
-def take_snapshot(model: nn.Module, cost: Cost | None = None) -> Snapshot:
+def take_snapshot(
+    model: nn.Module, cost: Cost | None = None, facts: Mapping[str, Mapping[str, float]] | None = None
+) -> Snapshot:
     """Look at ``model`` as it is now, and leave it as it is.
 
     Args:
         model: on any device, in any mode.
         cost: from `count_cost` on a model of the same structure; without it nothing is known of MACs.
+        facts: what methods know of its layers.
 
     Example:
         >>> from lightning_light.measure import count_cost
@@ -81,6 +87,7 @@ def take_snapshot(model: nn.Module, cost: Cost | None = None) -> Snapshot:
         bytes=tensor_bytes(model),
         zeros=zeros / elements if elements else 0.0,
         bits=bits / elements if elements else 0.0,
+        facts=facts or {},
     )
 
 

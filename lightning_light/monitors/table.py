@@ -154,7 +154,14 @@ _COLUMNS = (
     _Column("size", lambda rows: human_bytes(sum(map(row_bytes, rows))),
             lambda model: human_bytes(model.bytes), lambda model: model.bytes),
 )  # fmt: skip
-_NUMBERS = frozenset(column.header for column in _COLUMNS if column.header != "type")
+_FACTS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "rank": ("rank", lambda value: f"{value:.0f}"),
+    "energy_kept": ("energy kept", lambda value: _share(value)),
+    "reconstruction_error": ("error", lambda value: f"{value:.3g}"),
+    "coded_bits": ("coded bits", lambda value: f"{value:.3g}"),
+}  # what methods say of a layer as it is; there is no before
+_NUMBERS = frozenset([column.header for column in _COLUMNS if column.header != "type"]
+                     + [header for header, _ in _FACTS.values()])  # fmt: skip
 _LABELS = {"zeros": "share of zeros", "bits": "bits of a weight"}
 
 
@@ -174,13 +181,21 @@ def _sheet(before: Snapshot, after: Snapshot, layers: Collection[str] | None) ->
     columns = [column for column in _COLUMNS if not _is_idle(column, pairs, before, after)]
     if before.macs is None and after.macs is None:
         columns = [column for column in columns if column.header != "MACs"]
+    facts = [key for key in _FACTS if any(key in numbers for numbers in after.facts.values())]
     idle = [column for column in _COLUMNS if column not in columns and column.header in _LABELS]
     return _Sheet(
-        headers=["layer", *(column.header for column in columns)],
-        lines=[[pair.name, *(_cell(column, pair) for column in columns)] for pair in pairs],
+        headers=["layer", *(column.header for column in columns), *(_FACTS[key][0] for key in facts)],
+        lines=[
+            [pair.name, *(_cell(column, pair) for column in columns), *(_fact(key, pair, after) for key in facts)]
+            for pair in pairs
+        ],
         totals=[
-            ["total", *(_change(column.of_model(before), column.of_model(after)) for column in columns)],
-            ["remaining", *(_remaining(column, before, after) for column in columns)],
+            [
+                "total",
+                *(_change(column.of_model(before), column.of_model(after)) for column in columns),
+                *_blank(facts),
+            ],
+            ["remaining", *(_remaining(column, before, after) for column in columns), *_blank(facts)],
         ],
         constants=[f"{_LABELS[column.header]}: {column.of_model(after)}, unchanged" for column in idle],
     )
@@ -215,6 +230,19 @@ def _cell(column: _Column, pair: Pair) -> str:
     old = column.of_rows(pair.before) if pair.before else "none"
     new = column.of_rows(pair.after) if pair.after else "none"
     return "" if column.header == "type" and old == new else _change(old, new)
+
+
+def _fact(key: str, pair: Pair, now: Snapshot) -> str:
+    """Of the place itself, else the mean over the layers that stand there, by their parameters."""
+    shown = _FACTS[key][1]
+    if key in now.facts.get(pair.name, {}):
+        return shown(now.facts[pair.name][key])
+    known = tuple(row for row in pair.after if key in now.facts.get(row.name, {}))
+    return shown(_mean(known, [now.facts[row.name][key] for row in known])) if known else ""
+
+
+def _blank(columns: Sequence[str]) -> list[str]:
+    return [""] * len(columns)
 
 
 def _change(old: str, new: str) -> str:

@@ -15,6 +15,7 @@ from lightning_light.criteria.evidence import Criterion
 from lightning_light.criteria.magnitude import Magnitude
 from lightning_light.criteria.reduction import Normalizer, Reduction, check_names
 from lightning_light.errors import LightningLightError
+from lightning_light.events import event_points, points_done
 from lightning_light.example_input import Capture, ExampleInput, capture
 from lightning_light.order import Stage
 from lightning_light.progress import steps_done, steps_planned, training_progress
@@ -22,7 +23,6 @@ from lightning_light.schedules import Cubic, Schedule, Window, resolve
 from lightning_light.structured import reestimate
 from lightning_light.structured.checks import check_arguments, refuse_unprunable
 from lightning_light.structured.costs import quantity
-from lightning_light.structured.events import event_points, points_done
 from lightning_light.structured.gather import ActivationWatch, add_gradients, mean_evidence
 from lightning_light.structured.plan import Options, Plan, plan_channels
 from lightning_light.structured.ranking import Global, Ranking

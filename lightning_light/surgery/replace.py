@@ -32,41 +32,64 @@ def replace_module(
     mirrors: Sequence[nn.Module] = (),
     **details: Any,
 ) -> dict[str, Any]:
-    """Put ``new`` where ``name`` is. Everything is checked before anything changes.
-
-    ``new`` takes over the training mode and the forward hooks. Parameter objects that it shares with the old module
-    (a bias) keep their optimizer state; in an averaged copy they keep their average.
+    """Put ``new`` where ``name`` is; see `replace_modules`.
 
     Args:
         model: the root, changed in place.
-        name: the module's path; one that is used under several names is replaced under all of them.
-        new: what takes its place, on the right device and of the right type.
+        name: the module's path.
+        new: what takes its place.
         op: name of the registered operation that replays this, for the journal.
         optimizers: torch optimizers, or Lightning's wrappers.
-        parameters: for each parameter of the old module that ``new`` does not have: what takes its place in the
-            optimizers, possibly nothing.
-        mirrors: averaged copies of ``model``, which get a copy of ``new``.
+        parameters: for each parameter of the old module that ``new`` does not have: what takes its place.
+        mirrors: averaged copies of ``model``.
         **details: what else the replay needs, in plain types.
 
     Returns:
         The journal's entry: ``{"op": op, "name": name, **details}``.
 
     Raises:
-        SurgeryError: the module or a mirror's counterpart does not exist, is parametrized, or a parameter would be
-            left in the optimizers without an owner, or in the model without an optimizer.
+        SurgeryError: as `replace_modules`.
+    """
+    replace_modules(model, {name: new}, optimizers=optimizers, parameters=parameters, mirrors=mirrors)
+    return {"op": op, "name": name, **details}
+
+
+def replace_modules(
+    model: nn.Module,
+    replacements: Mapping[str, nn.Module],
+    *,
+    optimizers: Iterable[Any] = (),
+    parameters: Mapping[nn.Parameter, Sequence[nn.Parameter]] | None = None,
+    mirrors: Sequence[nn.Module] = (),
+) -> None:
+    """Put new modules where others are, all at once. Everything is checked before anything changes.
+
+    A new module takes over the training mode and the forward hooks. Parameter objects that it shares with the old one
+    (a bias) keep their optimizer state; in an averaged copy they keep their average.
+
+    Args:
+        model: the root, changed in place.
+        replacements: path of a module -> what takes its place, on the right device and of the right type. A module
+            that is used under several names is replaced under all of them; none may lie inside another.
+        optimizers: torch optimizers, or Lightning's wrappers.
+        parameters: for each parameter of the old modules that the new ones do not have: what takes its place in the
+            optimizers, possibly nothing.
+        mirrors: averaged copies of ``model``, which get copies of the new modules.
+
+    Raises:
+        SurgeryError: a module or a mirror's counterpart does not exist, is parametrized, or a parameter would be left
+            in the optimizers without an owner, or in the model without an optimizer.
     """
     optimizers = [unwrap(optimizer) for optimizer in optimizers]
-    old = _find(model, name)
     parameters = parameters or {}
-    _check_parameters(model, old, new, parameters, optimizers, name)
-    counterparts = [_find(mirror, name) for mirror in mirrors]
-    copies = [_copy_with_averages(new, old, counterpart) for counterpart in counterparts]
-    _put(model, old, new)
-    for mirror, counterpart, twin in zip(mirrors, counterparts, copies, strict=True):
-        _put(mirror, counterpart, twin)
+    pairs = _pairs(model, replacements)
+    _check_parameters(model, pairs, parameters, optimizers)
+    twins = [_twins(mirror, pairs) for mirror in mirrors]
+    _put(model, pairs)
+    for mirror, copies in zip(mirrors, twins, strict=True):
+        _put(mirror, copies)
     names = {parameter: path for path, parameter in model.named_parameters()}
     replace_parameters(optimizers, parameters, names)
-    return {"op": op, "name": name, **details}
 
 
 def put_module(model: nn.Module, name: str, new: nn.Module) -> None:
@@ -75,64 +98,80 @@ def put_module(model: nn.Module, name: str, new: nn.Module) -> None:
     Raises:
         SurgeryError: there is no module of that name.
     """
-    _put(model, _find(model, name), new)
+    _put(model, _pairs(model, {name: new}))
 
 
-def _find(model: nn.Module, name: str) -> nn.Module:
+Pairs = dict[str, tuple[nn.Module, nn.Module]]
+"""Name -> what stands there, what takes its place."""
+
+
+def _pairs(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Pairs:
     modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
-    if not name or name not in modules:
-        raise SurgeryError(
-            f"`replace_module(name={name!r})`: expected the name of a module inside `{type(model).__name__}`, found "
-            "none. See `named_modules()`."
-        )
-    found = modules[name]
-    if parametrize.is_parametrized(found):
-        raise SurgeryError(
-            f"`replace_module(name={name!r})`: expected a plain module, found one whose tensors are computed by a "
-            "parametrization. Remove that first (`torch.nn.utils.parametrize.remove_parametrizations`)."
-        )
-    return found
+    for name in replacements:
+        if not name or name not in modules:
+            raise SurgeryError(
+                f"`replace_module(name={name!r})`: expected the name of a module inside `{type(model).__name__}`, "
+                "found none. See `named_modules()`."
+            )
+        if parametrize.is_parametrized(modules[name]):
+            raise SurgeryError(
+                f"`replace_module(name={name!r})`: expected a plain module, found one whose tensors are computed by a "
+                "parametrization. Remove that first (`torch.nn.utils.parametrize.remove_parametrizations`)."
+            )
+    return {name: (modules[name], new) for name, new in replacements.items()}
 
 
 def _check_parameters(
     model: nn.Module,
-    old: nn.Module,
-    new: nn.Module,
+    pairs: Pairs,
     parameters: Mapping[nn.Parameter, Sequence[nn.Parameter]],
     optimizers: Sequence[Any],
-    name: str,
 ) -> None:
-    inside = {id(module) for module in old.modules()}
+    inside = {id(module) for old, _ in pairs.values() for module in old.modules()}
     elsewhere = {id(p) for m in model.modules() if id(m) not in inside for p in m.parameters(recurse=False)}
-    staying = elsewhere | {id(parameter) for parameter in new.parameters()}
+    staying = elsewhere | {id(parameter) for _, new in pairs.values() for parameter in new.parameters()}
     owned = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    for path, parameter in old.named_parameters():
-        if parameter in parameters and id(parameter) in staying:
-            raise SurgeryError(f"`{name}.{path}` is used elsewhere in the model too, so nothing may take its place.")
-        if id(parameter) in owned and parameter not in parameters and id(parameter) not in staying:
-            raise SurgeryError(
-                f"`{name}.{path}` would stay in the optimizer without an owner: expected it in `parameters`, with what "
-                "takes its place, or an empty list."
-            )
     arriving = {id(parameter) for followers in parameters.values() for parameter in followers}
-    for path, parameter in new.named_parameters():
-        if optimizers and parameter.requires_grad and id(parameter) not in owned | arriving:
-            raise SurgeryError(
-                f"`{path}` of the new `{name}` would never be trained: expected it in `parameters`, as a follower of "
-                "an old parameter, or without `requires_grad`."
-            )
+    for name, (old, new) in pairs.items():
+        for path, parameter in old.named_parameters():
+            if parameter in parameters and id(parameter) in staying:
+                raise SurgeryError(
+                    f"`{name}.{path}` is used elsewhere in the model too, so nothing may take its place."
+                )
+            if id(parameter) in owned and parameter not in parameters and id(parameter) not in staying:
+                raise SurgeryError(
+                    f"`{name}.{path}` would stay in the optimizer without an owner: expected it in `parameters`, with "
+                    "what takes its place, or an empty list."
+                )
+        for path, parameter in new.named_parameters():
+            if optimizers and parameter.requires_grad and id(parameter) not in owned | arriving:
+                raise SurgeryError(
+                    f"`{path}` of the new `{name}` would never be trained: expected it in `parameters`, as a follower "
+                    "of an old parameter, or without `requires_grad`."
+                )
 
 
-def _put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    new.train(old.training)
-    inside = any(module is old for module in new.modules())  # then it keeps its hooks itself
-    for kind in _SHARED_HOOKS:
-        if not inside and not getattr(new, kind):
-            vars(new)[kind] = getattr(old, kind)  # the same dict, so that whoever holds a handle can still remove it
+def _put(model: nn.Module, pairs: Pairs) -> None:
+    followers = {}
+    for old, new in pairs.values():
+        new.train(old.training)
+        inside = any(module is old for module in new.modules())  # then it keeps its hooks itself
+        for kind in _SHARED_HOOKS:
+            if not inside and not getattr(new, kind):
+                vars(new)[kind] = getattr(old, kind)  # the same dict: whoever holds a handle can still remove it
+        followers[id(old)] = new
     for parent in list(model.modules()):
         for key, child in parent._modules.items():
-            if child is old and parent is not new:
-                parent._modules[key] = new
+            if id(child) in followers:
+                parent._modules[key] = followers[id(child)]
+
+
+def _twins(mirror: nn.Module, pairs: Pairs) -> Pairs:
+    found = _pairs(mirror, {name: new for name, (_, new) in pairs.items()})
+    return {
+        name: (counterpart, _copy_with_averages(new, pairs[name][0], counterpart))
+        for name, (counterpart, new) in found.items()
+    }
 
 
 def _copy_with_averages(new: nn.Module, old: nn.Module, counterpart: nn.Module) -> nn.Module:

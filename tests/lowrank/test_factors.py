@@ -121,8 +121,8 @@ def test_whitening_gives_the_best_outputs_on_the_data(samples) -> None:
     weight, x = torch.randn(9, 12, dtype=torch.float64), torch.randn(samples, 12, dtype=torch.float64)
     x = x @ torch.randn(12, 12, dtype=torch.float64)
     moment = (x.T @ x / samples)[None]
-    weights = WhitenedSVD(damping=0.0).weights({"moment": moment})
-    spectrum = decompose("linear", weight[None], weights)
+    metric = WhitenedSVD(damping=0.0).metric({"moment": moment})
+    spectrum = decompose("linear", weight[None], metric)
     outputs = weight @ x.T
     values = torch.linalg.svdvals(outputs)
     for rank in (1, 3, 5, 8):
@@ -143,7 +143,7 @@ def test_the_diagonal_fits_are_their_papers_formulas() -> None:
     ):
         left, values, right = torch.linalg.svd(weight * scale, full_matrices=False)
         paper = (left[:, :3] * values[:3]) @ right[:3] / scale
-        found = compose("linear", decompose("linear", weight[None], fit.weights(evidence)).factors((3,)), 1)[0]
+        found = compose("linear", decompose("linear", weight[None], fit.metric(evidence)).factors((3,)), 1)[0]
         torch.testing.assert_close(found, paper, rtol=1e-9, atol=1e-9)
 
 

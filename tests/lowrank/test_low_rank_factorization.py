@@ -35,7 +35,8 @@ from lightning_light.measure import count_cost
 from lightning_light.schedules import OneShot
 from lightning_light.structured import StructuredPruning
 from lightning_light.surgery.checkpoint import load_from_checkpoint
-from lightning_light.surgery.journal import ledger_of
+from lightning_light.surgery.journal import attach, ledger_of
+from lightning_light.surgery.manifest import KEY
 from tests.contract.bodies import Body, module_class
 from tests.contract.runs import differences, trainer
 from tests.zoo import ZOO
@@ -277,6 +278,38 @@ def test_each_block_of_a_fused_layer_has_ranks_of_its_own() -> None:
     assert list(plan.layers) == ["qkv.blocks.0"]
     assert plan.layers["qkv.blocks.0"].ranks == (1,)
     torch.testing.assert_close(model(*args), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"kdim": 10, "vdim": 6}], ids=str)
+def test_each_head_of_an_attention_has_ranks_of_its_own(options) -> None:
+    class Net(LIT):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(16, 2, batch_first=True, **options)
+
+        def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return self.attention(query, key, value)[0]
+
+    module = Net()
+    attention = module.attention
+    x = torch.randn(2, 5, 16), torch.randn(2, 7, attention.kdim), torch.randn(2, 7, attention.vdim)
+    query = attention.in_proj_weight if attention.in_proj_weight is not None else attention.q_proj_weight
+    with torch.no_grad():
+        query[8:16] = query[8:9]  # the second head's queries have rank one
+    expected = module(*x)
+    optimizer = torch.optim.AdamW(module.attention.parameters())
+    method = LowRankFactorization(
+        ranks=EnergyKept(0.999999), blocks={"attention": 2}, round_to=1, targets="attention"
+    )  # fmt: skip
+    plan = factorize(module, x, factorization=method, optimizers=[optimizer])
+    assert {name: found.ranks for name, found in plan.layers.items()} == {"attention.q_proj.blocks.1": (1,)}
+    torch.testing.assert_close(module(*x), expected, rtol=1e-4, atol=1e-5)
+    owned = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    assert sorted(owned) == sorted(id(parameter) for parameter in module.attention.parameters())
+    twin = Net()
+    attach(twin).load(twin, {"state_dict": module.state_dict(), KEY: ledger_of(module).manifest(module)})
+    twin.load_state_dict(module.state_dict())
+    assert torch.equal(twin(*x), module(*x))
 
 
 def test_penalties_are_their_formulas() -> None:

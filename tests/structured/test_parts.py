@@ -11,9 +11,9 @@ from lightning_light.budgets import MACs, Sparsity
 from lightning_light.coupling import couple_channels
 from lightning_light.criteria import Activation, Hessian, Taylor
 from lightning_light.errors import BudgetError, TargetError, UnsupportedError
+from lightning_light.events import event_points, points_done
 from lightning_light.schedules import Constant, Cubic, Linear, OneShot, Staircase, Window
 from lightning_light.structured import GroupLasso, GrowingRegularization, StructuredPruning, reestimate
-from lightning_light.structured.events import event_points, points_done
 from lightning_light.structured.gather import ActivationWatch, add_gradients, mean_evidence
 from lightning_light.structured.sparsity import add_penalty, group_norms
 from tests.contract.bodies import Body, module_class

@@ -2,7 +2,11 @@
 
 from typing import Any
 
+from lightning_light.budgets import Sparsity
 from lightning_light.clustering import DKM, StraightThrough, WeightClustering
+from lightning_light.quantization import Int8, QuantizationAwareTraining
+from lightning_light.schedules import OneShot
+from lightning_light.sparsity import WeightPruning
 from lightning_light.targets import Targets
 from tests.contract.bodies import Momentum
 from tests.contract.case import Case
@@ -26,4 +30,18 @@ CASES = [
     case("straight_through", learning=StraightThrough(), granularity="channel", full=True),
     case("dkm", 4, learning=DKM(), targets="features.conv*", body=Momentum),
     case("density", 16, initialization="density", keep_zeros=False, start=1, body=Momentum),
+]
+
+CASES += [
+    Case(
+        "clustering_between_zeros_and_quantization",
+        lambda folder: [
+            WeightPruning(Sparsity(0.5), schedule=OneShot(at=0.1)),
+            WeightClustering(8, start=0.35, learning=StraightThrough()),
+            QuantizationAwareTraining(Int8(averaging=0.9), start=0.6, observe_batches=2),
+        ],
+        structural=False,
+        tolerance=0.5,  # after the run the module is float again, and the file is not
+        full=False,
+    )
 ]

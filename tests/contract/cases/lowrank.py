@@ -14,6 +14,9 @@ from lightning_light.lowrank import (
     RankRatio,
     WhitenedSVD,
 )
+from lightning_light.quantization import Int8, QuantizationAwareTraining
+from lightning_light.schedules import OneShot
+from lightning_light.structured import StructuredPruning
 from lightning_light.targets import Targets
 from tests.contract.bodies import Momentum
 from tests.contract.case import Case
@@ -42,4 +45,17 @@ CASES = [
     case("ratio", ranks=RankRatio(0.3), targets=Targets(include="features.*", exclude="features.stem")),
     case("evbmf", ranks=EVBMF(), form="channel"),
     case("epoch", MACs(0.7), start=1, targets=["features.conv1", "features.last"]),
+]
+
+CASES += [
+    Case(
+        "low_rank_between_pruning_and_quantization",
+        lambda folder: [
+            StructuredPruning(MACs(0.7), schedule=OneShot(at=0.1)),
+            LowRankFactorization(MACs(0.6), start=0.35, round_to=1),
+            QuantizationAwareTraining(Int8(averaging=0.9), start=0.6, observe_batches=2),
+        ],
+        tolerance=0.5,  # after the run the module is float again, and the file is not
+        full=False,
+    )
 ]

@@ -1,4 +1,4 @@
-"""When cuts are due: a schedule's curve, taken in a few steps."""
+"""When a method acts: a schedule's curve, taken in a few steps."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ _SAME = 1e-9
 
 
 def event_points(schedule: Schedule, events: int) -> list[tuple[float, float]]:
-    """``(progress, share)`` of every cut, in order: where the schedule has risen since the one before.
+    """``(progress, share)`` of every event, in order: where the schedule has risen since the one before.
 
     Args:
         schedule: resolved, that is in fractions of the run.
-        events: how many cuts a continuous schedule is taken in.
+        events: how many steps a continuous schedule is taken in.
 
     Example:
         >>> from lightning_light.schedules import Linear, OneShot, Window
