@@ -10,14 +10,14 @@ from torch import nn
 
 from lightning_light.example_input import ExampleInput
 from lightning_light.measure.quiet import uncompiled
-from lightning_light.quantization.recipes import Int8
+from lightning_light.quantization.recipes import Recipe
 from lightning_light.quantization.state import METHOD, attach_from, begin
 from lightning_light.surgery.journal import attach, release
 
 __all__ = ["quantize"]
 
 
-def quantize(model: nn.Module, calibration: Iterable[Any], recipe: Int8) -> nn.Module:
+def quantize(model: nn.Module, calibration: Iterable[Any], recipe: Recipe) -> nn.Module:
     """Note the ranges of a trained network's numbers, so that it can be rounded and exported as int8.
 
     Every range holds all that was seen: there is no moving average, since the weights do not move. The network itself
