@@ -8,16 +8,20 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_light.errors import NoEffectWarning
 from lightning_light.example_input import ExampleInput
 from lightning_light.measure.quiet import uncompiled
 from lightning_light.quantization.attachment import Attachment
+from lightning_light.quantization.observers import MinMax, MovingAverage
+from lightning_light.quantization.parameters import first_values
 from lightning_light.quantization.post_training.adaround import AdaRound
+from lightning_light.quantization.post_training.calibration import call_of
 from lightning_light.quantization.post_training.equalization import equalize as equalize_layers
 from lightning_light.quantization.post_training.refinement import Refinement
-from lightning_light.quantization.recipes import Int8
+from lightning_light.quantization.recipes import Recipe
+from lightning_light.quantization.rounding import merge
 from lightning_light.quantization.state import METHOD, attach_from, begin
 from lightning_light.surgery.journal import attach, release
 
@@ -25,13 +29,13 @@ __all__ = ["quantize"]
 
 
 def quantize(
-    model: nn.Module, calibration: Iterable[Any], recipe: Int8, *, equalize: bool = False, correct_bias: bool = False,
+    model: nn.Module, calibration: Iterable[Any], recipe: Recipe, *, equalize: bool = False, correct_bias: bool = False,
     rounding: AdaRound | None = None, progress_bar: bool = True,
 ) -> nn.Module:  # fmt: skip
     """Note the ranges of a trained network's numbers, so that it can be rounded and exported with few bits.
 
-    Every range holds all that was seen: there is no moving average, since the weights do not move. Within
-    `fake_quantized` the network computes with rounded numbers. Where too much accuracy is lost, three options change
+    There is no moving average, since the weights do not move: where the recipe says `MovingAverage` or `MinMax` a range
+    holds all that was seen, and what other observers find is the mean over the batches. Within `fake_quantized` the network computes with rounded numbers. Where too much accuracy is lost, three options change
     the weights to win some back, and `QuantizationAwareTraining` goes on from what this has found. Without options
     the network itself is as before.
 
@@ -65,7 +69,7 @@ def quantize(
         >>> with fake_quantized(quantize(model, [images], Int8(), equalize=True)):
         ...     answers = model(images)
     """
-    inputs = (_call_of(batch).to(model) for batch in calibration)
+    inputs = (call_of("quantize", model, batch) for batch in calibration)
     state: dict[str, Any] = {}
     with _restored_on_failure(model), torch.no_grad(), uncompiled(model):
         if equalize or correct_bias or rounding is not None:
@@ -84,9 +88,10 @@ def quantize(
         try:
             _observe(model, attachment, state, _chain(first, inputs))
             state["form"] = attachment.form = "rounded"
+            state["learned"] |= attachment.first_steps | first_values(attachment.grids, attachment.scales)
+            attachment.learned = state["learned"]
             if correct_bias or rounding is not None:
-                attachment.use(state["ranges"])
-                refinement = Refinement(model, attachment, examples, rounding, correct_bias)
+                refinement = Refinement(model, attachment, examples, rounding, correct_bias, state["learned"])
                 refinement.run(progress_bar=progress_bar)
                 _tell(refinement)
         finally:
@@ -98,13 +103,15 @@ def quantize(
 
 def _observe(model: nn.Module, attachment: Attachment, state: dict[str, Any], inputs: Iterable[ExampleInput]) -> None:
     attachment.observing = True
-    for call in inputs:
+    wide = [isinstance(grid.observer, MinMax | MovingAverage) for grid in attachment.grids]
+    widest = torch.tensor(wide, dtype=torch.bool)
+    for batch, call in enumerate(inputs):
         model(*call.args, **call.kwargs)
-        seen, ranges = attachment.observed(torch.device("cpu")), state["ranges"]
-        lows, highs = torch.minimum(ranges[:, 0], seen[:, 0]), torch.maximum(ranges[:, 1], seen[:, 1])
-        state["ranges"] = torch.stack([lows, highs], 1)
+        shares = torch.where(widest, torch.nan, 1 / (batch + 1))
+        state["ranges"] = merge(state["ranges"], attachment.observed(torch.device("cpu")), shares)
         state["batches"] += 1
     attachment.observing = False
+    attachment.use(state["ranges"])
 
 
 @contextmanager
@@ -130,16 +137,7 @@ def _chain(first: ExampleInput, others: Iterable[ExampleInput]) -> Iterator[Exam
     yield from others
 
 
-def _call_of(batch: Any) -> ExampleInput:
-    if isinstance(batch, list):
-        raise ValueError(
-            "`quantize(..., calibration)`: expected what the model is called with (a tensor, a tuple, a dict), found a "
-            "list, as a loader of images and labels gives it. Write `(images for images, _ in loader)`."
-        )
-    return ExampleInput.from_array(batch)
-
-
-def _nothing(model: nn.Module, recipe: Int8, found: str) -> ValueError:
+def _nothing(model: nn.Module, recipe: Recipe, found: str) -> ValueError:
     return ValueError(
         f"`quantize({type(model).__name__}, calibration, {recipe!r})`: expected inputs to calibrate on and layers "
         f"to round, found {found}. Give a list of tensors, for instance `[images for images, _ in loader]`."

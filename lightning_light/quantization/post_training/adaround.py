@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_light.quantization.learning import SMALLEST
+
 __all__ = ["AdaRound", "learn_rounding", "logits_of", "on_grid", "rectified_sigmoid", "regularizer"]
 
 ZETA, GAMMA = 1.1, -0.1
@@ -122,7 +124,7 @@ def learn_rounding(
         settings: how it is learned.
         subsets: whether a step may take a part of a batch along its first dimension.
     """
-    scale = largest / limit
+    scale = (largest / limit).clamp_min(SMALLEST)
     nearest, down = (weight / scale).round(), (weight / scale).floor()
     fixed = (weight == 0) | (weight.abs() == largest) | (nearest == weight / scale)
 
@@ -151,7 +153,7 @@ def learn_rounding(
 
 def on_grid(q: Tensor, largest: Tensor, limit: int) -> Tensor:
     """``q * largest / limit``, where ``limit`` gives ``largest`` itself and not what it is rounded to in between."""
-    return torch.where(q.abs() == limit, q.sign() * largest, q * (largest / limit))
+    return torch.where(q.abs() == limit, q.sign() * largest, q * (largest / limit).clamp_min(SMALLEST))
 
 
 def _drawn(batches: Sequence[Batch], size: int | None, generator: torch.Generator) -> Batch:

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from lightning_light.example_input import ExampleInput
 from lightning_light.quantization.attachment import Attachment
-from lightning_light.quantization.operations import kind_of
+from lightning_light.quantization.operations import BATCH_NORM, kind_of
 from lightning_light.quantization.places import module_of
 from lightning_light.quantization.post_training.adaround import AdaRound, learn_rounding
 from lightning_light.quantization.post_training.bar import watched
 from lightning_light.quantization.post_training.calls import Call, Parameters, batch_norm_gain, calls_of, inputs_of
-from lightning_light.quantization.rounding import round_weight
+from lightning_light.quantization.record import Operation, record
+from lightning_light.quantization.rounding import integers, round_weight
 
 __all__ = ["Refinement"]
 
@@ -35,7 +36,8 @@ class Refinement:
         inputs: calibration data.
         rounding: how rounding is learned, or None for nearest.
         correct_bias: whether the mean of every channel is put right.
-        nearest: layers whose weight is no parameter of their own, so that it is rounded to nearest.
+        steps: of layers whose step size is learned later: those that their weights have been rounded by.
+        nearest: layers whose weight is no parameter of their own, or not uniform, so that it is rounded to nearest.
         uncorrected: layers that have no bias to correct, neither their own nor a batch norm's.
     """
 
@@ -44,6 +46,7 @@ class Refinement:
     inputs: Sequence[ExampleInput]
     rounding: AdaRound | None
     correct_bias: bool
+    steps: dict[str, Tensor]
     nearest: list[str] = field(default_factory=list)
     uncorrected: list[str] = field(default_factory=list)
 
@@ -52,15 +55,16 @@ class Refinement:
         """Change the weights and biases of ``model``."""
         before = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
         with self._as_float(before):
+            operations = record(self.model, self.inputs[0].args, self.inputs[0].kwargs)
             calls = calls_of(self.model, self.inputs[0])
-        parameters, keys = Parameters(self.model, calls), list(self.attachment.plan.weights)
-        for key in watched(keys, len(keys), "Rounding", shown=progress_bar):
-            layer = _Layer.of(key, self.attachment, calls)
+        parameters = Parameters(self.model, calls)
+        layers = [_Layer.of(one, calls) for one in operations if one.key in self.attachment.plan.weights]
+        for layer in watched(layers, len(layers), "Rounding", shown=progress_bar):
             with self._as_float(before):
-                inputs, weight = inputs_of(self.model, key, self.inputs), layer.weight.detach()
+                inputs, weight = inputs_of(self.model, layer.key, self.inputs), layer.weight.detach()
                 means = [layer.means(x, weight) for x in inputs] if self.correct_bias else []
                 outputs = [layer.output(x, weight) for x in inputs] if self.rounding is not None else []
-            inputs = inputs_of(self.model, key, self.inputs)
+            inputs = inputs_of(self.model, layer.key, self.inputs)
             if self.rounding is not None:
                 self._learn(layer, parameters, list(zip(inputs, outputs, strict=True)), self.rounding)
             if self.correct_bias:
@@ -83,20 +87,22 @@ class Refinement:
     def _learn(
         self, layer: _Layer, parameters: Parameters, batches: list[tuple[Tensor, Tensor]], settings: AdaRound
     ) -> None:
-        if parameters.name_of(layer.weight) is None:
+        rule, _ = self.attachment.weight(layer.key)
+        if parameters.name_of(layer.weight) is None or rule.form != "uniform":
             self.nearest.append(module_of(layer.key))
             return
         weight = layer.weight.detach().float()
-        alike = range(1 if self.attachment.plan.weights[layer.key] else 0, weight.dim())
-        largest = weight.abs().amax(list(alike), keepdim=True)
+        largest = weight.abs().amax(list(range(int(rule.per_channel), weight.dim())), keepdim=True)
         learned = learn_rounding(
-            weight, largest, self.attachment.limit, batches, layer.output, layer.call.channels, settings,
+            weight, largest, rule.high, batches, layer.output, layer.call.channels, settings,
             subsets=layer.takes_subsets,
         )  # fmt: skip
         layer.weight.copy_(learned)
+        if rule.learned:
+            self.steps[layer.key] = integers(learned, replace(rule, learned=False))[1]
 
     def _correct(self, layer: _Layer, parameters: Parameters, inputs: list[Tensor], right: Tensor) -> None:
-        weight = round_weight(layer.weight, self.attachment.limit, self.attachment.plan.weights[layer.key])
+        weight = round_weight(layer.weight, *self.attachment.weight(layer.key))
         samples = torch.tensor([x.numel() for x in inputs]).to(right)
         shift = samples @ (right - torch.stack([layer.means(x, weight) for x in inputs])) / samples.sum()
         own, norm = layer.call.named.get("bias"), None if layer.norm is None else layer.norm.named
@@ -125,10 +131,13 @@ class _Layer:
     relu: Call | None
 
     @classmethod
-    def of(cls, key: str, attachment: Attachment, calls: Mapping[str, Call]) -> _Layer:
-        group = attachment.plan.groups[key]
-        norm, relu = (None if name is None else calls[name] for name in (group.batch_norm, group.relu))
-        return cls(key, calls[key], norm, relu)
+    def of(cls, operation: Operation, calls: Mapping[str, Call]) -> _Layer:
+        tail, norm = operation, None
+        if (follower := _only_user(tail)) is not None and follower.kind == BATCH_NORM:
+            tail, norm = follower, calls[follower.key]
+        follower = _only_user(tail)
+        relu = calls[follower.key] if follower is not None and follower.kind in {"relu", "relu6"} else None
+        return cls(operation.key, calls[operation.key], norm, relu)
 
     @property
     def weight(self) -> Tensor:
@@ -155,3 +164,7 @@ class _Layer:
         """All of it."""
         found = self.before_relu(x, weight)
         return found if self.relu is None else self.relu.again(found)
+
+
+def _only_user(operation: Operation) -> Operation | None:
+    return operation.users[0] if len(operation.users) == 1 and not operation.is_output else None
