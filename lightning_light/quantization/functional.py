@@ -35,8 +35,9 @@ def quantize(
     """Note the ranges of a trained network's numbers, so that it can be rounded and exported with few bits.
 
     There is no moving average, since the weights do not move: where the recipe says `MovingAverage` or `MinMax` a range
-    holds all that was seen, and what other observers find is the mean over the batches. Within `fake_quantized` the network computes with rounded numbers. Where too much accuracy is lost, three options change
-    the weights to win some back, and `QuantizationAwareTraining` goes on from what this has found. Without options
+    holds all that was seen, and what other observers find is the mean over the batches. Within `fake_quantized` the
+    network computes with rounded numbers. Where too much accuracy is lost, three options change the weights to win
+    some back, and ``QuantizationAwareTraining(recipe, start=0.0)`` goes on from what this has found. Without options
     the network itself is as before.
 
     Args:
@@ -69,7 +70,7 @@ def quantize(
         >>> with fake_quantized(quantize(model, [images], Int8(), equalize=True)):
         ...     answers = model(images)
     """
-    inputs = (call_of("quantize", model, batch) for batch in calibration)
+    inputs: Iterator[ExampleInput] = (call_of("quantize", model, batch) for batch in calibration)
     state: dict[str, Any] = {}
     with _restored_on_failure(model), torch.no_grad(), uncompiled(model):
         if equalize or correct_bias or rounding is not None:
@@ -87,7 +88,8 @@ def quantize(
             raise _nothing(model, recipe, "no convolution or linear layer that it can round")
         try:
             _observe(model, attachment, state, _chain(first, inputs))
-            state["form"] = attachment.form = "rounded"
+            state["form"], state["recipe"] = "rounded", repr(recipe)
+            attachment.form = "rounded"
             state["learned"] |= attachment.first_steps | first_values(attachment.grids, attachment.scales)
             attachment.learned = state["learned"]
             if correct_bias or rounding is not None:

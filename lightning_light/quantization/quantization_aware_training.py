@@ -36,7 +36,8 @@ class QuantizationAwareTraining(CompressionCallback):
     numbers are rounded as the engine will round them, in training and in evaluation, and gradients pass straight
     through. No module is replaced and no tensor of the module's ``state_dict`` is added or renamed: the operations
     are found by following one forward pass, and rounded as they are called. What is remembered is in the checkpoint's
-    manifest. When the run has ended, the module computes in float again; `fake_quantized` brings the rounding back.
+    manifest. A network that `quantize` has rounded by the same recipe goes on from its ranges, if ``start`` is 0.0:
+    nothing is observed first. When the run has ended, the module computes in float again; `fake_quantized` brings the rounding back.
 
     A batch norm after a layer is folded into it by the engine. It needs no other treatment in training: weights have
     one scale a channel, so rounding them before or after the fold is the same.
@@ -118,7 +119,8 @@ class QuantizationAwareTraining(CompressionCallback):
             self._learned.discard()  # of an earlier fit with the same optimizers
         self._learned = None
         state = self.state(pl_module)
-        if not trainer._checkpoint_connector._loaded_checkpoint:
+        goes_on = self._goes_on_from_quantize(trainer, state)
+        if not trainer._checkpoint_connector._loaded_checkpoint and not goes_on:
             state.clear()
         if state.get("form") == "rounded":
             self._learn(trainer, pl_module)
@@ -223,6 +225,19 @@ class QuantizationAwareTraining(CompressionCallback):
         if self._attachment is None:
             learned = None if self._learned is None else self._learned.parameters
             self._attachment = attach_from(pl_module, self.state(pl_module), learned)
+
+    def _goes_on_from_quantize(self, trainer: Trainer, state: dict[str, Any]) -> bool:
+        """Whether `quantize` has found the ranges, by the same recipe, and training rounds from its first batch on."""
+        recipe = state.pop("recipe", None)  # so that a second fit begins anew, as it does otherwise
+        found = None if recipe is None else [recipe, state["plan"], state["ranges"]]
+        check_agreement(trainer, "what `quantize` has found", found)
+        if recipe is None:
+            return False
+        if recipe == repr(self.recipe) and self._moments["start"] == 0.0:
+            tell(trainer, f"{self.method}: goes on from the ranges that `quantize` has found")
+            return True
+        tell(trainer, f"{self.method}: observes anew, since `quantize` was given {recipe}, or training starts later")
+        return False
 
     def _begin_to_round(self, trainer: Trainer, pl_module: LightningModule) -> None:
         state, attachment = self.state(pl_module), self._attachment

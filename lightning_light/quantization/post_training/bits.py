@@ -55,7 +55,9 @@ class BitBudget:
 
     def __post_init__(self) -> None:
         if (self.size is None) == (self.bops is None):
-            raise ValueError(f"`{self!r}`: expected one of `size` and `bops`. Write for instance `BitBudget(size='40 kB')`.")
+            raise ValueError(
+                f"`{self!r}`: expected one of `size` and `bops`. Write for instance `BitBudget(size='40 kB')`."
+            )
         if self.size is not None:
             Size(self.size)
         if self.bops is not None and not 0.0 < self.bops <= 1.0:
@@ -101,9 +103,7 @@ class BitBudget:
             BudgetError: as `solve`.
         """
         plain = replace(base, keep_float=None)
-        layers = {
-            f"re:{re.escape(layer)}$": replace(plain, weights=bits) for layer, bits in self.solve(scan).items()
-        }
+        layers = {f"re:{re.escape(layer)}$": replace(plain, weights=bits) for layer, bits in self.solve(scan).items()}
         return Mixed(layers, default=plain, keep_float=base.keep_float)
 
     def _limit(self, costs: Mapping[str, Sequence[int]]) -> float:

@@ -183,7 +183,7 @@ class _Weights:
             current = {**self.norm, "weight": values[self.divided[0]]}
             first = first * batch_norm_gain(current).abs()
         read = _over(values[self.read], self.second, outputs=False)
-        second = read.abs().amax((1, 3)).flatten().unflatten(0, (-1, self.columns)).amax(1)
+        second = read.abs().amax((1, 3)).reshape(-1, self.columns).amax(1)
         scales = equalizing_scales(first, second)
         for name in self.divided:
             values[name] = self._divided(values[name], scales)

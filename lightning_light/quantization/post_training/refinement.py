@@ -108,7 +108,7 @@ class Refinement:
         own, norm = layer.call.named.get("bias"), None if layer.norm is None else layer.norm.named
         if norm is not None and parameters.name_of(norm.get("bias")) is not None:
             norm["bias"].add_(shift)
-        elif parameters.name_of(own) is not None:
+        elif own is not None and parameters.name_of(own) is not None:
             own.add_(shift if norm is None else shift / batch_norm_gain(norm))
         else:
             self.uncorrected.append(module_of(layer.key))

@@ -69,7 +69,9 @@ class Sensitivity:
         """
         at = self.widths[0] if bits is None else bits
         if at not in self.widths:
-            raise ValueError(f"`most_sensitive({count}, bits={bits})`: expected bits that were measured, {self.widths}.")
+            raise ValueError(
+                f"`most_sensitive({count}, bits={bits})`: expected bits that were measured, {self.widths}."
+            )
         return sorted(self.distances, key=lambda layer: -self.distances[layer][at])[:count]
 
     def rows(self) -> list[dict[str, Any]]:
@@ -90,7 +92,9 @@ class Sensitivity:
             lines.append([layer, str(self.weights[layer]), *(f"{found[bits]:.3g}" for bits in self.widths)])
         sizes = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join(
-            "  ".join([line[0].ljust(sizes[0]), *(text.rjust(size) for text, size in zip(line[1:], sizes[1:], strict=True))])
+            "  ".join(
+                [line[0].ljust(sizes[0]), *(text.rjust(size) for text, size in zip(line[1:], sizes[1:], strict=True))]
+            )
             for line in lines
         )
 

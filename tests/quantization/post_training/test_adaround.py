@@ -37,7 +37,9 @@ def learned(weight: Tensor, high: int, x: Tensor, settings: AdaRound = QUICK) ->
 def test_rectified_sigmoid_is_equation_23_of_the_paper() -> None:
     v = torch.linspace(-6, 6, 101, dtype=torch.float64)
     sigmoid = 1 / (1 + torch.exp(-v))
-    torch.testing.assert_close(rectified_sigmoid(v), torch.clip(sigmoid * (1.1 - -0.1) + -0.1, 0, 1), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        rectified_sigmoid(v), torch.clip(sigmoid * (1.1 - -0.1) + -0.1, 0, 1), rtol=1e-12, atol=0
+    )
     h = torch.linspace(0.001, 0.999, 99, dtype=torch.float64)
     torch.testing.assert_close(rectified_sigmoid(logits_of(h)), h, rtol=1e-12, atol=1e-12)
 

@@ -22,7 +22,9 @@ def scans(draw: st.DrawFn, most: int = 6) -> Sensitivity:
     for layer in layers:
         distances[layer] = dict(zip(WIDTHS, draw(st.lists(st.floats(0, 10), min_size=4, max_size=4)), strict=True))
     sizes = draw(st.lists(st.integers(1, 5000), min_size=2 * count, max_size=2 * count))
-    return Sensitivity(distances, dict(zip(layers, sizes[:count], strict=True)), dict(zip(layers, sizes[count:], strict=True)))
+    return Sensitivity(
+        distances, dict(zip(layers, sizes[:count], strict=True)), dict(zip(layers, sizes[count:], strict=True))
+    )
 
 
 def total(scan: Sensitivity, found: dict[str, int]) -> float:
@@ -39,7 +41,9 @@ def test_the_size_is_kept_and_nothing_is_better(scan, share) -> None:
     limit = -(-round(least + share * (most - least)) // 8)
     found = BitBudget(size=limit).solve(scan)
     assert size_of(scan, found) <= 8 * limit
-    ways = (dict(zip(scan.distances, way, strict=True)) for way in itertools.product(WIDTHS, repeat=len(scan.distances)))
+    ways = (
+        dict(zip(scan.distances, way, strict=True)) for way in itertools.product(WIDTHS, repeat=len(scan.distances))
+    )
     assert total(scan, found) == pytest.approx(min(total(scan, way) for way in ways if size_of(scan, way) <= 8 * limit))
 
 
@@ -60,7 +64,7 @@ def large(layers: int) -> Sensitivity:
 
 
 def test_a_large_network_is_solved_by_a_thinned_front(monkeypatch) -> None:
-    """Sixty layers, of which far more states than are kept. More bytes are never worse, and uniform bits are never better."""
+    """Sixty layers, of which far more states than are kept. More bytes are never worse, uniform bits never better."""
     monkeypatch.setattr(solver, "_STATES", 2000)
     scan = large(60)
     before = float("inf")
@@ -87,7 +91,7 @@ def test_the_recipe_has_a_width_for_each_layer() -> None:
 @settings(max_examples=5)
 @given(scan=scans())
 def test_a_budget_that_cannot_be_kept_says_what_is_least(scan) -> None:
-    with pytest.raises(BudgetError, match="with 2 bits in every layer 0.250 of the bit operations"):
+    with pytest.raises(BudgetError, match=r"with 2 bits in every layer 0\.250 of the bit operations"):
         BitBudget(bops=0.2).solve(scan)
     least = sum(scan.weights.values()) * 2
     if least > 8:

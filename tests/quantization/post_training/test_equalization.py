@@ -19,7 +19,9 @@ def pairs_of(net: Net) -> list[tuple[str, str | None, str, int]]:
     args, kwargs = net.example
     calls = calls_of(net, ExampleInput(args, kwargs))
     found = find_pairs(record(net, args, kwargs), calls, Parameters(net, calls))
-    short = [tuple(None if key is None else key.split("|")[0] for key in (p.first, p.batch_norm, p.second)) for p in found]
+    short = [
+        tuple(None if key is None else key.split("|")[0] for key in (p.first, p.batch_norm, p.second)) for p in found
+    ]
     return [(*names, pair.columns) for names, pair in zip(short, found, strict=True)]  # type: ignore[misc]
 
 
@@ -54,7 +56,7 @@ class MobileBlocks(Net):
 
 
 def test_one_pair_is_the_papers_formula() -> None:
-    """Equations 8 to 11: ``W1 / s``, ``b1 / s``, ``W2 s`` with ``s_i = sqrt(r1_i r2_i) / r2_i``; then both ranges agree."""
+    """Equations 8 to 11: ``W1 / s``, ``b1 / s``, ``W2 s`` ``s_i = sqrt(r1_i r2_i) / r2_i``; both ranges then agree."""
     net = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3)).double()
     w1, b1, w2 = net[0].weight.detach().clone(), net[0].bias.detach().clone(), net[2].weight.detach().clone()
     r1, r2 = w1.abs().max(1).values, w2.abs().max(0).values

@@ -42,7 +42,7 @@ def error(net: nn.Module, recipe: Any, **options: Any) -> float:
 
 
 def test_corrected_biases_put_every_channels_mean_right() -> None:
-    """``E[y] - E[y_rounded]`` of each output channel is 0 on the calibration batches, also where layers follow each other."""
+    """``E[y] - E[y_rounded]`` of each output channel is 0 on the calibration batches, also after other layers."""
     net, recipe = residual(), IntN(weights=3, activations=None)
     right = answers(net).mean(0)
     off = (rounded_answers(net, recipe).mean(0) - right).abs()
