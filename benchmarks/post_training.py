@@ -34,7 +34,9 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.data = args, read(args.data)
-        chosen = torch.randperm(len(self.data["train"]), generator=torch.Generator().manual_seed(args.seed))[: args.images]
+        chosen = torch.randperm(len(self.data["train"]), generator=torch.Generator().manual_seed(args.seed))[
+            : args.images
+        ]
         self.calibration: list[Tensor] = list(self.data["train"].tensors[0][chosen].split(64))
         self.test = TensorDataset(*self.data["test"][: args.test])
 

@@ -36,8 +36,9 @@ class QuantizationAwareTraining(CompressionCallback):
     numbers are rounded as the engine will round them, in training and in evaluation, and gradients pass straight
     through. No module is replaced and no tensor of the module's ``state_dict`` is added or renamed: the operations
     are found by following one forward pass, and rounded as they are called. What is remembered is in the checkpoint's
-    manifest. A network that `quantize` has rounded by the same recipe goes on from its ranges, if ``start`` is 0.0:
-    nothing is observed first. When the run has ended, the module computes in float again; `fake_quantized` brings the rounding back.
+    manifest. A module that `quantize` has rounded by the same recipe goes on from its ranges, if ``start`` is 0.0:
+    nothing is observed first. When the run has ended, the module computes in float again; `fake_quantized` brings the
+    rounding back.
 
     A batch norm after a layer is folded into it by the engine. It needs no other treatment in training: weights have
     one scale a channel, so rounding them before or after the fold is the same.

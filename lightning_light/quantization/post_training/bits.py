@@ -122,7 +122,7 @@ class BitBudget:
 
 
 def _best(costs: Mapping[str, Sequence[int]], losses: Mapping[str, Sequence[float]], limit: float) -> list[int]:
-    """The choice for each layer with the smallest sum of losses, among those whose costs sum up to at most ``limit``."""
+    """The choices with the smallest sum of losses, among those whose costs sum up to at most ``limit``."""
     cost, loss, steps = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64), []
     most = float(sum(max(row) for row in costs.values()))
     for layer, row in costs.items():

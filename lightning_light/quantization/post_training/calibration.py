@@ -20,8 +20,8 @@ def call_of(function: str, model: nn.Module, batch: Any) -> ExampleInput:
     """
     if isinstance(batch, list):
         raise ValueError(
-            f"`{function}(..., calibration)`: expected what the model is called with (a tensor, a tuple, a dict), found "
-            "a list, as a loader of images and labels gives it. Write `(images for images, _ in loader)`."
+            f"`{function}(..., calibration)`: expected what the model is called with (a tensor, a tuple, a dict), "
+            "found a list, as a loader of images and labels gives it. Write `(images for images, _ in loader)`."
         )
     return ExampleInput.from_array(batch).to(model)
 

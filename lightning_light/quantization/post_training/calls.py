@@ -146,7 +146,7 @@ class Parameters:
 
 def batch_norm_gain(named: Mapping[str, Any]) -> Tensor:
     """``gamma / sqrt(var + eps)``, in float64: what a batch norm multiplies each channel by in evaluation."""
-    gain = (named["running_var"].double() + named.get("eps", 1e-5)).rsqrt()
+    gain: Tensor = (named["running_var"].double() + named.get("eps", 1e-5)).rsqrt()
     weight = named.get("weight")
     return gain if weight is None else gain * weight.detach().double()
 

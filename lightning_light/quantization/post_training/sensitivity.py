@@ -75,7 +75,7 @@ class Sensitivity:
         return sorted(self.distances, key=lambda layer: -self.distances[layer][at])[:count]
 
     def rows(self) -> list[dict[str, Any]]:
-        """One dict a layer and width, for a table or a plot: ``layer``, ``bits``, ``distance``, ``weights``, ``macs``."""
+        """One dict a layer and width, for a table or a plot: layer, bits, distance, weights, macs."""
         return [
             {
                 "layer": layer, "bits": bits, "distance": distance, "weights": self.weights[layer],

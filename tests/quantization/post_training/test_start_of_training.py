@@ -44,7 +44,7 @@ def test_otherwise_it_observes_anew(recipe, options) -> None:
 def test_a_second_fit_begins_anew() -> None:
     net = module()
     quantize(net, [IMAGES], IntN())
-    for forms in (["rounded"] * 3, ["plain", "plain", "rounded"]):
+    for forms in (["rounded"] * 3, [None, "plain", "plain"]):
         qat = QuantizationAwareTraining(IntN(), observe_batches=2)
         diary: Any = Diary(qat)
         trainer(qat, diary).fit(net)
