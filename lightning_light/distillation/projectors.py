@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_light.distillation.loss import pooled
 from lightning_light.errors import UnsupportedError
 from lightning_light.surgery.edit import cut
-from lightning_light.surgery.optimizer import unwrap
+from lightning_light.surgery.optimizer import adopt, disown, unwrap
 
 __all__ = ["Projectors", "channel_source", "discard", "owner_of"]
 
@@ -85,7 +85,7 @@ class Projectors:
 
     def _make(self, key: str, inputs: int, outputs: int, remembered: dict[str, Any]) -> nn.Module:
         if key in self.layers:
-            _disown(self._optimizer, self.layers[key].get_parameter("weight"))
+            disown(self._optimizer, self.layers[key].get_parameter("weight"))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed + len(self.layers))
             layer = _layer(remembered["kind"], inputs, outputs).to(self._like.device, self._like.dtype)
@@ -100,17 +100,14 @@ class Projectors:
             )
         self.layers[key] = layer
         self._state[key] = {**remembered, "weight": layer.weight.detach()}
-        group = self._optimizer.param_groups[0]
-        group["params"].append(layer.weight)
-        if "param_names" in group:
-            group["param_names"].append(f"distillation.{key}.weight")
+        adopt(self._optimizer.param_groups[0], layer.weight, f"distillation.{key}.weight")
 
 
 def discard(projectors: Projectors, optimizers: Iterable[Any]) -> None:
     """Take the parameters back from the optimizers, if they have them."""
     for optimizer in map(unwrap, optimizers):
         for parameter in projectors.parameters():
-            _disown(optimizer, parameter)
+            disown(optimizer, parameter)
 
 
 def owner_of(student: nn.Module, optimizers: Sequence[Any]) -> Any:
@@ -120,15 +117,6 @@ def owner_of(student: nn.Module, optimizers: Sequence[Any]) -> Any:
         if any(id(parameter) in mine for group in optimizer.param_groups for parameter in group["params"]):
             return optimizer
     return None
-
-
-def _disown(optimizer: Any, parameter: nn.Parameter) -> None:
-    for group in optimizer.param_groups:
-        for place in [place for place, held in enumerate(group["params"]) if held is parameter]:
-            del group["params"][place]
-            if "param_names" in group:
-                del group["param_names"][place]
-    optimizer.state.pop(parameter, None)
 
 
 def channel_source(model: nn.Module, tap: str, width: int) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -15,12 +15,15 @@ from typing_extensions import override
 
 from lightning_light.int8 import Kernels, RoundsNumbers
 from lightning_light.quantization.kernels import tensors_to_float
+from lightning_light.quantization.learning import learned_activation
 from lightning_light.quantization.lowering import Lowering
 from lightning_light.quantization.news import warnings_of_the_caller, without_news
 from lightning_light.quantization.operations import BATCH_NORM, HEAVY, kind_of, name_of
+from lightning_light.quantization.parameters import first_step, learned_scale, names_of
 from lightning_light.quantization.places import Frames
 from lightning_light.quantization.plan import Plan
-from lightning_light.quantization.rounding import round_activation, round_weight, scales_of
+from lightning_light.quantization.rounding import round_activation, round_at_run_time, round_weight, scales_of
+from lightning_light.quantization.rules import WeightRule
 
 __all__ = ["Attachment", "attach"]
 
@@ -33,28 +36,60 @@ class Attachment(Frames, RoundsNumbers):
     Attributes:
         plan: what is rounded.
         engine: whose kernels will run it.
-        limit: the largest quantized weight.
+        learned: what is learned of the grids, as `learned_scale` names it.
         form: ``plain`` numbers, ``rounded`` ones, or int8 ``kernels``.
         observing: whether ranges of the numbers are noted, for `observed`.
         batch_norm_frozen: whether folded batch norms use, and keep, the statistics that they have.
+        at_least: bits that no grid has fewer of, for now.
+        ranges: that were observed.
+        grids: the plan's, with no fewer bits than that.
+        scales: scale and zero point of each grid; None where nothing was seen, and where ranges are found at run time.
+        first_steps: of the weights whose step sizes will be learned, as they were when last observed.
     """
 
-    def __init__(self, plan: Plan, engine: str, limit: int) -> None:
+    def __init__(self, plan: Plan, engine: str, learned: Mapping[str, Tensor] | None = None) -> None:
         super().__init__()
-        self.plan, self.engine, self.limit = plan, engine, limit
+        self.plan, self.engine = plan, engine
+        self.learned: Mapping[str, Tensor] = learned or {}
         self.form: Form = "plain"
         self.observing = False
         self.batch_norm_frozen = False
+        self.at_least = 0
+        self.ranges = torch.empty(0, 2)
+        self.grids = list(plan.grids)
         self.scales: list[tuple[float, int] | None] = []
+        self.first_steps: dict[str, Tensor] = {}
+        self._weights = dict(plan.weights)
         self._seen: dict[int, Tensor] = {}
         self._folded = frozenset(group.batch_norm for group in plan.groups.values())
         self._lowering: Lowering | None = None
         self._output_scales: list[float | None] = []
         self._open: list[Any] = []
 
-    def use(self, ranges: Tensor) -> None:
-        """Compute every grid anew."""
-        self.scales = scales_of(self.plan.grids, ranges)
+    def use(self, ranges: Tensor, at_least: int = 0) -> None:
+        """Compute every grid anew: from ``ranges`` and what is learned, with no fewer than ``at_least`` bits."""
+        if at_least != self.at_least:
+            self._weights = {key: rule.at(at_least) for key, rule in self.plan.weights.items()}
+            self.grids = [grid.at(at_least) for grid in self.plan.grids]
+        self.ranges, self.at_least, self.scales = ranges, at_least, scales_of(self.grids, ranges)
+        for place, grid in enumerate(self.grids):
+            if grid.learned and self.learned:
+                self.scales[place] = learned_scale(self.learned, place, grid) or self.scales[place]
+
+    def highs(self) -> dict[str, int]:
+        """The largest whole number of every step size that is learned, now."""
+        weights = {key: rule.high for key, rule in self._weights.items() if rule.learned}
+        steps = [(f"grid {place} step", grid.high) for place, grid in enumerate(self.grids) if "step" in grid.learned]
+        return weights | dict(steps)
+
+    @property
+    def shares(self) -> Tensor:
+        """``(grids,)``: the weight of a new batch in the average of each grid's range; nan for the widest of all."""
+        return torch.tensor([torch.nan if (share := grid.observer.share) is None else share for grid in self.grids])
+
+    def weight(self, key: str) -> tuple[WeightRule, Tensor | None]:
+        """How the weight of an operation is rounded: the rule, and its scale if that is learned."""
+        return self._weights[key], self.learned.get(key)
 
     def observed(self, device: torch.device) -> Tensor:
         """``(grids, 2)``: smallest and largest value of each since the last call; infinite where there was none."""
@@ -92,7 +127,7 @@ class Attachment(Frames, RoundsNumbers):
         if form != "rounded":
             yield Kernels("none")
             return
-        lowering = Lowering(self.plan, self.scales, self.limit, self.engine)
+        lowering = Lowering(self)
         try:
             torch.backends.quantized.engine = self.engine
             self._lowering = lowering
@@ -117,18 +152,17 @@ class Attachment(Frames, RoundsNumbers):
             return self._lowering.run(key, name, function, args, kwargs)
         if self._lowering is not None:
             self._lowering.collect(key, name, args, kwargs)
-        self._before(key, kind_of(name), args, kwargs)
+        self.before(key, kind_of(name), args, kwargs)
         result = function(*args, **kwargs)
         grid = self.plan.outputs.get(key)
         return result if grid is None else self._activation(grid, result)
 
-    def _before(self, key: str, kind: str, args: list[Any], kwargs: dict[str, Any]) -> None:
+    def before(self, key: str, kind: str, args: list[Any], kwargs: dict[str, Any]) -> None:
         """Round a weight, and inputs of the network; tell a batch norm which statistics to use."""
         if kind == BATCH_NORM and self.batch_norm_frozen and key in self._folded:
             _set(args, kwargs, 5, "training", False)
-        if self.form != "plain" and kind in HEAVY and key in self.plan.weights:
-            weight = args[1] if len(args) > 1 else kwargs["weight"]
-            _set(args, kwargs, 1, "weight", round_weight(weight, self.limit, self.plan.weights[key]))
+        if kind in HEAVY and key in self.plan.weights:
+            self._before_layer(key, args, kwargs)
         for place, grid in self.plan.arguments.get(key, {}).items():
             if place < len(args):
                 args[place] = self._activation(grid, args[place])
@@ -136,22 +170,40 @@ class Attachment(Frames, RoundsNumbers):
                 name = list(kwargs)[place - len(args)]
                 kwargs[name] = self._activation(grid, kwargs[name])
 
-    def _activation(self, grid: int, x: Any) -> Any:
+    def _before_layer(self, key: str, args: list[Any], kwargs: dict[str, Any]) -> None:
+        rule, step = self.weight(key)
+        weight = args[1] if len(args) > 1 else kwargs["weight"]
+        if self.form != "plain":
+            _set(args, kwargs, 1, "weight", round_weight(weight, rule, step))
+        elif self.observing and rule.learned:
+            self.first_steps[key] = first_step(weight, rule.high, rule.per_channel)
+
+    def _activation(self, place: int, x: Any) -> Any:
         """``x`` on its grid; what is no floating point tensor stays itself."""
         if not isinstance(x, Tensor) or not x.is_floating_point():
             return x
         if self.observing:
-            self._note(grid, x)
-        scale = self.scales[grid]
-        return x if self.form == "plain" or scale is None else round_activation(x, *scale)
+            self._note(place, x)
+        return x if self.form == "plain" else self.rounded(place, x)
 
-    def _note(self, grid: int, x: Tensor) -> None:
-        low, high = torch.aminmax(x.detach())
-        found = torch.stack([low, high]).float()
-        if grid in self._seen:
-            before = self._seen[grid]
+    def rounded(self, place: int, x: Tensor) -> Tensor:
+        """``x`` on the grid at ``place``; itself if nothing is known of that."""
+        grid, scale = self.grids[place], self.scales[place]
+        if grid.at_run_time:
+            return round_at_run_time(x, grid)
+        if grid.learned and torch.is_grad_enabled() and (names := names_of(place, grid))[0] in self.learned:
+            return learned_activation(x, grid, *(self.learned[name] for name in names))
+        return x if scale is None else round_activation(x, *scale, grid.high)
+
+    def _note(self, place: int, x: Tensor) -> None:
+        grid = self.grids[place]
+        if grid.at_run_time or not x.numel() or (grid.learned and self.form == "rounded"):
+            return
+        found = grid.observer.extremes(x.detach().float(), grid.high, grid.positive)
+        if place in self._seen:
+            before = self._seen[place]
             found = torch.stack([torch.minimum(before[0], found[0]), torch.maximum(before[1], found[1])])
-        self._seen[grid] = found
+        self._seen[place] = found
 
 
 class _Mode(TorchFunctionMode):
@@ -180,9 +232,12 @@ def _set(args: list[Any], kwargs: dict[str, Any], place: int, name: str, value: 
         kwargs[name] = value
 
 
-def attach(model: nn.Module, plan: Plan, ranges: Tensor, engine: str, limit: int) -> Attachment:
+def attach(
+    model: nn.Module, plan: Plan, ranges: Tensor, engine: str, learned: Mapping[str, Tensor] | None = None,
+    at_least: int = 0,
+) -> Attachment:  # fmt: skip
     """Hook ``model``, and begin with plain numbers."""
-    attachment = Attachment(plan, engine, limit)
-    attachment.use(ranges)
+    attachment = Attachment(plan, engine, learned)
+    attachment.use(ranges, at_least)
     attachment.watch(model)
     return attachment

@@ -2,92 +2,156 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from lightning_light.errors import NoEffectWarning
 from lightning_light.example_input import ExampleInput
 from lightning_light.measure.quiet import uncompiled
-from lightning_light.quantization.recipes import Int8
+from lightning_light.quantization.attachment import Attachment
+from lightning_light.quantization.observers import MinMax, MovingAverage
+from lightning_light.quantization.parameters import first_values
+from lightning_light.quantization.post_training.adaround import AdaRound
+from lightning_light.quantization.post_training.calibration import call_of
+from lightning_light.quantization.post_training.equalization import equalize as equalize_layers
+from lightning_light.quantization.post_training.refinement import Refinement
+from lightning_light.quantization.recipes import Recipe
+from lightning_light.quantization.rounding import merge
 from lightning_light.quantization.state import METHOD, attach_from, begin
 from lightning_light.surgery.journal import attach, release
 
 __all__ = ["quantize"]
 
 
-def quantize(model: nn.Module, calibration: Iterable[Any], recipe: Int8) -> nn.Module:
-    """Note the ranges of a trained network's numbers, so that it can be rounded and exported as int8.
+def quantize(
+    model: nn.Module, calibration: Iterable[Any], recipe: Recipe, *, equalize: bool = False, correct_bias: bool = False,
+    rounding: AdaRound | None = None, progress_bar: bool = True,
+) -> nn.Module:  # fmt: skip
+    """Note the ranges of a trained network's numbers, so that it can be rounded and exported with few bits.
 
-    Every range holds all that was seen: there is no moving average, since the weights do not move. The network itself
-    is as before; within `fake_quantized` it computes with rounded numbers. Where too much accuracy is lost,
-    `QuantizationAwareTraining` wins it back.
+    There is no moving average, since the weights do not move: where the recipe says `MovingAverage` or `MinMax` a range
+    holds all that was seen, and what other observers find is the mean over the batches. Within `fake_quantized` the
+    network computes with rounded numbers. Where too much accuracy is lost, three options change the weights to win
+    some back, and ``QuantizationAwareTraining(recipe, start=0.0)`` goes on from what this has found. Without options
+    the network itself is as before.
 
     Args:
         model: trained; in any mode, on any device.
         calibration: inputs of ``model``: a tensor, a tuple of arguments, or a dict of keyword arguments for each call.
-            A hundred training images are a good start; labels are not wanted.
+            A hundred training images are a good start, a thousand for ``rounding``; labels are not wanted.
         recipe: how many bits, and by which engine's rules.
+        equalize: before all else, let layers in a row share out their ranges, channel by channel; the network computes
+            what it did. It goes through batch norm, ReLU and leaky ReLU, not through ReLU6. It is for networks of
+            depthwise convolutions, whose channels have ranges that are far apart.
+        correct_bias: put right the mean of every channel, which rounding has moved, layer by layer. It is added to the
+            bias of the layer or of its batch norm.
+        rounding: learn which weights to round up and which down, layer by layer: ``AdaRound()``. The weights are
+            placed on the grid that they will be rounded to.
+        progress_bar: whether a terminal shows how far ``correct_bias`` and ``rounding`` have come.
 
     Returns:
         ``model``.
 
     Raises:
         ValueError: there is no calibration data, or it comes in lists, as from a loader of images and labels; or no
-            layer has a weight that can be rounded.
+            layer has a weight that can be rounded. As after any other error, ``model`` is then as it was.
+
+    Warns:
+        NoEffectWarning: an option has found nothing to do, or not for all layers, which are named.
 
     Example:
         >>> from lightning_light.quantization import Int8, fake_quantized, quantize
         >>> images = torch.randn(4, 3, 8, 8)
-        >>> with fake_quantized(quantize(model, [images], Int8())):
+        >>> with fake_quantized(quantize(model, [images], Int8(), equalize=True)):
         ...     answers = model(images)
     """
+    inputs: Iterator[ExampleInput] = (call_of("quantize", model, batch) for batch in calibration)
     state: dict[str, Any] = {}
-    attachment = None
-    was = {module: module.training for module in model.modules()}
-    try:
-        with torch.no_grad(), uncompiled(model):
-            for batch in calibration:
-                call = _call_of(batch).to(model)
-                if attachment is None:
-                    begin(state, model, call, recipe)
-                    attachment = attach_from(model, state)
-                    model.eval()
-                if attachment is None:
-                    break
-                attachment.observing = True
-                model(*call.args, **call.kwargs)
-                seen = attachment.observed(torch.device("cpu"))
-                state["ranges"] = torch.stack(
-                    [
-                        torch.minimum(state["ranges"][:, 0], seen[:, 0]),
-                        torch.maximum(state["ranges"][:, 1], seen[:, 1]),
-                    ],
-                    1,
-                )
-                state["batches"] += 1
-    finally:
-        if attachment is not None:
+    with _restored_on_failure(model), torch.no_grad(), uncompiled(model):
+        if equalize or correct_bias or rounding is not None:
+            examples = list(inputs)
+            inputs = iter(examples)
+        first = next(inputs, None)
+        if first is None:
+            raise _nothing(model, recipe, "no batch")
+        model.eval()
+        if equalize and not equalize_layers(model, first):
+            _warn("equalize=True", "no two layers in a row with nothing but batch norm, ReLU and pooling between them")
+        begin(state, model, first, recipe)
+        attachment = attach_from(model, state)
+        if attachment is None:
+            raise _nothing(model, recipe, "no convolution or linear layer that it can round")
+        try:
+            _observe(model, attachment, state, _chain(first, inputs))
+            state["form"], state["recipe"] = "rounded", repr(recipe)
+            attachment.form = "rounded"
+            state["learned"] |= attachment.first_steps | first_values(attachment.grids, attachment.scales)
+            attachment.learned = state["learned"]
+            if correct_bias or rounding is not None:
+                refinement = Refinement(model, attachment, examples, rounding, correct_bias, state["learned"])
+                refinement.run(progress_bar=progress_bar)
+                _tell(refinement)
+        finally:
             attachment.let_go()
-        for module, mode in was.items():
-            module.training = mode
-    if attachment is None:
-        found = "no batch" if not state else "no convolution or linear layer that it can round"
-        raise ValueError(
-            f"`quantize({type(model).__name__}, calibration, {recipe!r})`: expected inputs to calibrate on and layers "
-            f"to round, found {found}. Give a list of tensors, for instance `[images for images, _ in loader]`."
-        )
-    state["form"] = "rounded"
     attach(model).state[METHOD] = state
     release(model)
     return model
 
 
-def _call_of(batch: Any) -> ExampleInput:
-    if isinstance(batch, list):
-        raise ValueError(
-            "`quantize(..., calibration)`: expected what the model is called with (a tensor, a tuple, a dict), found a "
-            "list, as a loader of images and labels gives it. Write `(images for images, _ in loader)`."
-        )
-    return ExampleInput.from_array(batch)
+def _observe(model: nn.Module, attachment: Attachment, state: dict[str, Any], inputs: Iterable[ExampleInput]) -> None:
+    attachment.observing = True
+    wide = [isinstance(grid.observer, MinMax | MovingAverage) for grid in attachment.grids]
+    widest = torch.tensor(wide, dtype=torch.bool)
+    for batch, call in enumerate(inputs):
+        model(*call.args, **call.kwargs)
+        shares = torch.where(widest, torch.nan, 1 / (batch + 1))
+        state["ranges"] = merge(state["ranges"], attachment.observed(torch.device("cpu")), shares)
+        state["batches"] += 1
+    attachment.observing = False
+    attachment.use(state["ranges"])
+
+
+@contextmanager
+def _restored_on_failure(model: nn.Module) -> Iterator[None]:
+    """Training modes are as before in any case, parameters if the block raises."""
+    modes = {module: module.training for module in model.modules()}
+    before = {parameter: parameter.detach().clone() for parameter in model.parameters()}
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        if not done:
+            with torch.no_grad():
+                for parameter, value in before.items():
+                    parameter.copy_(value)
+
+
+def _chain(first: ExampleInput, others: Iterable[ExampleInput]) -> Iterator[ExampleInput]:
+    yield first
+    yield from others
+
+
+def _nothing(model: nn.Module, recipe: Recipe, found: str) -> ValueError:
+    return ValueError(
+        f"`quantize({type(model).__name__}, calibration, {recipe!r})`: expected inputs to calibrate on and layers "
+        f"to round, found {found}. Give a list of tensors, for instance `[images for images, _ in loader]`."
+    )
+
+
+def _tell(refinement: Refinement) -> None:
+    if refinement.nearest:
+        _warn("rounding=AdaRound(...)", f"weights that are computed, or used more than once: {refinement.nearest}")
+    if refinement.uncorrected:
+        _warn("correct_bias=True", f"no bias in {refinement.uncorrected}, nor in a batch norm after it")
+
+
+def _warn(option: str, found: str) -> None:
+    warnings.warn(f"`quantize(..., {option})` has left layers as they were: {found}.", NoEffectWarning, stacklevel=3)

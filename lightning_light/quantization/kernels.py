@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_light.quantization.rounding import weight_scale
+from lightning_light.quantization.learning import SMALLEST
+from lightning_light.quantization.rounding import integers
+from lightning_light.quantization.rules import WeightRule
 
 __all__ = ["Layer", "add_fits", "join", "quantize", "tensors_to_float"]
 
@@ -37,7 +39,7 @@ class Layer:
     @classmethod
     def of(
         cls, name: str, args: Mapping[str, Any], batch_norm: Mapping[str, Any] | None, *, relu: bool, scale: Scale,
-        limit: int, per_channel: bool,
+        rule: WeightRule, step: Tensor | None,
     ) -> Layer:  # fmt: skip
         """Fold, quantize and pack.
 
@@ -47,18 +49,20 @@ class Layer:
             batch_norm: those of the batch norm that follows, or None.
             relu: whether one follows; it costs nothing, since nothing below zero is on the grid then.
             scale: of the output.
-            limit: the largest quantized weight.
-            per_channel: whether the weight has one scale a channel.
+            rule: how the weight is rounded.
+            step: its scale, if that is learned.
 
         Raises:
             RuntimeError: the engine has no such kernel.
             NotImplementedError: likewise.
         """
-        weight, bias = args["weight"].detach().float(), args.get("bias")
+        weight, bias = args["weight"], args.get("bias")
         bias = None if bias is None else bias.detach().float()
+        q, weight_scale = integers(weight, rule, step)
         if batch_norm is not None:
-            weight, bias = _folded(weight, bias, batch_norm)
-        packed_weight, ops = _quantized(weight, limit, per_channel), torch.ops.quantized
+            gain, bias = _folded(bias, batch_norm)
+            q, weight_scale = q * _columns(gain.sign(), q), (weight_scale.double() * gain.abs()).float()
+        packed_weight, ops = _packed(q, weight_scale), torch.ops.quantized
         suffix = "_relu" if relu else ""
         if name == "linear":
             return cls(getattr(ops, f"linear{suffix}"), ops.linear_prepack(packed_weight, bias), scale)
@@ -81,23 +85,26 @@ def _listed(value: Any, dims: int) -> list[int]:
     return [int(item) for item in (listed * dims if len(listed) == 1 else listed)]
 
 
-def _folded(weight: Tensor, bias: Tensor | None, norm: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """``g = gamma / sqrt(var + eps)``: the weight times ``g``, and ``beta + (bias - mean) * g``; in float64."""
+def _folded(bias: Tensor | None, norm: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """``g = gamma / sqrt(var + eps)``, by which the weight is multiplied, and ``beta + (bias - mean) * g``."""
     gain = (norm["running_var"].double() + norm.get("eps", 1e-5)).rsqrt()
     if norm.get("weight") is not None:
         gain = gain * norm["weight"].detach().double()
     shift = -norm["running_mean"].double() if bias is None else bias.double() - norm["running_mean"].double()
     beta = 0.0 if norm.get("bias") is None else norm["bias"].detach().double()
-    columns = gain.reshape(-1, *[1] * (weight.dim() - 1))
-    return (weight.double() * columns).float(), (beta + shift * gain).float()
+    return gain, (beta + shift * gain).float()
 
 
-def _quantized(weight: Tensor, limit: int, per_channel: bool) -> Tensor:
-    scale = weight_scale(weight, limit, per_channel)
-    if not per_channel:
-        return torch.quantize_per_tensor(weight, float(scale), 0, torch.qint8)
+def _columns(gain: Tensor, weight: Tensor) -> Tensor:
+    return gain.to(weight.dtype).reshape(-1, *[1] * (weight.dim() - 1))
+
+
+def _packed(q: Tensor, scale: Tensor) -> Tensor:
+    whole = q.to(torch.int8)
+    if not scale.dim():
+        return torch._make_per_tensor_quantized_tensor(whole, float(scale), 0)
     zeros = torch.zeros_like(scale, dtype=torch.int64)
-    return torch.quantize_per_channel(weight, scale.double(), zeros, 0, torch.qint8)
+    return torch._make_per_channel_quantized_tensor(whole, scale.double().clamp_min(SMALLEST), zeros, 0)
 
 
 def quantize(x: Tensor, scale: Scale) -> Tensor:

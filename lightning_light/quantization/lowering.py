@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_light.quantization import kernels
-from lightning_light.quantization.operations import ADDING, BATCH_NORM, HEAVY, kind_of
+from lightning_light.quantization.operations import ADDING, BATCH_NORM, kind_of
 from lightning_light.quantization.places import module_of
-from lightning_light.quantization.plan import Group, Plan
-from lightning_light.quantization.rounding import round_weight
+from lightning_light.quantization.plan import Group
+
+if TYPE_CHECKING:
+    from lightning_light.quantization.attachment import Attachment
 
 __all__ = ["Lowering"]
 
@@ -35,15 +37,16 @@ class Lowering:
         refused: operation -> why it stays float.
     """
 
-    def __init__(self, plan: Plan, scales: list[tuple[float, int] | None], limit: int, engine: str) -> None:
-        self.plan, self.scales, self.limit, self.engine = plan, scales, limit, engine
+    def __init__(self, attachment: Attachment) -> None:
+        self.attachment, self.plan, self.engine = attachment, attachment.plan, attachment.engine
+        self.scales = attachment.scales
         self.layers: dict[str, kernels.Layer] = {}
-        self.refused: dict[str, str] = {}
+        self.refused: dict[str, str] = dict(self.plan.without_kernel)
         self.trying = True
         self._collected: dict[str, dict[str, Any]] = {}
         self._grids: dict[str, tuple[float, int]] = {}  # of what was moved in float
         self._heads = {
-            part: head for head, group in plan.groups.items() for part in (group.batch_norm, group.relu) if part
+            part: head for head, group in self.plan.groups.items() for part in (group.batch_norm, group.relu) if part
         }
 
     # The first round.
@@ -55,7 +58,7 @@ class Lowering:
 
     def build(self) -> None:
         """Fold and pack every layer."""
-        for key, per_channel in self.plan.weights.items():
+        for key in [key for key in self.plan.weights if key not in self.refused]:
             group, scale = self.plan.groups[key], self._scale_of(self.plan.groups[key])
             if key not in self._collected or scale is None:
                 self.refused[key] = "the network did not come by it" if scale else "its output was never observed"
@@ -65,11 +68,11 @@ class Lowering:
             if kind_of(name) == "transposed" and self.engine == "x86":  # dozens of steps off, whatever the ranges
                 self.refused[key] = "the x86 kernel of transposed convolutions computes wrong numbers"
                 continue
+            rule, step = self.attachment.weight(key)
             try:
                 self.layers[key] = kernels.Layer.of(
-                    name, self._collected[key], norm, relu=group.relu is not None, scale=scale, limit=self.limit,
-                    per_channel=per_channel,
-                )  # fmt: skip
+                    name, self._collected[key], norm, relu=group.relu is not None, scale=scale, rule=rule, step=step
+                )
             except (RuntimeError, NotImplementedError, AttributeError) as error:
                 self.refused[key] = f"the engine has no kernel: {str(error).strip().splitlines()[0]}"
         self._collected = {}
@@ -97,6 +100,8 @@ class Lowering:
         return self._in_float(key, name, function, args, kwargs)
 
     def _take_in(self, key: str, args: list[Any], kwargs: dict[str, Any]) -> None:
+        if key in self.plan.without_kernel:
+            return
         for place, grid in self.plan.arguments.get(key, {}).items():
             scale, name = self.scales[grid], None if place < len(args) else list(kwargs)[place - len(args)]
             if scale is not None and name is None:
@@ -135,20 +140,13 @@ class Lowering:
         if moved is not None and moved.is_quantized and self.trying:
             self._grids[key] = (moved.q_scale(), moved.q_zero_point())
         args, kwargs = kernels.tensors_to_float(args), kernels.tensors_to_float(kwargs)
-        if kind in HEAVY and key in self.plan.weights:
-            self._round_weight(key, args, kwargs)
+        self.attachment.before(key, kind, args, kwargs)
         result = function(*args, **kwargs)
         grid = self.plan.outputs.get(key)
         scale = self._grids.get(key) if grid is None else self.scales[grid]
         if scale is None or not isinstance(result, Tensor) or not result.is_floating_point():
             return result
         return kernels.quantize(result, scale)
-
-    def _round_weight(self, key: str, args: list[Any], kwargs: dict[str, Any]) -> None:
-        if len(args) > 1:
-            args[1] = round_weight(args[1], self.limit, self.plan.weights[key])
-        else:
-            kwargs["weight"] = round_weight(kwargs["weight"], self.limit, self.plan.weights[key])
 
     def _scale_of(self, group: Group) -> tuple[float, int] | None:
         return self.scales[self.plan.outputs[group.tail]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_light.quantization.recipes import Int8
+from lightning_light.quantization.recipes import Recipe
 from lightning_light.schedules import Constant, Window
 
 __all__ = ["check_moments", "resolve_moment"]
@@ -15,7 +15,7 @@ def check_moments(recipe: object, observe_batches: int, **moments: int | float) 
         TypeError: ``recipe`` is no recipe.
         ValueError: any other value out of range, or out of order.
     """
-    if not isinstance(recipe, Int8):
+    if not isinstance(recipe, Recipe):
         raise TypeError(
             f"`QuantizationAwareTraining({recipe!r})`: expected a recipe, found {type(recipe).__name__}. Write "
             "`QuantizationAwareTraining(Int8())`."

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from lightning_light.quantization.operations import ADDING, BATCH_NORM, HEAVY
 from lightning_light.quantization.places import module_of
 from lightning_light.quantization.record import Operation
+from lightning_light.quantization.rules import Grid, LayerRule, WeightRule
 
-__all__ = ["Grid", "Group", "Plan", "plan_sites"]
+__all__ = ["Group", "Plan", "plan_sites"]
 
-
-@dataclass(frozen=True)
-class Grid:
-    """What is known of the values of one tensor before any was seen.
-
-    Attributes:
-        positive: nothing is below zero: a ReLU is part of the operation.
-        cap: nothing is above it.
-    """
-
-    positive: bool = False
-    cap: float | None = None
+_OWN = "own"  # a layer without an int8 kernel: what it reads is rounded for it alone, what it writes is float
 
 
 @dataclass(frozen=True)
@@ -48,65 +38,81 @@ class Plan:
     Attributes:
         grids: what the sites below number.
         outputs: operation -> grid that its result is rounded to.
-        arguments: operation -> position of an argument -> grid; for inputs of the network.
-        weights: operation -> whether its weight has one scale a channel (else one in all).
+        arguments: operation -> position of an argument -> grid; for inputs of the network, and of layers without a
+            kernel.
+        weights: operation -> how its weight is rounded.
         groups: operation -> what its kernel computes along with it.
+        without_kernel: operations whose weight is rounded and that no int8 kernel computes, with the reason.
         left_float: layers whose weights stay float, with the reason.
     """
 
     grids: list[Grid] = field(default_factory=list)
     outputs: dict[str, int] = field(default_factory=dict)
     arguments: dict[str, dict[int, int]] = field(default_factory=dict)
-    weights: dict[str, bool] = field(default_factory=dict)
+    weights: dict[str, WeightRule] = field(default_factory=dict)
     groups: dict[str, Group] = field(default_factory=dict)
+    without_kernel: dict[str, str] = field(default_factory=dict)
     left_float: dict[str, str] = field(default_factory=dict)
 
     def plain(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return asdict(self)
+        return {**asdict(self), "grids": [grid.plain() for grid in self.grids]}
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Plan:
         """What `plain` wrote."""
-        grids = [Grid(**grid) for grid in plain["grids"]]
+        grids = [Grid.from_plain(grid) for grid in plain["grids"]]
+        weights = {key: WeightRule(**rule) for key, rule in plain["weights"].items()}
         groups = {key: Group(**group) for key, group in plain["groups"].items()}
-        return cls(**{**plain, "grids": grids, "groups": groups})
+        return cls(**{**plain, "grids": grids, "weights": weights, "groups": groups})
 
 
-def plan_sites(operations: Iterable[Operation], *, keep_float: Collection[str] = ()) -> Plan:
+def plan_sites(operations: Iterable[Operation], rules: Mapping[str, LayerRule]) -> Plan:
     """Decide what is rounded, so that every layer with a weight reads and writes int8.
 
     A batch norm and a ReLU that follow a layer belong to it: only what comes out of the last of them is rounded. Sums
     and concatenations are rounded if they stand between int8 operations; a stream that float operations read, such as
     the residual stream of a transformer, stays float. What only moves numbers keeps the grid of what it moves.
 
+    A layer whose rule has no kernel is another matter: what it reads is rounded for it alone, and what it writes is as
+    float as what a convolution of the papers writes.
+
     Args:
         operations: of one forward pass.
-        keep_float: names of modules whose operations stay float.
+        rules: module -> what the recipe says of it; a layer that is not there stays float.
     """
-    listed = list(operations)
-    for operation in listed:
-        if module_of(operation.key) in keep_float and operation.kind in HEAVY:
-            operation.kind = "float"
-    return _Planner(listed, keep_float).run()
+    return _Planner(list(operations), rules).run()
 
 
 class _Planner:
-    def __init__(self, operations: list[Operation], keep_float: Collection[str]) -> None:
+    def __init__(self, operations: list[Operation], rules: Mapping[str, LayerRule]) -> None:
         self.operations = operations
         self.plan = Plan()
+        self._rules: dict[int, LayerRule] = {}
         for operation in operations:
-            if operation.kind == "float" and module_of(operation.key) in keep_float:
+            if operation.kind not in HEAVY:
+                continue
+            rule = rules.get(module_of(operation.key))
+            if rule is None:
+                operation.kind = "float"
                 self.plan.left_float[module_of(operation.key)] = "asked for by `keep_float`"
+                continue
+            if operation.kind == "transposed":
+                rule = replace(rule, weight=replace(rule.weight, per_channel=False))
+            self._rules[id(operation)] = rule
+            if rule.lacks_kernel:
+                operation.kind = _OWN
         self._tails: dict[int, Operation] = {}
         self._groups: dict[int, Group] = {}
         self._grids: dict[int, int] = {}  # operation -> its grid
+        on_kernels = (rule.activation for rule in self._rules.values() if not rule.lacks_kernel)
+        self._usual = next((grid for grid in on_kernels if grid is not None), Grid())  # where no layer is near
 
     def run(self) -> Plan:
         for operation in self.operations:
             self._tails[id(operation)] = self._tail(operation)
         for operation in self.operations:
-            if operation.kind in HEAVY:
+            if id(operation) in self._rules:
                 self._layer(operation)
             elif operation.kind in ADDING or operation.kind in {"cat", "pool"}:
                 self._join(operation)
@@ -128,12 +134,25 @@ class _Planner:
 
     def _layer(self, operation: Operation) -> None:
         ((place, source),) = operation.inputs
+        rule = self._rules[id(operation)]
         if _origin(source).kind == "int":
             self.plan.left_float[module_of(operation.key)] = "reads whole numbers"
             return
-        self._round_input(operation, place, source)
-        self._round_group(operation)
-        self.plan.weights[operation.key] = operation.kind != "transposed"
+        self.plan.weights[operation.key] = rule.weight
+        if reason := rule.lacks_kernel:
+            self.plan.without_kernel[operation.key] = reason
+            self._layer_without_kernel(operation, place, source, rule)
+            return
+        self._round_input(operation, place, source, rule.activation)
+        self._round_group(operation, rule.activation)
+
+    def _layer_without_kernel(self, operation: Operation, place: int, source: Operation, rule: LayerRule) -> None:
+        follower = _only_user(operation)
+        if rule.activation is not None:
+            self.plan.arguments.setdefault(operation.key, {})[place] = len(self.plan.grids)
+            self.plan.grids.append(_known(source, rule.activation))
+        batch_norm = follower.key if follower is not None and follower.kind == BATCH_NORM else None
+        self.plan.groups[operation.key] = Group(batch_norm or operation.key, batch_norm)
 
     def _join(self, operation: Operation) -> None:
         sources = [source for _, source in operation.inputs]
@@ -153,28 +172,27 @@ class _Planner:
         elif operation.kind != "pool":
             self._round_group(operation)
 
-    def _round_group(self, operation: Operation) -> None:
+    def _round_group(self, operation: Operation, usual: Grid | None = None) -> None:
         tail = self._tails[id(operation)]
         self.plan.groups[operation.key] = self._groups.get(id(operation), Group(tail.key))
-        self._round(tail)
+        self._round(tail, usual)
 
-    def _round_input(self, operation: Operation, place: int, source: Operation) -> None:
+    def _round_input(self, operation: Operation, place: int, source: Operation, usual: Grid | None = None) -> None:
         origin = _origin(source)
         if origin.kind == "input":
             places = self.plan.arguments.setdefault(operation.key, {})
-            places[place] = self._grid(origin)
+            places[place] = self._grid(origin, usual)
         else:
-            self._round(origin)
+            self._round(origin, usual)
 
-    def _round(self, operation: Operation) -> None:
-        self.plan.outputs.setdefault(operation.key, self._grid(operation))
+    def _round(self, operation: Operation, usual: Grid | None) -> None:
+        self.plan.outputs.setdefault(operation.key, self._grid(operation, usual))
 
-    def _grid(self, operation: Operation) -> int:
+    def _grid(self, operation: Operation, usual: Grid | None) -> int:
+        """The grid of its result; the first layer that touches a tensor says how its range is found."""
         if id(operation) not in self._grids:
-            positive = operation.kind in {"relu", "relu6"}
-            cap = 6.0 if operation.kind == "relu6" else None
             self._grids[id(operation)] = len(self.plan.grids)
-            self.plan.grids.append(Grid(positive, cap))
+            self.plan.grids.append(_known(operation, usual or self._usual))
         return self._grids[id(operation)]
 
 
@@ -183,6 +201,20 @@ def _origin(operation: Operation) -> Operation:
     while operation.kind == "move" and operation.inputs:
         operation = operation.inputs[0][1]
     return operation
+
+
+def _known(operation: Operation, usual: Grid) -> Grid:
+    """``usual``, with what the operation tells of its result."""
+    origin = _origin(operation)
+    cap = 6.0 if origin.kind == "relu6" else None
+    grid = replace(usual, positive=_is_positive(origin), cap=cap)
+    return replace(grid, learned="") if grid.learned == "clip" and not grid.positive else grid
+
+
+def _is_positive(operation: Operation) -> bool:
+    if operation.kind in {"pool", "cat"} and operation.inputs:
+        return all(_is_positive(_origin(source)) for _, source in operation.inputs)
+    return operation.kind in {"relu", "relu6"}
 
 
 def _readers(operation: Operation) -> Iterator[Operation]:
@@ -199,4 +231,4 @@ def _only_user(operation: Operation) -> Operation | None:
 
 
 def _is_float(operation: Operation) -> bool:
-    return operation.kind in {"float", "int", BATCH_NORM, "clamp"}
+    return operation.kind in {"float", "int", BATCH_NORM, "clamp", _OWN}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_light.callback import CompressionCallback
@@ -12,12 +14,14 @@ from lightning_light.order import Stage
 from lightning_light.progress import training_progress
 from lightning_light.quantization.attachment import Attachment
 from lightning_light.quantization.moments import check_moments, resolve_moment
-from lightning_light.quantization.recipes import Int8
+from lightning_light.quantization.parameters import Learned, first_values
+from lightning_light.quantization.plan import Plan
+from lightning_light.quantization.recipes import Int8, Recipe
 from lightning_light.quantization.rounding import merge
 from lightning_light.quantization.state import attach_from, begin, keep_example
-from lightning_light.surgery.distributed import check_agreement, reduce_mean, tell
+from lightning_light.schedules import Schedule, resolve
+from lightning_light.surgery.distributed import check_agreement, reduce_max, reduce_mean, tell
 from lightning_light.surgery.selection import restart_selection
-from lightning_light.targets import as_targets
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -32,7 +36,9 @@ class QuantizationAwareTraining(CompressionCallback):
     numbers are rounded as the engine will round them, in training and in evaluation, and gradients pass straight
     through. No module is replaced and no tensor of the module's ``state_dict`` is added or renamed: the operations
     are found by following one forward pass, and rounded as they are called. What is remembered is in the checkpoint's
-    manifest. When the run has ended, the module computes in float again; `fake_quantized` brings the rounding back.
+    manifest. A module that `quantize` has rounded by the same recipe goes on from its ranges, if ``start`` is 0.0:
+    nothing is observed first. When the run has ended, the module computes in float again; `fake_quantized` brings the
+    rounding back.
 
     A batch norm after a layer is folded into it by the engine. It needs no other treatment in training: weights have
     one scale a channel, so rounding them before or after the fold is the same.
@@ -52,6 +58,8 @@ class QuantizationAwareTraining(CompressionCallback):
         freeze_observers: from when on ranges stay as they are; 1.0 for never.
         freeze_batch_norm: from when on the batch norms that the engine folds use their running statistics and keep
             them; 1.0 for never.
+        ladder: from eight bits to the recipe's by steps: share 0 is eight, share 1 the fewest bits of the recipe.
+            ``Window(Staircase(Linear(), steps=2), end=0.6)`` goes 8, 6, 4 for a recipe of four bits. None: at once.
 
     Raises:
         ValueError: an argument out of range, or moments out of order.
@@ -70,12 +78,13 @@ class QuantizationAwareTraining(CompressionCallback):
 
     def __init__(
         self,
-        recipe: Int8 = Int8(),
+        recipe: Recipe = Int8(),
         *,
         start: int | float = 0.0,
         observe_batches: int = 32,
         freeze_observers: int | float = 0.9,
         freeze_batch_norm: int | float = 0.95,
+        ladder: Schedule | None = None,
     ) -> None:
         check_moments(recipe, observe_batches, start=start, freeze_observers=freeze_observers,
                       freeze_batch_norm=freeze_batch_norm)  # fmt: skip
@@ -84,6 +93,9 @@ class QuantizationAwareTraining(CompressionCallback):
         self.observe_batches = observe_batches
         self.freeze_observers = freeze_observers
         self.freeze_batch_norm = freeze_batch_norm
+        self.ladder = ladder
+        self._ladder: Schedule | None = None
+        self._learned: Learned | None = None
         self._moments: dict[str, float] = {}
         self._capture: Capture | None = None
         self._attachment: Attachment | None = None
@@ -99,16 +111,23 @@ class QuantizationAwareTraining(CompressionCallback):
                 name: resolve_moment(name, getattr(self, name), trainer.max_epochs)
                 for name in ("start", "freeze_observers", "freeze_batch_norm")
             }
+            self._ladder = None if self.ladder is None else resolve(self.ladder, trainer.max_epochs)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on where the checkpoint was, or begin anew."""
+        """Go on where the checkpoint was, with what is learned in the optimizers before their state; or begin anew."""
+        if self._learned is not None:
+            self._learned.discard()  # of an earlier fit with the same optimizers
+        self._learned = None
+        state = self.state(pl_module)
+        goes_on = self._goes_on_from_quantize(trainer, state)
+        if not trainer._checkpoint_connector._loaded_checkpoint and not goes_on:
+            state.clear()
+        if state.get("form") == "rounded":
+            self._learn(trainer, pl_module)
         super().on_fit_start(trainer, pl_module)
         state = self.state(pl_module)
-        if self.recipe.keep_float is not None:
-            as_targets(self.recipe.keep_float).select(pl_module)
-        if not self.resumed(pl_module):
-            state.clear()
+        self.recipe.rules(pl_module, [])
         self._attach(pl_module)
         if "plan" not in state:
             self._capture = capture(pl_module)
@@ -139,16 +158,22 @@ class QuantizationAwareTraining(CompressionCallback):
             self._begin(trainer, pl_module)
         if self._attachment is None:
             return
+        self._descend(state, progress)
         if state["form"] == "plain" and state["batches"] >= self.observe_batches:
-            state["form"] = self._attachment.form = "rounded"
-            restart_selection(trainer)  # else "best" is the float network
-            tell(trainer, f"{self.method}: {state['batches']} batches observed, from here on numbers are rounded")
+            self._begin_to_round(trainer, pl_module)
         rounded = state["form"] == "rounded"
         self._attachment.observing = not rounded or progress < self._moments["freeze_observers"]
         # In its last epoch `StochasticWeightAveraging` gathers statistics anew, and does not learn.
         self._attachment.batch_norm_frozen = (
             rounded and progress >= self._moments["freeze_batch_norm"] and not _is_gathering_statistics(trainer)
         )
+
+    @override
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """DDP does not know what is learned of the grids: take the mean of its gradients."""
+        accumulating = pl_module.automatic_optimization and trainer.fit_loop._should_accumulate()
+        if self._learned is not None and trainer.world_size > 1 and not accumulating:
+            self._learned.reduce(trainer)
 
     @override
     def on_train_batch_end(
@@ -158,13 +183,17 @@ class QuantizationAwareTraining(CompressionCallback):
         state = self.state(pl_module)
         if "plan" not in state and "example" not in state and self._capture and self._capture.example:
             keep_example(state, self._capture.example)
-        if self._attachment is None or not self._attachment.observing:
+        if self._attachment is None:
             return
-        self._attachment.observing = False
-        seen = reduce_mean(trainer, self._attachment.observed(pl_module.device))
-        state["ranges"] = merge(state["ranges"].to(seen), seen, self.recipe.averaging)
-        state["batches"] += 1
-        self._attachment.use(state["ranges"])
+        if self._attachment.observing:
+            self._attachment.observing = False
+            seen = self._on_all_ranks(trainer, self._attachment.observed(pl_module.device))
+            state["ranges"] = merge(state["ranges"].to(seen), seen, self._attachment.shares.to(seen))
+            state["batches"] += 1
+            state["learned"] |= self._attachment.first_steps if state["form"] == "plain" else {}
+        elif not self._attachment.learned:
+            return
+        self._attachment.use(state["ranges"], state["at_least"])
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -195,7 +224,64 @@ class QuantizationAwareTraining(CompressionCallback):
 
     def _attach(self, pl_module: LightningModule) -> None:
         if self._attachment is None:
-            self._attachment = attach_from(pl_module, self.state(pl_module))
+            learned = None if self._learned is None else self._learned.parameters
+            self._attachment = attach_from(pl_module, self.state(pl_module), learned)
+
+    def _goes_on_from_quantize(self, trainer: Trainer, state: dict[str, Any]) -> bool:
+        """Whether `quantize` has found the ranges, by the same recipe, and training rounds from its first batch on."""
+        recipe = state.pop("recipe", None)  # so that a second fit begins anew, as it does otherwise
+        found = None if recipe is None else [recipe, state["plan"], state["ranges"]]
+        check_agreement(trainer, "what `quantize` has found", found)
+        if recipe is None:
+            return False
+        if recipe == repr(self.recipe) and self._moments["start"] == 0.0:
+            tell(trainer, f"{self.method}: goes on from the ranges that `quantize` has found")
+            return True
+        tell(trainer, f"{self.method}: observes anew, since `quantize` was given {recipe}, or training starts later")
+        return False
+
+    def _begin_to_round(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        state, attachment = self.state(pl_module), self._attachment
+        assert attachment is not None
+        state["form"] = attachment.form = "rounded"
+        state["learned"] |= first_values(attachment.grids, attachment.scales)
+        self._learn(trainer, pl_module)
+        if self._learned is not None:
+            attachment.learned = self._learned.parameters
+            attachment.use(state["ranges"], state["at_least"])
+        restart_selection(trainer)  # else "best" is the float network
+        tell(trainer, f"{self.method}: {state['batches']} batches observed, from here on numbers are rounded")
+
+    def _learn(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        state = self.state(pl_module)
+        if state["learned"]:
+            self._learned = Learned(state, Plan.from_plain(state["plan"]), pl_module, trainer.optimizers)
+
+    def _descend(self, state: dict[str, Any], progress: float) -> None:
+        """Down the ladder from eight bits; step sizes that are learned grow, so that no grid ends earlier."""
+        attachment = self._attachment
+        if self._ladder is None or attachment is None:
+            return
+        bits = [rule.bits for rule in attachment.plan.weights.values()] + [grid.bits for grid in attachment.plan.grids]
+        at_least = round(8 - self._ladder(progress) * (8 - min(bits)))
+        if at_least == state["at_least"]:
+            return
+        before = attachment.highs()
+        attachment.use(state["ranges"], at_least)
+        for name, high in attachment.highs().items():
+            if name in state["learned"]:
+                state["learned"][name].mul_(before[name] / high)  # the parameters' own memory
+        attachment.use(state["ranges"], at_least)
+        state["at_least"] = at_least
+
+    def _on_all_ranks(self, trainer: Trainer, seen: Tensor) -> Tensor:
+        assert self._attachment is not None
+        widest = self._attachment.shares.isnan()
+        mean = reduce_mean(trainer, seen)
+        if not widest.any():
+            return mean
+        outward = reduce_max(trainer, seen * seen.new_tensor([-1.0, 1.0])) * seen.new_tensor([-1.0, 1.0])
+        return torch.where(widest.to(seen.device)[:, None], outward, mean)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._capture is None or self._capture.example is None:

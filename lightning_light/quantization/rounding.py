@@ -8,19 +8,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_light.quantization.plan import Grid
+from lightning_light.quantization.learning import SMALLEST, learned_weight, on_grid, straight_through
+from lightning_light.quantization.rules import Grid, WeightRule
 
-__all__ = ["HIGHEST", "merge", "round_activation", "round_weight", "scales_of", "weight_scale"]
-
-HIGHEST = 255  # the largest quantized activation; the smallest is 0
-_SMALLEST = 1e-8  # a dead channel, or a tensor of zeros, has a scale too
+__all__ = ["integers", "merge", "round_activation", "round_at_run_time", "round_weight", "scales_of"]
 
 
 def scales_of(grids: Sequence[Grid], ranges: Tensor) -> list[tuple[float, int] | None]:
-    """Scale and zero point of each grid: ``s = (high - low) / 255``, ``z = round(-low / s)``, 0 always on the grid.
+    """Scale and zero point of each grid: ``s = (top - low) / high``, ``z = round(-low / s)``, 0 always on the grid.
 
     Args:
-        grids: what is known beforehand.
+        grids: what is known beforehand; ``high`` is 255 for eight bits.
         ranges: ``(len(grids), 2)``, the smallest and largest value that each has to hold; infinite where nothing has
             been seen, which has no scale.
 
@@ -29,51 +27,113 @@ def scales_of(grids: Sequence[Grid], ranges: Tensor) -> list[tuple[float, int] |
         [(0.0196..., 51), (0.0235..., 0)]
     """
     found: list[tuple[float, int] | None] = []
-    for grid, (low, high) in zip(grids, ranges.double().tolist(), strict=True):
-        if not (math.isfinite(low) and math.isfinite(high)):
+    for grid, (low, top) in zip(grids, ranges.double().tolist(), strict=True):
+        if grid.at_run_time or not (math.isfinite(low) and math.isfinite(top)):
             found.append(None)
             continue
         low = 0.0 if grid.positive else min(low, 0.0)
-        high = max(high if grid.cap is None else min(high, grid.cap), 0.0)
-        scale = max((high - low) / HIGHEST, _SMALLEST)
-        found.append((scale, min(max(round(-low / scale), 0), HIGHEST)))
+        top = max(top if grid.cap is None else min(top, grid.cap), 0.0)
+        scale = max((top - low) / grid.high, SMALLEST)
+        found.append((scale, min(max(round(-low / scale), 0), grid.high)))
     return found
 
 
-def merge(ranges: Tensor, batch: Tensor, averaging: float) -> Tensor:
+def merge(ranges: Tensor, batch: Tensor, shares: Tensor) -> Tensor:
     """The moving average of ranges, where the batch has finite ones; the first of them is taken as it is.
 
     Args:
         ranges: ``(n, 2)``, infinite where nothing has been seen.
         batch: ``(n, 2)``, infinite where this batch has not been there.
-        averaging: weight of the batch.
+        shares: ``(n,)``, weight of the batch; nan for the widest range of all.
     """
-    averaged = torch.where(ranges.isfinite(), torch.lerp(ranges, batch, averaging), batch)
-    return torch.where(batch.isfinite(), averaged, ranges)
+    columns = shares[:, None]
+    wide = torch.stack([torch.minimum(ranges[:, 0], batch[:, 0]), torch.maximum(ranges[:, 1], batch[:, 1])], 1)
+    averaged = torch.where(columns.isnan(), wide, torch.lerp(ranges, batch, columns.nan_to_num()))
+    return torch.where(batch.isfinite(), torch.where(ranges.isfinite(), averaged, batch), ranges)
 
 
-def round_activation(x: Tensor, scale: float, zero: int) -> Tensor:
-    """``(clamp(round(x / s) + z, 0, 255) - z) * s``; the gradient is 1 within the range and 0 outside."""
-    return torch.fake_quantize_per_tensor_affine(x.float(), scale, zero, 0, HIGHEST).to(x.dtype)
+def round_activation(x: Tensor, scale: float, zero: int, high: int) -> Tensor:
+    """``(clamp(round(x / s) + z, 0, high) - z) * s``; the gradient is 1 within the range and 0 outside."""
+    single = x.float()
+    if x.device.type != "cpu" or _is_traced():
+        return torch.fake_quantize_per_tensor_affine(single, scale, zero, 0, high).to(x.dtype)
+    return on_grid(single, scale, -zero, high - zero).to(x.dtype)
 
 
-def weight_scale(w: Tensor, limit: int, per_channel: bool) -> Tensor:
-    """``max|w| / limit``, of each output channel (the first dimension) or of all."""
-    largest = w.detach().float().abs()
-    largest = largest.flatten(1).amax(1) if per_channel else largest.amax()
-    return (largest / limit).clamp_min(_SMALLEST)
+def round_at_run_time(x: Tensor, grid: Grid) -> Tensor:
+    """Rounded to the range of ``x`` itself; nothing is cut off, so the gradient is 1."""
+    single = x.float()
+    low, top = torch.aminmax(single.detach())
+    low, top = low.clamp_max(0.0), top.clamp_min(0.0)
+    scale = ((top - low) / grid.high).clamp_min(SMALLEST)
+    zero = (-low / scale).round()
+    rounded = (single.detach() / scale).round_().clamp_(-zero, grid.high - zero).mul_(scale)
+    return straight_through(single, rounded).to(x.dtype)
 
 
-def round_weight(w: Tensor, limit: int, per_channel: bool) -> Tensor:
-    """``clamp(round(w / s), -limit, limit) * s``; nothing is clipped, so the gradient is 1 everywhere.
+def integers(w: Tensor, rule: WeightRule, step: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The whole numbers ``q`` and the scale ``s`` for which ``s * q`` is the rounded weight.
+
+    - uniform: ``q = clamp(round(w / s), low, high)``, ``s = max|w| / high``, or ``step`` if that is learned;
+    - ternary: ``q = sign(w)`` where ``|w| > 0.7 * mean|w|``, else 0; ``s`` is the mean ``|w|`` of the former;
+    - binary: ``q = sign(w)``, ``s = mean|w|``.
+
+    Zeros count in no mean and stay zero, so that masks survive.
+
+    Args:
+        w: the weight; no gradient is followed.
+        rule: how it is rounded.
+        step: the learned scale, if it is learned and known.
+
+    Returns:
+        ``q`` like ``w``, in floating point, and ``s``: ``(channels,)`` or ``()``.
+    """
+    w = w.detach().float()
+    rows = w.flatten(1) if rule.per_channel else w.flatten()
+    magnitude = rows.abs()
+    if rule.form != "uniform":
+        kept = magnitude > (0.7 * _mean(magnitude, magnitude > 0) if rule.form == "ternary" else 0.0)
+        return (rows.sign() * kept).view_as(w), _mean(magnitude, kept)[..., 0].clamp_min(SMALLEST)
+    scale = magnitude.amax(-1) / rule.high if step is None else step.detach().float().abs()
+    scale = scale.clamp_min(SMALLEST)
+    return (rows * (1.0 / scale)[..., None]).round_().clamp_(rule.low, rule.high).view_as(w), scale
+
+
+def _mean(magnitude: Tensor, kept: Tensor) -> Tensor:
+    return (magnitude * kept).sum(-1, keepdim=True) / kept.sum(-1, keepdim=True).clamp_min(1)
+
+
+def round_weight(w: Tensor, rule: WeightRule, step: Tensor | None = None) -> Tensor:
+    """The rounded weight; the gradient is 1 everywhere, but for binary weights only where ``|w| <= 1``.
 
     One scale a channel goes with the batch norm that is folded in: ``round(g * w) = g * round(w)`` for any ``g`` that
     is one number a channel. So training may round the weight alone, and every batch norm computes as it is written.
+
+    Args:
+        w: the weight.
+        rule: how it is rounded.
+        step: the learned scale, which gets its gradient.
     """
-    scale = weight_scale(w, limit, per_channel)
+    if step is not None and rule.learned and torch.is_grad_enabled():
+        return learned_weight(w.float(), step.float().abs().clamp_min(SMALLEST), rule.low, rule.high).to(w.dtype)
+    q, scale = integers(w, rule, step)
+    columns = scale.reshape(-1, *[1] * (w.dim() - 1)) if scale.dim() else scale
+    if rule.form == "uniform" and _is_traced():
+        return _fused_weight(w, rule, scale)
+    if rule.form == "binary":
+        w = w.clamp(-1.0, 1.0)
+    return straight_through(w, q.mul_(columns).to(w.dtype))
+
+
+def _fused_weight(w: Tensor, rule: WeightRule, scale: Tensor) -> Tensor:
     zero = torch.zeros_like(scale, dtype=torch.int32)
-    if per_channel:
-        rounded = torch.fake_quantize_per_channel_affine(w.float(), scale, zero, 0, -limit, limit)
+    if scale.dim():
+        rounded = torch.fake_quantize_per_channel_affine(w.float(), scale, zero, 0, rule.low, rule.high)
     else:
-        rounded = torch.fake_quantize_per_tensor_affine(w.float(), scale, zero, -limit, limit)
+        rounded = torch.fake_quantize_per_tensor_affine(w.float(), scale, zero, rule.low, rule.high)
     return rounded.to(w.dtype)
+
+
+def _is_traced() -> bool:
+    """Exporters know torch's own operation."""
+    return torch._C._get_tracing_state() is not None or torch.compiler.is_compiling()

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_light.errors import LightningLightError
 from lightning_light.example_input import ExampleInput
 from lightning_light.quantization.attachment import Attachment, attach
+from lightning_light.quantization.operations import HEAVY
+from lightning_light.quantization.places import module_of
 from lightning_light.quantization.plan import Plan, plan_sites
-from lightning_light.quantization.recipes import Int8
+from lightning_light.quantization.recipes import Recipe
 from lightning_light.quantization.record import record
 from lightning_light.surgery.journal import ledger_of
 from lightning_light.surgery.manifest import plain_copy
-from lightning_light.targets import as_targets
 
 __all__ = ["METHOD", "attach_from", "begin", "fake_quantized", "keep_example"]
 
@@ -25,27 +26,39 @@ METHOD = "quantization_aware_training"
 """Where in the ledger the ranges are."""
 
 
-def begin(state: dict[str, Any], model: nn.Module, example: ExampleInput, recipe: Int8) -> None:
+def begin(state: dict[str, Any], model: nn.Module, example: ExampleInput, recipe: Recipe) -> None:
     """Plan ``model``'s sites into ``state``; nothing is observed yet."""
-    kept = {} if recipe.keep_float is None else as_targets(recipe.keep_float).select(model)
-    plan = plan_sites(record(model, example.args, example.kwargs), keep_float=kept)
-    ranges = torch.tensor([[torch.inf, -torch.inf]] * len(plan.grids)).reshape(-1, 2)
+    operations = record(model, example.args, example.kwargs)
+    layers = list(dict.fromkeys(module_of(one.key) for one in operations if one.kind in HEAVY))
+    plan = plan_sites(operations, recipe.rules(model, layers))
     state.clear()
     state |= {
         "plan": plan.plain(),
-        "ranges": ranges,
+        "ranges": torch.tensor([[torch.inf, -torch.inf]] * len(plan.grids)).reshape(-1, 2),
         "batches": 0,
         "form": "plain",
         "engine": recipe.engine,
-        "weight_limit": recipe.weight_limit,
+        "at_least": 0,
+        "learned": {},
     }
 
 
-def attach_from(model: nn.Module, state: dict[str, Any]) -> Attachment | None:
-    """Hook ``model`` as ``state`` says; None if there is no plan, or nothing in it."""
+def attach_from(
+    model: nn.Module, state: dict[str, Any], learned: Mapping[str, Tensor] | None = None
+) -> Attachment | None:
+    """Hook ``model`` as ``state`` says; None if there is no plan, or nothing in it.
+
+    Args:
+        model: that the plan is for.
+        state: as `begin` has made it.
+        learned: instead of the values that are learned in ``state``: parameters.
+    """
     if not state.get("plan", {}).get("weights"):
         return None
-    attachment = attach(model, Plan.from_plain(state["plan"]), state["ranges"], state["engine"], state["weight_limit"])
+    plan = Plan.from_plain(state["plan"])
+    if learned is None and state["form"] == "rounded":
+        learned = state["learned"]
+    attachment = attach(model, plan, state["ranges"], state["engine"], learned, state["at_least"])
     attachment.form = state["form"]
     return attachment
 

@@ -90,6 +90,13 @@ def reduce_mean(trainer: Trainer, tensor: Tensor) -> Tensor:
     return mean
 
 
+def reduce_max(trainer: Trainer, tensor: Tensor) -> Tensor:
+    """The largest of each number of ``tensor`` over all ranks, as a new tensor."""
+    largest = trainer.strategy.reduce(tensor.detach().clone(), reduce_op="max")
+    assert isinstance(largest, Tensor)  # a tensor in, a tensor out
+    return largest
+
+
 def check_agreement(trainer: Trainer, what: str, value: Any) -> None:
     """Compare ``value`` over all ranks, by digest. Every rank has to call it.
 

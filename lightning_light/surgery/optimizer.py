@@ -141,6 +141,33 @@ def order_parameters(optimizers: Sequence[Any], model: nn.Module, order: list[li
     return sum(_fill_group(group, names, parameters) for group, names in zip(groups, wanted, strict=True))
 
 
+def adopt(group: dict[str, Any], parameter: nn.Parameter, name: str) -> None:
+    """Let an optimizer train a parameter that is not the model's, from now on.
+
+    As the last of a group that there is: a new group would be unknown to learning rate schedulers. Who does this before
+    the optimizer's state is loaded, in the same order, finds that state restored.
+
+    Args:
+        group: of the optimizer.
+        parameter: new to it.
+        name: for optimizers made from ``named_parameters()``.
+    """
+    group["params"].append(parameter)
+    if "param_names" in group:
+        group["param_names"].append(name)
+
+
+def disown(optimizer: Any, parameter: nn.Parameter) -> None:
+    """Take a parameter, and its state, out of an optimizer, if it has it."""
+    optimizer = unwrap(optimizer)
+    for group in optimizer.param_groups:
+        for place in [place for place, held in enumerate(group["params"]) if held is parameter]:
+            del group["params"][place]
+            if "param_names" in group:
+                del group["param_names"][place]
+    optimizer.state.pop(parameter, None)
+
+
 def orphans(optimizers: Iterable[Any], model: nn.Module) -> int:
     """How many of the optimizers' parameters are not the model's."""
     owned = {id(parameter) for parameter in model.parameters()}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_light.errors import UnsupportedError
 from lightning_light.example_input import ExampleInput
 from lightning_light.export import MobileExport, TorchScriptInt8, TorchScriptLite, export_model
-from lightning_light.quantization import Int8, QuantizationAwareTraining, fake_quantized, quantize
+from lightning_light.quantization import Int8, MovingAverage, QuantizationAwareTraining, fake_quantized, quantize
 from lightning_light.quantization.lowering import Lowering
 from tests.contract.bodies import Body, module_class
 from tests.contract.runs import DEFAULT_HOST, trainer
@@ -65,7 +65,8 @@ def test_the_defect_of_transposed_convolutions_on_x86_is_there_and_is_avoided(tm
     with torch.no_grad():
         right = net(*args)
         before = torch.backends.quantized.engine
-        lowering = Lowering(attachment.plan, attachment.scales, 63, "qnnpack")  # which does not refuse it
+        attachment.engine = "qnnpack"
+        lowering = Lowering(attachment)  # which does not refuse it
         try:
             torch.backends.quantized.engine = "x86"
             attachment._lowering = lowering
@@ -140,7 +141,7 @@ def test_a_trained_network_is_exported_when_the_fit_ends(tmp_path) -> None:
     stages: dict[str, Any] = {"start": 0.25, "observe_batches": 2, "freeze_observers": 0.75}
     module: Any = module_class(Body, DEFAULT_HOST)()
     export = MobileExport(tmp_path / "net.ptl", exporter=TorchScriptInt8(), latency_runs=1)
-    trainer(QuantizationAwareTraining(Int8(averaging=0.5), **stages), export).fit(module)
+    trainer(QuantizationAwareTraining(Int8(observer=MovingAverage(0.5)), **stages), export).fit(module)
     assert export.report is not None
     assert export.report.details["int8_layers"] == 5
     assert not export.report.details["left_float"]

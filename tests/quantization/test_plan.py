@@ -11,17 +11,21 @@ from torch.utils._pytree import tree_leaves
 from lightning_light.example_input import ExampleInput
 from lightning_light.quantization.attachment import Attachment
 from lightning_light.quantization.plan import Group, Plan, plan_sites
-from lightning_light.quantization.recipes import Int8
+from lightning_light.quantization.recipes import Int8, Recipe
 from lightning_light.quantization.record import record
+from lightning_light.quantization.rules import WeightRule
 from lightning_light.quantization.state import attach_from, begin
 from tests.zoo import ZOO, noise
 
 
-def plan_of(model: nn.Module, *args: Any, keep_float: tuple[str, ...] = (), **kwargs: Any) -> Plan:
-    return plan_sites(record(model, args, kwargs), keep_float=keep_float)
+def plan_of(model: nn.Module, *args: Any, recipe: Recipe = Int8(), **kwargs: Any) -> Plan:
+    operations = record(model, args, kwargs)
+    return plan_sites(
+        operations, recipe.rules(model, [key.split("|")[0] for key in (o.key for o in operations) if key])
+    )
 
 
-def calibrated(model: nn.Module, example: ExampleInput, recipe: Int8 = Int8()) -> Attachment:
+def calibrated(model: nn.Module, example: ExampleInput, recipe: Recipe = Int8()) -> Attachment:
     """Attached, having seen the example, and rounding."""
     state: dict[str, Any] = {}
     begin(state, model, example, recipe)
@@ -63,7 +67,8 @@ def test_every_net_of_the_zoo_is_rounded_and_stays_close(name, engine) -> None:
 
 def test_a_block_is_rounded_where_its_kernel_ends() -> None:
     plan = plan_of(ZOO["plain"](), noise(2, 3, 8, 8))
-    assert plan.weights == {"conv1|1|conv2d|1": True, "conv2|1|conv2d|1": True, "fc|1|linear|1": True}
+    assert list(plan.weights) == ["conv1|1|conv2d|1", "conv2|1|conv2d|1", "fc|1|linear|1"]
+    assert set(plan.weights.values()) == {WeightRule(8, -127, 127)}
     assert plan.groups["conv1|1|conv2d|1"] == Group("|1|relu|1", "bn1|1|batch_norm|1", "|1|relu|1")
     assert plan.groups["fc|1|linear|1"] == Group("fc|1|linear|1")
     assert plan.arguments == {"conv1|1|conv2d|1": {0: 0}}
@@ -95,7 +100,8 @@ def test_a_residual_stream_that_a_norm_reads_stays_float() -> None:
 def test_transposed_convolutions_have_one_scale_and_keep_their_batch_norm() -> None:
     net = nn.Sequential(nn.ConvTranspose2d(3, 4, 2), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1))
     plan = plan_of(net, noise(2, 3, 4, 4))
-    assert plan.weights == {"0|1|conv_transpose2d|1": False, "3|1|conv2d|1": True}
+    channels = {key: rule.per_channel for key, rule in plan.weights.items()}
+    assert channels == {"0|1|conv_transpose2d|1": False, "3|1|conv2d|1": True}
     assert not any(group.batch_norm for group in plan.groups.values())
 
 
@@ -116,7 +122,7 @@ def test_relu6_however_it_is_written() -> None:
 
 
 def test_layers_can_be_kept_float() -> None:
-    plan = plan_of(ZOO["plain"](), noise(2, 3, 8, 8), keep_float=("fc",))
+    plan = plan_of(ZOO["plain"](), noise(2, 3, 8, 8), recipe=Int8(keep_float="fc"))
     assert "fc|1|linear|1" not in plan.weights
     assert plan.left_float == {"fc": "asked for by `keep_float`"}
 

@@ -11,7 +11,7 @@ from torch.nn.utils import prune
 import lightning_light
 from lightning_light.budgets import MACs
 from lightning_light.errors import LightningLightError, NoEffectWarning, OrderError, TargetError
-from lightning_light.quantization import Int8, QuantizationAwareTraining, fake_quantized
+from lightning_light.quantization import Int8, MovingAverage, QuantizationAwareTraining, fake_quantized
 from lightning_light.schedules import Linear, Window
 from lightning_light.structured import StructuredPruning
 from tests.contract.bodies import Body, module_class
@@ -39,7 +39,7 @@ class Diary(pl.Callback):
 
 
 def test_the_stages_come_in_order() -> None:
-    qat = QuantizationAwareTraining(Int8(averaging=0.5), **STAGES)
+    qat = QuantizationAwareTraining(Int8(observer=MovingAverage(0.5)), **STAGES)
     diary, net = Diary(qat), module()
     trainer(qat, diary).fit(net)
     assert diary.forms == [None] * 3 + ["plain"] * 2 + ["rounded"] * 7
@@ -72,7 +72,7 @@ def test_an_example_input_lets_the_first_batch_be_observed() -> None:
 
 
 def test_the_network_computes_on_the_grid_in_the_trainer_and_in_float_after_it() -> None:
-    qat, net = QuantizationAwareTraining(Int8(averaging=0.9), **STAGES), module()
+    qat, net = QuantizationAwareTraining(Int8(observer=MovingAverage(0.9)), **STAGES), module()
     seen: list[Tensor] = []
 
     class Look(pl.Callback):
@@ -180,9 +180,9 @@ def test_bad_recipes_are_refused_at_once() -> None:
     with pytest.raises(TypeError, match=r"Write `QuantizationAwareTraining\(Int8\(\)\)`"):
         QuantizationAwareTraining("int8")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="For phones write 'qnnpack'"):
-        Int8(engine="xnnpack")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="expected 0 < averaging <= 1"):
-        Int8(averaging=0.0)
+        Int8(engine="cuda")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="expected 0 < share <= 1"):
+        MovingAverage(0.0)
 
 
 def test_what_cannot_work_in_this_run_is_refused_before_training() -> None:

@@ -7,9 +7,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 
-from lightning_light.quantization.plan import Grid
-from lightning_light.quantization.rounding import merge, round_activation, round_weight, scales_of, weight_scale
+from lightning_light.quantization.rounding import integers, merge, round_activation, round_weight, scales_of
+from lightning_light.quantization.rules import Grid, WeightRule
 from tests.zoo import noise
+
+INT8 = WeightRule(8, -127, 127)
 
 
 def jacob(r: Tensor, scale: float, zero: int, low: int, high: int) -> Tensor:
@@ -23,20 +25,20 @@ def test_activations(low, high) -> None:
     ((scale, zero),) = scales_of([Grid()], torch.tensor([[low, high]]))
     x = torch.linspace(low - 1, high + 1, 1001)
     x = x[((x.double() / scale) % 1 - 0.5).abs() > 1e-3]  # a tie in float64 need not be one in float32
-    found = round_activation(x, scale, zero)
+    found = round_activation(x, scale, zero, 255)
     torch.testing.assert_close(found.double(), jacob(x, scale, zero, 0, 255), atol=1e-5, rtol=1e-5)
-    assert round_activation(torch.zeros(1), scale, zero).item() == 0.0
+    assert round_activation(torch.zeros(1), scale, zero, 255).item() == 0.0
     inside = x[(x >= low) & (x <= high)]
-    assert (round_activation(inside, scale, zero) - inside).abs().max() <= scale * 1.001
+    assert (round_activation(inside, scale, zero, 255) - inside).abs().max() <= scale * 1.001
 
 
 def test_gradients_pass_straight_through_within_the_range() -> None:
     x = torch.tensor([-3.0, -0.4, 0.3, 9.0], requires_grad=True)
-    round_activation(x, 0.01, 100).sum().backward()
+    round_activation(x, 0.01, 100, 255).sum().backward()
     assert x.grad is not None
     assert x.grad.tolist() == [0.0, 1.0, 1.0, 0.0]
     w = noise(4, 3).requires_grad_()
-    (round_weight(w, 127, True) * noise(4, 3)).sum().backward()
+    (round_weight(w, INT8) * noise(4, 3)).sum().backward()
     assert torch.equal(w.grad, noise(4, 3))  # type: ignore[arg-type]
 
 
@@ -47,25 +49,27 @@ def test_weights(per_channel, limit) -> None:
     largest = w.double().abs().flatten(1).amax(1) if per_channel else w.double().abs().amax().expand(6)
     scale = (largest / limit)[:, None, None, None]
     torch.testing.assert_close(
-        round_weight(w, limit, per_channel).double(), scale * torch.round(w.double() / scale), atol=1e-6, rtol=1e-6
+        round_weight(w, WeightRule(8, -limit, limit, per_channel=per_channel)).double(),
+        scale * torch.round(w.double() / scale),
+        atol=1e-6,
+        rtol=1e-6,
     )
-    assert weight_scale(w, limit, per_channel).shape == ((6,) if per_channel else ())
 
 
 def test_zeros_stay_zero_and_a_dead_channel_has_a_scale() -> None:
     w = noise(6, 8)
     w[:, ::2] = 0.0
     w[3] = 0.0
-    rounded = round_weight(w, 127, True)
+    rounded = round_weight(w, INT8)
     assert torch.equal(rounded == 0, (rounded == 0) | (w == 0))
     assert (rounded[w == 0] == 0).all()
-    assert (weight_scale(w, 127, True) > 0).all()
+    assert (integers(w, INT8)[1] > 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_types_are_kept(dtype) -> None:
-    assert round_weight(noise(3, 4).to(dtype), 127, True).dtype == dtype
-    assert round_activation(noise(3, 4).to(dtype), 0.02, 128).dtype == dtype
+    assert round_weight(noise(3, 4).to(dtype), INT8).dtype == dtype
+    assert round_activation(noise(3, 4).to(dtype), 0.02, 128, 255).dtype == dtype
 
 
 def test_rounding_before_the_fold_is_rounding_after_it() -> None:
@@ -77,8 +81,8 @@ def test_rounding_before_the_fold_is_rounding_after_it() -> None:
         bn.running_mean.copy_(noise(8))
         images = noise(2, 3, 8, 8)
         folded = fuse_conv_bn_eval(conv, bn)
-        engine = torch.conv2d(images, round_weight(folded.weight, 127, True), folded.bias)
-        training = bn(torch.conv2d(images, round_weight(conv.weight, 127, True)))
+        engine = torch.conv2d(images, round_weight(folded.weight, INT8), folded.bias)
+        training = bn(torch.conv2d(images, round_weight(conv.weight, INT8)))
     torch.testing.assert_close(engine, training, atol=1e-5, rtol=1e-5)
 
 
@@ -94,9 +98,9 @@ def test_what_is_known_of_a_grid() -> None:
 
 
 def test_moving_average() -> None:
-    infinite = torch.tensor([[torch.inf, -torch.inf]])
-    first = merge(infinite, torch.tensor([[-1.0, 2.0]]), 0.25)
+    infinite, share = torch.tensor([[torch.inf, -torch.inf]]), torch.tensor([0.25])
+    first = merge(infinite, torch.tensor([[-1.0, 2.0]]), share)
     assert first.tolist() == [[-1.0, 2.0]]
-    assert merge(first, torch.tensor([[-2.0, 6.0]]), 0.25).tolist() == [[-1.25, 3.0]]
-    assert merge(first, infinite, 0.25).tolist() == first.tolist()
-    assert merge(first, torch.tensor([[torch.nan, torch.inf]]), 0.25).tolist() == first.tolist()
+    assert merge(first, torch.tensor([[-2.0, 6.0]]), share).tolist() == [[-1.25, 3.0]]
+    assert merge(first, infinite, share).tolist() == first.tolist()
+    assert merge(first, torch.tensor([[torch.nan, torch.inf]]), share).tolist() == first.tolist()

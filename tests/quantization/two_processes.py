@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_light.quantization import Int8, QuantizationAwareTraining
+from lightning_light.quantization import Int8, MovingAverage, QuantizationAwareTraining
 from tests.contract.bodies import Body, module_class
 from tests.contract.runs import checkpoints, trainer
 from tests.zoo import noise, tokens
@@ -46,7 +46,7 @@ def run_both(folder: Path) -> list[dict[str, Any]]:
 def fit(folder: Path, ckpt_path: Path | None = None) -> tuple[Any, Any, dict[str, Any]]:
     torch.manual_seed(0)
     qat = QuantizationAwareTraining(
-        Int8(averaging=0.5), start=0.2, observe_batches=2, freeze_observers=0.8, freeze_batch_norm=0.9
+        Int8(observer=MovingAverage(0.5)), start=0.2, observe_batches=2, freeze_observers=0.8, freeze_batch_norm=0.9
     )
     module: Any = module_class(Ranked, pl)()
     examples: list[Any] = []

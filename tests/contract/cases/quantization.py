@@ -3,7 +3,7 @@
 from typing import Any
 
 from lightning_light.budgets import Channels
-from lightning_light.quantization import Int8, QuantizationAwareTraining
+from lightning_light.quantization import Int8, MovingAverage, QuantizationAwareTraining
 from lightning_light.schedules import Linear, Window
 from lightning_light.structured import StructuredPruning
 from tests.contract.bodies import Momentum
@@ -27,15 +27,21 @@ def case(name: str, recipe: Int8, *, full: bool = False, body: Any = None, **opt
 
 
 CASES = [
-    case("int8", Int8(averaging=0.9), full=True),
-    case("x86", Int8(engine="x86", keep_float=["head"], averaging=0.9), start=1, freeze_observers=2, body=Momentum),
+    case("int8", Int8(observer=MovingAverage(0.9)), full=True),
+    case(
+        "x86",
+        Int8(engine="x86", keep_float=["head"], observer=MovingAverage(0.9)),
+        start=1,
+        freeze_observers=2,
+        body=Momentum,
+    ),
 ]
 
 CASES += [
     Case(
         "quantization_after_pruning",
         lambda folder: [
-            QuantizationAwareTraining(Int8(averaging=0.9), **{**STAGES, "start": 0.4}),
+            QuantizationAwareTraining(Int8(observer=MovingAverage(0.9)), **{**STAGES, "start": 0.4}),
             StructuredPruning(Channels(0.5), schedule=Window(Linear(), start=0.0, end=0.3), events=2),
         ],
         tolerance=0.5,

@@ -1,0 +1,196 @@
+"""Which layers mind being rounded: each is rounded alone, and the network's answers are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lightning_light.example_input import ExampleInput
+from lightning_light.measure.cost import count_cost
+from lightning_light.measure.quiet import undisturbed
+from lightning_light.quantization.attachment import attach
+from lightning_light.quantization.operations import HEAVY
+from lightning_light.quantization.places import module_of
+from lightning_light.quantization.plan import Plan, plan_sites
+from lightning_light.quantization.post_training.bar import watched
+from lightning_light.quantization.post_training.calibration import calls_from
+from lightning_light.quantization.post_training.calls import calls_of
+from lightning_light.quantization.recipes import Engine, IntN
+from lightning_light.quantization.record import record
+from lightning_light.quantization.rules import LayerRule
+
+__all__ = ["Distance", "Sensitivity", "measure_sensitivity"]
+
+Distance = Literal["kl", "error"]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """How far the network's answers move when one layer alone is rounded.
+
+    Attributes:
+        distances: layer -> bits of its weight -> distance; in the order in which layers are called.
+        weights: layer -> how many weights it has.
+        macs: layer -> multiply-accumulates for the first calibration batch.
+
+    Example:
+        >>> scan = Sensitivity({"stem": {4: 0.5, 8: 0.01}, "head": {4: 0.2, 8: 0.02}}, {"stem": 27, "head": 90}, {})
+        >>> scan.most_sensitive(1)
+        ['stem']
+        >>> print(scan)
+        layer  weights  4 bits  8 bits
+        stem        27     0.5    0.01
+        head        90     0.2    0.02
+    """
+
+    distances: Mapping[str, Mapping[int, float]]
+    weights: Mapping[str, int]
+    macs: Mapping[str, int]
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The bits that were measured, fewest first."""
+        return tuple(sorted({bits for found in self.distances.values() for bits in found}))
+
+    def most_sensitive(self, count: int, bits: int | None = None) -> list[str]:
+        """The layers to keep float: ``Int8(keep_float=scan.most_sensitive(2))``.
+
+        Args:
+            count: how many.
+            bits: of their weights; the fewest that were measured by default.
+
+        Raises:
+            ValueError: ``bits`` were not measured.
+        """
+        at = self.widths[0] if bits is None else bits
+        if at not in self.widths:
+            raise ValueError(
+                f"`most_sensitive({count}, bits={bits})`: expected bits that were measured, {self.widths}."
+            )
+        return sorted(self.distances, key=lambda layer: -self.distances[layer][at])[:count]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One dict a layer and width, for a table or a plot: layer, bits, distance, weights, macs."""
+        return [
+            {
+                "layer": layer, "bits": bits, "distance": distance, "weights": self.weights[layer],
+                "macs": self.macs.get(layer, 0),
+            }
+            for layer, found in self.distances.items()
+            for bits, distance in found.items()
+        ]  # fmt: skip
+
+    def __str__(self) -> str:
+        """A table: one line a layer, one column a width."""
+        lines = [["layer", "weights", *(f"{bits} bits" for bits in self.widths)]]
+        for layer, found in self.distances.items():
+            lines.append([layer, str(self.weights[layer]), *(f"{found[bits]:.3g}" for bits in self.widths)])
+        sizes = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(
+            "  ".join(
+                [line[0].ljust(sizes[0]), *(text.rjust(size) for text, size in zip(line[1:], sizes[1:], strict=True))]
+            )
+            for line in lines
+        )
+
+
+@torch.no_grad()
+def measure_sensitivity(
+    model: nn.Module, calibration: Iterable[Any], *, bits: Sequence[int] = (2, 3, 4, 6, 8), distance: Distance = "kl",
+    engine: Engine = "qnnpack", progress_bar: bool = True,
+) -> Sensitivity:  # fmt: skip
+    """Round the weight of one layer at a time, and see how far the answers on the calibration batches move.
+
+    The distance of ZeroQ: the mean of ``KL(softmax(y) || softmax(y_rounded))``, where the classes are the second
+    dimension of images, else the last one. It says which layers to keep float, and `BitBudget` solves for the bits of
+    each layer with it.
+
+    Cai et al., 2020, "ZeroQ: A Novel Zero Shot Quantization Framework", section 3.2. https://arxiv.org/abs/2001.00281
+
+    Args:
+        model: trained; it stays as it is.
+        calibration: inputs, as for `quantize`; a few hundred images.
+        bits: widths to measure.
+        distance: ``"kl"`` for class scores; ``"error"`` for any other output: ``|y - y_rounded|^2 / |y|^2``.
+        engine: whose limits the weights have at eight bits.
+        progress_bar: whether a terminal shows how far it is.
+
+    Raises:
+        ValueError: no calibration data, no layer to round, a width that no recipe has, or outputs that are no class
+            scores although ``distance`` takes them for that.
+
+    Example:
+        >>> from lightning_light.quantization import Int8, measure_sensitivity
+        >>> scan = measure_sensitivity(model, [torch.randn(4, 3, 8, 8)], bits=(4, 8))
+        >>> Int8(keep_float=scan.most_sensitive(1))
+        Int8(keep_float=['0'])
+    """
+    inputs = calls_from("measure_sensitivity", model, calibration)
+    widths = {width: IntN(weights=width, engine=engine).rule().weight for width in bits}
+    operations = record(model, inputs[0].args, inputs[0].kwargs)
+    names = dict.fromkeys(module_of(one.key) for one in operations if one.kind in HEAVY)
+    sites = plan_sites(operations, {layer: LayerRule(activation=None) for layer in names if layer}).weights
+    layers = list(dict.fromkeys(map(module_of, sites)))
+    if not layers or not widths:
+        raise ValueError(
+            f"`measure_sensitivity({type(model).__name__}, ..., bits={tuple(bits)})`: expected layers to round and "
+            f"widths, found {len(layers)} convolution or linear layers."
+        )
+    found: dict[str, dict[int, float]] = {layer: {} for layer in layers}
+    with undisturbed(model):
+        calls = calls_of(model, inputs[0])
+        right = [_outputs(model, call) for call in inputs]
+        for layer in watched(layers, len(layers), "Sensitivity", shown=progress_bar):
+            for width, rule in widths.items():
+                here = {key: site.per_channel for key, site in sites.items() if module_of(key) == layer}
+                plan = Plan(weights={key: replace(rule, per_channel=columns) for key, columns in here.items()})
+                attachment = attach(model, plan, torch.empty(0, 2), engine)
+                attachment.form = "rounded"
+                found[layer][width] = _mean_distance(model, inputs, right, distance)
+                attachment.let_go()
+    tensors = {layer: {calls[key].named["weight"] for key in sites if module_of(key) == layer} for layer in layers}
+    cost = count_cost(model, inputs[0].args, inputs[0].kwargs).macs_by_module
+    return Sensitivity(
+        found, {layer: sum(one.numel() for one in tensors[layer]) for layer in layers},
+        {layer: cost.get(layer, 0) for layer in layers},
+    )  # fmt: skip
+
+
+def _mean_distance(
+    model: nn.Module, inputs: Sequence[ExampleInput], right: Sequence[list[Tensor]], distance: Distance
+) -> float:
+    found = [
+        _DISTANCES[distance](first.double(), second.double())
+        for call, outputs in zip(inputs, right, strict=True)
+        for first, second in zip(outputs, _outputs(model, call), strict=True)
+    ]
+    return float(torch.stack(found).mean())
+
+
+def _outputs(model: nn.Module, call: ExampleInput) -> list[Tensor]:
+    leaves = tree_leaves(model(*call.args, **call.kwargs))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _divergence(right: Tensor, found: Tensor) -> Tensor:
+    """``KL(softmax(right) || softmax(found))``, the mean over all but the classes."""
+    classes = 1 if right.dim() > 3 else -1
+    if right.shape[classes] < 2:
+        raise ValueError(
+            f"`measure_sensitivity(..., distance='kl')`: expected scores of classes, found an output of shape "
+            f"{tuple(right.shape)}. Write `distance='error'`."
+        )
+    p, q = right.log_softmax(classes), found.log_softmax(classes)
+    return (p.exp() * (p - q)).sum(classes).mean()
+
+
+def _error(right: Tensor, found: Tensor) -> Tensor:
+    return (right - found).square().sum() / right.square().sum().clamp_min(1e-30)
+
+
+_DISTANCES = {"kl": _divergence, "error": _error}

@@ -1,0 +1,76 @@
+"""The scan, against the same computed by hand; and what it refuses."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_light.quantization import BitBudget, IntN, Sensitivity, measure_sensitivity, quantize
+from lightning_light.quantization.rounding import round_weight
+from lightning_light.surgery.journal import ledger_of
+from tests.quantization.post_training.test_equalization import MobileBlocks, trained
+from tests.zoo import ZOO, noise
+
+IMAGES = [noise(2, 3, 8, 8), noise(2, 3, 8, 8) * 0.5]
+
+
+def test_one_layer_at_a_time_is_rounded() -> None:
+    net = trained(MobileBlocks()).train()
+    before = copy.deepcopy(net.state_dict())
+    scan = measure_sensitivity(net, iter(IMAGES), bits=(3, 8))
+    assert net.training
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert not any(module._forward_hooks for module in net.modules())
+    assert list(scan.distances) == ["expand", "depthwise", "project", "grouped", "fc1", "fc2"]
+    assert scan.weights["depthwise"] == 8 * 9
+    assert scan.macs["expand"] == 2 * 8 * 3 * 64
+    net.eval()
+    for layer in ("depthwise", "fc2"):
+        changed = copy.deepcopy(net)
+        weight = changed.get_submodule(layer).weight
+        weight.data = round_weight(weight.data, IntN(weights=3).rule().weight)
+        found = []
+        for x in IMAGES:
+            with torch.no_grad():
+                p, q = net(x).double().softmax(1), changed(x).double().softmax(1)
+            found.append((p * (p.log() - q.log())).sum(1).mean())
+        assert scan.distances[layer][3] == pytest.approx(float(sum(found)) / 2, rel=1e-6)
+        assert scan.distances[layer][8] < scan.distances[layer][3]
+
+
+def test_what_it_is_for() -> None:
+    scan = measure_sensitivity(trained(ZOO["residual"]()), IMAGES, bits=(2, 8), distance="error")
+    worst = max(scan.distances, key=lambda layer: scan.distances[layer][2])
+    assert scan.most_sensitive(1) == [worst]
+    assert set(scan.most_sensitive(2, bits=8)) <= set(scan.distances)
+    assert len(scan.rows()) == 2 * len(scan.distances)
+    assert str(scan).splitlines()[0].split() == ["layer", "weights", "2", "bits", "8", "bits"]
+    with pytest.raises(ValueError, match="bits that were measured, \\(2, 8\\)"):
+        scan.most_sensitive(1, bits=4)
+
+
+@pytest.mark.parametrize(
+    ("net", "batches", "options", "sentence"),
+    [
+        (nn.Linear(3, 4), [], {}, "found no batch"),
+        (nn.Linear(3, 4), [[noise(2, 3)]], {}, "found a list"),
+        (nn.Sequential(nn.ReLU()), [noise(2, 3)], {}, "found 0 convolution or linear layers"),
+        (nn.Sequential(nn.Linear(3, 1)), [noise(2, 3)], {}, "Write `distance='error'`"),
+        (nn.Sequential(nn.Linear(3, 4)), [noise(2, 3)], {"bits": (4, 11)}, "number of bits in"),
+    ],
+)
+def test_what_it_refuses(net, batches, options, sentence) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        measure_sensitivity(net, batches, **options)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+
+
+def test_from_the_scan_to_a_quantized_network() -> None:
+    net = trained(MobileBlocks())
+    scan = measure_sensitivity(net, IMAGES, bits=(2, 4, 8))
+    budget = BitBudget(size=sum(scan.weights.values()) * 4 // 8)
+    quantize(net, IMAGES, budget.recipe(scan, IntN(activations=8)))
+    weights = ledger_of(net).state["quantization_aware_training"]["plan"]["weights"]
+    assert {key.split("|")[0]: rule["bits"] for key, rule in weights.items()} == budget.solve(scan)
+    assert isinstance(scan, Sensitivity)
