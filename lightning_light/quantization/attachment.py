@@ -18,11 +18,18 @@ from lightning_light.quantization.kernels import tensors_to_float
 from lightning_light.quantization.learning import learned_activation
 from lightning_light.quantization.lowering import Lowering
 from lightning_light.quantization.news import warnings_of_the_caller, without_news
+from lightning_light.quantization.observers import MinMax, MovingAverage
 from lightning_light.quantization.operations import BATCH_NORM, HEAVY, kind_of, name_of
 from lightning_light.quantization.parameters import first_step, learned_scale, names_of
 from lightning_light.quantization.places import Frames
 from lightning_light.quantization.plan import Plan
-from lightning_light.quantization.rounding import round_activation, round_at_run_time, round_weight, scales_of
+from lightning_light.quantization.rounding import (
+    is_traced,
+    round_activation,
+    round_at_run_time,
+    round_weight,
+    scales_of,
+)
 from lightning_light.quantization.rules import WeightRule
 
 __all__ = ["Attachment", "attach"]
@@ -153,9 +160,20 @@ class Attachment(Frames, RoundsNumbers):
         if self._lowering is not None:
             self._lowering.collect(key, name, args, kwargs)
         self.before(key, kind_of(name), args, kwargs)
-        result = function(*args, **kwargs)
         grid = self.plan.outputs.get(key)
-        return result if grid is None else self._activation(grid, result)
+        if grid is None:
+            return function(*args, **kwargs)
+        if self._is_done_by_rounding(grid, name, args, kwargs):
+            return self._activation(grid, args[0])
+        return self._activation(grid, function(*args, **kwargs))
+
+    def _is_done_by_rounding(self, place: int, name: str, args: list[Any], kwargs: dict[str, Any]) -> bool:
+        """Whether this is a ReLU: a grid from zero on cuts off what is below zero itself."""
+        if name not in {"relu", "relu6"} or self.form != "rounded" or len(args) != 1 or kwargs.get("inplace"):
+            return False
+        grid, known = self.grids[place], self.scales[place] is not None
+        counts_zeros = self.observing and not isinstance(grid.observer, MovingAverage | MinMax)
+        return known and grid.positive and not counts_zeros and self._lowering is None and not is_traced()
 
     def before(self, key: str, kind: str, args: list[Any], kwargs: dict[str, Any]) -> None:
         """Round a weight, and inputs of the network; tell a batch norm which statistics to use."""
@@ -200,6 +218,8 @@ class Attachment(Frames, RoundsNumbers):
         if grid.at_run_time or not x.numel() or (grid.learned and self.form == "rounded"):
             return
         found = grid.observer.extremes(x.detach().float(), grid.high, grid.positive)
+        if grid.positive:
+            found = found.clamp_min(0.0)
         if place in self._seen:
             before = self._seen[place]
             found = torch.stack([torch.minimum(before[0], found[0]), torch.maximum(before[1], found[1])])

@@ -93,7 +93,7 @@ class _Learned(torch.autograd.Function):
         x, scale, rounded, zero = ctx.saved_tensors
         low, high = ctx.ends
         steps = x / scale if zero is None else x / scale + zero
-        inside = (steps > low - 0.5) & (steps < high + 0.5)
+        inside = (steps > low) & (steps < high)
         through = gradient * inside
         # Inside round(v) - v, outside the end of the grid; v = (x - offset) / scale.
         ends = rounded / scale if zero is None else rounded / scale + zero

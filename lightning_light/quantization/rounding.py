@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_light.quantization.learning import SMALLEST, learned_weight, on_grid, straight_through
 from lightning_light.quantization.rules import Grid, WeightRule
 
-__all__ = ["integers", "merge", "round_activation", "round_at_run_time", "round_weight", "scales_of"]
+__all__ = ["integers", "is_traced", "merge", "round_activation", "round_at_run_time", "round_weight", "scales_of"]
 
 
 def scales_of(grids: Sequence[Grid], ranges: Tensor) -> list[tuple[float, int] | None]:
@@ -55,7 +55,7 @@ def merge(ranges: Tensor, batch: Tensor, shares: Tensor) -> Tensor:
 def round_activation(x: Tensor, scale: float, zero: int, high: int) -> Tensor:
     """``(clamp(round(x / s) + z, 0, high) - z) * s``; the gradient is 1 within the range and 0 outside."""
     single = x.float()
-    if x.device.type != "cpu" or _is_traced():
+    if x.device.type != "cpu" or is_traced():
         return torch.fake_quantize_per_tensor_affine(single, scale, zero, 0, high).to(x.dtype)
     return on_grid(single, scale, -zero, high - zero).to(x.dtype)
 
@@ -118,7 +118,7 @@ def round_weight(w: Tensor, rule: WeightRule, step: Tensor | None = None) -> Ten
         return learned_weight(w.float(), step.float().abs().clamp_min(SMALLEST), rule.low, rule.high).to(w.dtype)
     q, scale = integers(w, rule, step)
     columns = scale.reshape(-1, *[1] * (w.dim() - 1)) if scale.dim() else scale
-    if rule.form == "uniform" and _is_traced():
+    if rule.form == "uniform" and is_traced():
         return _fused_weight(w, rule, scale)
     if rule.form == "binary":
         w = w.clamp(-1.0, 1.0)
@@ -134,6 +134,6 @@ def _fused_weight(w: Tensor, rule: WeightRule, scale: Tensor) -> Tensor:
     return rounded.to(w.dtype)
 
 
-def _is_traced() -> bool:
+def is_traced() -> bool:
     """Exporters know torch's own operation."""
     return torch._C._get_tracing_state() is not None or torch.compiler.is_compiling()

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_light.example_input import ExampleInput
 from lightning_light.quantization.attachment import Attachment
+from lightning_light.quantization.parameters import first_values
 from lightning_light.quantization.plan import Group, Plan, plan_sites
 from lightning_light.quantization.recipes import Int8, Recipe
 from lightning_light.quantization.record import record
@@ -35,7 +36,10 @@ def calibrated(model: nn.Module, example: ExampleInput, recipe: Recipe = Int8())
     with torch.no_grad():
         model(*example.args, **example.kwargs)
     attachment.observing, attachment.form = False, "rounded"
-    attachment.use(attachment.observed(torch.device("cpu")))
+    ranges = attachment.observed(torch.device("cpu"))
+    attachment.use(ranges)
+    attachment.learned = {**attachment.first_steps, **first_values(attachment.grids, attachment.scales)}
+    attachment.use(ranges)
     return attachment
 
 

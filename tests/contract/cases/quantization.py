@@ -1,9 +1,14 @@
-"""`QuantizationAwareTraining`: every stage within twelve steps, for both engines."""
+"""`QuantizationAwareTraining`: every stage within twelve steps, for recipes that observe and that learn."""
 
 from typing import Any
 
 from lightning_light.budgets import Channels
-from lightning_light.quantization import Int8, MovingAverage, QuantizationAwareTraining
+from lightning_light.quantization import (
+    Int8,
+    MovingAverage,
+    QuantizationAwareTraining,
+    Recipe,
+)
 from lightning_light.schedules import Linear, Window
 from lightning_light.structured import StructuredPruning
 from tests.contract.bodies import Momentum
@@ -12,7 +17,7 @@ from tests.contract.case import Case
 STAGES: dict[str, Any] = {"start": 0.1, "observe_batches": 2, "freeze_observers": 0.7, "freeze_batch_norm": 0.75}
 
 
-def case(name: str, recipe: Int8, *, full: bool = False, body: Any = None, **options: Any) -> Case:
+def case(name: str, recipe: Recipe, *, full: bool = False, body: Any = None, **options: Any) -> Case:
     """A row that observes from the third step on, rounds from the fifth, and is frozen from the ninth and tenth."""
     arguments = {**STAGES, **options}
     return Case(
