@@ -106,8 +106,8 @@ def export_model(
         with torch_threads(latency_threads):
             run = exporter.load(part)
         fitting = [call for call in batches if right.fits(call) and (batch != "as_given" or _alike(call, example))]
-        parity = exporter.allowed(parity, details)
-        found = _compare(right, run, _calls([given, *fitting], batch, exporter.largest_batch), parity)
+        calls = _calls([given, *fitting], batch, exporter.largest_batch)
+        found = _compare(right, run, calls, parity, details.get("output_scales"))
         latency = measure_latency(lambda: run(*tensors), runs=latency_runs, threads=latency_threads)
         cost = count_cost(right.model, example.args, example.kwargs)
         report = ExportReport(
@@ -175,7 +175,13 @@ def _calls(given: list[ExampleInput], batch: Batch, largest: int | None) -> list
     return [first_samples(call, largest) for call in given]
 
 
-def _compare(right: Positional, run: Callable[..., Any], calls: list[ExampleInput], tolerance: Tolerance) -> Parity:
+def _compare(
+    right: Positional,
+    run: Callable[..., Any],
+    calls: list[ExampleInput],
+    tolerance: Tolerance,
+    scales: list[float] | None,
+) -> Parity:
     def ask(call: ExampleInput) -> Any:
         try:
             return run(*right.tensors(cloned(call)))
@@ -194,6 +200,7 @@ def _compare(right: Positional, run: Callable[..., Any], calls: list[ExampleInpu
         ask,
         [(batch_size(call) or 1, call) for call in calls],
         tolerance,
+        scales,
     )
 
 

@@ -17,11 +17,14 @@ from lightning_light.errors import TraceError
 from lightning_light.export.exporter import Exporter
 from lightning_light.export.extras import check_pair, need, version_of
 from lightning_light.export.inputs import Positional
-from lightning_light.export.program import FAILURES, Program, advice, flat_tensors, quiet_torch, traced
+from lightning_light.export.int8 import traced_int8
+from lightning_light.export.program import FAILURES, Program, advice, flat_tensors, quiet_torch
+from lightning_light.int8 import PairRules
 
 __all__ = ["ONNX"]
 
 _TORCH = {"0.7": "2.13"}  # release of onnxscript -> release of torch: what the tests have passed on
+_INT8 = PairRules(signed=False)
 _OPSETS = range(18, 24)
 _NUMPY_LACKS = frozenset({torch.bfloat16})
 
@@ -64,7 +67,7 @@ class ONNX(Exporter):
 
     @override
     def write(self, model: Positional, tensors: tuple[Any, ...], path: Path) -> dict[str, Any]:
-        program = traced(str(self), model, tensors)
+        program, int8 = traced_int8(str(self), model, tensors, _INT8)
         _check_types(str(self), model, program)
         try:
             translated = self._translated(program)
@@ -79,6 +82,7 @@ class ONNX(Exporter):
             "inputs": program.inputs,
             "outputs": program.outputs,
             "operators": sorted({node.op_type for node in translated.model.graph}),
+            **int8,
         }
 
     @override

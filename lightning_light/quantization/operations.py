@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-__all__ = ["ADDING", "BATCH_NORM", "HEAVY", "kind_of", "name_of"]
+__all__ = ["ADDING", "BATCH_NORM", "HEAVY", "KEEPS_GRID", "kind_of", "name_of"]
 
 HEAVY: Final = frozenset({"conv", "transposed", "linear"})
 """Kinds with a weight: what quantization is about."""
 
 ADDING: Final = frozenset({"add", "mul"})
 BATCH_NORM: Final = "batch_norm"
+KEEPS_GRID: Final = frozenset({"move", "pool"})
+"""Kinds whose result is on the grid of what they are given."""
 
 _NAMES = {
     "conv": "conv1d conv2d conv3d",
