@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
 from lightning_light.int8 import Int8Form, PairRules, RoundsNumbers
+from lightning_light.quantization.biases import WholeBiases
 from lightning_light.quantization.forms import in_pairs, on_kernels
 from lightning_light.quantization.learning import learned_activation
 from lightning_light.quantization.lowered import Lowered
@@ -63,6 +64,7 @@ class Attachment(Frames, RoundsNumbers):
         self._weights = dict(plan.weights)
         self._seen: dict[int, Tensor] = {}
         self._folded = frozenset(group.batch_norm for group in plan.groups.values())
+        self._biases = WholeBiases(plan, engine)
         self._open: list[Any] = []
 
     def use(self, ranges: Tensor, at_least: int = 0) -> None:
@@ -137,8 +139,13 @@ class Attachment(Frames, RoundsNumbers):
             return self.lowered.run(key, name, function, args, kwargs)
         if self.lowered is not None:
             self.lowered.collect(key, name, args, kwargs)
+        evaluated = self.form == "rounded" and not torch.is_grad_enabled()
+        if evaluated and (reads := self.plan.reads.get(key)) is not None:
+            self._biases.note(key, name, args, kwargs, *self.weight(key), self.scales[reads])
         self.before(key, kind_of(name), args, kwargs)
         result = function(*args, **kwargs)
+        if evaluated:
+            result = self._biases.add(key, name, args, kwargs, result)
         grid = self.plan.outputs.get(key)
         return result if grid is None else self._activation(grid, result)
 

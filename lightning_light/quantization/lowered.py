@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from lightning_light.int8 import Int8Form
-from lightning_light.quantization.operations import BATCH_NORM, kind_of
+from lightning_light.quantization.operations import BATCH_NORM, arguments, kind_of
 from lightning_light.quantization.places import module_of
 from lightning_light.quantization.plan import Group
 from lightning_light.quantization.weights import Weight, folded
@@ -29,9 +27,6 @@ ASKS: Final = frozenset(
     {"__get__", "size", "dim", "numel", "ndimension", "is_floating_point", "__len__", "is_contiguous"}
 )
 """Operations that read a shape or a type, and no number."""
-
-_CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-_TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 
 
 class Lowered(ABC):
@@ -63,7 +58,7 @@ class Lowered(ABC):
     def collect(self, key: str, name: str, args: list[Any], kwargs: Mapping[str, Any]) -> None:
         """Note the arguments of a layer or batch norm, by name."""
         if key in self.plan.weights or (key in self._heads and kind_of(name) == BATCH_NORM):
-            self._collected[key] = {**dict(zip(_parameters(name), args, strict=False)), **kwargs}
+            self._collected[key] = arguments(name, args, kwargs)
 
     def build(self) -> None:
         """Fold every layer, and go on to the second round."""
@@ -121,11 +116,3 @@ class Lowered(ABC):
 def scalar(scale: float) -> Tensor:
     """As `Int8Form.scales` holds it."""
     return torch.tensor(scale, dtype=torch.float64)
-
-
-def _parameters(name: str) -> tuple[str, ...]:
-    if name.startswith("conv"):
-        return _TRANSPOSED if "transpose" in name else _CONVOLUTION
-    return (
-        tuple(inspect.signature(getattr(F, name)).parameters) if name == "batch_norm" else ("input", "weight", "bias")
-    )

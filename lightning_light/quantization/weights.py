@@ -13,7 +13,7 @@ from lightning_light.quantization.learning import SMALLEST
 from lightning_light.quantization.rounding import integers
 from lightning_light.quantization.rules import WeightRule
 
-__all__ = ["Weight", "folded"]
+__all__ = ["Weight", "folded", "gain_and_shift"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,12 +58,13 @@ def folded(args: Mapping[str, Any], norm: Mapping[str, Any] | None, rule: Weight
     whole, scale = integers(args["weight"], rule, step)
     if norm is None:
         return Weight(whole.to(torch.int8), scale.double(), bias)
-    gain, shift = _of(norm, bias)
+    gain, shift = gain_and_shift(norm, bias)
     sign = gain.sign().float().reshape(-1, *[1] * (whole.dim() - 1))  # 0 for a channel that the batch norm drops
     return Weight((whole * sign).to(torch.int8), (scale.double() * gain.abs()).clamp_min(SMALLEST), shift)
 
 
-def _of(norm: Mapping[str, Any], bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def gain_and_shift(norm: Mapping[str, Any], bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What a batch norm multiplies by, and what it then adds, in evaluation; ``bias`` is that of the layer before."""
     gain = (norm["running_var"].double() + norm.get("eps", 1e-5)).rsqrt()
     if norm.get("weight") is not None:
         gain = gain * norm["weight"].detach().double()
