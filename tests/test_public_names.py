@@ -127,7 +127,6 @@ PUBLIC = [
     "TeacherSource",
     "Ternary",
     "Tolerance",
-    "TorchScriptInt8",
     "TorchScriptLite",
     "TraceError",
     "Unstructured",

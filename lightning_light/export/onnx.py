@@ -74,6 +74,7 @@ class ONNX(Exporter):
         except (torch.onnx.OnnxExporterError, *FAILURES) as error:
             raise TraceError(advice(str(self), model, error.__cause__ or error)) from error
         _name_batch(translated.model)
+        _without_traces(translated.model)
         translated.save(path)
         return {
             "torch": torch.__version__,
@@ -149,6 +150,17 @@ def _name_batch(model: Any) -> None:
         for place, size in enumerate(value.shape or ()):
             if first and not isinstance(size, int) and str(size) == first[0]:
                 value.shape[place] = onnx_ir.SymbolicDim("batch")
+
+
+def _without_traces(model: Any) -> None:
+    """Drop what the translation notes of each operation: lines of the user's code with their paths, half of a file."""
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+    for value in [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]:
+        value.metadata_props.clear()
+    for node in model.graph.all_nodes():
+        for value in node.outputs:
+            value.metadata_props.clear()
 
 
 @contextmanager

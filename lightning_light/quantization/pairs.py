@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from typing_extensions import override
 
 from lightning_light.errors import UnsupportedError
 from lightning_light.int8 import PairRules
+from lightning_light.quantization.biases import bias_error
 from lightning_light.quantization.lowered import ASKS, Lowered, Scale, scalar
 from lightning_light.quantization.operations import BATCH_NORM, KEEPS_GRID, kind_of
 
@@ -43,6 +45,10 @@ class Pairs(Lowered):
     @override
     def _prepare(self, key: str, name: str, args: Mapping[str, Any]) -> None:
         weight, rest = self.weights[key], (-_LIMIT, _LIMIT, torch.int8)
+        reads = self.scales[self.plan.reads[key]]
+        if weight.bias is not None and reads is not None:  # the runtimes would round it likewise
+            off = bias_error(weight.bias.double(), reads[0] * weight.scale)
+            self.weights[key] = weight = replace(weight, bias=(weight.bias.double() + off).float())
         if weight.per_channel:
             zeros = torch.zeros_like(weight.scale, dtype=torch.int64)
             self._constants[key] = (weight.integers, weight.scale.float(), zeros, 0, *rest)
@@ -55,7 +61,9 @@ class Pairs(Lowered):
             return function(*args, **kwargs)
         first: Any = args[0] if args else kwargs.get("input")
         known = self._quantized.get(id(first)) if kind_of(name) in KEEPS_GRID else None
-        if not _writes(name, kwargs):
+        if _writes(name, kwargs):
+            self._quantized.pop(id(first), None)  # it is the result from here on
+        else:
             args, kwargs = self._read(args), self._read(kwargs)
         if key in self.plan.without_kernel:
             self.attachment.before(key, kind_of(name), args, kwargs)

@@ -13,7 +13,7 @@ from lightning_light.quantization.learning import SMALLEST
 from lightning_light.quantization.rounding import integers
 from lightning_light.quantization.rules import WeightRule
 
-__all__ = ["Weight", "folded", "gain_and_shift"]
+__all__ = ["Weight", "filled", "folded", "gain_and_shift"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,10 +57,19 @@ def folded(args: Mapping[str, Any], norm: Mapping[str, Any] | None, rule: Weight
     bias = None if bias is None else bias.detach().float()
     whole, scale = integers(args["weight"], rule, step)
     if norm is None:
-        return Weight(whole.to(torch.int8), scale.double(), bias)
+        return Weight(whole.to(torch.int8), filled(scale, whole), bias)
     gain, shift = gain_and_shift(norm, bias)
-    sign = gain.sign().float().reshape(-1, *[1] * (whole.dim() - 1))  # 0 for a channel that the batch norm drops
-    return Weight((whole * sign).to(torch.int8), (scale.double() * gain.abs()).clamp_min(SMALLEST), shift)
+    whole = whole * gain.sign().float().reshape(-1, *[1] * (whole.dim() - 1))
+    return Weight(whole.to(torch.int8), filled(scale.double() * gain.abs(), whole), shift)
+
+
+def filled(scale: Tensor, whole: Tensor) -> Tensor:
+    """Scales in float64, those of channels of zeros the largest of all: a bias counted in tiny ones would overflow."""
+    scale = scale.double().clamp_min(SMALLEST)
+    if not scale.dim():
+        return scale
+    empty = ~whole.flatten(1).any(1)
+    return torch.where(empty, scale.masked_fill(empty, SMALLEST).amax(), scale)
 
 
 def gain_and_shift(norm: Mapping[str, Any], bias: Tensor | None) -> tuple[Tensor, Tensor]:
