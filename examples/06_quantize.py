@@ -87,7 +87,7 @@ def main() -> None:
 
     qat = ll.QuantizationAwareTraining(ll.Int8(engine=args.engine), start=0.5, observe_batches=2)
     before = train([], ll.MobileExport(args.out / "float.ptl"), args)
-    after = train([qat], ll.MobileExport(args.out / "int8.ptl", exporter=ll.TorchScriptInt8()), args)
+    after = train([qat], ll.MobileExport(args.out / "int8.ptl"), args)
     table = Table("", "accuracy, module", "accuracy, file", "file", "latency", title="Before -> after")
     table.add_row("float", *before)
     table.add_row(f"int8, {args.engine}", *after)

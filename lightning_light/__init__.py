@@ -73,7 +73,6 @@ from lightning_light.export import (
     Exporter,
     MobileExport,
     Tolerance,
-    TorchScriptInt8,
     TorchScriptLite,
     export_model,
 )
@@ -289,7 +288,6 @@ __all__ = [
     "TeacherSource",
     "Ternary",
     "Tolerance",
-    "TorchScriptInt8",
     "TorchScriptLite",
     "TraceError",
     "Unstructured",

@@ -1,6 +1,6 @@
-"""What the ground knows of int8: that something rounds numbers in a network, and can run it on int8 kernels instead.
+"""What the ground knows of int8: that something rounds numbers in a network, and how a runtime is told to do the same.
 
-An exporter asks for the kernels, and traces; it does not have to know who has put the rounding there.
+An exporter asks for one of two forms, and traces; it does not have to know who has put the rounding there.
 """
 
 from __future__ import annotations
@@ -13,40 +13,77 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["QUANTIZED_TENSORS_ARE_DEPRECATED", "Kernels", "RoundsNumbers", "rounders_of"]
+__all__ = ["QUANTIZED_TENSORS_ARE_DEPRECATED", "Int8Form", "PairRules", "RoundsNumbers", "rounders_of"]
 
 QUANTIZED_TENSORS_ARE_DEPRECATED = r"torch\.quantize_per_tensor, torch\.quantize_per_channel"
 """How torch's news begins that its int8 kernels will leave; whoever exports to them knows."""
 
 
 @dataclass
-class Kernels:
-    """A network that computes with int8 kernels.
+class Int8Form:
+    """A network in a form that a runtime computes in int8.
 
     Attributes:
-        engine: torch's name of the kernels.
         packed: packed weights, which a tracer has to know.
-        scales: of the network's outputs, in order; None for those that are not on a grid.
+        scales: the network's outputs, each tensor replaced by the scale of its grid: a scalar, 0 for none.
         layers: how many layers with a weight are int8.
         left_float: layers whose weights stay float, with the reason.
     """
 
-    engine: str
     packed: list[Any] = field(default_factory=list)
-    scales: list[float | None] = field(default_factory=list)
+    scales: Any = None
     layers: int = 0
     left_float: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class PairRules:
+    """What a runtime asks of a graph of quantize and dequantize operations.
+
+    Attributes:
+        signed: whether numbers are in [-128, 127], else in [0, 255].
+        join_on_one_grid: whether what is concatenated has to be on the grid of the result.
+        sums: the scale of an operand over that of the sum, at least and below, or None for any.
+    """
+
+    signed: bool
+    join_on_one_grid: bool = False
+    sums: tuple[float, float] | None = None
+
+
 class RoundsNumbers(ABC):
-    """Owns forward hooks of a network, and rounds numbers in it."""
+    """Owns forward hooks of a network, and rounds numbers in it.
+
+    Attributes:
+        engine: whose int8 kernels it rounds for.
+    """
+
+    engine: str
+
+    @property
+    @abstractmethod
+    def is_rounding(self) -> bool:
+        """Whether it does so now; before, it may only have watched."""
 
     @abstractmethod
-    def on_kernels(self, call: Callable[[], Any]) -> AbstractContextManager[Kernels]:
-        """Inside, a forward pass runs on int8 kernels where it rounded.
+    def on_kernels(self, call: Callable[[], Any], engine: str) -> AbstractContextManager[Int8Form]:
+        """Inside, a forward pass runs on torch's int8 kernels where it rounded.
 
         Args:
             call: one forward pass in evaluation mode; from it weights and statistics are taken as they are now.
+            engine: torch's name of the kernels.
+
+        Raises:
+            UnsupportedError: numbers were rounded for an engine with a wider range.
+        """
+
+    @abstractmethod
+    def in_pairs(self, call: Callable[[], Any], rules: PairRules) -> AbstractContextManager[Int8Form]:
+        """Inside, a forward pass writes each rounding as a quantize and a dequantize operation, weights as int8.
+
+        Args:
+            call: as above.
+            rules: what the runtime asks for.
         """
 
 

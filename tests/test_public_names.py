@@ -130,7 +130,6 @@ PUBLIC = [
     "TeacherSource",
     "Ternary",
     "Tolerance",
-    "TorchScriptInt8",
     "TorchScriptLite",
     "TraceError",
     "Unstructured",

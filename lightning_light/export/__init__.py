@@ -7,7 +7,6 @@ from lightning_light.export.mobile_export import MobileExport
 from lightning_light.export.onnx import ONNX
 from lightning_light.export.parity import Parity, Tolerance
 from lightning_light.export.report import ExportReport
-from lightning_light.export.torchscript_int8 import TorchScriptInt8
 from lightning_light.export.torchscript_lite import TorchScriptLite
 
 __all__ = [  # plain order, capitals or not
@@ -18,7 +17,6 @@ __all__ = [  # plain order, capitals or not
     "ONNX",
     "Parity",
     "Tolerance",
-    "TorchScriptInt8",
     "TorchScriptLite",
     "export_model",
 ]

@@ -18,11 +18,14 @@ from lightning_light.errors import TraceError, UnsupportedError
 from lightning_light.export.exporter import Exporter
 from lightning_light.export.extras import check_pair, need, version_of
 from lightning_light.export.inputs import Positional
-from lightning_light.export.program import FAILURES, Program, advice, flat_tensors, quiet_torch, traced
+from lightning_light.export.int8 import traced_int8
+from lightning_light.export.program import FAILURES, Program, advice, flat_tensors, quiet_torch
+from lightning_light.int8 import PairRules
 
 __all__ = ["ExecuTorch"]
 
 _TORCH = {"1.4": "2.13"}  # release of ExecuTorch -> release of torch that it is built with
+_INT8 = PairRules(signed=True, join_on_one_grid=True, sums=(2.0**-10, 2.0**8))
 _DELEGATE = "executorch_call_delegate"
 
 
@@ -71,7 +74,7 @@ class ExecuTorch(Exporter):
 
     @override
     def write(self, model: Positional, tensors: tuple[Any, ...], path: Path) -> dict[str, Any]:
-        program = traced(str(self), model, tensors, largest=self.max_batch)
+        program, int8 = traced_int8(str(self), model, tensors, _INT8, largest=self.max_batch)
         try:
             delegates, left, lowered = self._lowered(program)
         except FAILURES as error:
@@ -86,6 +89,7 @@ class ExecuTorch(Exporter):
             "delegates": delegates,
             "portable_operators": left,
             "planned_bytes": sum(plan.non_const_buffer_sizes),
+            **int8,
         }
 
     @override

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 from lightning_light.export.inputs import Positional
-from lightning_light.export.parity import Tolerance
 
 __all__ = ["Exporter"]
 
@@ -50,20 +49,12 @@ class Exporter(ABC):
             path: where to; the folder exists.
 
         Returns:
-            What the report shall say about the file, in plain types.
+            What the report shall say about the file, in plain types. If it computes with rounded numbers, as
+            ``output_scales`` the scale of each output's grid, 0.0 for none: differences are counted in them.
 
         Raises:
             TraceError: the format cannot express the model.
         """
-
-    def allowed(self, tolerance: Tolerance, details: Mapping[str, Any]) -> Tolerance:
-        """How far the file's answers may be off: what the user allows, unless the format cannot keep that.
-
-        Args:
-            tolerance: the user's.
-            details: what `write` has returned.
-        """
-        return tolerance
 
     @abstractmethod
     def load(self, path: Path) -> Callable[..., Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -27,11 +27,13 @@ from lightning_light.export.inputs import (
     first_samples,
     in_order,
     samples,
+    sliced,
     tripled,
 )
 from lightning_light.export.parity import Parity, Tolerance, compare
 from lightning_light.export.report import ExportReport
 from lightning_light.export.torchscript_lite import TorchScriptLite
+from lightning_light.export.top1 import Labelled, compare_top1
 from lightning_light.measure import count_cost, deflated_bytes, file_bytes, measure_latency
 from lightning_light.measure.latency import torch_threads
 
@@ -58,6 +60,7 @@ def export_model(
     exporter: Exporter = EXPORTER,
     parity: Tolerance = PARITY,
     batches: Sequence[ExampleInput] = (),
+    validation: Iterable[Labelled] = (),
     batch: Batch = BATCH,
     latency_runs: int = LATENCY_RUNS,
     latency_threads: int = LATENCY_THREADS,
@@ -77,6 +80,8 @@ def export_model(
         exporter: file format and runtime.
         parity: how far an answer may be off.
         batches: real inputs to compare on, besides the example.
+        validation: calls and labels (or None) to compare the classes of an int8 file on; of a float file they are the
+            model's. It is asked for them one by one, and not at all without need.
         batch: ``any``: exported from one sample, and held to run with other batch sizes; ``one``: to run with one
             sample at a time; ``as_given``: the inputs have no batch dimension, or shall keep exactly their shapes.
         latency_runs: calls of the file that are timed, after a warm-up.
@@ -106,8 +111,12 @@ def export_model(
         with torch_threads(latency_threads):
             run = exporter.load(part)
         fitting = [call for call in batches if right.fits(call) and (batch != "as_given" or _alike(call, example))]
-        parity = exporter.allowed(parity, details)
-        found = _compare(right, run, _calls([given, *fitting], batch, exporter.largest_batch), parity)
+        calls = _calls([given, *fitting], batch, exporter.largest_batch)
+        found = _compare(right, run, calls, parity, details.get("output_scales"))
+        asked = _asked(validation, right, batch, exporter.largest_batch) if "output_scales" in details else ()
+        top1 = compare_top1(
+            lambda call: right(*right.tensors(call)), lambda call: run(*right.tensors(cloned(call))), asked
+        )
         latency = measure_latency(lambda: run(*tensors), runs=latency_runs, threads=latency_threads)
         cost = count_cost(right.model, example.args, example.kwargs)
         report = ExportReport(
@@ -121,6 +130,7 @@ def export_model(
             latency=latency,
             parity=found,
             parity_batches=len(fitting),
+            top1=top1,
             tolerance=parity,
             inputs=_described(right, tensors),
             built_in={name: repr(value) for name, value in right.constants.items()},
@@ -153,6 +163,23 @@ def check_options(path: str | os.PathLike[str], exporter: Exporter, batch: str, 
         raise ValueError(f"`latency_runs={runs}, latency_threads={threads}`: expected two integers >= 1.")
 
 
+def _asked(
+    validation: Iterable[Labelled], right: Positional, batch: Batch, largest: int | None
+) -> Iterator[tuple[int, ExampleInput, Tensor | None]]:
+    """The calls that fit, in parts that the file takes."""
+    for call, labels in validation:
+        size = batch_size(call)
+        if size is None or not right.fits(call):
+            continue
+        part = 1 if batch == "one" else min(largest or size, size)
+        if batch == "as_given":
+            yield size, call, labels
+            continue
+        for start in range(0, size, part):
+            some = sliced(call, start, start + part)
+            yield min(part, size - start), some, None if labels is None else labels[start : start + part]
+
+
 def _alike(call: ExampleInput, example: ExampleInput) -> bool:
     shapes = [
         [leaf.shape for leaf in tree_leaves((one.args, one.kwargs)) if isinstance(leaf, Tensor)]
@@ -175,7 +202,13 @@ def _calls(given: list[ExampleInput], batch: Batch, largest: int | None) -> list
     return [first_samples(call, largest) for call in given]
 
 
-def _compare(right: Positional, run: Callable[..., Any], calls: list[ExampleInput], tolerance: Tolerance) -> Parity:
+def _compare(
+    right: Positional,
+    run: Callable[..., Any],
+    calls: list[ExampleInput],
+    tolerance: Tolerance,
+    scales: list[float] | None,
+) -> Parity:
     def ask(call: ExampleInput) -> Any:
         try:
             return run(*right.tensors(cloned(call)))
@@ -194,6 +227,7 @@ def _compare(right: Positional, run: Callable[..., Any], calls: list[ExampleInpu
         ask,
         [(batch_size(call) or 1, call) for call in calls],
         tolerance,
+        scales,
     )
 
 

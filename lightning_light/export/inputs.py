@@ -23,6 +23,7 @@ __all__ = [
     "first_samples",
     "in_order",
     "samples",
+    "sliced",
     "tripled",
 ]
 
@@ -54,6 +55,11 @@ def samples(call: ExampleInput, limit: int) -> list[ExampleInput]:
     """The first samples, each as a batch of one."""
     count = min(batch_size(call) or 0, limit)
     return [_batched(call, lambda tensor, at=place: tensor[at : at + 1]) for place in range(count)]  # type: ignore[misc]
+
+
+def sliced(call: ExampleInput, start: int, stop: int) -> ExampleInput:
+    """The samples from ``start`` to before ``stop``."""
+    return _batched(call, lambda tensor: tensor[start:stop])
 
 
 def tripled(call: ExampleInput) -> ExampleInput:

@@ -27,6 +27,7 @@ from lightning_light.export.functional import (
 )
 from lightning_light.export.parity import Tolerance
 from lightning_light.export.recorder import Recorder
+from lightning_light.export.replay import replayed
 from lightning_light.export.report import ExportReport
 from lightning_light.hosts import is_host
 from lightning_light.order import Stage
@@ -70,6 +71,8 @@ class MobileExport(CompressionCallback):
         checkpoint: which weights: the ``last``, or the ``best`` of the first ``ModelCheckpoint``.
         batch: ``any``: exported from one sample, and held to run with other batch sizes; ``one``: to run with one
             sample at a time; ``as_given``: the inputs have no batch dimension, or shall keep exactly their shapes.
+        top1: of an int8 file: ask it for the classes of the whole validation set, and the module too, on this
+            machine's CPU. Where batches are pairs of inputs and labels, accuracies are reported besides.
         latency_runs: calls of the file that are timed, after a warm-up.
         latency_threads: of the runtime in them.
 
@@ -97,6 +100,7 @@ class MobileExport(CompressionCallback):
         parity: Tolerance = PARITY,
         checkpoint: Literal["last", "best"] = "last",
         batch: Batch = BATCH,
+        top1: bool = True,
         latency_runs: int = LATENCY_RUNS,
         latency_threads: int = LATENCY_THREADS,
     ) -> None:
@@ -108,6 +112,7 @@ class MobileExport(CompressionCallback):
         self.parity = parity
         self.checkpoint = checkpoint
         self.batch = batch
+        self.top1 = top1
         self.latency_runs = latency_runs
         self.latency_threads = latency_threads
         self.report: ExportReport | None = None
@@ -184,11 +189,11 @@ class MobileExport(CompressionCallback):
     def _export(self, trainer: Trainer, pl_module: LightningModule) -> ExportReport:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             with tempfile.TemporaryDirectory() as folder:
-                return self._write(pl_module, Path(folder) / Path(self.path).name)
+                return self._write(trainer, pl_module, Path(folder) / Path(self.path).name)
         module = _restored(trainer, pl_module) if self.checkpoint == "best" else pl_module
-        return self._write(module, self.path)
+        return self._write(trainer, module, self.path)
 
-    def _write(self, module: LightningModule, path: str | os.PathLike[str]) -> ExportReport:
+    def _write(self, trainer: Trainer, module: LightningModule, path: str | os.PathLike[str]) -> ExportReport:
         example = self._example(module)
         return export_model(
             module,
@@ -198,6 +203,7 @@ class MobileExport(CompressionCallback):
             exporter=self.exporter,
             parity=self.parity,
             batches=self._recorder.calls,
+            validation=replayed(trainer, next(iter(self._recorder.calls), None)) if self.top1 else (),
             batch=self.batch,
             latency_runs=self.latency_runs,
             latency_threads=self.latency_threads,

@@ -17,11 +17,14 @@ from lightning_light.errors import TraceError
 from lightning_light.export.exporter import Exporter
 from lightning_light.export.extras import check_pair, need, version_of
 from lightning_light.export.inputs import Positional
-from lightning_light.export.program import FAILURES, Program, advice, flat_tensors, quiet_torch, traced
+from lightning_light.export.int8 import traced_int8
+from lightning_light.export.program import FAILURES, Program, advice, flat_tensors, quiet_torch
+from lightning_light.int8 import PairRules
 
 __all__ = ["ONNX"]
 
 _TORCH = {"0.7": "2.13"}  # release of onnxscript -> release of torch: what the tests have passed on
+_INT8 = PairRules(signed=False)
 _OPSETS = range(18, 24)
 _NUMPY_LACKS = frozenset({torch.bfloat16})
 
@@ -64,13 +67,14 @@ class ONNX(Exporter):
 
     @override
     def write(self, model: Positional, tensors: tuple[Any, ...], path: Path) -> dict[str, Any]:
-        program = traced(str(self), model, tensors)
+        program, int8 = traced_int8(str(self), model, tensors, _INT8)
         _check_types(str(self), model, program)
         try:
             translated = self._translated(program)
         except (torch.onnx.OnnxExporterError, *FAILURES) as error:
             raise TraceError(advice(str(self), model, error.__cause__ or error)) from error
         _name_batch(translated.model)
+        _without_traces(translated.model)
         translated.save(path)
         return {
             "torch": torch.__version__,
@@ -79,6 +83,7 @@ class ONNX(Exporter):
             "inputs": program.inputs,
             "outputs": program.outputs,
             "operators": sorted({node.op_type for node in translated.model.graph}),
+            **int8,
         }
 
     @override
@@ -145,6 +150,17 @@ def _name_batch(model: Any) -> None:
         for place, size in enumerate(value.shape or ()):
             if first and not isinstance(size, int) and str(size) == first[0]:
                 value.shape[place] = onnx_ir.SymbolicDim("batch")
+
+
+def _without_traces(model: Any) -> None:
+    """Drop what the translation notes of each operation: lines of the user's code with their paths, half of a file."""
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+    for value in [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]:
+        value.metadata_props.clear()
+    for node in model.graph.all_nodes():
+        for value in node.outputs:
+            value.metadata_props.clear()
 
 
 @contextmanager

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,24 +16,35 @@ from lightning_light.export.inputs import in_order
 
 __all__ = ["Parity", "Tolerance", "compare"]
 
+_STEPS = 255
+
 
 @dataclass(frozen=True)
 class Tolerance:
     """How far an answer may be off: ``|file - model| <= absolute + relative * |model|`` in every element.
 
-    The defaults leave room for the other order of float32 sums in a folded network, and for nothing else.
+    The defaults leave room for the other order of float32 sums in a folded network, and for nothing else. In an int8
+    file that other order can send a number to the next step of its grid, and that the next layer's number likewise:
+    there ``steps * step`` is allowed on top, where ``step`` is the scale of the output's grid; for an output without
+    one, the range of the model's answers over 255.
 
     Example:
         >>> Tolerance(absolute=1e-3)
-        Tolerance(absolute=0.001, relative=0.0001)
+        Tolerance(absolute=0.001, relative=0.0001, steps=8.0)
+
+    Args:
+        absolute: of any file.
+        relative: likewise.
+        steps: of an int8 file, on top.
     """
 
     absolute: float = 1e-4
     relative: float = 1e-4
+    steps: float = 8.0
 
     def __post_init__(self) -> None:
-        if not (self.absolute >= 0.0 and self.relative >= 0.0):
-            raise ValueError(f"`{self}`: expected two numbers >= 0. Usual is `Tolerance(absolute=1e-4)`.")
+        if not (self.absolute >= 0.0 and self.relative >= 0.0 and self.steps >= 0.0):
+            raise ValueError(f"`{self}`: expected three numbers >= 0. Usual is `Tolerance(absolute=1e-4)`.")
 
 
 @dataclass(frozen=True)
@@ -45,16 +56,22 @@ class Parity:
         max_relative: the largest ``max |file - model| / max |model|`` of any output of any batch.
         batches: calls that were compared.
         samples: samples in them.
+        steps: of an int8 file: the largest ``|file - model|`` of each output in units of its step, as in `Tolerance`.
     """
 
     max_absolute: float
     max_relative: float
     batches: int
     samples: int
+    steps: dict[str, float] = field(default_factory=dict)
 
 
 def compare(
-    model: Callable[[Any], Any], file: Callable[[Any], Any], calls: Iterable[tuple[int, Any]], tolerance: Tolerance
+    model: Callable[[Any], Any],
+    file: Callable[[Any], Any],
+    calls: Iterable[tuple[int, Any]],
+    tolerance: Tolerance,
+    scales: Sequence[float] | None = None,
 ) -> Parity:
     """Compare all outputs of ``model`` and ``file``, however they are nested.
 
@@ -63,20 +80,25 @@ def compare(
         file: what is asked.
         calls: number of samples, and what both are called with.
         tolerance: how far an element may be off.
+        scales: of an int8 file: of each output's grid, 0.0 for none.
 
     Raises:
         ParityError: an element is further off, is NaN in one of the two only, or the outputs have other shapes.
     """
     absolute = relative = 0.0
     batches = samples = 0
+    steps: dict[str, float] = {}
     for size, call in calls:
         expected, found = _outputs(model(call)), _outputs(file(call))
         _check_structure(expected, found)
-        for (name, right), (_, asked) in zip(expected, found, strict=True):
-            off = _check_output(name, right, asked, tolerance, batches)
+        for place, ((name, right), (_, asked)) in enumerate(zip(expected, found, strict=True)):
+            step = 0.0 if scales is None else scales[place] or _range(right) / _STEPS
+            off = _check_output(name, right, asked, tolerance, step, batches)
             absolute, relative = max(absolute, off), max(relative, off / max(_largest(right), 1e-30))
+            if scales is not None:
+                steps[name] = max(steps.get(name, 0.0), off / max(step, 1e-30))
         batches, samples = batches + 1, samples + size
-    return Parity(absolute, relative, batches, samples)
+    return Parity(absolute, relative, batches, samples, steps)
 
 
 def _outputs(result: Any) -> list[tuple[str, Tensor]]:
@@ -94,12 +116,14 @@ def _check_structure(expected: list[tuple[str, Tensor]], found: list[tuple[str, 
         )
 
 
-def _check_output(name: str, right: Tensor, asked: Tensor, tolerance: Tolerance, batch: int) -> float:
+def _check_output(
+    name: str, right: Tensor, asked: Tensor, tolerance: Tolerance, step: float, batch: int
+) -> float:
     """The largest difference; an error if it is one too many."""
     right, asked = right.detach().double().cpu(), asked.detach().double().cpu()
     same = (right == asked) | (right.isnan() & asked.isnan())
     off = torch.where(same, 0.0, (asked - right).abs())
-    allowed = tolerance.absolute + tolerance.relative * right.abs()
+    allowed = tolerance.absolute + tolerance.relative * right.abs() + tolerance.steps * step
     wrong = ~same & ~(right.isfinite() & (off <= allowed))  # nothing is near to infinity, and a NaN is never within
     if wrong.any():
         worst = int(torch.where(wrong, off.nan_to_num(nan=math.inf) - allowed.nan_to_num(), -math.inf).argmax())
@@ -108,9 +132,16 @@ def _check_output(name: str, right: Tensor, asked: Tensor, tolerance: Tolerance,
             f"{int(wrong.sum())} of {right.numel()} elements of {name} further off in batch {batch}; the worst is "
             f"{asked.flatten()[worst]:.6g} in the file, {right.flatten()[worst]:.6g} in the model. The usual causes: "
             "a branch or loop that depends on values, random numbers in `forward`, or a state that it changes. For "
-            f"rounding alone, of half precision for instance, allow more: `parity=Tolerance(absolute=...)`."
+            "rounding alone, of half precision for instance, allow more: `parity=Tolerance(absolute=...)`"
+            + (f", of int8 `parity=Tolerance(steps=...)`: one is {step:.3g} here." if step else ".")
         )
     return float(off.max()) if off.numel() else 0.0
+
+
+def _range(tensor: Tensor) -> float:
+    values = tensor.detach().double()
+    finite = values[values.isfinite()]
+    return float(finite.max() - finite.min()) if finite.numel() else 0.0
 
 
 def _largest(tensor: Tensor) -> float:

@@ -133,8 +133,8 @@ def traced(call: str, model: Positional, tensors: tuple[Any, ...], *, largest: i
             torch.cat([tensor, tensor]) if batched else tensor  # torch.export takes a size of one for a constant
             for tensor, batched in zip(flat_tensors(tensors), flat.batched, strict=True)
         )
-        size = torch.export.Dim("batch", min=1, max=largest)
-        shapes = tuple({0: size} if batched else None for batched in flat.batched)
+        size = {0: torch.export.Dim("batch", min=1, max=largest)} if any(flat.batched) else None
+        shapes = tuple(size if batched else None for batched in flat.batched)
         with plain_attention(), quiet_torch():
             graph = torch.export.export(flat.eval(), example, dynamic_shapes={"tensors": shapes}, strict=False)
     except LightningLightError:

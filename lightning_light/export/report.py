@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_light.export.parity import Parity, Tolerance
+from lightning_light.export.top1 import Top1
 from lightning_light.measure import Latency
 
 __all__ = ["ExportReport"]
@@ -34,6 +35,7 @@ class ExportReport:
         built_in: arguments that are no tensors, and have become part of the file.
         batch: ``any`` size, ``one`` sample, or inputs ``as_given``.
         details: what the exporter adds.
+        top1: of an int8 file: the classes that it tells, over the whole validation; None if they are not known.
     """
 
     file: str
@@ -51,6 +53,7 @@ class ExportReport:
     built_in: dict[str, str]
     batch: str
     details: dict[str, Any] = field(default_factory=dict)
+    top1: Top1 | None = None
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write the report as JSON."""
@@ -61,7 +64,8 @@ class ExportReport:
         """Read what `write` has written."""
         found = json.loads(Path(path).read_text(encoding="utf-8"))
         values = {"latency": Latency, "parity": Parity, "tolerance": Tolerance}
-        return cls(**{**found, **{name: kind(**found[name]) for name, kind in values.items()}})
+        top1 = None if found.get("top1") is None else Top1(**found["top1"])
+        return cls(**{**found, **{name: kind(**found[name]) for name, kind in values.items()}, "top1": top1})
 
     def summary(self) -> str:
         """The report in a line.
@@ -79,4 +83,11 @@ class ExportReport:
             f"{self.file}: {self.bytes / 1000:.1f} kB, {self.latency.median * 1000:.3g} ms a sample "
             f"(median of {self.latency.runs}, {threads}), off by at most {self.parity.max_absolute:.1e} "
             f"on {self.parity.samples} samples{'' if self.parity_batches else ', the example input only'}"
+            f"{self._of_int8()}"
         )
+
+    def _of_int8(self) -> str:
+        steps = [f"{name} {off:.3g} steps" for name, off in self.parity.steps.items()]
+        told = [self.top1.summary()] if self.top1 else []
+        left = [f"left float: {', '.join(found)}"] if (found := self.details.get("left_float")) else []
+        return "".join(f"; {part}" for part in [*steps, *told, *left])

@@ -6,11 +6,13 @@ import importlib
 import importlib.util
 import os
 import warnings
+import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import nn
@@ -21,8 +23,12 @@ from lightning_light.errors import TraceError, UnsupportedError
 from lightning_light.export.attention import plain_attention
 from lightning_light.export.exporter import Exporter
 from lightning_light.export.inputs import Positional
+from lightning_light.export.int8 import described, rounder_of
+from lightning_light.int8 import QUANTIZED_TENSORS_ARE_DEPRECATED
 
-__all__ = ["TorchScriptLite"]
+__all__ = ["Engine", "TorchScriptLite"]
+
+Engine = Literal["qnnpack", "x86"]
 
 _DEPRECATIONS = (r"`torch\.jit\.\w+` is deprecated", r"Lite Interpreter is deprecated")
 _TORCH = os.path.dirname(torch.__file__)
@@ -30,15 +36,34 @@ _TORCH = os.path.dirname(torch.__file__)
 
 @dataclass(frozen=True)
 class TorchScriptLite(Exporter):
-    """Trace, freeze, save for the lite interpreter.
+    """Trace, freeze, save for the lite interpreter; int8 where the network's numbers are rounded.
 
     Freezing makes every weight a constant, drops dropout and folds a batch norm into the convolution or linear layer
     before it. One that follows a transposed convolution, or comes before its convolution, stays; the report counts
     those as ``batch_norms_left``. Python runs once, while tracing: a branch that depends on values keeps the side that
     the example took, and a warning names its line.
+
+    A network that computes with rounded numbers (in a Trainer with `QuantizationAwareTraining`, or within
+    `fake_quantized`) is traced as it runs on torch's int8 kernels; the report names the layers that have none.
+
+    Args:
+        engine: whose int8 kernels: ``qnnpack`` for ARM, ``x86`` for servers; None for those of the recipe. A file is
+            for one of them.
+
+    Raises:
+        ValueError: there is no such engine.
     """
 
     suffix: ClassVar[str] = ".ptl"
+
+    engine: Engine | None = None
+
+    def __post_init__(self) -> None:
+        if self.engine not in (None, *get_args(Engine)):
+            raise ValueError(
+                f"`{self}`: expected one of {list(get_args(Engine))}, or None for the recipe's. For phones write "
+                "'qnnpack'."
+            )
 
     @override
     def check(self) -> None:
@@ -46,7 +71,7 @@ class TorchScriptLite(Exporter):
         runs = importlib.util.find_spec("torch.jit.mobile") is not None
         if not (saves and runs and hasattr(torch.jit, "freeze")):
             raise UnsupportedError(
-                f"`TorchScriptLite()` with torch {torch.__version__}: expected a release that writes files for the "
+                f"`{self}` with torch {torch.__version__}: expected a release that writes files for the "
                 "lite interpreter (up to 2.13), found one that has dropped it. Install `torch<2.14`, or use an "
                 "exporter for its successor, ExecuTorch."
             )
@@ -57,31 +82,71 @@ class TorchScriptLite(Exporter):
 
     @override
     def write(self, model: Positional, tensors: tuple[Any, ...], path: Path) -> dict[str, Any]:
-        frozen, version, branches = write_lite(model, tensors, path)
-        left = frozen.inlined_graph.findAllNodes("aten::batch_norm", recurse=True)
-        return {
-            "torch": torch.__version__,
-            "bytecode_version": version,
-            "batch_norms_left": len(left),
-            "built_in_values": branches,
-        }
+        rounder = rounder_of(str(self), model.model)
+        if rounder is None:
+            self._check_float(type(model.model).__name__)
+            frozen, details = _written(self, model, tensors, path)
+            left = frozen.inlined_graph.findAllNodes("aten::batch_norm", recurse=True)
+            return {**details, "batch_norms_left": len(left)}
+        engine = self.engine or ("x86" if rounder.engine == "x86" else "qnnpack")  # the others' rules are qnnpack's
+        with rounder.on_kernels(lambda: model(*tensors), engine) as form:
+            frozen, details = _written(self, model, tensors, path, form.packed, {"engine": engine})
+        operations = Counter(node.kind() for node in frozen.inlined_graph.nodes())
+        quantized = {kind: count for kind, count in operations.items() if kind.startswith("quantized::")}
+        return {**details, "engine": engine, **described(str(self), model, form), "int8_operations": quantized}
 
     @override
     def load(self, path: Path) -> Callable[..., Any]:
-        with quiet_deprecations():
-            return _runtime()._load_for_lite_interpreter(str(path))  # type: ignore[no-any-return]
+        engine = _engine_of(path)
+        with quiet_deprecations(), _engine(engine):  # packs weights anew, for the engine that is set
+            network = _runtime()._load_for_lite_interpreter(str(path))
+
+        def run(*tensors: Any) -> Any:
+            with _engine(engine):
+                return network(*tensors)
+
+        return network if engine is None else run
+
+    def _check_float(self, name: str) -> None:
+        if self.engine is not None:
+            raise UnsupportedError(
+                f"`{self}` on `{name}`: expected a network whose numbers are rounded, found plain numbers. Train it "
+                "with `QuantizationAwareTraining`, and export in the same Trainer or within "
+                "`with fake_quantized(module):`; for a float file write `TorchScriptLite()`."
+            )
 
 
-def write_lite(
+def _engine_of(path: Path) -> str | None:
+    """What an int8 file was made for: it overflows in an engine with a smaller range."""
+    with zipfile.ZipFile(path) as archive:
+        names = [name for name in archive.namelist() if name.endswith("/extra/engine")]
+        return archive.read(names[0]).decode() if names else None
+
+
+@contextmanager
+def _engine(name: str | None) -> Iterator[None]:
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = before if name is None else name
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", QUANTIZED_TENSORS_ARE_DEPRECATED)
+            yield
+    finally:
+        torch.backends.quantized.engine = before
+
+
+def _written(
+    exporter: TorchScriptLite,
     model: Positional,
     tensors: tuple[Any, ...],
     path: Path,
     packed: Sequence[Any] = (),
     notes: Mapping[str, str] | None = None,
-) -> tuple[Any, int, list[str]]:
-    """Trace, freeze, save; gives the frozen network, the version of the file, and the lines with built-in values.
+) -> tuple[Any, dict[str, Any]]:
+    """Trace, freeze, save; gives the frozen network, and what is known of the file.
 
     Args:
+        exporter: for messages.
         model: as in `Exporter.write`.
         tensors: likewise.
         path: likewise.
@@ -89,12 +154,12 @@ def write_lite(
         notes: written into the file, as ``extra/{name}``.
     """
     with quiet_deprecations(), plain_attention():
-        traced, branches = _trace(model, tensors, packed)
+        traced, branches = _trace(exporter, model, tensors, packed)
         frozen = torch.jit.freeze(traced)
         frozen._save_for_lite_interpreter(str(path), _extra_files=dict(notes or {}))
         version = _runtime()._get_model_bytecode_version(str(path))
-    _warn_of(branches, type(model.model).__name__)
-    return frozen, version, branches
+    _warn_of(exporter, branches, type(model.model).__name__)
+    return frozen, {"torch": torch.__version__, "bytecode_version": version, "built_in_values": branches}
 
 
 def _runtime() -> Any:
@@ -131,14 +196,16 @@ class _Opaque(nn.Module):
         return vars(self)["held"][0](*tensors)
 
 
-def _trace(model: Positional, tensors: tuple[Any, ...], packed: Sequence[Any] = ()) -> tuple[Any, list[str]]:
+def _trace(
+    exporter: TorchScriptLite, model: Positional, tensors: tuple[Any, ...], packed: Sequence[Any]
+) -> tuple[Any, list[str]]:
     """The trace, and the lines of code whose Python values it has made constants."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", TracerWarning)
         try:
             traced = torch.jit.trace(_Opaque(model, packed).eval(), tensors, strict=False, check_trace=False)  # type: ignore[no-untyped-call]
         except (RuntimeError, TypeError, ValueError) as error:
-            raise TraceError(_advice(model, error)) from error
+            raise TraceError(_advice(exporter, model, error)) from error
     lines = []
     for warning in caught:
         if not issubclass(warning.category, TracerWarning):
@@ -148,27 +215,27 @@ def _trace(model: Positional, tensors: tuple[Any, ...], packed: Sequence[Any] = 
     return traced, list(dict.fromkeys(lines))
 
 
-def _warn_of(branches: list[str], name: str) -> None:
+def _warn_of(exporter: TorchScriptLite, branches: list[str], name: str) -> None:
     if branches:
         warnings.warn(
-            f"`TorchScriptLite()` on `{name}`: Python values that were taken from tensors at {', '.join(branches)} are "
+            f"`{exporter}` on `{name}`: Python values that were taken from tensors at {', '.join(branches)} are "
             "part of the file as they were for the example. Checks that hold for every input are fine; a branch or a "
             "size that depends on the input is not: write it with tensor operations (`torch.where`).",
             stacklevel=2,
         )
 
 
-def _advice(model: Positional, error: Exception) -> str:
+def _advice(exporter: TorchScriptLite, model: Positional, error: Exception) -> str:
     name = type(model.model).__name__
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if "infer type" in str(error) or "can be output from traced" in str(error):
         return (
-            f"`TorchScriptLite()` on `{name}`: expected inputs and outputs that are tensors, tuples of them, or lists "
+            f"`{exporter}` on `{name}`: expected inputs and outputs that are tensors, tuples of them, or lists "
             f"and dicts whose values are all of one kind; found others. {lines[-1].removeprefix(':')} Return a tuple, "
             "a flat dict of tensors, or export a small module that calls yours and does so."
         )
     return (
-        f"`TorchScriptLite()` on `{name}`: expected a forward that can be traced with inputs "
+        f"`{exporter}` on `{name}`: expected a forward that can be traced with inputs "
         f"{', '.join(model.names)}; found {type(error).__name__}: {lines[0]}. Check that `model.eval()(...)` runs on "
         "one sample on the CPU, and that `forward` uses torch operations only."
     )

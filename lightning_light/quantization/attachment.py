@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
-from lightning_light.int8 import Kernels, RoundsNumbers
-from lightning_light.quantization.kernels import tensors_to_float
+from lightning_light.int8 import Int8Form, PairRules, RoundsNumbers
+from lightning_light.quantization.biases import WholeBiases
+from lightning_light.quantization.forms import in_pairs, on_kernels
 from lightning_light.quantization.learning import learned_activation
-from lightning_light.quantization.lowering import Lowering
-from lightning_light.quantization.news import warnings_of_the_caller, without_news
+from lightning_light.quantization.lowered import Lowered
+from lightning_light.quantization.news import warnings_of_the_caller
 from lightning_light.quantization.observers import MinMax, MovingAverage
 from lightning_light.quantization.operations import BATCH_NORM, HEAVY, kind_of, name_of
 from lightning_light.quantization.parameters import first_step, learned_scale, names_of
@@ -34,7 +34,7 @@ from lightning_light.quantization.rules import WeightRule
 
 __all__ = ["Attachment", "attach"]
 
-Form = Literal["plain", "rounded", "kernels"]
+Form = Literal["plain", "rounded"]
 
 
 class Attachment(Frames, RoundsNumbers):
@@ -44,7 +44,8 @@ class Attachment(Frames, RoundsNumbers):
         plan: what is rounded.
         engine: whose kernels will run it.
         learned: what is learned of the grids, as `learned_scale` names it.
-        form: ``plain`` numbers, ``rounded`` ones, or int8 ``kernels``.
+        form: ``plain`` numbers, or ``rounded`` ones.
+        lowered: computes instead, while the network is exported.
         observing: whether ranges of the numbers are noted, for `observed`.
         batch_norm_frozen: whether folded batch norms use, and keep, the statistics that they have.
         at_least: bits that no grid has fewer of, for now.
@@ -61,6 +62,7 @@ class Attachment(Frames, RoundsNumbers):
         self.form: Form = "plain"
         self.observing = False
         self.batch_norm_frozen = False
+        self.lowered: Lowered | None = None
         self.at_least = 0
         self.ranges = torch.empty(0, 2)
         self.grids = list(plan.grids)
@@ -69,8 +71,7 @@ class Attachment(Frames, RoundsNumbers):
         self._weights = dict(plan.weights)
         self._seen: dict[int, Tensor] = {}
         self._folded = frozenset(group.batch_norm for group in plan.groups.values())
-        self._lowering: Lowering | None = None
-        self._output_scales: list[float | None] = []
+        self._biases = WholeBiases(plan, engine)
         self._open: list[Any] = []
 
     def use(self, ranges: Tensor, at_least: int = 0) -> None:
@@ -120,52 +121,42 @@ class Attachment(Frames, RoundsNumbers):
 
     @override
     def finish(self, output: Any) -> Any:
-        if self.form != "kernels":
-            return None
-        if self._lowering is not None and self._lowering.trying:
-            found = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-            self._output_scales = [leaf.q_scale() if leaf.is_quantized else None for leaf in found]
-        return tensors_to_float(output)
+        return None if self.lowered is None or self.lowered.collecting else self.lowered.finish(output)
+
+    # What an exporter asks.
+
+    @property
+    @override
+    def is_rounding(self) -> bool:
+        return self.form == "rounded"
 
     @override
-    @contextmanager
-    def on_kernels(self, call: Callable[[], Any]) -> Iterator[Kernels]:
-        form, engine = self.form, torch.backends.quantized.engine
-        if form != "rounded":
-            yield Kernels("none")
-            return
-        lowering = Lowering(self)
-        try:
-            torch.backends.quantized.engine = self.engine
-            self._lowering = lowering
-            with torch.no_grad(), without_news():
-                call()  # collects
-                lowering.build()
-                self.form = "kernels"
-                call()  # tries
-            lowering.trying = False
-            layers = {key: layer for key, layer in lowering.layers.items() if key not in lowering.refused}
-            packed = [layer.packed for layer in layers.values()]
-            with without_news():
-                yield Kernels(self.engine, packed, self._output_scales, len(layers), lowering.left_float())
-        finally:
-            self.form, self._lowering, torch.backends.quantized.engine = form, None, engine
+    def on_kernels(self, call: Callable[[], Any], engine: str) -> AbstractContextManager[Int8Form]:
+        return on_kernels(self, call, engine)
+
+    @override
+    def in_pairs(self, call: Callable[[], Any], rules: PairRules) -> AbstractContextManager[Int8Form]:
+        return in_pairs(self, call, rules)
 
     # What the mode asks at every operation.
 
     def run(self, key: str, name: str, function: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        """One operation: rounded, or on a kernel."""
-        if self._lowering is not None and self.form == "kernels":
-            return self._lowering.run(key, name, function, args, kwargs)
-        if self._lowering is not None:
-            self._lowering.collect(key, name, args, kwargs)
+        """One operation: rounded, or as a runtime computes it."""
+        if self.lowered is not None and not self.lowered.collecting:
+            return self.lowered.run(key, name, function, args, kwargs)
+        if self.lowered is not None:
+            self.lowered.collect(key, name, args, kwargs)
+        evaluated = self.form == "rounded" and not torch.is_grad_enabled()
+        if evaluated and (reads := self.plan.reads.get(key)) is not None:
+            self._biases.note(key, name, args, kwargs, *self.weight(key), self.scales[reads])
         self.before(key, kind_of(name), args, kwargs)
         grid = self.plan.outputs.get(key)
-        if grid is None:
-            return function(*args, **kwargs)
-        if self._is_done_by_rounding(grid, name, args, kwargs):
+        if grid is not None and self._is_done_by_rounding(grid, name, args, kwargs):
             return self._activation(grid, args[0])
-        return self._activation(grid, function(*args, **kwargs))
+        result = function(*args, **kwargs)
+        if evaluated:
+            result = self._biases.add(key, name, args, kwargs, result)
+        return result if grid is None else self._activation(grid, result)
 
     def _is_done_by_rounding(self, place: int, name: str, args: list[Any], kwargs: dict[str, Any]) -> bool:
         """Whether this is a ReLU: a grid from zero on cuts off what is below zero itself."""
@@ -173,7 +164,7 @@ class Attachment(Frames, RoundsNumbers):
             return False
         grid, known = self.grids[place], self.scales[place] is not None
         counts_zeros = self.observing and not isinstance(grid.observer, MovingAverage | MinMax)
-        return known and grid.positive and not counts_zeros and self._lowering is None and not is_traced()
+        return known and grid.positive and not counts_zeros and self.lowered is None and not is_traced()
 
     def before(self, key: str, kind: str, args: list[Any], kwargs: dict[str, Any]) -> None:
         """Round a weight, and inputs of the network; tell a batch norm which statistics to use."""

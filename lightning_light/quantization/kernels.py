@@ -9,9 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_light.quantization.learning import SMALLEST
-from lightning_light.quantization.rounding import integers
-from lightning_light.quantization.rules import WeightRule
+from lightning_light.quantization.weights import Weight
 
 __all__ = ["Layer", "add_fits", "join", "quantize", "tensors_to_float"]
 
@@ -37,39 +35,29 @@ class Layer:
         return self.run(x, self.packed, *self.scale)
 
     @classmethod
-    def of(
-        cls, name: str, args: Mapping[str, Any], batch_norm: Mapping[str, Any] | None, *, relu: bool, scale: Scale,
-        rule: WeightRule, step: Tensor | None,
-    ) -> Layer:  # fmt: skip
-        """Fold, quantize and pack.
+    def of(cls, name: str, weight: Weight, args: Mapping[str, Any], *, relu: bool, scale: Scale) -> Layer:
+        """Pack the weight.
 
         Args:
             name: of the operation: ``conv2d``.
-            args: its arguments by name.
-            batch_norm: those of the batch norm that follows, or None.
+            weight: with the batch norm folded.
+            args: the arguments of the operation by name.
             relu: whether one follows; it costs nothing, since nothing below zero is on the grid then.
             scale: of the output.
-            rule: how the weight is rounded.
-            step: its scale, if that is learned.
 
         Raises:
             RuntimeError: the engine has no such kernel.
             NotImplementedError: likewise.
         """
-        weight, bias = args["weight"], args.get("bias")
-        bias = None if bias is None else bias.detach().float()
-        q, weight_scale = integers(weight, rule, step)
-        if batch_norm is not None:
-            gain, bias = _folded(bias, batch_norm)
-            q, weight_scale = q * _columns(gain.sign(), q), (weight_scale.double() * gain.abs()).float()
-        packed_weight, ops = _packed(q, weight_scale), torch.ops.quantized
+        packed_weight, ops = _quantized(weight), torch.ops.quantized
         suffix = "_relu" if relu else ""
         if name == "linear":
-            return cls(getattr(ops, f"linear{suffix}"), ops.linear_prepack(packed_weight, bias), scale)
-        dims = weight.dim() - 2
+            return cls(getattr(ops, f"linear{suffix}"), ops.linear_prepack(packed_weight, weight.bias), scale)
+        dims = weight.integers.dim() - 2
         geometry = [_listed(args.get(key, usual), dims) for key, usual in _GEOMETRY[name.startswith("conv_t")]]
         pack = getattr(ops, f"{name}_prepack")
-        return cls(getattr(ops, name + suffix), pack(packed_weight, bias, *geometry, args.get("groups", 1)), scale)
+        packed = pack(packed_weight, weight.bias, *geometry, args.get("groups", 1))
+        return cls(getattr(ops, name + suffix), packed, scale)
 
 
 _GEOMETRY: dict[bool, list[tuple[str, int]]] = {
@@ -85,26 +73,11 @@ def _listed(value: Any, dims: int) -> list[int]:
     return [int(item) for item in (listed * dims if len(listed) == 1 else listed)]
 
 
-def _folded(bias: Tensor | None, norm: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """``g = gamma / sqrt(var + eps)``, by which the weight is multiplied, and ``beta + (bias - mean) * g``."""
-    gain = (norm["running_var"].double() + norm.get("eps", 1e-5)).rsqrt()
-    if norm.get("weight") is not None:
-        gain = gain * norm["weight"].detach().double()
-    shift = -norm["running_mean"].double() if bias is None else bias.double() - norm["running_mean"].double()
-    beta = 0.0 if norm.get("bias") is None else norm["bias"].detach().double()
-    return gain, (beta + shift * gain).float()
-
-
-def _columns(gain: Tensor, weight: Tensor) -> Tensor:
-    return gain.to(weight.dtype).reshape(-1, *[1] * (weight.dim() - 1))
-
-
-def _packed(q: Tensor, scale: Tensor) -> Tensor:
-    whole = q.to(torch.int8)
-    if not scale.dim():
-        return torch._make_per_tensor_quantized_tensor(whole, float(scale), 0)
-    zeros = torch.zeros_like(scale, dtype=torch.int64)
-    return torch._make_per_channel_quantized_tensor(whole, scale.double().clamp_min(SMALLEST), zeros, 0)
+def _quantized(weight: Weight) -> Tensor:
+    if not weight.per_channel:
+        return torch._make_per_tensor_quantized_tensor(weight.integers, float(weight.scale), 0)
+    zeros = torch.zeros_like(weight.scale, dtype=torch.int64)
+    return torch._make_per_channel_quantized_tensor(weight.integers, weight.scale, zeros, 0)
 
 
 def quantize(x: Tensor, scale: Scale) -> Tensor:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-__all__ = ["ADDING", "BATCH_NORM", "HEAVY", "kind_of", "name_of"]
+import torch.nn.functional as F
+
+__all__ = ["ADDING", "BATCH_NORM", "HEAVY", "KEEPS_GRID", "arguments", "kind_of", "name_of"]
 
 HEAVY: Final = frozenset({"conv", "transposed", "linear"})
 """Kinds with a weight: what quantization is about."""
 
 ADDING: Final = frozenset({"add", "mul"})
 BATCH_NORM: Final = "batch_norm"
+KEEPS_GRID: Final = frozenset({"move", "pool"})
+"""Kinds whose result is on the grid of what they are given."""
 
 _NAMES = {
     "conv": "conv1d conv2d conv3d",
@@ -42,3 +48,20 @@ def name_of(function: Any) -> str:
 def kind_of(name: str) -> str:
     """The kind of an operation; ``float`` for those that stay as they are."""
     return _KINDS.get(name, "float")
+
+
+def arguments(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a layer or batch norm by name."""
+    return {**dict(zip(_parameters(name), args, strict=False)), **kwargs}
+
+
+_CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+
+
+def _parameters(name: str) -> tuple[str, ...]:
+    if name.startswith("conv"):
+        return _TRANSPOSED if "transpose" in name else _CONVOLUTION
+    return (
+        tuple(inspect.signature(getattr(F, name)).parameters) if name == "batch_norm" else ("input", "weight", "bias")
+    )

@@ -40,6 +40,7 @@ class Plan:
         outputs: operation -> grid that its result is rounded to.
         arguments: operation -> position of an argument -> grid; for inputs of the network, and of layers without a
             kernel.
+        reads: operation with a weight -> grid of the numbers that it reads.
         weights: operation -> how its weight is rounded.
         groups: operation -> what its kernel computes along with it.
         without_kernel: operations whose weight is rounded and that no int8 kernel computes, with the reason.
@@ -49,6 +50,7 @@ class Plan:
     grids: list[Grid] = field(default_factory=list)
     outputs: dict[str, int] = field(default_factory=dict)
     arguments: dict[str, dict[int, int]] = field(default_factory=dict)
+    reads: dict[str, int] = field(default_factory=dict)
     weights: dict[str, WeightRule] = field(default_factory=dict)
     groups: dict[str, Group] = field(default_factory=dict)
     without_kernel: dict[str, str] = field(default_factory=dict)
@@ -144,6 +146,7 @@ class _Planner:
             self._layer_without_kernel(operation, place, source, rule)
             return
         self._round_input(operation, place, source, rule.activation)
+        self.plan.reads[operation.key] = self._grid(_origin(source), rule.activation)
         self._round_group(operation, rule.activation)
 
     def _layer_without_kernel(self, operation: Operation, place: int, source: Operation, rule: LayerRule) -> None:

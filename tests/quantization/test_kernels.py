@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_light.errors import UnsupportedError
 from lightning_light.example_input import ExampleInput
-from lightning_light.export import MobileExport, TorchScriptInt8, TorchScriptLite, export_model
+from lightning_light.export import MobileExport, Tolerance, TorchScriptLite, export_model
 from lightning_light.quantization import Int8, MovingAverage, QuantizationAwareTraining, fake_quantized, quantize
 from lightning_light.quantization.lowering import Lowering
 from tests.contract.bodies import Body, module_class
@@ -24,13 +24,13 @@ ENGINES = [
 
 
 def exported(net: nn.Module, folder: Path, *args: Tensor, **options: Any) -> Any:
-    return export_model(net, args, folder / "net.ptl", exporter=TorchScriptInt8(), latency_runs=1, **options)
+    return export_model(net, args, folder / "net.ptl", latency_runs=1, **options)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", list(ZOO))
-@pytest.mark.filterwarnings("ignore:`TorchScriptInt8... on .*stay float")
-@pytest.mark.filterwarnings("ignore:`TorchScriptLite... on `ControlFlow.*Python values")
+@pytest.mark.filterwarnings("ignore:`TorchScriptLite.* on .*stay float")
+@pytest.mark.filterwarnings("ignore:`TorchScriptLite.* on `ControlFlow.*Python values")
 def test_every_net_of_the_zoo_as_a_file(name, engine, tmp_path) -> None:
     """Within three steps of the output's grid, and within eight for the exporter not to refuse."""
     torch.manual_seed(0)
@@ -39,7 +39,7 @@ def test_every_net_of_the_zoo_as_a_file(name, engine, tmp_path) -> None:
     attachment = calibrated(net, ExampleInput(args, kwargs), Int8(engine=engine))
     before = torch.backends.quantized.engine
     report = export_model(
-        net, args, tmp_path / "net.ptl", kwargs=kwargs, exporter=TorchScriptInt8(steps=3), latency_runs=1
+        net, args, tmp_path / "net.ptl", kwargs=kwargs, parity=Tolerance(steps=3), latency_runs=1
     )
     assert torch.backends.quantized.engine == before
     assert attachment.form == "rounded"
@@ -65,17 +65,15 @@ def test_the_defect_of_transposed_convolutions_on_x86_is_there_and_is_avoided(tm
     with torch.no_grad():
         right = net(*args)
         before = torch.backends.quantized.engine
-        attachment.engine = "qnnpack"
-        lowering = Lowering(attachment)  # which does not refuse it
+        lowering = Lowering(attachment, "qnnpack")  # which does not refuse it
         try:
             torch.backends.quantized.engine = "x86"
-            attachment._lowering = lowering
+            attachment.lowered = lowering
             net(*args)
             lowering.build()
-            attachment.form = "kernels"
             off = float((net(*args) - right).abs().max())
         finally:
-            torch.backends.quantized.engine = before
+            torch.backends.quantized.engine, attachment.lowered = before, None
     assert off > 10 * report.details["output_scales"][0]
 
 
@@ -133,14 +131,14 @@ def test_a_file_is_a_quarter_and_takes_any_batch(engine, tmp_path) -> None:
     calibrated(net, ExampleInput((images,)), Int8(engine=engine))
     small = exported(net, tmp_path, images)
     assert small.bytes < {"qnnpack": 0.29, "x86": 0.55}[engine] * plain.bytes  # x86 keeps the weights twice
-    run = TorchScriptInt8().load(tmp_path / "net.ptl")
+    run = TorchScriptLite().load(tmp_path / "net.ptl")
     assert torch.equal(torch.cat([run(images[:1]), run(images[1:])]), run(images))
 
 
 def test_a_trained_network_is_exported_when_the_fit_ends(tmp_path) -> None:
     stages: dict[str, Any] = {"start": 0.25, "observe_batches": 2, "freeze_observers": 0.75}
     module: Any = module_class(Body, DEFAULT_HOST)()
-    export = MobileExport(tmp_path / "net.ptl", exporter=TorchScriptInt8(), latency_runs=1)
+    export = MobileExport(tmp_path / "net.ptl", latency_runs=1)
     trainer(QuantizationAwareTraining(Int8(observer=MovingAverage(0.5)), **stages), export).fit(module)
     assert export.report is not None
     assert export.report.details["int8_layers"] == 5
@@ -148,27 +146,60 @@ def test_a_trained_network_is_exported_when_the_fit_ends(tmp_path) -> None:
     images = module.val_dataloader().batches[0][0]
     with fake_quantized(module.eval()):
         torch.testing.assert_close(
-            TorchScriptInt8().load(tmp_path / "net.ptl")(images), module(images), rtol=0.0, atol=0.1
+            TorchScriptLite().load(tmp_path / "net.ptl")(images), module(images), rtol=0.0, atol=0.1
         )
 
 
-def test_what_is_not_rounded_is_refused(tmp_path) -> None:
-    net = ZOO["plain"]().eval()
-    with pytest.raises(UnsupportedError, match=r"found 0 that round them.*`TorchScriptLite\(\)`"):
-        exported(net, tmp_path, noise(2, 3, 8, 8))
-    attachment = calibrated(net, ExampleInput((noise(2, 3, 8, 8),)))
+def test_plain_numbers_make_a_float_file_and_no_engine_fits_them(tmp_path) -> None:
+    net, images = ZOO["plain"]().eval(), noise(2, 3, 8, 8)
+    attachment = calibrated(net, ExampleInput((images,)))
     attachment.form = "plain"
-    with pytest.raises(UnsupportedError, match="its numbers are not rounded yet"):
-        exported(net, tmp_path, noise(2, 3, 8, 8))
-    with pytest.raises(ValueError, match="Usual is 8"):
-        TorchScriptInt8(steps=-1)
+    report = exported(net, tmp_path, images)
+    assert "int8_layers" not in report.details
+    assert not report.parity.steps
+    with pytest.raises(UnsupportedError, match=r"found plain numbers.*for a float file write `TorchScriptLite\(\)`"):
+        exported(net, tmp_path, images, exporter=TorchScriptLite("qnnpack"))
+    with pytest.raises(ValueError, match="or None for the recipe's"):
+        TorchScriptLite("arm")  # type: ignore[arg-type]
 
 
-def test_the_float_exporter_writes_the_rounding_itself(tmp_path) -> None:
-    net = ZOO["plain"]().eval()
-    calibrated(net, ExampleInput((noise(2, 3, 8, 8),)))
-    report = export_model(net, (noise(2, 3, 8, 8),), tmp_path / "net.ptl", exporter=TorchScriptLite(), latency_runs=1)
-    assert report.parity.max_absolute < 1e-4
+@pytest.mark.skipif(len(ENGINES) < 2, reason="this torch has the kernels of one engine")
+def test_an_engine_with_a_smaller_range_than_the_recipe_is_refused(tmp_path) -> None:
+    net, images = ZOO["plain"]().eval(), noise(2, 3, 8, 8)
+    attachment = calibrated(net, ExampleInput((images,)))
+    with pytest.raises(UnsupportedError, match=r"found \[-127, 127\], by the rules of 'qnnpack'.*Int8\(engine='x86'\)"):
+        exported(net, tmp_path, images, exporter=TorchScriptLite("x86"))
+    attachment.let_go()
+    calibrated(net, ExampleInput((images,)), Int8(engine="x86"))
+    assert exported(net, tmp_path, images, exporter=TorchScriptLite("qnnpack")).details["engine"] == "qnnpack"
+
+
+def test_rounded_twice_is_refused(tmp_path) -> None:
+    net, images = ZOO["plain"]().eval(), noise(2, 3, 8, 8)
+    calibrated(net, ExampleInput((images,)))
+    calibrated(net, ExampleInput((images,)))
+    with pytest.raises(UnsupportedError, match="found 2 callbacks or contexts"):
+        exported(net, tmp_path, images)
+
+
+def test_channels_of_zeros_do_not_let_their_bias_overflow(tmp_path) -> None:
+    """A bias counted in units of a scale of nothing is no 32-bit number."""
+    net, images = ZOO["plain"]().eval(), noise(2, 3, 8, 8)
+    with torch.no_grad():
+        net.conv1.weight[1] = 0.0  # type: ignore[union-attr, index, operator]
+        net.bn1.weight[2] = 0.0  # type: ignore[union-attr, index, operator]
+        net.bn1.bias.fill_(1.0)  # type: ignore[union-attr, operator]
+    calibrated(net, ExampleInput((images,)))
+    assert exported(net, tmp_path, images, parity=Tolerance(steps=2)).parity.steps["output"] <= 1.0
+
+
+def test_an_output_without_a_grid_is_compared_in_steps_of_its_range(tmp_path) -> None:
+    net, images = ZOO["plain"]().eval(), noise(2, 3, 8, 8)
+    calibrated(net, ExampleInput((images,)), Int8(keep_float=["fc"]))
+    with pytest.warns(UserWarning, match="stay float: {'fc'"):
+        report = exported(net, tmp_path, images)
+    assert report.details["output_scales"] == [0.0]
+    assert 0.0 <= report.parity.steps["output"] <= 8.0
 
 
 class TestQuantize:

@@ -1,0 +1,81 @@
+"""Biases are whole numbers in a kernel, and so they are where a rounded network is evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lightning_light.quantization.operations import arguments
+from lightning_light.quantization.plan import Plan
+from lightning_light.quantization.rounding import integers
+from lightning_light.quantization.rules import WeightRule
+from lightning_light.quantization.weights import filled, gain_and_shift
+
+__all__ = ["WholeBiases", "bias_error"]
+
+_FLOAT = "x86"  # the one engine that adds biases in float
+
+
+class WholeBiases:
+    """Adds what a kernel's bias is off: ``u * round(b / u) - b`` with ``u`` the scale of what is read times the weight's.
+
+    It is a small part of a step of the output's grid. But one in some thousand numbers lies so near to a half that it
+    falls on the other side, and layer by layer they become many: without this, files of ResNet-20 told other classes
+    than the module for 0.6 % of all images.
+
+    Args:
+        plan: of the network.
+        engine: whose rules.
+    """
+
+    def __init__(self, plan: Plan, engine: str) -> None:
+        self._plan, self._engine = plan, engine
+        self._off: dict[str, Tensor] = {}
+        self._folded: dict[str, tuple[float, Tensor, Tensor, Tensor | None]] = {}  # batch norm -> its layer
+
+    def note(
+        self, key: str, name: str, args: list[Any], kwargs: Mapping[str, Any], rule: WeightRule, step: Tensor | None,
+        scale: tuple[float, int] | None,
+    ) -> None:  # fmt: skip
+        """A layer is about to compute.
+
+        Args:
+            key: its name.
+            name: of the operation.
+            args: its arguments.
+            kwargs: likewise.
+            rule: how its weight is rounded.
+            step: the scale of its weight, if that is learned.
+            scale: of the numbers that it reads.
+        """
+        batch_norm = self._plan.groups[key].batch_norm
+        given = arguments(name, args, kwargs)
+        bias = given.get("bias")
+        if self._engine == _FLOAT or scale is None or (bias is None and batch_norm is None):
+            return
+        whole, steps = integers(given["weight"], rule, step)
+        if batch_norm is not None:
+            self._folded[batch_norm] = scale[0], whole, steps, bias
+        elif bias is not None:
+            self._off[key] = bias_error(bias.double(), scale[0] * filled(steps, whole))
+
+    def add(self, key: str, name: str, args: list[Any], kwargs: Mapping[str, Any], result: Tensor) -> Tensor:
+        """``result`` as the kernel would have it; itself if the operation has no bias."""
+        if key in self._folded:
+            scale, whole, steps, bias = self._folded.pop(key)
+            gain, shift = gain_and_shift(arguments(name, args, kwargs), bias)
+            kept = whole * (gain != 0.0).reshape(-1, *[1] * (whole.dim() - 1))
+            off = bias_error(shift.double(), scale * filled(steps.double() * gain.abs(), kept))
+        elif key in self._off:
+            off = self._off.pop(key)
+        else:
+            return result
+        channels = off.to(result.dtype)
+        return result + (channels if name == "linear" else channels.reshape(-1, *[1] * (result.dim() - 2)))
+
+
+def bias_error(bias: Tensor, unit: Tensor) -> Tensor:
+    """``unit * round(bias / unit) - bias``."""
+    return (bias / unit).round() * unit - bias

@@ -1,0 +1,65 @@
+"""The forms of a rounded network that are exported, for as long as an exporter needs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lightning_light.errors import UnsupportedError
+from lightning_light.int8 import Int8Form, PairRules
+from lightning_light.quantization.lowered import Lowered
+from lightning_light.quantization.lowering import Lowering
+from lightning_light.quantization.news import without_news
+from lightning_light.quantization.pairs import Pairs, check_pairs
+
+if TYPE_CHECKING:
+    from lightning_light.quantization.attachment import Attachment
+
+__all__ = ["in_pairs", "on_kernels"]
+
+_LIMITS = {"qnnpack": 127, "x86": 63}  # of eight bits: without VNNI two products have to fit into 16 bits on x86
+
+
+@contextmanager
+def on_kernels(attachment: Attachment, call: Callable[[], Any], engine: str) -> Iterator[Int8Form]:
+    """As `RoundsNumbers.on_kernels`."""
+    widest = max((rule.high for rule in attachment.plan.weights.values() if rule.bits == 8), default=0)
+    if widest > _LIMITS[engine]:
+        raise UnsupportedError(
+            f"`TorchScriptLite(engine={engine!r})`: expected weights that were rounded to [-{_LIMITS[engine]}, "
+            f"{_LIMITS[engine]}], found [-{widest}, {widest}], by the rules of {attachment.engine!r}: sums would "
+            f"overflow. Train with `Int8(engine={engine!r})`, or write `TorchScriptLite(engine='qnnpack')`."
+        )
+    before = torch.backends.quantized.engine
+    try:
+        torch.backends.quantized.engine = engine
+        with _lowered(attachment, call, Lowering(attachment, engine)) as form:
+            yield form
+    finally:
+        torch.backends.quantized.engine = before
+
+
+@contextmanager
+def in_pairs(attachment: Attachment, call: Callable[[], Any], rules: PairRules) -> Iterator[Int8Form]:
+    """As `RoundsNumbers.in_pairs`."""
+    check_pairs()
+    with _lowered(attachment, call, Pairs(attachment, rules)) as form:
+        yield form
+
+
+@contextmanager
+def _lowered(attachment: Attachment, call: Callable[[], Any], lowered: Lowered) -> Iterator[Int8Form]:
+    try:
+        attachment.lowered = lowered
+        with torch.no_grad(), without_news():
+            call()  # collects
+            lowered.build()
+            call()  # tries
+        lowered.trying = False
+        with without_news():
+            yield lowered.described()
+    finally:
+        attachment.lowered = None

@@ -1,0 +1,127 @@
+"""One graph of quantize and dequantize operations: ONNX Runtime and ExecuTorch answer as the rounded module."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lightning_light.errors import TraceError
+from lightning_light.example_input import ExampleInput
+from lightning_light.export import ONNX, ExecuTorch, Exporter, Tolerance, export_model
+from lightning_light.int8 import PairRules
+from lightning_light.quantization import Int8, IntN, Recipe
+from tests.quantization.test_plan import calibrated
+from tests.zoo import ZOO, noise
+
+FAST = {"plain"}
+ONE_ONLY = {"chunk", "gru", "lstm"}  # ExecuTorch builds the batch size in, as in float
+
+
+def zoo(*left_out: str) -> list[Any]:
+    names = sorted(ZOO.keys() - {"control_flow", *left_out})
+    return [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in names]
+
+
+def exported(name: str, exporter: Exporter, folder: Path, **options: Any) -> Any:
+    torch.manual_seed(0)
+    net = ZOO[name]().eval()
+    args, kwargs = net.example
+    attachment = calibrated(net, ExampleInput(args, kwargs))
+    report = export_model(
+        net, args, folder / f"net{exporter.suffix}", kwargs=kwargs, exporter=exporter, parity=Tolerance(steps=3),
+        latency_runs=1, **options,
+    )  # fmt: skip
+    assert attachment.lowered is None
+    assert attachment.form == "rounded"
+    assert report.details["int8_layers"] == len(attachment.plan.weights)
+    assert report.details["left_float"] == {}
+    return report
+
+
+@pytest.mark.parametrize("name", list(ZOO))
+def test_the_graph_is_the_rounded_module(name) -> None:
+    """Exactly, but where a batch norm is folded: there within a step."""
+    torch.manual_seed(0)
+    net = ZOO[name]().eval()
+    args, kwargs = net.example
+    attachment = calibrated(net, ExampleInput(args, kwargs))
+    with torch.no_grad():
+        expected = [leaf for leaf in tree_leaves(net(*args, **kwargs)) if isinstance(leaf, Tensor)]
+        with attachment.in_pairs(lambda: net(*args, **kwargs), PairRules(signed=True)) as form:
+            found = [leaf for leaf in tree_leaves(net(*args, **kwargs)) if isinstance(leaf, Tensor)]
+        again = [leaf for leaf in tree_leaves(net(*args, **kwargs)) if isinstance(leaf, Tensor)]
+    scales = [float(scale) for scale in tree_leaves(form.scales) if isinstance(scale, Tensor)]
+    folds = any(group.batch_norm for group in attachment.plan.groups.values())
+    for right, asked, scale in zip(expected, found, scales, strict=True):
+        assert float((right - asked).abs().max()) <= (1.01 * (scale or 0.01) if folds else 1e-6)
+    assert all(map(torch.equal, expected, again))
+
+
+@pytest.mark.parametrize("name", zoo())
+def test_onnx(name, tmp_path) -> None:
+    operators = exported(name, ONNX(), tmp_path).details["operators"]
+    assert {"QuantizeLinear", "DequantizeLinear"} <= set(operators)
+
+
+@pytest.mark.parametrize("name", zoo())
+def test_executorch(name, tmp_path) -> None:
+    report = exported(name, ExecuTorch(), tmp_path, batch="one" if name in ONE_ONLY else "any")
+    assert report.details["delegates"]
+
+
+def test_weights_are_bytes_in_the_file(tmp_path) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 128, 3), nn.ReLU(), nn.Conv2d(128, 32, 3)).eval()
+    images = noise(2, 3, 8, 8)
+    plain = export_model(net, (images,), tmp_path / "net.onnx", exporter=ONNX(), latency_runs=1)
+    calibrated(net, ExampleInput((images,)))
+    small = export_model(net, (images,), tmp_path / "net.onnx", exporter=ONNX(), latency_runs=1)
+    assert small.bytes < 0.3 * plain.bytes
+    assert b"test_pairs" not in (tmp_path / "net.onnx").read_bytes()  # no path of the user's code
+
+
+@pytest.mark.parametrize("exporter", [ONNX(), ExecuTorch()], ids=str)
+def test_a_branch_on_values_is_refused_by_name(exporter, tmp_path) -> None:
+    net = ZOO["control_flow"]().eval()
+    calibrated(net, ExampleInput(*net.example))
+    with pytest.raises(TraceError, match=r"on `ControlFlow`: .*a branch, a loop or a size that does"):
+        export_model(net, net.example[0], tmp_path / f"m{exporter.suffix}", exporter=exporter, latency_runs=1)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "reason"),
+    [
+        (Int8(keep_float=["fc"]), "keep_float"),
+        (IntN(weights=4, activations=4), "no runtime has a kernel that reads numbers of 4 bits"),
+        (IntN(weights=8, activations=None), "only its weight is rounded"),
+    ],
+    ids=str,
+)
+def test_what_a_runtime_lacks_stays_float_and_is_listed(recipe: Recipe, reason, tmp_path) -> None:
+    net, images = ZOO["plain"]().eval(), noise(2, 3, 8, 8)
+    calibrated(net, ExampleInput((images,)), recipe)
+    with pytest.warns(UserWarning, match=r"`ONNX\(.*stay float: .*" + reason):
+        report = export_model(net, (images,), tmp_path / "net.onnx", exporter=ONNX(), latency_runs=1)
+    assert reason in report.details["left_float"]["fc"]
+
+
+def test_an_operation_that_writes_into_its_input_is_followed() -> None:
+    """What was known of the tensor before holds no longer."""
+
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = nn.functional.hardswish(self.first(x), inplace=True)
+            return self.second(x.mul_(2.0))
+
+    net, images = Writes().eval(), noise(2, 3, 8, 8)
+    attachment = calibrated(net, ExampleInput((images,)))
+    with torch.no_grad():
+        right = net(images)
+        with attachment.in_pairs(lambda: net(images), PairRules(signed=False)):
+            torch.testing.assert_close(net(images), right)
