@@ -24,7 +24,7 @@ from lightning_light.int8 import PairRules
 
 __all__ = ["ExecuTorch"]
 
-_TORCH = {"1.4": "2.13"}  # release of ExecuTorch -> release of torch that it is built with
+_PAIRS = (("1.4", "2.13"), ("1.5", "2.15"))  # releases of ExecuTorch, and of torch that they are built with
 _INT8 = PairRules(signed=True, join_on_one_grid=True, sums=(2.0**-10, 2.0**8))
 _DELEGATE = "executorch_call_delegate"
 
@@ -65,7 +65,7 @@ class ExecuTorch(Exporter):
     @override
     def check(self) -> None:
         need(str(self), "executorch", "executorch.exir", "executorch.extension.pybindings.portable_lib")
-        check_pair(str(self), "executorch", version_of("executorch"), torch.__version__, _TORCH)
+        check_pair(str(self), "executorch", version_of("executorch"), torch.__version__, _PAIRS)
 
     @override
     def runtime(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import warnings
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 from lightning_light.errors import UnsupportedError
 
@@ -42,7 +42,7 @@ def version_of(package: str) -> str:
     return importlib.metadata.version(package)
 
 
-def check_pair(call: str, package: str, version: str, torch: str, pairs: Mapping[str, str]) -> None:
+def check_pair(call: str, package: str, version: str, torch: str, pairs: Sequence[tuple[str, str]]) -> None:
     """Refuse a release of ``package`` that was not made for this torch.
 
     Args:
@@ -50,25 +50,31 @@ def check_pair(call: str, package: str, version: str, torch: str, pairs: Mapping
         package: name of the package.
         version: its version.
         torch: torch's version.
-        pairs: release of the package -> release of torch, each as ``major.minor``.
+        pairs: releases of the package and of torch that go together, each as ``major.minor``; the oldest first.
 
     Raises:
         UnsupportedError: names both versions, and a pair that works.
 
     Example:
-        >>> check_pair("ExecuTorch()", "executorch", "1.4.1", "2.13.0+cpu", {"1.4": "2.13"})
-        >>> check_pair("ExecuTorch()", "executorch", "1.5.0", "2.13.0", {"1.4": "2.13"})
+        >>> check_pair("ExecuTorch()", "executorch", "1.4.1", "2.13.0+cpu", [("1.4", "2.13")])
+        >>> check_pair("ExecuTorch()", "executorch", "1.5.0", "2.13.0", [("1.4", "2.13"), ("1.5", "2.15")])
         Traceback (most recent call last):
         lightning_light.errors.UnsupportedError: `ExecuTorch()`: expected executorch and torch of one pair (1.4 with
-        2.13), found 1.5.0 with 2.13.0. Install `executorch==1.4.*` and `torch==2.13.*`.
+        2.13, 1.5 with 2.15), found 1.5.0 with 2.13.0. Install `executorch==1.4.*`, which goes with this torch.
     """
-    if pairs.get(_release(version)) != _release(torch):
-        known = ", ".join(f"{release} with {partner}" for release, partner in pairs.items())
-        release, partner = next(iter(pairs.items()))
-        raise UnsupportedError(
-            f"`{call}`: expected {package} and torch of one pair ({known}), found {version} with {torch}. "
-            f"Install `{package}=={release}.*` and `torch=={partner}.*`."
-        )
+    if (_release(version), _release(torch)) in pairs:
+        return
+    known = ", ".join(f"{release} with {partner}" for release, partner in pairs)
+    fitting = [release for release, partner in pairs if partner == _release(torch)]
+    newest, newest_torch = pairs[-1]
+    cure = (
+        f"Install `{package}=={fitting[-1]}.*`, which goes with this torch."
+        if fitting
+        else f"Install `{package}=={newest}.*` and `torch=={newest_torch}.*`."
+    )
+    raise UnsupportedError(
+        f"`{call}`: expected {package} and torch of one pair ({known}), found {version} with {torch}. {cure}"
+    )
 
 
 def _release(version: str) -> str:

@@ -23,7 +23,7 @@ from lightning_light.int8 import PairRules
 
 __all__ = ["ONNX"]
 
-_TORCH = {"0.7": "2.13"}  # release of onnxscript -> release of torch: what the tests have passed on
+_PAIRS = (("0.7", "2.13"), ("0.7", "2.15"))  # releases of onnxscript and torch that the tests have passed on
 _INT8 = PairRules(signed=False)
 _OPSETS = range(18, 24)
 _NUMPY_LACKS = frozenset({torch.bfloat16})
@@ -59,7 +59,7 @@ class ONNX(Exporter):
     @override
     def check(self) -> None:
         need(str(self), "onnx", "onnx", "onnxscript", "onnxruntime")
-        check_pair(str(self), "onnxscript", version_of("onnxscript"), torch.__version__, _TORCH)
+        check_pair(str(self), "onnxscript", version_of("onnxscript"), torch.__version__, _PAIRS)
 
     @override
     def runtime(self) -> str:

@@ -72,7 +72,7 @@ class TorchScriptLite(Exporter):
         if not (saves and runs and hasattr(torch.jit, "freeze")):
             raise UnsupportedError(
                 f"`{self}` with torch {torch.__version__}: expected a release that writes files for the "
-                "lite interpreter (up to 2.13), found one that has dropped it. Install `torch<2.14`, or use an "
+                "lite interpreter (up to 2.15), found one that has dropped it. Install `torch<2.16`, or use an "
                 "exporter for its successor, ExecuTorch."
             )
 
@@ -171,8 +171,8 @@ def _runtime() -> Any:
 def quiet_deprecations() -> Iterator[None]:
     """Silence torch's news that TorchScript is deprecated, and nothing else: whoever exports to it knows."""
     with warnings.catch_warnings():
-        for message in _DEPRECATIONS:
-            warnings.filterwarnings("ignore", message=message, category=DeprecationWarning)
+        for message in _DEPRECATIONS:  # a DeprecationWarning in some releases, a FutureWarning in others
+            warnings.filterwarnings("ignore", message=message)
         yield
 
 

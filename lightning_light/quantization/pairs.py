@@ -169,6 +169,6 @@ def check_pairs() -> None:
     except ImportError as error:
         raise UnsupportedError(
             f"int8 with torch {torch.__version__}: expected the operations `quantized_decomposed` ({_OPERATIONS}), found "
-            f"that this release has dropped them ({error}). Install `torch<2.14`, or write a float file: export outside "
+            f"that this release has dropped them ({error}). Install `torch<2.16`, or write a float file: export outside "
             "of `fake_quantized`."
         ) from error

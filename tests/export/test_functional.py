@@ -369,7 +369,7 @@ def test_tolerance_is_not_negative() -> None:
 
 def test_a_torch_without_the_lite_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delattr(torch.jit.RecursiveScriptModule, "_save_for_lite_interpreter")
-    with pytest.raises(LightningLightError, match=r"found one that has dropped it. Install `torch<2.14`.*ExecuTorch"):
+    with pytest.raises(LightningLightError, match=r"found one that has dropped it. Install `torch<2.16`.*ExecuTorch"):
         export_model(nn.Linear(3, 2), (noise(2, 3),), tmp_path / "m.ptl", **QUICK)
 
 

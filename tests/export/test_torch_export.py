@@ -225,7 +225,7 @@ def test_fixed_batch(tmp_path: Path) -> None:
 
 def test_a_release_for_another_torch_is_refused() -> None:
     with pytest.raises(UnsupportedError, match=r"found 1.5.1 with 2.13.0. Install `executorch==1.4.\*`"):
-        check_pair("ExecuTorch()", "executorch", "1.5.1", "2.13.0", {"1.4": "2.13"})
+        check_pair("ExecuTorch()", "executorch", "1.5.1", "2.13.0", [("1.4", "2.13"), ("1.5", "2.15")])
 
 
 HIDDEN = """
