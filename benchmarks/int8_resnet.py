@@ -1,9 +1,10 @@
-"""A CIFAR-10 ResNet in int8, after training and with training: top-1 of the module and of the file, size, latency.
+"""A CIFAR-10 ResNet in int8, after training and with training: top-1 of the module and of each runtime's file, size.
 
-    python benchmarks/int8_resnet.py --data cifar10.npz --weights resnet20_cifar10.pt --engine qnnpack --epochs 1
+    python benchmarks/int8_resnet.py --data cifar10.npz --weights resnet20_cifar10.pt --epochs 1
 
-``--data`` and ``--weights`` as in ``cifar_resnet.py``. Everything is measured on the whole test set; the file is run by
-the lite interpreter with the kernels of its engine.
+``--data`` and ``--weights`` as in ``cifar_resnet.py``. Everything is measured on the whole test set; each file is run by
+its own runtime. One quantized module makes the files of qnnpack, ExecuTorch and ONNX Runtime; ``--engine x86`` makes
+that of x86, whose weights are rounded to a smaller range.
 """
 
 import argparse
@@ -20,28 +21,35 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_light as ll
 from lightning_light.example_input import ExampleInput
 
-
-@torch.no_grad()
-def answers(run: object, data: TensorDataset) -> torch.Tensor:
-    """Classes that are told for the test set."""
-    return torch.cat([run(x).argmax(1) for x, _ in DataLoader(data, 500)])
+RUNTIMES: dict[str, ll.Exporter] = {
+    "lite": ll.TorchScriptLite(), "ExecuTorch": ll.ExecuTorch(max_batch=100), "ONNX": ll.ONNX()
+}  # fmt: skip
 
 
-def export(net: nn.Module, path: str, exporter: ll.Exporter, data: TensorDataset) -> ll.export.ExportReport:
-    batches = [ExampleInput((x,)) for x in data.tensors[0][:256].split(64)]  # top-1 is of all
-    return ll.export_model(net, (EXAMPLE,), path, exporter=exporter, batches=batches)
+def export(net: nn.Module, exporter: ll.Exporter, data: TensorDataset) -> ll.export.ExportReport:
+    images, labels = data.tensors
+    validation = [(ExampleInput((x,)), y) for x, y in zip(images.split(100), labels.split(100), strict=True)]
+    with tempfile.TemporaryDirectory() as folder:
+        return ll.export_model(
+            net, (EXAMPLE,), f"{folder}/net{exporter.suffix}", exporter=exporter, validation=validation,
+            batches=[call for call, _ in validation[:3]],
+        )  # fmt: skip
 
 
-def row(name: str, net: nn.Module, data: TensorDataset, report: ll.export.ExportReport, run: object) -> None:
-    labels = data.tensors[1]
-    module, file = answers(net, data), answers(run, data)
-    print(
-        f"{name:18} top-1 module {(module == labels).float().mean():.2%} file {(file == labels).float().mean():.2%}",
-        f"agree {(module == file).float().mean():.2%}  {report.bytes / 1e3:.0f} kB",
-        f"{report.latency.median * 1e3:.3f} ms",
-        f"off by {report.parity.max_absolute:.4f}, scale {report.details.get('output_scales')}",
-        flush=True,
-    )
+def rows(name: str, net: nn.Module, data: TensorDataset, runtimes: list[str], plain: dict[str, int]) -> None:
+    """One line for every file."""
+    for runtime in runtimes:
+        report = export(net, RUNTIMES[runtime], data)
+        if report.top1 is None or report.top1.model is None or report.top1.file is None:
+            plain[runtime] = report.bytes
+            print(f"{name:15} {runtime:10} {report.bytes / 1e3:.0f} kB {report.latency.median * 1e3:.3f} ms", flush=True)
+            continue
+        print(
+            f"{name:15} {runtime:10} top-1 module {report.top1.model:.2%} file {report.top1.file:.2%}",
+            f"agree {report.top1.agreement:.2%}  {report.bytes / 1e3:.0f} kB ({report.bytes / plain[runtime]:.2f})",
+            f"{report.latency.median * 1e3:.3f} ms  off by {report.parity.steps} steps",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -50,6 +58,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--depth", type=int, default=20)
     parser.add_argument("--engine", default="qnnpack", choices=("qnnpack", "x86"))
+    parser.add_argument("--runtimes", nargs="*", default=list(RUNTIMES), choices=list(RUNTIMES))
     parser.add_argument("--epochs", type=int, default=0, help="of quantization-aware training")
     parser.add_argument("--steps", type=int, default=-1, help="of it, at most")
     parser.add_argument("--lr", type=float, default=0.001)
@@ -57,32 +66,27 @@ def main() -> None:
     args = parser.parse_args()
 
     L.seed_everything(args.seed, verbose=False)
+    torch.set_num_threads(1)
     data, recipe = read(args.data), ll.Int8(engine=args.engine)
     net = cifar_resnet(args.depth)
     net.load_state_dict(torch.load(args.weights, weights_only=True))
     net.eval()
-    with tempfile.TemporaryDirectory() as folder:
-        path = f"{folder}/net.ptl"
-        exporter = ll.TorchScriptLite()
-        report = export(net, path, exporter, data["test"])
-        row("float", net, data["test"], report, exporter.load(Path(path)))
-        exporter = ll.TorchScriptInt8()
-        calibration = [x for x, _ in DataLoader(TensorDataset(*data["train"][:512]), 128)]
-        with ll.fake_quantized(ll.quantize(net, calibration, recipe)):
-            report = export(net, path, exporter, data["test"])
-            row("after training", net, data["test"], report, exporter.load(Path(path)))
-        if args.epochs:
-            module = Classifier(net, args.lr)
-            qat = ll.QuantizationAwareTraining(recipe)
-            trainer = L.Trainer(
-                max_epochs=args.epochs, max_steps=args.steps, callbacks=[qat], logger=False,
-                enable_checkpointing=False, accelerator="cpu",
-            )  # fmt: skip
-            trainer.fit(module, DataLoader(data["train"], 128, shuffle=True, drop_last=True))
-            module.eval()
-            with ll.fake_quantized(module):
-                report = export(module, path, exporter, data["test"])
-                row("with training", module, data["test"], report, exporter.load(Path(path)))
+    plain: dict[str, int] = {}
+    rows("float", net, data["test"], args.runtimes, plain)
+    calibration = [x for x, _ in DataLoader(TensorDataset(*data["train"][:512]), 128)]
+    with ll.fake_quantized(ll.quantize(net, calibration, recipe)):
+        rows("after training", net, data["test"], args.runtimes, plain)
+    if args.epochs:
+        module = Classifier(net, args.lr)
+        qat = ll.QuantizationAwareTraining(recipe)
+        trainer = L.Trainer(
+            max_epochs=args.epochs, max_steps=args.steps, callbacks=[qat], logger=False,
+            enable_checkpointing=False, accelerator="cpu",
+        )  # fmt: skip
+        trainer.fit(module, DataLoader(data["train"], 128, shuffle=True, drop_last=True))
+        module.eval()
+        with ll.fake_quantized(module):
+            rows("with training", module, data["test"], args.runtimes, plain)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ _NAMES = {
     # What goes in comes out, elsewhere: no rounding is needed.
     "move": "flatten view reshape permute transpose squeeze unsqueeze max_pool1d max_pool2d adaptive_max_pool2d "
     "contiguous chunk split __getitem__ unflatten dropout dropout1d dropout2d dropout_ expand movedim narrow select "
-    "to float type detach clone",
+    "to float type detach clone pad",
     "curve": "sigmoid hardsigmoid tanh hardswish hardswish_ leaky_relu leaky_relu_",
 }
 _KINDS = {name: kind for kind, names in _NAMES.items() for name in names.split()}

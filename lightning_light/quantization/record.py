@@ -120,6 +120,8 @@ def _kind(name: str, args: Any, kwargs: Any, made: list[Tensor], inputs: list[tu
         return "float"  # the weight is computed from the data
     if name == "mean" and not _is_over_space(args, kwargs):
         return "float"
+    if name == "pad" and not _is_with_zeros(args, kwargs):
+        return "float"
     return kind
 
 
@@ -127,6 +129,12 @@ def _is_over_space(args: Any, kwargs: Mapping[str, Any]) -> bool:
     dims = kwargs.get("dim", args[1] if len(args) > 1 else None)
     listed = [dims] if isinstance(dims, int) else list(dims or [])
     return args[0].dim() == 4 and {dim % 4 for dim in listed} == {2, 3}
+
+
+def _is_with_zeros(args: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Zero is on every grid."""
+    mode, value = kwargs.get("mode", args[2] if len(args) > 2 else "constant"), kwargs.get("value")
+    return mode == "constant" and not (args[3] if len(args) > 3 else value)
 
 
 def _bounds(name: str, args: Any, kwargs: Mapping[str, Any]) -> tuple[float | None, float | None]:

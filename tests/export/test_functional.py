@@ -351,7 +351,7 @@ def test_tokens_and_sequences(tmp_path: Path) -> None:
     [
         (
             {"path": "model.pt"},
-            r"`'model.pt'` with `exporter=TorchScriptLite\(\)`: expected a path that ends in '.ptl'",
+            r"`'model.pt'` with `exporter=TorchScriptLite\(engine=None\)`: expected a path that ends in '.ptl'",
         ),
         ({"batch": "two"}, r"`batch='two'`: expected one of \['any', 'one', 'as_given'\]"),
         ({"latency_runs": 0}, r"`latency_runs=0, latency_threads=1`: expected two integers >= 1"),
@@ -363,7 +363,7 @@ def test_wrong_arguments(options: dict[str, Any], sentence: str) -> None:
 
 
 def test_tolerance_is_not_negative() -> None:
-    with pytest.raises(ValueError, match=r"`Tolerance\(absolute=-1, relative=0.0001\)`: expected two numbers >= 0"):
+    with pytest.raises(ValueError, match=r"`Tolerance\(absolute=-1, relative=0.0001, steps=8.0\)`: expected three numbers >= 0"):
         Tolerance(absolute=-1)
 
 
