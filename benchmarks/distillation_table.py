@@ -70,13 +70,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--teacher", type=int, default=32, help="its width")
     parser.add_argument("--student", type=int, default=6, help="its width")
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
     args = parser.parse_args()
     torch.set_num_threads(1)
     distill = example("03_distill")
     data = distill.FashionMNIST()
     teacher, accuracy = train(distill.Classifier, args.teacher, 100, [], data, args.epochs)
     print(f"teacher of width {args.teacher}: {accuracy:.2f}; students of width {args.student}, {args.epochs} epochs")
-    for name, losses in ROWS.items():
+    for name in args.rows:
+        losses = ROWS[name]
         found = []
         for seed in range(args.seeds):
             callbacks = [KnowledgeDistillation(teacher=teacher, losses=losses)] if losses else []

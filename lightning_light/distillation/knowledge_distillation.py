@@ -246,8 +246,9 @@ class KnowledgeDistillation(CompressionCallback):
     def _release(self) -> None:
         for wrapping in self._wrappings:
             wrapping.undo()
-        if self._watch is not None and self._distiller is not None:
+        if self._watch is not None:
             self._watch.remove()
+        if self._distiller is not None:
             self._distiller.release()
         self._wrappings, self._watch, self._distiller, self._average_model = [], None, None, None
         self._batch, self._scalars, self._begun = None, {}, False

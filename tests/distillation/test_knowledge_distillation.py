@@ -379,6 +379,13 @@ def test_is_refused(make: Any, kind: type[Exception], sentence: str) -> None:
         make()
 
 
+def test_a_wrong_tap_leaves_the_teacher_as_it_came() -> None:
+    teacher = mentor()
+    with pytest.raises(TargetError):
+        distilled(FeatureHint(taps={"net.conv1": "conv1", "net.conv9": "conv2"}), teacher=teacher)
+    assert all(part.training and not part._forward_hooks for part in teacher.modules())
+
+
 @pytest.mark.parametrize("manual", [False, True])
 def test_what_does_not_fit_together_is_found_before_the_first_step(manual: bool) -> None:
     for teacher in (nn.Linear(3, 5), nn.Sequential(nn.Flatten(), nn.Linear(192, 7)), Grey()):

@@ -29,7 +29,7 @@ from lightning_light.distillation import (
     SimilarityPreserving,
     SoftTargets,
 )
-from lightning_light.quantization import Int8, QuantizationAwareTraining
+from lightning_light.quantization import Int8, MovingAverage, QuantizationAwareTraining
 from lightning_light.schedules import Linear, OneShot, Window
 from lightning_light.sparsity import WeightPruning
 from lightning_light.structured import StructuredPruning
@@ -91,7 +91,7 @@ def masking() -> Any:
 def rounding() -> Any:
     """The student's layers are observed, then rounded."""
     return QuantizationAwareTraining(
-        Int8(averaging=0.9), start=0.1, observe_batches=2, freeze_observers=0.7, freeze_batch_norm=0.75
+        Int8(observer=MovingAverage(0.9)), start=0.1, observe_batches=2, freeze_observers=0.7, freeze_batch_norm=0.75
     )
 
 
