@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrize
 
+from lightning_light.budgets import Sparsity
 from lightning_light.clustering import (
     DKM,
     CentroidTraining,
@@ -24,6 +25,9 @@ from lightning_light.clustering import (
 from lightning_light.clustering.coding import code_lengths, decode, encode, entropy
 from lightning_light.clustering.kmeans import cluster
 from lightning_light.clustering.training import Clusters
+from lightning_light.quantization import Int8, QuantizationAwareTraining
+from lightning_light.schedules import OneShot
+from lightning_light.sparsity import WeightPruning
 from tests.contract.bodies import Body, module_class
 from tests.contract.runs import trainer
 
@@ -252,3 +256,38 @@ def test_entropy_is_what_shannon_says() -> None:
     for counts in itertools.product([1, 2, 5], repeat=3):
         shares = [count / sum(counts) for count in counts]
         assert math.isclose(entropy(counts), -sum(share * math.log2(share) for share in shares))
+
+
+@pytest.mark.parametrize("learning", [CentroidTraining(), StraightThrough(), DKM()], ids=repr)
+def test_pruned_then_clustered_then_quantized_keeps_zeros_and_clusters(learning) -> None:
+    import lightning.pytorch
+
+    layers = ("features.conv1", "head")
+    zeros: list[torch.Tensor] = []
+    rounded: list[torch.Tensor] = []
+
+    class Look(lightning.pytorch.Callback):
+        def on_train_batch_start(self, trainer: object, pl_module: nn.Module, batch: object, batch_idx: int) -> None:
+            """The masks, before the weights share values in the fifth step."""
+            if trainer.global_step == 3:
+                zeros.extend(pl_module.get_submodule(name).weight == 0 for name in layers)
+
+        def on_train_end(self, trainer: object, pl_module: nn.Module) -> None:
+            """What the network computes with, while its weights are still rounded."""
+            rounded.extend(pl_module.get_submodule(name).weight.detach() for name in layers)
+
+    module = lit()
+    trainer(
+        WeightPruning(Sparsity(0.5), schedule=OneShot(at=0.1)),
+        WeightClustering(6, start=0.35, learning=learning),
+        QuantizationAwareTraining(Int8(averaging=0.9), start=0.6, observe_batches=2),
+        Look(),
+    ).fit(module)
+    for name, mask, seen in zip(layers, zeros, rounded, strict=True):
+        weight = module.get_submodule(name).weight.detach()
+        assert mask.any()
+        assert torch.equal(weight == 0, mask)  # zeros have a centroid of their own, and nothing else has it
+        assert len(weight.unique()) <= 6
+        if not isinstance(learning, DKM):  # DKM is soft until the end
+            assert all(len(row.unique()) <= 6 for row in seen.flatten(1))  # a scale for each channel, six values in it
+            assert (seen[mask] == 0).all()

@@ -92,6 +92,36 @@ def test_the_error_of_a_rank_is_what_eckart_and_young_say(shape, seed, share) ->
         assert math.isclose(spectrum.error((rank,)), float(best / weight.square().sum()), rel_tol=1e-6, abs_tol=1e-10)
 
 
+@settings(max_examples=15, deadline=None)
+@given(SHAPES, st.integers(0, 10**6), st.integers(1, 8))
+def test_single_precision_loses_at_most_what_it_cannot_hold(shape, seed, decay) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(shape, generator=generator) * (0.1**decay) ** torch.arange(shape[2]).view(1, 1, -1, 1, 1)
+    matrix, spectrum = weight.flatten(2), decompose("channel", weight)
+    for rank in range(1, spectrum.full[0] + 1):
+        best = torch.linalg.svdvals(matrix.double())[:, rank:].square().sum()
+        found = (compose("channel", spectrum.factors((rank,)), shape[0]) - weight).double().square().sum()
+        assert best * (1 - 1e-4) - 1e-9 <= found <= best + 1e-6 * matrix.double().square().sum()
+
+
+GEOMETRIES = st.tuples(
+    *[st.integers(1, 4)] * 2, *[st.integers(1, 3)] * 2, *[st.integers(1, 2)] * 2, *[st.integers(0, 2)] * 2
+)
+
+
+@settings(max_examples=30, deadline=None)
+@given(GEOMETRIES, WIDTHS, WIDTHS, st.sampled_from([1, 2, 3]), st.sampled_from(list(EXACT)), st.booleans(),
+       st.integers(0, 10**6))  # fmt: skip
+def test_every_geometry_at_full_rank_is_the_convolution(geometry, before, after, groups, dtype, bias, seed) -> None:
+    torch.manual_seed(seed)
+    pairs = [geometry[place : place + 2] for place in range(0, 8, 2)]
+    kernel, stride, dilation, padding = pairs
+    layer = nn.Conv2d(before * groups, after * groups, kernel, stride, padding, dilation, groups, bias).to(dtype)
+    x = torch.randn(2, before * groups, 9, 8, dtype=dtype)
+    for form in ("channel", "tucker2", *(["spatial"] if min(kernel) > 1 else [])):
+        torch.testing.assert_close(factored(layer, form)(x), layer(x), rtol=EXACT[dtype], atol=EXACT[dtype])
+
+
 @settings(max_examples=25, deadline=None)
 @given(SHAPES, st.integers(0, 10**6), st.floats(0.1, 1.0), st.floats(0.1, 1.0))
 def test_the_error_of_tucker_is_counted_exactly_and_alternation_only_lowers_it(shape, seed, first, second) -> None:

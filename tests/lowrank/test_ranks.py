@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import re
 
 import pytest
 import torch
@@ -69,9 +70,14 @@ def test_a_budget_is_hit_within_one_rank_step(form, round_to, remaining) -> None
     assert plan.after == macs(model)  # what was planned is what is counted
     assert plan.after <= remaining * dense
     spare = remaining * dense - plan.after
-    for found in plan.layers.values():
-        least = found.macs[1] / max(found.ranks) * round_to  # no step of any layer is smaller than it is cheap
-        assert spare < max(least * 2, found.macs[0] - found.macs[1]) + 1
+    layers, _ = find_layers(net(), ExampleInput(EXAMPLE), list(plan.layers), form=form, blocks={})
+    for layer in layers:  # and no layer's rank could have been one step higher
+        found = plan.layers[layer.name]
+        for place in range(len(found.ranks)):
+            ranks = tuple(rank + round_to * (place == axis) for axis, rank in enumerate(found.ranks))
+            if len(ranks) == 1 and ranks[0] <= found.full[0]:
+                assert min(layer.cost(found.form, ranks)[0], found.macs[0]) - found.macs[1] > spare
+            assert spare < layer.cost(found.form, tuple(rank + round_to for rank in found.ranks))[0] - found.macs[1]
 
 
 @pytest.mark.parametrize(("budget", "count"), [(Params(0.4), None), (Size("20 kB"), tensor_bytes)])
@@ -226,12 +232,27 @@ def test_what_does_not_run_faster_stays_and_the_table_says_so() -> None:
     assert [line.partition(":")[0] for line in plan.lines()] == ["2", "8"]
 
 
-def test_a_layer_is_timed_as_it_is_and_in_factors() -> None:
-    model = net()
-    layers, _ = find_layers(model, ExampleInput(EXAMPLE), ["2", "6"], form="spatial", blocks={})
-    timer = LayerTimer(model, runs=2)
+def test_only_what_a_clock_says_is_faster_is_factored() -> None:
+    """A wide linear layer at rank 4 is many times faster; a tiny one pays for a second call more than it saves."""
+    model = nn.Sequential(nn.Linear(768, 768), nn.ReLU(), nn.Linear(768, 16), nn.ReLU(), nn.Linear(16, 16))
+    method = LowRankFactorization(ranks=RankRatio(0.005), round_to=1, faster_only=True)
+    plan = factorize(model, (torch.zeros(1, 768),), factorization=method)
+    assert list(plan.layers) == ["0"]
+    assert re.search(r"\(linear, rank 1\) took \d+ us here, the layer itself \d+ us", plan.skipped["4"])
+    layers, _ = find_layers(net(), ExampleInput(EXAMPLE), ["2", "6"], form="spatial", blocks={})
+    timer = LayerTimer(net(), runs=2)
     assert all(timer(layer, form, ranks) > 0 for layer, form in zip(layers, ("spatial", "linear"), strict=True)
                for form, ranks in (("", ()), (form, (4,))))  # fmt: skip
+
+
+def test_a_layer_that_factors_represent_exactly_is_counted_as_it_was() -> None:
+    model = net()
+    with torch.no_grad():
+        model[2].weight[:, 1:] = 0.0  # rank one in every form, and not a rounding error more
+    plan = factorize(model, EXAMPLE, factorization=LowRankFactorization(MACs(0.7), round_to=1))
+    assert plan.before == macs(net())
+    assert plan.after == macs(model)
+    assert "2" in plan.layers
 
 
 def test_a_second_factorization_never_factors_factors() -> None:
