@@ -22,7 +22,7 @@ from lightning_light.quantization.rounding import integers, round_weight
 from lightning_light.quantization.rules import WeightRule
 from tests.zoo import noise
 
-QUICK = AdaRound(steps=200, learning_rate=0.05)
+QUICK = AdaRound(steps=300, learning_rate=0.05)
 
 
 def rule(high: int, per_channel: bool = True) -> WeightRule:
