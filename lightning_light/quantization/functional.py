@@ -72,8 +72,9 @@ def quantize(
     """
     inputs: Iterator[ExampleInput] = (call_of("quantize", model, batch) for batch in calibration)
     state: dict[str, Any] = {}
-    with _restored_on_failure(model), torch.no_grad(), uncompiled(model):
-        if equalize or correct_bias or rounding is not None:
+    changes = equalize or correct_bias or rounding is not None
+    with _restored_on_failure(model, changes), torch.no_grad(), uncompiled(model):
+        if changes:
             examples = list(inputs)
             inputs = iter(examples)
         first = next(inputs, None)
@@ -117,10 +118,10 @@ def _observe(model: nn.Module, attachment: Attachment, state: dict[str, Any], in
 
 
 @contextmanager
-def _restored_on_failure(model: nn.Module) -> Iterator[None]:
-    """Training modes are as before in any case, parameters if the block raises."""
+def _restored_on_failure(model: nn.Module, changes: bool) -> Iterator[None]:
+    """Training modes are as before in any case, parameters that the block ``changes`` if it raises."""
     modes = {module: module.training for module in model.modules()}
-    before = {parameter: parameter.detach().clone() for parameter in model.parameters()}
+    before = {parameter: parameter.detach().clone() for parameter in model.parameters() if changes}
     done = False
     try:
         yield
@@ -148,7 +149,7 @@ def _nothing(model: nn.Module, recipe: Recipe, found: str) -> ValueError:
 
 def _tell(refinement: Refinement) -> None:
     if refinement.nearest:
-        _warn("rounding=AdaRound(...)", f"weights that are computed, or used more than once: {refinement.nearest}")
+        _warn("rounding=AdaRound(...)", f"weights that are computed, used twice or not uniform: {refinement.nearest}")
     if refinement.uncorrected:
         _warn("correct_bias=True", f"no bias in {refinement.uncorrected}, nor in a batch norm after it")
 

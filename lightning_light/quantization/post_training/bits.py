@@ -103,7 +103,9 @@ class BitBudget:
             BudgetError: as `solve`.
         """
         plain = replace(base, keep_float=None)
-        layers = {f"re:{re.escape(layer)}$": replace(plain, weights=bits) for layer, bits in self.solve(scan).items()}
+        solved = self.solve(scan)
+        inner_first = sorted(solved, key=lambda layer: -layer.count("."))  # a pattern names what is inside, too
+        layers = {f"re:{re.escape(layer)}": replace(plain, weights=solved[layer]) for layer in inner_first}
         return Mixed(layers, default=plain, keep_float=base.keep_float)
 
     def _limit(self, costs: Mapping[str, Sequence[int]]) -> float:

@@ -66,11 +66,14 @@ def test_what_it_refuses(net, batches, options, sentence) -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
 
 
-def test_from_the_scan_to_a_quantized_network() -> None:
-    net = trained(MobileBlocks())
-    scan = measure_sensitivity(net, IMAGES, bits=(2, 4, 8))
+@pytest.mark.parametrize("name", ["residual", "depthwise"])
+def test_from_the_scan_to_a_quantized_network(name) -> None:
+    net = trained(ZOO[name]())
+    batches = [net.example[0]]
+    scan = measure_sensitivity(net, batches, bits=(2, 4, 8), distance="error", progress_bar=False)
     budget = BitBudget(size=sum(scan.weights.values()) * 4 // 8)
-    quantize(net, IMAGES, budget.recipe(scan, IntN(activations=8)))
+    assert len(set(budget.solve(scan).values())) > 1
+    quantize(net, batches, budget.recipe(scan, IntN(activations=8)))
     weights = ledger_of(net).state["quantization_aware_training"]["plan"]["weights"]
     assert {key.split("|")[0]: rule["bits"] for key, rule in weights.items()} == budget.solve(scan)
     assert isinstance(scan, Sensitivity)
