@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from lightning_light.budgets import Channels
+from lightning_light.budgets import Channels, MACs, Sparsity
+from lightning_light.distillation import FeatureHint, KnowledgeDistillation, SoftTargets
+from lightning_light.lowrank import LowRankFactorization
 from lightning_light.quantization import (
     LSQ,
     MSE,
@@ -15,10 +17,12 @@ from lightning_light.quantization import (
     QuantizationAwareTraining,
     Recipe,
 )
-from lightning_light.schedules import Linear, Staircase, Window
+from lightning_light.schedules import Linear, OneShot, Staircase, Window
+from lightning_light.sparsity import WeightPruning
 from lightning_light.structured import StructuredPruning
 from tests.contract.bodies import Momentum
 from tests.contract.case import Case
+from tests.contract.cases.distillation import MENTOR
 
 STAGES: dict[str, Any] = {"start": 0.1, "observe_batches": 2, "freeze_observers": 0.7, "freeze_batch_norm": 0.75}
 
@@ -66,5 +70,17 @@ CASES += [
         ],
         tolerance=0.5,
         full=False,
-    )
+    ),
+    Case(
+        "quantization_chain",  # everything there is, one after the other, under a teacher with a projector
+        lambda folder: [
+            KnowledgeDistillation(teacher=MENTOR, losses=[SoftTargets(), FeatureHint(taps="features.conv1")]),
+            StructuredPruning(Channels(0.75), schedule=OneShot(at=0.1)),
+            WeightPruning(Sparsity(0.4), schedule=OneShot(at=0.25)),
+            LowRankFactorization(MACs(0.8), start=0.4, round_to=2),
+            QuantizationAwareTraining(Mixed(default=LSQ(), first=Int8(), last=Int8()), **{**STAGES, "start": 0.5}),
+        ],
+        tolerance=5.0,
+        full=False,
+    ),
 ]
