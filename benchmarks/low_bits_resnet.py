@@ -53,9 +53,8 @@ def main() -> None:
 
     data = read(args.data)
     train = TensorDataset(*(tensor[: args.images] for tensor in data["train"].tensors))
-    print(
-        f"ResNet-{args.depth}, {args.epochs} epochs of {args.images} images, lr {args.lr}, seed {args.seed}, {args.precision}"
-    )
+    settings = f"lr {args.lr}, seed {args.seed}, {args.precision}"
+    print(f"ResNet-{args.depth}, {args.epochs} epochs of {args.images} images, {settings}")
     print("| | at first | after training | minutes |\n|---|---|---|---|", flush=True)
     for name in args.recipe:
         L.seed_everything(args.seed, verbose=False)
