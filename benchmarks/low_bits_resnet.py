@@ -47,12 +47,14 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--images", type=int, default=50_000, help="training images an epoch")
     parser.add_argument("--lr", type=float, default=0.001)
+    parser.add_argument("--precision", default="32-true", help="of training; all accuracies are in float32")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     data = read(args.data)
     train = TensorDataset(*(tensor[: args.images] for tensor in data["train"].tensors))
-    print(f"ResNet-{args.depth}, {args.epochs} epochs of {args.images} images, lr {args.lr}, seed {args.seed}")
+    settings = f"lr {args.lr}, seed {args.seed}, {args.precision}"
+    print(f"ResNet-{args.depth}, {args.epochs} epochs of {args.images} images, {settings}")
     print("| | at first | after training | minutes |\n|---|---|---|---|", flush=True)
     for name in args.recipe:
         L.seed_everything(args.seed, verbose=False)
@@ -60,7 +62,9 @@ def main() -> None:
         net.load_state_dict(torch.load(args.weights, weights_only=True))
         if name == args.recipe[0]:
             print(f"| float | {accuracy(net, data['test']):.2%} | | |", flush=True)
-        module = Classifier(net.train(), args.lr)  # a Trainer leaves evaluation mode as it is
+        module = Classifier(
+            net.train().to(memory_format=torch.channels_last), args.lr
+        )  # a Trainer leaves evaluation mode as it is
         qat, at_first = ll.QuantizationAwareTraining(RECIPES[name]), []
 
         class Look(L.Callback):
@@ -73,7 +77,7 @@ def main() -> None:
 
         trainer = L.Trainer(
             max_epochs=args.epochs, callbacks=[qat, Look()], logger=False, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
+            enable_progress_bar=False, enable_model_summary=False, accelerator="cpu", precision=args.precision,
         )  # fmt: skip
         started = time.perf_counter()
         trainer.fit(module, DataLoader(train, 128, shuffle=True, drop_last=True))

@@ -69,6 +69,7 @@ class Attachment(Frames, RoundsNumbers):
         self.scales: list[tuple[float, int] | None] = []
         self.first_steps: dict[str, Tensor] = {}
         self._weights = dict(plan.weights)
+        self._values: dict[str, Tensor] = {}  # of what is learned, in the same memory
         self._seen: dict[int, Tensor] = {}
         self._folded = frozenset(group.batch_norm for group in plan.groups.values())
         self._biases = WholeBiases(plan, engine)
@@ -79,6 +80,7 @@ class Attachment(Frames, RoundsNumbers):
         if at_least != self.at_least:
             self._weights = {key: rule.at(at_least) for key, rule in self.plan.weights.items()}
             self.grids = [grid.at(at_least) for grid in self.plan.grids]
+        self._values = {name: value.detach() for name, value in self.learned.items()}
         self.ranges, self.at_least, self.scales = ranges, at_least, scales_of(self.grids, ranges)
         for place, grid in enumerate(self.grids):
             if grid.learned and self.learned:
@@ -97,7 +99,8 @@ class Attachment(Frames, RoundsNumbers):
 
     def weight(self, key: str) -> tuple[WeightRule, Tensor | None]:
         """How the weight of an operation is rounded: the rule, and its scale if that is learned."""
-        return self._weights[key], self.learned.get(key)
+        values = self.learned if torch.is_grad_enabled() else self._values  # a tracer takes no parameters of ours
+        return self._weights[key], values.get(key)
 
     def observed(self, device: torch.device) -> Tensor:
         """``(grids, 2)``: smallest and largest value of each since the last call; infinite where there was none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -127,8 +128,8 @@ class QuantizationAwareTraining(CompressionCallback):
             self._learn(trainer, pl_module)
         super().on_fit_start(trainer, pl_module)
         state = self.state(pl_module)
-        self.recipe.rules(pl_module, [])
-        self._attach(pl_module)
+        self.recipe.rules(pl_module, [])  # what its patterns name is there
+        self._attach(pl_module, None if self._learned is None else self._learned.parameters)
         if "plan" not in state:
             self._capture = capture(pl_module)
             if self._capture.example is None and state.get("example"):
@@ -222,9 +223,8 @@ class QuantizationAwareTraining(CompressionCallback):
 
     # Private: the small questions the hooks ask.
 
-    def _attach(self, pl_module: LightningModule) -> None:
+    def _attach(self, pl_module: LightningModule, learned: Mapping[str, Tensor] | None = None) -> None:
         if self._attachment is None:
-            learned = None if self._learned is None else self._learned.parameters
             self._attachment = attach_from(pl_module, self.state(pl_module), learned)
 
     def _goes_on_from_quantize(self, trainer: Trainer, state: dict[str, Any]) -> bool:

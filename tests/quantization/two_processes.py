@@ -15,12 +15,13 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_light.quantization import Int8, MovingAverage, QuantizationAwareTraining
+from lightning_light.quantization import LSQ, Int8, MinMax, Mixed, MovingAverage, QuantizationAwareTraining
 from tests.contract.bodies import Body, module_class
 from tests.contract.runs import checkpoints, trainer
 from tests.zoo import noise, tokens
 
 ROOT = Path(__file__).parents[2]
+RECIPE = Mixed(default=LSQ(), first=Int8(observer=MovingAverage(0.5)), last=Int8(observer=MinMax()))
 
 
 class Ranked(Body):
@@ -45,9 +46,7 @@ def run_both(folder: Path) -> list[dict[str, Any]]:
 
 def fit(folder: Path, ckpt_path: Path | None = None) -> tuple[Any, Any, dict[str, Any]]:
     torch.manual_seed(0)
-    qat = QuantizationAwareTraining(
-        Int8(observer=MovingAverage(0.5)), start=0.2, observe_batches=2, freeze_observers=0.8, freeze_batch_norm=0.9
-    )
+    qat = QuantizationAwareTraining(RECIPE, start=0.2, observe_batches=2, freeze_observers=0.8, freeze_batch_norm=0.9)
     module: Any = module_class(Ranked, pl)()
     examples: list[Any] = []
 
@@ -70,7 +69,9 @@ def fit(folder: Path, ckpt_path: Path | None = None) -> tuple[Any, Any, dict[str
 
 
 def tensors(module: Any, state: dict[str, Any]) -> Tensor:
-    return torch.cat([t.detach().flatten().float() for t in (*module.parameters(), state["ranges"])])
+    return torch.cat(
+        [t.detach().flatten().float() for t in (*module.parameters(), state["ranges"], *state["learned"].values())]
+    )
 
 
 def main(folder: Path) -> None:

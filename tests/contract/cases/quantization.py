@@ -2,22 +2,34 @@
 
 from typing import Any
 
-from lightning_light.budgets import Channels
+from lightning_light.budgets import Channels, MACs, Sparsity
+from lightning_light.distillation import FeatureHint, KnowledgeDistillation, SoftTargets
+from lightning_light.lowrank import LowRankFactorization
 from lightning_light.quantization import (
+    LSQ,
+    MSE,
+    PACT,
     Int8,
+    IntN,
+    MinMax,
+    Mixed,
     MovingAverage,
     QuantizationAwareTraining,
     Recipe,
 )
-from lightning_light.schedules import Linear, Window
+from lightning_light.schedules import Linear, OneShot, Staircase, Window
+from lightning_light.sparsity import WeightPruning
 from lightning_light.structured import StructuredPruning
 from tests.contract.bodies import Momentum
 from tests.contract.case import Case
+from tests.contract.cases.distillation import MENTOR
 
 STAGES: dict[str, Any] = {"start": 0.1, "observe_batches": 2, "freeze_observers": 0.7, "freeze_batch_norm": 0.75}
 
 
-def case(name: str, recipe: Recipe, *, full: bool = False, body: Any = None, **options: Any) -> Case:
+def case(
+    name: str, recipe: Recipe, *, full: bool = False, body: Any = None, tolerance: float = 0.2, **options: Any
+) -> Case:
     """A row that observes from the third step on, rounds from the fifth, and is frozen from the ninth and tenth."""
     arguments = {**STAGES, **options}
     return Case(
@@ -25,14 +37,21 @@ def case(name: str, recipe: Recipe, *, full: bool = False, body: Any = None, **o
         lambda folder: [QuantizationAwareTraining(recipe, **arguments)],
         no_effect=lambda folder: [QuantizationAwareTraining(Int8(keep_float="*"), **STAGES)],
         structural=False,
-        tolerance=0.2,  # after the run the module is float again, and the file is not
+        tolerance=tolerance,  # after the run the module is float again, and the file is not
         full=full,
         **({"body": body} if body else {}),
     )
 
 
+LADDER = Window(Staircase(Linear(), steps=2), end=0.6)
+
 CASES = [
     case("int8", Int8(observer=MovingAverage(0.9)), full=True),
+    case("lsq", Mixed(default=LSQ(), first=Int8(), last=Int8()), full=True, tolerance=3.0),
+    case("lsq_plus", LSQ(8, 8, offset=True), body=Momentum, tolerance=1.0),
+    case("w4a4", IntN(4, 4, observer=MSE(share=0.5)), ladder=LADDER, tolerance=1.0),
+    case("pact", PACT(), ladder=LADDER, body=Momentum, tolerance=1.0),
+    case("minmax", Int8(observer=MinMax())),
     case(
         "x86",
         Int8(engine="x86", keep_float=["head"], observer=MovingAverage(0.9)),
@@ -51,5 +70,17 @@ CASES += [
         ],
         tolerance=0.5,
         full=False,
-    )
+    ),
+    Case(
+        "quantization_chain",  # everything there is, one after the other, under a teacher with a projector
+        lambda folder: [
+            KnowledgeDistillation(teacher=MENTOR, losses=[SoftTargets(), FeatureHint(taps="features.conv1")]),
+            StructuredPruning(Channels(0.75), schedule=OneShot(at=0.1)),
+            WeightPruning(Sparsity(0.4), schedule=OneShot(at=0.25)),
+            LowRankFactorization(MACs(0.8), start=0.4, round_to=2),
+            QuantizationAwareTraining(Mixed(default=LSQ(), first=Int8(), last=Int8()), **{**STAGES, "start": 0.5}),
+        ],
+        tolerance=5.0,
+        full=False,
+    ),
 ]
