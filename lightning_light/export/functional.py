@@ -32,8 +32,8 @@ from lightning_light.export.inputs import (
 )
 from lightning_light.export.parity import Parity, Tolerance, compare
 from lightning_light.export.report import ExportReport
-from lightning_light.export.torchscript_lite import TorchScriptLite
 from lightning_light.export.top1 import Labelled, compare_top1
+from lightning_light.export.torchscript_lite import TorchScriptLite
 from lightning_light.measure import count_cost, deflated_bytes, file_bytes, measure_latency
 from lightning_light.measure.latency import torch_threads
 

@@ -38,9 +38,7 @@ def test_every_net_of_the_zoo_as_a_file(name, engine, tmp_path) -> None:
     args, kwargs = net.example
     attachment = calibrated(net, ExampleInput(args, kwargs), Int8(engine=engine))
     before = torch.backends.quantized.engine
-    report = export_model(
-        net, args, tmp_path / "net.ptl", kwargs=kwargs, parity=Tolerance(steps=3), latency_runs=1
-    )
+    report = export_model(net, args, tmp_path / "net.ptl", kwargs=kwargs, parity=Tolerance(steps=3), latency_runs=1)
     assert torch.backends.quantized.engine == before
     assert attachment.form == "rounded"
     details = report.details
