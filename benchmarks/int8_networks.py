@@ -34,7 +34,8 @@ FAILURES = (LightningLightError, RuntimeError, ValueError, TypeError, AttributeE
 TORCHVISION: dict[str, dict[str, Any]] = {
     "resnet18": {}, "resnet50": {}, "mobilenet_v2": {}, "mobilenet_v3_large": {}, "mobilenet_v3_small": {},
     "efficientnet_b0": {}, "shufflenet_v2_x1_0": {}, "squeezenet1_1": {}, "densenet121": {},
-    "googlenet": {"aux_logits": False, "init_weights": False}, "inception_v3": {"aux_logits": False, "init_weights": False},
+    "googlenet": {"aux_logits": False, "init_weights": False},
+    "inception_v3": {"aux_logits": False, "init_weights": False},
     "regnet_y_400mf": {}, "convnext_tiny": {}, "vit_b_16": {}, "swin_t": {}, "mnasnet1_0": {},
 }  # fmt: skip
 TIMM = {
@@ -55,7 +56,8 @@ SMALL: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
 }
 NETWORKS = [*TORCHVISION, *(f"timm:{name}" for name in TIMM), *SMALL]
 RUNTIMES: dict[str, ll.Exporter] = {
-    "qnnpack": ll.TorchScriptLite(), "x86": ll.TorchScriptLite(), "ExecuTorch": ll.ExecuTorch(max_batch=1), "ONNX": ll.ONNX()
+    "qnnpack": ll.TorchScriptLite(), "x86": ll.TorchScriptLite(), "ExecuTorch": ll.ExecuTorch(max_batch=1),
+    "ONNX": ll.ONNX(),
 }  # fmt: skip
 
 
@@ -140,6 +142,7 @@ def row_of(
 
 def table(rows: list[dict[str, Any]]) -> str:
     """For the documentation: file against module."""
+
     def cell(value: float) -> str:
         return "exact" if value == float("inf") else f"{value:.1f}"
 

@@ -2,8 +2,8 @@
 
     python benchmarks/int8_resnet.py --data cifar10.npz --weights resnet20_cifar10.pt --epochs 1
 
-``--data`` and ``--weights`` as in ``cifar_resnet.py``. Everything is measured on the whole test set; each file is run by
-its own runtime. One quantized module makes the files of qnnpack, ExecuTorch and ONNX Runtime; ``--engine x86`` makes
+``--data`` and ``--weights`` as in ``cifar_resnet.py``. Everything is measured on the whole test set; each file is run
+by its own runtime. One quantized module makes the files of qnnpack, ExecuTorch and ONNX Runtime; ``--engine x86`` makes
 that of x86, whose weights are rounded to a smaller range.
 """
 
@@ -22,7 +22,7 @@ import lightning_light as ll
 from lightning_light.example_input import ExampleInput
 
 RUNTIMES: dict[str, ll.Exporter] = {
-    "lite": ll.TorchScriptLite(), "ExecuTorch": ll.ExecuTorch(max_batch=100), "ONNX": ll.ONNX()
+    "lite": ll.TorchScriptLite(), "ExecuTorch": ll.ExecuTorch(), "ONNX": ll.ONNX()
 }  # fmt: skip
 
 
@@ -42,7 +42,9 @@ def rows(name: str, net: nn.Module, data: TensorDataset, runtimes: list[str], pl
         report = export(net, RUNTIMES[runtime], data)
         if report.top1 is None or report.top1.model is None or report.top1.file is None:
             plain[runtime] = report.bytes
-            print(f"{name:15} {runtime:10} {report.bytes / 1e3:.0f} kB {report.latency.median * 1e3:.3f} ms", flush=True)
+            print(
+                f"{name:15} {runtime:10} {report.bytes / 1e3:.0f} kB {report.latency.median * 1e3:.3f} ms", flush=True
+            )
             continue
         print(
             f"{name:15} {runtime:10} top-1 module {report.top1.model:.2%} file {report.top1.file:.2%}",

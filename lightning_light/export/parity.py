@@ -116,9 +116,7 @@ def _check_structure(expected: list[tuple[str, Tensor]], found: list[tuple[str, 
         )
 
 
-def _check_output(
-    name: str, right: Tensor, asked: Tensor, tolerance: Tolerance, step: float, batch: int
-) -> float:
+def _check_output(name: str, right: Tensor, asked: Tensor, tolerance: Tolerance, step: float, batch: int) -> float:
     """The largest difference; an error if it is one too many."""
     right, asked = right.detach().double().cpu(), asked.detach().double().cpu()
     same = (right == asked) | (right.isnan() & asked.isnan())

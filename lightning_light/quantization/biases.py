@@ -19,7 +19,7 @@ _FLOAT = "x86"  # the one engine that adds biases in float
 
 
 class WholeBiases:
-    """Adds what a kernel's bias is off: ``u * round(b / u) - b`` with ``u`` the scale of what is read times the weight's.
+    """Adds what a kernel's bias is off: ``u * round(b / u) - b``, ``u`` the scale of what is read times the weight's.
 
     It is a small part of a step of the output's grid. But one in some thousand numbers lies so near to a half that it
     falls on the other side, and layer by layer they become many: without this, files of ResNet-20 told other classes

@@ -73,6 +73,7 @@ class Lowered(ABC):
             self._prepare(key, key.split("|")[2], self._collected[key])
         self._collected, self.collecting = {}, False
 
+    @abstractmethod
     def _prepare(self, key: str, name: str, args: Mapping[str, Any]) -> None:
         """Make ready what runs a layer, or refuse it."""
 

@@ -39,7 +39,9 @@ class Pairs(Lowered):
     def __init__(self, attachment: Attachment, rules: PairRules) -> None:
         super().__init__(attachment)
         self.rules = rules
-        self._constants: dict[str, tuple[Any, ...]] = {}  # made once: a runtime looks for constants, not for what makes them
+        self._constants: dict[
+            str, tuple[Any, ...]
+        ] = {}  # made once: a runtime looks for constants, not for what makes them
         self._quantized: dict[int, tuple[Tensor, Tensor, Scale]] = {}  # by identity: itself, whole numbers, grid
 
     @override
@@ -168,7 +170,7 @@ def check_pairs() -> None:
         importlib.import_module(_OPERATIONS)
     except ImportError as error:
         raise UnsupportedError(
-            f"int8 with torch {torch.__version__}: expected the operations `quantized_decomposed` ({_OPERATIONS}), found "
-            f"that this release has dropped them ({error}). Install `torch<2.16`, or write a float file: export outside "
-            "of `fake_quantized`."
+            f"int8 with torch {torch.__version__}: expected the operations `quantized_decomposed` ({_OPERATIONS}), "
+            f"found that this release has dropped them ({error}). Install `torch<2.16`, or write a float file: export "
+            "outside of `fake_quantized`."
         ) from error

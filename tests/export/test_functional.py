@@ -363,7 +363,9 @@ def test_wrong_arguments(options: dict[str, Any], sentence: str) -> None:
 
 
 def test_tolerance_is_not_negative() -> None:
-    with pytest.raises(ValueError, match=r"`Tolerance\(absolute=-1, relative=0.0001, steps=8.0\)`: expected three numbers >= 0"):
+    with pytest.raises(
+        ValueError, match=r"`Tolerance\(absolute=-1, relative=0.0001, steps=8.0\)`: expected three numbers >= 0"
+    ):
         Tolerance(absolute=-1)
 
 
