@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["Keeper", "mask_model"]
+__all__ = ["Keeper", "mask_model", "stepping"]
 
 # With a zero weight, a zero gradient and zero state these leave all three at zero. Others are masked after each step.
 _ELEMENTWISE = frozenset({
@@ -84,10 +84,15 @@ class Keeper:
 
     def _of(self, optimizer: Optimizer) -> Pairs:
         if id(optimizer) not in self._pairs:
-            own = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+            own = stepping(optimizer)
             found = [(parameter, mask) for parameter, mask in self._masks.items() if parameter in own]
             self._pairs[id(optimizer)] = [p for p, _ in found], [mask for _, mask in found]
         return self._pairs[id(optimizer)]
+
+
+def stepping(optimizer: Optimizer) -> set[nn.Parameter]:
+    """The parameters that ``optimizer`` moves."""
+    return {parameter for group in optimizer.param_groups for parameter in group["params"]}
 
 
 @torch.no_grad()

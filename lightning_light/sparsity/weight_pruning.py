@@ -18,7 +18,7 @@ from lightning_light.schedules import Cubic, Schedule, Window, resolve
 from lightning_light.sparsity import rewind
 from lightning_light.sparsity.checks import check_pruning
 from lightning_light.sparsity.gather import InputWatch, add_gradients, add_movement, check_evidence, score_weights
-from lightning_light.sparsity.keeper import mask_model
+from lightning_light.sparsity.keeper import mask_model, stepping
 from lightning_light.sparsity.masking import MaskingCallback
 from lightning_light.sparsity.patterns import NM, Pattern, Unstructured
 from lightning_light.sparsity.plan import check_pattern, plan_masks
@@ -130,7 +130,7 @@ class WeightPruning(MaskingCallback):
         """Look at the layers as they are now; start what gathers."""
         super().on_fit_start(trainer, pl_module)
         if "inputs" in self.criterion.needs:
-            self._watch = InputWatch(pl_module, self._weights)
+            self._watch = InputWatch(self._weights)
         if self.sr_ste is not None:
             assert isinstance(self.pattern, NM)  # as `check_pruning` has seen
             self._through = StraightThrough(self.pattern, self.sr_ste)
@@ -154,11 +154,10 @@ class WeightPruning(MaskingCallback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Gather dense gradients, as they are here: accumulated, reduced and unscaled; then mask them."""
         state = self.state(pl_module)
-        stepping = {parameter for group in optimizer.param_groups for parameter in group["params"]}
         if isinstance(self.criterion, Movement) and state.get("share", 0.0) < 1.0:
-            add_movement(state.setdefault("movement", {}), self._weights, self.criterion, stepping)
+            add_movement(state.setdefault("movement", {}), self._weights, self.criterion, stepping(optimizer))
         if self._is_gathering(trainer, pl_module):
-            add_gradients(state.setdefault("gathered", {}), self._weights, self.criterion, stepping)
+            add_gradients(state.setdefault("gathered", {}), self._weights, self.criterion, stepping(optimizer))
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         if self._through is not None:
             self._through.before_step(optimizer)
@@ -205,7 +204,7 @@ class WeightPruning(MaskingCallback):
     @override
     def _check_weights(self, pl_module: LightningModule) -> None:
         check_pattern(type(self).__name__, self._weights, self.pattern)
-        check_evidence(type(self).__name__, self.criterion, self._weights, pl_module)
+        check_evidence(type(self).__name__, self.criterion, self._weights)
         self._own = {}
         for pattern, amount in (self.amounts or {}).items():
             layers = as_targets(pattern).select(pl_module)
@@ -291,7 +290,7 @@ class WeightPruning(MaskingCallback):
     ) -> dict[str, Tensor]:
         state = self.state(pl_module)
         scores = score_weights(
-            pl_module, self._weights, self.criterion,
+            self._weights, self.criterion,
             sums=state.get("gathered", {}), steps=state.get("seen", 0), movement=state.get("movement", {}),
             values=state.get("shadow", {}), reduce=lambda tensor: reduce_mean(trainer, tensor),
             generator=torch.Generator().manual_seed(self.seed * 1_000_003 + state.get("events", 0)),
