@@ -177,8 +177,8 @@ def measure(net: nn.Module, batch: int, rounds: int) -> dict[str, list[tuple[flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batch", type=int, default=16, help="of the ResNet")
     parser.add_argument("--nets", nargs="*", default=["small", "resnet18"])
     args = parser.parse_args()
@@ -195,7 +195,7 @@ def main() -> None:
         net, batch = (Small(), 64) if small else (ResNet18(), args.batch)
         found: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
         for _ in range(args.repeats):
-            for way, pairs in measure(net, batch, args.rounds * (4 if small else 1)).items():
+            for way, pairs in measure(net, batch, args.rounds * (8 if small else 1)).items():
                 found[way] += pairs
         for way, pairs in found.items():
             low, middle, high = statistics.quantiles([100 * (own / none - 1) for own, none in pairs], n=4)
