@@ -31,9 +31,7 @@ METHODS: dict[str, Callable[[int], list[Any]]] = {
     "AC/DC 90 %": lambda seed: [ll.WeightPruning(NINETY, schedule=ll.Alternating(phases=4))],
     "lottery tickets 90 %, five rounds": lambda seed: [ll.WeightPruning(NINETY, schedule=TICKETS)],
     "2:4, SR-STE": lambda seed: [
-        ll.WeightPruning(
-            pattern=ll.NM(2, 4), schedule=ll.OneShot(), targets=ll.Targets(exclude="stem"), sr_ste=2e-4
-        )
+        ll.WeightPruning(pattern=ll.NM(2, 4), schedule=ll.OneShot(), targets=ll.Targets(exclude="stem"), sr_ste=2e-4)
     ],
 }
 

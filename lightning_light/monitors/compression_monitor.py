@@ -44,8 +44,8 @@ class CompressionMonitor(CompressionCallback):
     them (``compression/macs_remaining``, ...), what zeros are worth (``effective_macs``, ``dead_filters``, ``churn`` of
     masks), and the same for every layer (``compression/channels/<layer>``, ...), on Lightning's own axis; and what
     methods know of a layer: its rank, the energy kept, the bits it takes in a coded file.
-    TensorBoard gets more: histograms of weights, a heat map of layers over time, a layout of
-    its Custom Scalars page, and the table. The totals are also in ``trainer.callback_metrics``.
+    TensorBoard gets more: histograms of weights, a heat map of layers over time, a layout of its Custom Scalars page,
+    and the table. The totals are also in ``trainer.callback_metrics``.
 
     "Before" is the network as the first fit found it; it is in every checkpoint, so a resumed run compares with the
     same. The run itself is the same to the last bit with and without the monitor. MACs are those of one sample.

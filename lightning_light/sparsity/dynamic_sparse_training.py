@@ -181,9 +181,9 @@ class DynamicSparseTraining(MaskingCallback):
         return [weight.layer for weight in self._weights if weight.name not in dense] if dense else []
 
     def _is_due(self, trainer: Trainer, last: int, step: int) -> bool:
-        progress = self._progress(trainer, ahead=step - steps_done(trainer))
-        rested = step - last >= self.every_n_steps and step < steps_planned(trainer)
-        return rested and progress <= self._span[1] + _SAME and not isinstance(self._moves, Static)
+        if step - last < self.every_n_steps or isinstance(self._moves, Static) or step >= steps_planned(trainer):
+            return False
+        return self._progress(trainer, ahead=step - steps_done(trainer)) <= self._span[1] + _SAME
 
     def _is_ready(self, state: Mapping[str, Any]) -> bool:
         return not self._moves.needs_gradient or ("dense" in state and not self._missed(state))

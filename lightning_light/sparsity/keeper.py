@@ -109,9 +109,11 @@ def _multiply(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
 
 
 def _multiply_gradients(parameters: list[nn.Parameter], masks: list[Tensor]) -> None:
-    pairs = [(parameter.grad, mask) for parameter, mask in zip(parameters, masks, strict=True)
-             if parameter.grad is not None]  # fmt: skip
-    _multiply([grad for grad, _ in pairs], [mask for _, mask in pairs])
+    gradients = [parameter.grad for parameter in parameters]
+    found = [gradient for gradient in gradients if gradient is not None]
+    if len(found) < len(gradients):
+        masks = [mask for gradient, mask in zip(gradients, masks, strict=True) if gradient is not None]
+    _multiply(found, masks)
 
 
 def _multiply_state(optimizer: Optimizer, parameters: list[nn.Parameter], masks: list[Tensor]) -> None:

@@ -114,6 +114,8 @@ class WeightPruning(MaskingCallback):
         self._own: dict[str, float] = {}
         self._watch: InputWatch | None = None
         self._through: StraightThrough | None = None
+        self._last_change = 1.0
+        self._finished = False  # the last change is behind: nothing is asked of the schedule any more
 
     # Lightning's hooks, in the order a run meets them.
 
@@ -123,12 +125,15 @@ class WeightPruning(MaskingCallback):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._resolved = resolve(self.schedule, trainer.max_epochs)
-            rewind.check(self.schedule, act_window(self.schedule, trainer.max_epochs))
+            window = act_window(self.schedule, trainer.max_epochs)
+            rewind.check(self.schedule, window)
+            self._last_change = window[1] if window is not None else 0.0
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the layers as they are now; start what gathers."""
         super().on_fit_start(trainer, pl_module)
+        self._finished = False
         if "inputs" in self.criterion.needs:
             self._watch = InputWatch(self._weights)
         if self.sr_ste is not None:
@@ -244,9 +249,12 @@ class WeightPruning(MaskingCallback):
 
     def _is_due(self, trainer: Trainer, pl_module: LightningModule, ahead: int = 0) -> bool:
         """Whether the schedule has moved on; ``every_n_steps`` lie between two changes, but for its end."""
+        if self._finished:
+            return False
         state, share = self.state(pl_module), self._share(trainer, ahead)
         before = state.get("share", 0.0)
         if abs(share - before) <= _SAME:
+            self._finished = ahead == 0 and self._progress(trainer) > self._last_change
             return False
         rested = steps_done(trainer) + ahead - state.get("last", -self.every_n_steps) >= self.every_n_steps
         return rested or share < before or share >= self._resolved(1.0) - _SAME

@@ -557,7 +557,9 @@ def test_what_zeros_are_worth_is_reported(board: TensorBoardLogger, capsys: pyte
     assert {step: value for step, value in churn.items() if value} == {
         4: pytest.approx(gone / layer.numel()), 8: pytest.approx(2 / layer.numel())
     }  # fmt: skip
-    assert [value for _, value in curve(board, "dead_filters")][-10:] == [0.0] * 2 + [2.0] * 8 or curve(board, "dead_filters")
+    assert [value for _, value in curve(board, "dead_filters")][-10:] == [0.0] * 2 + [2.0] * 8 or curve(
+        board, "dead_filters"
+    )
     assert monitor.after is not None
     assert monitor.before is not None
     assert (monitor.before.dead_filters, monitor.after.dead_filters) == (0, 2)

@@ -18,12 +18,14 @@ from lightning_light.targets import Targets
 SEEDS = st.integers(0, 10_000)
 SCOPES = st.sampled_from(["local", "global", "erk", "lamp"])
 UNITS = st.sampled_from([Unstructured(), Block(4, 1), Block(2, 2), Filter(), Kernel(), Row(), Column()])
+METHODS = st.sampled_from([SET(), RigL(), SRigL(), SRigL(0.9, 0.9)])
 OPTIMIZERS: dict[str, Any] = {
     "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
     "adamw": lambda p: torch.optim.AdamW(p, 0.01, weight_decay=0.1),
     "rmsprop": lambda p: torch.optim.RMSprop(p, 0.01, momentum=0.9, centered=True, weight_decay=0.01),
     "adafactor": lambda p: torch.optim.Adafactor(p, 0.01, weight_decay=0.01),
 }
+NAMES = st.sampled_from(sorted(OPTIMIZERS))
 STEPS = 5
 
 
@@ -33,7 +35,11 @@ class Run:
     def __init__(self, seed: int, optimizer: str) -> None:
         self.generator = torch.Generator().manual_seed(seed)
         self.model = nn.Sequential(
-            nn.Conv2d(4, 8, 3), nn.Conv1d(8, 8, 5), nn.ConvTranspose2d(8, 4, 3), nn.Conv2d(8, 16, 3, groups=2), nn.Linear(16, 12)
+            nn.Conv2d(4, 8, 3),
+            nn.Conv1d(8, 8, 5),
+            nn.ConvTranspose2d(8, 4, 3),
+            nn.Conv2d(8, 16, 3, groups=2),
+            nn.Linear(16, 12),
         )
         for parameter in self.model.parameters():
             parameter.data = torch.randn(parameter.shape, generator=self.generator)
@@ -69,7 +75,7 @@ def at_most(weight: Weight, tensor: Tensor, n: int, m: int) -> bool:
     return int(groups.sum(dim=1).max()) <= n
 
 
-@given(seed=SEEDS, pattern=UNITS, scope=SCOPES, optimizer=st.sampled_from(sorted(OPTIMIZERS)), end=st.floats(0.0, 0.9))
+@given(seed=SEEDS, pattern=UNITS, scope=SCOPES, optimizer=NAMES, end=st.floats(0.0, 0.9))
 @settings(max_examples=40, deadline=None)
 def test_gradual_pruning(seed, pattern, scope: Scope, optimizer, end) -> None:
     run, masks = Run(seed, optimizer), {}
@@ -98,7 +104,11 @@ def test_gradual_pruning(seed, pattern, scope: Scope, optimizer, end) -> None:
             assert round(amount * total) - max(sizes) < zeros <= round(amount * total) or amount == 0.0
 
 
-@given(seed=SEEDS, shape=st.sampled_from([(1, 2), (1, 4), (2, 4), (3, 4), (1, 2)]), optimizer=st.sampled_from(sorted(OPTIMIZERS)))
+@given(
+    seed=SEEDS,
+    shape=st.sampled_from([(1, 2), (1, 4), (2, 4), (3, 4)]),
+    optimizer=NAMES,
+)
 @settings(max_examples=20, deadline=None)
 def test_n_of_m(seed, shape, optimizer) -> None:
     run, masks, pattern = Run(seed, optimizer), {}, NM(*shape)
@@ -114,7 +124,7 @@ def test_n_of_m(seed, shape, optimizer) -> None:
             assert int(masks[weight.name].sum()) * pattern.m == pattern.kept_of(share) * weight.parameter.numel()
 
 
-@given(seed=SEEDS, shape=st.sampled_from([(1, 2), (1, 4), (2, 4), (3, 4)]), optimizer=st.sampled_from(sorted(OPTIMIZERS)))
+@given(seed=SEEDS, shape=st.sampled_from([(1, 2), (1, 4), (2, 4), (3, 4)]), optimizer=NAMES)
 @settings(max_examples=20, deadline=None)
 def test_sr_ste(seed, shape, optimizer) -> None:
     run, pattern = Run(seed, optimizer), NM(*shape)
@@ -132,8 +142,7 @@ def test_sr_ste(seed, shape, optimizer) -> None:
             assert torch.equal(weight.parameter.detach(), dense[weight.name] * masks[weight.name])
 
 
-@given(seed=SEEDS, method=st.sampled_from([SET(), RigL(), SRigL(), SRigL(0.9, 0.9)]), optimizer=st.sampled_from(sorted(OPTIMIZERS)),
-       amount=st.floats(0.3, 0.95))  # fmt: skip
+@given(seed=SEEDS, method=METHODS, optimizer=NAMES, amount=st.floats(0.3, 0.95))
 @settings(max_examples=30, deadline=None)
 def test_dynamic_sparse_training(seed, method, optimizer, amount) -> None:
     run = Run(seed, optimizer)
