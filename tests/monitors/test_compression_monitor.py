@@ -328,9 +328,9 @@ def test_it_leaves_nothing_on_the_module_and_no_look_behind() -> None:
     trainer(monitor, max_epochs=1).fit(module, Loader())
     assert not module._forward_pre_hooks
     assert {name for name in vars(monitor) if name.startswith("_")} <= {
-        "_key", "_count", "_chronicle", "_last_step", "_parameters", "_seen", "_borrowed",
+        "_key", "_count", "_chronicle", "_last_step", "_parameters", "_seen", "_borrowed", "_masks",
     }  # fmt: skip
-    assert not any(vars(monitor)[name] for name in ("_count", "_chronicle", "_parameters", "_borrowed"))
+    assert not any(vars(monitor)[name] for name in ("_count", "_chronicle", "_parameters", "_borrowed", "_masks"))
     assert repr(pickle.loads(pickle.dumps(monitor))) == repr(monitor)
 
 
