@@ -4,11 +4,11 @@
 
 Every way has a Trainer of its own, in a thread of its own, and they take turns, never two at once: a step without
 masks, a step of one way, a step without masks, a step of the next way, in an order that is shuffled each round.
-Printed is the median over rounds of a step's ratio to the mean of the two steps without masks around it, with its quartiles; "none
-again" shows how far equal steps lie apart. All is built anew several times, for where a run's tensors lie in memory
-makes a difference too. The clock is CPU time of the thread; freed memory stays with the process (mallopt), or page
-faults come between. Every way masks 80 % of the weights of convolutions and linear layers before the first step that
-counts.
+Printed is the median over rounds of a step's ratio to the mean of the two steps without masks around it, with its
+quartiles; "none again" shows how far equal steps lie apart. All is built anew several times, for where a run's tensors
+lie in memory makes a difference too. The clock is CPU time of the thread; freed memory stays with the process
+(mallopt), or page faults come between. Every way masks 80 % of the weights of convolutions and linear layers before the
+first step that counts.
 """
 
 import argparse
