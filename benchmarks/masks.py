@@ -2,16 +2,25 @@
 
     python benchmarks/masks.py
 
-Each round runs one step of every way in a shuffled order, in one process; what is printed is the median over rounds of
-the ratio to the step without masks, with its quartiles. CPU time of the thread, not wall time: other processes count
-less. Every way masks 80 % of the weights of convolutions and linear layers, once, before the timing.
+Every way has a Trainer of its own, in a thread of its own, and they take turns, never two at once: a step without
+masks, a step of one way, a step without masks, a step of the next way, in an order that is shuffled each round.
+Printed is the median over rounds of a step's ratio to the mean of the two steps without masks around it, with its
+quartiles; "none again" shows how far equal steps lie apart. All is built anew several times, for where a run's tensors
+lie in memory makes a difference too. The clock is CPU time of the thread; freed memory stays with the process
+(mallopt), or page faults come between. Every way masks 80 % of the weights of convolutions and linear layers before the
+first step that counts.
 """
 
 import argparse
 import copy
+import ctypes
+import functools
 import itertools
+import logging
 import random
 import statistics
+import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -22,9 +31,12 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelPruning
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 import lightning_light as ll
+
+WARMUP = 3
+MALLOC = {-8: 1, -3: 1 << 30, -1: (1 << 31) - 1}  # glibc: M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 
 
 class Small(nn.Sequential):
@@ -61,9 +73,13 @@ class ResNet18(nn.Sequential):
 
 
 class Module(L.LightningModule):
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
         super().__init__()
-        self.net = net
+        self.net, self.batch = net, batch
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """One batch again and again: twice in the first epoch, in which masks are made."""
+        return DataLoader([self.batch] * (2 if self.current_epoch == 0 else 100_000), batch_size=None)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         return F.cross_entropy(self.net(batch[0]), batch[1])
@@ -81,7 +97,6 @@ def lightnings(module: Module) -> L.Callback:
 
 
 WAYS: dict[str, Callable[[Module], list[L.Callback]]] = {
-    "none": lambda module: [],
     "none again": lambda module: [],
     "WeightPruning": lambda module: [ll.WeightPruning(ll.Sparsity(0.8), schedule=ll.OneShot())],
     "DynamicSparseTraining": lambda module: [ll.DynamicSparseTraining(ll.Sparsity(0.8), method=ll.Static())],
@@ -89,62 +104,105 @@ WAYS: dict[str, Callable[[Module], list[L.Callback]]] = {
 }
 
 
-class Stepper(L.Callback):
-    """Runs a Trainer's fit in a generator's place: times each batch, hook to hook, and hands over in between."""
+class Turns(L.Callback):
+    """Times each batch, from hook to hook, and waits for its turn in between."""
 
-    def __init__(self) -> None:
-        self.times: list[float] = []
+    def __init__(self, fit: Callable[["Turns"], None]) -> None:
+        self.seconds = 0.0
+        self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
+        self.thread = threading.Thread(target=self._run, args=(fit,), daemon=True)
+        self.alive, self.over = True, False
+        self.began = 0.0
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.times.append(time.thread_time() - self.began)
+    def step(self) -> float:
+        """One more batch; returns the seconds that it took."""
+        self.thread.start() if self.thread.ident is None else self.go.release()
+        self.done.acquire()
+        if not self.alive:
+            self.thread.join()
+            raise SystemExit("A run has ended before its time.")
+        return self.seconds
+
+    def end(self) -> None:
+        self.over = True
+        self.go.release()
+        self.thread.join()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.current_epoch == 0:
+            return
+        self.seconds = time.thread_time() - self.began
+        self.done.release()
+        self.go.acquire()
+        trainer.should_stop = self.over
         self.began = time.thread_time()
 
-    def on_train_epoch_start(self, *_: Any) -> None:
-        self.began = time.thread_time()
+    def _run(self, fit: Callable[["Turns"], None]) -> None:
+        torch.set_num_threads(1)
+        try:
+            fit(self)
+        finally:
+            self.alive = False
+            self.done.release()
 
 
-def measure(net: nn.Module, batch: int, rounds: int, steps: int) -> dict[str, list[float]]:
-    """Seconds a step, by way, one entry a round: the median of ``steps`` steps of one epoch."""
-    data = TensorDataset(torch.randn(batch * steps, 3, 32, 32), torch.randint(10, (batch * steps,)))
-    runs: dict[str, tuple[L.Trainer, Module, Stepper]] = {}
-    for name, build in WAYS.items():
-        module, stepper = Module(copy.deepcopy(net)), Stepper()
+def measure(net: nn.Module, batch: int, rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """By way, one entry a round: seconds of a step, and of a step without masks at the same time."""
+    data = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
+
+    def fit(build: Callable[[Module], list[L.Callback]], turns: Turns) -> None:
+        module = Module(copy.deepcopy(net), data)
         trainer = L.Trainer(
-            max_epochs=1, callbacks=[*build(module), stepper], accelerator="cpu", logger=False,
+            max_epochs=2, callbacks=[*build(module), turns], accelerator="cpu", logger=False,
             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+            reload_dataloaders_every_n_epochs=1,
         )  # fmt: skip
-        runs[name] = trainer, module, stepper
-        trainer.fit(module, DataLoader(data, batch))  # masks are made here: not timed
-    found: dict[str, list[float]] = {name: [] for name in WAYS}
-    for _ in range(rounds):
+        trainer.fit(module)
+
+    none = Turns(functools.partial(fit, lambda module: []))
+    runs = {name: Turns(functools.partial(fit, build)) for name, build in WAYS.items()}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in WAYS}
+    for turn in range(rounds + WARMUP):
+        before = none.step()
         for name in random.sample(list(WAYS), len(WAYS)):
-            trainer, module, stepper = runs[name]
-            stepper.times.clear()
-            trainer.fit_loop.max_epochs += 1
-            trainer.fit(module, DataLoader(data, batch))
-            found[name].append(statistics.median(stepper.times[1:]))
+            seconds, after = runs[name].step(), none.step()
+            if turn >= WARMUP:
+                found[name].append((seconds, (before + after) / 2))
+            before = after
+    for run in (none, *runs.values()):
+        run.end()
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batch", type=int, default=16, help="of the ResNet")
     parser.add_argument("--nets", nargs="*", default=["small", "resnet18"])
     args = parser.parse_args()
     warnings.simplefilter("ignore")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    print("| network | batch | way | step | against none |\n|---|---|---|---|---|")
+    if sys.platform == "linux":
+        for key, value in MALLOC.items():
+            ctypes.CDLL(None).mallopt(key, value)
     for name in args.nets:
+        print("| network | batch | way | step | against none |\n|---|---|---|---|---|")
         small = name == "small"
         net, batch = (Small(), 64) if small else (ResNet18(), args.batch)
-        found = measure(net, batch, args.rounds * (2 if small else 1), args.steps * (4 if small else 1))
-        for way, times in found.items():
-            ratios = [100 * (own / none - 1) for own, none in zip(times, found["none"], strict=True)]
-            low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-            print(f"| {name} | {batch} | {way} | {1e3 * statistics.median(times):.1f} ms | "
+        found: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
+        for _ in range(args.repeats):
+            for way, pairs in measure(net, batch, args.rounds * (8 if small else 1)).items():
+                found[way] += pairs
+        for way, pairs in found.items():
+            low, middle, high = statistics.quantiles([100 * (own / none - 1) for own, none in pairs], n=4)
+            print(f"| {name} | {batch} | {way} | {1e3 * statistics.median(own for own, _ in pairs):.1f} ms | "
                   f"{middle:+.1f} % [{low:+.1f}, {high:+.1f}] |", flush=True)  # fmt: skip
+        began = time.thread_time()
+        ll.prune_weights(net, pruning=ll.WeightPruning(ll.Sparsity(0.8)))
+        print(f"{name}: choosing all masks takes {1e3 * (time.thread_time() - began):.0f} ms")
 
 
 if __name__ == "__main__":

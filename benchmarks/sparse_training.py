@@ -19,6 +19,8 @@ import lightning_light as ll
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 NINETY = ll.Sparsity(0.9)
+# In the first half of the run; the learning rate is not rewound, and has half of its course left for the last ticket.
+TICKETS = ll.Rewinding(ll.Window(ll.Staircase(ll.Exponential(2.302585), steps=5), end=0.5), to=0.02)
 METHODS: dict[str, Callable[[int], list[Any]]] = {
     "dense": lambda seed: [],
     "gradual 90 %, global": lambda seed: [ll.WeightPruning(NINETY)],
@@ -27,8 +29,9 @@ METHODS: dict[str, Callable[[int], list[Any]]] = {
     "RigL 90 %, ERK": lambda seed: [dynamic(ll.RigL(), seed)],
     "SRigL 90 %, ERK": lambda seed: [dynamic(ll.SRigL(), seed)],
     "AC/DC 90 %": lambda seed: [ll.WeightPruning(NINETY, schedule=ll.Alternating(phases=4))],
+    "lottery tickets 90 %, five rounds": lambda seed: [ll.WeightPruning(NINETY, schedule=TICKETS)],
     "2:4, SR-STE": lambda seed: [
-        ll.WeightPruning(pattern=ll.NM(2, 4), targets=ll.Targets(exclude="stem"), sr_ste=2e-4)
+        ll.WeightPruning(pattern=ll.NM(2, 4), schedule=ll.OneShot(), targets=ll.Targets(exclude="stem"), sr_ste=2e-4)
     ],
 }
 

@@ -92,6 +92,7 @@ from lightning_light.lowrank import (
     factorize,
     factorize_checkpoint,
 )
+from lightning_light.measure import Zeros, measure_zeros
 from lightning_light.monitors import CompressionMonitor
 from lightning_light.quantization import (
     LSQ,
@@ -146,8 +147,6 @@ from lightning_light.sparsity import (
     Static,
     Unstructured,
     WeightPruning,
-    Zeros,
-    measure_zeros,
     prune_weights,
     remove_dead_channels,
     to_semi_structured,

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_light.measure.quiet import plain_kernels, undisturbed
 
-__all__ = ["Cost", "count_cost"]
+__all__ = ["Cost", "count_cost", "count_params"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,16 @@ def count_cost(
     params = _params_by_module(model)
     macs = _macs_by_module(model, args, kwargs or {}, shapes_only=shapes_only)
     return Cost(sum(macs.values()), sum(params.values()), macs, params)
+
+
+def count_params(model: nn.Module) -> Cost:
+    """The parameters alone: nothing is run, and there are no products.
+
+    Raises:
+        ValueError: a parameter has no shape yet (lazy layers).
+    """
+    params = _params_by_module(model)
+    return Cost(0, sum(params.values()), {}, params)
 
 
 def _params_by_module(model: nn.Module) -> dict[str, int]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from lightning_light.measure.cost import Cost
+from lightning_light.measure.zeros import dead_outputs, share_of_zeros
 
-__all__ = ["LayerRow", "layer_table"]
+__all__ = ["LayerRow", "effective_macs", "layer_table", "layer_weights", "matrices"]
 
 # attributes of torch.nn's layers that say how many channels go in and come out
 _WIDTHS = (
@@ -37,6 +40,7 @@ class LayerRow:
         macs: multiply-accumulates that ran in the layer itself.
         zeros: share of zeros among its weights (biases are left out), in [0, 1].
         bits: mean width of a weight's data type; a method that stores fewer bits replaces it.
+        dead: outputs that have no weight left.
     """
 
     name: str
@@ -47,6 +51,7 @@ class LayerRow:
     macs: int
     zeros: float
     bits: float
+    dead: int = 0
 
 
 def layer_table(model: nn.Module, cost: Cost) -> list[LayerRow]:
@@ -87,7 +92,6 @@ def _row(name: str, module: nn.Module, macs: int, params: int) -> LayerRow:
     channels_in, channels_out = _widths(module)
     weights = _weights(module)
     elements = sum(weight.numel() for weight in weights)
-    zeros = sum(weight.numel() - int(weight.count_nonzero()) for weight in weights)
     bits = sum(8 * weight.element_size() * weight.numel() for weight in weights)
     return LayerRow(
         name=name,
@@ -96,8 +100,9 @@ def _row(name: str, module: nn.Module, macs: int, params: int) -> LayerRow:
         channels_out=channels_out,
         params=params,
         macs=macs,
-        zeros=zeros / elements if elements else 0.0,
+        zeros=share_of_zeros(weights),
         bits=bits / elements if elements else 0.0,
+        dead=dead_outputs(module, weights),
     )
 
 
@@ -112,10 +117,29 @@ def _widths(module: nn.Module) -> tuple[int | None, int | None]:
 
 
 def _weights(module: nn.Module) -> list[Tensor]:
-    """The layer's own weights, through parametrizations; biases only if there is nothing else."""
+    """The layer's own weights; biases only if there is nothing else."""
+    return [weight.detach() for weight in layer_weights(module) or module.parameters(recurse=False)]
+
+
+def layer_weights(module: nn.Module) -> list[Tensor]:
+    """The weights that ``module`` itself computes with: through parametrizations, without biases.
+
+    Read them inside `undisturbed`: without gradients, and in evaluation mode.
+    """
+    if isinstance(module, parametrize.ParametrizationList):
+        return []  # its originals are counted as the weight that they make
     own = dict(module.named_parameters(recurse=False))
-    if nn.utils.parametrize.is_parametrized(module):
-        own |= {name: getattr(module, name) for name in module.parametrizations}  # type: ignore[union-attr]
-    return [tensor.detach() for name, tensor in own.items() if "bias" not in name] or [
-        tensor.detach() for tensor in own.values()
-    ]
+    if parametrize.is_parametrized(module):
+        own |= {name: getattr(module, name) for name in module.parametrizations}  # type: ignore[union-attr]  # a ModuleDict
+    return [weight for name, weight in own.items() if "bias" not in name]
+
+
+def matrices(model: nn.Module) -> Iterator[Tensor]:
+    """Every weight of two or more axes that ``model`` computes with, shared ones once."""
+    weights = dict.fromkeys(weight for module in model.modules() for weight in layer_weights(module))
+    return (weight for weight in weights if weight.ndim > 1)
+
+
+def effective_macs(rows: Iterable[LayerRow]) -> int:
+    """Multiply-accumulates whose weight is not zero. Only a kernel that skips zeros saves the others."""
+    return round(sum(row.macs * (1.0 - row.zeros) for row in rows))

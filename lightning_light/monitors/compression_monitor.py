@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from rich.console import Console
@@ -14,11 +15,13 @@ from lightning_light.errors import UnsupportedError
 from lightning_light.example_input import capture
 from lightning_light.hosts import is_host
 from lightning_light.measure.facts import layer_facts
+from lightning_light.measure.size import deflated_bytes
+from lightning_light.measure.zeros import mask_churn
 from lightning_light.monitors.chronicle import Chronicle, CostCounter, is_countable
 from lightning_light.monitors.dashboard import add_heat_maps, add_histograms, add_layout
 from lightning_light.monitors.hparams import method_hparams
 from lightning_light.monitors.scalars import PREFIX, custom_layout, layer_scalars, total_scalars
-from lightning_light.monitors.table import compression_markdown, compression_table
+from lightning_light.monitors.table import compression_markdown, compression_table, human_bytes, human_count
 from lightning_light.order import Stage
 from lightning_light.progress import steps_done
 from lightning_light.targets import Targets, as_targets
@@ -26,7 +29,7 @@ from lightning_light.targets import Targets, as_targets
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from rich.table import Table
-    from torch import nn
+    from torch import Tensor, nn
 
     from lightning_light.monitors.history import History
     from lightning_light.monitors.snapshot import Snapshot
@@ -38,10 +41,11 @@ class CompressionMonitor(CompressionCallback):
     """Log what a network costs while it is compressed, and print what has become of every layer at the end.
 
     Every logger gets the totals (``compression/params``, ``macs``, ``bytes``, ``sparsity``, ``bits``), what remains of
-    them (``compression/macs_remaining``, ...), and the same for every layer (``compression/channels/<layer>``, ...),
-    on Lightning's own axis; and what methods know of a layer: its rank, the energy kept, the bits it takes in a coded
-    file. TensorBoard gets more: histograms of weights, a heat map of layers over time, a layout of
-    its Custom Scalars page, and the table. The totals are also in ``trainer.callback_metrics``.
+    them (``compression/macs_remaining``, ...), what zeros are worth (``effective_macs``, ``dead_filters``, ``churn`` of
+    masks), and the same for every layer (``compression/channels/<layer>``, ...), on Lightning's own axis; and what
+    methods know of a layer: its rank, the energy kept, the bits it takes in a coded file.
+    TensorBoard gets more: histograms of weights, a heat map of layers over time, a layout of its Custom Scalars page,
+    and the table. The totals are also in ``trainer.callback_metrics``.
 
     "Before" is the network as the first fit found it; it is in every checkpoint, so a resumed run compares with the
     same. The run itself is the same to the last bit with and without the monitor. MACs are those of one sample.
@@ -66,6 +70,7 @@ class CompressionMonitor(CompressionCallback):
         heat_map: log a picture of layers over time, once an epoch, to TensorBoard.
         layout: add a ``compression`` section to TensorBoard's Custom Scalars, beside the user's.
         hparams: add the arguments of every compression method to the hyper-parameters that the loggers get.
+        deflate: at the end, measure what the stored tensors weigh after lossless compression.
         progress_bar: show the remaining MACs and the sparsity in the progress bar.
         table: print the table, before → after, at the end of fit.
 
@@ -87,6 +92,7 @@ class CompressionMonitor(CompressionCallback):
     _count: CostCounter | None = None
     _chronicle: Chronicle | None = None
     _last_step: int | None = None  # at which we looked
+    _masks: Mapping[str, Tensor] | None = None  # copies, as they were at the last look
     _parameters: tuple[nn.Parameter, ...] = ()
     _seen: tuple[Any, ...] = ()
     _borrowed: tuple[Any, Any] | None = None  # whose hyper-parameters, and what they were
@@ -101,6 +107,7 @@ class CompressionMonitor(CompressionCallback):
         heat_map: bool = True,
         layout: bool = True,
         hparams: bool = True,
+        deflate: bool = True,
         progress_bar: bool = True,
         table: bool = True,
     ) -> None:
@@ -113,6 +120,7 @@ class CompressionMonitor(CompressionCallback):
         self.heat_map = heat_map
         self.layout = layout
         self.hparams = hparams
+        self.deflate = deflate
         self.progress_bar = progress_bar
         self.table = table
         self.before: Snapshot | None = None
@@ -150,6 +158,7 @@ class CompressionMonitor(CompressionCallback):
         """Give the user's hyper-parameters back: Lightning has logged them by now."""
         self._return_hparams()
         self._last_step = None
+        self._masks = self._copy_masks(pl_module)
 
     @override
     def on_train_batch_end(
@@ -159,7 +168,7 @@ class CompressionMonitor(CompressionCallback):
         if not self._is_due(trainer, pl_module):
             return
         chronicle = self._look(trainer, pl_module)
-        self._log_scalars(trainer, chronicle)
+        self._log_scalars(trainer, chronicle, self._churn(pl_module))
         self._log_metrics(pl_module, chronicle)
         if self.layout and self._last_step is None:
             for writer, folder in self._tensorboards(trainer):
@@ -198,7 +207,7 @@ class CompressionMonitor(CompressionCallback):
     def _forget(self) -> None:
         if self._count is not None:
             self._count.captured.remove()
-        self._count = self._chronicle = self._last_step = self._borrowed = None
+        self._count = self._chronicle = self._last_step = self._borrowed = self._masks = None
         self._parameters, self._seen = (), ()
 
     def _begin(self, pl_module: LightningModule) -> Chronicle:
@@ -237,13 +246,23 @@ class CompressionMonitor(CompressionCallback):
         """Changes with the structure, and costs little: parameters outlive a change of shape, the rest is journaled."""
         return len(self.ledger(pl_module).journal), [parameter.shape for parameter in self._parameters]
 
+    def _copy_masks(self, pl_module: LightningModule) -> dict[str, Tensor]:
+        """Of every method that has some: they are in the ledger."""
+        held = [state.get("masks", {}) for state in self.ledger(pl_module).state.values()]
+        return {name: mask.clone() for masks in held for name, mask in masks.items()}
+
+    def _churn(self, pl_module: LightningModule) -> dict[str, float]:
+        """What share of all masks has changed since the last look; nothing where there are none."""
+        before, self._masks = self._masks or {}, self._copy_masks(pl_module)
+        return {f"{PREFIX}/churn": mask_churn(before, self._masks)} if before or self._masks else {}
+
     # Private: where it goes.
 
-    def _log_scalars(self, trainer: Trainer, chronicle: Chronicle) -> None:
+    def _log_scalars(self, trainer: Trainer, chronicle: Chronicle, churn: Mapping[str, float]) -> None:
         """To every logger, on the axis that Lightning itself uses, so not through ``self.log`` and its intervals."""
         if not trainer.is_global_zero:
             return
-        scalars = total_scalars(chronicle.now, chronicle.before)
+        scalars = {**total_scalars(chronicle.now, chronicle.before), **churn}
         if self.per_layer:
             scalars |= layer_scalars(chronicle.now, chronicle.layers)
         for logger in trainer.loggers:
@@ -266,7 +285,9 @@ class CompressionMonitor(CompressionCallback):
     def _conclude(self, trainer: Trainer, pl_module: LightningModule, chronicle: Chronicle) -> None:
         cost = None if self._count is None else self._count(pl_module)
         chronicle.look(pl_module, cost, steps_done(trainer), self._facts(pl_module))
-        self._log_scalars(trainer, chronicle)
+        if self.deflate and trainer.is_global_zero:
+            chronicle.now = replace(chronicle.now, deflated=deflated_bytes(pl_module))
+        self._log_scalars(trainer, chronicle, self._churn(pl_module))
         self._draw(trainer, pl_module, chronicle)
         before, now, layers = chronicle.before, chronicle.now, chronicle.layers
         self.before, self.after, self.history = before, now, chronicle.history
@@ -315,10 +336,14 @@ def _print(table: Table) -> None:
 
 
 def _notes(trainer: Trainer, now: Snapshot) -> list[str]:
-    """Lines below the table: what was exported, as the callback that did it says; and what is not known."""
+    """Lines below the table: what zeros spare, what was exported, as the callback that did it says, what is unknown."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
     reports: list[Any] = [getattr(callback, "report", None) for callback in callbacks]
     notes = [f"exported: {report.summary()}" for report in reports if callable(getattr(report, "summary", None))]
+    if now.zeros and now.effective_macs is not None:
+        notes.append(f"MACs whose weight is not zero: {human_count(now.effective_macs)}")
+    if now.deflated is not None:
+        notes.append(f"size after compression (DEFLATE): {human_bytes(now.deflated)}")
     if now.macs is None:
         notes.append("MACs are not known: `forward` was not called. Set the module's `example_input_array`.")
     return notes

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_light.measure.quiet import undisturbed
+from lightning_light.measure.report import layer_weights
 from lightning_light.monitors.heat_map import Quantity, heat_map
 from lightning_light.monitors.history import History
 from lightning_light.monitors.pairs import belongs
 from lightning_light.monitors.scalars import PREFIX
-from lightning_light.monitors.snapshot import layer_weights
 
 if TYPE_CHECKING:
     from collections.abc import Collection

@@ -19,7 +19,11 @@ def total_scalars(now: Snapshot, before: Snapshot) -> dict[str, float]:
     totals = {"params": now.params, "bytes": now.bytes, "macs": now.macs}
     dense = {"params": before.params, "bytes": before.bytes, "macs": before.macs}
     scalars = {key: float(value) for key, value in totals.items() if value is not None}
-    scalars["sparsity"], scalars["bits"] = now.zeros, now.bits
+    scalars |= {"sparsity": now.zeros, "bits": now.bits, "dead_filters": float(now.dead_filters)}
+    if now.effective_macs is not None:
+        scalars["effective_macs"] = float(now.effective_macs)
+    if now.deflated is not None:
+        scalars["deflated_bytes"] = float(now.deflated)
     for key, value in totals.items():
         if value is not None and (had := dense[key]):
             scalars[f"{key}_remaining"] = value / had

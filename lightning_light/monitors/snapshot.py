@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 
-from lightning_light.measure.cost import Cost
+from lightning_light.measure.cost import Cost, count_params
 from lightning_light.measure.quiet import undisturbed
-from lightning_light.measure.report import LayerRow, layer_table
+from lightning_light.measure.report import LayerRow, effective_macs, layer_table, layer_weights, matrices
 from lightning_light.measure.size import tensor_bytes
+from lightning_light.measure.zeros import share_of_zeros
 
-__all__ = ["Snapshot", "layer_weights", "matrix_layers", "row_bytes", "structure", "take_snapshot"]
+__all__ = ["Snapshot", "matrix_layers", "row_bytes", "structure", "take_snapshot"]
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,10 @@ class Snapshot:
         params: elements of all parameters, shared ones once.
         macs: multiply-accumulates of one forward pass; None if the model was not run.
         bytes: of all parameters and of the buffers that a checkpoint keeps.
-        zeros: share of zeros among all weights (biases are left out), in [0, 1].
+        zeros: share of zeros among all weights of two or more axes, in [0, 1].
         bits: mean width of a weight.
         facts: layer -> quantity -> what a method knows of it, as `layer_facts` gives it.
+        deflated: bytes after lossless compression; None if that was not measured.
     """
 
     rows: tuple[LayerRow, ...]
@@ -38,6 +40,17 @@ class Snapshot:
     zeros: float
     bits: float
     facts: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    deflated: int | None = None
+
+    @property
+    def dead_filters(self) -> int:
+        """Outputs that have no weight left, of all layers."""
+        return sum(row.dead for row in self.rows)
+
+    @property
+    def effective_macs(self) -> int | None:
+        """Multiply-accumulates whose weight is not zero; None if the model was not run."""
+        return None if self.macs is None else effective_macs(self.rows)
 
     def plain(self) -> dict[str, Any]:
         """In plain types, for a checkpoint."""
@@ -51,9 +64,10 @@ class Snapshot:
 
     def with_zeros_of(self, earlier: Snapshot) -> Snapshot:
         """The same model with the zeros that it had at an ``earlier`` moment."""
-        zeros = {row.name: row.zeros for row in earlier.rows}
-        rows = tuple(replace(row, zeros=zeros.get(row.name, row.zeros)) for row in self.rows)
-        return replace(self, rows=rows, zeros=earlier.zeros)
+        had = {row.name: row for row in earlier.rows}
+        rows = (replace(row, zeros=had[row.name].zeros, dead=had[row.name].dead) if row.name in had else row
+                for row in self.rows)  # fmt: skip
+        return replace(self, rows=tuple(rows), zeros=earlier.zeros)
 
 
 def take_snapshot(
@@ -73,38 +87,22 @@ def take_snapshot(
         >>> snapshot.params, snapshot.macs, snapshot.bytes
         (58, 48, 232)
     """
-    known = cost or _params_only(model)
+    known = cost or count_params(model)
     with undisturbed(model):  # a parametrization may otherwise move on when its weight is read
         rows = layer_table(model, _with_parametrized(model, known))
+        zeros = share_of_zeros(matrices(model))
         weights = dict.fromkeys(weight for module in model.modules() for weight in layer_weights(module))
         elements = sum(weight.numel() for weight in weights)
-        zeros = sum(weight.numel() - int(weight.count_nonzero()) for weight in weights)
         bits = sum(8 * weight.element_size() * weight.numel() for weight in weights)
     return Snapshot(
         rows=tuple(_folded(rows)),
         params=known.params,
         macs=None if cost is None else cost.macs,
         bytes=tensor_bytes(model),
-        zeros=zeros / elements if elements else 0.0,
+        zeros=zeros,
         bits=bits / elements if elements else 0.0,
         facts=facts or {},
     )
-
-
-def layer_weights(module: nn.Module) -> Iterator[Tensor]:
-    """The weights that ``module`` itself computes with: through parametrizations, without biases.
-
-    Read them inside `undisturbed`: without gradients, and in evaluation mode.
-    """
-    if isinstance(module, parametrize.ParametrizationList):
-        return  # its originals are counted as the weight that they make
-    for name, parameter in module.named_parameters(recurse=False):
-        if "bias" not in name:
-            yield parameter
-    if parametrize.is_parametrized(module):
-        for name in module.parametrizations:  # type: ignore[union-attr]  # a ModuleDict, by is_parametrized
-            if "bias" not in name:
-                yield getattr(module, name)
 
 
 def matrix_layers(model: nn.Module) -> list[str]:
@@ -147,15 +145,3 @@ def _folded(rows: list[LayerRow]) -> list[LayerRow]:
         else:
             folded[owner] = replace(row, type=row.type.removeprefix("Parametrized"))
     return list(folded.values())
-
-
-def _params_only(model: nn.Module) -> Cost:
-    """A cost without products: parameters are counted, nothing is run."""
-    seen: set[nn.Parameter] = set()
-    counts: dict[str, int] = {}
-    for name, module in model.named_modules():
-        own = [parameter for parameter in module.parameters(recurse=False) if parameter not in seen]
-        seen.update(own)
-        if own:
-            counts[name] = sum(parameter.numel() for parameter in own)
-    return Cost(macs=0, params=sum(counts.values()), macs_by_module={}, params_by_module=counts)

@@ -149,6 +149,8 @@ _COLUMNS = (
             lambda model: _UNKNOWN if model.macs is None else human_count(model.macs), lambda model: model.macs),
     _Column("zeros", lambda rows: _share(_mean(rows, [row.zeros for row in rows])),
             lambda model: _share(model.zeros), optional=True),
+    _Column("dead", lambda rows: str(sum(row.dead for row in rows)),
+            lambda model: str(model.dead_filters), optional=True),
     _Column("bits", lambda rows: f"{_mean(rows, [row.bits for row in rows]):.3g}",
             lambda model: f"{model.bits:.3g}", optional=True),
     _Column("size", lambda rows: human_bytes(sum(map(row_bytes, rows))),

@@ -3,17 +3,17 @@
 from lightning_light.sparsity.dead import remove_dead_channels
 from lightning_light.sparsity.dynamic_sparse_training import DynamicSparseTraining
 from lightning_light.sparsity.functional import prune_weights
-from lightning_light.sparsity.growth import SET, DynamicMethod, RigL, SRigL, Static
+from lightning_light.sparsity.growth import SET, Connections, DynamicMethod, RigL, SRigL, Static
 from lightning_light.sparsity.patterns import NM, Block, Column, Filter, Kernel, Pattern, Row, Unstructured
 from lightning_light.sparsity.regimes import Alternating, DenseSparseDense, Rewinding
 from lightning_light.sparsity.semi_structured import to_semi_structured
 from lightning_light.sparsity.weight_pruning import WeightPruning
-from lightning_light.sparsity.worth import Zeros, measure_zeros
 
 __all__ = [
     "Alternating",
     "Block",
     "Column",
+    "Connections",
     "DenseSparseDense",
     "DynamicMethod",
     "DynamicSparseTraining",
@@ -29,8 +29,6 @@ __all__ = [
     "Static",
     "Unstructured",
     "WeightPruning",
-    "Zeros",
-    "measure_zeros",
     "prune_weights",
     "remove_dead_channels",
     "to_semi_structured",

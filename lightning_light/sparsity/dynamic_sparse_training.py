@@ -17,7 +17,8 @@ from lightning_light.progress import steps_done, steps_planned
 from lightning_light.schedules import Linear, Window
 from lightning_light.sparsity.checks import check_counts, require_sparsity
 from lightning_light.sparsity.gather import score_weights
-from lightning_light.sparsity.growth import DynamicMethod, RigL, SRigL, Static
+from lightning_light.sparsity.growth import Connections, DynamicMethod, RigL, SRigL, Static
+from lightning_light.sparsity.keeper import stepping
 from lightning_light.sparsity.masking import MaskingCallback
 from lightning_light.sparsity.patterns import Unstructured
 from lightning_light.sparsity.plan import plan_masks
@@ -28,6 +29,7 @@ from lightning_light.targets import Targets
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+    from torch import nn
     from torch.optim import Optimizer
 
 __all__ = ["DynamicSparseTraining"]
@@ -137,8 +139,7 @@ class DynamicSparseTraining(MaskingCallback):
         state = self.state(pl_module)
         next_step = steps_done(trainer) + 1
         if self._moves.needs_gradient and "last" in state and self._is_due(trainer, state["last"], next_step):
-            stepping = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-            _keep_gradients(state.setdefault("dense", {}), self._weights, stepping)
+            _keep_gradients(state.setdefault("dense", {}), self._weights, stepping(optimizer))
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
 
     @override
@@ -180,9 +181,9 @@ class DynamicSparseTraining(MaskingCallback):
         return [weight.layer for weight in self._weights if weight.name not in dense] if dense else []
 
     def _is_due(self, trainer: Trainer, last: int, step: int) -> bool:
-        progress = self._progress(trainer, ahead=step - steps_done(trainer))
-        rested = step - last >= self.every_n_steps and step < steps_planned(trainer)
-        return rested and progress <= self._span[1] + _SAME and not isinstance(self._moves, Static)
+        if step - last < self.every_n_steps or isinstance(self._moves, Static) or step >= steps_planned(trainer):
+            return False
+        return self._progress(trainer, ahead=step - steps_done(trainer)) <= self._span[1] + _SAME
 
     def _is_ready(self, state: Mapping[str, Any]) -> bool:
         return not self._moves.needs_gradient or ("dense" in state and not self._missed(state))
@@ -190,7 +191,7 @@ class DynamicSparseTraining(MaskingCallback):
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The first masks: how many by the scope, which by the criterion."""
         scores = score_weights(
-            pl_module, self._weights, self.criterion, sums={}, steps=0, movement={}, values={},
+            self._weights, self.criterion, sums={}, steps=0, movement={}, values={},
             generator=torch.Generator().manual_seed(self.seed), reduce=lambda tensor: tensor,
         )  # fmt: skip
         amount = self.budget.goal(0.0)
@@ -225,24 +226,18 @@ class DynamicSparseTraining(MaskingCallback):
             if gradient is not None:
                 gradient = weight.facing(reduce_mean(trainer, gradient.to(weight.parameter.device)))
             mask = state["masks"][weight.name].to(weight.parameter.device)
-            moved = self._moves.move(
-                weight.facing(weight.parameter.detach()),
-                weight.facing(mask),
-                gradient,
-                fraction,
-                generator,
-                connections=state["connections"].get(weight.name, int(mask.sum())),
-            )
-            masks[weight.name] = weight.facing(moved).contiguous()
+            first = state["connections"].get(weight.name, int(mask.sum()))
+            now = Connections(weight.facing(weight.parameter.detach()), weight.facing(mask), gradient, first, generator)
+            masks[weight.name] = weight.facing(self._moves.move(now, fraction)).contiguous()
         churn = self._change(trainer, pl_module, masks)
         state |= {"last": steps_done(trainer), "updates": updates + 1}
         state.pop("dense", None)
         self._announce(trainer, pl_module, churn, restart=False)
 
 
-def _keep_gradients(dense: dict[str, Tensor], weights: list[Weight], stepping: set[Any]) -> None:
+def _keep_gradients(dense: dict[str, Tensor], weights: list[Weight], own: set[nn.Parameter]) -> None:
     """Those of one optimizer; not where a scaled backward pass has overflowed."""
     for weight in weights:
         gradient = weight.parameter.grad
-        if weight.parameter in stepping and gradient is not None and bool(gradient.isfinite().all()):
+        if weight.parameter in own and gradient is not None and bool(gradient.isfinite().all()):
             dense[weight.name] = gradient.detach().float().clone()

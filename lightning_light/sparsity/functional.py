@@ -51,7 +51,7 @@ def prune_weights(model: nn.Module, *, pruning: WeightPruning) -> dict[str, Tens
         layers = as_targets(pattern).select(model)
         own |= {weight.name: amount for weight in weights if weight.layer in layers}
     scores = score_weights(
-        model, weights, pruning.criterion, sums={}, steps=0, movement={}, values={}, reduce=lambda tensor: tensor,
+        weights, pruning.criterion, sums={}, steps=0, movement={}, values={}, reduce=lambda tensor: tensor,
         generator=torch.Generator().manual_seed(pruning.seed),
     )  # fmt: skip
     masks = plan_masks(

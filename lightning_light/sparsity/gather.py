@@ -18,10 +18,11 @@ __all__ = ["InputWatch", "Sums", "add_gradients", "add_movement", "check_evidenc
 Sums = dict[str, dict[str, Tensor]]
 """Kind of evidence -> weight name -> sum over the gathered steps."""
 
-_READABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_READABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
 
 
-def check_evidence(method: str, criterion: Criterion, weights: Sequence[Weight], model: nn.Module) -> None:
+def check_evidence(method: str, criterion: Criterion, weights: Sequence[Weight]) -> None:
     """Refuse what can never be gathered: gradients of frozen weights, inputs of layers that are no plain products.
 
     Raises:
@@ -40,7 +41,7 @@ def check_evidence(method: str, criterion: Criterion, weights: Sequence[Weight],
             "`Wanda()`, or remove channels with `StructuredPruning`."
         )
     if "inputs" in criterion.needs:
-        others = [w.layer for w in weights if not isinstance(model.get_submodule(w.layer), _READABLE)]
+        others = [w.layer for w in weights if not isinstance(w.module, _READABLE)]
         if others:
             raise UnsupportedError(
                 f"`{method}(criterion={criterion!r})`: expected linear and convolution layers, whose inputs can be "
@@ -79,12 +80,10 @@ class InputWatch:
         active: whether they do.
     """
 
-    def __init__(self, model: nn.Module, weights: Iterable[Weight]) -> None:
+    def __init__(self, weights: Iterable[Weight]) -> None:
         self.active = False
         self._seen: dict[str, Tensor] = {}
-        self._handles = [
-            model.get_submodule(weight.layer).register_forward_pre_hook(self._hook(weight.name)) for weight in weights
-        ]
+        self._handles = [weight.module.register_forward_pre_hook(self._hook(weight.name)) for weight in weights]
 
     def move_to(self, sums: Sums, reduce: Callable[[Tensor], Tensor]) -> None:
         """Hand over what was seen since the last call: the mean over processes, of which one saves."""
@@ -109,7 +108,6 @@ class InputWatch:
 
 
 def score_weights(
-    model: nn.Module,
     weights: Sequence[Weight],
     criterion: Criterion,
     *,
@@ -123,7 +121,6 @@ def score_weights(
     """A score for every weight, in the weight's own layout.
 
     Args:
-        model: holds the layers.
         weights: those to score.
         criterion: scores.
         sums: what was gathered, over ``steps`` steps.
@@ -149,7 +146,7 @@ def score_weights(
                 )
             mean = reduce(found.to(value.device))
             if kind == "inputs":
-                mean = _per_weight(mean, weight, model.get_submodule(weight.layer)).sqrt()
+                mean = _per_weight(mean, weight).sqrt()
             elif kind != "movement":
                 mean = mean / max(steps, 1)
             pieces[kind] = weight.facing(mean) if kind != "inputs" else mean
@@ -161,11 +158,11 @@ def score_weights(
     return scores
 
 
-def _per_weight(squares: Tensor, weight: Weight, layer: nn.Module) -> Tensor:
+def _per_weight(squares: Tensor, weight: Weight) -> Tensor:
     """``(in,)`` -> what broadcasts to the weight as ``(out, in, *kernel)``; groups read their own part."""
-    groups = getattr(layer, "groups", 1)
+    groups = getattr(weight.module, "groups", 1)
     kernel = [1] * (weight.parameter.ndim - 2)
-    if groups == 1 or weight.transposed:
+    if groups == 1 or isinstance(weight.module, _TRANSPOSED):
         return squares.reshape(1, -1, *kernel)
     outputs = weight.parameter.shape[0] // groups
     return squares.reshape(groups, -1).repeat_interleave(outputs, dim=0).reshape(groups * outputs, -1, *kernel)

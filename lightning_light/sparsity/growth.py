@@ -16,7 +16,35 @@ from typing_extensions import override
 
 from lightning_light.sparsity.scope import lowest
 
-__all__ = ["SET", "DynamicMethod", "RigL", "SRigL", "Static"]
+__all__ = ["SET", "Connections", "DynamicMethod", "RigL", "SRigL", "Static"]
+
+
+@dataclass(frozen=True, eq=False)
+class Connections:
+    """One weight and its connections, at an update.
+
+    Attributes:
+        weight: zero where ``mask`` is False.
+        mask: True where there is a connection.
+        gradient: dense; None for methods that need none.
+        first: how many connections there were at first.
+        generator: the same on every process.
+    """
+
+    weight: Tensor
+    mask: Tensor
+    gradient: Tensor | None
+    first: int
+    generator: torch.Generator
+
+    def largest_gradients(self) -> Tensor:
+        """The gradient's magnitude, which methods that say ``needs_gradient`` grow by."""
+        assert self.gradient is not None  # as they have said
+        return self.gradient.abs()
+
+    def without_smallest(self, count: int) -> Tensor:
+        """The mask without its ``count`` smallest weights."""
+        return self.mask & ~lowest(torch.where(self.mask, self.weight.abs(), torch.inf), count)
 
 
 class DynamicMethod(ABC):
@@ -39,25 +67,8 @@ class DynamicMethod(ABC):
         return ~lowest(scores, scores.numel() - kept)
 
     @abstractmethod
-    def move(
-        self,
-        weight: Tensor,
-        mask: Tensor,
-        gradient: Tensor | None,
-        fraction: float,
-        generator: torch.Generator,
-        connections: int,
-    ) -> Tensor:
-        """The next mask.
-
-        Args:
-            weight: zero where ``mask`` is False.
-            mask: True where there is a connection.
-            gradient: dense; for methods that need it.
-            fraction: from `fraction_at`.
-            generator: the same on every process.
-            connections: how many there were at first.
-        """
+    def move(self, now: Connections, fraction: float) -> Tensor:
+        """The next mask, after ``fraction`` of the connections (from `fraction_at`) has moved."""
 
 
 def _require_fraction(call: str, **values: float) -> None:
@@ -77,16 +88,8 @@ class Static(DynamicMethod):
             raise ValueError(f"`Static(fraction={self.fraction})`: expected 0, nothing moves. Use `SET()` or `RigL()`.")
 
     @override
-    def move(
-        self,
-        weight: Tensor,
-        mask: Tensor,
-        gradient: Tensor | None,
-        fraction: float,
-        generator: torch.Generator,
-        connections: int,
-    ) -> Tensor:
-        return mask
+    def move(self, now: Connections, fraction: float) -> Tensor:
+        return now.mask
 
 
 @dataclass(frozen=True)
@@ -109,21 +112,13 @@ class SET(DynamicMethod):
         _require_fraction(repr(self), fraction=self.fraction)
 
     @override
-    def move(
-        self,
-        weight: Tensor,
-        mask: Tensor,
-        gradient: Tensor | None,
-        fraction: float,
-        generator: torch.Generator,
-        connections: int,
-    ) -> Tensor:
-        survivors = mask.clone()
-        for sign in (mask & (weight >= 0), mask & (weight < 0)):
-            nearest = torch.where(sign, weight.abs(), torch.inf)
-            survivors &= ~lowest(nearest, int(fraction * int(sign.sum())))
-        missing = int(mask.sum()) - int(survivors.sum())
-        draw = torch.rand(weight.shape, generator=generator).to(weight.device)
+    def move(self, now: Connections, fraction: float) -> Tensor:
+        survivors = now.mask.clone()
+        for side in (now.mask & (now.weight >= 0), now.mask & (now.weight < 0)):
+            nearest = torch.where(side, now.weight.abs(), torch.inf)
+            survivors &= ~lowest(nearest, int(fraction * int(side.sum())))
+        missing = int(now.mask.sum()) - int(survivors.sum())
+        draw = torch.rand(now.weight.shape, generator=now.generator).to(now.weight.device)
         return survivors | lowest(torch.where(survivors, torch.inf, draw), missing)
 
 
@@ -153,19 +148,10 @@ class RigL(DynamicMethod):
         return self.fraction / 2.0 * (1.0 + math.cos(math.pi * progress))
 
     @override
-    def move(
-        self,
-        weight: Tensor,
-        mask: Tensor,
-        gradient: Tensor | None,
-        fraction: float,
-        generator: torch.Generator,
-        connections: int,
-    ) -> Tensor:
-        assert gradient is not None  # as `needs_gradient` says
-        count = int(fraction * int(mask.sum()))
-        survivors = mask & ~lowest(torch.where(mask, weight.abs(), torch.inf), count)
-        return survivors | lowest(torch.where(survivors, torch.inf, -gradient.abs()), count)
+    def move(self, now: Connections, fraction: float) -> Tensor:
+        count = int(fraction * int(now.mask.sum()))
+        survivors = now.without_smallest(count)
+        return survivors | lowest(torch.where(survivors, torch.inf, -now.largest_gradients()), count)
 
 
 @dataclass(frozen=True)
@@ -197,27 +183,17 @@ class SRigL(RigL):
         return _highest_of_each(rows, torch.full((len(rows),), fan_in)).reshape(scores.shape)
 
     @override
-    def move(
-        self,
-        weight: Tensor,
-        mask: Tensor,
-        gradient: Tensor | None,
-        fraction: float,
-        generator: torch.Generator,
-        connections: int,
-    ) -> Tensor:
-        assert gradient is not None  # as `needs_gradient` says
-        shape = weight.shape
-        weight, mask, gradient = (t.reshape(len(t), -1) for t in (weight.abs(), mask, gradient.abs()))
-        count = int(fraction * int(mask.sum()))
-        survivors = mask & ~lowest(torch.where(mask, weight, torch.inf), count)
+    def move(self, now: Connections, fraction: float) -> Tensor:
+        count = int(fraction * int(now.mask.sum()))
+        kept = now.without_smallest(count)
+        survivors, mask, gradient = (t.reshape(len(t), -1) for t in (kept, now.mask, now.largest_gradients()))
         active = mask.any(dim=1)
         candidates = ~mask & active[:, None]
         grown = candidates & lowest(torch.where(candidates, -gradient, torch.inf), min(count, int(candidates.sum())))
-        active = self._ablate((survivors | grown).sum(dim=1), active, connections, mask)
-        fan_in = connections // max(int(active.sum()), 1)
+        active = self._ablate((survivors | grown).sum(dim=1), active, now.first, mask)
+        fan_in = now.first // max(int(active.sum()), 1)
         wanted = torch.where(survivors, torch.inf, gradient)  # survivors first, then the largest gradients
-        return _highest_of_each(wanted, torch.where(active, fan_in, 0).cpu()).reshape(shape)
+        return _highest_of_each(wanted, torch.where(active, fan_in, 0).cpu()).reshape(now.mask.shape)
 
     def _ablate(self, salient: Tensor, active: Tensor, connections: int, mask: Tensor) -> Tensor:
         """Which outputs stay: those with enough to say, and in any case as many as can hold the connections."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["Keeper", "mask_model"]
+__all__ = ["Keeper", "mask_model", "stepping"]
 
 # With a zero weight, a zero gradient and zero state these leave all three at zero. Others are masked after each step.
 _ELEMENTWISE = frozenset({
@@ -84,10 +84,15 @@ class Keeper:
 
     def _of(self, optimizer: Optimizer) -> Pairs:
         if id(optimizer) not in self._pairs:
-            own = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+            own = stepping(optimizer)
             found = [(parameter, mask) for parameter, mask in self._masks.items() if parameter in own]
             self._pairs[id(optimizer)] = [p for p, _ in found], [mask for _, mask in found]
         return self._pairs[id(optimizer)]
+
+
+def stepping(optimizer: Optimizer) -> set[nn.Parameter]:
+    """The parameters that ``optimizer`` moves."""
+    return {parameter for group in optimizer.param_groups for parameter in group["params"]}
 
 
 @torch.no_grad()
@@ -104,9 +109,11 @@ def _multiply(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
 
 
 def _multiply_gradients(parameters: list[nn.Parameter], masks: list[Tensor]) -> None:
-    pairs = [(parameter.grad, mask) for parameter, mask in zip(parameters, masks, strict=True)
-             if parameter.grad is not None]  # fmt: skip
-    _multiply([grad for grad, _ in pairs], [mask for _, mask in pairs])
+    gradients = [parameter.grad for parameter in parameters]
+    found = [gradient for gradient in gradients if gradient is not None]
+    if len(found) < len(gradients):
+        masks = [mask for gradient, mask in zip(gradients, masks, strict=True) if gradient is not None]
+    _multiply(found, masks)
 
 
 def _multiply_state(optimizer: Optimizer, parameters: list[nn.Parameter], masks: list[Tensor]) -> None:

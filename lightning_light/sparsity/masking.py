@@ -11,12 +11,11 @@ from typing_extensions import override
 
 from lightning_light.callback import CompressionCallback
 from lightning_light.errors import OrderError, UnsupportedError
-from lightning_light.example_input import Capture, capture
+from lightning_light.measure.zeros import mask_churn, share_of_zeros, zero_rows
 from lightning_light.order import Stage
 from lightning_light.progress import steps_done, steps_planned, training_progress
 from lightning_light.sparsity.keeper import Keeper, mask_model
 from lightning_light.sparsity.weights import Weight, find_weights
-from lightning_light.sparsity.worth import Zeros, measure_zeros, zero_rows
 from lightning_light.surgery.distributed import broadcast, tell
 from lightning_light.surgery.edit import take
 from lightning_light.surgery.mirrors import mirrors_of
@@ -32,23 +31,17 @@ __all__ = ["MaskingCallback"]
 
 
 class MaskingCallback(CompressionCallback):
-    """Keeps masks beside the network: in the ledger, never in the modules or under the user's ``state_dict`` keys.
-
-    Attributes:
-        zeros: what the zeros are worth, measured at the end of training.
-    """
+    """Keeps masks beside the network: in the ledger, never in the modules or under the user's ``state_dict`` keys."""
 
     stage: ClassVar[int] = Stage.MASKS
     structural: ClassVar[bool] = False
 
     targets: Targets | str | list[str] | None
-    zeros: Zeros | None = None
 
     def __init__(self) -> None:
         self._keeper = Keeper()
         self._held: Mapping[str, Tensor] | None = None
         self._weights: list[Weight] = []
-        self._capture: Capture | None = None
 
     # Lightning's hooks, in the order a run meets them.
 
@@ -79,7 +72,6 @@ class MaskingCallback(CompressionCallback):
         self._held = None
         self._hold(pl_module)
         self._keeper.watch(trainer.optimizers)
-        self._capture = capture(pl_module)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -111,26 +103,17 @@ class MaskingCallback(CompressionCallback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure what the zeros are worth; say so, if there are none."""
-        if getattr(trainer, "fast_dev_run", False):
-            return
-        reason = self._why_nothing(trainer, pl_module)
+        """Say so, if there are no zeros."""
+        reason = None if getattr(trainer, "fast_dev_run", False) else self._why_nothing(trainer, pl_module)
         if reason is not None:
             self._no_effect(reason)
-            return
-        example = None if self._capture is None else self._capture.example
-        self.zeros = measure_zeros(pl_module, example)
-        tell(trainer, f"{type(self).method}: {self.zeros.summary()}")
-        self._log(trainer, self.zeros.scalars())
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave no hook behind, and no reference to the network."""
         self._keeper.release()
         self._keeper = Keeper()
-        if self._capture is not None:
-            self._capture.remove()
-        self._held, self._weights, self._capture = None, [], None
+        self._held, self._weights = None, []
         super().teardown(trainer, pl_module, stage)
 
     # For the two callbacks.
@@ -163,36 +146,27 @@ class MaskingCallback(CompressionCallback):
         state = self.state(pl_module)
         devices = {weight.name: weight.parameter.device for weight in self._weights}
         masks = {name: mask.to(devices[name]) for name, mask in masks.items()}
-        changed, total = 0, 0
-        for name, mask in masks.items():
-            before = state["masks"].get(name)
-            changed += int((~mask if before is None else mask != before.to(mask.device)).sum())
-            total += mask.numel()
+        churn = mask_churn(state["masks"], masks)
         state["masks"] = masks
         self._hold(pl_module)
         self._keeper.apply(trainer.optimizers)
         for copy in mirrors_of(trainer, pl_module):
             mask_model(copy, masks)
-        return changed / max(total, 1)
+        return churn
 
     def _announce(self, trainer: Trainer, pl_module: LightningModule, churn: float, *, restart: bool) -> None:
         """Log what the masks are now; with other zeros, look for the best checkpoint anew."""
         masks = self.state(pl_module)["masks"]
-        total = sum(weight.parameter.numel() for weight in self._weights)
-        gone = sum(int((~mask).sum()) for mask in masks.values())
-        facing = {weight.name: weight for weight in self._weights}
-        dead = sum(zero_rows(facing[name].facing(mask)) for name, mask in masks.items())
-        scalars = {"sparsity": gone / max(total, 1), "churn": churn, "dead_filters": float(dead)}
-        self._log(trainer, scalars)
+        sparsity = share_of_zeros(masks.values())
+        dead = sum(zero_rows(weight.facing(masks[weight.name])) for weight in self._weights if weight.name in masks)
+        for logger in trainer.loggers:
+            named = {"sparsity": sparsity, "churn": churn, "dead_filters": float(dead)}
+            logger.log_metrics({f"{type(self).method}/{key}": value for key, value in named.items()},
+                               step=steps_done(trainer))  # fmt: skip
         if restart:
             restart_selection(trainer)
-        tell(trainer, f"{type(self).method}: sparsity {gone / max(total, 1):.4f}, {churn:.4f} of the masks changed, "
+        tell(trainer, f"{type(self).method}: sparsity {sparsity:.4f}, {churn:.4f} of the masks changed, "
                       f"{dead} dead filters")  # fmt: skip
-
-    def _log(self, trainer: Trainer, scalars: Mapping[str, float]) -> None:
-        named = {f"{type(self).method}/{key}": value for key, value in scalars.items()}
-        for logger in trainer.loggers:
-            logger.log_metrics(named, step=steps_done(trainer))
 
     def _progress(self, trainer: Trainer, ahead: int = 0) -> float:
         """Progress, where the last step of a run counts as its end: nothing is due after it."""

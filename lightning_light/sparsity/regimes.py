@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from typing_extensions import override
 
-from lightning_light.schedules import Exponential, Schedule, Staircase, resolve
+from lightning_light.schedules import Exponential, Schedule, Staircase, Window, resolve
 
 __all__ = ["Alternating", "DenseSparseDense", "Rewinding", "act_window"]
 
@@ -95,17 +95,17 @@ class Rewinding(Schedule):
     2019, "The Lottery Ticket Hypothesis", https://arxiv.org/abs/1803.03635); a little later is more stable in larger
     networks (Frankle et al., 2020, "Linear Mode Connectivity and the Lottery Ticket Hypothesis",
     https://arxiv.org/abs/1912.05671). The optimizer starts anew with them. The default takes the same share of what is
-    left, five times, to a sparsity of 0.9.
+    left, five times, to a sparsity of 0.9: six rounds of training of equal length, the last for the ticket.
 
     Args:
-        schedule: rises in a few steps, which are the ends of the rounds.
+        schedule: rises in a few steps, which are the ends of the rounds; the last before the end of the run.
         to: fraction of the run, before the first rise.
 
     Raises:
         ValueError: ``to`` is not in [0, 1).
     """
 
-    schedule: Schedule = Staircase(Exponential(rate=2.302585), steps=5)
+    schedule: Schedule = Window(Staircase(Exponential(rate=2.302585), steps=5), end=5 / 6)
     to: float = 0.0
 
     def __post_init__(self) -> None:

@@ -15,12 +15,19 @@ __all__ = ["check", "remember", "restore"]
 
 
 def check(schedule: Schedule, window: tuple[float, float] | None) -> None:
-    """Refuse to rewind to a moment after the first rise.
+    """Refuse to rewind to a moment after the first rise, and at the end of the run, after which nothing is trained.
 
     Raises:
-        ValueError: ``to`` is not before the window begins.
+        ValueError: ``to`` is not before the window begins, or the window ends with the run.
     """
-    if isinstance(schedule, Rewinding) and window is not None and schedule.to >= window[0]:
+    if not isinstance(schedule, Rewinding) or window is None:
+        return
+    if window[1] >= 1.0:
+        raise ValueError(
+            f"`{schedule!r}`: expected the last rise before the end of the run, found it there: the ticket would not "
+            "be trained. Write for instance `Rewinding(Window(Staircase(Exponential(2.3), steps=5), end=0.8))`."
+        )
+    if schedule.to >= window[0]:
         raise ValueError(
             f"`{schedule!r}`: expected `to` before the schedule first rises, at {window[0]:.3g} of the run, found "
             f"{schedule.to}. Start the schedule later, or rewind to an earlier moment."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_light.errors import UnsupportedError
 from lightning_light.sparsity.patterns import NM
@@ -25,20 +25,29 @@ def to_semi_structured(model: nn.Module, *, targets: Targets | str | list[str] |
         The names of the layers that were stored anew.
 
     Raises:
-        UnsupportedError: the model is not on a CUDA device of compute capability 8.0 or more; says what to do instead.
         ValueError: a layer's weights are not 2:4 sparse, or of a data type that these cores do not take.
+        UnsupportedError: the model is not on a CUDA device of compute capability 8.0 or more; says what to do instead.
     """
     layers = {n: m for n, m in as_targets(targets).select(model).items() if isinstance(m, nn.Linear)}
     for name, layer in layers.items():
-        _check(name, layer)
-    for layer in layers.values():
-        compressed = torch.sparse.to_sparse_semi_structured(layer.weight.detach())
-        layer.weight = nn.Parameter(compressed, requires_grad=False)
+        _check_pattern(name, layer.weight.detach())
+    for name, layer in layers.items():
+        _check_hardware(name, layer.weight.detach())
+    compressed = [torch.sparse.to_sparse_semi_structured(layer.weight.detach()) for layer in layers.values()]
+    for layer, weight in zip(layers.values(), compressed, strict=True):
+        layer.weight = nn.Parameter(weight, requires_grad=False)
     return list(layers)
 
 
-def _check(name: str, layer: nn.Linear) -> None:
-    weight = layer.weight.detach()
+def _check_pattern(name: str, weight: Tensor) -> None:
+    if NM(2, 4).complaint(weight.shape) or bool((weight.reshape(-1, 4) != 0).sum(dim=1).gt(2).any()):
+        raise ValueError(
+            f"`to_semi_structured` on `{name}`: expected at most 2 of every 4 neighbouring inputs to have a weight, "
+            "found more. Train with `WeightPruning(pattern=NM(2, 4))`, or exclude the layer."
+        )
+
+
+def _check_hardware(name: str, weight: Tensor) -> None:
     if weight.device.type != "cuda" or torch.cuda.get_device_capability(weight.device) < (8, 0):
         raise UnsupportedError(
             f"`to_semi_structured` on `{name}`: expected weights on an NVIDIA GPU with sparse cores (compute "
@@ -49,9 +58,4 @@ def _check(name: str, layer: nn.Linear) -> None:
         raise ValueError(
             f"`to_semi_structured` on `{name}`: expected float16, bfloat16 or int8, found {weight.dtype}. Convert "
             "first: `model.half()`."
-        )
-    if NM(2, 4).complaint(weight.shape) or bool((weight.reshape(-1, 4) != 0).sum(dim=1).gt(2).any()):
-        raise ValueError(
-            f"`to_semi_structured` on `{name}`: expected at most 2 of every 4 neighbouring inputs to have a weight, "
-            "found more. Train with `WeightPruning(pattern=NM(2, 4))`, or exclude the layer."
         )

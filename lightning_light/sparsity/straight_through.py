@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_light.sparsity.keeper import stepping
 from lightning_light.sparsity.patterns import NM
 from lightning_light.sparsity.weights import Weight
 
@@ -57,7 +58,7 @@ class StraightThrough:
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer) -> None:
         """Let the dense weights, and their decay, meet the optimizer."""
-        own = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        own = stepping(optimizer)
         learning = [weight for weight in self._weights if weight.parameter in own and weight.name in self._masks]
         mine = [weight for weight in learning if weight.parameter.grad is not None]
         for weight in mine:

@@ -18,7 +18,7 @@ from lightning_light.schedules import Cubic, Schedule, Window, resolve
 from lightning_light.sparsity import rewind
 from lightning_light.sparsity.checks import check_pruning
 from lightning_light.sparsity.gather import InputWatch, add_gradients, add_movement, check_evidence, score_weights
-from lightning_light.sparsity.keeper import mask_model
+from lightning_light.sparsity.keeper import mask_model, stepping
 from lightning_light.sparsity.masking import MaskingCallback
 from lightning_light.sparsity.patterns import NM, Pattern, Unstructured
 from lightning_light.sparsity.plan import check_pattern, plan_masks
@@ -114,6 +114,8 @@ class WeightPruning(MaskingCallback):
         self._own: dict[str, float] = {}
         self._watch: InputWatch | None = None
         self._through: StraightThrough | None = None
+        self._last_change = 1.0
+        self._finished = False  # the last change is behind: nothing is asked of the schedule any more
 
     # Lightning's hooks, in the order a run meets them.
 
@@ -123,14 +125,17 @@ class WeightPruning(MaskingCallback):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._resolved = resolve(self.schedule, trainer.max_epochs)
-            rewind.check(self.schedule, act_window(self.schedule, trainer.max_epochs))
+            window = act_window(self.schedule, trainer.max_epochs)
+            rewind.check(self.schedule, window)
+            self._last_change = window[1] if window is not None else 0.0
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the layers as they are now; start what gathers."""
         super().on_fit_start(trainer, pl_module)
+        self._finished = False
         if "inputs" in self.criterion.needs:
-            self._watch = InputWatch(pl_module, self._weights)
+            self._watch = InputWatch(self._weights)
         if self.sr_ste is not None:
             assert isinstance(self.pattern, NM)  # as `check_pruning` has seen
             self._through = StraightThrough(self.pattern, self.sr_ste)
@@ -154,11 +159,10 @@ class WeightPruning(MaskingCallback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Gather dense gradients, as they are here: accumulated, reduced and unscaled; then mask them."""
         state = self.state(pl_module)
-        stepping = {parameter for group in optimizer.param_groups for parameter in group["params"]}
         if isinstance(self.criterion, Movement) and state.get("share", 0.0) < 1.0:
-            add_movement(state.setdefault("movement", {}), self._weights, self.criterion, stepping)
+            add_movement(state.setdefault("movement", {}), self._weights, self.criterion, stepping(optimizer))
         if self._is_gathering(trainer, pl_module):
-            add_gradients(state.setdefault("gathered", {}), self._weights, self.criterion, stepping)
+            add_gradients(state.setdefault("gathered", {}), self._weights, self.criterion, stepping(optimizer))
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         if self._through is not None:
             self._through.before_step(optimizer)
@@ -205,7 +209,7 @@ class WeightPruning(MaskingCallback):
     @override
     def _check_weights(self, pl_module: LightningModule) -> None:
         check_pattern(type(self).__name__, self._weights, self.pattern)
-        check_evidence(type(self).__name__, self.criterion, self._weights, pl_module)
+        check_evidence(type(self).__name__, self.criterion, self._weights)
         self._own = {}
         for pattern, amount in (self.amounts or {}).items():
             layers = as_targets(pattern).select(pl_module)
@@ -245,9 +249,12 @@ class WeightPruning(MaskingCallback):
 
     def _is_due(self, trainer: Trainer, pl_module: LightningModule, ahead: int = 0) -> bool:
         """Whether the schedule has moved on; ``every_n_steps`` lie between two changes, but for its end."""
+        if self._finished:
+            return False
         state, share = self.state(pl_module), self._share(trainer, ahead)
         before = state.get("share", 0.0)
         if abs(share - before) <= _SAME:
+            self._finished = ahead == 0 and self._progress(trainer) > self._last_change
             return False
         rested = steps_done(trainer) + ahead - state.get("last", -self.every_n_steps) >= self.every_n_steps
         return rested or share < before or share >= self._resolved(1.0) - _SAME
@@ -291,7 +298,7 @@ class WeightPruning(MaskingCallback):
     ) -> dict[str, Tensor]:
         state = self.state(pl_module)
         scores = score_weights(
-            pl_module, self._weights, self.criterion,
+            self._weights, self.criterion,
             sums=state.get("gathered", {}), steps=state.get("seen", 0), movement=state.get("movement", {}),
             values=state.get("shadow", {}), reduce=lambda tensor: reduce_mean(trainer, tensor),
             generator=torch.Generator().manual_seed(self.seed * 1_000_003 + state.get("events", 0)),

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
 from lightning_light.errors import TargetError, UnsupportedError
+from lightning_light.measure.zeros import facing
 from lightning_light.targets import Targets
 
 __all__ = ["Weight", "find_weights"]
 
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,17 +24,17 @@ class Weight:
         name: as in ``named_parameters()``; a tied weight goes by its first owner's name.
         parameter: the live parameter.
         layer: name of the layer that owns it.
-        transposed: it is stored ``(in, out, *kernel)``, as transposed convolutions do.
+        module: that layer.
     """
 
     name: str
     parameter: nn.Parameter
     layer: str
-    transposed: bool = False
+    module: nn.Module
 
     def facing(self, tensor: Tensor) -> Tensor:
         """``tensor``, stored as the weight is, as ``(out, in, *kernel)``; its own inverse."""
-        return tensor.transpose(0, 1) if self.transposed else tensor
+        return facing(self.module, tensor)
 
 
 def find_weights(model: nn.Module, targets: Targets, method: str) -> list[Weight]:
@@ -56,8 +56,7 @@ def find_weights(model: nn.Module, targets: Targets, method: str) -> list[Weight
         for own, parameter in module.named_parameters(recurse=False):
             is_weight = "weight" in own and parameter.ndim >= 2 and not nn.parameter.is_lazy(parameter)
             if is_weight and not isinstance(module, _TABLES):
-                found.setdefault(id(parameter), Weight(names[id(parameter)], parameter, layer,
-                                                       isinstance(module, _TRANSPOSED)))  # fmt: skip
+                found.setdefault(id(parameter), Weight(names[id(parameter)], parameter, layer, module))
     if not found:
         raise TargetError(
             f"`{method}(targets={targets!r})`: expected at least one layer with a weight of two or more axes "

@@ -328,9 +328,9 @@ def test_it_leaves_nothing_on_the_module_and_no_look_behind() -> None:
     trainer(monitor, max_epochs=1).fit(module, Loader())
     assert not module._forward_pre_hooks
     assert {name for name in vars(monitor) if name.startswith("_")} <= {
-        "_key", "_count", "_chronicle", "_last_step", "_parameters", "_seen", "_borrowed",
+        "_key", "_count", "_chronicle", "_last_step", "_parameters", "_seen", "_borrowed", "_masks",
     }  # fmt: skip
-    assert not any(vars(monitor)[name] for name in ("_count", "_chronicle", "_parameters", "_borrowed"))
+    assert not any(vars(monitor)[name] for name in ("_count", "_chronicle", "_parameters", "_borrowed", "_masks"))
     assert repr(pickle.loads(pickle.dumps(monitor))) == repr(monitor)
 
 
@@ -532,3 +532,44 @@ def test_its_repr_is_the_call_that_makes_it() -> None:
     assert repr(monitor) == "CompressionMonitor(every_n_steps=7, layers=['net.*'], table=False)"
     assert vars(eval(repr(monitor))) == vars(monitor)
     assert copy.deepcopy(monitor).layers == ["net.*"]
+
+
+def test_what_zeros_are_worth_is_reported(board: TensorBoardLogger, capsys: pytest.CaptureFixture[str]) -> None:
+    """Masks are read from the ledger, whoever put them there; two filters die at step 4, two more weights at step 8."""
+
+    class Masks(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            mask = torch.ones_like(pl_module.net.conv1.weight, dtype=torch.bool)
+            mask[:2] = trainer.global_step < 4
+            mask[2, 0, 0, :2] = trainer.global_step < 8
+            ledger_of(pl_module).state["some_method"] = {"masks": {"net.conv1.weight": mask}}
+            self.mask = mask
+
+        def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+            pl_module.net.conv1.weight.data.mul_(self.mask)
+
+    module, masks, monitor = Lit(), Masks(), CompressionMonitor(every_n_steps=1)
+    trainer(masks, monitor, logger=board).fit(module, Loader())
+    layer = module.net.conv1.weight
+    gone = 2 * layer[0].numel()
+    total = sum(weight.numel() for weight in module.parameters() if weight.ndim > 1)
+    churn = dict(curve(board, "churn"))
+    assert {step: value for step, value in churn.items() if value} == {
+        4: pytest.approx(gone / layer.numel()), 8: pytest.approx(2 / layer.numel())
+    }  # fmt: skip
+    assert [value for _, value in curve(board, "dead_filters")][-10:] == [0.0] * 2 + [2.0] * 8 or curve(
+        board, "dead_filters"
+    )
+    assert monitor.after is not None
+    assert monitor.before is not None
+    assert (monitor.before.dead_filters, monitor.after.dead_filters) == (0, 2)
+    assert monitor.after.zeros == pytest.approx((gone + 2) / total)
+    dense = count_cost(module, (torch.zeros(1, 3, 8, 8),))
+    zeros = (gone + 2) / layer.numel()
+    assert monitor.after.effective_macs == round(dense.macs - zeros * dense.macs_by_module["net.conv1"])
+    assert curve(board, "effective_macs")[-1][1] == monitor.after.effective_macs
+    assert curve(board, "deflated_bytes")[-1][1] == monitor.after.deflated
+    printed = capsys.readouterr().out
+    assert "MACs whose weight is not zero" in printed
+    assert "size after compression (DEFLATE)" in printed
+    assert "0 → 2" in printed

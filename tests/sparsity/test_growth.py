@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_light.sparsity import SET, RigL, SRigL, Static
+from lightning_light.sparsity import SET, Connections, RigL, SRigL, Static
 
 
 def layer(shape=(6, 10), density=0.4, seed=0):
@@ -20,6 +20,10 @@ def layer(shape=(6, 10), density=0.4, seed=0):
 
 def draw():
     return torch.Generator().manual_seed(7)
+
+
+def moved(method, weight, mask, gradient, fraction, first, generator=None):
+    return method.move(Connections(weight, mask, gradient, first, generator or draw()), fraction)
 
 
 def top(values: dict[int, float], count: int) -> set[int]:
@@ -36,7 +40,7 @@ def test_rigl_is_the_papers_algorithm(seed) -> None:
     dropped = top({place: -abs(w[place]) for place in active}, k)
     survivors = active - dropped
     grown = top({place: abs(g[place]) for place in range(len(m)) if place not in survivors}, k)
-    found = RigL().move(weight, mask, gradient, 0.3, draw(), 0)
+    found = moved(RigL(), weight, mask, gradient, 0.3, 0)
     assert {place for place, there in enumerate(found.flatten().tolist()) if there} == survivors | grown
 
 
@@ -54,11 +58,11 @@ def test_set_drops_what_is_nearest_to_zero_on_either_side(seed) -> None:
     positive = sorted((place for place, there in enumerate(m) if there and w[place] >= 0), key=lambda place: w[place])
     negative = sorted((place for place, there in enumerate(m) if there and w[place] < 0), key=lambda place: -w[place])
     stay = {*positive[math.floor(0.4 * len(positive)) :], *negative[math.floor(0.4 * len(negative)) :]}
-    found = SET().move(weight, mask, None, 0.4, draw(), 0)
+    found = moved(SET(), weight, mask, None, 0.4, 0)
     kept = {place for place, there in enumerate(found.flatten().tolist()) if there}
     assert stay <= kept
     assert len(kept) == sum(m)
-    assert not torch.equal(found, SET().move(weight, mask, None, 0.4, torch.Generator().manual_seed(8), 0))
+    assert not torch.equal(found, moved(SET(), weight, mask, None, 0.4, 0, torch.Generator().manual_seed(8)))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -85,7 +89,7 @@ def test_srigl_is_the_papers_algorithm(seed) -> None:
         others = sorted((p for p in places if p[0] == i and p not in large), key=lambda p: -abs(float(gradient[p])))
         for p in kept + others[: new_fan_in - len(kept)]:
             expected[p] = True
-    assert torch.equal(method.move(weight, mask, gradient, 0.5, draw(), connections), expected)
+    assert torch.equal(moved(method, weight, mask, gradient, 0.5, connections), expected)
 
 
 @given(
@@ -97,7 +101,7 @@ def test_the_number_of_connections_never_changes(seed, density, fraction, steps,
     weight, mask, gradient = layer((5, 4, 3, 3), density, seed)
     count = int(mask.sum())
     for step in range(steps):
-        mask = kind.move(weight * mask, mask, gradient + step, fraction, draw(), count)
+        mask = moved(kind, weight * mask, mask, gradient + step, fraction, count)
         assert int(mask.sum()) == count
 
 
@@ -113,7 +117,7 @@ def test_the_fan_in_of_srigl_is_one_number_and_its_connections_never_grow(seed, 
     connections, ablated = int(mask.sum()), torch.zeros(6, dtype=torch.bool)
     for _ in range(steps):
         weight, gradient = (torch.randn(6, 4, 3, 3, generator=generator) for _ in range(2))
-        mask = method.move(weight * mask, mask, gradient, fraction, draw(), connections)
+        mask = moved(method, weight * mask, mask, gradient, fraction, connections)
         fan_ins = mask.flatten(1).sum(dim=1)
         assert len(set(fan_ins[fan_ins > 0].tolist())) == 1
         assert connections - int((fan_ins > 0).sum()) < int(mask.sum()) <= connections

@@ -10,41 +10,22 @@ from torch import nn
 import lightning_light as ll
 from lightning_light.callback import CompressionCallback
 from lightning_light.errors import UnsupportedError
-from lightning_light.example_input import ExampleInput
+from lightning_light.measure import deflated_bytes
 from lightning_light.order import Stage
 from lightning_light.progress import steps_done
 from lightning_light.surgery.edit import cut
 from lightning_light.surgery.mirrors import mirrors_of
 from tests.contract.bodies import Body, Momentum, module_class
-from tests.sparsity.runs import fitted, leaks, masks_of
+from tests.contract.runs import trainer
+from tests.sparsity.runs import Look, fitted, leaks, masks_of
 from tests.zoo import ZOO, noise
 
 
-def test_zeros_are_counted_by_hand() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 64, 10))
-    with torch.no_grad():
-        model[0].weight[:2] = 0.0
-        model[3].weight[:, : 4 * 64] = 0.0
-    found = ll.measure_zeros(model, ExampleInput((noise(2, 3, 8, 8),)))
-    assert [(layer.name, layer.sparsity, layer.dead_filters) for layer in found.layers] == [
-        ("0.weight", 0.25, 2), ("3.weight", 0.5, 0),
-    ]  # fmt: skip
-    assert found.macs == 8 * 27 * 64 + 512 * 10
-    assert found.effective_macs == round(0.75 * 8 * 27 * 64 + 0.5 * 512 * 10)
-    assert found.sparsity == pytest.approx((54 + 2560) / (216 + 5120))
-    assert found.deflated < found.bytes
-    assert "2 dead filters" in found.summary()
-
-
-def test_a_run_leaves_its_report_and_logs_it(tmp_path) -> None:
-    pruning = ll.WeightPruning(ll.Sparsity(0.8), every_n_steps=2)
+def test_changes_of_the_masks_are_logged(tmp_path) -> None:
     logger = lightning.pytorch.loggers.CSVLogger(tmp_path)
-    fitted(pruning, logger=logger, log_every_n_steps=1)
-    assert pruning.zeros is not None
-    assert pruning.zeros.sparsity == pytest.approx(0.8, abs=1e-3)
-    assert pruning.zeros.effective_macs is not None
+    fitted(ll.WeightPruning(ll.Sparsity(0.8), every_n_steps=2), logger=logger, log_every_n_steps=1)
     text = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text()
-    for key in ("sparsity", "churn", "dead_filters", "deflated_bytes", "effective_macs", "sparsity/head.weight"):
+    for key in ("sparsity", "churn", "dead_filters"):
         assert f"weight_pruning/{key}" in text
 
 
@@ -138,6 +119,45 @@ def test_masks_are_cut_along(masking) -> None:
         assert torch.equal(mask, before["features.conv1.weight"][::2])
 
 
+def test_masks_of_an_earlier_fit_follow_structured_pruning() -> None:
+    """Masks, then channels leave while the masks hold, then more masks: no zero is lost on the way."""
+    _, module = fitted(ll.WeightPruning(ll.Sparsity(0.5), schedule=ll.OneShot()), body=Momentum)
+    seen: list[float] = []
+    before = {name: int(mask.sum()) for name, mask in masks_of(module).items()}
+    channels = ll.StructuredPruning(ll.Channels(0.5), schedule=ll.Window(ll.OneShot(), 0.2, 0.4))
+    masks = ll.WeightPruning(ll.Sparsity(0.8), schedule=ll.Window(ll.Cubic(), 0.6, 0.9), every_n_steps=1)
+    run = trainer(channels, masks, Look(lambda t, m: seen.append(leaks(t, m, masks_of(m)))))
+    run.fit(module)
+    assert seen == [0.0] * 12
+    shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
+    assert all(mask.shape == shapes[name] for name, mask in masks_of(module).items())
+    assert module.features.conv1.out_channels == 8
+    assert before.keys() == masks_of(module).keys()
+    assert ll.measure_zeros(module).sparsity == pytest.approx(0.8, abs=2e-3)
+
+
+def test_the_exported_copy_holds_zeros_and_the_live_module_its_masks(tmp_path) -> None:
+    class Wide(Momentum):
+        def make(self) -> None:
+            self.features = nn.Sequential(nn.Flatten(), nn.Linear(192, 128), nn.ReLU())
+            self.head = nn.Linear(128, 5)
+
+    sizes = {}
+    for amount in (0.0, 0.9):
+        pruning = [ll.WeightPruning(ll.Sparsity(amount), schedule=ll.OneShot())] if amount else []
+        export = ll.MobileExport(tmp_path / f"{amount}.ptl", latency_runs=2)
+        _, module = fitted(*pruning, export, body=Wide)
+        sizes[amount] = deflated_bytes(export.path)
+    masks = masks_of(module)
+    weights = sum(mask.numel() for mask in masks.values())
+    assert sizes[0.0] - sizes[0.9] > 0.6 * 4 * weights  # of four bytes each; dense ones hardly compress
+    assert sum(int((~mask).sum()) for mask in masks.values()) == round(0.9 * weights)
+    seen: list[float] = []
+    trainer(ll.WeightPruning(ll.Sparsity(0.9)), Look(lambda t, m: seen.append(leaks(t, m, masks)))).fit(module)
+    assert seen == [0.0] * 12
+    assert all(torch.equal(mask, masks[name]) for name, mask in masks_of(module).items())
+
+
 def test_one_shot_without_a_trainer() -> None:
     model = module_class(Body, lightning.pytorch)()
     masks = ll.prune_weights(model, pruning=ll.WeightPruning(ll.Sparsity(0.5), scope="erk"))
@@ -149,8 +169,15 @@ def test_one_shot_without_a_trainer() -> None:
 
 
 def test_sparse_kernels_are_refused_where_they_are_missing() -> None:
-    model = nn.Sequential(nn.Linear(8, 8))
-    before = model[0].weight
-    with pytest.raises(UnsupportedError, match=r"`0`: expected weights on an NVIDIA GPU .* found cpu"):
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32))
+    before = [model[0].weight, model[2].weight]
+    with pytest.raises(ValueError, match=r"`0`: expected at most 2 of every 4 .* found more.*NM\(2, 4\)"):
         ll.to_semi_structured(model)
-    assert model[0].weight is before
+    ll.prune_weights(model, pruning=ll.WeightPruning(pattern=ll.NM(2, 4)))
+    with pytest.raises(
+        UnsupportedError, match=r"`0`: expected weights on an NVIDIA GPU .* found cpu.*compression only"
+    ):
+        ll.to_semi_structured(model)
+    with pytest.raises(ValueError, match=r"`0`: expected at most 2"):
+        ll.to_semi_structured(nn.Sequential(nn.Linear(6, 4)))
+    assert [model[0].weight, model[2].weight] == before

@@ -1,0 +1,170 @@
+"""Every method and pattern, after every single step of an optimizer: exact zeros, whole units, N:M, fan-in, no leak."""
+
+from typing import Any
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lightning_light.sparsity import NM, SET, Block, Column, Connections, Filter, Kernel, RigL, Row, SRigL, Unstructured
+from lightning_light.sparsity.keeper import Keeper
+from lightning_light.sparsity.plan import plan_masks
+from lightning_light.sparsity.scope import Scope
+from lightning_light.sparsity.straight_through import StraightThrough
+from lightning_light.sparsity.weights import Weight, find_weights
+from lightning_light.targets import Targets
+
+SEEDS = st.integers(0, 10_000)
+SCOPES = st.sampled_from(["local", "global", "erk", "lamp"])
+UNITS = st.sampled_from([Unstructured(), Block(4, 1), Block(2, 2), Filter(), Kernel(), Row(), Column()])
+METHODS = st.sampled_from([SET(), RigL(), SRigL(), SRigL(0.9, 0.9)])
+OPTIMIZERS: dict[str, Any] = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "adamw": lambda p: torch.optim.AdamW(p, 0.01, weight_decay=0.1),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, 0.01, momentum=0.9, centered=True, weight_decay=0.01),
+    "adafactor": lambda p: torch.optim.Adafactor(p, 0.01, weight_decay=0.01),
+}
+NAMES = st.sampled_from(sorted(OPTIMIZERS))
+STEPS = 5
+
+
+class Run:
+    """A network under an optimizer, whose gradients are random and dense: the hardest case for a mask."""
+
+    def __init__(self, seed: int, optimizer: str) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.model = nn.Sequential(
+            nn.Conv2d(4, 8, 3),
+            nn.Conv1d(8, 8, 5),
+            nn.ConvTranspose2d(8, 4, 3),
+            nn.Conv2d(8, 16, 3, groups=2),
+            nn.Linear(16, 12),
+        )
+        for parameter in self.model.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=self.generator)
+        self.weights = find_weights(self.model, Targets(), "test")
+        self.optimizer = OPTIMIZERS[optimizer](list(self.model.parameters()))
+        self.keeper = Keeper()
+        self.keeper.watch([self.optimizer])
+
+    def scores(self) -> dict[str, Tensor]:
+        return {weight.name: weight.parameter.detach().square() for weight in self.weights}
+
+    def mask(self, masks: dict[str, Tensor]) -> None:
+        self.keeper.hold(self.model, masks)
+        self.keeper.apply([self.optimizer])
+
+    def step(self, before: Any = None) -> None:
+        for parameter in self.model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=self.generator)
+        (before or self.keeper.before_step)(self.optimizer)
+        self.optimizer.step()
+
+    def assert_tight(self, masks: dict[str, Tensor]) -> None:
+        for weight in self.weights:
+            state = self.optimizer.state[weight.parameter].values()
+            moments = [value for value in state if isinstance(value, Tensor) and value.shape == weight.parameter.shape]
+            for tensor in (weight.parameter.detach(), weight.parameter.grad, *moments):
+                assert not bool(tensor[~masks[weight.name]].any())
+
+
+def at_most(weight: Weight, tensor: Tensor, n: int, m: int) -> bool:
+    """Whether no group of ``m`` neighbouring inputs of ``tensor`` has more than ``n`` that are not zero."""
+    groups = (weight.facing(tensor) != 0).movedim(1, -1).reshape(-1, m)
+    return int(groups.sum(dim=1).max()) <= n
+
+
+@given(seed=SEEDS, pattern=UNITS, scope=SCOPES, optimizer=NAMES, end=st.floats(0.0, 0.9))
+@settings(max_examples=40, deadline=None)
+def test_gradual_pruning(seed, pattern, scope: Scope, optimizer, end) -> None:
+    run, masks = Run(seed, optimizer), {}
+    total = sum(weight.parameter.numel() for weight in run.weights)
+    for step in range(1, STEPS + 1):
+        amount, before = end * step / STEPS, masks
+        masks = plan_masks(run.weights, run.scores(), pattern=pattern, scope=scope, amount=amount, share=step / STEPS,
+                           amounts={}, current=before)  # fmt: skip
+        run.mask(masks)
+        run.step()
+        run.assert_tight(masks)
+        sizes = []
+        for weight in run.weights:
+            mask = masks[weight.name]
+            assert not bool((mask & ~before.get(weight.name, mask)).any())
+            units = pattern.pool(weight.facing(mask).float())
+            assert set(units.unique().tolist()) <= {0.0, 1.0}  # whole units
+            sizes.append(mask.numel() // units.numel())
+            if scope == "local":
+                wanted = min(round(amount * units.numel()), units.numel() - 1)
+                assert int((units == 0.0).sum()) == max(wanted, 0)
+        zeros = sum(int((~mask).sum()) for mask in masks.values())
+        if scope != "local" and set(sizes) == {1}:
+            assert zeros == round(amount * total)
+        elif scope in ("global", "lamp"):
+            assert round(amount * total) - max(sizes) < zeros <= round(amount * total) or amount == 0.0
+
+
+@given(
+    seed=SEEDS,
+    shape=st.sampled_from([(1, 2), (1, 4), (2, 4), (3, 4)]),
+    optimizer=NAMES,
+)
+@settings(max_examples=20, deadline=None)
+def test_n_of_m(seed, shape, optimizer) -> None:
+    run, masks, pattern = Run(seed, optimizer), {}, NM(*shape)
+    for step in range(STEPS):
+        share = (step + 1) / STEPS
+        masks = plan_masks(run.weights, run.scores(), pattern=pattern, scope="global", amount=0.0, share=share,
+                           amounts={}, current=masks)  # fmt: skip
+        run.mask(masks)
+        run.step()
+        run.assert_tight(masks)
+        for weight in run.weights:
+            assert at_most(weight, weight.parameter.detach(), pattern.kept_of(share), pattern.m)
+            assert int(masks[weight.name].sum()) * pattern.m == pattern.kept_of(share) * weight.parameter.numel()
+
+
+@given(seed=SEEDS, shape=st.sampled_from([(1, 2), (1, 4), (2, 4), (3, 4)]), optimizer=NAMES)
+@settings(max_examples=20, deadline=None)
+def test_sr_ste(seed, shape, optimizer) -> None:
+    run, pattern = Run(seed, optimizer), NM(*shape)
+    through = StraightThrough(pattern, 2e-4)
+    run.keeper.release()
+    through.watch([run.optimizer])
+    dense = {weight.name: weight.parameter.detach().clone() for weight in run.weights}
+    masks = plan_masks(run.weights, run.scores(), pattern=pattern, scope="global", amount=0.0, share=1.0, amounts={},
+                       current={})  # fmt: skip
+    through.hold(run.weights, masks, dense, pattern.n)
+    for _ in range(STEPS):
+        run.step(before=through.before_step)
+        for weight in run.weights:
+            assert at_most(weight, weight.parameter.detach(), pattern.n, pattern.m)
+            assert torch.equal(weight.parameter.detach(), dense[weight.name] * masks[weight.name])
+
+
+@given(seed=SEEDS, method=METHODS, optimizer=NAMES, amount=st.floats(0.3, 0.95))
+@settings(max_examples=30, deadline=None)
+def test_dynamic_sparse_training(seed, method, optimizer, amount) -> None:
+    run = Run(seed, optimizer)
+    masks = {}
+    for weight in run.weights:
+        facing = weight.facing(torch.rand(weight.parameter.shape, generator=run.generator))
+        kept = max(1, round((1.0 - amount) * facing.numel()))
+        masks[weight.name] = weight.facing(method.start(facing, kept)).contiguous()
+    first = {name: int(mask.sum()) for name, mask in masks.items()}
+    run.mask(masks)
+    for _ in range(STEPS):
+        run.step()
+        run.assert_tight(masks)
+        for weight in run.weights:
+            before, gradient = masks[weight.name], torch.randn(weight.parameter.shape, generator=run.generator)
+            now = Connections(weight.facing(weight.parameter.detach()), weight.facing(before), weight.facing(gradient),
+                              first[weight.name], run.generator)  # fmt: skip
+            masks[weight.name] = weight.facing(method.move(now, method.fraction)).contiguous()
+            if isinstance(method, SRigL):
+                fan_ins = weight.facing(masks[weight.name]).flatten(1).sum(dim=1)
+                assert len(set(fan_ins[fan_ins > 0].tolist())) == 1
+            else:
+                assert int(masks[weight.name].sum()) == first[weight.name]
+        run.mask(masks)  # what is new starts at zero, in weight and in state
+        run.assert_tight(masks)
