@@ -68,8 +68,8 @@ def read(folder: Path) -> None:
                 worst, equal = max(worst, off), equal + (off == 0.0)
                 steps = max(steps, off / scale) if scale else steps
         print(
-            f"{form}: {len(paths) - len(failed)} of {len(paths)} run, {equal} outputs equal bit for bit, off by at most",
-            f"{worst:.1e}, {steps:.2f} steps of an output's grid",
+            f"{form}: {len(paths) - len(failed)} of {len(paths)} run, {equal} outputs equal bit for bit, off by at",
+            f"most {worst:.1e}, {steps:.2f} steps of an output's grid",
         )
         print(*failed, sep="\n", end="\n" if failed else "")
 
