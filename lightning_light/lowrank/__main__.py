@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from lightning_light.budgets import MACs, Params
+from lightning_light.errors import LightningLightError
 from lightning_light.lowrank.functional import factorize_checkpoint
 from lightning_light.lowrank.low_rank_factorization import LowRankFactorization
 from lightning_light.lowrank.ranks import EVBMF, EnergyKept, RankRatio
@@ -37,14 +38,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--input", type=_shape, help="shape of one batch, as 1,3,32,32; `example_input_array` by default"
     )
     given = parser.parse_args(arguments)
-    plan = factorize_checkpoint(
-        _class(given.module),
-        given.checkpoint,
-        given.out,
-        factorization=LowRankFactorization(**_what(given), form=given.form, round_to=given.round_to,
-                                           targets=given.targets),
-        args=None if given.input is None else (torch.zeros(given.input),),
-    )  # fmt: skip
+    try:
+        plan = factorize_checkpoint(
+            _class(given.module),
+            given.checkpoint,
+            given.out,
+            factorization=LowRankFactorization(**_what(given), form=given.form, round_to=given.round_to,
+                                               targets=given.targets),
+            args=None if given.input is None else (torch.zeros(given.input),),
+        )  # fmt: skip
+    except (LightningLightError, ValueError, ImportError, AttributeError, OSError) as error:
+        parser.error(str(error))
     lines = [*plan.lines(), f"{plan.quantity}: {plan.before:.6g} -> {plan.after:.6g}", f"written: {given.out}"]
     sys.stdout.write("\n".join(lines) + "\n")
 
