@@ -12,11 +12,25 @@ from pathlib import Path
 
 import lightning as L
 import torch
+import torch.nn.functional as F
 from cifar_resnet import Classifier, accuracy, read
 from nets import cifar_resnet
+from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_light as ll
+
+
+class OwnCrops(Classifier):
+    """Every image has a crop and a flip of its own, as the statistics of batch norms ask for."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        count = len(batch[0])
+        padded = F.pad(batch[0], (4, 4, 4, 4))
+        rows, columns = (torch.randint(9, (count, 1)) + torch.arange(32) for _ in range(2))
+        columns = torch.where(torch.rand(count, 1) < 0.5, columns.flip(1), columns)
+        crops = padded.permute(0, 2, 3, 1)[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
+        return F.cross_entropy(self(crops.permute(0, 3, 1, 2)), batch[1])
 
 
 def ends_at_eight(recipe: ll.Recipe) -> ll.Mixed:
@@ -47,13 +61,15 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--images", type=int, default=50_000, help="training images an epoch")
     parser.add_argument("--lr", type=float, default=0.001)
+    parser.add_argument("--freeze", type=float, default=0.9, help="observers and batch norms, from this share on")
+    parser.add_argument("--observe", type=int, default=32, help="batches that are observed at first")
     parser.add_argument("--precision", default="32-true", help="of training; all accuracies are in float32")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     data = read(args.data)
     train = TensorDataset(*(tensor[: args.images] for tensor in data["train"].tensors))
-    settings = f"lr {args.lr}, seed {args.seed}, {args.precision}"
+    settings = f"lr {args.lr}, frozen from {args.freeze}, seed {args.seed}, {args.precision}"
     print(f"ResNet-{args.depth}, {args.epochs} epochs of {args.images} images, {settings}")
     print("| | at first | after training | minutes |\n|---|---|---|---|", flush=True)
     for name in args.recipe:
@@ -62,10 +78,13 @@ def main() -> None:
         net.load_state_dict(torch.load(args.weights, weights_only=True))
         if name == args.recipe[0]:
             print(f"| float | {accuracy(net, data['test']):.2%} | | |", flush=True)
-        module = Classifier(
+        module = OwnCrops(
             net.train().to(memory_format=torch.channels_last), args.lr
         )  # a Trainer leaves evaluation mode as it is
-        qat, at_first = ll.QuantizationAwareTraining(RECIPES[name]), []
+        qat = ll.QuantizationAwareTraining(
+            RECIPES[name], observe_batches=args.observe, freeze_observers=args.freeze, freeze_batch_norm=args.freeze
+        )
+        at_first: list[float] = []
 
         class Look(L.Callback):
             """Top-1 when rounding has just begun."""

@@ -58,7 +58,7 @@ class QuantizationAwareTraining(CompressionCallback):
         observe_batches: training batches that are observed before anything is rounded.
         freeze_observers: from when on ranges stay as they are; 1.0 for never.
         freeze_batch_norm: from when on the batch norms that the engine folds use their running statistics and keep
-            them; 1.0 for never.
+            them; 1.0 for never, 0.0 for a short run with a network that is trained already.
         ladder: from eight bits to the recipe's by steps: share 0 is eight, share 1 the fewest bits of the recipe.
             ``Window(Staircase(Linear(), steps=2), end=0.6)`` goes 8, 6, 4 for a recipe of four bits. None: at once.
 
@@ -165,9 +165,9 @@ class QuantizationAwareTraining(CompressionCallback):
         rounded = state["form"] == "rounded"
         self._attachment.observing = not rounded or progress < self._moments["freeze_observers"]
         # In its last epoch `StochasticWeightAveraging` gathers statistics anew, and does not learn.
-        self._attachment.batch_norm_frozen = (
-            rounded and progress >= self._moments["freeze_batch_norm"] and not _is_gathering_statistics(trainer)
-        )
+        self._attachment.batch_norm_frozen = progress >= self._moments[
+            "freeze_batch_norm"
+        ] and not _is_gathering_statistics(trainer)
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
