@@ -15,6 +15,7 @@ from typing_extensions import override
 from lightning_light.errors import UnsupportedError
 from lightning_light.int8 import PairRules
 from lightning_light.quantization.biases import bias_error
+from lightning_light.quantization.learning import SMALLEST
 from lightning_light.quantization.lowered import ASKS, Lowered, Scale, scalar
 from lightning_light.quantization.operations import BATCH_NORM, KEEPS_GRID, kind_of
 from lightning_light.quantization.rounding import integers
@@ -122,10 +123,13 @@ class Pairs(Lowered):
                 kwargs[name] = self._rounded(grid, kwargs[name])
 
     def _rounded(self, grid: int, x: Tensor) -> Tensor:
-        scale = self.scales[grid]
-        if scale is None:
-            return self.attachment.rounded(grid, x)
-        return (x / scale[0]).round().clamp(-scale[1], self.attachment.grids[grid].high - scale[1]) * scale[0]
+        scale, found = self.scales[grid], self.attachment.grids[grid]
+        if found.at_run_time:  # as `round_at_run_time`, with operations that ONNX has
+            low, top = x.min().clamp_max(0.0), x.max().clamp_min(0.0)
+            step = ((top - low) / found.high).clamp_min(SMALLEST)
+            zero = (-low / step).round()
+            return torch.minimum(torch.maximum((x / step).round(), -zero), found.high - zero) * step
+        return x if scale is None else (x / scale[0]).round().clamp(-scale[1], found.high - scale[1]) * scale[0]
 
     def _take_in(self, key: str, args: list[Any], kwargs: dict[str, Any]) -> None:
         for place, grid in self.plan.arguments.get(key, {}).items():
