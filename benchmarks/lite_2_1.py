@@ -40,7 +40,7 @@ def write(folder: Path) -> None:
             if form == "float":
                 report = ll.export_model(net, args, path, kwargs=kwargs, latency_runs=1)
             else:
-                ll.quantize(net, [kwargs or args], ll.Int8(engine=form))
+                ll.quantize(net, [args or kwargs], ll.Int8(engine=form))
                 with ll.fake_quantized(net):
                     report = ll.export_model(net, args, path, kwargs=kwargs, latency_runs=1)
             inputs = [value for value in (*args, *kwargs.values()) if not isinstance(value, (bool, int, float))]
@@ -68,8 +68,8 @@ def read(folder: Path) -> None:
                 worst, equal = max(worst, off), equal + (off == 0.0)
                 steps = max(steps, off / scale) if scale else steps
         print(
-            f"{form}: {len(paths) - len(failed)} of {len(paths)} run, {equal} outputs equal bit for bit, off by at",
-            f"most {worst:.1e}, {steps:.2f} steps of an output's grid",
+            f"{form}: {len(paths) - len(failed)} of {len(paths)} run, {equal} outputs equal bit for bit, off by",
+            f"{worst:.1e}, {steps:.2f} steps of an output's grid",
         )
         print(*failed, sep="\n", end="\n" if failed else "")
 

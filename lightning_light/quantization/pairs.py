@@ -15,8 +15,11 @@ from typing_extensions import override
 from lightning_light.errors import UnsupportedError
 from lightning_light.int8 import PairRules
 from lightning_light.quantization.biases import bias_error
+from lightning_light.quantization.learning import SMALLEST
 from lightning_light.quantization.lowered import ASKS, Lowered, Scale, scalar
 from lightning_light.quantization.operations import BATCH_NORM, KEEPS_GRID, kind_of
+from lightning_light.quantization.rounding import integers
+from lightning_light.quantization.weights import Weight
 
 if TYPE_CHECKING:
     from lightning_light.quantization.attachment import Attachment
@@ -42,6 +45,7 @@ class Pairs(Lowered):
         self._constants: dict[
             str, tuple[Any, ...]
         ] = {}  # made once: a runtime looks for constants, not for what makes them
+        self._values: dict[str, Tensor] = {}  # rounded weights of layers that stay float
         self._quantized: dict[int, tuple[Tensor, Tensor, Scale]] = {}  # by identity: itself, whole numbers, grid
 
     @override
@@ -67,17 +71,15 @@ class Pairs(Lowered):
             self._quantized.pop(id(first), None)  # it is the result from here on
         else:
             args, kwargs = self._read(args), self._read(kwargs)
-        if key in self.plan.without_kernel:
-            self.attachment.before(key, kind_of(name), args, kwargs)
-        else:
+        if key in self.refused:
+            self._in_float(key, args, kwargs)
+        if key not in self.plan.without_kernel:
             self._take_in(key, args, kwargs)
         if kind_of(name) == BATCH_NORM and self._is_done_by_its_layer(key):
             result = args[0]
         elif key in self.weights and key not in self.refused:
             result = self._layer(key, function, args, kwargs)
         else:
-            if key in self.refused and key not in self.plan.without_kernel:
-                self.attachment.before(key, kind_of(name), args, kwargs)
             result = function(*self._joined(key, name, args), **kwargs)
         grid = self.plan.outputs.get(key)
         scale = known[2] if grid is None and known is not None else None if grid is None else self.scales[grid]
@@ -103,6 +105,31 @@ class Pairs(Lowered):
             else:
                 kwargs[name] = named[name]
         return function(*args, **kwargs)
+
+    def _in_float(self, key: str, args: list[Any], kwargs: dict[str, Any]) -> None:
+        """A layer without a kernel: its weight is the rounded one, and what it reads is rounded by plain operations."""
+        if key not in self._values:
+            whole, scale = integers(args[1] if len(args) > 1 else kwargs["weight"], *self.attachment.weight(key))
+            self._values[key] = Weight(whole.to(torch.int8), scale.double(), None).value()
+        if len(args) > 1:
+            args[1] = self._values[key]
+        else:
+            kwargs["weight"] = self._values[key]
+        for place, grid in self.plan.arguments.get(key, {}).items() if key in self.plan.without_kernel else ():
+            if place < len(args):
+                args[place] = self._rounded(grid, args[place])
+            else:
+                name = list(kwargs)[place - len(args)]
+                kwargs[name] = self._rounded(grid, kwargs[name])
+
+    def _rounded(self, grid: int, x: Tensor) -> Tensor:
+        scale, found = self.scales[grid], self.attachment.grids[grid]
+        if found.at_run_time:  # as `round_at_run_time`, with operations that ONNX has
+            low, top = x.min().clamp_max(0.0), x.max().clamp_min(0.0)
+            step = ((top - low) / found.high).clamp_min(SMALLEST)
+            zero = (-low / step).round()
+            return torch.minimum(torch.maximum((x / step).round(), -zero), found.high - zero) * step
+        return x if scale is None else (x / scale[0]).round().clamp(-scale[1], found.high - scale[1]) * scale[0]
 
     def _take_in(self, key: str, args: list[Any], kwargs: dict[str, Any]) -> None:
         for place, grid in self.plan.arguments.get(key, {}).items():

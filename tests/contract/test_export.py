@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_light.export import MobileExport
+from lightning_light.export import ONNX, ExecuTorch, MobileExport
 from lightning_light.export.torchscript_lite import TorchScriptLite
 from tests.contract.runs import module_of, trainer, unless_refused
 from tests.contract.table import CASES
@@ -26,3 +26,16 @@ def test_the_exported_file_agrees(case, tmp_path) -> None:
         for images, _ in module.val_dataloader().batches:
             with torch.no_grad():
                 torch.testing.assert_close(answer(images), module(images), rtol=0.0, atol=case.tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exporter", [ONNX(), ExecuTorch()], ids=str)
+@pytest.mark.parametrize("name", ["quantization_int8", "quantization_after_pruning"])
+def test_the_exported_int8_file_agrees(name, exporter, tmp_path) -> None:
+    (case,) = [case for case in CASES if case.name == name]
+    export = MobileExport(tmp_path / f"export{exporter.suffix}", exporter=exporter, latency_runs=2)
+    trainer(*case.build(tmp_path), export).fit(module_of(case))
+    assert export.report is not None
+    assert export.report.details["int8_layers"] > 0
+    assert max(export.report.parity.steps.values()) <= 3
+    assert export.report.top1 is not None

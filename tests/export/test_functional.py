@@ -111,7 +111,7 @@ def test_report_says_what_was_measured(tmp_path: Path) -> None:
     assert report.inputs == [{"name": "x", "shape": [1, 3, 8, 8], "dtype": "float32"}]
     assert report.deflated_bytes < report.bytes
     assert report.runtime.endswith(torch.__version__)
-    assert report.exporter == "TorchScriptLite()"
+    assert report.exporter == "TorchScriptLite(engine=None)"
 
 
 class Many(nn.Module):

@@ -141,6 +141,17 @@ def test_a_trained_network_is_exported_when_the_fit_ends(tmp_path) -> None:
     assert export.report is not None
     assert export.report.details["int8_layers"] == 5
     assert not export.report.details["left_float"]
+    told = export.report.top1
+    assert told is not None
+    batches = module.val_dataloader().batches[:1]  # as the Trainer was told
+    assert told.samples == sum(len(images) for images, _ in batches)
+    with fake_quantized(module.eval()), torch.no_grad():
+        right = sum(int((module(images).argmax(1) == labels).sum()) for images, labels in batches)
+    assert told.model == right / told.samples
+    assert told.file is not None
+    assert 0.9 <= told.agreement <= 1.0
+    assert told.summary() in export.report.summary()
+    assert type(export.report).read(f"{export.path}.json") == export.report
     images = module.val_dataloader().batches[0][0]
     with fake_quantized(module.eval()):
         torch.testing.assert_close(

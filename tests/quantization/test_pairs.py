@@ -12,7 +12,7 @@ from lightning_light.errors import TraceError
 from lightning_light.example_input import ExampleInput
 from lightning_light.export import ONNX, ExecuTorch, Exporter, Tolerance, export_model
 from lightning_light.int8 import PairRules
-from lightning_light.quantization import Int8, IntN, Recipe
+from lightning_light.quantization import AtRunTime, Int8, IntN, Recipe
 from tests.quantization.test_plan import calibrated
 from tests.zoo import ZOO, noise
 
@@ -96,6 +96,7 @@ def test_a_branch_on_values_is_refused_by_name(exporter, tmp_path) -> None:
         (Int8(keep_float=["fc"]), "keep_float"),
         (IntN(weights=4, activations=4), "no runtime has a kernel that reads numbers of 4 bits"),
         (IntN(weights=8, activations=None), "only its weight is rounded"),
+        (IntN(weights=8, observer=AtRunTime()), "found at run time"),
     ],
     ids=str,
 )
