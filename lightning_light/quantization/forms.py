@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from lightning_light.errors import UnsupportedError
 from lightning_light.int8 import Int8Form, PairRules
-from lightning_light.quantization.lowered import Lowered
+from lightning_light.quantization.lowered import Lowered, Rounds
 from lightning_light.quantization.lowering import Lowering
 from lightning_light.quantization.news import without_news
 from lightning_light.quantization.pairs import Pairs, check_pairs
-
-if TYPE_CHECKING:
-    from lightning_light.quantization.attachment import Attachment
 
 __all__ = ["in_pairs", "on_kernels"]
 
@@ -24,7 +21,7 @@ _LIMITS = {"qnnpack": 127, "x86": 63}  # of eight bits: without VNNI two product
 
 
 @contextmanager
-def on_kernels(attachment: Attachment, call: Callable[[], Any], engine: str) -> Iterator[Int8Form]:
+def on_kernels(attachment: Rounds, call: Callable[[], Any], engine: str) -> Iterator[Int8Form]:
     """As `RoundsNumbers.on_kernels`."""
     widest = max((rule.high for rule in attachment.plan.weights.values() if rule.bits == 8), default=0)
     if widest > _LIMITS[engine]:
@@ -43,7 +40,7 @@ def on_kernels(attachment: Attachment, call: Callable[[], Any], engine: str) -> 
 
 
 @contextmanager
-def in_pairs(attachment: Attachment, call: Callable[[], Any], rules: PairRules) -> Iterator[Int8Form]:
+def in_pairs(attachment: Rounds, call: Callable[[], Any], rules: PairRules) -> Iterator[Int8Form]:
     """As `RoundsNumbers.in_pairs`."""
     check_pairs()
     with _lowered(attachment, call, Pairs(attachment, rules)) as form:
@@ -51,7 +48,7 @@ def in_pairs(attachment: Attachment, call: Callable[[], Any], rules: PairRules) 
 
 
 @contextmanager
-def _lowered(attachment: Attachment, call: Callable[[], Any], lowered: Lowered) -> Iterator[Int8Form]:
+def _lowered(attachment: Rounds, call: Callable[[], Any], lowered: Lowered) -> Iterator[Int8Form]:
     try:
         attachment.lowered = lowered
         with torch.no_grad(), without_news():

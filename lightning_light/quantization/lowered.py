@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
@@ -13,13 +13,11 @@ from torch.utils._pytree import tree_map
 from lightning_light.int8 import Int8Form
 from lightning_light.quantization.operations import BATCH_NORM, arguments, kind_of
 from lightning_light.quantization.places import module_of
-from lightning_light.quantization.plan import Group
+from lightning_light.quantization.plan import Group, Plan
+from lightning_light.quantization.rules import Grid, WeightRule
 from lightning_light.quantization.weights import Weight, folded
 
-if TYPE_CHECKING:
-    from lightning_light.quantization.attachment import Attachment
-
-__all__ = ["ASKS", "Lowered", "Scale", "scalar"]
+__all__ = ["ASKS", "Lowered", "Rounds", "Scale", "scalar"]
 
 Scale = tuple[float, int]
 
@@ -27,6 +25,22 @@ ASKS: Final = frozenset(
     {"__get__", "size", "dim", "numel", "ndimension", "is_floating_point", "__len__", "is_contiguous"}
 )
 """Operations that read a shape or a type, and no number."""
+
+
+class Rounds(Protocol):
+    """What is asked of the attachment whose network is lowered."""
+
+    plan: Plan
+    engine: str
+    scales: list[Scale | None]
+    grids: list[Grid]
+    lowered: Lowered | None
+
+    def weight(self, key: str) -> tuple[WeightRule, Tensor | None]:
+        """How the weight of an operation is rounded: the rule, and its scale if that is learned."""
+
+    def before(self, key: str, kind: str, args: list[Any], kwargs: dict[str, Any]) -> None:
+        """Round a weight, and inputs of the network."""
 
 
 class Lowered(ABC):
@@ -44,7 +58,7 @@ class Lowered(ABC):
         trying: whether this is the first or the second.
     """
 
-    def __init__(self, attachment: Attachment) -> None:
+    def __init__(self, attachment: Rounds) -> None:
         self.attachment, self.plan, self.scales = attachment, attachment.plan, attachment.scales
         self.weights: dict[str, Weight] = {}
         self.refused: dict[str, str] = dict(self.plan.without_kernel)

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_light.int8 import Int8Form
 from lightning_light.quantization import kernels
-from lightning_light.quantization.lowered import ASKS, Lowered, Scale, scalar
+from lightning_light.quantization.lowered import ASKS, Lowered, Rounds, Scale, scalar
 from lightning_light.quantization.operations import ADDING, KEEPS_GRID, kind_of
 from lightning_light.quantization.plan import Group
-
-if TYPE_CHECKING:
-    from lightning_light.quantization.attachment import Attachment
 
 __all__ = ["Lowering"]
 
@@ -27,7 +24,7 @@ class Lowering(Lowered):
         layers: operation -> its kernel.
     """
 
-    def __init__(self, attachment: Attachment, engine: str) -> None:
+    def __init__(self, attachment: Rounds, engine: str) -> None:
         super().__init__(attachment)
         self.engine = engine
         self.layers: dict[str, kernels.Layer] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,13 +16,10 @@ from lightning_light.errors import UnsupportedError
 from lightning_light.int8 import PairRules
 from lightning_light.quantization.biases import bias_error
 from lightning_light.quantization.learning import SMALLEST
-from lightning_light.quantization.lowered import ASKS, Lowered, Scale, scalar
+from lightning_light.quantization.lowered import ASKS, Lowered, Rounds, Scale, scalar
 from lightning_light.quantization.operations import BATCH_NORM, KEEPS_GRID, kind_of
 from lightning_light.quantization.rounding import integers
 from lightning_light.quantization.weights import Weight
-
-if TYPE_CHECKING:
-    from lightning_light.quantization.attachment import Attachment
 
 __all__ = ["Pairs", "check_pairs"]
 
@@ -39,7 +36,7 @@ class Pairs(Lowered):
     once, and dequantized anew for each reader, so that a runtime can take every layer with what belongs to it.
     """
 
-    def __init__(self, attachment: Attachment, rules: PairRules) -> None:
+    def __init__(self, attachment: Rounds, rules: PairRules) -> None:
         super().__init__(attachment)
         self.rules = rules
         self._constants: dict[
