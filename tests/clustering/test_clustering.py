@@ -25,7 +25,7 @@ from lightning_light.clustering import (
 from lightning_light.clustering.coding import code_lengths, decode, encode, entropy
 from lightning_light.clustering.kmeans import cluster
 from lightning_light.clustering.training import Clusters
-from lightning_light.quantization import Int8, QuantizationAwareTraining
+from lightning_light.quantization import Int8, MovingAverage, QuantizationAwareTraining
 from lightning_light.schedules import OneShot
 from lightning_light.sparsity import WeightPruning
 from tests.contract.bodies import Body, module_class
@@ -280,7 +280,7 @@ def test_pruned_then_clustered_then_quantized_keeps_zeros_and_clusters(learning)
     trainer(
         WeightPruning(Sparsity(0.5), schedule=OneShot(at=0.1)),
         WeightClustering(6, start=0.35, learning=learning),
-        QuantizationAwareTraining(Int8(averaging=0.9), start=0.6, observe_batches=2),
+        QuantizationAwareTraining(Int8(observer=MovingAverage(0.9)), start=0.6, observe_batches=2),
         Look(),
     ).fit(module)
     for name, mask, seen in zip(layers, zeros, rounded, strict=True):

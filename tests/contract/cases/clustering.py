@@ -4,7 +4,7 @@ from typing import Any
 
 from lightning_light.budgets import Sparsity
 from lightning_light.clustering import DKM, StraightThrough, WeightClustering
-from lightning_light.quantization import Int8, QuantizationAwareTraining
+from lightning_light.quantization import Int8, MovingAverage, QuantizationAwareTraining
 from lightning_light.schedules import OneShot
 from lightning_light.sparsity import WeightPruning
 from lightning_light.targets import Targets
@@ -38,7 +38,7 @@ CASES += [
         lambda folder: [
             WeightPruning(Sparsity(0.5), schedule=OneShot(at=0.1)),
             WeightClustering(8, start=0.35, learning=StraightThrough()),
-            QuantizationAwareTraining(Int8(averaging=0.9), start=0.6, observe_batches=2),
+            QuantizationAwareTraining(Int8(observer=MovingAverage(0.9)), start=0.6, observe_batches=2),
         ],
         structural=False,
         tolerance=0.5,  # after the run the module is float again, and the file is not
