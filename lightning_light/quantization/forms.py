@@ -59,4 +59,5 @@ def _lowered(attachment: Rounds, call: Callable[[], Any], lowered: Lowered) -> I
         with without_news():
             yield lowered.described()
     finally:
+        attachment.abandon()
         attachment.lowered = None

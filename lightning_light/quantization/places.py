@@ -45,7 +45,14 @@ class Frames:
         """Remove the hooks; more than once does no harm."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._stack = [], []
+        self._handles = []
+        self.abandon()
+
+    def abandon(self) -> None:
+        """End a call that an error has left: `torch.export` runs no hook then, not even those that are always run."""
+        if self.inside:
+            self.end()
+        self._stack = []
 
     @property
     def inside(self) -> bool:
