@@ -60,3 +60,4 @@ def _lowered(attachment: Rounds, call: Callable[[], Any], lowered: Lowered) -> I
             yield lowered.described()
     finally:
         attachment.lowered = None
+        attachment.abandon()

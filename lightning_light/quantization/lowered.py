@@ -42,6 +42,9 @@ class Rounds(Protocol):
     def before(self, key: str, kind: str, args: list[Any], kwargs: dict[str, Any]) -> None:
         """Round a weight, and inputs of the network."""
 
+    def abandon(self) -> None:
+        """End a call that an error has left open."""
+
 
 class Lowered(ABC):
     """Computes a forward pass as a runtime will, in three rounds: collect, try, run.

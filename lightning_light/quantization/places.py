@@ -45,7 +45,14 @@ class Frames:
         """Remove the hooks; more than once does no harm."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._stack = [], []
+        self._handles = []
+        self.abandon()
+
+    def abandon(self) -> None:
+        """End a call that an error has left open: under `torch.export` no hook is called after one."""
+        if self._stack:
+            self._stack = []
+            self.end()
 
     @property
     def inside(self) -> bool:

@@ -88,6 +88,7 @@ def test_a_branch_on_values_is_refused_by_name(exporter, tmp_path) -> None:
     calibrated(net, ExampleInput(*net.example))
     with pytest.raises(TraceError, match=r"on `ControlFlow`: .*a branch, a loop or a size that does"):
         export_model(net, net.example[0], tmp_path / f"m{exporter.suffix}", exporter=exporter, latency_runs=1)
+    assert torch.overrides._get_current_function_mode() is None
 
 
 @pytest.mark.parametrize(
