@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 __all__ = ["Capture", "ExampleInput", "capture"]
 
 _SAMPLES = 2  # batch norm in training mode needs two
-_STRANGE = "strange"  # in the place of what has no plain form
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,16 +41,6 @@ class ExampleInput:
         sizes = {tensor.shape[0] if tensor.ndim else None for tensor in tensors_in((self.args, self.kwargs))}
         samples = _SAMPLES if len(sizes) == 1 and None not in sizes else None
         return ExampleInput(_copy(self.args, samples), _copy(self.kwargs, samples))
-
-    def shapes(self) -> dict[str, Any] | None:
-        """The call in plain types for a ledger, shapes in the place of tensors; None if it holds anything else."""
-        plain = {"args": _shape_of(self.args), "kwargs": _shape_of(self.kwargs)}
-        return None if _STRANGE in (plain["args"], plain["kwargs"]) else plain
-
-    @classmethod
-    def from_shapes(cls, shapes: Mapping[str, Any]) -> ExampleInput:
-        """A call of the same structure with zeros: a resumed run decides by the shapes that the first run saw."""
-        return cls(_zeros(shapes["args"]), _zeros(shapes["kwargs"]))
 
     def to(self, model: nn.Module) -> ExampleInput:
         """A copy on ``model``'s device, in its floating point type."""
@@ -137,31 +126,6 @@ def _map(value: Any, function: Any) -> Any:
         items = [_map(item, function) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     return value
-
-
-def _shape_of(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return {"tensor": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
-    if type(value) in (int, float, bool, str, type(None)):
-        return {"value": value}
-    if type(value) in (list, tuple):
-        items = [_shape_of(item) for item in value]
-        return _STRANGE if _STRANGE in items else {type(value).__name__: items}
-    if type(value) is dict and all(type(key) is str for key in value):
-        entries = {key: _shape_of(item) for key, item in value.items()}
-        return _STRANGE if _STRANGE in entries.values() else {"dict": entries}
-    return _STRANGE
-
-
-def _zeros(shape: Mapping[str, Any]) -> Any:
-    if "tensor" in shape:
-        return torch.zeros(shape["tensor"], dtype=getattr(torch, shape["dtype"]))
-    if "dict" in shape:
-        return {key: _zeros(item) for key, item in shape["dict"].items()}
-    if "value" in shape:
-        return shape["value"]
-    items = [_zeros(item) for item in shape["tuple" if "tuple" in shape else "list"]]
-    return tuple(items) if "tuple" in shape else items
 
 
 def _copy(value: Any, samples: int | None) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
@@ -105,6 +106,15 @@ def from_batches(
         finally:
             watch.remove()
     return mean_evidence(watch.sums)
+
+
+def calibration_calls(model: nn.Module, calibration: Iterable[Any] | None, batches: int) -> list[ExampleInput]:
+    """The first ``batches`` of ``calibration``, as calls of ``model``; random state stays as it is."""
+    if calibration is None:
+        return []
+    with torch.random.fork_rng(devices=[]):
+        first = list(islice(iter(calibration), batches))
+    return [as_call(batch, model) for batch in first]
 
 
 def as_call(batch: Any, model: nn.Module) -> ExampleInput:

@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_light.budgets import Budget
 from lightning_light.errors import LightningLightError
 from lightning_light.example_input import ExampleInput
 from lightning_light.lowrank.apply import apply_factors
-from lightning_light.lowrank.costs import LayerTimer, OutputProbe, quantity
-from lightning_light.lowrank.evidence import as_call, from_batches
-from lightning_light.lowrank.layers import Layer, find_layers
-from lightning_light.lowrank.plan import Plan, plan_factors
+from lightning_light.lowrank.costs import quantity
+from lightning_light.lowrank.evidence import calibration_calls, from_batches
+from lightning_light.lowrank.layers import find_layers
+from lightning_light.lowrank.low_rank_factorization import LowRankFactorization
+from lightning_light.lowrank.plan import Plan
 from lightning_light.surgery.checkpoint import load_from_checkpoint
 from lightning_light.surgery.journal import attach, is_attached, release
 from lightning_light.surgery.manifest import KEY
 from lightning_light.targets import as_targets
-
-if TYPE_CHECKING:
-    from lightning_light.lowrank.low_rank_factorization import LowRankFactorization
 
 __all__ = ["factorize", "factorize_checkpoint"]
 
@@ -78,57 +74,18 @@ def factorize(
     layers, reasons = find_layers(
         model, example, names, form=factorization.form, blocks=factorization.blocks or {}
     )  # fmt: skip
-    calls = calibration_calls(model, factorization)
+    calls = calibration_calls(model, factorization.calibration, factorization.calibration_batches)
     needs = factorization.fit.needs
     evidence = from_batches(model, layers, needs, calls) if needs else {}
     dense = quantity(model, factorization.budget, example)
     limit = 0.0 if factorization.budget is None else factorization.budget.goal(dense)
-    plan = make_plan(model, factorization, layers, reasons, dense, limit, evidence, calls)
+    plan = factorization.plan(model, layers, reasons, now=dense, limit=limit, evidence=evidence, calls=calls)
     if plan.layers and not factorization.dry_run:
         ledger = attach(model) if _is_lightning(model) or is_attached(model) else None
         entry = apply_factors(model, plan, optimizers=optimizers)
         if ledger is not None:
             ledger.record(entry)
     return plan
-
-
-def make_plan(
-    model: nn.Module,
-    factorization: LowRankFactorization,
-    layers: list[Layer],
-    reasons: Mapping[str, str],
-    now: float,
-    limit: float,
-    evidence: Mapping[str, Any],
-    calls: list[ExampleInput],
-) -> Plan:
-    """`plan_factors` with the instruments that measure on this model."""
-    by_output = factorization.importance == "output"
-    rule = factorization.ranks
-    probing = by_output or (rule is not None and rule.measures)
-    weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    return plan_factors(
-        layers,
-        reasons,
-        factorization.options(),
-        budget=factorization.budget,
-        now=now,
-        limit=limit,
-        evidence=evidence,
-        timer=LayerTimer(model),
-        probe=OutputProbe(model, calls) if probing else None,
-        by_output=by_output,
-        bytes_each=weight.element_size(),
-    )
-
-
-def calibration_calls(model: nn.Module, factorization: LowRankFactorization) -> list[ExampleInput]:
-    """The first batches of the given calibration data, as calls of ``model``; random state stays as it is."""
-    if factorization.calibration is None:
-        return []
-    with torch.random.fork_rng(devices=[]):
-        batches = list(islice(iter(factorization.calibration), factorization.calibration_batches))
-    return [as_call(batch, model) for batch in batches]
 
 
 def factorize_checkpoint(
@@ -206,8 +163,3 @@ def _check_data(factorization: LowRankFactorization) -> None:
 
 def _is_lightning(model: nn.Module) -> bool:
     return hasattr(model, "on_save_checkpoint") and hasattr(model, "training_step")
-
-
-def limit_of(budget: Budget | None, dense: float, share: float) -> float:
-    """What the quantity may be when ``share`` of the way is behind."""
-    return 0.0 if budget is None else budget.at(dense, share)

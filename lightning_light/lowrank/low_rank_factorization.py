@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -12,22 +13,29 @@ from lightning_light.budgets import Budget
 from lightning_light.callback import CompressionCallback
 from lightning_light.errors import LightningLightError
 from lightning_light.events import points_done
-from lightning_light.example_input import Capture, ExampleInput, capture
+from lightning_light.example_input import Capture, ExampleInput
 from lightning_light.lowrank.apply import apply_factors
 from lightning_light.lowrank.build import factor_form
-from lightning_light.lowrank.checks import check_arguments, moments
-from lightning_light.lowrank.costs import quantity
-from lightning_light.lowrank.evidence import InputWatch, Sums, add_gradients, from_batches, mean_evidence
+from lightning_light.lowrank.checks import check_arguments, check_moments, moments
+from lightning_light.lowrank.costs import LayerTimer, OutputProbe, quantity
+from lightning_light.lowrank.evidence import (
+    InputWatch,
+    Sums,
+    add_gradients,
+    calibration_calls,
+    from_batches,
+    mean_evidence,
+)
 from lightning_light.lowrank.fits import Fit, WeightSVD
-from lightning_light.lowrank.functional import calibration_calls, limit_of, make_plan
 from lightning_light.lowrank.layers import Layer, find_layers
-from lightning_light.lowrank.plan import Form, Options, Plan
+from lightning_light.lowrank.plan import Form, Options, Plan, plan_factors
 from lightning_light.lowrank.ranks import RankRule
 from lightning_light.lowrank.regularize import RankPenalty, add_rank_penalty
 from lightning_light.order import Stage
 from lightning_light.progress import steps_done, steps_planned, training_progress
 from lightning_light.schedules import Linear, Schedule
 from lightning_light.surgery.distributed import broadcast, reduce_mean, tell
+from lightning_light.surgery.example import capture_or_recall, remember
 from lightning_light.surgery.mirrors import mirrors_of
 from lightning_light.targets import Targets, as_targets
 
@@ -115,6 +123,10 @@ class LowRankFactorization(CompressionCallback):
         penalty: RankPenalty | None = None,
         dry_run: bool = False,
     ) -> None:
+        check_arguments(budget, ranks, form=form, importance=importance, calibrated=calibration is not None,
+                        round_to=round_to, min_rank=min_rank, events=events,
+                        calibration_batches=calibration_batches)  # fmt: skip
+        check_moments(ranks, start, end, schedule)
         self.budget = budget
         self.start = start
         self.end = end
@@ -133,7 +145,6 @@ class LowRankFactorization(CompressionCallback):
         self.calibration_batches = calibration_batches
         self.penalty = penalty
         self.dry_run = dry_run
-        check_arguments(self)
         self._points: list[tuple[float, float]] = []
         self._capture: Capture | None = None
         self._watch: InputWatch | None = None
@@ -147,7 +158,7 @@ class LowRankFactorization(CompressionCallback):
         """Resolve epochs, so that what cannot work is said before anything is trained."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self._points = moments(self, trainer.max_epochs)
+            self._points = self._moments(trainer.max_epochs)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -160,10 +171,7 @@ class LowRankFactorization(CompressionCallback):
         if "names" not in state:
             state["names"] = list(as_targets(self.targets).select(pl_module))
         self._last_plan = None
-        self._capture = capture(pl_module)
-        if "example" in state:
-            self._capture.remove()
-            self._capture.example = ExampleInput.from_shapes(state["example"])
+        self._capture = capture_or_recall(pl_module, state)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -188,10 +196,8 @@ class LowRankFactorization(CompressionCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Put what was gathered where checkpoints find it, and the shapes of the call that was seen."""
-        if self._capture is not None and self._capture.example is not None and "example" not in self.state(pl_module):
-            shapes = self._capture.example.shapes()
-            self.state(pl_module).update({} if shapes is None else {"example": shapes})
+        """Put what was gathered where checkpoints find it, and the call that was seen."""
+        remember(self.state(pl_module), self._capture)
         if self._watch is not None and self._watch.is_open:
             self._watch.is_open = False
             state = self.state(pl_module)
@@ -217,16 +223,30 @@ class LowRankFactorization(CompressionCallback):
     @override
     def window(self, max_epochs: int | None) -> tuple[float, float] | None:
         """From the first event to the last."""
-        points = moments(self, max_epochs)
+        points = self._moments(max_epochs)
         return (points[0][0], points[-1][0]) if points else None
 
     # For functions that do the same without a Trainer.
 
-    def options(self) -> Options:
-        """How layers are factored, for `lightning_light.lowrank.plan.plan_factors`."""
-        return Options(self.fit, self.ranks, self.round_to, self.min_rank, self.faster_only)
+    def plan(
+        self, model: nn.Module, layers: list[Layer], reasons: Mapping[str, str], *,
+        now: float, limit: float, evidence: Mapping[str, Any], calls: list[ExampleInput],
+    ) -> Plan:  # fmt: skip
+        """`plan_factors` with these arguments, and with the instruments that measure on ``model``."""
+        by_output = self.importance == "output"
+        probing = by_output or (self.ranks is not None and self.ranks.measures)
+        weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+        return plan_factors(
+            layers, reasons, Options(self.fit, self.ranks, self.round_to, self.min_rank, self.faster_only),
+            budget=self.budget, now=now, limit=limit, evidence=evidence, timer=LayerTimer(model),
+            probe=OutputProbe(model, calls) if probing else None, by_output=by_output,
+            bytes_each=weight.element_size(),
+        )  # fmt: skip
 
     # Private: the small questions the hooks ask.
+
+    def _moments(self, max_epochs: int | None) -> list[tuple[float, float]]:
+        return moments(self.start, self.end, self.schedule, self.events, max_epochs)
 
     @property
     def _gathers(self) -> bool:
@@ -300,7 +320,7 @@ class LowRankFactorization(CompressionCallback):
         if trainer.is_global_zero:
             now = quantity(pl_module, self.budget, self._example(pl_module))
             state.setdefault("dense", now)
-            limit = limit_of(self.budget, state["dense"], share)
+            limit = 0.0 if self.budget is None else self.budget.at(state["dense"], share)
             try:
                 outcome = self._plan(pl_module, now, limit, evidence)
             except LightningLightError as error:
@@ -314,10 +334,10 @@ class LowRankFactorization(CompressionCallback):
 
     def _plan(self, pl_module: LightningModule, now: float, limit: float, evidence: Mapping[str, Any]) -> Plan:
         layers, reasons = self._layers(pl_module)
-        calls = calibration_calls(pl_module, self)
+        calls = calibration_calls(pl_module, self.calibration, self.calibration_batches)
         if self.fit.needs and not self._gathers:
             evidence = from_batches(pl_module, layers, self.fit.needs, calls)
-        return make_plan(pl_module, self, layers, reasons, now, limit, evidence, calls)
+        return self.plan(pl_module, layers, reasons, now=now, limit=limit, evidence=evidence, calls=calls)
 
     def _summary(self, plan: Plan) -> str:
         lines = "\n  ".join(plan.lines())

@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_light.callback import CompressionCallback
-from lightning_light.example_input import Capture, ExampleInput, capture
+from lightning_light.example_input import Capture
 from lightning_light.order import Stage
 from lightning_light.progress import training_progress
 from lightning_light.quantization.attachment import Attachment
@@ -19,9 +19,10 @@ from lightning_light.quantization.parameters import Learned, first_values
 from lightning_light.quantization.plan import Plan
 from lightning_light.quantization.recipes import Int8, Recipe
 from lightning_light.quantization.rounding import merge
-from lightning_light.quantization.state import attach_from, begin, keep_example
+from lightning_light.quantization.state import attach_from, begin
 from lightning_light.schedules import Schedule, resolve
 from lightning_light.surgery.distributed import check_agreement, reduce_max, reduce_mean, tell
+from lightning_light.surgery.example import capture_or_recall, remember
 from lightning_light.surgery.selection import restart_selection
 
 if TYPE_CHECKING:
@@ -131,10 +132,7 @@ class QuantizationAwareTraining(CompressionCallback):
         self.recipe.rules(pl_module, [])  # what its patterns name is there
         self._attach(pl_module, None if self._learned is None else self._learned.parameters)
         if "plan" not in state:
-            self._capture = capture(pl_module)
-            if self._capture.example is None and state.get("example"):
-                self._capture.remove()
-                self._capture.example = ExampleInput(**state["example"])
+            self._capture = capture_or_recall(pl_module, state)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -182,8 +180,8 @@ class QuantizationAwareTraining(CompressionCallback):
     ) -> None:
         """Take what this batch has shown on all ranks into the ranges; validation is never observed."""
         state = self.state(pl_module)
-        if "plan" not in state and "example" not in state and self._capture and self._capture.example:
-            keep_example(state, self._capture.example)
+        if "plan" not in state:
+            remember(state, self._capture)
         if self._attachment is None:
             return
         if self._attachment.observing:

@@ -18,9 +18,8 @@ from lightning_light.quantization.plan import Plan, plan_sites
 from lightning_light.quantization.recipes import Recipe
 from lightning_light.quantization.record import record
 from lightning_light.surgery.journal import ledger_of
-from lightning_light.surgery.manifest import plain_copy
 
-__all__ = ["METHOD", "attach_from", "begin", "fake_quantized", "keep_example"]
+__all__ = ["METHOD", "attach_from", "begin", "fake_quantized"]
 
 METHOD = "quantization_aware_training"
 """Where in the ledger the ranges are."""
@@ -61,15 +60,6 @@ def attach_from(
     attachment = attach(model, plan, state["ranges"], state["engine"], learned, state["at_least"])
     attachment.form = state["form"]
     return attachment
-
-
-def keep_example(state: dict[str, Any], example: ExampleInput) -> None:
-    """So that a run that is resumed just before it begins can begin in time."""
-    try:
-        kept = plain_copy({"args": example.args, "kwargs": example.kwargs}, "example")
-    except TypeError:  # an object of the user's: a resumed run waits for its first batch
-        kept = None
-    state["example"] = kept
 
 
 @contextmanager

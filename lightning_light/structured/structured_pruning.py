@@ -16,7 +16,7 @@ from lightning_light.criteria.magnitude import Magnitude
 from lightning_light.criteria.reduction import Normalizer, Reduction, check_names
 from lightning_light.errors import LightningLightError
 from lightning_light.events import event_points, points_done
-from lightning_light.example_input import Capture, ExampleInput, capture
+from lightning_light.example_input import Capture, ExampleInput
 from lightning_light.order import Stage
 from lightning_light.progress import steps_done, steps_planned, training_progress
 from lightning_light.schedules import Cubic, Schedule, Window, resolve
@@ -29,7 +29,7 @@ from lightning_light.structured.ranking import Global, Ranking
 from lightning_light.structured.sparsity import SparsityLearning, add_penalty
 from lightning_light.surgery.distributed import broadcast, reduce_mean, tell
 from lightning_light.surgery.edit import cut
-from lightning_light.surgery.manifest import plain_copy
+from lightning_light.surgery.example import capture_or_recall, remember
 from lightning_light.surgery.mirrors import mirrors_of
 from lightning_light.targets import Targets, as_targets
 
@@ -158,10 +158,7 @@ class StructuredPruning(CompressionCallback):
             _begin_anew(self.state(pl_module))
         reestimate.resume(pl_module, self.state(pl_module).get("momenta", {}))
         self._coupling = None
-        self._capture = capture(pl_module)
-        if self._capture.example is None and self.state(pl_module).get("example"):
-            self._capture.remove()
-            self._capture.example = ExampleInput(**self.state(pl_module)["example"])
+        self._capture = capture_or_recall(pl_module, self.state(pl_module))
         if "activation" in self.criterion.needs:
             self._watch = ActivationWatch(pl_module)
 
@@ -188,8 +185,7 @@ class StructuredPruning(CompressionCallback):
     ) -> None:
         """Count what was gathered, and the batches over which batch norm is re-estimated."""
         state = self.state(pl_module)
-        if "example" not in state and self._capture is not None and self._capture.example is not None:
-            _keep_example(state, self._capture.example)
+        remember(state, self._capture)
         if self._is_gathering(trainer, pl_module):
             state["seen"] = state.get("seen", 0) + 1
             if self._watch is not None:
@@ -359,14 +355,6 @@ class StructuredPruning(CompressionCallback):
         if self._last_plan.kept:
             return f"the budget is met by the network as it is: {self.budget!r}. {reasons}"
         return f"no layer may lose channels. {reasons}"
-
-
-def _keep_example(state: dict[str, Any], example: ExampleInput) -> None:
-    """For a run that is resumed where a cut is due: its first batch comes too late."""
-    try:
-        state["example"] = plain_copy({"args": example.args, "kwargs": example.kwargs}, "example")
-    except TypeError:  # objects of the user's own, which no weights-only checkpoint holds
-        state["example"] = {}
 
 
 def _begin_anew(state: dict[str, Any]) -> None:
