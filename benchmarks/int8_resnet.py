@@ -2,19 +2,18 @@
 
     python benchmarks/int8_resnet.py --data cifar10.npz --weights resnet20_cifar10.pt --epochs 1
 
-``--data`` and ``--weights`` as in ``cifar_resnet.py``. Everything is measured on the whole test set; each file is run
-by its own runtime. One quantized module makes the files of qnnpack, ExecuTorch and ONNX Runtime; ``--engine x86`` makes
-that of x86, whose weights are rounded to a smaller range.
+``--data`` and ``--weights`` as in ``cifar_resnet.py``; training is that of ``low_bits_resnet.py``. Everything is
+measured on the whole test set; each file is run by its own runtime. One quantized module makes the files of qnnpack,
+ExecuTorch and ONNX Runtime; ``--engine x86`` makes that of x86, whose weights are rounded to a smaller range.
 """
 
 import argparse
 import tempfile
-from pathlib import Path
 
 import lightning as L
 import torch
-from cifar_resnet import EXAMPLE, Classifier, read
-from nets import cifar_resnet
+from cifar_resnet import EXAMPLE, read
+from low_bits_resnet import trained, trained_on, training_options
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -56,37 +55,22 @@ def rows(name: str, net: nn.Module, data: TensorDataset, runtimes: list[str], pl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--weights", type=Path, required=True)
-    parser.add_argument("--depth", type=int, default=20)
+    training_options(parser, epochs=0)
     parser.add_argument("--engine", default="qnnpack", choices=("qnnpack", "x86"))
     parser.add_argument("--runtimes", nargs="*", default=list(RUNTIMES), choices=list(RUNTIMES))
-    parser.add_argument("--epochs", type=int, default=0, help="of quantization-aware training")
-    parser.add_argument("--steps", type=int, default=-1, help="of it, at most")
-    parser.add_argument("--lr", type=float, default=0.001)
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     L.seed_everything(args.seed, verbose=False)
     torch.set_num_threads(1)
-    data, recipe = read(args.data), ll.Int8(engine=args.engine)
-    net = cifar_resnet(args.depth)
-    net.load_state_dict(torch.load(args.weights, weights_only=True))
-    net.eval()
+    data, recipe, net = read(args.data), ll.Int8(engine=args.engine), trained(args).eval()
     plain: dict[str, int] = {}
     rows("float", net, data["test"], args.runtimes, plain)
     calibration = [x for x, _ in DataLoader(TensorDataset(*data["train"][:512]), 128)]
     with ll.fake_quantized(ll.quantize(net, calibration, recipe)):
         rows("after training", net, data["test"], args.runtimes, plain)
     if args.epochs:
-        module = Classifier(net, args.lr)
-        qat = ll.QuantizationAwareTraining(recipe)
-        trainer = L.Trainer(
-            max_epochs=args.epochs, max_steps=args.steps, callbacks=[qat], logger=False,
-            enable_checkpointing=False, accelerator="cpu",
-        )  # fmt: skip
-        trainer.fit(module, DataLoader(data["train"], 128, shuffle=True, drop_last=True))
-        module.eval()
+        module, top1, _ = trained_on(trained(args), recipe, data, args)
+        print(f"with training   top-1 in the Trainer {top1:.2%}", flush=True)
         with ll.fake_quantized(module):
             rows("with training", module, data["test"], args.runtimes, plain)
 

@@ -14,7 +14,7 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from cifar_resnet import Classifier, accuracy, read
-from nets import cifar_resnet
+from nets import CIFARResNet, cifar_resnet
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -31,6 +31,64 @@ class OwnCrops(Classifier):
         columns = torch.where(torch.rand(count, 1) < 0.5, columns.flip(1), columns)
         crops = padded.permute(0, 2, 3, 1)[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
         return F.cross_entropy(self(crops.permute(0, 3, 1, 2)), batch[1])
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self.log("top1", (self(batch[0]).argmax(1) == batch[1]).float().mean(), on_epoch=True)
+
+
+class LookAtFirst(L.Callback):
+    """Top-1 when rounding has just begun."""
+
+    def __init__(self, after: int, data: TensorDataset) -> None:
+        self.after, self.data, self.top1 = after, data, ""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == self.after and not self.top1:
+            self.top1 = f"{accuracy(pl_module, self.data):.2%}"
+            pl_module.train()
+
+
+def training_options(parser: argparse.ArgumentParser, epochs: int) -> None:
+    """What `trained` and `trained_on` read."""
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--depth", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=epochs, help="of training with rounding")
+    parser.add_argument("--images", type=int, default=50_000, help="training images an epoch")
+    parser.add_argument("--lr", type=float, default=0.001)
+    parser.add_argument("--freeze", type=float, default=0.9, help="observers and batch norms, from this share on")
+    parser.add_argument("--observe", type=int, default=32, help="batches that are observed at first")
+    parser.add_argument("--precision", default="32-true", help="of training; all accuracies are in float32")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def trained(args: argparse.Namespace) -> CIFARResNet:
+    """The float network."""
+    net = cifar_resnet(args.depth)
+    net.load_state_dict(torch.load(args.weights, weights_only=True))
+    return net
+
+
+def trained_on(
+    net: CIFARResNet, recipe: ll.Recipe, data: dict[str, TensorDataset], args: argparse.Namespace
+) -> tuple[OwnCrops, float, str]:
+    """Trained with rounding: the module, the Trainer's top-1 of all test images, and what it was at first."""
+    L.seed_everything(args.seed, verbose=False)
+    module = OwnCrops(net.train().to(memory_format=torch.channels_last), args.lr)  # a Trainer leaves evaluation as is
+    qat = ll.QuantizationAwareTraining(
+        recipe, observe_batches=args.observe, freeze_observers=args.freeze, freeze_batch_norm=args.freeze
+    )
+    look = LookAtFirst(args.observe, data["test"])
+    quiet = {
+        "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,
+        "accelerator": "cpu",
+    }  # fmt: skip
+    train = TensorDataset(*(tensor[: args.images] for tensor in data["train"].tensors))
+    trainer = L.Trainer(max_epochs=args.epochs, callbacks=[qat, look], precision=args.precision, **quiet)
+    trainer.fit(module, DataLoader(train, 128, shuffle=True, drop_last=True))
+    tester = L.Trainer(callbacks=[qat], **quiet)
+    (found,) = tester.test(module, DataLoader(data["test"], 500), verbose=False)
+    return module, found["top1"], look.top1
 
 
 def ends_at_eight(recipe: ll.Recipe) -> ll.Mixed:
@@ -54,57 +112,20 @@ RECIPES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--weights", type=Path, required=True)
+    training_options(parser, epochs=1)
     parser.add_argument("--recipe", nargs="+", default=["int8"], choices=RECIPES)
-    parser.add_argument("--depth", type=int, default=20)
-    parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--images", type=int, default=50_000, help="training images an epoch")
-    parser.add_argument("--lr", type=float, default=0.001)
-    parser.add_argument("--freeze", type=float, default=0.9, help="observers and batch norms, from this share on")
-    parser.add_argument("--observe", type=int, default=32, help="batches that are observed at first")
-    parser.add_argument("--precision", default="32-true", help="of training; all accuracies are in float32")
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     data = read(args.data)
-    train = TensorDataset(*(tensor[: args.images] for tensor in data["train"].tensors))
     settings = f"lr {args.lr}, frozen from {args.freeze}, seed {args.seed}, {args.precision}"
     print(f"ResNet-{args.depth}, {args.epochs} epochs of {args.images} images, {settings}")
-    print("| | at first | after training | minutes |\n|---|---|---|---|", flush=True)
+    print("| | at first | after training | minutes |\n|---|---|---|---|")
+    print(f"| float | {accuracy(trained(args), data['test']):.2%} | | |", flush=True)
     for name in args.recipe:
-        L.seed_everything(args.seed, verbose=False)
-        net = cifar_resnet(args.depth)
-        net.load_state_dict(torch.load(args.weights, weights_only=True))
-        if name == args.recipe[0]:
-            print(f"| float | {accuracy(net, data['test']):.2%} | | |", flush=True)
-        module = OwnCrops(
-            net.train().to(memory_format=torch.channels_last), args.lr
-        )  # a Trainer leaves evaluation mode as it is
-        qat = ll.QuantizationAwareTraining(
-            RECIPES[name], observe_batches=args.observe, freeze_observers=args.freeze, freeze_batch_norm=args.freeze
-        )
-        at_first: list[float] = []
-
-        class Look(L.Callback):
-            """Top-1 when rounding has just begun."""
-
-            def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-                if batch_idx == qat.observe_batches and not at_first:  # noqa: B023
-                    at_first.append(accuracy(pl_module, data["test"]))  # noqa: B023
-                    pl_module.train()
-
-        trainer = L.Trainer(
-            max_epochs=args.epochs, callbacks=[qat, Look()], logger=False, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False, accelerator="cpu", precision=args.precision,
-        )  # fmt: skip
         started = time.perf_counter()
-        trainer.fit(module, DataLoader(train, 128, shuffle=True, drop_last=True))
+        _, right, at_first = trained_on(trained(args), RECIPES[name], data, args)
         minutes = (time.perf_counter() - started) / 60
-        with ll.fake_quantized(module):
-            right = accuracy(module, data["test"])
-        first = f"{at_first[0]:.2%}" if at_first else ""
-        print(f"| {name} | {first} | {right:.2%} | {minutes:.0f} |", flush=True)
+        print(f"| {name} | {at_first} | {right:.2%} | {minutes:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

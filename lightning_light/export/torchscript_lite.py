@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -155,11 +156,24 @@ def _written(
     """
     with quiet_deprecations(), plain_attention():
         traced, branches = _trace(exporter, model, tensors, packed)
-        frozen = torch.jit.freeze(traced)
-        frozen._save_for_lite_interpreter(str(path), _extra_files=dict(notes or {}))
+        frozen = torch.jit.freeze(traced, preserved_attrs=list(_named(packed)))  # constants would be written twice
+        _forget_places(frozen.graph)
+        with TemporaryDirectory(dir=path.parent) as folder:
+            short = Path(folder) / "m"  # every record repeats the file's name
+            frozen._save_for_lite_interpreter(str(short), _extra_files=dict(notes or {}))
+            short.replace(path)
         version = _runtime()._get_model_bytecode_version(str(path))
     _warn_of(exporter, branches, type(model.model).__name__)
     return frozen, {"torch": torch.__version__, "bytecode_version": version, "built_in_values": branches}
+
+
+def _forget_places(graph: Any) -> None:
+    """Of every operation, the lines of code that called it: paths of this machine, of no use on another."""
+    nowhere, blocks = graph.create("prim::Constant"), [graph]
+    for block in blocks:
+        for node in block.nodes():
+            node.copyMetadata(nowhere)
+            blocks += node.blocks()
 
 
 def _runtime() -> Any:
@@ -176,6 +190,10 @@ def quiet_deprecations() -> Iterator[None]:
         yield
 
 
+def _named(packed: Sequence[Any]) -> dict[str, Any]:
+    return {f"packed_{place}": weight for place, weight in enumerate(packed)}
+
+
 class _Opaque(nn.Module):
     """Calls a model that the tracer cannot look into: it sees operations, and weights as constants.
 
@@ -185,8 +203,7 @@ class _Opaque(nn.Module):
     def __init__(self, model: nn.Module, packed: Sequence[Any] = ()) -> None:
         super().__init__()
         vars(self)["held"] = (model,)
-        for place, weight in enumerate(packed):  # of int8 kernels: objects that the tracer has to find somewhere
-            setattr(self, f"packed_{place}", weight)
+        vars(self).update(_named(packed))  # of int8 kernels: objects that the tracer has to find somewhere
         for place, module in enumerate(model.modules()):
             if isinstance(module, torch.jit.ScriptModule):  # the one kind that the tracer has to know
                 self.add_module(f"scripted_{place}", module)

@@ -35,7 +35,9 @@ class Layer:
         return self.run(x, self.packed, *self.scale)
 
     @classmethod
-    def of(cls, name: str, weight: Weight, args: Mapping[str, Any], *, relu: bool, scale: Scale) -> Layer:
+    def of(
+        cls, name: str, weight: Weight, args: Mapping[str, Any], *, relu: bool, scale: Scale, zeros: Tensor
+    ) -> Layer:
         """Pack the weight.
 
         Args:
@@ -44,12 +46,13 @@ class Layer:
             args: the arguments of the operation by name.
             relu: whether one follows; it costs nothing, since nothing below zero is on the grid then.
             scale: of the output.
+            zeros: the zero points of at least as many channels as the weight has; layers may share them.
 
         Raises:
             RuntimeError: the engine has no such kernel.
             NotImplementedError: likewise.
         """
-        packed_weight, ops = _quantized(weight), torch.ops.quantized
+        packed_weight, ops = _quantized(weight, zeros), torch.ops.quantized
         suffix = "_relu" if relu else ""
         if name == "linear":
             return cls(getattr(ops, f"linear{suffix}"), ops.linear_prepack(packed_weight, weight.bias), scale)
@@ -73,11 +76,10 @@ def _listed(value: Any, dims: int) -> list[int]:
     return [int(item) for item in (listed * dims if len(listed) == 1 else listed)]
 
 
-def _quantized(weight: Weight) -> Tensor:
+def _quantized(weight: Weight, zeros: Tensor) -> Tensor:
     if not weight.per_channel:
         return torch._make_per_tensor_quantized_tensor(weight.integers, float(weight.scale), 0)
-    zeros = torch.zeros_like(weight.scale, dtype=torch.int64)
-    return torch._make_per_channel_quantized_tensor(weight.integers, weight.scale, zeros, 0)
+    return torch._make_per_channel_quantized_tensor(weight.integers, weight.scale, zeros[: len(weight.scale)], 0)
 
 
 def quantize(x: Tensor, scale: Scale) -> Tensor:

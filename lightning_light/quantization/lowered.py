@@ -87,12 +87,13 @@ class Lowered(ABC):
                 continue
             norm = None if group.batch_norm is None else self._collected[group.batch_norm]
             self.weights[key] = folded(self._collected[key], norm, *self.attachment.weight(key))
+        for key in list(self.weights):
             self._prepare(key, key.split("|")[2], self._collected[key])
         self._collected, self.collecting = {}, False
 
     @abstractmethod
     def _prepare(self, key: str, name: str, args: Mapping[str, Any]) -> None:
-        """Make ready what runs a layer, or refuse it."""
+        """Make ready what runs a layer, or refuse it; all weights are known."""
 
     @abstractmethod
     def run(self, key: str, name: str, function: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:

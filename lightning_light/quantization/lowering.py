@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -13,6 +15,7 @@ from lightning_light.quantization import kernels
 from lightning_light.quantization.lowered import ASKS, Lowered, Rounds, Scale, scalar
 from lightning_light.quantization.operations import ADDING, KEEPS_GRID, kind_of
 from lightning_light.quantization.plan import Group
+from lightning_light.quantization.weights import Weight, in_one_place
 
 __all__ = ["Lowering"]
 
@@ -30,6 +33,15 @@ class Lowering(Lowered):
         self.layers: dict[str, kernels.Layer] = {}
         self._grids: dict[str, Scale] = {}  # of what was moved in float
 
+    @cached_property
+    def _placed(self) -> dict[str, Weight]:
+        return in_one_place(self.weights)
+
+    @cached_property
+    def _zeros(self) -> Tensor:
+        """The zero points of every layer's channels: the layer with the most needs all of them."""
+        return torch.zeros(max(len(weight.integers) for weight in self.weights.values()), dtype=torch.int64)
+
     @override
     def _prepare(self, key: str, name: str, args: Mapping[str, Any]) -> None:
         group = self.plan.groups[key]
@@ -39,7 +51,9 @@ class Lowering(Lowered):
             self.refused[key] = "the x86 kernel of transposed convolutions computes wrong numbers"
             return
         try:
-            self.layers[key] = kernels.Layer.of(name, self.weights[key], args, relu=group.relu is not None, scale=scale)
+            self.layers[key] = kernels.Layer.of(
+                name, self._placed[key], args, relu=group.relu is not None, scale=scale, zeros=self._zeros
+            )
         except (RuntimeError, NotImplementedError, AttributeError) as error:
             self.refused[key] = f"the engine has no kernel: {str(error).strip().splitlines()[0]}"
 

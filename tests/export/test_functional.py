@@ -2,6 +2,7 @@
 
 import threading
 import warnings
+import zipfile
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -95,6 +96,34 @@ def test_batch_norms_are_folded_and_dropout_is_gone(kind: type[nn.Module], left:
     operators = torch.jit.mobile._export_operator_list(module)
     assert "aten::dropout" not in operators
     assert ("aten::batch_norm" in operators) == bool(left)
+
+
+def test_a_file_says_neither_its_own_name_nor_where_it_was_made(tmp_path: Path) -> None:
+    """Both were in every record: paths of the machine, and bytes."""
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.plain, self.scripted = ZOO["plain"](), torch.jit.script(Scripted())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.plain(self.scripted(x))
+
+    with quiet_deprecations():
+        export_model(Both(), (noise(2, 3, 8, 8),), tmp_path / "a_long_name.ptl", **QUICK)
+    with zipfile.ZipFile(tmp_path / "a_long_name.ptl") as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    assert {name.split("/")[0] for name in contents} == {"m"}
+    assert [name for name, content in contents.items() if b".py" in content or b"def forward(self, x" in content] == []
+
+
+class Scripted(nn.Module):
+    """With a branch, which is a block of its own in the graph."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if bool(x.sum() > 0):
+            return x + 1
+        return x - 1
 
 
 def test_report_says_what_was_measured(tmp_path: Path) -> None:

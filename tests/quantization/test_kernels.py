@@ -1,5 +1,9 @@
 """What was rounded runs on the engines' int8 kernels, with the same answers; and their known defects are avoided."""
 
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +15,10 @@ from torch import Tensor, nn
 from lightning_light.errors import UnsupportedError
 from lightning_light.example_input import ExampleInput
 from lightning_light.export import MobileExport, Tolerance, TorchScriptLite, export_model
+from lightning_light.export.torchscript_lite import quiet_deprecations
 from lightning_light.quantization import Int8, MovingAverage, QuantizationAwareTraining, fake_quantized, quantize
 from lightning_light.quantization.lowering import Lowering
+from lightning_light.quantization.weights import Weight, in_one_place
 from tests.contract.bodies import Body, module_class
 from tests.contract.runs import DEFAULT_HOST, trainer
 from tests.quantization.test_plan import calibrated
@@ -25,6 +31,16 @@ ENGINES = [
 
 def exported(net: nn.Module, folder: Path, *args: Tensor, **options: Any) -> Any:
     return export_model(net, args, folder / "net.ptl", latency_runs=1, **options)
+
+
+@contextmanager
+def kernels_of(engine: str) -> Iterator[None]:
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = engine
+    try:
+        yield
+    finally:
+        torch.backends.quantized.engine = before
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -62,16 +78,15 @@ def test_the_defect_of_transposed_convolutions_on_x86_is_there_and_is_avoided(tm
     assert report.parity.max_absolute == 0.0
     with torch.no_grad():
         right = net(*args)
-        before = torch.backends.quantized.engine
         lowering = Lowering(attachment, "qnnpack")  # which does not refuse it
         try:
-            torch.backends.quantized.engine = "x86"
-            attachment.lowered = lowering
-            net(*args)
-            lowering.build()
-            off = float((net(*args) - right).abs().max())
+            with kernels_of("x86"):
+                attachment.lowered = lowering
+                net(*args)
+                lowering.build()
+                off = float((net(*args) - right).abs().max())
         finally:
-            torch.backends.quantized.engine, attachment.lowered = before, None
+            attachment.lowered = None
     assert off > 10 * report.details["output_scales"][0]
 
 
@@ -128,9 +143,47 @@ def test_a_file_is_a_quarter_and_takes_any_batch(engine, tmp_path) -> None:
     plain = export_model(net, (images,), tmp_path / "float.ptl", latency_runs=1)
     calibrated(net, ExampleInput((images,)), Int8(engine=engine))
     small = exported(net, tmp_path, images)
-    assert small.bytes < {"qnnpack": 0.29, "x86": 0.55}[engine] * plain.bytes  # x86 keeps the weights twice
+    assert small.bytes < 0.27 * plain.bytes
     run = TorchScriptLite().load(tmp_path / "net.ptl")
     assert torch.equal(torch.cat([run(images[:1]), run(images[1:])]), run(images))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_file_holds_each_weight_once_and_scales_and_biases_together(engine, tmp_path) -> None:
+    """A record costs about two hundred bytes, whatever is in it; and the whole of torch answers as its lite part."""
+    layers = [nn.Conv2d(3, 8, 3), nn.Conv2d(8, 12, 3), nn.Conv2d(12, 20, 1), nn.Conv2d(20, 16, 1)]
+    net = nn.Sequential(*layers).eval()
+    calibrated(net, ExampleInput((noise(2, 3, 8, 8),)), Int8(engine=engine))
+    exported(net, tmp_path, noise(2, 3, 8, 8))
+    with zipfile.ZipFile(tmp_path / "net.ptl") as archive:
+        records = archive.infolist()
+    tensors = Counter(record.file_size for record in records if "/data/" in record.filename)
+    channels = 8 + 12 + 20 + 16
+    once = [layer.weight.numel() for layer in layers] + [8 * channels, 8 * 20, 4 * channels]  # scales, zeros, biases
+    assert all(tensors.pop(size) == 1 for size in once)
+    assert sum(tensors.values()) == len(layers)  # strides and the like, which torch writes for each layer
+    with quiet_deprecations(), kernels_of(engine):
+        right = TorchScriptLite().load(tmp_path / "net.ptl")(noise(2, 3, 8, 8))
+        assert torch.equal(torch.jit.load(tmp_path / "net.ptl")(noise(2, 3, 8, 8)), right)
+
+
+def test_scales_of_channels_share_a_storage_and_what_there_is_of_biases() -> None:
+    weights = {
+        "bare": Weight(torch.ones(2, 3), torch.tensor([1.0, 2.0]).double(), None),
+        "one scale": Weight(torch.ones(3, 3), torch.tensor(3.0).double(), torch.tensor([7.0, 8.0, 9.0])),
+        "both": Weight(torch.ones(2, 3), torch.tensor([4.0, 5.0]).double(), torch.tensor([1.0, 2.0])),
+    }
+    placed = in_one_place(weights)
+    assert list(placed) == list(weights)
+    for name, weight in weights.items():
+        assert placed[name].integers is weight.integers
+        assert torch.equal(placed[name].scale, weight.scale)
+        assert torch.equal(placed[name].value(), weight.value())
+    assert placed["bare"].bias is None
+    assert placed["bare"].scale.untyped_storage().data_ptr() == placed["both"].scale.untyped_storage().data_ptr()
+    assert placed["one scale"].bias.tolist() == [7.0, 8.0, 9.0]  # type: ignore[union-attr]
+    assert placed["both"].bias.tolist() == [1.0, 2.0]  # type: ignore[union-attr]
+    assert in_one_place({}) == {}
 
 
 def test_a_trained_network_is_exported_when_the_fit_ends(tmp_path) -> None:
