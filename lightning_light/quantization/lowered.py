@@ -81,15 +81,22 @@ class Lowered(ABC):
         """Fold every layer, and go on to the second round."""
         for key in [key for key in self.plan.weights if key not in self.refused]:
             group = self.plan.groups[key]
-            if key not in self._collected or self._scale_of(group) is None:
-                seen = key in self._collected
-                self.refused[key] = "its output was never observed" if seen else "the network did not come by it"
+            if reason := self._lacks(key, group):
+                self.refused[key] = reason
                 continue
             norm = None if group.batch_norm is None else self._collected[group.batch_norm]
             self.weights[key] = folded(self._collected[key], norm, *self.attachment.weight(key))
         for key in list(self.weights):
             self._prepare(key, key.split("|")[2], self._collected[key])
         self._collected, self.collecting = {}, False
+
+    def _lacks(self, key: str, group: Group) -> str | None:
+        """What a kernel would need and is not there: XNNPACK takes a layer without its input's grid, and errs."""
+        if key not in self._collected:
+            return "the network did not come by it"
+        if self.scales[self.plan.reads[key]] is None:
+            return "its input was never observed"
+        return "its output was never observed" if self._scale_of(group) is None else None
 
     @abstractmethod
     def _prepare(self, key: str, name: str, args: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from typing_extensions import override
 from lightning_light.int8 import Int8Form
 from lightning_light.quantization import kernels
 from lightning_light.quantization.lowered import ASKS, Lowered, Rounds, Scale, scalar
-from lightning_light.quantization.operations import ADDING, KEEPS_GRID, kind_of
+from lightning_light.quantization.operations import ADDING, kind_of, moves
 from lightning_light.quantization.plan import Group
 from lightning_light.quantization.weights import Weight, in_one_place
 
@@ -111,9 +111,16 @@ class Lowering(Lowered):
             return True, self.layers[key](first)
         if group is not None and (kind in ADDING or kind == "cat"):
             return self._join(key, kind, group, args, kwargs)
-        if kind in KEEPS_GRID and isinstance(first, Tensor) and first.is_quantized:
+        if isinstance(first, Tensor) and first.is_quantized and self._keeps_grid(key, name, first, args, kwargs):
             return True, function(*args, **kwargs)
         return False, None
+
+    def _keeps_grid(self, key: str, name: str, first: Tensor, args: list[Any], kwargs: dict[str, Any]) -> bool:
+        """Whether the plan wants a result on the grid of what is read, where the kernels leave it."""
+        if kind_of(name) == "pool":
+            grid = self.plan.outputs.get(key)
+            return grid is not None and self.scales[grid] == (first.q_scale(), first.q_zero_point())
+        return moves(name, args, kwargs)
 
     def _join(self, key: str, kind: str, group: Group, args: list[Any], kwargs: dict[str, Any]) -> tuple[bool, Any]:
         scale = self._scale_of(group)
@@ -126,12 +133,11 @@ class Lowering(Lowered):
         return True, kernels.join(kind, values, dim, scale, relu=group.relu is not None)
 
     def _in_float(self, key: str, name: str, function: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        kind = kind_of(name)
-        moved = args[0] if kind in KEEPS_GRID and args and isinstance(args[0], Tensor) else None
+        moved = args[0] if moves(name, args, kwargs) and args and isinstance(args[0], Tensor) else None
         if moved is not None and moved.is_quantized and self.trying:
             self._grids[key] = (moved.q_scale(), moved.q_zero_point())
         args, kwargs = kernels.tensors_to_float(args), kernels.tensors_to_float(kwargs)
-        self.attachment.before(key, kind, args, kwargs)
+        self.attachment.before(key, kind_of(name), args, kwargs)
         result = function(*args, **kwargs)
         grid = self.plan.outputs.get(key)
         scale = self._grids.get(key) if grid is None else self.scales[grid]

@@ -8,16 +8,13 @@ from typing import Any, Final
 
 import torch.nn.functional as F
 
-__all__ = ["ADDING", "BATCH_NORM", "HEAVY", "KEEPS_GRID", "arguments", "kind_of", "name_of"]
+__all__ = ["ADDING", "BATCH_NORM", "HEAVY", "arguments", "kind_of", "moves", "name_of"]
 
 HEAVY: Final = frozenset({"conv", "transposed", "linear"})
 """Kinds with a weight: what quantization is about."""
 
 ADDING: Final = frozenset({"add", "mul"})
 BATCH_NORM: Final = "batch_norm"
-KEEPS_GRID: Final = frozenset({"move", "pool"})
-"""Kinds whose result is on the grid of what they are given."""
-
 _NAMES = {
     "conv": "conv1d conv2d conv3d",
     "transposed": "conv_transpose1d conv_transpose2d conv_transpose3d",
@@ -48,6 +45,14 @@ def name_of(function: Any) -> str:
 def kind_of(name: str) -> str:
     """The kind of an operation; ``float`` for those that stay as they are."""
     return _KINDS.get(name, "float")
+
+
+def moves(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call only moves numbers, so that they stay on their grid; zero is on every grid, other fillings not."""
+    if name == "pad":
+        mode = kwargs.get("mode", args[2] if len(args) > 2 else "constant")
+        return mode == "constant" and not (args[3] if len(args) > 3 else kwargs.get("value"))
+    return kind_of(name) == "move"
 
 
 def arguments(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

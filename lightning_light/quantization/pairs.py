@@ -17,7 +17,7 @@ from lightning_light.int8 import PairRules
 from lightning_light.quantization.biases import bias_error
 from lightning_light.quantization.learning import SMALLEST
 from lightning_light.quantization.lowered import ASKS, Lowered, Rounds, Scale, scalar
-from lightning_light.quantization.operations import BATCH_NORM, KEEPS_GRID, kind_of
+from lightning_light.quantization.operations import BATCH_NORM, kind_of, moves
 from lightning_light.quantization.rounding import integers
 from lightning_light.quantization.weights import Weight
 
@@ -63,7 +63,7 @@ class Pairs(Lowered):
         if name in ASKS:
             return function(*args, **kwargs)
         first: Any = args[0] if args else kwargs.get("input")
-        known = self._quantized.get(id(first)) if kind_of(name) in KEEPS_GRID else None
+        known = self._quantized.get(id(first)) if moves(name, args, kwargs) else None
         if _writes(name, kwargs):
             self._quantized.pop(id(first), None)  # it is the result from here on
         else:

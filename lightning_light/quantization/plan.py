@@ -145,8 +145,7 @@ class _Planner:
             self.plan.without_kernel[operation.key] = reason
             self._layer_without_kernel(operation, place, source, rule)
             return
-        self._round_input(operation, place, source, rule.activation)
-        self.plan.reads[operation.key] = self._grid(_origin(source), rule.activation)
+        self.plan.reads[operation.key] = self._round_input(operation, place, source, rule.activation)
         self._round_group(operation, rule.activation)
 
     def _layer_without_kernel(self, operation: Operation, place: int, source: Operation, rule: LayerRule) -> None:
@@ -165,7 +164,7 @@ class _Planner:
             return
         if operation.kind in ADDING and any(map(_is_float, _readers(self._tails[id(operation)]))):
             return
-        if operation.kind == "cat" and any(_origin(source).kind == "input" for source in sources):
+        if operation.kind == "cat" and any(_is_rounded_by_readers(_origin(source)) for source in sources):
             return  # an element of a list is no argument of its own
         for place, source in operation.inputs:
             self._round_input(operation, place, source)
@@ -180,13 +179,19 @@ class _Planner:
         self.plan.groups[operation.key] = self._groups.get(id(operation), Group(tail.key))
         self._round(tail, usual)
 
-    def _round_input(self, operation: Operation, place: int, source: Operation, usual: Grid | None = None) -> None:
+    def _round_input(self, operation: Operation, place: int, source: Operation, usual: Grid | None = None) -> int:
+        """The grid of what is read: rounded where it is made, but by its reader if no one operation gives it alone."""
         origin = _origin(source)
-        if origin.kind == "input":
-            places = self.plan.arguments.setdefault(operation.key, {})
-            places[place] = self._grid(origin, usual)
+        if origin.gives_several:
+            self.plan.grids.append(_known(origin, usual or self._usual))
+            grid = len(self.plan.grids) - 1
+        else:
+            grid = self._grid(origin, usual)
+        if _is_rounded_by_readers(origin):
+            self.plan.arguments.setdefault(operation.key, {})[place] = grid
         else:
             self._round(origin, usual)
+        return grid
 
     def _round(self, operation: Operation, usual: Grid | None) -> None:
         self.plan.outputs.setdefault(operation.key, self._grid(operation, usual))
@@ -204,6 +209,11 @@ def _origin(operation: Operation) -> Operation:
     while operation.kind == "move" and operation.inputs:
         operation = operation.inputs[0][1]
     return operation
+
+
+def _is_rounded_by_readers(origin: Operation) -> bool:
+    """Whether no operation makes it, or one that makes several tensors: output and states of an LSTM."""
+    return origin.kind == "input" or origin.gives_several
 
 
 def _known(operation: Operation, usual: Grid) -> Grid:
