@@ -1,6 +1,7 @@
 """What keeping masks costs: a training step against no pruning and against Lightning's own callback, side by side.
 
     python benchmarks/masks.py
+    python benchmarks/masks.py --hooks
 
 Every way has a Trainer of its own, in a thread of its own, and they take turns, never two at once: a step without
 masks, a step of one way, a step without masks, a step of the next way, in an order that is shuffled each round.
@@ -9,6 +10,11 @@ quartiles; "none again" shows how far equal steps lie apart. All is built anew s
 lie in memory makes a difference too. The clock is CPU time of the thread; freed memory stays with the process
 (mallopt), or page faults come between. Every way masks 80 % of the weights of convolutions and linear layers before the
 first step that counts.
+
+``--hooks`` times only what a way adds to a step, microseconds that whole steps do not tell apart. Its Trainer waits after
+a step, and the hooks are called as they stand then, in turns: for ours those of the callback and of the optimizer's step;
+for Lightning's, the products of weights and masks before the forward pass and what the backward pass then takes longer.
+An unmasked step of the same network runs before each, so that no cache is warmer than in training.
 """
 
 import argparse
@@ -96,11 +102,20 @@ def lightnings(module: Module) -> L.Callback:
     )  # fmt: skip
 
 
-WAYS: dict[str, Callable[[Module], list[L.Callback]]] = {
+Way = Callable[[Module], list[L.Callback]]
+WAYS: dict[str, Way] = {
     "none again": lambda module: [],
     "WeightPruning": lambda module: [ll.WeightPruning(ll.Sparsity(0.8), schedule=ll.OneShot())],
     "DynamicSparseTraining": lambda module: [ll.DynamicSparseTraining(ll.Sparsity(0.8), method=ll.Static())],
     "ModelPruning": lambda module: [lightnings(module)],
+}
+BETWEEN: dict[str, Way] = {
+    "WeightPruning, between two changes": lambda module: [
+        ll.WeightPruning(ll.Sparsity(0.8), schedule=ll.Window(ll.Cubic(), end=1.0), every_n_steps=1000)
+    ],
+    "DynamicSparseTraining, between two moves": lambda module: [
+        ll.DynamicSparseTraining(ll.Sparsity(0.8), method=ll.RigL(), every_n_steps=1000)
+    ],
 }
 
 
@@ -113,6 +128,7 @@ class Turns(L.Callback):
         self.thread = threading.Thread(target=self._run, args=(fit,), daemon=True)
         self.alive, self.over = True, False
         self.began = 0.0
+        self.trainer: L.Trainer | None = None
 
     def step(self) -> float:
         """One more batch; returns the seconds that it took."""
@@ -131,7 +147,7 @@ class Turns(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.current_epoch == 0:
             return
-        self.seconds = time.thread_time() - self.began
+        self.seconds, self.trainer = time.thread_time() - self.began, trainer
         self.done.release()
         self.go.acquire()
         trainer.should_stop = self.over
@@ -146,11 +162,11 @@ class Turns(L.Callback):
             self.done.release()
 
 
-def measure(net: nn.Module, batch: int, rounds: int) -> dict[str, list[tuple[float, float]]]:
-    """By way, one entry a round: seconds of a step, and of a step without masks at the same time."""
+def runs_of(ways: dict[str, Way], net: nn.Module, batch: int) -> dict[str, Turns]:
+    """By way, a run that has not begun, of a copy of ``net``."""
     data = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
 
-    def fit(build: Callable[[Module], list[L.Callback]], turns: Turns) -> None:
+    def fit(build: Way, turns: Turns) -> None:
         module = Module(copy.deepcopy(net), data)
         trainer = L.Trainer(
             max_epochs=2, callbacks=[*build(module), turns], accelerator="cpu", logger=False,
@@ -159,8 +175,13 @@ def measure(net: nn.Module, batch: int, rounds: int) -> dict[str, list[tuple[flo
         )  # fmt: skip
         trainer.fit(module)
 
-    none = Turns(functools.partial(fit, lambda module: []))
-    runs = {name: Turns(functools.partial(fit, build)) for name, build in WAYS.items()}
+    return {name: Turns(functools.partial(fit, build)) for name, build in ways.items()}
+
+
+def measure(net: nn.Module, batch: int, rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """By way, one entry a round: seconds of a step, and of a step without masks at the same time."""
+    runs = runs_of({"none": lambda module: [], **WAYS}, net, batch)
+    none = runs.pop("none")
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in WAYS}
     for turn in range(rounds + WARMUP):
         before = none.step()
@@ -174,12 +195,72 @@ def measure(net: nn.Module, batch: int, rounds: int) -> dict[str, list[tuple[flo
     return found
 
 
+def our_hooks(trainer: L.Trainer) -> tuple[Callable[[], None], Callable[[], None]]:
+    """What a step has with our callback and without, for ``trainer`` as it stands."""
+    module, optimizer, batch = trainer.lightning_module, trainer.optimizers[0], trainer.lightning_module.batch
+    callback = next(c for c in trainer.callbacks if isinstance(c, (ll.WeightPruning, ll.DynamicSparseTraining)))
+
+    def masked() -> None:
+        callback.on_train_batch_start(trainer, module, batch, 0)
+        callback.on_before_optimizer_step(trainer, module, optimizer)
+        for hook in optimizer._optimizer_step_post_hooks.values():
+            hook(optimizer, (), {})
+        callback.on_train_batch_end(trainer, module, None, batch, 0)
+
+    return masked, lambda: None
+
+
+def torchs_hooks(trainer: L.Trainer) -> tuple[Callable[[], None], Callable[[], None]]:
+    """What a step has with the reparametrized weights of `ModelPruning` and without: the way of a gradient."""
+    layers = [module for module in trainer.lightning_module.modules() if hasattr(module, "weight_orig")]
+    weights = [layer.weight_orig for layer in layers]
+    gradients = [torch.zeros_like(weight) for weight in weights]
+
+    def masked() -> None:
+        for layer in layers:
+            for hook in layer._forward_pre_hooks.values():
+                hook(layer, ())
+        torch.autograd.backward([layer.weight for layer in layers], gradients)
+
+    return masked, lambda: torch.autograd.backward(weights, gradients)
+
+
+def measure_hooks(net: nn.Module, rounds: int) -> None:
+    """Print, by way, the microseconds that it adds to a step, of ``net`` with a batch of one."""
+    runs = runs_of({name: build for name, build in (WAYS | BETWEEN).items() if name != "none again"}, net, 1)
+    module = Module(copy.deepcopy(net), (torch.randn(1, 3, 32, 32), torch.randint(10, (1,))))
+    pairs = {}
+    for name, run in runs.items():
+        for _ in range(WARMUP):
+            run.step()
+        assert run.trainer is not None  # it has stepped
+        pairs[name] = torchs_hooks(run.trainer) if name == "ModelPruning" else our_hooks(run.trainer)
+    found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in runs}
+    for turn in range(rounds + WARMUP):
+        for name in random.sample(list(runs), len(runs)):
+            for call, seconds in zip(pairs[name], found[name], strict=True):
+                module.training_step(module.batch, 0).backward()
+                began = time.thread_time()
+                call()
+                if turn >= WARMUP:
+                    seconds.append(time.thread_time() - began)
+    for run in runs.values():
+        run.end()
+    print("| way | added to a step: lowest tenth | median |\n|---|---|---|")
+    for name, both in found.items():
+        (low, middle), (low_without, middle_without) = (
+            (statistics.quantiles(seconds, n=10)[0], statistics.median(seconds)) for seconds in both
+        )
+        print(f"| {name} | {1e6 * (low - low_without):.1f} us | {1e6 * (middle - middle_without):.1f} us |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batch", type=int, default=16, help="of the ResNet")
     parser.add_argument("--nets", nargs="*", default=["small", "resnet18"])
+    parser.add_argument("--hooks", action="store_true", help="time what is added to a step, on the small network")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -188,6 +269,9 @@ def main() -> None:
     if sys.platform == "linux":
         for key, value in MALLOC.items():
             ctypes.CDLL(None).mallopt(key, value)
+    if args.hooks:
+        measure_hooks(Small(), 250 * args.rounds)
+        return
     for name in args.nets:
         print("| network | batch | way | step | against none |\n|---|---|---|---|---|")
         small = name == "small"
