@@ -11,10 +11,9 @@ lie in memory makes a difference too. The clock is CPU time of the thread; freed
 (mallopt), or page faults come between. Every way masks 80 % of the weights of convolutions and linear layers before the
 first step that counts.
 
-``--hooks`` times only what a way adds to a step, microseconds that whole steps do not tell apart. Its Trainer waits after
-a step, and the hooks are called as they stand then, in turns: for ours those of the callback and of the optimizer's step;
-for Lightning's, the products of weights and masks before the forward pass and what the backward pass then takes longer.
-An unmasked step of the same network runs before each, so that no cache is warmer than in training.
+``--hooks`` tells apart the microseconds by which whole runs differ too little: of one run, in turns, a step with what
+masks and a step without, on the same tensors. That is the callback with its hook on the optimizer; for Lightning's,
+the callback and its products of weights and masks in the forward pass, with their backward pass.
 """
 
 import argparse
@@ -111,7 +110,7 @@ WAYS: dict[str, Way] = {
 }
 BETWEEN: dict[str, Way] = {
     "WeightPruning, between two changes": lambda module: [
-        ll.WeightPruning(ll.Sparsity(0.8), schedule=ll.Window(ll.Cubic(), end=1.0), every_n_steps=1000)
+        ll.WeightPruning(ll.Sparsity(0.8), schedule=ll.DenseSparseDense(0.0, 1.0))
     ],
     "DynamicSparseTraining, between two moves": lambda module: [
         ll.DynamicSparseTraining(ll.Sparsity(0.8), method=ll.RigL(), every_n_steps=1000)
@@ -195,63 +194,50 @@ def measure(net: nn.Module, batch: int, rounds: int) -> dict[str, list[tuple[flo
     return found
 
 
-def our_hooks(trainer: L.Trainer) -> tuple[Callable[[], None], Callable[[], None]]:
-    """What a step has with our callback and without, for ``trainer`` as it stands."""
-    module, optimizer, batch = trainer.lightning_module, trainer.optimizers[0], trainer.lightning_module.batch
-    callback = next(c for c in trainer.callbacks if isinstance(c, (ll.WeightPruning, ll.DynamicSparseTraining)))
-
-    def masked() -> None:
-        callback.on_train_batch_start(trainer, module, batch, 0)
-        callback.on_before_optimizer_step(trainer, module, optimizer)
-        for hook in optimizer._optimizer_step_post_hooks.values():
-            hook(optimizer, (), {})
-        callback.on_train_batch_end(trainer, module, None, batch, 0)
-
-    return masked, lambda: None
-
-
-def torchs_hooks(trainer: L.Trainer) -> tuple[Callable[[], None], Callable[[], None]]:
-    """What a step has with the reparametrized weights of `ModelPruning` and without: the way of a gradient."""
+def switch_of(trainer: L.Trainer) -> Callable[[bool], None]:
+    """Takes out of ``trainer`` what masks, and puts it in again; its tensors stay where they lie."""
+    callbacks = trainer.callbacks
+    others = [c for c in callbacks if not isinstance(c, (ll.WeightPruning, ll.DynamicSparseTraining, ModelPruning))]
     layers = [module for module in trainer.lightning_module.modules() if hasattr(module, "weight_orig")]
-    weights = [layer.weight_orig for layer in layers]
-    gradients = [torch.zeros_like(weight) for weight in weights]
+    hooks = [trainer.optimizers[0]._optimizer_step_post_hooks, *(layer._forward_pre_hooks for layer in layers)]
+    kept = [dict(registered) for registered in hooks]
 
-    def masked() -> None:
+    def switch(on: bool) -> None:
+        trainer.callbacks = callbacks if on else others
+        for registered, back in zip(hooks, kept, strict=True):
+            registered.clear()
+            registered.update(back if on else {})
         for layer in layers:
-            for hook in layer._forward_pre_hooks.values():
-                hook(layer, ())
-        torch.autograd.backward([layer.weight for layer in layers], gradients)
+            vars(layer)["weight"] = layer.weight_orig  # until a hook puts its product there
 
-    return masked, lambda: torch.autograd.backward(weights, gradients)
+    return switch
 
 
 def measure_hooks(net: nn.Module, rounds: int) -> None:
-    """Print, by way, the microseconds that it adds to a step, of ``net`` with a batch of one."""
+    """Print, by way, the microseconds that it adds to a step of ``net`` with a batch of one."""
     runs = runs_of({name: build for name, build in (WAYS | BETWEEN).items() if name != "none again"}, net, 1)
-    module = Module(copy.deepcopy(net), (torch.randn(1, 3, 32, 32), torch.randint(10, (1,))))
-    pairs = {}
+    switches: dict[str, Callable[[bool], None]] = {}
     for name, run in runs.items():
-        for _ in range(WARMUP):
-            run.step()
+        run.step()
         assert run.trainer is not None  # it has stepped
-        pairs[name] = torchs_hooks(run.trainer) if name == "ModelPruning" else our_hooks(run.trainer)
-    found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in runs}
+        switches[name] = switch_of(run.trainer)
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for turn in range(rounds + WARMUP):
         for name in random.sample(list(runs), len(runs)):
-            for call, seconds in zip(pairs[name], found[name], strict=True):
-                module.training_step(module.batch, 0).backward()
-                began = time.thread_time()
-                call()
-                if turn >= WARMUP:
-                    seconds.append(time.thread_time() - began)
+            seconds = {}
+            for on in random.sample([True, False], 2):
+                switches[name](on)
+                runs[name].step()  # so that the caches are those of the step before
+                seconds[on] = runs[name].step()
+            if turn >= WARMUP:
+                found[name].append((seconds[True], seconds[False]))
     for run in runs.values():
         run.end()
-    print("| way | added to a step: lowest tenth | median |\n|---|---|---|")
-    for name, both in found.items():
-        (low, middle), (low_without, middle_without) = (
-            (statistics.quantiles(seconds, n=10)[0], statistics.median(seconds)) for seconds in both
-        )
-        print(f"| {name} | {1e6 * (low - low_without):.1f} us | {1e6 * (middle - middle_without):.1f} us |", flush=True)
+    print("| way | a step without | it adds, lowest tenth | it adds, median |\n|---|---|---|---|")
+    for name, pairs in found.items():
+        low, low_without = (statistics.quantiles(seconds, n=10)[0] for seconds in zip(*pairs, strict=True))
+        print(f"| {name} | {1e6 * low_without:.0f} us | {1e6 * (low - low_without):.0f} us | "
+              f"{1e6 * statistics.median(own - without for own, without in pairs):.0f} us |", flush=True)  # fmt: skip
 
 
 def main() -> None:
@@ -270,7 +256,7 @@ def main() -> None:
         for key, value in MALLOC.items():
             ctypes.CDLL(None).mallopt(key, value)
     if args.hooks:
-        measure_hooks(Small(), 250 * args.rounds)
+        measure_hooks(Small(), 100 * args.rounds)
         return
     for name in args.nets:
         print("| network | batch | way | step | against none |\n|---|---|---|---|---|")
