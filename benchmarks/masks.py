@@ -1,6 +1,7 @@
 """What keeping masks costs: a training step against no pruning and against Lightning's own callback, side by side.
 
     python benchmarks/masks.py
+    python benchmarks/masks.py --hooks
 
 Every way has a Trainer of its own, in a thread of its own, and they take turns, never two at once: a step without
 masks, a step of one way, a step without masks, a step of the next way, in an order that is shuffled each round.
@@ -9,6 +10,10 @@ quartiles; "none again" shows how far equal steps lie apart. All is built anew s
 lie in memory makes a difference too. The clock is CPU time of the thread; freed memory stays with the process
 (mallopt), or page faults come between. Every way masks 80 % of the weights of convolutions and linear layers before the
 first step that counts.
+
+``--hooks`` tells apart the microseconds by which whole runs differ too little: of one run, in turns, a step with what
+masks and a step without, on the same tensors. That is the callback with its hook on the optimizer; for Lightning's,
+the callback and its products of weights and masks in the forward pass, with their backward pass.
 """
 
 import argparse
@@ -96,11 +101,20 @@ def lightnings(module: Module) -> L.Callback:
     )  # fmt: skip
 
 
-WAYS: dict[str, Callable[[Module], list[L.Callback]]] = {
+Way = Callable[[Module], list[L.Callback]]
+WAYS: dict[str, Way] = {
     "none again": lambda module: [],
     "WeightPruning": lambda module: [ll.WeightPruning(ll.Sparsity(0.8), schedule=ll.OneShot())],
     "DynamicSparseTraining": lambda module: [ll.DynamicSparseTraining(ll.Sparsity(0.8), method=ll.Static())],
     "ModelPruning": lambda module: [lightnings(module)],
+}
+BETWEEN: dict[str, Way] = {
+    "WeightPruning, between two changes": lambda module: [
+        ll.WeightPruning(ll.Sparsity(0.8), schedule=ll.DenseSparseDense(0.0, 1.0))
+    ],
+    "DynamicSparseTraining, between two moves": lambda module: [
+        ll.DynamicSparseTraining(ll.Sparsity(0.8), method=ll.RigL(), every_n_steps=1000)
+    ],
 }
 
 
@@ -113,6 +127,7 @@ class Turns(L.Callback):
         self.thread = threading.Thread(target=self._run, args=(fit,), daemon=True)
         self.alive, self.over = True, False
         self.began = 0.0
+        self.trainer: L.Trainer | None = None
 
     def step(self) -> float:
         """One more batch; returns the seconds that it took."""
@@ -131,7 +146,7 @@ class Turns(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.current_epoch == 0:
             return
-        self.seconds = time.thread_time() - self.began
+        self.seconds, self.trainer = time.thread_time() - self.began, trainer
         self.done.release()
         self.go.acquire()
         trainer.should_stop = self.over
@@ -146,11 +161,11 @@ class Turns(L.Callback):
             self.done.release()
 
 
-def measure(net: nn.Module, batch: int, rounds: int) -> dict[str, list[tuple[float, float]]]:
-    """By way, one entry a round: seconds of a step, and of a step without masks at the same time."""
+def runs_of(ways: dict[str, Way], net: nn.Module, batch: int) -> dict[str, Turns]:
+    """By way, a run that has not begun, of a copy of ``net``."""
     data = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
 
-    def fit(build: Callable[[Module], list[L.Callback]], turns: Turns) -> None:
+    def fit(build: Way, turns: Turns) -> None:
         module = Module(copy.deepcopy(net), data)
         trainer = L.Trainer(
             max_epochs=2, callbacks=[*build(module), turns], accelerator="cpu", logger=False,
@@ -159,8 +174,13 @@ def measure(net: nn.Module, batch: int, rounds: int) -> dict[str, list[tuple[flo
         )  # fmt: skip
         trainer.fit(module)
 
-    none = Turns(functools.partial(fit, lambda module: []))
-    runs = {name: Turns(functools.partial(fit, build)) for name, build in WAYS.items()}
+    return {name: Turns(functools.partial(fit, build)) for name, build in ways.items()}
+
+
+def measure(net: nn.Module, batch: int, rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """By way, one entry a round: seconds of a step, and of a step without masks at the same time."""
+    runs = runs_of({"none": lambda module: [], **WAYS}, net, batch)
+    none = runs.pop("none")
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in WAYS}
     for turn in range(rounds + WARMUP):
         before = none.step()
@@ -174,12 +194,59 @@ def measure(net: nn.Module, batch: int, rounds: int) -> dict[str, list[tuple[flo
     return found
 
 
+def switch_of(trainer: L.Trainer) -> Callable[[bool], None]:
+    """Takes out of ``trainer`` what masks, and puts it in again; its tensors stay where they lie."""
+    callbacks = trainer.callbacks
+    others = [c for c in callbacks if not isinstance(c, (ll.WeightPruning, ll.DynamicSparseTraining, ModelPruning))]
+    layers = [module for module in trainer.lightning_module.modules() if hasattr(module, "weight_orig")]
+    hooks = [trainer.optimizers[0]._optimizer_step_post_hooks, *(layer._forward_pre_hooks for layer in layers)]
+    kept = [dict(registered) for registered in hooks]
+
+    def switch(on: bool) -> None:
+        trainer.callbacks = callbacks if on else others
+        for registered, back in zip(hooks, kept, strict=True):
+            registered.clear()
+            registered.update(back if on else {})
+        for layer in layers:
+            vars(layer)["weight"] = layer.weight_orig  # until a hook puts its product there
+
+    return switch
+
+
+def measure_hooks(net: nn.Module, rounds: int) -> None:
+    """Print, by way, the microseconds that it adds to a step of ``net`` with a batch of one."""
+    runs = runs_of({name: build for name, build in (WAYS | BETWEEN).items() if name != "none again"}, net, 1)
+    switches: dict[str, Callable[[bool], None]] = {}
+    for name, run in runs.items():
+        run.step()
+        assert run.trainer is not None  # it has stepped
+        switches[name] = switch_of(run.trainer)
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    for turn in range(rounds + WARMUP):
+        for name in random.sample(list(runs), len(runs)):
+            seconds = {}
+            for on in random.sample([True, False], 2):
+                switches[name](on)
+                runs[name].step()  # so that the caches are those of the step before
+                seconds[on] = runs[name].step()
+            if turn >= WARMUP:
+                found[name].append((seconds[True], seconds[False]))
+    for run in runs.values():
+        run.end()
+    print("| way | a step without | it adds, lowest tenth | it adds, median |\n|---|---|---|---|")
+    for name, pairs in found.items():
+        low, low_without = (statistics.quantiles(seconds, n=10)[0] for seconds in zip(*pairs, strict=True))
+        print(f"| {name} | {1e6 * low_without:.0f} us | {1e6 * (low - low_without):.0f} us | "
+              f"{1e6 * statistics.median(own - without for own, without in pairs):.0f} us |", flush=True)  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batch", type=int, default=16, help="of the ResNet")
     parser.add_argument("--nets", nargs="*", default=["small", "resnet18"])
+    parser.add_argument("--hooks", action="store_true", help="time what is added to a step, on the small network")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -188,6 +255,9 @@ def main() -> None:
     if sys.platform == "linux":
         for key, value in MALLOC.items():
             ctypes.CDLL(None).mallopt(key, value)
+    if args.hooks:
+        measure_hooks(Small(), 100 * args.rounds)
+        return
     for name in args.nets:
         print("| network | batch | way | step | against none |\n|---|---|---|---|---|")
         small = name == "small"

@@ -27,7 +27,7 @@ def loaded_hosts() -> tuple[str, ...]:
     >>> "lightning.pytorch" in loaded_hosts()
     True
     """
-    return tuple(root for root in _FABRIC if root in sys.modules)
+    return tuple([root for root in _FABRIC if root in sys.modules])
 
 
 def is_host(obj: object, name: str) -> bool:
@@ -45,13 +45,7 @@ def is_host(obj: object, name: str) -> bool:
         >>> is_host(ModelCheckpoint(), "ModelCheckpoint"), is_host("model.ckpt", "ModelCheckpoint")
         (True, False)
     """
-    classes = [found for root in loaded_hosts() if (found := _find(root, name)) is not None]
-    if not classes:
-        raise ValueError(
-            f"`is_host(..., {name!r})`: expected a class of Lightning, found none in {' or '.join(loaded_hosts())}. "
-            "Give its path, for instance 'callbacks.ModelCheckpoint'."
-        )
-    return isinstance(obj, tuple(classes))
+    return isinstance(obj, _classes(loaded_hosts(), name))
 
 
 def host_class(near: object, name: str) -> type:
@@ -89,6 +83,17 @@ def _host_of(near: object) -> str | None:
 
 
 @functools.cache  # asked for in every step
+def _classes(roots: tuple[str, ...], name: str) -> tuple[type, ...]:
+    classes = tuple([found for root in roots if (found := _find(root, name)) is not None])
+    if not classes:
+        raise ValueError(
+            f"`is_host(..., {name!r})`: expected a class of Lightning, found none in {' or '.join(roots)}. "
+            "Give its path, for instance 'callbacks.ModelCheckpoint'."
+        )
+    return classes
+
+
+@functools.cache
 def _find(root: str, name: str) -> type | None:
     folder, _, last = name.removeprefix("pytorch.").rpartition(".")
     if folder == "fabric" or folder.startswith("fabric."):

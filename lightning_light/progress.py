@@ -10,7 +10,7 @@ from lightning_light.hosts import is_host
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-__all__ = ["steps_done", "steps_planned", "training_progress"]
+__all__ = ["progress_at_step", "steps_done", "steps_planned", "training_progress"]
 
 
 def steps_done(trainer: Trainer) -> int:
@@ -31,8 +31,7 @@ def steps_planned(trainer: Trainer) -> int:
     Raises:
         ValueError: the run has no planned end.
     """
-    by_epochs, by_steps = _limits(trainer)
-    return max(1, math.ceil(min(by_epochs, by_steps / _steps_a_batch(trainer))))
+    return _planned(trainer, _limits(trainer))
 
 
 def training_progress(trainer: Trainer) -> float:
@@ -44,14 +43,39 @@ def training_progress(trainer: Trainer) -> float:
     Raises:
         ValueError: the run has no planned end.
     """
-    by_epochs, by_steps = _limits(trainer)
+    return _progress(trainer, _limits(trainer))
+
+
+def progress_at_step(trainer: Trainer, ahead: int = 0) -> float:
+    """`training_progress` ``ahead`` steps from now, where the start of the last step counts as the end of the run.
+
+    For what changes at the start of a step, of which none comes after the last.
+
+    Raises:
+        ValueError: the run has no planned end.
+    """
+    limits = _limits(trainer)
+    planned = _planned(trainer, limits)
+    if steps_done(trainer) + ahead + 1 >= planned:
+        return 1.0
+    return min(_progress(trainer, limits) + ahead / planned, 1.0)
+
+
+def _planned(trainer: Trainer, limits: tuple[float, float]) -> int:
+    by_epochs, by_steps = limits
+    return max(1, math.ceil(min(by_epochs, by_steps / _steps_a_batch(trainer))))
+
+
+def _progress(trainer: Trainer, limits: tuple[float, float]) -> float:
+    by_epochs, by_steps = limits
     counted = steps_done(trainer) if _one_step_a_batch(trainer) else trainer.global_step
     return min(max(steps_done(trainer) / max(by_epochs, 1), counted / max(by_steps, 1)), 1.0)
 
 
 def _limits(trainer: Trainer) -> tuple[float, float]:
     """The two ends of the run, either may be infinite: by epochs in batches that step, by steps of optimizers."""
-    estimate = trainer.estimated_stepping_batches  # loads the training data if that has not been done
+    if trainer.train_dataloader is None:
+        _ = trainer.estimated_stepping_batches  # loads the training data
     by_steps = math.inf if trainer.max_steps == -1 else float(trainer.max_steps)
     by_epochs = math.inf
     if trainer.max_epochs not in (None, -1) and not math.isinf(trainer.num_training_batches):
@@ -59,8 +83,8 @@ def _limits(trainer: Trainer) -> tuple[float, float]:
     if math.isinf(by_epochs) and math.isinf(by_steps):
         raise ValueError(
             f"`Trainer(max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps})`: expected a run with a planned "
-            f"end, found {estimate} steps and {trainer.num_training_batches} batches an epoch. Set `max_steps`, or "
-            "`max_epochs` together with data of known length or `limit_train_batches`."
+            f"end, found {trainer.estimated_stepping_batches} steps and {trainer.num_training_batches} batches an "
+            "epoch. Set `max_steps`, or `max_epochs` together with data of known length or `limit_train_batches`."
         )
     return by_epochs, by_steps
 

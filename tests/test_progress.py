@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from lightning_light.progress import steps_done, steps_planned, training_progress
+from lightning_light.progress import progress_at_step, steps_done, steps_planned, training_progress
 
 BATCHES = 5
 
@@ -92,11 +92,15 @@ def make_recorder(host: ModuleType) -> Any:
             self.seen: list[float] = []
             self.done: list[int] = []
             self.planned: list[int] = []
+            self.at: list[float] = []
+            self.ahead: list[float] = []
 
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
             self.seen.append(training_progress(trainer))
             self.done.append(steps_done(trainer))
             self.planned.append(steps_planned(trainer))
+            self.at.append(progress_at_step(trainer))
+            self.ahead.append(progress_at_step(trainer, ahead=2))
 
     return Recorder()
 
@@ -115,6 +119,8 @@ def test_one_optimizer(host: ModuleType) -> None:
     trainer, recorder = fit(host, max_epochs=2)
     assert recorder.seen == [step / 10 for step in range(10)]
     assert set(recorder.planned) == {10}
+    assert recorder.at == [*recorder.seen[:-1], 1.0]  # nothing changes after the start of the last
+    assert recorder.ahead == pytest.approx([*recorder.at[2:], 1.0, 1.0])
     assert (steps_done(trainer), training_progress(trainer)) == (10, 1.0)
 
 

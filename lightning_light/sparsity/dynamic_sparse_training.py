@@ -13,7 +13,7 @@ from lightning_light.budgets import Budget
 from lightning_light.criteria.evidence import Criterion
 from lightning_light.criteria.random import Random
 from lightning_light.errors import UnsupportedError
-from lightning_light.progress import steps_done, steps_planned
+from lightning_light.progress import progress_at_step, steps_done, steps_planned
 from lightning_light.schedules import Linear, Window
 from lightning_light.sparsity.checks import check_counts, require_sparsity
 from lightning_light.sparsity.gather import score_weights
@@ -121,26 +121,21 @@ class DynamicSparseTraining(MaskingCallback):
             self._span = self._resolved(trainer.max_epochs)
 
     @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ask anew whether the last connection has moved: data that has become longer sets progress back."""
+        self._finished = False
+
+    @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Become sparse, or move connections, if that is due: between two steps."""
-        self._hold(pl_module)
-        state = self.state(pl_module)
+        state = self._hold(pl_module)
         if not state["masks"]:
-            if self._progress(trainer) >= self._span[0]:
+            if progress_at_step(trainer) >= self._span[0]:
                 self._begin(trainer, pl_module)
         elif "last" not in state:  # the masks of an earlier fit
             self._start_from(trainer, pl_module)
         elif self._is_due(trainer, state["last"], steps_done(trainer)) and self._is_ready(state):
             self._move(trainer, pl_module)
-
-    @override
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Keep the dense gradients that growing needs, reduced and unscaled as they are here; then mask them."""
-        state = self.state(pl_module)
-        next_step = steps_done(trainer) + 1
-        if self._moves.needs_gradient and "last" in state and self._is_due(trainer, state["last"], next_step):
-            _keep_gradients(state.setdefault("dense", {}), self._weights, stepping(optimizer))
-        super().on_before_optimizer_step(trainer, pl_module, optimizer)
 
     @override
     def window(self, max_epochs: int | None) -> tuple[float, float] | None:
@@ -152,6 +147,12 @@ class DynamicSparseTraining(MaskingCallback):
     def _resolved(self, max_epochs: int | None) -> tuple[float, float]:
         window = Window(Linear(), start=self.start, end=self.end).resolved(max_epochs)
         return float(window.start), float(window.end)
+
+    @override
+    def _gather(self, trainer: Trainer, state: dict[str, Any], optimizer: Optimizer) -> None:
+        next_step = steps_done(trainer) + 1
+        if self._moves.needs_gradient and "last" in state and self._is_due(trainer, state["last"], next_step):
+            _keep_gradients(state.setdefault("dense", {}), self._weights, stepping(optimizer))
 
     @override
     def _check_weights(self, pl_module: LightningModule) -> None:
@@ -181,9 +182,13 @@ class DynamicSparseTraining(MaskingCallback):
         return [weight.layer for weight in self._weights if weight.name not in dense] if dense else []
 
     def _is_due(self, trainer: Trainer, last: int, step: int) -> bool:
-        if step - last < self.every_n_steps or isinstance(self._moves, Static) or step >= steps_planned(trainer):
+        if self._finished or step - last < self.every_n_steps or isinstance(self._moves, Static):
             return False
-        return self._progress(trainer, ahead=step - steps_done(trainer)) <= self._span[1] + _SAME
+        ahead = step - steps_done(trainer)
+        if progress_at_step(trainer, ahead) > self._span[1] + _SAME:
+            self._finished = ahead == 0
+            return False
+        return step < steps_planned(trainer)
 
     def _is_ready(self, state: Mapping[str, Any]) -> bool:
         return not self._moves.needs_gradient or ("dense" in state and not self._missed(state))
@@ -217,7 +222,7 @@ class DynamicSparseTraining(MaskingCallback):
         """One update: drop and grow in every layer."""
         state = self.state(pl_module)
         start, end = self._span
-        fraction = self._moves.fraction_at(min(max((self._progress(trainer) - start) / (end - start), 0.0), 1.0))
+        fraction = self._moves.fraction_at(min(max((progress_at_step(trainer) - start) / (end - start), 0.0), 1.0))
         updates = state.get("updates", 0)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + updates + 1)
         masks = {}

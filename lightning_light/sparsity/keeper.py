@@ -53,14 +53,12 @@ class Keeper:
             handle.remove()
         self._handles, self._masked = [], set()
 
-    @torch.no_grad()
     def before_step(self, optimizer: Optimizer) -> None:
         """Mask the gradients that ``optimizer`` is about to use."""
         if self.active and self._masks:
             _multiply_gradients(*self._of(optimizer))
             self._masked.add(id(optimizer))
 
-    @torch.no_grad()
     def apply(self, optimizers: Iterable[Optimizer]) -> None:
         """Make what the masks say true everywhere: when they have changed."""
         parameters, masks = list(self._masks), list(self._masks.values())
@@ -71,7 +69,6 @@ class Keeper:
         for optimizer in optimizers:
             _multiply_state(optimizer, *self._of(optimizer))
 
-    @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         masked = id(optimizer) in self._masked
         self._masked.discard(id(optimizer))
@@ -105,17 +102,18 @@ def mask_model(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
 
 def _multiply(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
     if tensors:
-        torch._foreach_mul_(tensors, masks)  # type: ignore[call-overload]  # its stub knows tuples and lists only
+        with torch.no_grad():  # here alone: a decorator on each caller would cost more than the product
+            torch._foreach_mul_(tensors, masks)  # type: ignore[call-overload]  # its stub knows tuples and lists only
 
 
 def _multiply_gradients(parameters: list[nn.Parameter], masks: list[Tensor]) -> None:
-    gradients = [parameter.grad for parameter in parameters]
-    found = [gradient for gradient in gradients if gradient is not None]
-    if len(found) < len(gradients):
-        masks = [mask for gradient, mask in zip(gradients, masks, strict=True) if gradient is not None]
+    found = [gradient for parameter in parameters if (gradient := parameter.grad) is not None]
+    if len(found) < len(parameters):
+        masks = [mask for parameter, mask in zip(parameters, masks, strict=True) if parameter.grad is not None]
     _multiply(found, masks)
 
 
+@torch.no_grad()
 def _multiply_state(optimizer: Optimizer, parameters: list[nn.Parameter], masks: list[Tensor]) -> None:
     for parameter, mask in zip(parameters, masks, strict=True):
         for value in optimizer.state[parameter].values() if parameter in optimizer.state else ():

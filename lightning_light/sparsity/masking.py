@@ -13,7 +13,7 @@ from lightning_light.callback import CompressionCallback
 from lightning_light.errors import OrderError, UnsupportedError
 from lightning_light.measure.zeros import mask_churn, share_of_zeros, zero_rows
 from lightning_light.order import Stage
-from lightning_light.progress import steps_done, steps_planned, training_progress
+from lightning_light.progress import steps_done
 from lightning_light.sparsity.keeper import Keeper, mask_model
 from lightning_light.sparsity.weights import Weight, find_weights
 from lightning_light.surgery.distributed import broadcast, tell
@@ -42,6 +42,7 @@ class MaskingCallback(CompressionCallback):
         self._keeper = Keeper()
         self._held: Mapping[str, Tensor] | None = None
         self._weights: list[Weight] = []
+        self._finished = False  # the last change of the masks that are held is behind: nothing is asked any more
 
     # Lightning's hooks, in the order a run meets them.
 
@@ -75,8 +76,8 @@ class MaskingCallback(CompressionCallback):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Mask the gradients: here they are accumulated, reduced and unscaled, and not yet clipped."""
-        self._hold(pl_module)
+        """Gather from the dense gradients, accumulated, reduced and unscaled as they are here; then mask them."""
+        self._gather(trainer, self._hold(pl_module), optimizer)
         self._keeper.before_step(optimizer)
 
     @override
@@ -124,6 +125,10 @@ class MaskingCallback(CompressionCallback):
     def _check_weights(self, pl_module: LightningModule) -> None:
         """Refuse weights that the method cannot mask."""
 
+    def _gather(self, trainer: Trainer, state: dict[str, Any], optimizer: Optimizer) -> None:
+        """Keep what the next change needs of the gradients that ``optimizer`` is about to use, not yet clipped."""
+        raise NotImplementedError
+
     def _why_nothing(self, trainer: Trainer, pl_module: LightningModule) -> str | None:
         """Why nothing was masked, or None."""
         raise NotImplementedError
@@ -132,12 +137,14 @@ class MaskingCallback(CompressionCallback):
         """Where in the state there are tensors by weight name, in the weights' shapes."""
         return [(state, key) for key in ("masks", "movement", "dense", "shadow", "origin") if key in state]
 
-    def _hold(self, pl_module: LightningModule) -> None:
-        """Take up the masks of the ledger, if those are others: a checkpoint may have been loaded."""
-        masks = self.state(pl_module).setdefault("masks", {})
+    def _hold(self, pl_module: LightningModule) -> dict[str, Any]:
+        """The state; its masks are taken up if they are others: a checkpoint may have been loaded."""
+        state = self.state(pl_module)
+        masks = state.setdefault("masks", {})
         if masks is not self._held:
             self._keeper.hold(pl_module, masks)
-            self._held = masks
+            self._held, self._finished = masks, False
+        return state
 
     def _change(self, trainer: Trainer, pl_module: LightningModule, masks: dict[str, Tensor]) -> float:
         """Take up other masks, everywhere. Returns the share of mask entries that have changed."""
@@ -167,13 +174,6 @@ class MaskingCallback(CompressionCallback):
             restart_selection(trainer)
         tell(trainer, f"{type(self).method}: sparsity {sparsity:.4f}, {churn:.4f} of the masks changed, "
                       f"{dead} dead filters")  # fmt: skip
-
-    def _progress(self, trainer: Trainer, ahead: int = 0) -> float:
-        """Progress, where the last step of a run counts as its end: nothing is due after it."""
-        planned = steps_planned(trainer)
-        if steps_done(trainer) + ahead + 1 >= planned:
-            return 1.0
-        return min(training_progress(trainer) + ahead / planned, 1.0)
 
     def _refuse_overlap(self, trainer: Trainer, pl_module: LightningModule) -> None:
         mine = {weight.name for weight in self._weights}

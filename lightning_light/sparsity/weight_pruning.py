@@ -13,7 +13,7 @@ from lightning_light.budgets import Budget
 from lightning_light.criteria.evidence import Criterion
 from lightning_light.criteria.magnitude import Magnitude
 from lightning_light.criteria.movement import Movement
-from lightning_light.progress import steps_done
+from lightning_light.progress import progress_at_step, steps_done
 from lightning_light.schedules import Cubic, Schedule, Window, resolve
 from lightning_light.sparsity import rewind
 from lightning_light.sparsity.checks import check_pruning
@@ -115,7 +115,7 @@ class WeightPruning(MaskingCallback):
         self._watch: InputWatch | None = None
         self._through: StraightThrough | None = None
         self._last_change = 1.0
-        self._finished = False  # the last change is behind: nothing is asked of the schedule any more
+        self._needs_data = bool(criterion.needs - {"generator", "movement"})
 
     # Lightning's hooks, in the order a run meets them.
 
@@ -133,7 +133,6 @@ class WeightPruning(MaskingCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the layers as they are now; start what gathers."""
         super().on_fit_start(trainer, pl_module)
-        self._finished = False
         if "inputs" in self.criterion.needs:
             self._watch = InputWatch(self._weights)
         if self.sr_ste is not None:
@@ -146,23 +145,17 @@ class WeightPruning(MaskingCallback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Change the masks, if that is due: before the batch, and so before its metrics."""
-        self._hold(pl_module)
-        state = self.state(pl_module)
+        state = self._hold(pl_module)
         if isinstance(self.schedule, Rewinding) and "origin" not in state and not state.get("events"):
             self._remember(trainer, pl_module, self.schedule.to)
         if self._watch is not None:
-            self._watch.active = self._is_gathering(trainer, pl_module)
-        if self._is_due(trainer, pl_module) and self._is_ready(pl_module):
+            self._watch.active = self._is_gathering(trainer, state)
+        if self._is_due(trainer, state) and self._is_ready(state):
             self._prune(trainer, pl_module)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Gather dense gradients, as they are here: accumulated, reduced and unscaled; then mask them."""
-        state = self.state(pl_module)
-        if isinstance(self.criterion, Movement) and state.get("share", 0.0) < 1.0:
-            add_movement(state.setdefault("movement", {}), self._weights, self.criterion, stepping(optimizer))
-        if self._is_gathering(trainer, pl_module):
-            add_gradients(state.setdefault("gathered", {}), self._weights, self.criterion, stepping(optimizer))
+        """Gather and mask; where dense weights are trained, let them meet the optimizer."""
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         if self._through is not None:
             self._through.before_step(optimizer)
@@ -172,11 +165,8 @@ class WeightPruning(MaskingCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count what was gathered."""
-        state = self.state(pl_module)
-        if self._watch is not None and self._watch.active:
-            self._watch.move_to(state.setdefault("gathered", {}), lambda tensor: reduce_mean(trainer, tensor))
-        if self._is_gathering(trainer, pl_module):
-            state["seen"] = state.get("seen", 0) + 1
+        if self._needs_data:
+            self._count(trainer, self.state(pl_module))
         if self._through is not None:
             self._through.settle()
             self._mask_copies(trainer, pl_module)
@@ -205,6 +195,20 @@ class WeightPruning(MaskingCallback):
         return None if found is None else (found[0], 1.0 if self.sr_ste is not None else found[1])
 
     # Private: the small questions the hooks ask.
+
+    @override
+    def _gather(self, trainer: Trainer, state: dict[str, Any], optimizer: Optimizer) -> None:
+        if isinstance(self.criterion, Movement) and state.get("share", 0.0) < 1.0:
+            add_movement(state.setdefault("movement", {}), self._weights, self.criterion, stepping(optimizer))
+        if self._is_gathering(trainer, state):
+            add_gradients(state.setdefault("gathered", {}), self._weights, self.criterion, stepping(optimizer))
+
+    def _count(self, trainer: Trainer, state: dict[str, Any]) -> None:
+        """One more step was gathered, if it was."""
+        if self._watch is not None and self._watch.active:
+            self._watch.move_to(state.setdefault("gathered", {}), lambda tensor: reduce_mean(trainer, tensor))
+        if self._is_gathering(trainer, state):
+            state["seen"] = state.get("seen", 0) + 1
 
     @override
     def _check_weights(self, pl_module: LightningModule) -> None:
@@ -241,40 +245,33 @@ class WeightPruning(MaskingCallback):
 
     def _remember(self, trainer: Trainer, pl_module: LightningModule, moment: float) -> None:
         """Keep the weights to rewind to, when their moment has come."""
-        if self._progress(trainer) + _SAME >= moment:
+        if progress_at_step(trainer) + _SAME >= moment:
             self.state(pl_module)["origin"] = rewind.remember(pl_module)
 
-    def _share(self, trainer: Trainer, ahead: int = 0) -> float:
-        return self._resolved(self._progress(trainer, ahead))
-
-    def _is_due(self, trainer: Trainer, pl_module: LightningModule, ahead: int = 0) -> bool:
+    def _is_due(self, trainer: Trainer, state: dict[str, Any], ahead: int = 0) -> bool:
         """Whether the schedule has moved on; ``every_n_steps`` lie between two changes, but for its end."""
         if self._finished:
             return False
-        state, share = self.state(pl_module), self._share(trainer, ahead)
-        before = state.get("share", 0.0)
+        progress = progress_at_step(trainer, ahead)
+        share, before = self._resolved(progress), state.get("share", 0.0)
         if abs(share - before) <= _SAME:
-            self._finished = ahead == 0 and self._progress(trainer) > self._last_change
+            self._finished = ahead == 0 and progress > self._last_change
             return False
         rested = steps_done(trainer) + ahead - state.get("last", -self.every_n_steps) >= self.every_n_steps
         return rested or share < before or share >= self._resolved(1.0) - _SAME
 
-    @property
-    def _needs_data(self) -> bool:
-        return bool(self.criterion.needs - {"generator", "movement"})
-
-    def _is_ready(self, pl_module: LightningModule) -> bool:
-        if "movement" in self.criterion.needs and "movement" not in self.state(pl_module):
+    def _is_ready(self, state: dict[str, Any]) -> bool:
+        if "movement" in self.criterion.needs and "movement" not in state:
             return False
-        return not self._needs_data or self.state(pl_module).get("seen", 0) >= self.evidence_batches
+        return not self._needs_data or state.get("seen", 0) >= self.evidence_batches
 
-    def _is_gathering(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+    def _is_gathering(self, trainer: Trainer, state: dict[str, Any]) -> bool:
         """Whether the masks change in at most ``evidence_batches`` steps, or would, had enough been gathered."""
-        return self._needs_data and self._is_due(trainer, pl_module, ahead=self.evidence_batches)
+        return self._needs_data and self._is_due(trainer, state, ahead=self.evidence_batches)
 
     def _prune(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """One event: score, plan for all weights together, mask."""
-        state, share = self.state(pl_module), self._share(trainer)
+        state, share = self.state(pl_module), self._resolved(progress_at_step(trainer))
         falling = share < state.get("share", 0.0) - _SAME
         masks = self._plan(trainer, pl_module, share, {} if falling else state["masks"]) if share > 0.0 else {}
         if not masks:  # lifted: what was masked starts at zero

@@ -6,6 +6,7 @@ import lightning.pytorch
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 import lightning_light as ll
 from lightning_light.errors import NoEffectWarning, UnsupportedError
@@ -112,6 +113,24 @@ def test_updates_end_where_they_should() -> None:
     assert ledger_of(module).state[KEY]["updates"] == 6
     _, module = fitted(sparse(every_n_steps=1, start=1, end=2))
     assert ledger_of(module).state[KEY]["updates"] == 4
+
+
+def test_data_that_becomes_longer_sets_the_end_back() -> None:
+    class Growing(Body):
+        def train_dataloader(self) -> Any:
+            batches = super().train_dataloader().batches * (1 if self.current_epoch == 0 else 10)
+            return DataLoader(batches, batch_size=None)
+
+    looked: list[int] = []
+
+    def look(run: Any, module: Any) -> None:
+        looked.append(ledger_of(module).state[KEY].get("updates", 0))
+
+    fitted(
+        sparse(every_n_steps=1, end=0.25), body=Growing, look=look, max_epochs=2, reload_dataloaders_every_n_epochs=1
+    )
+    assert looked[:4] == [0, 1, 2, 2]  # of 8 steps, so far
+    assert looked[-1] == looked[20] == 2 + 16  # of 80; the first gradient is that of step 5
 
 
 def test_seeds_differ_and_repeat() -> None:

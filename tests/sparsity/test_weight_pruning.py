@@ -450,6 +450,24 @@ def test_nothing_to_do_is_said() -> None:
         fitted(gradual(criterion=ll.Taylor(), evidence_batches=99))
 
 
+def test_masks_that_are_loaded_after_the_last_change_go_on_to_the_budget() -> None:
+    stored: dict[str, Any] = {}
+    shares: list[float] = []
+
+    def look(run: Any, module: Any) -> None:
+        masks = masks_of(module).values()
+        shares.append(1.0 - sum(int(mask.sum()) for mask in masks) / max(sum(mask.numel() for mask in masks), 1))
+        if steps_done(run) == 2:
+            module.on_save_checkpoint(stored)
+        if steps_done(run) == 10:
+            module.on_load_checkpoint(stored)
+            assert len(masks_of(module)) == 5
+
+    fitted(gradual(), look=look)
+    assert 0.0 < shares[2] < 0.5
+    assert shares[10] == shares[11] == pytest.approx(0.8, abs=1e-3)
+
+
 def test_a_second_fit_keeps_what_is_zero() -> None:
     _, module = fitted(gradual())
     shares: list[float] = []
