@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -99,6 +100,7 @@ class ExecuTorch(Exporter):
 
     def _lowered(self, program: Program) -> tuple[int, list[str], Any]:
         """How many parts are delegated, what is not, and the program to be written."""
+        _portable_kernels_of_int8()
         with _quiet_bindings(), quiet_torch():
             from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
             from executorch.exir import to_edge_transform_and_lower
@@ -130,6 +132,7 @@ class _Method:
     def __init__(self, path: Path) -> None:
         from executorch.runtime import Runtime
 
+        _portable_kernels_of_int8()
         _set_threads(torch.get_num_threads(), bool(self._loaded))
         self._program = Runtime.get().load_program(path)
         self._method = self._program.load_method("forward")
@@ -137,6 +140,11 @@ class _Method:
 
     def __call__(self, *tensors: Any) -> list[Tensor]:
         return list(self._method.execute([tensor.detach().contiguous() for tensor in flat_tensors(tensors)]))
+
+
+def _portable_kernels_of_int8() -> None:
+    """Register quantize and dequantize, for lowering and for running: XNNPACK does not take them everywhere."""
+    importlib.import_module("executorch.kernels.quantized")
 
 
 def _set_threads(count: int, in_use: bool) -> None:

@@ -188,7 +188,8 @@ def check_pairs() -> None:
     Raises:
         UnsupportedError: this torch has dropped them.
     """
-    if hasattr(torch.ops.quantized_decomposed, "quantize_per_tensor"):
+    operation = getattr(torch.ops.quantized_decomposed, "quantize_per_tensor", None)
+    if hasattr(operation, "default"):  # ExecuTorch registers variants of its own, also before torch does the rest
         return
     try:
         importlib.import_module(_OPERATIONS)

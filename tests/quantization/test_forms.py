@@ -12,7 +12,7 @@ from lightning_light.quantization.attachment import Attachment
 from tests.quantization.test_plan import calibrated
 from tests.zoo import noise, tokens
 
-EXPORTERS: list[Exporter] = [TorchScriptLite(), ONNX(), ExecuTorch()]
+EXPORTERS: list[Exporter] = [TorchScriptLite(), ONNX(), ExecuTorch(), ExecuTorch(partitioner=None)]
 
 
 class Tagger(nn.Module):

@@ -1,5 +1,7 @@
 """One graph of quantize and dequantize operations: ONNX Runtime and ExecuTorch answer as the rounded module."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +112,18 @@ def test_what_a_runtime_lacks_stays_float_and_is_listed(recipe: Recipe, reason, 
     with pytest.warns(UserWarning, match=r"`ONNX\(.*stay float: .*" + reason):
         report = export_model(net, (images,), tmp_path / "net.onnx", exporter=ONNX(), latency_runs=1)
     assert reason in report.details["left_float"]["fc"]
+
+
+def test_kernels_of_executorch_that_were_loaded_before_are_not_taken_for_the_operations() -> None:
+    """In a process that has run a float file."""
+    code = (
+        "import importlib, torch; importlib.import_module('executorch.kernels.quantized')\n"
+        "from lightning_light.quantization.pairs import check_pairs\n"
+        "operation = torch.ops.quantized_decomposed.quantize_per_tensor\n"
+        "before = hasattr(operation, 'default'); check_pairs(); print(before, hasattr(operation, 'default'))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["False", "True"]
 
 
 def test_an_operation_that_writes_into_its_input_is_followed() -> None:
