@@ -12,7 +12,7 @@ import tempfile
 
 import lightning as L
 import torch
-from cifar_resnet import EXAMPLE, read
+from cifar_resnet import read
 from low_bits_resnet import trained, trained_on, training_options
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -30,7 +30,7 @@ def export(net: nn.Module, exporter: ll.Exporter, data: TensorDataset) -> ll.exp
     validation = [(ExampleInput((x,)), y) for x, y in zip(images.split(100), labels.split(100), strict=True)]
     with tempfile.TemporaryDirectory() as folder:
         return ll.export_model(
-            net, (EXAMPLE,), f"{folder}/net{exporter.suffix}", exporter=exporter, validation=validation,
+            net, (images[:1],), f"{folder}/net{exporter.suffix}", exporter=exporter, validation=validation,
             batches=[call for call, _ in validation[:3]],
         )  # fmt: skip
 
