@@ -85,7 +85,7 @@ def in_one_place(weights: Mapping[str, Weight]) -> dict[str, Weight]:
 def _joined(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if not parts:
         return {}
-    views = torch.cat(list(parts.values())).split([len(part) for part in parts.values()])
+    views = torch.split(torch.cat(list(parts.values())), [len(part) for part in parts.values()])
     return dict(zip(parts, views, strict=True))
 
 
