@@ -48,6 +48,8 @@ class MobileExport(CompressionCallback):
     ``forward`` received them, timed on one sample, and described by a report, in ``{path}.json`` and as ``report``.
     If it does not answer as the module does, the run ends with an error, and the module is in a checkpoint.
 
+    One for each runtime: a Trainer may have several, which write one after the other.
+
     With several processes the first one exports, and all fail if it fails. With ``fast_dev_run`` all of this is done
     in a temporary folder.
 
@@ -77,7 +79,8 @@ class MobileExport(CompressionCallback):
         latency_threads: of the runtime in them.
 
     Raises:
-        ValueError: an argument is wrong, or there is no ``ModelCheckpoint`` to take the best from.
+        ValueError: an argument is wrong, two exports have one path, or there is no ``ModelCheckpoint`` to take the
+            best from.
         UnsupportedError: the format is not installed, or the strategy shards the network.
         TraceError: at the end of ``fit``: the format cannot express the network.
         ParityError: at the end of ``fit``: the file answers differently.
@@ -127,6 +130,7 @@ class MobileExport(CompressionCallback):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
+        self._refuse_shared_path(trainer)
         self.exporter.check()
         strategy = trainer.strategy
         if strategy.restore_checkpoint_after_setup or not strategy.lightning_restore_optimizer:
@@ -181,6 +185,15 @@ class MobileExport(CompressionCallback):
         self._capture, self._recorder = Capture(), Recorder(limit=_BATCHES)
 
     # Private: the small questions the hooks ask.
+
+    def _refuse_shared_path(self, trainer: Trainer) -> None:
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # an attribute set by a connector
+        paths = [Path(one.path).absolute() for one in callbacks if isinstance(one, MobileExport)]
+        if paths.count(Path(self.path).absolute()) > 1:
+            raise ValueError(
+                f"`MobileExport({str(self.path)!r})`: expected a path for each export of the Trainer, found it "
+                "twice: the second file would take the place of the first. Give them two names."
+            )
 
     def _let_go(self) -> None:
         self._capture.remove()
