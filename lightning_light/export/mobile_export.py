@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -29,12 +30,14 @@ from lightning_light.export.parity import Tolerance
 from lightning_light.export.recorder import Recorder
 from lightning_light.export.replay import replayed
 from lightning_light.export.report import ExportReport
+from lightning_light.export.top1 import Labelled
 from lightning_light.hosts import is_host
 from lightning_light.order import Stage
 from lightning_light.surgery.distributed import broadcast, tell
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+    from torch import Tensor
 
 __all__ = ["MobileExport"]
 
@@ -121,6 +124,7 @@ class MobileExport(CompressionCallback):
         self.report: ExportReport | None = None
         self._capture = Capture()
         self._recorder = Recorder(limit=_BATCHES)
+        self._told: dict[int, Tensor] = {}  # number of a validation batch -> the module's classes
 
     # Lightning's hooks, in the order a run meets them.
 
@@ -146,7 +150,7 @@ class MobileExport(CompressionCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look out for an example of what ``forward`` is called with."""
         super().on_fit_start(trainer, pl_module)
-        self.report, self._recorder = None, Recorder(limit=_BATCHES)
+        self.report, self._recorder, self._told = None, Recorder(limit=_BATCHES), {}
         if trainer.is_global_zero:
             self._capture = capture(pl_module)
 
@@ -182,7 +186,7 @@ class MobileExport(CompressionCallback):
         """Forget the batches."""
         super().teardown(trainer, pl_module, stage)
         self._let_go()
-        self._capture, self._recorder = Capture(), Recorder(limit=_BATCHES)
+        self._capture, self._recorder, self._told = Capture(), Recorder(limit=_BATCHES), {}
 
     # Private: the small questions the hooks ask.
 
@@ -216,11 +220,26 @@ class MobileExport(CompressionCallback):
             exporter=self.exporter,
             parity=self.parity,
             batches=self._recorder.calls,
-            validation=replayed(trainer, next(iter(self._recorder.calls), None)) if self.top1 else (),
+            validation=self._validation(trainer) if self.top1 else (),
             batch=self.batch,
             latency_runs=self.latency_runs,
             latency_threads=self.latency_threads,
         )
+
+    def _validation(self, trainer: Trainer) -> Iterator[Labelled]:
+        """The validation once more; what the module has told an export before this one is known."""
+        told = self._told_to_all(trainer)
+        for place, asked in enumerate(replayed(trainer, next(iter(self._recorder.calls), None))):
+            asked.told = told.get(place)
+            yield asked
+            if asked.told is not None:
+                told[place] = asked.told
+
+    def _told_to_all(self, trainer: Trainer) -> dict[int, Tensor]:
+        """Kept by the first of those exports that ask the same weights in the same way."""
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # an attribute set by a connector
+        exports = [one for one in callbacks if isinstance(one, MobileExport)]
+        return next(one._told for one in exports if (one.checkpoint, one.batch) == (self.checkpoint, self.batch))
 
     def _example(self, module: LightningModule) -> ExampleInput:
         if self._capture.example is not None:
