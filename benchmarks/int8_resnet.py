@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_light as ll
 from lightning_light.example_input import ExampleInput
+from lightning_light.export.top1 import Labelled
 
 RUNTIMES: dict[str, ll.Exporter] = {
     "lite": ll.TorchScriptLite(), "ExecuTorch": ll.ExecuTorch(), "ONNX": ll.ONNX()
@@ -27,11 +28,11 @@ RUNTIMES: dict[str, ll.Exporter] = {
 
 def export(net: nn.Module, exporter: ll.Exporter, data: TensorDataset) -> ll.export.ExportReport:
     images, labels = data.tensors
-    validation = [(ExampleInput((x,)), y) for x, y in zip(images.split(100), labels.split(100), strict=True)]
+    validation = [Labelled(ExampleInput((x,)), y) for x, y in zip(images.split(100), labels.split(100), strict=True)]
     with tempfile.TemporaryDirectory() as folder:
         return ll.export_model(
             net, (images[:1],), f"{folder}/net{exporter.suffix}", exporter=exporter, validation=validation,
-            batches=[call for call, _ in validation[:3]],
+            batches=[asked.call for asked in validation[:3]],
         )  # fmt: skip
 
 

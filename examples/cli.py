@@ -1,6 +1,7 @@
 """The examples' network on ``LightningCLI``: methods, budgets, schedules and criteria are written in YAML.
 
-``python examples/cli.py fit --config examples/configs/prune.yaml`` ends with the weights of 01_prune_and_export.py.
+``python examples/cli.py fit --config examples/configs/prune.yaml`` ends with the weights of 01_prune_and_export.py,
+and ``quantize.yaml`` with those of 06_quantize.py, a chain of methods.
 """
 
 from importlib import import_module

@@ -75,6 +75,7 @@ from lightning_light.export import (
     Tolerance,
     TorchScriptLite,
     export_model,
+    load_exported,
 )
 from lightning_light.lowrank import (
     EVBMF,
@@ -305,6 +306,7 @@ __all__ = [
     "factorize_checkpoint",
     "fake_quantized",
     "load_clustered",
+    "load_exported",
     "load_from_checkpoint",
     "measure_sensitivity",
     "measure_zeros",

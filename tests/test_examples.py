@@ -1,9 +1,11 @@
-"""Every example runs as a user runs it, on a small part of its data; the YAML twin ends with the same weights."""
+"""Every example runs as a user runs it, on a small part of its data; the YAML twins end with the same weights."""
 
 import gzip
+import importlib
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +15,11 @@ import numpy as np
 import pytest
 import torch
 
+import lightning_light as ll
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("[0-9]*.py"))
-OUT = Path("runs") / "prune_and_export"  # where both twins write, below the folder they run in
+TWINS = ["prune", "quantize"]
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +41,15 @@ def small(fashion_mnist: ModuleType, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="module")
+def chain(fashion_mnist: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder in which the chain of all methods ran, on enough images to round, and what it printed."""
+    folder = tmp_path_factory.mktemp("chain")
+    arrays = fashion_mnist.load(fashion_mnist.EMBEDDED)
+    np.savez(folder / "small.npz", **{name: array[:1000] for name, array in arrays.items()})
+    return folder, run(EXAMPLES / "06_quantize.py", "--data=small.npz", "--epochs=5", folder=folder)
+
+
+@pytest.fixture(scope="module")
 def main_job(small: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder in which the main job ran, and what it printed."""
     folder = tmp_path_factory.mktemp("main_job")
@@ -52,9 +65,9 @@ def run(script: Path, *arguments: str, folder: Path) -> str:
     return done.stdout
 
 
-def final_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights of the last checkpoint that a run in ``folder`` wrote."""
-    checkpoints = (folder / OUT).glob("lightning_logs/version_*/checkpoints/*.ckpt")
+def final_weights(out: Path) -> dict[str, torch.Tensor]:
+    """The weights of the last checkpoint that the last run in ``out`` wrote."""
+    checkpoints = out.glob("lightning_logs/version_*/checkpoints/*.ckpt")
     last = max(checkpoints, key=lambda path: path.parent.parent.name)
     weights: dict[str, torch.Tensor] = torch.load(last, weights_only=True)["state_dict"]
     return weights
@@ -69,11 +82,12 @@ def test_an_example_is_short_and_says_what_it_does(script: Path) -> None:
 
 def test_the_main_job_prunes_exports_and_compares(main_job: tuple[Path, str]) -> None:
     folder, printed = main_job
+    out = folder / "runs" / "prune_and_export"
     rows = {words[0]: words for line in printed.splitlines() if (words := re.findall(r"[\w.,%]+", line))}
     dense, pruned = (float(rows[name][rows[name].index("M") - 1]) for name in ("dense", "pruned"))
     assert pruned <= 0.42 * dense
-    assert (folder / OUT / "pruned.ptl").stat().st_size < (folder / OUT / "dense.ptl").stat().st_size
-    assert (folder / OUT / "pruned.ptl.json").exists()
+    assert (out / "pruned.ptl").stat().st_size < (out / "dense.ptl").stat().st_size
+    assert (out / "pruned.ptl.json").exists()
 
 
 @pytest.mark.slow
@@ -86,31 +100,56 @@ def test_sparse_training_compares_four_ways_and_draws_them(small: Path, tmp_path
 
 
 @pytest.mark.slow
-def test_the_int8_file_is_smaller_and_its_accuracy_is_the_modules(small: Path, tmp_path: Path) -> None:
-    printed = run(EXAMPLES / "06_quantize.py", f"--data={small}", "--epochs=4", folder=tmp_path)
-    rows = {line.split()[1]: re.findall(r"([\d.]+)%", line) for line in printed.splitlines() if line.count("%") == 2}
-    (module, file) = (float(share) for share in rows["int8,"])
-    assert abs(module - file) <= 1.0
-    quantized, plain = (tmp_path / "runs" / "quantize" / f"{name}.ptl" for name in ("int8", "float"))
-    assert quantized.stat().st_size < 0.35 * plain.stat().st_size
+def test_one_run_prunes_distils_and_quantizes_for_every_runtime(chain: tuple[Path, str]) -> None:
+    folder, printed = chain
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines() if line.startswith("│")]
+    rows = {(name, runtime): numbers for name, runtime, *numbers in (line for line in cells if len(line) == 7)}
+    runtimes = {"TorchScriptLite": ".ptl", "ONNX": ".onnx", "ExecuTorch": ".pte"}
+    assert list(rows) == [(name, runtime) for name in ("dense", "int8") for runtime in runtimes]
+    for module, file, *_ in rows.values():
+        assert abs(float(module.removesuffix("%")) - float(file.removesuffix("%"))) <= 1.0
+    for runtime, suffix in runtimes.items():
+        dense, int8 = (folder / "runs" / "quantize" / f"{name}{suffix}" for name in ("dense", "int8"))
+        assert int8.stat().st_size < 0.25 * dense.stat().st_size
+        before, after = (float(rows[name, runtime][2].removesuffix(" M")) for name in ("dense", "int8"))
+        assert after <= 0.41 * before
+
+
+def test_a_runtime_that_is_missing_is_said_with_its_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setitem(sys.modules, "onnxscript", None)  # as Python itself marks what cannot be imported
+    example = importlib.import_module("06_quantize")
+    assert example.installed(ll.TorchScriptLite(), ll.ONNX()) == [ll.TorchScriptLite()]
+    assert "pip install lightning-light[onnx]" in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_the_yaml_twin_ends_with_the_same_weights(main_job: tuple[Path, str], small: Path, tmp_path: Path) -> None:
-    config = EXAMPLES / "configs" / "prune.yaml"
+@pytest.mark.parametrize("config", TWINS)
+def test_the_yaml_twin_ends_with_the_same_weights(
+    config: str, request: pytest.FixtureRequest, small: Path, tmp_path: Path
+) -> None:
+    folder, _ = request.getfixturevalue("main_job" if config == "prune" else "chain")
+    folder = Path(shutil.copytree(folder, tmp_path / "twin"))  # with the teacher
+    out = folder / "runs" / ("prune_and_export" if config == "prune" else "quantize")
+    python = final_weights(out)
+    data, epochs = (small, 2) if config == "prune" else ("small.npz", 5)
     run(
-        EXAMPLES / "cli.py", "fit", f"--config={config}", f"--data.data={small}", "--trainer.max_epochs=2",
-        folder=tmp_path,
+        EXAMPLES / "cli.py", "fit", f"--config={EXAMPLES / 'configs' / config}.yaml", f"--data.data={data}",
+        f"--trainer.max_epochs={epochs}", folder=folder,
     )  # fmt: skip
-    python, yaml = final_weights(main_job[0]), final_weights(tmp_path)
+    assert len(list(out.glob("lightning_logs/version_*"))) == 3
+    yaml = final_weights(out)
     assert python.keys() == yaml.keys()
     assert [name for name in python if not torch.equal(python[name], yaml[name])] == []
 
 
 @pytest.mark.slow
-def test_a_printed_config_reads_back(tmp_path: Path) -> None:
-    config = EXAMPLES / "configs" / "prune.yaml"
-    printed = run(EXAMPLES / "cli.py", "fit", f"--config={config}", "--print_config", folder=tmp_path)
+@pytest.mark.parametrize("config", TWINS)
+def test_a_printed_config_reads_back(config: str, tmp_path: Path) -> None:
+    arguments = f"--config={EXAMPLES / 'configs' / config}.yaml", "--print_config"
+    printed = run(EXAMPLES / "cli.py", "fit", *arguments, folder=tmp_path)
     (tmp_path / "printed.yaml").write_text(printed)
     again = run(EXAMPLES / "cli.py", "fit", "--config=printed.yaml", "--print_config", folder=tmp_path)
     assert again == printed

@@ -148,6 +148,7 @@ PUBLIC = [
     "factorize_checkpoint",
     "fake_quantized",
     "load_clustered",
+    "load_exported",
     "load_from_checkpoint",
     "measure_sensitivity",
     "measure_zeros",

@@ -261,7 +261,8 @@ class KnowledgeDistillation(CompressionCallback):
         if isinstance(source, LiveTeacher):
             return Overheard(source.path, pl_module, self.student or "")
         if not isinstance(source, SelfTeacher):
-            return Teacher(source.build(), like)
+            with torch.random.fork_rng(devices=[]):  # to make a network draws random numbers: not those of the run
+                return Teacher(source.build(), like)
         copied = copy_of_student(pl_module, self.state(pl_module), frozen=source.decay is None)
         part = copied.get_submodule(self.student or "")
         if source.decay is None:

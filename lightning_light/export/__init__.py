@@ -3,6 +3,7 @@
 from lightning_light.export.executorch import ExecuTorch
 from lightning_light.export.exporter import Exporter
 from lightning_light.export.functional import export_model
+from lightning_light.export.loading import load_exported
 from lightning_light.export.mobile_export import MobileExport
 from lightning_light.export.onnx import ONNX
 from lightning_light.export.parity import Parity, Tolerance
@@ -19,4 +20,5 @@ __all__ = [  # plain order, capitals or not
     "Tolerance",
     "TorchScriptLite",
     "export_model",
+    "load_exported",
 ]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from lightning_light.errors import UnsupportedError
 
@@ -27,14 +29,26 @@ def need(call: str, extra: str, *packages: str) -> None:
     """
     for package in packages:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # what other packages' modules warn of is not the user's affair
+            with _quiet():
                 importlib.import_module(package)
         except ImportError as error:
             raise UnsupportedError(
                 f"`{call}`: expected the packages {', '.join(packages)}, found that {package} cannot be imported "
                 f"({error}). Install them: `pip install lightning-light[{extra}]`."
             ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What other packages' modules warn of while they are imported is not the user's affair."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def version_of(package: str) -> str:

@@ -80,8 +80,8 @@ def export_model(
         exporter: file format and runtime.
         parity: how far an answer may be off.
         batches: real inputs to compare on, besides the example.
-        validation: calls and labels (or None) to compare the classes of an int8 file on; of a float file they are the
-            model's. It is asked for them one by one, and not at all without need.
+        validation: calls and labels to compare the classes of an int8 file on; of a float file they are the model's.
+            It is asked for them one by one, and not at all without need.
         batch: ``any``: exported from one sample, and held to run with other batch sizes; ``one``: to run with one
             sample at a time; ``as_given``: the inputs have no batch dimension, or shall keep exactly their shapes.
         latency_runs: calls of the file that are timed, after a warm-up.
@@ -115,7 +115,7 @@ def export_model(
         found = _compare(right, run, calls, parity, details.get("output_scales"))
         asked = _asked(validation, right, batch, exporter.largest_batch) if "output_scales" in details else ()
         top1 = compare_top1(
-            lambda call: right(*right.tensors(call)), lambda call: run(*right.tensors(cloned(call))), asked
+            lambda call: right(*right.tensors(cloned(call))), lambda call: run(*right.tensors(cloned(call))), asked
         )
         latency = measure_latency(lambda: run(*tensors), runs=latency_runs, threads=latency_threads)
         cost = count_cost(right.model, example.args, example.kwargs)
@@ -165,19 +165,19 @@ def check_options(path: str | os.PathLike[str], exporter: Exporter, batch: str, 
 
 def _asked(
     validation: Iterable[Labelled], right: Positional, batch: Batch, largest: int | None
-) -> Iterator[tuple[int, ExampleInput, Tensor | None]]:
-    """The calls that fit, in parts that the file takes."""
-    for call, labels in validation:
-        size = batch_size(call)
-        if size is None or not right.fits(call):
+) -> Iterator[tuple[Labelled, list[ExampleInput], list[ExampleInput]]]:
+    """What fits, whole as the model takes it, and in parts as the file does."""
+    for asked in validation:
+        size = batch_size(asked.call)
+        if size is None or not right.fits(asked.call):
             continue
-        part = 1 if batch == "one" else min(largest or size, size)
-        if batch == "as_given":
-            yield size, call, labels
-            continue
-        for start in range(0, size, part):
-            some = sliced(call, start, start + part)
-            yield min(part, size - start), some, None if labels is None else labels[start : start + part]
+        part = 1 if batch == "one" else (largest or size) if batch == "any" else size
+        parts = (
+            [asked.call]
+            if part >= size
+            else [sliced(asked.call, start, start + part) for start in range(0, size, part)]
+        )
+        yield asked, parts if batch == "one" else [asked.call], parts
 
 
 def _alike(call: ExampleInput, example: ExampleInput) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -29,12 +30,14 @@ from lightning_light.export.parity import Tolerance
 from lightning_light.export.recorder import Recorder
 from lightning_light.export.replay import replayed
 from lightning_light.export.report import ExportReport
+from lightning_light.export.top1 import Labelled
 from lightning_light.hosts import is_host
 from lightning_light.order import Stage
 from lightning_light.surgery.distributed import broadcast, tell
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+    from torch import Tensor
 
 __all__ = ["MobileExport"]
 
@@ -47,6 +50,8 @@ class MobileExport(CompressionCallback):
     A copy is exported: the live module stays as it is. The file is compared on batches of the last validation, as
     ``forward`` received them, timed on one sample, and described by a report, in ``{path}.json`` and as ``report``.
     If it does not answer as the module does, the run ends with an error, and the module is in a checkpoint.
+
+    One for each runtime: a Trainer may have several, which write one after the other.
 
     With several processes the first one exports, and all fail if it fails. With ``fast_dev_run`` all of this is done
     in a temporary folder.
@@ -77,7 +82,8 @@ class MobileExport(CompressionCallback):
         latency_threads: of the runtime in them.
 
     Raises:
-        ValueError: an argument is wrong, or there is no ``ModelCheckpoint`` to take the best from.
+        ValueError: an argument is wrong, two exports have one path, or there is no ``ModelCheckpoint`` to take the
+            best from.
         UnsupportedError: the format is not installed, or the strategy shards the network.
         TraceError: at the end of ``fit``: the format cannot express the network.
         ParityError: at the end of ``fit``: the file answers differently.
@@ -118,6 +124,7 @@ class MobileExport(CompressionCallback):
         self.report: ExportReport | None = None
         self._capture = Capture()
         self._recorder = Recorder(limit=_BATCHES)
+        self._told: dict[int, Tensor] = {}  # number of a validation batch -> the module's classes
 
     # Lightning's hooks, in the order a run meets them.
 
@@ -127,6 +134,7 @@ class MobileExport(CompressionCallback):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
+        self._refuse_shared_path(trainer)
         self.exporter.check()
         strategy = trainer.strategy
         if strategy.restore_checkpoint_after_setup or not strategy.lightning_restore_optimizer:
@@ -142,7 +150,7 @@ class MobileExport(CompressionCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look out for an example of what ``forward`` is called with."""
         super().on_fit_start(trainer, pl_module)
-        self.report, self._recorder = None, Recorder(limit=_BATCHES)
+        self.report, self._recorder, self._told = None, Recorder(limit=_BATCHES), {}
         if trainer.is_global_zero:
             self._capture = capture(pl_module)
 
@@ -178,9 +186,18 @@ class MobileExport(CompressionCallback):
         """Forget the batches."""
         super().teardown(trainer, pl_module, stage)
         self._let_go()
-        self._capture, self._recorder = Capture(), Recorder(limit=_BATCHES)
+        self._capture, self._recorder, self._told = Capture(), Recorder(limit=_BATCHES), {}
 
     # Private: the small questions the hooks ask.
+
+    def _refuse_shared_path(self, trainer: Trainer) -> None:
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # an attribute set by a connector
+        paths = [Path(one.path).absolute() for one in callbacks if isinstance(one, MobileExport)]
+        if paths.count(Path(self.path).absolute()) > 1:
+            raise ValueError(
+                f"`MobileExport({str(self.path)!r})`: expected a path for each export of the Trainer, found it "
+                "twice: the second file would take the place of the first. Give them two names."
+            )
 
     def _let_go(self) -> None:
         self._capture.remove()
@@ -203,11 +220,26 @@ class MobileExport(CompressionCallback):
             exporter=self.exporter,
             parity=self.parity,
             batches=self._recorder.calls,
-            validation=replayed(trainer, next(iter(self._recorder.calls), None)) if self.top1 else (),
+            validation=self._validation(trainer) if self.top1 else (),
             batch=self.batch,
             latency_runs=self.latency_runs,
             latency_threads=self.latency_threads,
         )
+
+    def _validation(self, trainer: Trainer) -> Iterator[Labelled]:
+        """The validation once more; what the module has told an export before this one is known."""
+        told = self._told_to_all(trainer)
+        for place, asked in enumerate(replayed(trainer, next(iter(self._recorder.calls), None))):
+            asked.told = told.get(place)
+            yield asked
+            if asked.told is not None:
+                told[place] = asked.told
+
+    def _told_to_all(self, trainer: Trainer) -> dict[int, Tensor]:
+        """Kept by the first of those exports that ask the same weights in the same way."""
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # an attribute set by a connector
+        exports = [one for one in callbacks if isinstance(one, MobileExport)]
+        return next(one._told for one in exports if (one.checkpoint, one.batch) == (self.checkpoint, self.batch))
 
     def _example(self, module: LightningModule) -> ExampleInput:
         if self._capture.example is not None:

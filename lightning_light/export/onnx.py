@@ -74,6 +74,7 @@ class ONNX(Exporter):
         except (torch.onnx.OnnxExporterError, *FAILURES) as error:
             raise TraceError(advice(str(self), model, error.__cause__ or error)) from error
         _name_batch(translated.model)
+        _name_apart(translated.model)
         _without_traces(translated.model)
         translated.save(path)
         return {
@@ -150,6 +151,16 @@ def _name_batch(model: Any) -> None:
         for place, size in enumerate(value.shape or ()):
             if first and not isinstance(size, int) and str(size) == first[0]:
                 value.shape[place] = onnx_ir.SymbolicDim("batch")
+
+
+def _name_apart(model: Any) -> None:
+    """Give way to the names of inputs and outputs, which are the user's: ``mean`` is an operation's result, too."""
+    ends = [*model.graph.inputs, *model.graph.outputs]
+    taken, kept = {value.name for value in ends}, {id(value) for value in ends}
+    for node in model.graph.all_nodes():
+        for value in node.outputs:
+            if value.name in taken and id(value) not in kept:
+                value.name = f"{value.name}_within"
 
 
 def _without_traces(model: Any) -> None:

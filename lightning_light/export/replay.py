@@ -39,7 +39,7 @@ def replayed(trainer: Trainer, first: ExampleInput | None) -> Iterator[Labelled]
             pair = _pair(trainer.strategy.batch_to_device(batch, torch.device("cpu"), dataloader_idx=place))
             if pair is None or not (number or place or (len(leaves) == 1 and _same(leaves[0], pair[0]))):
                 return
-            yield cloned(_like(first, pair[0])), pair[1]
+            yield Labelled(cloned(_like(first, pair[0])), pair[1])
 
 
 def _pair(batch: Any) -> tuple[Tensor, Tensor] | None:

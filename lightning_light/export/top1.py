@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 __all__ = ["Labelled", "Top1", "compare_top1"]
 
-Labelled = tuple[Any, Tensor | None]
-"""What the network is called with, and the classes that are right, if they are known."""
+
+@dataclass
+class Labelled:
+    """One call whose classes are compared.
+
+    Attributes:
+        call: what the network is called with.
+        labels: the classes that are right, if they are known.
+        told: the model's classes, when it has been asked: for another file of the same model it is not asked again.
+    """
+
+    call: Any
+    labels: Tensor | None = None
+    told: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -42,25 +55,28 @@ class Top1:
 
 
 def compare_top1(
-    model: Callable[[Any], Any], file: Callable[[Any], Any], calls: Iterable[tuple[int, Any, Tensor | None]]
+    model: Callable[[Any], Any],
+    file: Callable[[Any], Any],
+    calls: Iterable[tuple[Labelled, Sequence[Any], Sequence[Any]]],
 ) -> Top1 | None:
     """Ask both for the class of every sample.
 
     Args:
         model: what is compared with.
         file: what is asked.
-        calls: number of samples, what both are called with, and the labels or None.
+        calls: what is compared, the calls of the model that make it up, and those of the file.
 
     Returns:
         None if there is no call, or the model gives anything else than one floating point tensor
         ``(samples, classes, ...)``.
     """
     samples = answers = same = labelled = right_model = right_file = 0
-    for size, call, labels in calls:
-        expected, found = _classes(model(call)), _classes(file(call))
+    for asked, of_model, of_file in calls:
+        asked.told = _classes(map(model, of_model)) if asked.told is None else asked.told
+        expected, found, labels = asked.told, _classes(map(file, of_file)), asked.labels
         if expected is None or found is None:
             return None
-        samples, answers, same = samples + size, answers + expected.numel(), same + int((expected == found).sum())
+        samples, answers, same = samples + len(found), answers + expected.numel(), same + int((expected == found).sum())
         if labels is not None and labels.shape == expected.shape and not labels.is_floating_point():
             labelled += labels.numel()
             right_model += int((expected == labels.cpu()).sum())
@@ -73,7 +89,13 @@ def compare_top1(
     )
 
 
-def _classes(answer: Any) -> Tensor | None:
-    value = answer[0] if isinstance(answer, list | tuple) and len(answer) == 1 else answer
-    fits = isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1 and value.shape[1] > 1
-    return value.argmax(1).cpu() if fits else None
+def _classes(said: Iterable[Any]) -> Tensor | None:
+    """Of every sample, in the answers to one part after the other."""
+    parts = []
+    for answer in said:
+        value = answer[0] if isinstance(answer, list | tuple) and len(answer) == 1 else answer
+        fits = isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1 and value.shape[1] > 1
+        if not fits:
+            return None
+        parts.append(value.argmax(1).cpu())
+    return torch.cat(parts)

@@ -31,9 +31,7 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return {
-        name: [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in (0, 1)] for name in asked
-    }
+    return {name: [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in (0, 1)] for name in asked}
 
 
 @pytest.mark.parametrize("case", ROWS, ids=str)

@@ -3,8 +3,11 @@
 import pytest
 import torch
 
-from lightning_light.export import ONNX, ExecuTorch, MobileExport
+from lightning_light.export import ONNX, ExecuTorch, MobileExport, export_model, load_exported
 from lightning_light.export.torchscript_lite import TorchScriptLite
+from lightning_light.quantization import LSQ, Int8, Mixed, fake_quantized
+from lightning_light.surgery.checkpoint import load_from_checkpoint
+from lightning_light.surgery.journal import ledger_of
 from tests.contract.runs import module_of, trainer, unless_refused
 from tests.contract.table import CASES
 
@@ -40,3 +43,42 @@ def test_the_exported_int8_file_agrees(name, exporter, tmp_path) -> None:
     assert export.report.details["int8_layers"] > 0
     assert max(export.report.parity.steps.values()) <= 3
     assert export.report.top1 is not None
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.filterwarnings("ignore:.*layers that stay float")  # those of four bits
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_chain_is_exported_from_its_checkpoint_as_at_its_end(bits, tmp_path) -> None:
+    """What is rebuilt without a Trainer gives files, for every runtime, that answer to the last bit as the run's do."""
+    (case,) = [case for case in CASES if case.name == "quantization_chain"]
+    callbacks = case.build(tmp_path)
+    callbacks[-1].recipe = Mixed(default=LSQ(bits, bits), first=Int8(), last=Int8())
+    exporters = [TorchScriptLite(), ONNX(), ExecuTorch()]
+    exports = [MobileExport(tmp_path / f"run{one.suffix}", exporter=one, latency_runs=2) for one in exporters]
+    module, run = module_of(case), trainer(*callbacks, *exports)
+    run.fit(module)
+    assert_learns_beside(module, run.optimizers[0])
+
+    run.save_checkpoint(tmp_path / "chain.ckpt")
+    loaded = load_from_checkpoint(type(module), tmp_path / "chain.ckpt", weights_only=True).eval()
+    images = module.val_dataloader().batches[0][0]
+    with fake_quantized(loaded):
+        for export, exporter in zip(exports, exporters, strict=True):
+            path = tmp_path / f"loaded{exporter.suffix}"
+            report = export_model(loaded, (images,), path, exporter=exporter, latency_runs=2)
+            assert report.details["left_float"] == export.report.details["left_float"]
+            assert report.details["int8_layers"] == export.report.details["int8_layers"] > 0
+            files = [load_exported(one, exporter=exporter)(images) for one in (export.path, path)]
+            assert torch.equal(*files)
+
+
+def assert_learns_beside(module, optimizer) -> None:
+    """What is no part of the module, step sizes and a projector, has its own state in the optimizer."""
+    mine = {id(parameter) for parameter in module.parameters()}
+    beside = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in mine]
+    state = ledger_of(module).state
+    learned = [*state["quantization_aware_training"]["learned"].values()]
+    projectors = [kept["weight"] for kept in state["distillation"]["projectors"].values()]
+    assert sorted(p.numel() for p in beside) == sorted(tensor.numel() for tensor in [*learned, *projectors])
+    assert all(optimizer.state[parameter]["exp_avg"].abs().sum() > 0 for parameter in beside)

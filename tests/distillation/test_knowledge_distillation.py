@@ -67,6 +67,19 @@ def test_every_way_to_give_one_teacher_is_the_same(tmp_path: Path) -> None:
         torch.testing.assert_close(found[0], other)
 
 
+def test_to_make_a_teacher_draws_none_of_the_run_s_random_numbers() -> None:
+    def drawing() -> nn.Module:
+        torch.randn(3)
+        return mentor()
+
+    ends = []
+    for teacher in (mentor, drawing):
+        torch.manual_seed(0)
+        distilled(teacher=teacher)
+        ends.append(torch.get_rng_state())
+    assert torch.equal(*ends)
+
+
 def test_a_teacher_is_left_as_it_came() -> None:
     teacher = mentor()
     teacher.conv1.eval()

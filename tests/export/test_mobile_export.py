@@ -262,3 +262,11 @@ def test_pickles(tmp_path: Path) -> None:
     export = export_to(tmp_path / "model.ptl")
     fit(Lit(Images()), export)
     assert pickle.loads(pickle.dumps(export)).report == export.report
+
+
+def test_two_exports_to_one_path_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exports = export_to(Path("model.ptl")), export_to(tmp_path / "model.ptl")
+    with pytest.raises(ValueError, match=r"`MobileExport\('model.ptl'\)`: expected a path for each .* found it twice"):
+        fit(Lit(Images()), *exports)
+    assert not list(tmp_path.iterdir())

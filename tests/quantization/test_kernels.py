@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from lightning_light.errors import UnsupportedError
@@ -210,6 +211,38 @@ def test_a_trained_network_is_exported_when_the_fit_ends(tmp_path) -> None:
         torch.testing.assert_close(
             TorchScriptLite().load(tmp_path / "net.ptl")(images), module(images), rtol=0.0, atol=0.1
         )
+
+
+class Counted(Body):
+    """Counts the calls of all its copies."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        Counted.calls += 1
+        return super().forward(x)
+
+
+class Mark(Callback):
+    """How often it was called by the time that the callbacks before this one have ended their fit."""
+
+    calls = 0
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        self.calls = Counted.calls
+
+
+def test_for_the_classes_of_a_second_file_the_module_is_not_asked_again(tmp_path) -> None:
+    qat = QuantizationAwareTraining(Int8(observer=MovingAverage(0.5)), start=0.25, observe_batches=2)
+    first, second = (MobileExport(tmp_path / f"{name}.ptl", latency_runs=1) for name in ("first", "second"))
+    marks = [Mark(), Mark(), Mark()]
+    several = trainer(qat, marks[0], first, marks[1], second, marks[2], limit_val_batches=3)
+    several.fit(module_class(Counted, DEFAULT_HOST)())
+    assert first.report is not None
+    assert second.report is not None
+    assert first.report.top1 == second.report.top1 is not None
+    start, middle, end = (mark.calls for mark in marks)
+    assert middle - start == end - middle + 3
 
 
 def test_plain_numbers_make_a_float_file_and_no_engine_fits_them(tmp_path) -> None:

@@ -253,3 +253,10 @@ def test_reading_the_state_after_a_run_attaches_nothing_anew() -> None:
     module.on_save_checkpoint({"state_dict": module.state_dict()})
     module.on_load_checkpoint({"state_dict": module.state_dict()})
     assert not module._load_state_dict_pre_hooks
+
+
+def test_a_structure_keeps_nothing_of_a_run() -> None:
+    module, step = Lit(), Lit.training_step
+    module.training_step = lambda *args: step(module, *args)  # as a callback wraps it, on the instance
+    assert "training_step" not in vars(copy_structure(module))
+    assert "training_step" in vars(module)

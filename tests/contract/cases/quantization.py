@@ -81,6 +81,5 @@ CASES += [
             QuantizationAwareTraining(Mixed(default=LSQ(), first=Int8(), last=Int8()), **{**STAGES, "start": 0.5}),
         ],
         tolerance=5.0,
-        full=False,
     ),
 ]
