@@ -21,6 +21,8 @@ __all__ = ["ASKS", "Lowered", "Rounds", "Scale", "scalar"]
 
 Scale = tuple[float, int]
 
+_COARSEST = 256.0  # XNNPACK does not load a file with more
+
 ASKS: Final = frozenset(
     {"__get__", "size", "dim", "numel", "ndimension", "is_floating_point", "__len__", "is_contiguous"}
 )
@@ -81,12 +83,17 @@ class Lowered(ABC):
         """Fold every layer, and go on to the second round."""
         for key in [key for key in self.plan.weights if key not in self.refused]:
             group = self.plan.groups[key]
-            if key not in self._collected or self._scale_of(group) is None:
+            reads, writes = self.scales[self.plan.reads[key]], self._scale_of(group)
+            if key not in self._collected or reads is None or writes is None:
                 seen = key in self._collected
                 self.refused[key] = "its output was never observed" if seen else "the network did not come by it"
                 continue
             norm = None if group.batch_norm is None else self._collected[group.batch_norm]
-            self.weights[key] = folded(self._collected[key], norm, *self.attachment.weight(key))
+            weight = folded(self._collected[key], norm, *self.attachment.weight(key), reads[0], writes[0])
+            if reads[0] * float(weight.scale.max()) >= _COARSEST * writes[0]:
+                self.refused[key] = "one step of its sums is more than the whole grid of its output"
+                continue
+            self.weights[key] = weight
             self._prepare(key, key.split("|")[2], self._collected[key])
         self._collected, self.collecting = {}, False
 

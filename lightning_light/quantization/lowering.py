@@ -11,7 +11,7 @@ from typing_extensions import override
 from lightning_light.int8 import Int8Form
 from lightning_light.quantization import kernels
 from lightning_light.quantization.lowered import ASKS, Lowered, Rounds, Scale, scalar
-from lightning_light.quantization.operations import ADDING, KEEPS_GRID, kind_of
+from lightning_light.quantization.operations import ADDING, keeps_grid, kind_of
 from lightning_light.quantization.plan import Group
 
 __all__ = ["Lowering"]
@@ -97,7 +97,7 @@ class Lowering(Lowered):
             return True, self.layers[key](first)
         if group is not None and (kind in ADDING or kind == "cat"):
             return self._join(key, kind, group, args, kwargs)
-        if kind in KEEPS_GRID and isinstance(first, Tensor) and first.is_quantized:
+        if keeps_grid(name, args, kwargs) and isinstance(first, Tensor) and first.is_quantized:
             return True, function(*args, **kwargs)
         return False, None
 
@@ -113,7 +113,7 @@ class Lowering(Lowered):
 
     def _in_float(self, key: str, name: str, function: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
         kind = kind_of(name)
-        moved = args[0] if kind in KEEPS_GRID and args and isinstance(args[0], Tensor) else None
+        moved = args[0] if args and isinstance(args[0], Tensor) and keeps_grid(name, args, kwargs) else None
         if moved is not None and moved.is_quantized and self.trying:
             self._grids[key] = (moved.q_scale(), moved.q_zero_point())
         args, kwargs = kernels.tensors_to_float(args), kernels.tensors_to_float(kwargs)

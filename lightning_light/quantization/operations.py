@@ -8,15 +8,14 @@ from typing import Any, Final
 
 import torch.nn.functional as F
 
-__all__ = ["ADDING", "BATCH_NORM", "HEAVY", "KEEPS_GRID", "arguments", "kind_of", "name_of"]
+__all__ = ["ADDING", "BATCH_NORM", "HEAVY", "arguments", "keeps_grid", "kind_of", "name_of"]
 
 HEAVY: Final = frozenset({"conv", "transposed", "linear"})
 """Kinds with a weight: what quantization is about."""
 
 ADDING: Final = frozenset({"add", "mul"})
 BATCH_NORM: Final = "batch_norm"
-KEEPS_GRID: Final = frozenset({"move", "pool"})
-"""Kinds whose result is on the grid of what they are given."""
+_KEEPS_GRID = frozenset({"move", "pool"})
 
 _NAMES = {
     "conv": "conv1d conv2d conv3d",
@@ -48,6 +47,28 @@ def name_of(function: Any) -> str:
 def kind_of(name: str) -> str:
     """The kind of an operation; ``float`` for those that stay as they are."""
     return _KINDS.get(name, "float")
+
+
+def keeps_grid(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether the result is on the grid of what is given: the call only moves numbers, or takes means over space."""
+    if name == "mean":
+        return _is_over_space(args, kwargs)
+    if name == "pad":
+        return _is_with_zeros(args, kwargs)
+    return kind_of(name) in _KEEPS_GRID
+
+
+def _is_over_space(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    dims = kwargs.get("dim", args[1] if len(args) > 1 else None)
+    listed = [dims] if isinstance(dims, int) else list(dims or [])
+    x = args[0] if args else kwargs["input"]
+    return bool(x.dim() == 4 and {dim % 4 for dim in listed} == {2, 3})
+
+
+def _is_with_zeros(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Zero is on every grid; the other modes have no int8 kernel."""
+    mode, value = kwargs.get("mode", args[2] if len(args) > 2 else "constant"), kwargs.get("value")
+    return mode == "constant" and not (args[3] if len(args) > 3 else value)
 
 
 def arguments(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

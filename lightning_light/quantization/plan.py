@@ -38,8 +38,8 @@ class Plan:
     Attributes:
         grids: what the sites below number.
         outputs: operation -> grid that its result is rounded to.
-        arguments: operation -> position of an argument -> grid; for inputs of the network, and of layers without a
-            kernel.
+        arguments: operation -> position of an argument -> grid; for inputs of the network, for what an operation
+            gives in a tuple, and for layers without a kernel.
         reads: operation with a weight -> grid of the numbers that it reads.
         weights: operation -> how its weight is rounded.
         groups: operation -> what its kernel computes along with it.
@@ -59,6 +59,12 @@ class Plan:
     def plain(self) -> dict[str, Any]:
         """For a checkpoint."""
         return {**asdict(self), "grids": [grid.plain() for grid in self.grids]}
+
+    def sites_of(self, grids: Iterable[int]) -> list[str]:
+        """The modules whose numbers are on one of ``grids``."""
+        wanted = set(grids)
+        sites = [(key, grid) for key, places in self.arguments.items() for grid in places.values()]
+        return [module_of(key) for key, grid in [*sites, *self.outputs.items()] if grid in wanted]
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Plan:
@@ -165,7 +171,7 @@ class _Planner:
             return
         if operation.kind in ADDING and any(map(_is_float, _readers(self._tails[id(operation)]))):
             return
-        if operation.kind == "cat" and any(_origin(source).kind == "input" for source in sources):
+        if operation.kind == "cat" and any(map(_is_rounded_by_reader, map(_origin, sources))):
             return  # an element of a list is no argument of its own
         for place, source in operation.inputs:
             self._round_input(operation, place, source)
@@ -182,7 +188,7 @@ class _Planner:
 
     def _round_input(self, operation: Operation, place: int, source: Operation, usual: Grid | None = None) -> None:
         origin = _origin(source)
-        if origin.kind == "input":
+        if _is_rounded_by_reader(origin):
             places = self.plan.arguments.setdefault(operation.key, {})
             places[place] = self._grid(origin, usual)
         else:
@@ -204,6 +210,11 @@ def _origin(operation: Operation) -> Operation:
     while operation.kind == "move" and operation.inputs:
         operation = operation.inputs[0][1]
     return operation
+
+
+def _is_rounded_by_reader(origin: Operation) -> bool:
+    """Whether there is no one place where its result comes to be, as a tensor."""
+    return origin.kind == "input" or origin.gives_several
 
 
 def _known(operation: Operation, usual: Grid) -> Grid:

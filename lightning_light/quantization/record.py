@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lightning_light.example_input import tensors_in
 from lightning_light.measure.quiet import undisturbed
-from lightning_light.quantization.operations import ADDING, HEAVY, kind_of, name_of
+from lightning_light.quantization.operations import ADDING, HEAVY, keeps_grid, kind_of, name_of
 from lightning_light.quantization.places import Frames
 
 __all__ = ["Operation", "record"]
@@ -30,6 +30,7 @@ class Operation:
         inputs: the operations whose results it reads, with the position of the argument.
         users: the operations that read its result.
         is_output: whether its result leaves the network.
+        gives_several: whether its result is no tensor, but a tuple of them.
         bounds: of a clamp.
     """
 
@@ -39,6 +40,7 @@ class Operation:
     inputs: list[tuple[int, Operation]] = field(default_factory=list)
     users: list[Operation] = field(default_factory=list)
     is_output: bool = False
+    gives_several: bool = False
     bounds: tuple[float | None, float | None] = (None, None)
 
 
@@ -87,6 +89,7 @@ class _Recorder(TorchFunctionMode):
         if name == "__get__":  # a property: only views (`.T`, `.mT`) give what was put in
             return result
         operation = Operation(key, _kind(name, args, kwargs, made, inputs), name, inputs)
+        operation.gives_several = not isinstance(result, Tensor)
         if operation.kind == "clamp":
             operation.bounds = _bounds(name, args, kwargs)
             operation.kind = "relu6" if operation.bounds == (0.0, 6.0) else "clamp"
@@ -118,23 +121,9 @@ def _kind(name: str, args: Any, kwargs: Any, made: list[Tensor], inputs: list[tu
             return "float"  # a constant, or one that is spread over the other
     if kind in HEAVY and (len(inputs) != 1 or inputs[0][0] != 0):
         return "float"  # the weight is computed from the data
-    if name == "mean" and not _is_over_space(args, kwargs):
-        return "float"
-    if name == "pad" and not _is_with_zeros(args, kwargs):
+    if name in {"mean", "pad"} and not keeps_grid(name, args, kwargs):
         return "float"
     return kind
-
-
-def _is_over_space(args: Any, kwargs: Mapping[str, Any]) -> bool:
-    dims = kwargs.get("dim", args[1] if len(args) > 1 else None)
-    listed = [dims] if isinstance(dims, int) else list(dims or [])
-    return args[0].dim() == 4 and {dim % 4 for dim in listed} == {2, 3}
-
-
-def _is_with_zeros(args: Any, kwargs: Mapping[str, Any]) -> bool:
-    """Zero is on every grid."""
-    mode, value = kwargs.get("mode", args[2] if len(args) > 2 else "constant"), kwargs.get("value")
-    return mode == "constant" and not (args[3] if len(args) > 3 else value)
 
 
 def _bounds(name: str, args: Any, kwargs: Mapping[str, Any]) -> tuple[float | None, float | None]:
