@@ -56,7 +56,8 @@ class Parity:
         max_relative: the largest ``max |file - model| / max |model|`` of any output of any batch.
         batches: calls that were compared.
         samples: samples in them.
-        steps: of an int8 file: the largest ``|file - model|`` of each output in units of its step, as in `Tolerance`.
+        steps: of an int8 file: the largest ``|file - model|`` of each output in units of its step, as in `Tolerance`;
+            an output that is one number in all has none.
     """
 
     max_absolute: float
@@ -95,8 +96,8 @@ def compare(
             step = 0.0 if scales is None else scales[place] or _range(right) / _STEPS
             off = _check_output(name, right, asked, tolerance, step, batches)
             absolute, relative = max(absolute, off), max(relative, off / max(_largest(right), 1e-30))
-            if scales is not None:
-                steps[name] = max(steps.get(name, 0.0), off / max(step, 1e-30))
+            if step:
+                steps[name] = max(steps.get(name, 0.0), off / step)
         batches, samples = batches + 1, samples + size
     return Parity(absolute, relative, batches, samples, steps)
 

@@ -74,6 +74,23 @@ class Attachment(Frames, RoundsNumbers):
         self._folded = frozenset(group.batch_norm for group in plan.groups.values())
         self._biases = WholeBiases(plan, engine)
         self._open: list[Any] = []
+        self._compiled: list[tuple[nn.Module, Any]] = []
+
+    @override
+    def watch(self, model: nn.Module) -> None:
+        """Modules that are compiled in place run as written until `let_go`: a hook cannot be compiled along."""
+        super().watch(model)
+        for module in model.modules():
+            if (compiled := getattr(module, "_compiled_call_impl", None)) is not None:
+                self._compiled.append((module, compiled))
+                module._compiled_call_impl = None
+
+    @override
+    def let_go(self) -> None:
+        super().let_go()
+        while self._compiled:
+            module, compiled = self._compiled.pop()
+            module._compiled_call_impl = compiled
 
     def use(self, ranges: Tensor, at_least: int = 0) -> None:
         """Compute every grid anew: from ``ranges`` and what is learned, with no fewer than ``at_least`` bits."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_light.quantization.operations import arguments
 from lightning_light.quantization.plan import Plan
 from lightning_light.quantization.rounding import integers
 from lightning_light.quantization.rules import WeightRule
-from lightning_light.quantization.weights import filled, gain_and_shift
+from lightning_light.quantization.weights import gain_and_shift
 
 __all__ = ["WholeBiases", "bias_error"]
 
@@ -33,7 +34,7 @@ class WholeBiases:
     def __init__(self, plan: Plan, engine: str) -> None:
         self._plan, self._engine = plan, engine
         self._off: dict[str, Tensor] = {}
-        self._folded: dict[str, tuple[float, Tensor, Tensor, Tensor | None]] = {}  # batch norm -> its layer
+        self._folded: dict[str, tuple[float, Tensor, Tensor | None]] = {}  # batch norm -> its layer
 
     def note(
         self, key: str, name: str, args: list[Any], kwargs: Mapping[str, Any], rule: WeightRule, step: Tensor | None,
@@ -55,19 +56,18 @@ class WholeBiases:
         bias = given.get("bias")
         if self._engine == _FLOAT or scale is None or (bias is None and batch_norm is None):
             return
-        whole, steps = integers(given["weight"], rule, step)
+        _, steps = integers(given["weight"], rule, step)
         if batch_norm is not None:
-            self._folded[batch_norm] = scale[0], whole, steps, bias
+            self._folded[batch_norm] = scale[0], steps, bias
         elif bias is not None:
-            self._off[key] = bias_error(bias.double(), scale[0] * filled(steps, whole))
+            self._off[key] = bias_error(bias.double(), scale[0] * steps.double())
 
     def add(self, key: str, name: str, args: list[Any], kwargs: Mapping[str, Any], result: Tensor) -> Tensor:
         """``result`` as the kernel would have it; itself if the operation has no bias."""
         if key in self._folded:
-            scale, whole, steps, bias = self._folded.pop(key)
+            scale, steps, bias = self._folded.pop(key)
             gain, shift = gain_and_shift(arguments(name, args, kwargs), bias)
-            kept = whole * (gain != 0.0).reshape(-1, *[1] * (whole.dim() - 1))
-            off = bias_error(shift.double(), scale * filled(steps.double() * gain.abs(), kept))
+            off = bias_error(shift.double(), scale * steps.double() * gain.abs())
         elif key in self._off:
             off = self._off.pop(key)
         else:
@@ -77,5 +77,5 @@ class WholeBiases:
 
 
 def bias_error(bias: Tensor, unit: Tensor) -> Tensor:
-    """``unit * round(bias / unit) - bias``."""
-    return (bias / unit).round() * unit - bias
+    """``unit * round(bias / unit) - bias``; 0 where there is no unit: kernels take one that is small enough."""
+    return torch.where(unit > 0.0, (bias / unit).round() * unit - bias, 0.0)

@@ -8,16 +8,22 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_light.errors import NoEffectWarning
 from lightning_light.example_input import ExampleInput
-from lightning_light.measure.quiet import uncompiled
+from lightning_light.measure.quiet import uncompiled, undisturbed
 from lightning_light.quantization.attachment import Attachment
 from lightning_light.quantization.observers import MinMax, MovingAverage
 from lightning_light.quantization.parameters import first_values
+from lightning_light.quantization.plan import Plan
 from lightning_light.quantization.post_training.adaround import AdaRound
-from lightning_light.quantization.post_training.calibration import call_of
+from lightning_light.quantization.post_training.calibration import (
+    calls_from,
+    check_calibration,
+    explained,
+    first_of,
+)
 from lightning_light.quantization.post_training.equalization import equalize as equalize_layers
 from lightning_light.quantization.post_training.refinement import Refinement
 from lightning_light.quantization.recipes import Recipe
@@ -58,8 +64,10 @@ def quantize(
         ``model``.
 
     Raises:
-        ValueError: there is no calibration data, or it comes in lists, as from a loader of images and labels; or no
-            layer has a weight that can be rounded. As after any other error, ``model`` is then as it was.
+        ValueError: there is no calibration data, the model cannot be called with it, it comes in lists, as from a
+            loader of images and labels, or numbers in the network are not finite; or no layer has a weight that can
+            be rounded. As after any other error, ``model`` is then as it was.
+        TypeError: ``recipe`` is no recipe, ``rounding`` no `AdaRound`, or ``calibration`` no iterable of batches.
 
     Warns:
         NoEffectWarning: an option has found nothing to do, or not for all layers, which are named.
@@ -70,23 +78,29 @@ def quantize(
         >>> with fake_quantized(quantize(model, [images], Int8(), equalize=True)):
         ...     answers = model(images)
     """
-    inputs: Iterator[ExampleInput] = (call_of("quantize", model, batch) for batch in calibration)
+    check_calibration("quantize", model, calibration)
+    _check_values(model, recipe, rounding)
+    inputs = calls_from("quantize", model, calibration)
     state: dict[str, Any] = {}
     changes = equalize or correct_bias or rounding is not None
     with _restored_on_failure(model, changes), torch.no_grad(), uncompiled(model):
         if changes:
             examples = list(inputs)
             inputs = iter(examples)
-        first = next(inputs, None)
-        if first is None:
-            raise _nothing(model, recipe, "no batch")
+        first = first_of("quantize", model, inputs)
+        with undisturbed(model), explained("quantize", model, first):
+            model(*first.args, **first.kwargs)
         model.eval()
         if equalize and not equalize_layers(model, first):
             _warn("equalize=True", "no two layers in a row with nothing but batch norm, ReLU and pooling between them")
         begin(state, model, first, recipe)
         attachment = attach_from(model, state)
         if attachment is None:
-            raise _nothing(model, recipe, "no convolution or linear layer that it can round")
+            raise ValueError(
+                f"`quantize({type(model).__name__}, calibration, {recipe!r})`: expected layers to round, found no "
+                f"convolution or linear layer that can be; left float: {state['plan']['left_float'] or 'none'}. Give "
+                "the part of the network that has some, or keep less float."
+            )
         try:
             _observe(model, attachment, state, _chain(first, inputs))
             state["form"], state["recipe"] = "rounded", repr(recipe)
@@ -109,9 +123,12 @@ def _observe(model: nn.Module, attachment: Attachment, state: dict[str, Any], in
     wide = [isinstance(grid.observer, MinMax | MovingAverage) for grid in attachment.grids]
     widest = torch.tensor(wide, dtype=torch.bool)
     for batch, call in enumerate(inputs):
-        model(*call.args, **call.kwargs)
+        with explained("quantize", model, call):
+            model(*call.args, **call.kwargs)
         shares = torch.where(widest, torch.nan, 1 / (batch + 1))
-        state["ranges"] = merge(state["ranges"], attachment.observed(torch.device("cpu")), shares)
+        seen = attachment.observed(torch.device("cpu"))
+        _check_finite(attachment.plan, seen, batch)
+        state["ranges"] = merge(state["ranges"], seen, shares)
         state["batches"] += 1
     attachment.observing = False
     attachment.use(state["ranges"])
@@ -135,23 +152,47 @@ def _restored_on_failure(model: nn.Module, changes: bool) -> Iterator[None]:
                     parameter.copy_(value)
 
 
+def _check_finite(plan: Plan, seen: Tensor, batch: int) -> None:
+    """What has not been seen is (inf, -inf)."""
+    bad = seen.isnan().any(1) | (seen[:, 0] == -torch.inf) | (seen[:, 1] == torch.inf)
+    if not bad.any():
+        return
+    (found, *_) = plan.sites_of([int(bad.nonzero()[0])])
+    raise ValueError(
+        f"`quantize(..., calibration)`: expected finite numbers, found others in batch {batch}, at "
+        f"`{found or 'the network itself'}`. Look in the batch and in the weights: "
+        "`torch.isfinite(x).all()`."
+    )
+
+
+def _check_values(model: nn.Module, recipe: Any, rounding: Any) -> None:
+    call = f"quantize({type(model).__name__}, calibration"
+    if not isinstance(recipe, Recipe):
+        raise TypeError(f"`{call}, {recipe!r})`: expected a recipe, found {type(recipe).__name__}. Write `Int8()`.")
+    if rounding is not None and not isinstance(rounding, AdaRound):
+        raise TypeError(
+            f"`{call}, ..., rounding={rounding!r})`: expected `AdaRound()` or None, found {type(rounding).__name__}. "
+            "Write `rounding=AdaRound()`."
+        )
+
+
 def _chain(first: ExampleInput, others: Iterable[ExampleInput]) -> Iterator[ExampleInput]:
     yield first
     yield from others
 
 
-def _nothing(model: nn.Module, recipe: Recipe, found: str) -> ValueError:
-    return ValueError(
-        f"`quantize({type(model).__name__}, calibration, {recipe!r})`: expected inputs to calibrate on and layers "
-        f"to round, found {found}. Give a list of tensors, for instance `[images for images, _ in loader]`."
-    )
-
-
 def _tell(refinement: Refinement) -> None:
     if refinement.nearest:
-        _warn("rounding=AdaRound(...)", f"weights that are computed, used twice or not uniform: {refinement.nearest}")
+        _warn(
+            "rounding=AdaRound(...)",
+            f"weights that are computed, used twice or not uniform: {_once(refinement.nearest)}",
+        )
     if refinement.uncorrected:
-        _warn("correct_bias=True", f"no bias in {refinement.uncorrected}, nor in a batch norm after it")
+        _warn("correct_bias=True", f"no bias in {_once(refinement.uncorrected)}, nor in a batch norm after it")
+
+
+def _once(names: list[str]) -> list[str]:
+    return list(dict.fromkeys(names))
 
 
 def _warn(option: str, found: str) -> None:

@@ -83,7 +83,7 @@ class PACT(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_bits(self, self.weights, self.activations)
+        check_bits(self, self.weights, self.activations, may_be_float=False)
 
     @override
     def rule(self) -> LayerRule:

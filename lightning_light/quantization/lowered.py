@@ -21,6 +21,8 @@ __all__ = ["ASKS", "Lowered", "Rounds", "Scale", "scalar"]
 
 Scale = tuple[float, int]
 
+_COARSEST = 256.0  # XNNPACK does not load a file with more
+
 ASKS: Final = frozenset(
     {"__get__", "size", "dim", "numel", "ndimension", "is_floating_point", "__len__", "is_contiguous"}
 )
@@ -80,23 +82,32 @@ class Lowered(ABC):
     def build(self) -> None:
         """Fold every layer, and go on to the second round."""
         for key in [key for key in self.plan.weights if key not in self.refused]:
-            group = self.plan.groups[key]
-            if reason := self._lacks(key, group):
+            if reason := self._lacks(key) or self._fold(key):
                 self.refused[key] = reason
-                continue
-            norm = None if group.batch_norm is None else self._collected[group.batch_norm]
-            self.weights[key] = folded(self._collected[key], norm, *self.attachment.weight(key))
         for key in list(self.weights):
             self._prepare(key, key.split("|")[2], self._collected[key])
         self._collected, self.collecting = {}, False
 
-    def _lacks(self, key: str, group: Group) -> str | None:
+    def _lacks(self, key: str) -> str | None:
         """What a kernel would need and is not there: XNNPACK takes a layer without its input's grid, and errs."""
         if key not in self._collected:
             return "the network did not come by it"
         if self.scales[self.plan.reads[key]] is None:
             return "its input was never observed"
-        return "its output was never observed" if self._scale_of(group) is None else None
+        return "its output was never observed" if self._scale_of(self.plan.groups[key]) is None else None
+
+    def _fold(self, key: str) -> str | None:
+        """Note the weight in whole numbers, or say why no kernel takes it."""
+        group = self.plan.groups[key]
+        reads, writes = self.scales[self.plan.reads[key]], self._scale_of(group)
+        assert reads is not None  # `_lacks` has said so
+        assert writes is not None
+        norm = None if group.batch_norm is None else self._collected[group.batch_norm]
+        weight = folded(self._collected[key], norm, *self.attachment.weight(key), reads[0], writes[0])
+        if reads[0] * float(weight.scale.max()) >= _COARSEST * writes[0]:
+            return "one step of its sums is more than the whole grid of its output"
+        self.weights[key] = weight
+        return None
 
     @abstractmethod
     def _prepare(self, key: str, name: str, args: Mapping[str, Any]) -> None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from lightning_light.quantization.recipes import Recipe
-from lightning_light.schedules import Constant, Window
+from lightning_light.schedules import Constant, Schedule, Window
 
 __all__ = ["check_moments", "resolve_moment"]
 
 
-def check_moments(recipe: object, observe_batches: int, **moments: int | float) -> None:
+def check_moments(recipe: object, observe_batches: int, ladder: object = None, **moments: int | float) -> None:
     """Refuse values that can never work, where the user wrote them.
 
     Raises:
-        TypeError: ``recipe`` is no recipe.
+        TypeError: ``recipe`` is no recipe, or ``ladder`` no schedule.
         ValueError: any other value out of range, or out of order.
     """
     if not isinstance(recipe, Recipe):
@@ -20,10 +20,16 @@ def check_moments(recipe: object, observe_batches: int, **moments: int | float) 
             f"`QuantizationAwareTraining({recipe!r})`: expected a recipe, found {type(recipe).__name__}. Write "
             "`QuantizationAwareTraining(Int8())`."
         )
+    if ladder is not None and not isinstance(ladder, Schedule):
+        raise TypeError(
+            f"`QuantizationAwareTraining(ladder={ladder!r})`: expected a schedule or None, found "
+            f"{type(ladder).__name__}. Write `ladder=Window(Staircase(Linear(), steps=2), end=0.6)`."
+        )
     if not isinstance(observe_batches, int) or observe_batches < 1:
         raise ValueError(f"`QuantizationAwareTraining(observe_batches={observe_batches!r})`: expected an integer >= 1.")
     for name, moment in moments.items():
-        fits = not isinstance(moment, bool) and (moment >= 0 if isinstance(moment, int) else 0.0 <= moment <= 1.0)
+        number = isinstance(moment, int | float) and not isinstance(moment, bool)
+        fits = number and (moment >= 0 if isinstance(moment, int) else 0.0 <= moment <= 1.0)
         if not fits or (name == "start" and moment == 1.0 and isinstance(moment, float)):
             raise ValueError(
                 f"`QuantizationAwareTraining({name}={moment!r})`: expected a fraction of the run (float in [0, 1]) or "

@@ -47,6 +47,9 @@ class Pairs(Lowered):
 
     @override
     def _prepare(self, key: str, name: str, args: Mapping[str, Any]) -> None:
+        if (dtype := args["weight"].dtype) is not torch.float32:
+            self.refused[key] = f"its weight is {dtype}, and the runtimes compute in torch.float32: `module.float()`"
+            return
         weight, rest = self.weights[key], (-_LIMIT, _LIMIT, torch.int8)
         reads = self.scales[self.plan.reads[key]]
         if weight.bias is not None and reads is not None:  # the runtimes would round it likewise
@@ -106,8 +109,9 @@ class Pairs(Lowered):
     def _in_float(self, key: str, args: list[Any], kwargs: dict[str, Any]) -> None:
         """A layer without a kernel: its weight is the rounded one, and what it reads is rounded by plain operations."""
         if key not in self._values:
-            whole, scale = integers(args[1] if len(args) > 1 else kwargs["weight"], *self.attachment.weight(key))
-            self._values[key] = Weight(whole.to(torch.int8), scale.double(), None).value()
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            whole, scale = integers(weight, *self.attachment.weight(key))
+            self._values[key] = Weight(whole.to(torch.int8), scale.double(), None).value().to(weight.dtype)
         if len(args) > 1:
             args[1] = self._values[key]
         else:

@@ -38,8 +38,8 @@ class Plan:
     Attributes:
         grids: what the sites below number.
         outputs: operation -> grid that its result is rounded to.
-        arguments: operation -> position of an argument -> grid; for inputs of the network, and of layers without a
-            kernel.
+        arguments: operation -> position of an argument -> grid; for inputs of the network, for what an operation
+            gives in a tuple, and for layers without a kernel.
         reads: operation with a weight -> grid of the numbers that it reads.
         weights: operation -> how its weight is rounded.
         groups: operation -> what its kernel computes along with it.
@@ -59,6 +59,12 @@ class Plan:
     def plain(self) -> dict[str, Any]:
         """For a checkpoint."""
         return {**asdict(self), "grids": [grid.plain() for grid in self.grids]}
+
+    def sites_of(self, grids: Iterable[int]) -> list[str]:
+        """The modules whose numbers are on one of ``grids``."""
+        wanted = set(grids)
+        sites = [(key, grid) for key, places in self.arguments.items() for grid in places.values()]
+        return [module_of(key) for key, grid in [*sites, *self.outputs.items()] if grid in wanted]
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Plan:

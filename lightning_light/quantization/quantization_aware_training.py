@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -19,6 +20,7 @@ from lightning_light.quantization.parameters import Learned, first_values
 from lightning_light.quantization.plan import Plan
 from lightning_light.quantization.recipes import Int8, Recipe
 from lightning_light.quantization.rounding import merge
+from lightning_light.quantization.rules import Grid
 from lightning_light.quantization.state import attach_from, begin
 from lightning_light.schedules import Schedule, resolve
 from lightning_light.surgery.distributed import check_agreement, reduce_max, reduce_mean, tell
@@ -65,7 +67,7 @@ class QuantizationAwareTraining(CompressionCallback):
 
     Raises:
         ValueError: an argument out of range, or moments out of order.
-        TypeError: ``recipe`` is no recipe.
+        TypeError: ``recipe`` is no recipe, or ``ladder`` no schedule.
         TargetError: the recipe's ``keep_float`` names nothing.
         OrderError: another method changes the structure after ``start``.
 
@@ -88,7 +90,7 @@ class QuantizationAwareTraining(CompressionCallback):
         freeze_batch_norm: int | float = 0.95,
         ladder: Schedule | None = None,
     ) -> None:
-        check_moments(recipe, observe_batches, start=start, freeze_observers=freeze_observers,
+        check_moments(recipe, observe_batches, ladder, start=start, freeze_observers=freeze_observers,
                       freeze_batch_norm=freeze_batch_norm)  # fmt: skip
         self.recipe = recipe
         self.start = start
@@ -204,14 +206,14 @@ class QuantizationAwareTraining(CompressionCallback):
             self._no_effect(self._why_nothing(state))
 
     @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave no hook behind: `teardown` is not called then."""
+        self._let_go()
+
+    @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave no hook behind."""
-        for held in (self._capture, self._attachment):
-            if isinstance(held, Capture):
-                held.remove()
-            elif held is not None:
-                held.let_go()
-        self._capture, self._attachment = None, None
+        self._let_go()
         super().teardown(trainer, pl_module, stage)
 
     @override
@@ -224,6 +226,13 @@ class QuantizationAwareTraining(CompressionCallback):
     def _attach(self, pl_module: LightningModule, learned: Mapping[str, Tensor] | None = None) -> None:
         if self._attachment is None:
             self._attachment = attach_from(pl_module, self.state(pl_module), learned)
+
+    def _let_go(self) -> None:
+        if self._capture is not None:
+            self._capture.remove()
+        if self._attachment is not None:
+            self._attachment.let_go()
+        self._capture, self._attachment = None, None
 
     def _goes_on_from_quantize(self, trainer: Trainer, state: dict[str, Any]) -> bool:
         """Whether `quantize` has found the ranges, by the same recipe, and training rounds from its first batch on."""
@@ -242,6 +251,8 @@ class QuantizationAwareTraining(CompressionCallback):
         state, attachment = self.state(pl_module), self._attachment
         assert attachment is not None
         state["form"] = attachment.form = "rounded"
+        if unseen := attachment.plan.sites_of(set(_without_range(attachment.grids, state["ranges"]))):
+            _warn_of_unseen(unseen)
         state["learned"] |= first_values(attachment.grids, attachment.scales)
         self._learn(trainer, pl_module)
         if self._learned is not None:
@@ -303,6 +314,20 @@ class QuantizationAwareTraining(CompressionCallback):
             f"the run was over after {state['batches']} of `observe_batches={self.observe_batches}`. Start earlier, or "
             "observe fewer."
         )
+
+
+def _without_range(grids: Sequence[Grid], ranges: Tensor) -> Iterator[int]:
+    known = ranges.isfinite().all(1).tolist()
+    return (place for place, grid in enumerate(grids) if not (grid.at_run_time or known[place]))
+
+
+def _warn_of_unseen(sites: Sequence[str]) -> None:
+    warnings.warn(
+        f"`QuantizationAwareTraining`: expected finite numbers at all places that are rounded, found none at "
+        f"{list(dict.fromkeys(sites))} in the batches that were observed: what is there stays float. Does "
+        "`training_step` call `self(...)`, by the same way as the example?",
+        stacklevel=2,
+    )
 
 
 def _is_gathering_statistics(trainer: Trainer) -> bool:

@@ -34,6 +34,7 @@ class Recipe(ABC):
 
     Raises:
         ValueError: an argument out of range.
+        TypeError: ``observer`` of a subclass is none.
     """
 
     engine: Engine = field(default="qnnpack", kw_only=True)
@@ -44,6 +45,12 @@ class Recipe(ABC):
             raise ValueError(
                 f"`{type(self).__name__}(engine={self.engine!r})`: expected one of {list(get_args(Engine))}. For "
                 "phones write 'qnnpack'."
+            )
+        observer = getattr(self, "observer", None)
+        if observer is not None and not isinstance(observer, Observer):
+            raise TypeError(
+                f"`{type(self).__name__}(observer={observer!r})`: expected an observer, found "
+                f"{type(observer).__name__}. Write `observer=MSE()`, for instance."
             )
 
     def __repr__(self) -> str:
@@ -224,16 +231,18 @@ def grid_of(bits: int | None, observer: Observer, learned: Learned = "") -> Grid
     return None if bits is None else Grid(bits=bits, observer=observer, learned=learned)
 
 
-def check_bits(recipe: Recipe, weights: int, activations: int | None) -> None:
-    """Refuse what is no width.
+def check_bits(recipe: Recipe, weights: int, activations: int | None, *, may_be_float: bool = True) -> None:
+    """Refuse what is no width; ``activations`` of None leaves them float, if they ``may_be_float``.
 
     Raises:
         ValueError: not an integer in [2, 8].
     """
+    cure = "; to leave activations float, `activations=None`" if may_be_float else ""
     for name, bits in (("weights", weights), ("activations", activations)):
-        whole = isinstance(bits, int) and not isinstance(bits, bool)
-        if bits is not None and not (whole and 2 <= bits <= 8):
+        if bits is None and name == "activations" and may_be_float:
+            continue
+        if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= 8:
             raise ValueError(
                 f"`{type(recipe).__name__}({name}={bits!r})`: expected an integer number of bits in [2, 8]. For one "
-                "bit write `Binary()`; to leave activations float, `activations=None`."
+                f"bit write `Binary()`{cure}."
             )

@@ -33,7 +33,10 @@ def scales_of(grids: Sequence[Grid], ranges: Tensor) -> list[tuple[float, int] |
             continue
         low = 0.0 if grid.positive else min(low, 0.0)
         top = max(top if grid.cap is None else min(top, grid.cap), 0.0)
-        scale = max((top - low) / grid.high, SMALLEST)
+        width = (
+            top - low if top > low else 1.0
+        )  # zeros are on any grid; a wide one lets numbers through that grow later
+        scale = max(width / grid.high, SMALLEST)
         found.append((scale, min(max(round(-low / scale), 0), grid.high)))
     return found
 

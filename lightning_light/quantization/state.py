@@ -67,8 +67,8 @@ def fake_quantized(model: nn.Module) -> Iterator[nn.Module]:
     """Inside, ``model`` computes with rounded numbers, as it was trained to.
 
     Args:
-        model: a module that `QuantizationAwareTraining` has trained, in this process or loaded by
-            ``lightning_light.load_from_checkpoint``.
+        model: a module that `quantize` was called on or `QuantizationAwareTraining` has trained, in this process or
+            loaded by ``lightning_light.load_from_checkpoint``.
 
     Raises:
         LightningLightError: nothing in it has been quantized.
@@ -77,9 +77,9 @@ def fake_quantized(model: nn.Module) -> Iterator[nn.Module]:
     attachments = [found for state in states if (found := attach_from(model, state)) is not None]
     if not attachments:
         raise LightningLightError(
-            f"`fake_quantized` on `{type(model).__name__}`: expected a module that was trained with "
-            "`QuantizationAwareTraining`, found no ranges in it. A checkpoint keeps them: load it by "
-            "`lightning_light.load_from_checkpoint`."
+            f"`fake_quantized` on `{type(model).__name__}`: expected a module that `quantize` was called on, or that "
+            "`QuantizationAwareTraining` has trained, found no ranges in it. Give that module itself, not a part of it "
+            "or what wraps it. A checkpoint keeps ranges: load it by `lightning_light.load_from_checkpoint`."
         )
     try:
         yield model

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_light.quantization.learning import SMALLEST
 from lightning_light.quantization.rounding import integers
 from lightning_light.quantization.rules import WeightRule
 
-__all__ = ["Weight", "filled", "folded", "gain_and_shift", "in_one_place"]
+__all__ = ["Weight", "folded", "gain_and_shift", "in_one_place"]
+
+_MOST = 2.0**30  # of the 32 bits that a kernel adds in; products take the rest
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,25 +43,34 @@ class Weight:
         return self.integers.float() * columns
 
 
-def folded(args: Mapping[str, Any], norm: Mapping[str, Any] | None, rule: WeightRule, step: Tensor | None) -> Weight:
+def folded(
+    args: Mapping[str, Any], norm: Mapping[str, Any] | None, rule: WeightRule, step: Tensor | None, reads: float,
+    writes: float,
+) -> Weight:  # fmt: skip
     """``q * s`` as in training, then ``s * g`` for a batch norm with gain ``g = gamma / sqrt(var + eps)``.
 
     The sum after it is ``beta + (bias - mean) * g``. All of it is computed in float64.
+
+    A kernel counts biases in ``reads * s``, in 32 bits, and multiplies by ``reads * s / writes`` at last. Where ``s``
+    is too small for that, as in a channel that is all but dead, it takes the smallest one that fits, and fewer steps
+    for the weight: what is lost is far below a step of the output.
 
     Args:
         args: of the layer, by name.
         norm: those of the batch norm, or None.
         rule: how the weight is rounded; per channel if there is a batch norm.
         step: its scale, if that is learned.
+        reads: the scale of what the layer reads.
+        writes: the scale of what comes out of it.
     """
     bias = args.get("bias")
     bias = None if bias is None else bias.detach().float()
     whole, scale = integers(args["weight"], rule, step)
     if norm is None:
-        return Weight(whole.to(torch.int8), filled(scale, whole), bias)
+        return _fitting(whole, scale.double(), bias, reads, writes)
     gain, shift = gain_and_shift(norm, bias)
     whole = whole * gain.sign().float().reshape(-1, *[1] * (whole.dim() - 1))
-    return Weight(whole.to(torch.int8), filled(scale.double() * gain.abs(), whole), shift)
+    return _fitting(whole, scale.double() * gain.abs(), shift, reads, writes)
 
 
 def in_one_place(weights: Mapping[str, Weight]) -> dict[str, Weight]:
@@ -89,13 +99,15 @@ def _joined(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(parts, views, strict=True))
 
 
-def filled(scale: Tensor, whole: Tensor) -> Tensor:
-    """Scales in float64, those of channels of zeros the largest of all: a bias counted in tiny ones would overflow."""
-    scale = scale.double().clamp_min(SMALLEST)
-    if not scale.dim():
-        return scale
-    empty = ~whole.flatten(1).any(1)
-    return torch.where(empty, scale.masked_fill(empty, SMALLEST).amax(), scale)
+def _fitting(whole: Tensor, scale: Tensor, bias: Tensor | None, reads: float, writes: float) -> Weight:
+    most = torch.full_like(scale, writes)
+    if bias is not None:
+        largest = bias.double().abs()
+        most = torch.maximum(most, largest if scale.dim() else largest.amax())
+    fitting = torch.maximum(scale, most / (_MOST * reads))
+    share = scale / fitting
+    whole = (whole * (share.reshape(-1, *[1] * (whole.dim() - 1)) if scale.dim() else share)).round()
+    return Weight(whole.to(torch.int8), fitting, bias)
 
 
 def gain_and_shift(norm: Mapping[str, Any], bias: Tensor | None) -> tuple[Tensor, Tensor]:

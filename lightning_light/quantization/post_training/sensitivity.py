@@ -18,7 +18,7 @@ from lightning_light.quantization.operations import HEAVY
 from lightning_light.quantization.places import module_of
 from lightning_light.quantization.plan import Plan, plan_sites
 from lightning_light.quantization.post_training.bar import watched
-from lightning_light.quantization.post_training.calibration import calls_from
+from lightning_light.quantization.post_training.calibration import calls_from, check_calibration, explained, first_of
 from lightning_light.quantization.post_training.calls import calls_of
 from lightning_light.quantization.recipes import Engine, IntN
 from lightning_light.quantization.record import record
@@ -121,7 +121,8 @@ def measure_sensitivity(
         progress_bar: whether a terminal shows how far it is.
 
     Raises:
-        ValueError: no calibration data, no layer to round, a width that no recipe has, or outputs that are no class
+        ValueError: no calibration data, or such as the model cannot be called with; answers that are not finite; no
+            layer to round, a width that no recipe has, or outputs that are no class
             scores although ``distance`` takes them for that.
 
     Example:
@@ -130,9 +131,17 @@ def measure_sensitivity(
         >>> Int8(keep_float=scan.most_sensitive(1))
         Int8(keep_float=['0'])
     """
-    inputs = calls_from("measure_sensitivity", model, calibration)
+    check_calibration("measure_sensitivity", model, calibration)
+    if isinstance(bits, int) or distance not in _DISTANCES:
+        raise ValueError(
+            f"`measure_sensitivity(..., bits={bits!r}, distance={distance!r})`: expected widths, for instance (4, 8), "
+            f"and a distance of {sorted(_DISTANCES)}."
+        )
+    found_calls = calls_from("measure_sensitivity", model, calibration)
+    inputs = [first_of("measure_sensitivity", model, found_calls), *found_calls]
     widths = {width: IntN(weights=width, engine=engine).rule().weight for width in bits}
-    operations = record(model, inputs[0].args, inputs[0].kwargs)
+    with explained("measure_sensitivity", model, inputs[0]):
+        operations = record(model, inputs[0].args, inputs[0].kwargs)
     names = dict.fromkeys(module_of(one.key) for one in operations if one.kind in HEAVY)
     sites = plan_sites(operations, {layer: LayerRule(activation=None) for layer in names if layer}).weights
     layers = list(dict.fromkeys(map(module_of, sites)))
@@ -145,6 +154,7 @@ def measure_sensitivity(
     with undisturbed(model):
         calls = calls_of(model, inputs[0])
         right = [_outputs(model, call) for call in inputs]
+        _check_finite(right)
         for layer in watched(layers, len(layers), "Sensitivity", shown=progress_bar):
             for width, rule in widths.items():
                 here = {key: site.per_channel for key, site in sites.items() if module_of(key) == layer}
@@ -159,6 +169,15 @@ def measure_sensitivity(
         found, {layer: sum(one.numel() for one in tensors[layer]) for layer in layers},
         {layer: cost.get(layer, 0) for layer in layers},
     )  # fmt: skip
+
+
+def _check_finite(right: Sequence[list[Tensor]]) -> None:
+    for place, outputs in enumerate(right):
+        if not all(bool(output.isfinite().all()) for output in outputs):
+            raise ValueError(
+                f"`measure_sensitivity(..., calibration)`: expected finite answers, found others for batch {place}. "
+                "Look for them in the batch and in the weights: `torch.isfinite(x).all()`."
+            )
 
 
 def _mean_distance(

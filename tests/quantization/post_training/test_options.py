@@ -137,7 +137,7 @@ def test_a_failure_at_any_time_leaves_the_module_as_it_was(at) -> None:
     net = Fragile(at).train()
     net.net.bn1.eval()
     before, modes = copy.deepcopy(net.state_dict()), [module.training for module in net.modules()]
-    with pytest.raises(RuntimeError, match="broken"):
+    with pytest.raises((RuntimeError, ValueError), match="broken"):
         quantize(net, IMAGES, IntN(), equalize=True, correct_bias=True, rounding=AdaRound(steps=10))
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert [module.training for module in net.modules()] == modes
@@ -158,9 +158,9 @@ def test_layers_that_an_option_cannot_help_are_named() -> None:
         quantize(Odd(), [noise(8, 6)], IntN(), correct_bias=True, rounding=AdaRound(steps=10))
     nearest, uncorrected = sorted(str(warning.message) for warning in caught)
     assert "correct_bias=True" in nearest
-    assert "['tied', 'tied']" in nearest
+    assert "['tied']" in nearest
     assert "rounding=AdaRound" in uncorrected
-    assert "['tied', 'tied', 'fc']" in uncorrected
+    assert "['tied', 'fc']" in uncorrected
     with pytest.warns(NoEffectWarning, match="rounding=AdaRound"):
         quantize(residual(), IMAGES, Binary(), rounding=AdaRound(steps=10))
 

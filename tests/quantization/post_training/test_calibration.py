@@ -1,0 +1,132 @@
+"""Wrong calibration data and arguments: refused by a sentence, and the network is as before."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_light.errors import LightningLightError, UnsupportedError
+from lightning_light.quantization import (
+    LSQ,
+    MSE,
+    PACT,
+    AdaRound,
+    Int8,
+    IntN,
+    Percentile,
+    fake_quantized,
+    measure_sensitivity,
+    quantize,
+)
+from lightning_light.surgery.journal import is_attached
+from tests.zoo import ZOO, noise
+
+X = noise(2, 3, 8, 8)
+
+
+def with_one(value: float) -> Tensor:
+    x = X.clone()
+    x[1, 2, 3, 4] = value
+    return x
+
+
+BATCHES: dict[str, tuple[Any, type[Exception], str]] = {
+    "no iterable": (None, TypeError, r"`quantize\(Plain, .*expected an iterable of batches, found NoneType"),
+    "a tensor": (X, TypeError, r"expected an iterable of batches, found Tensor\. Give a list of tensors"),
+    "labels in a tuple": ([(X, torch.arange(2))], ValueError, r"`Plain\.forward\(x.*labels are not wanted"),
+    "another name": ([{"image": X}], ValueError, r"as image: .* dict keyword arguments"),
+    "an array": ([X.numpy()], ValueError, "expected batches of tensors, found ndarray"),
+    "nothing": ([None], ValueError, "expected batches of tensors, found NoneType"),
+    "whole numbers": ([X.int()], ValueError, r"\(2, 3, 8, 8\) torch.int32 stops it: RuntimeError"),
+    "too few channels": ([X[:, :2]], ValueError, r"\(2, 2, 8, 8\) torch.float32 stops it"),
+    "a later batch": ([X, X[:, :2]], ValueError, r"\(2, 2, 8, 8\) torch.float32 stops it"),
+    "no sample": ([X, X[:0]], ValueError, r"a sample in each batch, found a batch of \(0, 3, 8, 8\)"),
+    "exhausted": (iter(()), ValueError, "found no batch; a generator gives its batches only once"),
+    "not a number": (
+        [X, with_one(torch.nan)],
+        ValueError,
+        r"finite numbers, found others in batch 1, at `conv1`",
+    ),
+    "infinity": ([with_one(torch.inf)], ValueError, "finite numbers, found others in batch 0"),
+}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"equalize": True, "correct_bias": True, "rounding": AdaRound(steps=2)}], ids=str
+)
+@pytest.mark.parametrize("name", BATCHES)
+def test_wrong_batches(name, options) -> None:
+    batches, kind, message = BATCHES[name]
+    net = ZOO["plain"]().train()
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    with pytest.raises(kind, match=message):
+        quantize(net, iter(()) if name == "exhausted" else batches, Int8(), **options)
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    assert all(module.training and not module._forward_pre_hooks for module in net.modules())
+    assert not is_attached(net)
+
+
+@pytest.mark.parametrize("recipe", [Int8(observer=MSE()), Int8(observer=Percentile()), LSQ(), PACT()], ids=str)
+def test_every_observer_sees_what_is_no_number(recipe) -> None:
+    for value in (torch.nan, torch.inf):
+        with pytest.raises(ValueError, match="expected finite numbers"):
+            quantize(ZOO["plain"](), [with_one(value)], recipe)
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "message"),
+    [
+        (lambda: quantize(ZOO["plain"](), [X], "int8"), TypeError, "'int8'.*expected a recipe, found str"),
+        (lambda: quantize(ZOO["plain"](), [X], Int8), TypeError, "expected a recipe, found ABCMeta"),
+        (lambda: quantize(ZOO["plain"](), [X], Int8(), rounding=True), TypeError, "`AdaRound.*found bool"),
+        (lambda: quantize(abs, [X], Int8()), TypeError, "expected a module, found builtin"),
+        (lambda: quantize(nn.ReLU(), [X], Int8()), ValueError, "no convolution or linear layer that can be; .*none"),
+        (lambda: quantize(ZOO["plain"](), [X], Int8(keep_float="*")), ValueError, "asked for by .*or keep less float"),
+        (lambda: Int8(observer=MSE), TypeError, "expected an observer, found ABCMeta"),
+        (lambda: IntN(observer="mse"), TypeError, r"`IntN\(observer='mse'\)`: .*found str"),
+        (lambda: IntN(weights=None), ValueError, r"`IntN\(weights=None\)`: expected an integer"),
+        (lambda: LSQ(weights=None), ValueError, r"`LSQ\(weights=None\)`: expected an integer"),
+        (lambda: PACT(activations=None), ValueError, r"`PACT\(activations=None\)`: expected an integer"),
+        (lambda: measure_sensitivity(ZOO["plain"](), [X], bits=8), ValueError, r"bits=8.*expected widths, for inst"),
+        (lambda: measure_sensitivity(ZOO["plain"](), [X], distance="l2"), ValueError, "distance of .'error', 'kl'"),
+        (lambda: measure_sensitivity(ZOO["plain"](), [with_one(torch.nan)]), ValueError, "answers, found .* batch 0"),
+        (lambda: measure_sensitivity(ZOO["plain"](), [X[:, 1:]]), ValueError, r"`measure_sensitivity\(.*stops it"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments(call: Callable[[], Any], kind, message) -> None:
+    with pytest.raises(kind, match=message):
+        call()
+
+
+def test_unbatched_inputs_are_fine() -> None:
+    net = quantize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), [X[0]], Int8())
+    with fake_quantized(net):
+        assert net(X[0]).unique().numel() <= 256
+
+
+def test_not_while_numbers_are_rounded() -> None:
+    net = quantize(ZOO["plain"]().eval(), [X], Int8())
+    with fake_quantized(net), pytest.raises(UnsupportedError, match=r"expected plain numbers.*Leave `fake_quantized`"):
+        quantize(net, [X], IntN(4, 8))
+    with (
+        pytest.raises(LightningLightError, match=r"`quantize` was called on, .*not a part of it"),
+        fake_quantized(net.fc),
+    ):
+        pass
+
+
+def test_a_module_that_is_compiled_in_place_is_rounded_and_stays_compiled() -> None:
+    net = ZOO["plain"]().eval()
+    with torch.no_grad():
+        right = net(X)
+        graphs: list[int] = []
+        net.compile(backend=lambda graph, _: graphs.append(1) or graph.forward)
+        quantize(net, [X], Int8())
+        with fake_quantized(net):
+            rounded = net(X)
+        assert not graphs
+        assert not torch.equal(rounded, right)
+        assert torch.equal(net(X), right)
+    assert graphs

@@ -1,0 +1,81 @@
+"""A run that ends by an error, and training that does not go where the example went."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_light.quantization import Int8, QuantizationAwareTraining, fake_quantized
+from lightning_light.schedules import Linear
+from tests.contract.bodies import Body, module_class
+from tests.contract.runs import trainer
+
+STAGES: dict[str, Any] = {"start": 0.0, "observe_batches": 2}
+IMAGES = Body.train_dataloader(None).batches[0][0]  # type: ignore[arg-type]
+
+
+class Breaks(Body):
+    """In the sixth step, when numbers are rounded, and only once."""
+
+    broken = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if not self.broken and len(self.losses) == 5:
+            self.broken = True
+            raise RuntimeError("broken")
+        return super().training_step(batch, batch_idx)
+
+
+def hooks(net: Any) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in net.modules())
+
+
+def test_after_an_error_the_module_computes_in_float_and_can_be_fitted_again() -> None:
+    net, qat = module_class(Breaks, pl)(), QuantizationAwareTraining(Int8(), **STAGES)
+    with pytest.raises(RuntimeError, match="broken"):
+        trainer(qat).fit(net)
+    assert not hooks(net)
+    net.eval()
+    with torch.no_grad():
+        plain = net(IMAGES)
+        with fake_quantized(net):
+            assert not torch.equal(net(IMAGES), plain)
+    trainer(qat).fit(net.train())
+    assert qat.state(net)["form"] == "rounded"
+    assert qat.state(net)["batches"] > 2
+    assert not hooks(net)
+
+
+class Elsewhere(Body):
+    """``training_step`` writes out what ``forward`` does: the operations of its own have other names."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        images, labels = batch
+        f = self.features
+        x = F.relu(f.bn0(f.stem(images)))
+        x = F.relu(x + f.bn2(f.conv2(F.relu(f.bn1(f.conv1(x))))))
+        return F.cross_entropy(self.head(F.relu(f.last(x)).mean((2, 3))), labels)
+
+
+def test_places_that_training_never_comes_by_are_named() -> None:
+    net = module_class(Elsewhere, pl)()
+    net.example_input_array = IMAGES
+    with pytest.warns(
+        UserWarning, match=r"found none at \[.*'features'.*\] in the .*Does `training_step` call `self\("
+    ):
+        trainer(QuantizationAwareTraining(Int8(), **STAGES), limit_val_batches=0).fit(net)
+
+
+@pytest.mark.parametrize("moment", ["0.5", None, True, 1.5])
+def test_moments_that_are_none(moment) -> None:
+    with pytest.raises(ValueError, match=r"`QuantizationAwareTraining\(start=.*expected a fraction of the run"):
+        QuantizationAwareTraining(Int8(), start=moment)
+
+
+@pytest.mark.parametrize("ladder", ["linear", Linear])
+def test_a_ladder_that_is_no_schedule(ladder) -> None:
+    with pytest.raises(TypeError, match=r"`QuantizationAwareTraining\(ladder=.*expected a schedule or None"):
+        QuantizationAwareTraining(Int8(), ladder=ladder)
