@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import re
 import warnings
 import zipfile
 from collections import Counter
@@ -155,8 +156,11 @@ def _written(
     """
     with quiet_deprecations(), plain_attention():
         traced, branches = _trace(exporter, model, tensors, packed)
-        frozen = torch.jit.freeze(traced)
-        frozen._save_for_lite_interpreter(str(path), _extra_files=dict(notes or {}))
+        try:
+            frozen = torch.jit.freeze(traced)
+            frozen._save_for_lite_interpreter(str(path), _extra_files=dict(notes or {}))
+        except RuntimeError as error:  # an `autograd.Function` of the user's: Python that no file can hold
+            raise TraceError(_advice(exporter, model, error)) from error
         version = _runtime()._get_model_bytecode_version(str(path))
     _warn_of(exporter, branches, type(model.model).__name__)
     return frozen, {"torch": torch.__version__, "bytecode_version": version, "built_in_values": branches}
@@ -227,6 +231,12 @@ def _warn_of(exporter: TorchScriptLite, branches: list[str], name: str) -> None:
 
 def _advice(exporter: TorchScriptLite, model: Positional, error: Exception) -> str:
     name = type(model.model).__name__
+    if found := re.search(r"Could not export Python function call '(\w+)'", str(error)):
+        return (
+            f"`{exporter}` on `{name}`: expected torch operations, found the Python function `{found[1]}`, an "
+            "`autograd.Function`. Call what it computes directly while `torch.jit.is_tracing()`, or use `ONNX()` or "
+            "`ExecuTorch()`, which look into it."
+        )
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if "infer type" in str(error) or "can be output from traced" in str(error):
         return (
