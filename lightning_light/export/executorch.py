@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from typing_extensions import override
 
 from lightning_light.errors import TraceError, UnsupportedError
@@ -75,11 +76,11 @@ class ExecuTorch(Exporter):
 
     @override
     def write(self, model: Positional, tensors: tuple[Any, ...], path: Path) -> dict[str, Any]:
+        _make_contiguous(model)
+        tensors = tree_map(lambda leaf: _contiguous(leaf) if isinstance(leaf, Tensor) else leaf, tensors)
         program, int8 = traced_int8(str(self), model, tensors, _INT8, largest=self.max_batch)
-        try:
+        with _Refusing(str(self), model):
             delegates, left, lowered = self._lowered(program)
-        except FAILURES as error:
-            raise TraceError(advice(str(self), model, error)) from error
         path.write_bytes(lowered.buffer)
         (plan,) = lowered.executorch_program.execution_plan
         return {
@@ -111,6 +112,34 @@ class ExecuTorch(Exporter):
             called = _called(edge.exported_program().graph_module.graph)
             left = sorted(set(called) - {_DELEGATE, "getitem"})
             return called.count(_DELEGATE), left, edge.to_executorch()
+
+
+class _Refusing:
+    """Turns what ExecuTorch's passes raise, bare ``Exception`` among it, into a sentence.
+
+    Raises:
+        TraceError: on the way out.
+    """
+
+    def __init__(self, call: str, model: Positional) -> None:
+        self._call, self._model = call, model
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception) and (kind is Exception or isinstance(error, FAILURES)):
+            cause = error.__cause__ if isinstance(error.__cause__, Exception) and kind is Exception else error
+            raise TraceError(advice(self._call, self._model, cause)) from error
+
+
+def _make_contiguous(model: nn.Module) -> None:
+    """Its passes find their way by strides, and lose it in networks that were put into channels-last order."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = _contiguous(tensor.data)
+
+
+def _contiguous(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _write_strides(graph: torch.fx.Graph) -> None:

@@ -115,12 +115,18 @@ class _Session:
         options.intra_op_num_threads = torch.get_num_threads()
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        self._names = [value.name for value in self._session.get_inputs()]
         self._errors = tuple(
             getattr(onnxruntime.capi.onnxruntime_pybind11_state, name)
-            for name in ("Fail", "InvalidArgument", "RuntimeException")
+            for name in ("Fail", "InvalidArgument", "InvalidGraph", "NotImplemented", "RuntimeException")
         )
+        try:
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except self._errors as error:
+            raise TraceError(
+                f"A file of `ONNX()`: expected operations that ONNX Runtime has kernels for, found "
+                f"others: {str(error).strip().splitlines()[0]} Most are for float32: export `model.float()`."
+            ) from error
+        self._names = [value.name for value in self._session.get_inputs()]
 
     def __call__(self, *tensors: Any) -> list[Tensor]:
         arrays = [tensor.detach().numpy() for tensor in flat_tensors(tensors)]

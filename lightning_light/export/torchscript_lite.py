@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import re
 import warnings
 import zipfile
 from collections import Counter
@@ -156,12 +157,15 @@ def _written(
     """
     with quiet_deprecations(), plain_attention():
         traced, branches = _trace(exporter, model, tensors, packed)
-        frozen = torch.jit.freeze(traced, preserved_attrs=list(_named(packed)))  # constants would be written twice
-        _forget_places(frozen.graph)
-        with TemporaryDirectory(dir=path.parent) as folder:
-            short = Path(folder) / "m"  # every record repeats the file's name
-            frozen._save_for_lite_interpreter(str(short), _extra_files=dict(notes or {}))
-            short.replace(path)
+        try:
+            frozen = torch.jit.freeze(traced, preserved_attrs=list(_named(packed)))  # constants would be written twice
+            _forget_places(frozen.graph)
+            with TemporaryDirectory(dir=path.parent) as folder:
+                short = Path(folder) / "m"  # every record repeats the file's name
+                frozen._save_for_lite_interpreter(str(short), _extra_files=dict(notes or {}))
+                short.replace(path)
+        except RuntimeError as error:  # an `autograd.Function` of the user's: Python that no file can hold
+            raise TraceError(_advice(exporter, model, error)) from error
         version = _runtime()._get_model_bytecode_version(str(path))
     _warn_of(exporter, branches, type(model.model).__name__)
     return frozen, {"torch": torch.__version__, "bytecode_version": version, "built_in_values": branches}
@@ -244,6 +248,12 @@ def _warn_of(exporter: TorchScriptLite, branches: list[str], name: str) -> None:
 
 def _advice(exporter: TorchScriptLite, model: Positional, error: Exception) -> str:
     name = type(model.model).__name__
+    if found := re.search(r"Could not export Python function call '(\w+)'", str(error)):
+        return (
+            f"`{exporter}` on `{name}`: expected torch operations, found the Python function `{found[1]}`, an "
+            "`autograd.Function`. Call what it computes directly while `torch.jit.is_tracing()`, or use `ONNX()` or "
+            "`ExecuTorch()`, which look into it."
+        )
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if "infer type" in str(error) or "can be output from traced" in str(error):
         return (

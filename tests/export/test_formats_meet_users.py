@@ -1,0 +1,73 @@
+"""What users' networks are like: memory formats, types and Python functions that a format does not know."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_light.errors import TraceError
+from lightning_light.example_input import ExampleInput
+from lightning_light.export import ONNX, ExecuTorch, TorchScriptLite, export_model
+from lightning_light.export.executorch import _Refusing
+from lightning_light.export.inputs import Positional
+from tests.zoo import ZOO, noise
+
+IMAGES = noise(2, 3, 8, 8)
+
+
+@pytest.mark.parametrize("images", [IMAGES, IMAGES.to(memory_format=torch.channels_last)], ids=["plain", "last"])
+def test_executorch_takes_networks_in_channels_last_order(images, tmp_path) -> None:
+    net = ZOO["residual"]().eval().to(memory_format=torch.channels_last)
+    before = [parameter.stride() for parameter in net.parameters()]
+    report = export_model(net, (images,), tmp_path / "net.pte", exporter=ExecuTorch(), latency_runs=1)
+    assert report.parity.max_absolute < 1e-5
+    assert [parameter.stride() for parameter in net.parameters()] == before
+
+
+def test_executorch_takes_inputs_that_were_permuted(tmp_path) -> None:
+    net, images = ZOO["plain"]().eval(), noise(2, 8, 8, 3).permute(0, 3, 1, 2)
+    report = export_model(net, (images,), tmp_path / "net.pte", exporter=ExecuTorch(), latency_runs=1)
+    assert report.parity.max_absolute < 1e-5
+
+
+def test_onnx_runtime_has_no_kernels_for_float64(tmp_path) -> None:
+    with pytest.raises(TraceError, match=r"`ONNX\(\)`: expected operations .*kernels for, found .*`model\.float\(\)`"):
+        export_model(ZOO["plain"]().double(), (IMAGES.double(),), tmp_path / "net.onnx", exporter=ONNX())
+    assert not list(tmp_path.iterdir())
+
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return gradient
+
+
+class Squares(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Square.apply(self.fc(x))  # type: ignore[no-untyped-call, no-any-return]
+
+
+def test_an_autograd_function_is_named_by_the_lite_interpreter_and_fine_elsewhere(tmp_path) -> None:
+    net, x = Squares().eval(), noise(2, 3)
+    with pytest.raises(TraceError, match=r"`TorchScriptLite\(.*on `Squares`: .*Python function `Square`.*`ONNX\(\)`"):
+        export_model(net, (x,), tmp_path / "net.ptl", exporter=TorchScriptLite())
+    assert not list(tmp_path.iterdir())
+    assert export_model(net, (x,), tmp_path / "net.onnx", exporter=ONNX(), latency_runs=1).parity.max_absolute < 1e-5
+
+
+def test_what_passes_of_executorch_raise_becomes_a_sentence() -> None:
+    model = Positional(Squares(), ExampleInput((noise(2, 3),)))
+    refusing = _Refusing("ExecuTorch()", model)
+    with pytest.raises(TraceError, match=r"`ExecuTorch\(\)` on `Squares`: .*found KeyError: 'why'"), refusing:
+        raise Exception("An error occurred when running the 'Some' pass") from KeyError("why")
+    with pytest.raises(KeyboardInterrupt), _Refusing("ExecuTorch()", model):
+        raise KeyboardInterrupt
