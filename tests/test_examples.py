@@ -100,6 +100,7 @@ def test_sparse_training_compares_four_ways_and_draws_them(small: Path, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # exporters take their time on a busy machine
 def test_one_run_prunes_distils_and_quantizes_for_every_runtime(chain: tuple[Path, str]) -> None:
     folder, printed = chain
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines() if line.startswith("│")]
@@ -126,6 +127,7 @@ def test_a_runtime_that_is_missing_is_said_with_its_extra(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("config", TWINS)
 def test_the_yaml_twin_ends_with_the_same_weights(
     config: str, request: pytest.FixtureRequest, small: Path, tmp_path: Path
