@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_light.quantization.operations import arguments
+from lightning_light.quantization.operations import arguments, set_argument
 from lightning_light.quantization.plan import Plan
 from lightning_light.quantization.rounding import integers
 from lightning_light.quantization.rules import WeightRule
 from lightning_light.quantization.weights import filled, gain_and_shift
 
-__all__ = ["WholeBiases", "bias_error"]
+__all__ = ["WholeBiases", "whole_bias"]
 
 _FLOAT = "x86"  # the one engine that adds biases in float
 
@@ -32,14 +32,13 @@ class WholeBiases:
 
     def __init__(self, plan: Plan, engine: str) -> None:
         self._plan, self._engine = plan, engine
-        self._off: dict[str, Tensor] = {}
         self._folded: dict[str, tuple[float, Tensor, Tensor, Tensor | None]] = {}  # batch norm -> its layer
 
     def note(
-        self, key: str, name: str, args: list[Any], kwargs: Mapping[str, Any], rule: WeightRule, step: Tensor | None,
+        self, key: str, name: str, args: list[Any], kwargs: dict[str, Any], rule: WeightRule, step: Tensor | None,
         scale: tuple[float, int] | None,
     ) -> None:  # fmt: skip
-        """A layer is about to compute.
+        """A layer is about to compute: give it the bias, unless a batch norm is folded in, which has its say first.
 
         Args:
             key: its name.
@@ -59,21 +58,22 @@ class WholeBiases:
         if batch_norm is not None:
             self._folded[batch_norm] = scale[0], whole, steps, bias
         elif bias is not None:
-            self._off[key] = bias_error(bias.double(), scale[0] * filled(steps, whole))
+            set_argument(args, kwargs, 2, "bias", whole_bias(bias, scale[0] * filled(steps, whole)))
 
     def add(self, key: str, name: str, args: list[Any], kwargs: Mapping[str, Any], result: Tensor) -> Tensor:
-        """``result`` as the kernel would have it; itself if the operation has no bias."""
-        if key in self._folded:
-            scale, whole, steps, bias = self._folded.pop(key)
-            gain, shift = gain_and_shift(arguments(name, args, kwargs), bias)
-            kept = whole * (gain != 0.0).reshape(-1, *[1] * (whole.dim() - 1))
-            off = bias_error(shift.double(), scale * filled(steps.double() * gain.abs(), kept))
-        elif key in self._off:
-            off = self._off.pop(key)
-        else:
+        """``result`` of a folded batch norm as the kernel would have it; of another operation itself."""
+        if key not in self._folded:
             return result
-        channels = off.to(result.dtype)
-        return result + (channels if name == "linear" else channels.reshape(-1, *[1] * (result.dim() - 2)))
+        scale, whole, steps, bias = self._folded.pop(key)
+        gain, shift = gain_and_shift(arguments(name, args, kwargs), bias)
+        kept = whole * (gain != 0.0).reshape(-1, *[1] * (whole.dim() - 1))
+        off = bias_error(shift.double(), scale * filled(steps.double() * gain.abs(), kept)).to(result.dtype)
+        return result + off.reshape(-1, *[1] * (result.dim() - 2))
+
+
+def whole_bias(bias: Tensor, unit: Tensor) -> Tensor:
+    """The nearest multiple of ``unit``."""
+    return ((bias.detach().double() / unit).round() * unit).to(bias.dtype)
 
 
 def bias_error(bias: Tensor, unit: Tensor) -> Tensor:
