@@ -19,7 +19,7 @@ from lightning_light.quantization.learning import learned_activation
 from lightning_light.quantization.lowered import Lowered
 from lightning_light.quantization.news import warnings_of_the_caller
 from lightning_light.quantization.observers import MinMax, MovingAverage
-from lightning_light.quantization.operations import BATCH_NORM, HEAVY, kind_of, name_of
+from lightning_light.quantization.operations import BATCH_NORM, HEAVY, kind_of, name_of, set_argument
 from lightning_light.quantization.parameters import first_step, learned_scale, names_of
 from lightning_light.quantization.places import Frames
 from lightning_light.quantization.plan import Plan
@@ -189,7 +189,7 @@ class Attachment(Frames, RoundsNumbers):
     def before(self, key: str, kind: str, args: list[Any], kwargs: dict[str, Any]) -> None:
         """Round a weight, and inputs of the network; tell a batch norm which statistics to use."""
         if kind == BATCH_NORM and self.batch_norm_frozen and key in self._folded:
-            _set(args, kwargs, 5, "training", False)
+            set_argument(args, kwargs, 5, "training", False)
         if kind in HEAVY and key in self.plan.weights:
             self._before_layer(key, args, kwargs)
         for place, grid in self.plan.arguments.get(key, {}).items():
@@ -203,7 +203,7 @@ class Attachment(Frames, RoundsNumbers):
         rule, step = self.weight(key)
         weight = args[1] if len(args) > 1 else kwargs["weight"]
         if self.form != "plain":
-            _set(args, kwargs, 1, "weight", round_weight(weight, rule, step))
+            set_argument(args, kwargs, 1, "weight", round_weight(weight, rule, step))
         elif self.observing and rule.learned:
             self.first_steps[key] = first_step(weight, rule.high, rule.per_channel)
 
@@ -254,13 +254,6 @@ class _Mode(TorchFunctionMode):
             with warnings_of_the_caller():
                 return self.attachment.run(key, name, func, list(args), dict(kwargs or {}))
         return self.attachment.run(key, name, func, list(args), dict(kwargs or {}))
-
-
-def _set(args: list[Any], kwargs: dict[str, Any], place: int, name: str, value: Any) -> None:
-    if len(args) > place:
-        args[place] = value
-    else:
-        kwargs[name] = value
 
 
 def attach(

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_light.quantization.operations import arguments
+from lightning_light.quantization.operations import arguments, set_argument
 from lightning_light.quantization.plan import Plan
 from lightning_light.quantization.rounding import integers
 from lightning_light.quantization.rules import WeightRule
 from lightning_light.quantization.weights import gain_and_shift
 
-__all__ = ["WholeBiases", "bias_error"]
+__all__ = ["WholeBiases", "whole_bias"]
 
 _FLOAT = "x86"  # the one engine that adds biases in float
 
@@ -33,14 +33,13 @@ class WholeBiases:
 
     def __init__(self, plan: Plan, engine: str) -> None:
         self._plan, self._engine = plan, engine
-        self._off: dict[str, Tensor] = {}
         self._folded: dict[str, tuple[float, Tensor, Tensor | None]] = {}  # batch norm -> its layer
 
     def note(
-        self, key: str, name: str, args: list[Any], kwargs: Mapping[str, Any], rule: WeightRule, step: Tensor | None,
+        self, key: str, name: str, args: list[Any], kwargs: dict[str, Any], rule: WeightRule, step: Tensor | None,
         scale: tuple[float, int] | None,
     ) -> None:  # fmt: skip
-        """A layer is about to compute.
+        """A layer is about to compute: give it the bias, unless a batch norm is folded in, which has its say first.
 
         Args:
             key: its name.
@@ -60,22 +59,19 @@ class WholeBiases:
         if batch_norm is not None:
             self._folded[batch_norm] = scale[0], steps, bias
         elif bias is not None:
-            self._off[key] = bias_error(bias.double(), scale[0] * steps.double())
+            set_argument(args, kwargs, 2, "bias", whole_bias(bias, scale[0] * steps.double()))
 
     def add(self, key: str, name: str, args: list[Any], kwargs: Mapping[str, Any], result: Tensor) -> Tensor:
-        """``result`` as the kernel would have it; itself if the operation has no bias."""
-        if key in self._folded:
-            scale, steps, bias = self._folded.pop(key)
-            gain, shift = gain_and_shift(arguments(name, args, kwargs), bias)
-            off = bias_error(shift.double(), scale * steps.double() * gain.abs())
-        elif key in self._off:
-            off = self._off.pop(key)
-        else:
+        """``result`` of a folded batch norm as the kernel would have it; of another operation itself."""
+        if key not in self._folded:
             return result
-        channels = off.to(result.dtype)
-        return result + (channels if name == "linear" else channels.reshape(-1, *[1] * (result.dim() - 2)))
+        scale, steps, bias = self._folded.pop(key)
+        gain, shift = gain_and_shift(arguments(name, args, kwargs), bias)
+        off = whole_bias(shift.double(), scale * steps.double() * gain.abs()) - shift.double()
+        return result + off.to(result.dtype).reshape(-1, *[1] * (result.dim() - 2))
 
 
-def bias_error(bias: Tensor, unit: Tensor) -> Tensor:
-    """``unit * round(bias / unit) - bias``; 0 where there is no unit: kernels take one that is small enough."""
-    return torch.where(unit > 0.0, (bias / unit).round() * unit - bias, 0.0)
+def whole_bias(bias: Tensor, unit: Tensor) -> Tensor:
+    """The nearest multiple of ``unit``; itself where there is no unit: kernels take one that is small enough."""
+    exact = bias.detach().double()
+    return torch.where(unit > 0.0, (exact / unit).round() * unit, exact).to(bias.dtype)

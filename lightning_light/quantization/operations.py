@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import torch.nn.functional as F
 
-__all__ = ["ADDING", "BATCH_NORM", "HEAVY", "arguments", "kind_of", "moves", "name_of"]
+__all__ = ["ADDING", "BATCH_NORM", "HEAVY", "arguments", "kind_of", "moves", "name_of", "set_argument"]
 
 HEAVY: Final = frozenset({"conv", "transposed", "linear"})
 """Kinds with a weight: what quantization is about."""
@@ -70,3 +70,11 @@ def _parameters(name: str) -> tuple[str, ...]:
     return (
         tuple(inspect.signature(getattr(F, name)).parameters) if name == "batch_norm" else ("input", "weight", "bias")
     )
+
+
+def set_argument(args: list[Any], kwargs: dict[str, Any], place: int, name: str, value: Any) -> None:
+    """Put a value in the place of an argument, however the caller passed it."""
+    if len(args) > place:
+        args[place] = value
+    else:
+        kwargs[name] = value

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from lightning_light.errors import UnsupportedError
 from lightning_light.int8 import PairRules
-from lightning_light.quantization.biases import bias_error
+from lightning_light.quantization.biases import whole_bias
 from lightning_light.quantization.learning import SMALLEST
 from lightning_light.quantization.lowered import ASKS, Lowered, Rounds, Scale, scalar
 from lightning_light.quantization.operations import BATCH_NORM, kind_of, moves
@@ -53,8 +53,7 @@ class Pairs(Lowered):
         weight, rest = self.weights[key], (-_LIMIT, _LIMIT, torch.int8)
         reads = self.scales[self.plan.reads[key]]
         if weight.bias is not None and reads is not None:  # the runtimes would round it likewise
-            off = bias_error(weight.bias.double(), reads[0] * weight.scale)
-            self.weights[key] = weight = replace(weight, bias=(weight.bias.double() + off).float())
+            self.weights[key] = weight = replace(weight, bias=whole_bias(weight.bias, reads[0] * weight.scale))
         if weight.per_channel:
             zeros = torch.zeros_like(weight.scale, dtype=torch.int64)
             self._constants[key] = (weight.integers, weight.scale.float(), zeros, 0, *rest)

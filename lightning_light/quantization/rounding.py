@@ -17,6 +17,8 @@ __all__ = ["integers", "is_traced", "merge", "round_activation", "round_at_run_t
 def scales_of(grids: Sequence[Grid], ranges: Tensor) -> list[tuple[float, int] | None]:
     """Scale and zero point of each grid: ``s = (top - low) / high``, ``z = round(-low / s)``, 0 always on the grid.
 
+    Scales are numbers of float32, so that every way to write ``x / s`` rounds alike.
+
     Args:
         grids: what is known beforehand; ``high`` is 255 for eight bits.
         ranges: ``(len(grids), 2)``, the smallest and largest value that each has to hold; infinite where nothing has
@@ -33,10 +35,9 @@ def scales_of(grids: Sequence[Grid], ranges: Tensor) -> list[tuple[float, int] |
             continue
         low = 0.0 if grid.positive else min(low, 0.0)
         top = max(top if grid.cap is None else min(top, grid.cap), 0.0)
-        width = (
-            top - low if top > low else 1.0
-        )  # zeros are on any grid; a wide one lets numbers through that grow later
+        width = top - low if top > low else 1.0  # zeros are on any grid; on a wide one numbers may grow later
         scale = max(width / grid.high, SMALLEST)
+        scale = float(torch.tensor(scale, dtype=torch.float32))  # as the runtimes hold it
         found.append((scale, min(max(round(-low / scale), 0), grid.high)))
     return found
 

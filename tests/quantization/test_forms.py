@@ -86,7 +86,7 @@ def test_the_graph_is_the_rounded_module(name) -> None:
     with torch.no_grad():
         expected = net(x)
         with attachment.in_pairs(lambda: net(x), PairRules(signed=True)) as form:
-            torch.testing.assert_close(net(x), expected, rtol=0.0, atol=1e-6)
+            torch.testing.assert_close(net(x), expected, rtol=0.0, atol=0.0)
     assert form.left_float == {}
 
 

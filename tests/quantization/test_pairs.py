@@ -58,7 +58,7 @@ def test_the_graph_is_the_rounded_module(name) -> None:
     scales = [float(scale) for scale in tree_leaves(form.scales) if isinstance(scale, Tensor)]
     folds = any(group.batch_norm for group in attachment.plan.groups.values())
     for right, asked, scale in zip(expected, found, scales, strict=True):
-        assert float((right - asked).abs().max()) <= (1.01 * (scale or 0.01) if folds else 1e-6)
+        assert float((right - asked).abs().max()) <= (1.01 * (scale or 0.01) if folds else 0.0)
     assert all(map(torch.equal, expected, again))
 
 

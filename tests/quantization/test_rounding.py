@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 
+from lightning_light.quantization.pairs import check_pairs
 from lightning_light.quantization.rounding import integers, merge, round_activation, round_weight, scales_of
 from lightning_light.quantization.rules import Grid, WeightRule
 from tests.zoo import noise
@@ -30,6 +31,20 @@ def test_activations(low, high) -> None:
     assert round_activation(torch.zeros(1), scale, zero, 255).item() == 0.0
     inside = x[(x >= low) & (x <= high)]
     assert (round_activation(inside, scale, zero, 255) - inside).abs().max() <= scale * 1.001
+
+
+def test_ties_fall_to_the_same_side_however_torch_writes_it() -> None:
+    """The operations of a graph take 1 / s in float64, torch's own in float32."""
+    check_pairs()
+    ops = torch.ops.quantized_decomposed
+    tops = torch.rand(500, generator=torch.Generator().manual_seed(0)) + 0.5
+    for scale, zero in scales_of([Grid()] * len(tops), torch.stack([-0.3 * tops, tops], 1)):  # type: ignore[misc]
+        ties = (torch.arange(-zero, 255 - zero) + 0.5) * scale
+        x = torch.cat([ties, ties.nextafter(torch.ones(())), ties.nextafter(-torch.ones(()))])
+        q = ops.quantize_per_tensor.default(x, scale, zero, 0, 255, torch.uint8)
+        rounded = round_activation(x, scale, zero, 255)
+        assert torch.equal(rounded, ops.dequantize_per_tensor.default(q, scale, zero, 0, 255, torch.uint8))
+        assert torch.equal(rounded, torch.fake_quantize_per_tensor_affine(x, scale, zero, 0, 255))
 
 
 def test_gradients_pass_straight_through_within_the_range() -> None:
