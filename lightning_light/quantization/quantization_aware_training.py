@@ -253,13 +253,13 @@ class QuantizationAwareTraining(CompressionCallback):
         state, attachment = self.state(pl_module), self._attachment
         assert attachment is not None
         state["form"] = attachment.form = "rounded"
-        if unseen := attachment.plan.sites_of(set(_without_range(attachment.grids, state["ranges"]))):
-            _warn_of_unseen(unseen)
         state["learned"] |= first_values(attachment.grids, attachment.scales)
         self._learn(trainer, pl_module)
         if self._learned is not None:
             attachment.learned = self._learned.parameters
             attachment.use(state["ranges"], state["at_least"])
+        if unseen := attachment.plan.sites_of(_without_range(attachment.grids, state["ranges"])):
+            _warn_of_unseen(unseen)
         restart_selection(trainer)  # else "best" is the float network
         tell(trainer, f"{self.method}: {state['batches']} batches observed, from here on numbers are rounded")
 
