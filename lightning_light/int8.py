@@ -28,12 +28,14 @@ class Int8Form:
         scales: the network's outputs, each tensor replaced by the scale of its grid: a scalar, 0 for none.
         layers: how many layers with a weight are int8.
         left_float: layers whose weights stay float, with the reason.
+        modules: paths of the modules that int8 layers belong to.
     """
 
     packed: list[Any] = field(default_factory=list)
     scales: Any = None
     layers: int = 0
     left_float: dict[str, str] = field(default_factory=dict)
+    modules: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ __all__ = ["ExecuTorch"]
 _PAIRS = (("1.4", "2.13"), ("1.5", "2.15"))  # releases of ExecuTorch, and of torch that they are built with
 _INT8 = PairRules(signed=True, join_on_one_grid=True, sums=(2.0**-10, 2.0**8))
 _DELEGATE = "executorch_call_delegate"
+_PARTITIONER = "executorch.backends.xnnpack.partition.xnnpack_partitioner"
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ class ExecuTorch(Exporter):
 
     @override
     def check(self) -> None:
-        need(str(self), "executorch", "executorch.exir", "executorch.extension.pybindings.portable_lib")
+        partitioner = [_PARTITIONER] if self.partitioner else []  # which needs torchao
+        need(str(self), "executorch", "executorch.exir", "executorch.extension.pybindings.portable_lib", *partitioner)
         check_pair(str(self), "executorch", version_of("executorch"), torch.__version__, _PAIRS)
 
     @override

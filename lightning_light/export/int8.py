@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -63,5 +64,22 @@ def described(call: str, model: Positional, form: Int8Form) -> dict[str, Any]:
     return {
         "int8_layers": form.layers,
         "left_float": form.left_float,
+        "never_int8": _never_int8(model.model, form),
         "output_scales": [float(scale) for scale in flat_tensors(form.scales)],
     }
+
+
+def _never_int8(model: nn.Module, form: Int8Form) -> dict[str, str]:
+    """Modules with a weight that int8 is not for (embeddings, recurrent layers, fused attention), and their types."""
+    done = {*form.modules, *form.left_float}
+    return {
+        name: type(model.get_submodule(name)).__name__
+        for name in dict.fromkeys(path.partition(".parametrizations")[0] for path in _with_weights(model))
+        if name not in done
+    }
+
+
+def _with_weights(model: nn.Module) -> Iterator[str]:
+    for path, module in model.named_modules():
+        if any(one.dim() > 1 and one.is_floating_point() for one in module.parameters(recurse=False)):
+            yield path

@@ -90,4 +90,5 @@ class ExportReport:
         steps = [f"{name} {off:.3g} steps" for name, off in self.parity.steps.items()]
         told = [self.top1.summary()] if self.top1 else []
         left = [f"left float: {', '.join(found)}"] if (found := self.details.get("left_float")) else []
-        return "".join(f"; {part}" for part in [*steps, *told, *left])
+        never = [f"never int8: {', '.join(found)}"] if (found := self.details.get("never_int8")) else []
+        return "".join(f"; {part}" for part in [*steps, *told, *left, *never])

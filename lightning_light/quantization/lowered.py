@@ -135,7 +135,12 @@ class Lowered(ABC):
     def described(self) -> Int8Form:
         """What an exporter shall know."""
         layers = [key for key in self.weights if key not in self.refused]
-        return Int8Form(scales=self.scales_of_outputs, layers=len(layers), left_float=self.left_float())
+        return Int8Form(
+            scales=self.scales_of_outputs,
+            layers=len(layers),
+            left_float=self.left_float(),
+            modules=frozenset(map(module_of, layers)),
+        )
 
     def left_float(self) -> dict[str, str]:
         """Layers with a weight that stay float, and why."""

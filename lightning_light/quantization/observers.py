@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from typing_extensions import override
+
+from lightning_light.errors import LightningLightError
 
 __all__ = ["MSE", "AtRunTime", "MinMax", "MovingAverage", "Observer", "Percentile", "StepSize", "observer_of"]
 
@@ -16,14 +18,25 @@ _BINS = 2048
 _CANDIDATES = 64
 
 
+def _kind_of(kind: type[Observer]) -> str:
+    ours = kind.__module__ == __name__
+    return kind.__name__ if ours else f"{kind.__module__}.{kind.__qualname__}"
+
+
 class Observer(ABC):
-    """How the range of a tensor is found; a frozen value.
+    """How the range of a tensor is found; a frozen dataclass.
 
     A subclass looks at one batch. Its `share` says how batches, and processes, come together: as a moving average in
     which a new batch has that share, or, where it is None, as the widest range of all.
     """
 
     share: float | None
+    _kinds: ClassVar[dict[str, type[Observer]]] = {}
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """A checkpoint names the class, and finds it again if it has been imported."""
+        super().__init_subclass__(**options)
+        Observer._kinds[_kind_of(cls)] = cls
 
     @abstractmethod
     def extremes(self, x: Tensor, high: int, positive: bool) -> Tensor:
@@ -37,7 +50,7 @@ class Observer(ABC):
 
     def plain(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"kind": type(self).__name__, **asdict(self)}  # type: ignore[call-overload]
+        return {"kind": _kind_of(type(self)), **asdict(self)}  # type: ignore[call-overload]
 
 
 @dataclass(frozen=True)
@@ -184,17 +197,22 @@ class StepSize(Observer):
         return torch.stack([step * 0.0 if positive else -step * (above + 1), step * above])
 
 
-_KINDS = {kind.__name__: kind for kind in (MovingAverage, MinMax, Percentile, MSE, AtRunTime, StepSize)}
-
-
 def observer_of(plain: dict[str, Any]) -> Observer:
     """What `Observer.plain` wrote.
+
+    Raises:
+        LightningLightError: nothing of that name has been imported.
 
     Example:
         >>> observer_of(Percentile(0.99).plain())
         Percentile(fraction=0.99, share=0.01)
     """
-    kind: Any = _KINDS[plain["kind"]]
+    kind: Any = Observer._kinds.get(plain["kind"])
+    if kind is None:
+        raise LightningLightError(
+            f"A checkpoint with the observer `{plain['kind']}`: expected its class to be defined, found "
+            f"{sorted(Observer._kinds)}. Import it before you load."
+        )
     return kind(**{field.name: plain[field.name] for field in fields(kind)})  # type: ignore[no-any-return]
 
 

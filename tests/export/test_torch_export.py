@@ -246,7 +246,12 @@ except UnsupportedError as error:
 
 
 @pytest.mark.parametrize(
-    ("package", "exporter", "extra"), [("onnxruntime", "ONNX()", "onnx"), ("executorch", "ExecuTorch()", "executorch")]
+    ("package", "exporter", "extra"),
+    [
+        ("onnxruntime", "ONNX()", "onnx"),
+        ("executorch", "ExecuTorch()", "executorch"),
+        ("torchao", "ExecuTorch()", "executorch"),
+    ],
 )
 def test_a_missing_extra_is_named_before_training(package: str, exporter: str, extra: str) -> None:
     """In another process, to which the package is hidden; the package itself imports without it."""

@@ -6,7 +6,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from lightning_light.export import ONNX, ExecuTorch, Exporter, Tolerance, TorchScriptLite, export_model
 from lightning_light.quantization import Int8, fake_quantized, quantize
@@ -139,6 +142,9 @@ def test_what_comes_in_a_tuple_is_rounded_where_it_is_read(exporter, tmp_path) -
     report = exported(Attended(), exporter, tmp_path, noise(2, 5, 8))
     assert report.details["int8_layers"] == 1
     assert report.details["left_float"] == {}
+    found = {"attention": "MultiheadAttention", "attention.out_proj": "NonDynamicallyQuantizableLinear"}
+    assert report.details["never_int8"] == found
+    assert "; never int8: attention, attention.out_proj" in report.summary()
 
 
 @pytest.mark.parametrize("exporter", EXPORTERS[1:], ids=["executorch", "onnx"])
@@ -156,3 +162,29 @@ def test_an_output_of_one_number_has_no_steps(tmp_path) -> None:
 
     report = exported(Both(lambda x: x), TorchScriptLite(), tmp_path, batch="as_given")
     assert list(report.parity.steps) == ["output[0]"]
+
+
+def test_a_weight_that_is_computed_belongs_to_its_layer(tmp_path) -> None:
+    net = nn.Sequential(parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), nn.Flatten(), nn.Linear(144, 3))
+    assert exported(net, TorchScriptLite(), tmp_path).details["never_int8"] == {}
+
+
+@given(seed=st.integers(0, 50))
+@settings(deadline=None)
+def test_a_folded_batch_norm_is_equation_14_of_jacob(seed) -> None:
+    """``w g`` and ``beta + (b - mean) g`` with ``g = gamma / sqrt(var + eps)``; rounded by one scale a channel."""
+    generator = torch.Generator().manual_seed(seed)
+    w, (bias, gamma, beta, mean) = torch.randn(6, 3, 3, 3, generator=generator), torch.randn(4, 6, generator=generator)
+    var = torch.rand(6, generator=generator) + 0.01
+    norm = {"running_mean": mean, "running_var": var, "weight": gamma, "bias": beta, "eps": 1e-3}
+    found = folded({"weight": w, "bias": bias}, norm, WeightRule(), None, reads=0.02, writes=0.1)
+    g = gamma.double() / torch.sqrt(var.double() + 1e-3)
+    right = w.double() * g[:, None, None, None]
+    s = right.abs().flatten(1).amax(1) / 127
+    torch.testing.assert_close(found.scale, s, rtol=1e-6, atol=0.0)
+    off = (found.integers.double() * s[:, None, None, None] - right).abs().flatten(1).amax(1)
+    assert (off <= 0.5001 * s).all()
+    assert found.bias is not None
+    torch.testing.assert_close(
+        found.bias.double(), beta.double() + (bias.double() - mean.double()) * g, rtol=1e-6, atol=1e-6
+    )

@@ -1,4 +1,4 @@
-"""A run that ends by an error, and training that does not go where the example went."""
+"""A run that ends by an error, and training that does not go where the example went, or goes there twice."""
 
 from typing import Any
 
@@ -7,11 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from lightning_light.quantization import Int8, QuantizationAwareTraining, fake_quantized
+from lightning_light.quantization import LSQ, Int8, QuantizationAwareTraining, fake_quantized
 from lightning_light.schedules import Linear
 from tests.contract.bodies import Body, module_class
-from tests.contract.runs import trainer
+from tests.contract.runs import differences, trainer
 
 STAGES: dict[str, Any] = {"start": 0.0, "observe_batches": 2}
 IMAGES = Body.train_dataloader(None).batches[0][0]  # type: ignore[arg-type]
@@ -79,3 +80,21 @@ def test_moments_that_are_none(moment) -> None:
 def test_a_ladder_that_is_no_schedule(ladder) -> None:
     with pytest.raises(TypeError, match=r"`QuantizationAwareTraining\(ladder=.*expected a schedule or None"):
         QuantizationAwareTraining(Int8(), ladder=ladder)
+
+
+class Again(Body):
+    """The features are computed again in the backward pass, instead of being kept."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(checkpoint(self.features, x, use_reentrant=False))
+
+
+@pytest.mark.parametrize("recipe", [Int8(), LSQ()], ids=str)
+def test_what_is_computed_again_in_the_backward_pass_is_rounded_again(recipe) -> None:
+    nets = [module_class(body, pl)() for body in (Body, Again)]
+    for net in nets:
+        for norm in (net.features.bn0, net.features.bn1, net.features.bn2):
+            norm.momentum = 0.0  # else its statistics see every batch twice
+        trainer(QuantizationAwareTraining(recipe, **STAGES), max_epochs=1).fit(net)
+    first, second = (dict(net.named_parameters()) for net in nets)
+    assert not differences(first, second)

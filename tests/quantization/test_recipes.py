@@ -1,6 +1,7 @@
 """Recipes, observers and what a plan makes of them."""
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_light.errors import TargetError
+from lightning_light.errors import LightningLightError, TargetError
 from lightning_light.example_input import ExampleInput
 from lightning_light.quantization import (
     LSQ,
@@ -22,15 +23,19 @@ from lightning_light.quantization import (
     MinMax,
     Mixed,
     MovingAverage,
+    Observer,
     Percentile,
     Recipe,
     Ternary,
+    fake_quantized,
+    quantize,
 )
 from lightning_light.quantization.observers import StepSize, observer_of
 from lightning_light.quantization.plan import Plan
 from lightning_light.quantization.rounding import integers, round_at_run_time, round_weight
 from lightning_light.quantization.rules import Grid, WeightRule
 from lightning_light.quantization.state import attach_from, begin
+from lightning_light.surgery.journal import ledger_of
 from tests.quantization.test_plan import calibrated, plan_of
 from tests.zoo import ZOO, noise
 
@@ -288,3 +293,25 @@ def test_widths_are_those_of_the_engine() -> None:
     assert math.isnan(
         float(calibrated(ZOO["plain"]().eval(), ExampleInput((noise(2, 3, 8, 8),)), Int8(observer=MinMax())).shares[0])
     )
+
+
+@dataclass(frozen=True)
+class Halved(Observer):
+    """A user's own."""
+
+    part: float = 0.5
+    share: float | None = 0.1
+
+    def extremes(self, x: Tensor, high: int, positive: bool) -> Tensor:
+        return torch.stack(torch.aminmax(x)) * self.part
+
+
+def test_an_observer_of_the_users_own_is_found_again() -> None:
+    net = quantize(ZOO["plain"]().eval(), [noise(2, 3, 8, 8)], Int8(observer=Halved(0.25)))
+    grids = ledger_of(net).state["quantization_aware_training"]["plan"]["grids"]
+    assert {grid["observer"]["kind"] for grid in grids} == {f"{__name__}.Halved"}
+    assert observer_of(grids[0]["observer"]) == Halved(0.25)
+    with fake_quantized(net):
+        net(noise(2, 3, 8, 8))
+    with pytest.raises(LightningLightError, match=r"observer `yours\.Lost`: .*Import it before you load"):
+        observer_of({"kind": "yours.Lost", "share": 0.1})
