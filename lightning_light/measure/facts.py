@@ -7,9 +7,9 @@ from typing import Any
 
 __all__ = ["QUANTITIES", "layer_facts"]
 
-QUANTITIES = ("rank", "energy_kept", "reconstruction_error", "coded_bits")
+QUANTITIES = ("rank", "energy_kept", "reconstruction_error", "coded_bits", "weight_bits", "activation_bits")
 """Rank of a layer's factors; share of the weight's energy that they keep; relative error of their product; bits that a
-weight takes in a coded file, codebook included."""
+weight takes in a coded file, codebook included; bits that the layer computes with: of its weight, of what it reads."""
 
 
 def layer_facts(state: Mapping[str, Any]) -> dict[str, dict[str, float]]:

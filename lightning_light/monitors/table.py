@@ -50,7 +50,7 @@ def compression_table(
           remaining              50.0%        50.0%
         <BLANKLINE>
         share of zeros: 0%, unchanged
-        bits of a weight: 32, unchanged
+        bits of a stored weight: 32, unchanged
     """
     sheet = _sheet(before, after, layers)
     table = Table(
@@ -161,10 +161,12 @@ _FACTS: dict[str, tuple[str, Callable[[float], str]]] = {
     "energy_kept": ("energy kept", lambda value: _share(value)),
     "reconstruction_error": ("error", lambda value: f"{value:.3g}"),
     "coded_bits": ("coded bits", lambda value: f"{value:.3g}"),
+    "weight_bits": ("weight bits", lambda value: f"{value:.3g}"),
+    "activation_bits": ("activation bits", lambda value: f"{value:.3g}"),
 }  # what methods say of a layer as it is; there is no before
 _NUMBERS = frozenset([column.header for column in _COLUMNS if column.header != "type"]
                      + [header for header, _ in _FACTS.values()])  # fmt: skip
-_LABELS = {"zeros": "share of zeros", "bits": "bits of a weight"}
+_LABELS = {"zeros": "share of zeros", "bits": "bits of a stored weight"}
 
 
 # The sheet: headers and cells, before it is decided how they are shown.

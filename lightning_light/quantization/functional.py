@@ -104,6 +104,7 @@ def quantize(
         try:
             _observe(model, attachment, state, _chain(first, inputs))
             state["form"], state["recipe"] = "rounded", repr(recipe)
+            state["layers"] = attachment.plan.bits_of_layers()
             attachment.form = "rounded"
             state["learned"] |= attachment.first_steps | first_values(attachment.grids, attachment.scales)
             attachment.learned = state["learned"]

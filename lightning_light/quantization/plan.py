@@ -66,6 +66,21 @@ class Plan:
         sites = [(key, grid) for key, places in self.arguments.items() for grid in places.values()]
         return [module_of(key) for key, grid in [*sites, *self.outputs.items()] if grid in wanted]
 
+    def bits_of_layers(self, at_least: int = 0) -> dict[str, dict[str, float]]:
+        """Layer -> bits of its weight, and of the numbers that it reads if those are rounded: for monitors.
+
+        Args:
+            at_least: the rung of a ladder.
+        """
+        found: dict[str, dict[str, float]] = {}
+        for key, rule in self.weights.items():
+            bits = {"weight_bits": float(rule.at(at_least).bits)}
+            read = [self.reads[key]] if key in self.reads else list(self.arguments.get(key, {}).values())
+            if read:
+                bits["activation_bits"] = float(self.grids[read[0]].at(at_least).bits)
+            found[module_of(key)] = bits
+        return found
+
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Plan:
         """What `plain` wrote."""

@@ -251,6 +251,7 @@ class QuantizationAwareTraining(CompressionCallback):
         state, attachment = self.state(pl_module), self._attachment
         assert attachment is not None
         state["form"] = attachment.form = "rounded"
+        state["layers"] = attachment.plan.bits_of_layers(state["at_least"])
         state["learned"] |= first_values(attachment.grids, attachment.scales)
         self._learn(trainer, pl_module)
         if self._learned is not None:
@@ -284,6 +285,8 @@ class QuantizationAwareTraining(CompressionCallback):
                 state["learned"][name].mul_(before[name] / high)  # the parameters' own memory
         attachment.use(state["ranges"], at_least)
         state["at_least"] = at_least
+        if state["form"] == "rounded":
+            state["layers"] = attachment.plan.bits_of_layers(at_least)
 
     def _on_all_ranks(self, trainer: Trainer, seen: Tensor) -> Tensor:
         assert self._attachment is not None

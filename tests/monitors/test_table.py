@@ -132,7 +132,7 @@ def test_the_table_tells_before_and_after_of_every_layer() -> None:
     assert f"{human_bytes(before.bytes)} → {human_bytes(after.bytes)}" in shown
     assert f"{after.params / before.params:.1%}" in shown
     assert "share of zeros: 0%, unchanged" in shown
-    assert "bits of a weight: 32, unchanged" in shown
+    assert "bits of a stored weight: 32, unchanged" in shown
 
 
 def test_columns_of_zeros_bits_and_types_appear_when_they_have_something_to_tell() -> None:
