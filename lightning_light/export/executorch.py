@@ -78,7 +78,7 @@ class ExecuTorch(Exporter):
         program, int8 = traced_int8(str(self), model, tensors, _INT8, largest=self.max_batch)
         try:
             delegates, left, lowered = self._lowered(program)
-        except FAILURES as error:
+        except (*FAILURES, _unknown_operation()) as error:
             raise TraceError(advice(str(self), model, error)) from error
         path.write_bytes(lowered.buffer)
         (plan,) = lowered.executorch_program.execution_plan
@@ -111,6 +111,13 @@ class ExecuTorch(Exporter):
             called = _called(edge.exported_program().graph_module.graph)
             left = sorted(set(called) - {_DELEGATE, "getitem"})
             return called.count(_DELEGATE), left, edge.to_executorch()
+
+
+def _unknown_operation() -> type[Exception]:
+    """What the lowering raises for an operation that ExecuTorch does not know: no kind of error that others are."""
+    from torch._export.verifier import SpecViolationError
+
+    return SpecViolationError
 
 
 def _write_strides(graph: torch.fx.Graph) -> None:
