@@ -142,7 +142,13 @@ class _Method:
         _portable_kernels_of_int8()
         _set_threads(torch.get_num_threads(), bool(self._loaded))
         self._program = Runtime.get().load_program(path)
-        self._method = self._program.load_method("forward")
+        try:
+            self._method = self._program.load_method("forward")
+        except RuntimeError as error:
+            raise TraceError(
+                f"`ExecuTorch`: expected a file that its runtime loads, found that it does not: {error}. It says on "
+                "the standard error which operation it cannot prepare; write that one otherwise, or use another runtime."
+            ) from error
         self._loaded.add(self)
 
     def __call__(self, *tensors: Any) -> list[Tensor]:
