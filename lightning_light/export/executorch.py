@@ -147,7 +147,7 @@ class _Method:
         except RuntimeError as error:
             raise TraceError(
                 f"`ExecuTorch`: expected a file that its runtime loads, found that it does not: {error}. It says on "
-                "the standard error which operation it cannot prepare; write that one otherwise, or use another runtime."
+                "the standard error which operation it cannot prepare: write that otherwise, or use another runtime."
             ) from error
         self._loaded.add(self)
 
