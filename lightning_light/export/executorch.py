@@ -129,7 +129,7 @@ class _Refusing:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception) and (kind is Exception or isinstance(error, FAILURES)):
+        if isinstance(error, Exception) and (kind is Exception or isinstance(error, (*FAILURES, _unknown_operation()))):
             cause = error.__cause__ if isinstance(error.__cause__, Exception) and kind is Exception else error
             raise TraceError(advice(self._call, self._model, cause)) from error
 
@@ -142,6 +142,13 @@ def _make_contiguous(model: nn.Module) -> None:
 
 def _contiguous(tensor: Tensor) -> Tensor:
     return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _unknown_operation() -> type[Exception]:
+    """What the lowering raises for an operation that ExecuTorch does not know: no kind of error that others are."""
+    from torch._export.verifier import SpecViolationError
+
+    return SpecViolationError
 
 
 def _write_strides(graph: torch.fx.Graph) -> None:
@@ -166,7 +173,13 @@ class _Method:
         _portable_kernels_of_int8()
         _set_threads(torch.get_num_threads(), bool(self._loaded))
         self._program = Runtime.get().load_program(path)
-        self._method = self._program.load_method("forward")
+        try:
+            self._method = self._program.load_method("forward")
+        except RuntimeError as error:
+            raise TraceError(
+                f"`ExecuTorch`: expected a file that its runtime loads, found that it does not: {error}. It says on "
+                "the standard error which operation it cannot prepare: write that otherwise, or use another runtime."
+            ) from error
         self._loaded.add(self)
 
     def __call__(self, *tensors: Any) -> list[Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_light.quantization.weights import Weight
 
-__all__ = ["Layer", "add_fits", "join", "quantize", "tensors_to_float"]
+__all__ = ["Layer", "add_fits", "join", "kept", "quantize", "tensors_to_float"]
 
 Scale = tuple[float, int]
 
@@ -90,6 +90,28 @@ def quantize(x: Tensor, scale: Scale) -> Tensor:
 def add_fits(values: Sequence[Tensor], scale: Scale) -> bool:
     """QNNPACK adds in 32 bits: an operand's scale over the sum's must be in [2**-14, 2**8), or it stops the process."""
     return all(2.0**-14 <= value.q_scale() / scale[0] < 2.0**8 for value in values)
+
+
+def kept(engine: str, name: str, function: Any, args: list[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What moves or pools quantized numbers, which stay on their grid.
+
+    Raises:
+        NotImplementedError: QNNPACK's pool does not look at an option, and so computes wrong numbers.
+    """
+    for option, (place, usual) in _IGNORED.get(name, {}).items() if engine == "qnnpack" else ():
+        value = kwargs.get(option, args[place] if len(args) > place else usual)
+        if any(item != usual for item in (value if isinstance(value, Sequence) else [value])):
+            raise NotImplementedError(f"its pool ignores `{option}`")
+    if name == "max_pool1d" and args:  # on x86 one sample whose channels lie last in memory is read in the wrong order
+        args = [args[0].contiguous(), *args[1:]]
+    return function(*args, **kwargs)
+
+
+_IGNORED: dict[str, dict[str, tuple[int, Any]]] = {
+    "avg_pool2d": {"count_include_pad": (5, True), "divisor_override": (6, None)},
+    "max_pool1d": {"dilation": (4, 1)},  # which goes wrong together with padding
+    "max_pool2d": {"dilation": (4, 1)},
+}
 
 
 def join(name: str, values: Sequence[Tensor], dim: int, scale: Scale, *, relu: bool) -> Any:

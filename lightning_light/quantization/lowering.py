@@ -112,7 +112,7 @@ class Lowering(Lowered):
         if group is not None and (kind in ADDING or kind == "cat"):
             return self._join(key, kind, group, args, kwargs)
         if isinstance(first, Tensor) and first.is_quantized and self._keeps_grid(key, name, first, args, kwargs):
-            return True, function(*args, **kwargs)
+            return True, kernels.kept(self.engine, name, function, args, kwargs)
         return False, None
 
     def _keeps_grid(self, key: str, name: str, first: Tensor, args: list[Any], kwargs: dict[str, Any]) -> bool:

@@ -151,6 +151,12 @@ def test_outputs_that_are_no_tensors_are_refused(tmp_path: Path) -> None:
         export_model(Answers(), (noise(2, 3),), tmp_path / "m.onnx", exporter=ONNX(), **QUICK)
 
 
+def test_an_operation_that_executorch_lacks_is_refused_by_name(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveMaxPool2d(3)).eval()
+    with pytest.raises(TraceError, match=r"found SpecViolationError: .*adaptive_max_pool2d"):
+        export_model(net, (noise(2, 3, 8, 8),), tmp_path / "net.pte", exporter=ExecuTorch(), latency_runs=1)
+
+
 def test_half_precision_that_numpy_lacks_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TraceError, match=r"found torch.bfloat16. Export `model.float\(\)`"):
         export_model(nn.Linear(3, 2).bfloat16(), (noise(2, 3).bfloat16(),), tmp_path / "m.onnx", exporter=ONNX())

@@ -114,6 +114,26 @@ def test_relu6_does_not_meet_the_clamp_of_qnnpack(engine, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "pool",
+    [
+        lambda: nn.AvgPool2d(3, 1, 1, count_include_pad=False),
+        lambda: nn.AvgPool2d(3, divisor_override=5),
+        lambda: nn.MaxPool2d(3, 2, 1, dilation=2),
+        lambda: nn.Sequential(nn.Flatten(2), nn.MaxPool1d(3, 2, 1, dilation=(2,))),
+    ],
+    ids=["border", "divisor", "dilation", "one sample in one dimension"],
+)
+def test_pools_with_options_that_kernels_ignore(pool, engine, tmp_path) -> None:
+    """Those of QNNPACK would be dozens of steps off, and one of x86 that gets one sample."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), pool()).eval()
+    images = noise(2, 3, 12, 12)
+    calibrated(net, ExampleInput((images,)), Int8(engine=engine))
+    assert max(exported(net, tmp_path, images, parity=Tolerance(steps=1.01)).parity.steps.values()) <= 1.01
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_sums_of_scales_far_apart_stay_float(engine, tmp_path) -> None:
     """QNNPACK stops the process where an operand's scale is 2**8 times the sum's."""
 

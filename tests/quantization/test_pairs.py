@@ -126,6 +126,15 @@ def test_kernels_of_executorch_that_were_loaded_before_are_not_taken_for_the_ope
     assert found.stdout.split() == ["False", "True"]
 
 
+def test_a_file_that_executorch_does_not_load_is_refused(tmp_path) -> None:
+    """XNNPACK takes the padding of `Unfold` between int8 and float, and cannot prepare it."""
+    net, images = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Unfold(2)).eval(), noise(2, 3, 8, 8)
+    calibrated(net, ExampleInput((images,)))
+    with pytest.raises(TraceError, match=r"`ExecuTorch`: expected a file that its runtime loads, found that it does"):
+        export_model(net, (images,), tmp_path / "net.pte", exporter=ExecuTorch(), batch="one", latency_runs=1)
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_operation_that_writes_into_its_input_is_followed() -> None:
     """What was known of the tensor before holds no longer."""
 
