@@ -174,3 +174,19 @@ def test_step_sizes_that_training_learns_begin_with_the_learned_rounding() -> No
     torch.testing.assert_close(step, weight.detach().abs().amax((1, 2, 3)) / 7)
     q = weight.detach() / step.reshape(-1, 1, 1, 1)
     torch.testing.assert_close(q, q.round(), atol=1e-5, rtol=0)
+
+
+def test_a_bias_before_a_batch_norm_without_one_is_corrected_in_its_own_units() -> None:
+    """``b + (E[y] - E[y_rounded]) / g``, ``g = 1 / sqrt(var + eps)``: Nagel et al. (2019), section 4.2."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False)).eval()
+    net[1].running_var.copy_(torch.tensor([0.01, 1.0, 9.0, 0.25]))  # type: ignore[operator, union-attr]
+    bias, right = net[0].bias.detach().double().clone(), answers(net).double().mean((0, 2, 3))  # type: ignore[union-attr, operator]
+    recipe = IntN(weights=2, activations=None)
+    with fake_quantized(quantize(copy.deepcopy(net), IMAGES, recipe)) as plain:
+        off = right - answers(plain).double().mean((0, 2, 3))
+    assert off.abs().min() > 1e-3
+    corrected = quantize(net, IMAGES, recipe, correct_bias=True)
+    expected = bias + off * torch.tensor([0.01, 1.0, 9.0, 0.25], dtype=torch.float64).add(1e-5).sqrt()
+    torch.testing.assert_close(net[0].bias.detach().double(), expected, rtol=1e-4, atol=1e-5)  # type: ignore[union-attr, operator]
+    with fake_quantized(corrected):
+        torch.testing.assert_close(answers(corrected).double().mean((0, 2, 3)), right, rtol=1e-4, atol=1e-4)
