@@ -32,6 +32,7 @@ from lightning_light.export.replay import replayed
 from lightning_light.export.report import ExportReport
 from lightning_light.export.top1 import Labelled
 from lightning_light.hosts import is_host
+from lightning_light.int8 import rounders_of
 from lightning_light.order import Stage
 from lightning_light.surgery.distributed import broadcast, tell
 
@@ -136,6 +137,7 @@ class MobileExport(CompressionCallback):
             return
         self._refuse_shared_path(trainer)
         self.exporter.check()
+        self._check_int8(trainer, pl_module)
         strategy = trainer.strategy
         if strategy.restore_checkpoint_after_setup or not strategy.lightning_restore_optimizer:
             raise UnsupportedError(
@@ -198,6 +200,13 @@ class MobileExport(CompressionCallback):
                 f"`MobileExport({str(self.path)!r})`: expected a path for each export of the Trainer, found it "
                 "twice: the second file would take the place of the first. Give them two names."
             )
+
+    def _check_int8(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # an attribute set by a connector
+        told = [one.int8_weights() for one in callbacks if isinstance(one, CompressionCallback)]
+        weights = next((found for found in told if found is not None), None)
+        if weights is not None or not rounders_of(pl_module):  # within `fake_quantized` nothing is known of them yet
+            self.exporter.check_int8(weights)
 
     def _let_go(self) -> None:
         self._capture.remove()

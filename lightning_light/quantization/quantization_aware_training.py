@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lightning_light.callback import CompressionCallback
 from lightning_light.example_input import Capture
+from lightning_light.int8 import Int8Weights
 from lightning_light.order import Stage
 from lightning_light.progress import training_progress
 from lightning_light.quantization.attachment import Attachment
@@ -220,6 +221,12 @@ class QuantizationAwareTraining(CompressionCallback):
     def window(self, max_epochs: int | None) -> tuple[float, float] | None:
         """From the first observation to the end: the ranges belong to the network that is exported."""
         return resolve_moment("start", self.start, max_epochs), 1.0
+
+    @override
+    def int8_weights(self) -> Int8Weights:
+        """By the recipe's rule; layers with another one of their own are known when the network is."""
+        rule = self.recipe.rule().weight
+        return Int8Weights(self.recipe.engine, rule.high if rule.bits == 8 else 0)
 
     # Private: the small questions the hooks ask.
 
