@@ -264,11 +264,9 @@ class QuantizationAwareTraining(CompressionCallback):
         if self._learned is not None:
             attachment.learned = self._learned.parameters
             attachment.use(state["ranges"], state["at_least"])
-        if unseen := attachment.plan.sites_of(_without_range(attachment.grids, state["ranges"])):
-            _warn_of_unseen(unseen)
         restart_selection(trainer)  # else "best" is the float network
         tell(trainer, f"{self.method}: {state['batches']} batches observed, from here on numbers are rounded")
-        if unseen := attachment.plan.sites_of(set(_without_range(attachment.grids, state["ranges"]))):
+        if unseen := attachment.plan.sites_of(_without_range(attachment.grids, state["ranges"])):
             _warn_of_unseen(unseen)
 
     def _learn(self, trainer: Trainer, pl_module: LightningModule) -> None:
