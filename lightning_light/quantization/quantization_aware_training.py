@@ -67,7 +67,7 @@ class QuantizationAwareTraining(CompressionCallback):
             ``Window(Staircase(Linear(), steps=2), end=0.6)`` goes 8, 6, 4 for a recipe of four bits. None: at once.
 
     Raises:
-        ValueError: an argument out of range, or moments out of order.
+        ValueError: an argument out of range, moments out of order, or a second such callback in the Trainer.
         TypeError: ``recipe`` is no recipe, or ``ladder`` no schedule.
         TargetError: the recipe's ``keep_float`` names nothing.
         OrderError: another method changes the structure after ``start``.
@@ -111,6 +111,7 @@ class QuantizationAwareTraining(CompressionCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Resolve the moments, so that what cannot work is said before anything is trained."""
         super().setup(trainer, pl_module, stage)
+        _refuse_several(trainer)
         if stage == "fit":
             self._moments = {
                 name: resolve_moment(name, getattr(self, name), trainer.max_epochs)
@@ -323,6 +324,17 @@ class QuantizationAwareTraining(CompressionCallback):
         return (
             f"the run was over after {state['batches']} of `observe_batches={self.observe_batches}`. Start earlier, or "
             "observe fewer."
+        )
+
+
+def _refuse_several(trainer: Trainer) -> None:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # an attribute set by a connector
+    found = [repr(one) for one in callbacks if isinstance(one, QuantizationAwareTraining)]
+    if len(found) > 1:
+        raise ValueError(
+            f"`callbacks=[{', '.join(found)}]`: expected one `QuantizationAwareTraining` in a Trainer, found "
+            f"{len(found)}: numbers are rounded once. For layers with recipes of their own write one: "
+            "`QuantizationAwareTraining(Mixed({'layer1.*': IntN(4)}, default=Int8()))`."
         )
 
 

@@ -193,6 +193,9 @@ def test_what_cannot_work_in_this_run_is_refused_before_training() -> None:
         trainer(QuantizationAwareTraining(Int8(), start=3)).fit(module())
     with pytest.raises(TargetError):
         trainer(QuantizationAwareTraining(Int8(keep_float=["haed"]))).fit(module())
+    two = [QuantizationAwareTraining(Int8(keep_float="head")), QuantizationAwareTraining(IntN(keep_float="features.*"))]
+    with pytest.raises(ValueError, match=r"keep_float='head'.*keep_float='features.*found 2.*write one: .*Mixed\("):
+        trainer(*two).fit(module())
 
 
 @pytest.mark.skipif("x86" not in torch.backends.quantized.supported_engines, reason="no kernels for x86")
