@@ -220,7 +220,7 @@ class MobileExport(CompressionCallback):
         return self._write(trainer, module, self.path)
 
     def _write(self, trainer: Trainer, module: LightningModule, path: str | os.PathLike[str]) -> ExportReport:
-        example = self._example(module)
+        example = self._example(trainer, module)
         return export_model(
             module,
             example.args,
@@ -250,9 +250,10 @@ class MobileExport(CompressionCallback):
         exports = [one for one in callbacks if isinstance(one, MobileExport)]
         return next(one._told for one in exports if (one.checkpoint, one.batch) == (self.checkpoint, self.batch))
 
-    def _example(self, module: LightningModule) -> ExampleInput:
-        if self._capture.example is not None:
-            return self._capture.example
+    def _example(self, trainer: Trainer, module: LightningModule) -> ExampleInput:
+        if (found := self._capture.example) is not None:
+            # A batch has been converted before `forward` saw it, an `example_input_array` is as the user wrote it.
+            return ExampleInput(*trainer.precision_plugin.convert_input((found.args, found.kwargs)))
         if self._recorder.calls:
             return self._recorder.calls[0]
         raise LightningLightError(
