@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lightning_light.errors import NoEffectWarning
 from lightning_light.hosts import Callback
+from lightning_light.int8 import Int8Weights
 from lightning_light.order import check_order
 from lightning_light.surgery.distributed import check_agreement, refuse_unsupported, rewrap, tell
 from lightning_light.surgery.journal import attach, is_attached, ledger_of, record, release
@@ -91,6 +92,10 @@ class CompressionCallback(Callback):
 
     def window(self, max_epochs: int | None) -> tuple[float, float] | None:
         """From when to when the network changes, as fractions of the run; None: not during training."""
+        return None
+
+    def int8_weights(self) -> Int8Weights | None:
+        """What weights will be rounded to for int8 kernels; None: this method does not round them."""
         return None
 
     def ledger(self, pl_module: nn.Module) -> Ledger:

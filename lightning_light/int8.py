@@ -13,10 +13,41 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["QUANTIZED_TENSORS_ARE_DEPRECATED", "Int8Form", "PairRules", "RoundsNumbers", "rounders_of"]
+from lightning_light.errors import UnsupportedError
+
+__all__ = ["QUANTIZED_TENSORS_ARE_DEPRECATED", "Int8Form", "Int8Weights", "PairRules", "RoundsNumbers", "rounders_of"]
 
 QUANTIZED_TENSORS_ARE_DEPRECATED = r"torch\.quantize_per_tensor, torch\.quantize_per_channel"
 """How torch's news begins that its int8 kernels will leave; whoever exports to them knows."""
+
+_LIMITS = {"x86": 63}  # without VNNI two products have to fit into 16 bits
+
+
+@dataclass(frozen=True)
+class Int8Weights:
+    """What weights are rounded to, as far as it is known before training.
+
+    Attributes:
+        engine: by whose rules.
+        widest: the largest whole number of those of eight bits; 0 if there are none.
+    """
+
+    engine: str
+    widest: int
+
+    def check(self, engine: str) -> None:
+        """Refuse the int8 kernels of an engine with a smaller range.
+
+        Raises:
+            UnsupportedError: says for which engine to train.
+        """
+        limit = _LIMITS.get(engine, 127)
+        if self.widest > limit:
+            raise UnsupportedError(
+                f"`TorchScriptLite(engine={engine!r})`: expected weights that are rounded to [-{limit}, {limit}], "
+                f"found [-{self.widest}, {self.widest}], by the rules of {self.engine!r}: sums would overflow. Train "
+                f"with `Int8(engine={engine!r})`, or write `TorchScriptLite(engine='qnnpack')`."
+            )
 
 
 @dataclass

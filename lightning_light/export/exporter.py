@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lightning_light.export.inputs import Positional
+from lightning_light.int8 import Int8Weights
 
 __all__ = ["Exporter"]
 
@@ -32,6 +33,16 @@ class Exporter(ABC):
 
         Raises:
             UnsupportedError: names what is missing and what takes its place.
+        """
+
+    def check_int8(self, weights: Int8Weights | None) -> None:  # noqa: B027  # most formats take what comes
+        """Refuse, before anything is trained, numbers that the format cannot hold.
+
+        Args:
+            weights: what they will be rounded to; None: nothing in the Trainer rounds them.
+
+        Raises:
+            UnsupportedError: says what fits.
         """
 
     @abstractmethod

@@ -32,6 +32,7 @@ from lightning_light.export.replay import replayed
 from lightning_light.export.report import ExportReport
 from lightning_light.export.top1 import Labelled
 from lightning_light.hosts import is_host
+from lightning_light.int8 import rounders_of
 from lightning_light.order import Stage
 from lightning_light.surgery.distributed import broadcast, tell
 
@@ -136,6 +137,7 @@ class MobileExport(CompressionCallback):
             return
         self._refuse_shared_path(trainer)
         self.exporter.check()
+        self._check_int8(trainer, pl_module)
         strategy = trainer.strategy
         if strategy.restore_checkpoint_after_setup or not strategy.lightning_restore_optimizer:
             raise UnsupportedError(
@@ -199,6 +201,13 @@ class MobileExport(CompressionCallback):
                 "twice: the second file would take the place of the first. Give them two names."
             )
 
+    def _check_int8(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # an attribute set by a connector
+        told = [one.int8_weights() for one in callbacks if isinstance(one, CompressionCallback)]
+        weights = next((found for found in told if found is not None), None)
+        if weights is not None or not rounders_of(pl_module):  # within `fake_quantized` nothing is known of them yet
+            self.exporter.check_int8(weights)
+
     def _let_go(self) -> None:
         self._capture.remove()
         self._recorder.stop()
@@ -211,7 +220,7 @@ class MobileExport(CompressionCallback):
         return self._write(trainer, module, self.path)
 
     def _write(self, trainer: Trainer, module: LightningModule, path: str | os.PathLike[str]) -> ExportReport:
-        example = self._example(module)
+        example = self._example(trainer, module)
         return export_model(
             module,
             example.args,
@@ -241,9 +250,10 @@ class MobileExport(CompressionCallback):
         exports = [one for one in callbacks if isinstance(one, MobileExport)]
         return next(one._told for one in exports if (one.checkpoint, one.batch) == (self.checkpoint, self.batch))
 
-    def _example(self, module: LightningModule) -> ExampleInput:
-        if self._capture.example is not None:
-            return self._capture.example
+    def _example(self, trainer: Trainer, module: LightningModule) -> ExampleInput:
+        if (found := self._capture.example) is not None:
+            # A batch has been converted before `forward` saw it, an `example_input_array` is as the user wrote it.
+            return ExampleInput(*trainer.precision_plugin.convert_input((found.args, found.kwargs)))
         if self._recorder.calls:
             return self._recorder.calls[0]
         raise LightningLightError(

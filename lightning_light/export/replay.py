@@ -36,7 +36,8 @@ def replayed(trainer: Trainer, first: ExampleInput | None) -> Iterator[Labelled]
         for number, batch in enumerate(loader):
             if number >= limit:
                 break
-            pair = _pair(trainer.strategy.batch_to_device(batch, torch.device("cpu"), dataloader_idx=place))
+            given = trainer.precision_plugin.convert_input(batch)  # as the Trainer does, under "bf16-true" for instance
+            pair = _pair(trainer.strategy.batch_to_device(given, torch.device("cpu"), dataloader_idx=place))
             if pair is None or not (number or place or (len(leaves) == 1 and _same(leaves[0], pair[0]))):
                 return
             yield Labelled(cloned(_like(first, pair[0])), pair[1])

@@ -26,7 +26,7 @@ from lightning_light.export.attention import plain_attention
 from lightning_light.export.exporter import Exporter
 from lightning_light.export.inputs import Positional
 from lightning_light.export.int8 import described, rounder_of
-from lightning_light.int8 import QUANTIZED_TENSORS_ARE_DEPRECATED
+from lightning_light.int8 import QUANTIZED_TENSORS_ARE_DEPRECATED, Int8Weights
 
 __all__ = ["Engine", "TorchScriptLite"]
 
@@ -76,6 +76,17 @@ class TorchScriptLite(Exporter):
                 f"`{self}` with torch {torch.__version__}: expected a release that writes files for the "
                 "lite interpreter (up to 2.15), found one that has dropped it. Install `torch<2.16`, or use an "
                 "exporter for its successor, ExecuTorch."
+            )
+
+    @override
+    def check_int8(self, weights: Int8Weights | None) -> None:
+        if weights is not None:
+            weights.check(self.engine or "qnnpack")  # None is the recipe's, which its weights fit
+        elif self.engine is not None:
+            raise UnsupportedError(
+                f"`MobileExport(..., exporter={self})`: expected a Trainer that rounds numbers for int8 kernels, found "
+                "none of its callbacks doing so. Add `QuantizationAwareTraining(...)` before the export; for a float "
+                "file write `TorchScriptLite()`."
             )
 
     @override

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from lightning_light.errors import UnsupportedError
-from lightning_light.int8 import Int8Form, PairRules
+from lightning_light.int8 import Int8Form, Int8Weights, PairRules
 from lightning_light.quantization.lowered import Lowered, Rounds
 from lightning_light.quantization.lowering import Lowering
 from lightning_light.quantization.news import without_news
@@ -17,19 +16,12 @@ from lightning_light.quantization.pairs import Pairs, check_pairs
 
 __all__ = ["in_pairs", "on_kernels"]
 
-_LIMITS = {"qnnpack": 127, "x86": 63}  # of eight bits: without VNNI two products have to fit into 16 bits on x86
-
 
 @contextmanager
 def on_kernels(attachment: Rounds, call: Callable[[], Any], engine: str) -> Iterator[Int8Form]:
     """As `RoundsNumbers.on_kernels`."""
     widest = max((rule.high for rule in attachment.plan.weights.values() if rule.bits == 8), default=0)
-    if widest > _LIMITS[engine]:
-        raise UnsupportedError(
-            f"`TorchScriptLite(engine={engine!r})`: expected weights that were rounded to [-{_LIMITS[engine]}, "
-            f"{_LIMITS[engine]}], found [-{widest}, {widest}], by the rules of {attachment.engine!r}: sums would "
-            f"overflow. Train with `Int8(engine={engine!r})`, or write `TorchScriptLite(engine='qnnpack')`."
-        )
+    Int8Weights(attachment.engine, widest).check(engine)
     before = torch.backends.quantized.engine
     try:
         torch.backends.quantized.engine = engine

@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lightning_light.callback import CompressionCallback
 from lightning_light.example_input import Capture
+from lightning_light.int8 import Int8Weights
 from lightning_light.order import Stage
 from lightning_light.progress import training_progress
 from lightning_light.quantization.attachment import Attachment
@@ -66,7 +67,7 @@ class QuantizationAwareTraining(CompressionCallback):
             ``Window(Staircase(Linear(), steps=2), end=0.6)`` goes 8, 6, 4 for a recipe of four bits. None: at once.
 
     Raises:
-        ValueError: an argument out of range, or moments out of order.
+        ValueError: an argument out of range, moments out of order, or a second such callback in the Trainer.
         TypeError: ``recipe`` is no recipe, or ``ladder`` no schedule.
         TargetError: the recipe's ``keep_float`` names nothing.
         OrderError: another method changes the structure after ``start``.
@@ -110,6 +111,7 @@ class QuantizationAwareTraining(CompressionCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Resolve the moments, so that what cannot work is said before anything is trained."""
         super().setup(trainer, pl_module, stage)
+        _refuse_several(trainer)
         if stage == "fit":
             self._moments = {
                 name: resolve_moment(name, getattr(self, name), trainer.max_epochs)
@@ -221,6 +223,12 @@ class QuantizationAwareTraining(CompressionCallback):
         """From the first observation to the end: the ranges belong to the network that is exported."""
         return resolve_moment("start", self.start, max_epochs), 1.0
 
+    @override
+    def int8_weights(self) -> Int8Weights:
+        """By the recipe's rule; layers with another one of their own are known when the network is."""
+        rule = self.recipe.rule().weight
+        return Int8Weights(self.recipe.engine, rule.high if rule.bits == 8 else 0)
+
     # Private: the small questions the hooks ask.
 
     def _attach(self, pl_module: LightningModule, learned: Mapping[str, Tensor] | None = None) -> None:
@@ -257,11 +265,9 @@ class QuantizationAwareTraining(CompressionCallback):
         if self._learned is not None:
             attachment.learned = self._learned.parameters
             attachment.use(state["ranges"], state["at_least"])
-        if unseen := attachment.plan.sites_of(_without_range(attachment.grids, state["ranges"])):
-            _warn_of_unseen(unseen)
         restart_selection(trainer)  # else "best" is the float network
         tell(trainer, f"{self.method}: {state['batches']} batches observed, from here on numbers are rounded")
-        if unseen := attachment.plan.sites_of(set(_without_range(attachment.grids, state["ranges"]))):
+        if unseen := attachment.plan.sites_of(_without_range(attachment.grids, state["ranges"])):
             _warn_of_unseen(unseen)
 
     def _learn(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -318,6 +324,17 @@ class QuantizationAwareTraining(CompressionCallback):
         return (
             f"the run was over after {state['batches']} of `observe_batches={self.observe_batches}`. Start earlier, or "
             "observe fewer."
+        )
+
+
+def _refuse_several(trainer: Trainer) -> None:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # an attribute set by a connector
+    found = [repr(one) for one in callbacks if isinstance(one, QuantizationAwareTraining)]
+    if len(found) > 1:
+        raise ValueError(
+            f"`callbacks=[{', '.join(found)}]`: expected one `QuantizationAwareTraining` in a Trainer, found "
+            f"{len(found)}: numbers are rounded once. For layers with recipes of their own write one: "
+            "`QuantizationAwareTraining(Mixed({'layer1.*': IntN(4)}, default=Int8()))`."
         )
 
 

@@ -66,8 +66,9 @@ def test_places_that_training_never_comes_by_are_named() -> None:
     net.example_input_array = IMAGES
     with pytest.warns(
         UserWarning, match=r"found none at \[.*'features'.*\] in the .*Does `training_step` call `self\("
-    ):
+    ) as told:
         trainer(QuantizationAwareTraining(Int8(), **STAGES), limit_val_batches=0).fit(net)
+    assert sum("found none at" in str(one.message) for one in told) == 1
 
 
 @pytest.mark.parametrize("moment", ["0.5", None, True, 1.5])

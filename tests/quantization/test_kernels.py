@@ -233,6 +233,19 @@ def test_a_trained_network_is_exported_when_the_fit_ends(tmp_path) -> None:
         )
 
 
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_classes_are_compared_in_the_precision_of_the_trainer(precision, tmp_path) -> None:
+    module: Any = module_class(Body, DEFAULT_HOST)()
+    module.example_input_array = noise(2, 3, 8, 8)
+    export = MobileExport(tmp_path / "net.ptl", latency_runs=1)
+    qat = QuantizationAwareTraining(Int8(), start=0.0, observe_batches=2)
+    trainer(qat, export, precision=precision).fit(module)
+    assert export.report is not None
+    assert export.report.inputs[0]["dtype"] == {"64-true": "float64", "bf16-true": "bfloat16"}[precision]
+    assert export.report.top1 is not None
+    assert export.report.top1.samples == 8
+
+
 class Counted(Body):
     """Counts the calls of all its copies."""
 

@@ -10,8 +10,9 @@ from torch.nn.utils import prune
 
 import lightning_light
 from lightning_light.budgets import MACs
-from lightning_light.errors import LightningLightError, NoEffectWarning, OrderError, TargetError
-from lightning_light.quantization import Int8, MovingAverage, QuantizationAwareTraining, fake_quantized
+from lightning_light.errors import LightningLightError, NoEffectWarning, OrderError, TargetError, UnsupportedError
+from lightning_light.export import MobileExport, TorchScriptLite
+from lightning_light.quantization import Int8, IntN, MovingAverage, QuantizationAwareTraining, fake_quantized
 from lightning_light.schedules import Linear, Window
 from lightning_light.structured import StructuredPruning
 from tests.contract.bodies import Body, module_class
@@ -192,6 +193,29 @@ def test_what_cannot_work_in_this_run_is_refused_before_training() -> None:
         trainer(QuantizationAwareTraining(Int8(), start=3)).fit(module())
     with pytest.raises(TargetError):
         trainer(QuantizationAwareTraining(Int8(keep_float=["haed"]))).fit(module())
+    two = [QuantizationAwareTraining(Int8(keep_float="head")), QuantizationAwareTraining(IntN(keep_float="features.*"))]
+    with pytest.raises(ValueError, match=r"keep_float='head'.*keep_float='features.*found 2.*write one: .*Mixed\("):
+        trainer(*two).fit(module())
+
+
+@pytest.mark.skipif("x86" not in torch.backends.quantized.supported_engines, reason="no kernels for x86")
+def test_an_engine_that_does_not_fit_is_refused_before_training(tmp_path) -> None:
+    def export() -> MobileExport:
+        return MobileExport(tmp_path / "net.ptl", exporter=TorchScriptLite("x86"), latency_runs=1)
+
+    for callbacks, sentence in (
+        ([QuantizationAwareTraining(Int8(), **STAGES), export()], r"found \[-127, 127\], by the rules of 'qnnpack'"),
+        ([export()], r"found none of its callbacks doing so.*for a float file write `TorchScriptLite\(\)`"),
+    ):
+        net = module()
+        with pytest.raises(UnsupportedError, match=sentence):
+            trainer(*callbacks).fit(net)
+        assert not net.losses
+    for recipe in (Int8(engine="x86"), IntN(weights=4)):
+        fits = export()
+        trainer(QuantizationAwareTraining(recipe, **STAGES), fits).fit(module())
+        assert fits.report is not None
+        assert fits.report.details["engine"] == "x86"
 
 
 @pytest.mark.parametrize(
