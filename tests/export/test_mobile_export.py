@@ -222,6 +222,14 @@ def test_compiled_module(tmp_path: Path) -> None:
     torch.testing.assert_close(answers(tmp_path / "model.ptl", *tensors)[0], expected[0], atol=1e-4, rtol=1e-4)
 
 
+def test_compiled_steps_without_an_example_are_refused_before_training(tmp_path: Path) -> None:
+    module = Lit(Images())
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with pytest.raises(LightningLightError, match=r"compiled, where no hook can look.*in place: `module.compile\(\)`"):
+        fit(torch.compile(module, backend="eager"), export_to(tmp_path / "model.ptl"))
+    assert runs.same(before, module.state_dict())
+
+
 def test_second_fit_exports_anew(tmp_path: Path) -> None:
     module, export = Lit(Images()), export_to(tmp_path / "model.ptl")
     trainer = fit(module, export)
