@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lightning_light.errors import LightningLightError
+
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
@@ -82,12 +84,21 @@ def capture(pl_module: nn.Module, module: nn.Module | None = None) -> Capture:
     Args:
         pl_module: the LightningModule.
         module: the part of it whose call is wanted, if not its own; its ``example_input_array`` is then of no use.
+
+    Raises:
+        LightningLightError: the steps of ``pl_module`` are compiled, and it has no ``example_input_array``.
     """
     found = Capture()
     array = getattr(pl_module, "example_input_array", None) if module in (None, pl_module) else None
     if array is not None:
         found.example = ExampleInput.from_array(array).small()
         return found
+    if getattr(pl_module, "_compiler_ctx", None) is not None:
+        raise LightningLightError(
+            f"`trainer.fit(torch.compile({type(pl_module).__name__}(...)))`: expected to see what the network is "
+            "called with, found steps that are compiled, where no hook can look, and no `example_input_array`. Set "
+            "that in the module, or compile the network in place: `module.compile()`."
+        )
     found._handle = (module or pl_module).register_forward_pre_hook(found._look, with_kwargs=True)
     return found
 

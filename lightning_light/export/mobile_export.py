@@ -52,7 +52,8 @@ class MobileExport(CompressionCallback):
     ``forward`` received them, timed on one sample, and described by a report, in ``{path}.json`` and as ``report``.
     If it does not answer as the module does, the run ends with an error, and the module is in a checkpoint.
 
-    One for each runtime: a Trainer may have several, which write one after the other.
+    One for each runtime: a Trainer may have several, which write one after the other; when one fails, its error names
+    the files that are there and those that have not been tried.
 
     With several processes the first one exports, and all fail if it fails. With ``fast_dev_run`` all of this is done
     in a temporary folder.
@@ -201,6 +202,14 @@ class MobileExport(CompressionCallback):
                 "twice: the second file would take the place of the first. Give them two names."
             )
 
+    def _others(self, trainer: Trainer) -> str:
+        """What has become of the Trainer's other exports when this one has failed."""
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # an attribute set by a connector
+        exports = [one for one in callbacks if isinstance(one, MobileExport)]
+        place = exports.index(self)
+        parts = (("Written before", exports[:place]), ("Not tried after it", exports[place + 1 :]))
+        return "".join(f" {what}: {', '.join(repr(str(one.path)) for one in some)}." for what, some in parts if some)
+
     def _check_int8(self, trainer: Trainer, pl_module: LightningModule) -> None:
         callbacks = trainer.callbacks  # type: ignore[attr-defined]  # an attribute set by a connector
         told = [one.int8_weights() for one in callbacks if isinstance(one, CompressionCallback)]
@@ -272,7 +281,7 @@ class MobileExport(CompressionCallback):
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             rescue = f"{self.path}.ckpt"
             trainer.save_checkpoint(rescue)
-            saved = f" Nothing is lost: the trained network is in {rescue!r}."
+            saved = f" Nothing is lost: the trained network is in {rescue!r}.{self._others(trainer)}"
         if isinstance(error, LightningLightError):
             raise type(error)(f"{error}{saved}") from error
         raise LightningLightError(

@@ -74,7 +74,7 @@ class Attachment(Frames, RoundsNumbers):
         self._folded = frozenset(group.batch_norm for group in plan.groups.values())
         self._biases = WholeBiases(plan, engine)
         self._open: list[Any] = []
-        self._compiled: list[tuple[nn.Module, Any]] = []
+        self._compiled: list[tuple[nn.Module, str, Any]] = []
 
     @override
     def watch(self, model: nn.Module) -> None:
@@ -82,15 +82,18 @@ class Attachment(Frames, RoundsNumbers):
         super().watch(model)
         for module in model.modules():
             if (compiled := getattr(module, "_compiled_call_impl", None)) is not None:
-                self._compiled.append((module, compiled))
+                self._compiled.append((module, "_compiled_call_impl", compiled))
                 module._compiled_call_impl = None
+            for name, written in _compiled_by_lightning(module):
+                self._compiled.append((module, name, vars(module)[name]))
+                setattr(module, name, written)
 
     @override
     def let_go(self) -> None:
         super().let_go()
         while self._compiled:
-            module, compiled = self._compiled.pop()
-            module._compiled_call_impl = compiled
+            module, name, compiled = self._compiled.pop()
+            setattr(module, name, compiled)
 
     def use(self, ranges: Tensor, at_least: int = 0) -> None:
         """Compute every grid anew: from ``ranges`` and what is learned, with no fewer than ``at_least`` bits."""
@@ -235,6 +238,13 @@ class Attachment(Frames, RoundsNumbers):
             before = self._seen[place]
             found = torch.stack([torch.minimum(before[0], found[0]), torch.maximum(before[1], found[1])])
         self._seen[place] = found
+
+
+def _compiled_by_lightning(module: nn.Module) -> list[tuple[str, Any]]:
+    """Of ``torch.compile(module)`` that a Trainer was given: the name of each method, and what it was before."""
+    context = vars(module).get("_compiler_ctx") or {}
+    methods = ((key.removeprefix("original_"), value) for key, value in context.items() if key.startswith("original_"))
+    return [(name, value) for name, value in methods if name in vars(module)]
 
 
 class _Mode(TorchFunctionMode):

@@ -75,6 +75,10 @@ class QuantizationAwareTraining(CompressionCallback):
     Note:
         Channels leave, weights become zero and layers are factored before ``start``: ranges belong to the network that
         is exported. Parts that ``torch.compile`` has compiled run uncompiled from ``start`` on.
+
+        Lightning's averaging callbacks put their weights into the live module, to validate and in the end: it rounds
+        them as its own. A ``copy.deepcopy`` or pickle of a module that rounds goes on rounding, with the ranges of that
+        moment and for good; make copies before ``start`` or after the run, and round them in `fake_quantized`.
     """
 
     method: ClassVar[str] = "quantization_aware_training"

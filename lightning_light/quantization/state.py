@@ -70,6 +70,10 @@ def fake_quantized(model: nn.Module) -> Iterator[nn.Module]:
         model: a module that `quantize` was called on or `QuantizationAwareTraining` has trained, in this process or
             loaded by ``lightning_light.load_from_checkpoint``.
 
+    Note:
+        A ``copy.deepcopy`` or pickle that is made inside computes with rounded numbers for good. Made outside it has
+        the ranges too, and computes with them in a ``with`` of its own.
+
     Raises:
         LightningLightError: nothing in it has been quantized.
     """

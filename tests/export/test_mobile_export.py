@@ -136,6 +136,15 @@ def test_failed_export_does_not_lose_the_network(tmp_path: Path) -> None:
     assert (tmp_path / "model.ptl").exists()
 
 
+def test_an_export_that_fails_says_what_has_become_of_the_others(tmp_path: Path) -> None:
+    first, last = export_to(tmp_path / "first.ptl"), export_to(tmp_path / "last.ptl")
+    fails = export_to(tmp_path / "fails.ptl", parity=Tolerance(absolute=0.0, relative=0.0))
+    with pytest.raises(ParityError, match=r"Written before: '.*first.ptl'\. Not tried after it: '.*last.ptl'\."):
+        fit(Lit(Images()), first, fails, last)
+    assert (tmp_path / "first.ptl").exists()
+    assert not (tmp_path / "last.ptl").exists()
+
+
 def test_any_other_failure_is_stated_too(tmp_path: Path) -> None:
     (tmp_path / "model.ptl").mkdir()
     with pytest.raises(LightningLightError, match=r"failed after training: .*Is a directory.*Nothing is lost") as error:
@@ -220,6 +229,14 @@ def test_compiled_module(tmp_path: Path) -> None:
     fit(torch.compile(module, backend="eager"), export)
     tensors, expected = of_live(module, next(iter(batches())))
     torch.testing.assert_close(answers(tmp_path / "model.ptl", *tensors)[0], expected[0], atol=1e-4, rtol=1e-4)
+
+
+def test_compiled_steps_without_an_example_are_refused_before_training(tmp_path: Path) -> None:
+    module = Lit(Images())
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with pytest.raises(LightningLightError, match=r"compiled, where no hook can look.*in place: `module.compile\(\)`"):
+        fit(torch.compile(module, backend="eager"), export_to(tmp_path / "model.ptl"))
+    assert runs.same(before, module.state_dict())
 
 
 def test_second_fit_exports_anew(tmp_path: Path) -> None:

@@ -61,6 +61,19 @@ class Elsewhere(Body):
         return F.cross_entropy(self.head(F.relu(f.last(x)).mean((2, 3))), labels)
 
 
+def test_a_module_that_is_compiled_as_a_whole_is_trained_as_written() -> None:
+    ends = []
+    for way in (lambda net: net, lambda net: torch.compile(net, backend="eager")):
+        net = module_class(Body, pl)()
+        net.example_input_array = IMAGES
+        qat = QuantizationAwareTraining(Int8(), **STAGES)
+        trainer(qat).fit(way(net))
+        assert qat.state(net)["form"] == "rounded"
+        ends.append(net.state_dict())
+    assert not differences(*ends)
+    assert all(hasattr(vars(net)[name], "_torchdynamo_orig_callable") for name in ("forward", "training_step"))
+
+
 def test_places_that_training_never_comes_by_are_named() -> None:
     net = module_class(Elsewhere, pl)()
     net.example_input_array = IMAGES

@@ -1,5 +1,7 @@
 """Stages in a real Trainer: what is seen when, what is refused, and that the user's module stays theirs."""
 
+import copy
+import pickle
 from typing import Any
 
 import lightning.pytorch as pl
@@ -96,6 +98,46 @@ def test_the_network_computes_on_the_grid_in_the_trainer_and_in_float_after_it()
     low, high = qat.state(net)["ranges"][grid].clamp(torch.tensor([-1e9, 0.0]), torch.tensor([0.0, 1e9])).tolist()
     steps = rounded.double() / ((high - low) / 255)
     torch.testing.assert_close(steps, steps.round(), atol=1e-3, rtol=0.0)
+
+
+@pytest.mark.parametrize("average_first", [False, True])
+def test_averaged_weights_are_validated_rounded_and_float_after_the_run(average_first) -> None:
+    seen: list[Tensor] = []
+
+    class Look(pl.Callback):
+        def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            seen.append(pl_module(IMAGES).detach())
+            seen.append(pl_module.head.weight.detach().clone())
+
+    average, qat, net = (
+        pl.callbacks.EMAWeightAveraging(decay=0.5),
+        QuantizationAwareTraining(Int8(), **STAGES),
+        module(),
+    )
+    beside = [Look(), average, qat] if average_first else [Look(), qat, average]  # looks while the average is in place
+    trainer(*beside).fit(net)
+    rounded, averaged = seen[-2:]
+    assert torch.equal(net.head.weight, averaged)
+    assert not any(one._forward_hooks or one._forward_pre_hooks for one in net.modules())
+    net.eval()
+    assert not torch.equal(net(IMAGES), rounded)
+    with fake_quantized(net):
+        assert torch.equal(net(IMAGES), rounded)
+
+
+def test_copies_that_are_made_while_it_rounds_round_for_good_and_others_when_told() -> None:
+    net = module()
+    trainer(QuantizationAwareTraining(Int8(), **STAGES)).fit(net)
+    net.eval()
+    outside, plain = copy.deepcopy(net), net(IMAGES)
+    with fake_quantized(net):
+        inside, pickled, rounded = copy.deepcopy(net), pickle.loads(pickle.dumps(net)), net(IMAGES)
+    assert torch.equal(net(IMAGES), plain)
+    assert torch.equal(outside(IMAGES), plain)
+    assert torch.equal(inside(IMAGES), rounded)
+    assert torch.equal(pickled(IMAGES), rounded)
+    with fake_quantized(outside):
+        assert torch.equal(outside(IMAGES), rounded)
 
 
 def test_a_loaded_checkpoint_can_be_rounded_without_a_trainer(tmp_path) -> None:
