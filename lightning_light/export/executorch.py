@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from typing_extensions import override
 
 from lightning_light.errors import TraceError, UnsupportedError
@@ -82,7 +82,7 @@ class ExecuTorch(Exporter):
         tensors = tree_map(lambda leaf: _contiguous(leaf) if isinstance(leaf, Tensor) else leaf, tensors)
         program, int8 = traced_int8(str(self), model, tensors, _INT8, largest=self.max_batch)
         with _Refusing(str(self), model):
-            delegates, left, lowered = self._lowered(program)
+            delegates, left, lowered = self._lowered(program, open_batch=any(tree_leaves(model.batched)))
         path.write_bytes(lowered.buffer)
         (plan,) = lowered.executorch_program.execution_plan
         return {
@@ -101,19 +101,34 @@ class ExecuTorch(Exporter):
         with _quiet_bindings():
             return _Method(path)
 
-    def _lowered(self, program: Program) -> tuple[int, list[str], Any]:
+    def _lowered(self, program: Program, open_batch: bool) -> tuple[int, list[str], Any]:
         """How many parts are delegated, what is not, and the program to be written."""
         _portable_kernels_of_int8()
         with _quiet_bindings(), quiet_torch():
-            from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
             from executorch.exir import to_edge_transform_and_lower
 
             _write_strides(program.graph.graph)
-            partitioners = [XnnpackPartitioner()] if self.partitioner else []
+            partitioners = [_xnnpack(open_batch)] if self.partitioner else []
             edge = to_edge_transform_and_lower(program.graph, partitioner=partitioners)
             called = _called(edge.exported_program().graph_module.graph)
             left = sorted(set(called) - {_DELEGATE, "getitem"})
             return called.count(_DELEGATE), left, edge.to_executorch()
+
+
+def _xnnpack(open_batch: bool) -> Any:
+    """The partitioner of XNNPACK, which takes means of int8 as such only where the batch is one size.
+
+    Their kernel has scratch memory of four bytes for every number that it gives. It is planned for the batch of the
+    first call, and when a larger one follows it is written past its end: alone among the kernels that have such memory,
+    this one does not ask for more. Computed in float, between two grids, a mean needs none.
+    """
+    from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+
+    partitioner = XnnpackPartitioner()
+    if open_batch:
+        partitioner.target_partitioner_configs["mean.dim"].set_enabled_precision_types([ConfigPrecisionType.FP32])
+    return partitioner
 
 
 class _Refusing:

@@ -135,6 +135,30 @@ def test_a_file_that_executorch_does_not_load_is_refused(tmp_path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+GROWING = """
+import sys, torch
+import lightning_light as ll
+from torch import nn
+
+torch.manual_seed(0)
+net = nn.Sequential(nn.Conv2d(3, 512, 1), nn.AdaptiveAvgPool2d(1), nn.Conv2d(512, 8, 1), nn.Flatten()).eval()
+images = torch.randn(8, 3, 8, 8)
+with ll.fake_quantized(ll.quantize(net, [images], ll.Int8())):
+    ll.export_model(net, (images[:1],), sys.argv[1], exporter=ll.ExecuTorch(), latency_runs=1)
+file = ll.load_exported(sys.argv[1], exporter=ll.ExecuTorch())
+alone = torch.cat([file(image) for image in images.split(1)])
+print(*[float((file(images[:size]) - alone[:size]).abs().max()) for size in (8, 3, 8)])
+"""
+
+
+def test_an_executorch_file_with_a_mean_stands_batches_that_grow(tmp_path) -> None:
+    """XNNPACK's mean of int8 writes past its memory then. In a process of its own, which that stops."""
+    command = [sys.executable, "-c", GROWING, str(tmp_path / "net.pte")]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert max(map(float, found.stdout.splitlines()[-1].split())) < 1e-5
+
+
 def test_an_operation_that_writes_into_its_input_is_followed() -> None:
     """What was known of the tensor before holds no longer."""
 
