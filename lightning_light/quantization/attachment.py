@@ -13,10 +13,10 @@ from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
 from lightning_light.int8 import Int8Form, PairRules, RoundsNumbers
-from lightning_light.quantization.biases import WholeBiases
-from lightning_light.quantization.forms import in_pairs, on_kernels
 from lightning_light.quantization.learning import learned_activation
-from lightning_light.quantization.lowered import Lowered
+from lightning_light.quantization.lowering.biases import WholeBiases
+from lightning_light.quantization.lowering.forms import in_pairs, on_kernels
+from lightning_light.quantization.lowering.lowered import Lowered
 from lightning_light.quantization.news import warnings_of_the_caller
 from lightning_light.quantization.observers import MinMax, MovingAverage
 from lightning_light.quantization.operations import BATCH_NORM, HEAVY, kind_of, name_of, set_argument

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 
-from lightning_light.quantization.pairs import check_pairs
+from lightning_light.quantization.lowering.pairs import check_pairs
 from lightning_light.quantization.rounding import integers, merge, round_activation, round_weight, scales_of
 from lightning_light.quantization.rules import Grid, WeightRule
 from tests.zoo import noise

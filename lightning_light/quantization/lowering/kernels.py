@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_light.quantization.weights import Weight
+from lightning_light.quantization.lowering.weights import Weight
 
 __all__ = ["Layer", "add_fits", "join", "kept", "quantize", "tensors_to_float"]
 

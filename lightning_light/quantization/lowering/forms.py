@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from lightning_light.int8 import Int8Form, Int8Weights, PairRules
-from lightning_light.quantization.lowered import Lowered, Rounds
-from lightning_light.quantization.lowering import Lowering
+from lightning_light.quantization.lowering.lowered import Lowered, Rounds
+from lightning_light.quantization.lowering.on_kernels import Lowering
+from lightning_light.quantization.lowering.pairs import Pairs, check_pairs
 from lightning_light.quantization.news import without_news
-from lightning_light.quantization.pairs import Pairs, check_pairs
 
 __all__ = ["in_pairs", "on_kernels"]
 

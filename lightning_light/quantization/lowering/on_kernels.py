@@ -11,11 +11,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_light.int8 import Int8Form
-from lightning_light.quantization import kernels
-from lightning_light.quantization.lowered import ASKS, Lowered, Rounds, Scale, scalar
+from lightning_light.quantization.lowering import kernels
+from lightning_light.quantization.lowering.lowered import ASKS, Lowered, Rounds, Scale, scalar
+from lightning_light.quantization.lowering.weights import Weight, in_one_place
 from lightning_light.quantization.operations import ADDING, kind_of, moves
 from lightning_light.quantization.plan import Group
-from lightning_light.quantization.weights import Weight, in_one_place
 
 __all__ = ["Lowering"]
 

@@ -118,7 +118,7 @@ def test_kernels_of_executorch_that_were_loaded_before_are_not_taken_for_the_ope
     """In a process that has run a float file."""
     code = (
         "import importlib, torch; importlib.import_module('executorch.kernels.quantized')\n"
-        "from lightning_light.quantization.pairs import check_pairs\n"
+        "from lightning_light.quantization.lowering.pairs import check_pairs\n"
         "operation = torch.ops.quantized_decomposed.quantize_per_tensor\n"
         "before = hasattr(operation, 'default'); check_pairs(); print(before, hasattr(operation, 'default'))"
     )

@@ -18,8 +18,8 @@ from lightning_light.example_input import ExampleInput
 from lightning_light.export import MobileExport, Tolerance, TorchScriptLite, export_model
 from lightning_light.export.torchscript_lite import quiet_deprecations
 from lightning_light.quantization import Int8, MovingAverage, QuantizationAwareTraining, fake_quantized, quantize
-from lightning_light.quantization.lowering import Lowering
-from lightning_light.quantization.weights import Weight, in_one_place
+from lightning_light.quantization.lowering.on_kernels import Lowering
+from lightning_light.quantization.lowering.weights import Weight, in_one_place
 from tests.contract.bodies import Body, module_class
 from tests.contract.runs import DEFAULT_HOST, trainer
 from tests.quantization.test_plan import calibrated

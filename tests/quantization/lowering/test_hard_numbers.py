@@ -13,8 +13,8 @@ from torch.nn.utils import parametrizations
 
 from lightning_light.export import ONNX, ExecuTorch, Exporter, Tolerance, TorchScriptLite, export_model
 from lightning_light.quantization import Int8, fake_quantized, quantize
+from lightning_light.quantization.lowering.weights import folded
 from lightning_light.quantization.rules import WeightRule
-from lightning_light.quantization.weights import folded
 from tests.zoo import noise
 
 EXPORTERS = [TorchScriptLite(), ExecuTorch(), ONNX()]

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_light.quantization.lowering.weights import gain_and_shift
 from lightning_light.quantization.operations import arguments, set_argument
 from lightning_light.quantization.plan import Plan
 from lightning_light.quantization.rounding import integers
 from lightning_light.quantization.rules import WeightRule
-from lightning_light.quantization.weights import gain_and_shift
 
 __all__ = ["WholeBiases", "whole_bias"]
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from lightning_light.int8 import Int8Form
+from lightning_light.quantization.lowering.weights import Weight, folded
 from lightning_light.quantization.operations import BATCH_NORM, arguments, kind_of
 from lightning_light.quantization.places import module_of
 from lightning_light.quantization.plan import Group, Plan
 from lightning_light.quantization.rules import Grid, WeightRule
-from lightning_light.quantization.weights import Weight, folded
 
 __all__ = ["ASKS", "Lowered", "Rounds", "Scale", "scalar"]
 

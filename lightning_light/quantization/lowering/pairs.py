@@ -14,12 +14,12 @@ from typing_extensions import override
 
 from lightning_light.errors import UnsupportedError
 from lightning_light.int8 import PairRules
-from lightning_light.quantization.biases import whole_bias
 from lightning_light.quantization.learning import SMALLEST
-from lightning_light.quantization.lowered import ASKS, Lowered, Rounds, Scale, scalar
+from lightning_light.quantization.lowering.biases import whole_bias
+from lightning_light.quantization.lowering.lowered import ASKS, Lowered, Rounds, Scale, scalar
+from lightning_light.quantization.lowering.weights import Weight
 from lightning_light.quantization.operations import BATCH_NORM, kind_of, moves
 from lightning_light.quantization.rounding import integers
-from lightning_light.quantization.weights import Weight
 
 __all__ = ["Pairs", "check_pairs"]
 
