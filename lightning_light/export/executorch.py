@@ -83,8 +83,9 @@ class ExecuTorch(Exporter):
         program, int8 = traced_int8(str(self), model, tensors, _INT8, largest=self.max_batch)
         with _Refusing(str(self), model):
             delegates, left, lowered = self._lowered(program, open_batch=any(tree_leaves(model.batched)))
-        path.write_bytes(lowered.buffer)
         (plan,) = lowered.executorch_program.execution_plan
+        self._check_planned(plan)
+        path.write_bytes(lowered.buffer)
         return {
             "torch": torch.__version__,
             "executorch": version_of("executorch"),
@@ -100,6 +101,18 @@ class ExecuTorch(Exporter):
     def load(self, path: Path) -> Callable[..., Any]:
         with _quiet_bindings():
             return _Method(path)
+
+    def _check_planned(self, plan: Any) -> None:
+        """Its passes build sizes in: the example's, or 15, below which torch has another kernel for convolutions."""
+        inputs = [plan.values[place].val for place in plan.inputs]
+        planned = min((value.sizes[0] for value in inputs if value.shape_dynamism.value), default=self.max_batch)
+        if planned < self.max_batch:
+            raise UnsupportedError(
+                f"`{self}`: expected memory for batches of {self.max_batch}, found that ExecuTorch plans it for "
+                f"{planned} of this network, because a size, in `forward` or by the runtime, was built in. Write "
+                f"`ExecuTorch(max_batch={planned})`, with which `load_exported` asks for larger batches in parts, or "
+                "promise one sample at a time with `batch='one'`."
+            )
 
     def _lowered(self, program: Program, open_batch: bool) -> tuple[int, list[str], Any]:
         """How many parts are delegated, what is not, and the program to be written."""

@@ -72,9 +72,18 @@ def test_executorch_file_of_one_sample(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_executorch_batch_size_that_xnnpack_builds_in_is_found(tmp_path: Path) -> None:
-    with pytest.raises(ParityError, match=r"or by the runtime, was built in.*batch='one'"):
+    with pytest.raises(UnsupportedError, match=r"or by the runtime, was built in.*batch='one'"):
         check_file("chunk", ExecuTorch(), tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_batch_that_executorch_does_not_plan_for_is_refused(tmp_path: Path) -> None:
+    net, images = nn.Conv2d(3, 4, 3).eval(), noise(2, 3, 8, 8)
+    with pytest.raises(UnsupportedError, match=r"batches of 16, found .* for 15 .*`ExecuTorch\(max_batch=15\)`"):
+        export_model(net, (images,), tmp_path / "net.pte", exporter=ExecuTorch(max_batch=16), **QUICK)
+    assert not list(tmp_path.iterdir())
+    export_model(net, (images,), tmp_path / "net.pte", exporter=ExecuTorch(max_batch=15), **QUICK)
+    assert ExecuTorch().load(tmp_path / "net.pte")(noise(15, 3, 8, 8))[0].shape[0] == 15
 
 
 @pytest.mark.slow
