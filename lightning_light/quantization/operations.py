@@ -8,17 +8,22 @@ from typing import Any, Final
 
 import torch.nn.functional as F
 
-__all__ = ["ADDING", "BATCH_NORM", "HEAVY", "arguments", "kind_of", "moves", "name_of", "set_argument"]
+__all__ = ["ADDING", "BATCH_NORM", "HEAVY", "WHOLE", "arguments", "kind_of", "moves", "name_of", "set_argument"]
 
 HEAVY: Final = frozenset({"conv", "transposed", "linear"})
 """Kinds with a weight: what quantization is about."""
 
 ADDING: Final = frozenset({"add", "mul"})
 BATCH_NORM: Final = "batch_norm"
+WHOLE: Final = "whole"
+"""Kind of one operation with weights of several layers inside, which no runtime computes in int8."""
+
 _NAMES = {
     "conv": "conv1d conv2d conv3d",
     "transposed": "conv_transpose1d conv_transpose2d conv_transpose3d",
     "linear": "linear",
+    "whole": "multi_head_attention_forward lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell "
+    "bilinear",
     "batch_norm": "batch_norm",
     "relu": "relu relu_",
     "relu6": "relu6",

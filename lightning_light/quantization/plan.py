@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from lightning_light.quantization.operations import ADDING, BATCH_NORM, HEAVY
+from lightning_light.quantization.operations import ADDING, BATCH_NORM, HEAVY, WHOLE
 from lightning_light.quantization.places import module_of
 from lightning_light.quantization.record import Operation
 from lightning_light.quantization.rules import Grid, LayerRule, WeightRule
@@ -92,6 +92,8 @@ class _Planner:
         self.plan = Plan()
         self._rules: dict[int, LayerRule] = {}
         for operation in operations:
+            if operation.kind == WHOLE:
+                self.plan.left_float[module_of(operation.key)] = f"`{operation.name}` has no int8 kernel"
             if operation.kind not in HEAVY:
                 continue
             rule = rules.get(module_of(operation.key))
@@ -244,4 +246,4 @@ def _only_user(operation: Operation) -> Operation | None:
 
 
 def _is_float(operation: Operation) -> bool:
-    return operation.kind in {"float", "int", BATCH_NORM, "clamp", _OWN}
+    return operation.kind in {"float", "int", BATCH_NORM, "clamp", WHOLE, _OWN}

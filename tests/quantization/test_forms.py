@@ -71,6 +71,7 @@ NETS = {
     "over time": (OverTime, lambda: noise(2, 2, 12)),
     "padded with nine": (PaddedWithNine, lambda: noise(2, 3, 8, 8)),
 }
+LEFT = {"tagger": {"rnn": "`lstm` has no int8 kernel"}}
 
 
 def prepared(name: str) -> tuple[nn.Module, Tensor, Attachment]:
@@ -87,15 +88,16 @@ def test_the_graph_is_the_rounded_module(name) -> None:
         expected = net(x)
         with attachment.in_pairs(lambda: net(x), PairRules(signed=True)) as form:
             torch.testing.assert_close(net(x), expected, rtol=0.0, atol=0.0)
-    assert form.left_float == {}
+    assert form.left_float == LEFT.get(name, {})
 
 
 @pytest.mark.parametrize("exporter", EXPORTERS, ids=str)
 @pytest.mark.parametrize("name", NETS)
+@pytest.mark.filterwarnings("ignore:.*layers that stay float. {'rnn'")
 def test_every_file_is_the_rounded_module(name, exporter, tmp_path) -> None:
     net, x, attachment = prepared(name)
     report = export_model(net, (x,), tmp_path / f"net{exporter.suffix}", exporter=exporter, batch="one", latency_runs=1)
-    assert report.details["left_float"] == {}
+    assert report.details["left_float"] == LEFT.get(name, {})
     assert report.details["int8_layers"] == len(attachment.plan.weights)
     assert max(report.parity.steps.values()) < 0.1
 
