@@ -1,26 +1,38 @@
-"""One calibration, four int8 files: which of 36 networks with random weights each runtime runs, and how closely.
+"""One training, four int8 files: which of 36 networks with random weights each runtime runs, and how closely.
 
-    python benchmarks/int8_networks.py --out int8_networks.json [--only resnet18 unet] [--table]
+    python benchmarks/int8_networks.py --out int8_networks.json [--only resnet18 unet] [--seeds 0 1 2] [--table]
 
-Signal-to-noise ratios in decibels, on one random input: the rounded module against float, the graph of quantize and
-dequantize operations against the module, each file against that graph. ``exact`` is equality of every number. The
-networks of torchvision and timm need those packages; what cannot be imported is left out, and said.
+A Trainer observes two batches of two samples, and trains with rounded numbers on two of four. Then, on one random
+input, signal-to-noise ratios in decibels: the rounded module against float, the graph of quantize and dequantize
+operations against the module, each file against the module, against that graph, and against float. ``exact`` is
+equality of every number. The networks of torchvision and timm need those packages; what cannot be imported is left
+out, and said.
+
+A deep network with random weights makes much of one number that falls on the other side of a half: a ratio is as
+random as the weights, so the table has the mean over the seeds.
 """
 
 import argparse
+import copy
 import importlib
+import itertools
 import json
+import logging
+import math
+import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision_operators  # noqa: F401  before anything that imports torchvision if it is there
+from lightning.pytorch import LightningModule, Trainer
 from small_nets import Audio1D, ControlFlow, LSTMTagger, TinyTransformer, UNet
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 import lightning_light as ll
 from lightning_light.errors import LightningLightError
@@ -61,9 +73,25 @@ RUNTIMES: dict[str, ll.Exporter] = {
 }  # fmt: skip
 
 
+class Randomly(LightningModule):
+    """A network that is trained a little, so that it computes what it did."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return first(self.net(x))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self(batch).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 1e-5)
+
+
 def made(name: str) -> tuple[nn.Module, Tensor]:
     """The network and an example of its input."""
-    torch.manual_seed(0)
     if name in SMALL:
         return SMALL[name][0](), SMALL[name][1]
     example = torch.randn(1, 3, SIZES.get(name, 224), SIZES.get(name, 224))
@@ -88,7 +116,22 @@ def warmed(net: nn.Module, example: Tensor) -> nn.Module:
     with torch.no_grad():
         for _ in range(3 if norms else 0):
             net.train()(another(example, 4))
+    for norm in norms:
+        norm.momentum = 0.1
     return net.eval()
+
+
+def trained(net: nn.Module, batches: list[Tensor], engine: str, folder: Path) -> Randomly:
+    """With rounded numbers in the second half."""
+    recipe = ll.Int8(engine=engine, observer=ll.quantization.MovingAverage(0.1))
+    qat = ll.QuantizationAwareTraining(recipe, observe_batches=2, freeze_observers=0.5, freeze_batch_norm=1.0)
+    trainer = Trainer(
+        max_epochs=1, callbacks=[qat], accelerator="cpu", logger=False, default_root_dir=folder,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    module = Randomly(copy.deepcopy(net)).train()
+    trainer.fit(module, DataLoader(batches, batch_size=None))
+    return module.eval()
 
 
 def decibels(right: Tensor, found: Tensor) -> float:
@@ -100,34 +143,36 @@ def first(answer: Any) -> Tensor:
     return answer if isinstance(answer, Tensor) else first(answer[0])
 
 
-def measure(name: str, runtimes: list[str], folder: Path) -> dict[str, Any]:
+def measure(name: str, seed: int, runtimes: list[str], folder: Path) -> dict[str, Any]:
     """One row."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     net, example = made(name)
     warmed(net, example)
-    x, calibration = another(example, 1), [another(example, 2) for _ in range(3)]
-    with torch.no_grad():
-        plain = first(net(x))
+    x, batches = another(example, 1), [another(example, samples) for samples in (2, 2, 4, 4)]
     row: dict[str, Any] = {"name": name, "sqnr": {}, "error": {}, "ms": {}, "bytes": {}, "left_float": {}}
     for engine in ("qnnpack", "x86"):
         mine = [one for one in runtimes if (one == "x86") == (engine == "x86")]
-        ll.quantize(net, calibration, ll.Int8(engine=engine))
-        with ll.fake_quantized(net), torch.no_grad():
-            module = first(net(x))
-            with rounders_of(net)[0].in_pairs(lambda: net(x), PairRules(signed=True)):
-                graph = first(net(x))
+        if not mine:
+            continue
+        model = trained(net, batches, engine, folder)
+        with torch.no_grad():
+            plain = model(x)
+        with ll.fake_quantized(model), torch.no_grad():
+            module = model(x)
+            with rounders_of(model)[0].in_pairs(lambda model=model: model(x), PairRules(signed=True)):
+                graph = model(x)
             if engine == "qnnpack":
                 row |= {"module": decibels(plain, module), "graph": decibels(module, graph)}
             for runtime in mine:
                 try:
-                    row_of(row, runtime, net, x, module, graph, folder)
+                    row_of(row, runtime, model, x, (module, graph, plain), folder)
                 except FAILURES as error:
                     row["error"][runtime] = f"{type(error).__name__}: {error}"[:300]
     return row
 
 
 def row_of(
-    row: dict[str, Any], runtime: str, net: nn.Module, x: Tensor, module: Tensor, graph: Tensor, folder: Path
+    row: dict[str, Any], runtime: str, net: nn.Module, x: Tensor, answers: tuple[Tensor, ...], folder: Path
 ) -> None:
     exporter = RUNTIMES[runtime]
     path = folder / f"net{exporter.suffix}"
@@ -135,27 +180,37 @@ def row_of(
         details = exporter.write(Positional(detached_copy(net), ExampleInput((x,))), (x,), path)
     run = exporter.load(path)
     answer = first(run(x))
-    row["sqnr"][runtime] = [decibels(module, answer), decibels(graph, answer)]
+    row["sqnr"][runtime] = [decibels(right, answer) for right in answers]
     row["ms"][runtime] = measure_latency(lambda: run(x), runs=5).median * 1e3
     row["bytes"][runtime], row["left_float"][runtime] = path.stat().st_size, sorted(details["left_float"])
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """For the documentation: file against module; x86 adds biases in float, which the graph does not."""
+def mean(ratios: Iterable[float]) -> float:
+    """The ratio of the mean noise."""
+    noise = statistics.fmean(10 ** (-ratio / 10) for ratio in ratios)
+    return float("inf") if noise == 0 else -10 * math.log10(noise)
 
-    def cell(value: float) -> str:
-        return "exact" if value == float("inf") else f"{value:.1f}"
 
-    def failed(row: dict[str, Any], runtime: str) -> str:
-        return "refused" if row["error"].get(runtime, "").startswith("TraceError") else "fails"
+def table(rows: dict[str, dict[str, dict[str, Any]]], against: int = 0) -> str:
+    """For the documentation: file ``against`` the module, 0; the graph, 1; or float, 2."""
+
+    def cell(row: list[dict[str, Any]], *path: Any) -> str:
+        found = []
+        for value in row:
+            for step in path:
+                value = value[step] if isinstance(value, list) else value.get(step, {})
+                if value == {}:
+                    error = str(row[0].get("error", {}))
+                    return "refused" if "TraceError" in error else "fails"
+            found.append(value)
+        ratio = mean(found)
+        return "exact" if ratio == float("inf") else f"{ratio:.1f}"
 
     lines = [f"| network | module | graph | {' | '.join(RUNTIMES)} |", "|---|---|---|" + "---|" * len(RUNTIMES)]
-    for row in rows:
-        if "module" not in row:
-            lines.append(f"| {row['name']} | · | · |" + " fails |" * len(RUNTIMES))
-            continue
-        cells = [cell(row["sqnr"][one][0]) if one in row["sqnr"] else failed(row, one) for one in RUNTIMES]
-        lines.append(f"| {row['name']} | {cell(row['module'])} | {cell(row['graph'])} | {' | '.join(cells)} |")
+    for name in [name for name in NETWORKS if name in rows]:
+        row = list(rows[name].values())
+        paths: list[tuple[Any, ...]] = [("module",), ("graph",), *(("sqnr", one, against) for one in RUNTIMES)]
+        lines.append(f"| {name} | {' | '.join(cell(row, *path) for path in paths)} |")
     return "\n".join(lines)
 
 
@@ -164,22 +219,27 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("int8_networks.json"))
     parser.add_argument("--only", nargs="*", default=NETWORKS)
     parser.add_argument("--runtimes", nargs="*", default=list(RUNTIMES))
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--table", action="store_true", help="print what --out holds, and measure nothing")
+    parser.add_argument("--against", choices=("module", "graph", "float"), default="module")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    rows: dict[str, dict[str, Any]] = json.loads(args.out.read_text()) if args.out.exists() else {}
-    for name in [] if args.table else [name for name in args.only if name not in rows]:
+    rows: dict[str, dict[str, dict[str, Any]]] = json.loads(args.out.read_text()) if args.out.exists() else {}
+    for seed, name in [] if args.table else itertools.product(args.seeds, args.only):
+        if str(seed) in rows.setdefault(name, {}):
+            continue
         start = time.monotonic()
         try:
             with tempfile.TemporaryDirectory() as folder:
-                rows[name] = measure(name, args.runtimes, Path(folder))
+                row = measure(name, seed, args.runtimes, Path(folder))
         except (ImportError, *FAILURES) as error:
-            rows[name] = {"name": name, "error": {"all": f"{type(error).__name__}: {error}"[:300]}}
-        rows[name]["seconds"] = round(time.monotonic() - start, 1)
+            row = {"name": name, "error": {"all": f"{type(error).__name__}: {error}"[:300]}}
+        rows[name][str(seed)] = row | {"seconds": round(time.monotonic() - start, 1)}
         args.out.write_text(json.dumps(rows, indent=1))
-        print(rows[name], flush=True)
-    print(table([rows[name] for name in NETWORKS if name in rows]))
+        print(seed, rows[name][str(seed)], flush=True)
+    print(table(rows, ("module", "graph", "float").index(args.against)))
 
 
 if __name__ == "__main__":

@@ -14,12 +14,12 @@ from typing_extensions import override
 
 from lightning_light.int8 import Int8Form, PairRules, RoundsNumbers
 from lightning_light.quantization.learning import learned_activation
-from lightning_light.quantization.lowering.biases import WholeBiases
+from lightning_light.quantization.lowering.evaluated import Evaluated
 from lightning_light.quantization.lowering.forms import in_pairs, on_kernels
 from lightning_light.quantization.lowering.lowered import Lowered
 from lightning_light.quantization.news import warnings_of_the_caller
 from lightning_light.quantization.observers import MinMax, MovingAverage
-from lightning_light.quantization.operations import BATCH_NORM, HEAVY, kind_of, name_of, set_argument
+from lightning_light.quantization.operations import BATCH_NORM, HEAVY, arguments, kind_of, name_of, set_argument
 from lightning_light.quantization.parameters import first_step, learned_scale, names_of
 from lightning_light.quantization.places import Frames
 from lightning_light.quantization.plan import Plan
@@ -72,7 +72,7 @@ class Attachment(Frames, RoundsNumbers):
         self._values: dict[str, Tensor] = {}  # of what is learned, in the same memory
         self._seen: dict[int, Tensor] = {}
         self._folded = frozenset(group.batch_norm for group in plan.groups.values())
-        self._biases = WholeBiases(plan, engine)
+        self._evaluated = Evaluated(plan, engine)
         self._open: list[Any] = []
         self._compiled: list[tuple[nn.Module, str, Any]] = []
 
@@ -80,6 +80,7 @@ class Attachment(Frames, RoundsNumbers):
     def watch(self, model: nn.Module) -> None:
         """Modules that are compiled in place run as written until `let_go`: a hook cannot be compiled along."""
         super().watch(model)
+        self._evaluated.watch(model)
         for module in model.modules():
             if (compiled := getattr(module, "_compiled_call_impl", None)) is not None:
                 self._compiled.append((module, "_compiled_call_impl", compiled))
@@ -91,6 +92,7 @@ class Attachment(Frames, RoundsNumbers):
     @override
     def let_go(self) -> None:
         super().let_go()
+        self._evaluated.let_go()
         while self._compiled:
             module, name, compiled = self._compiled.pop()
             setattr(module, name, compiled)
@@ -169,21 +171,35 @@ class Attachment(Frames, RoundsNumbers):
             return self.lowered.run(key, name, function, args, kwargs)
         if self.lowered is not None:
             self.lowered.collect(key, name, args, kwargs)
-        evaluated = self.form == "rounded" and not torch.is_grad_enabled()
-        if evaluated and (reads := self.plan.reads.get(key)) is not None:
-            self._biases.note(key, name, args, kwargs, *self.weight(key), self.scales[reads])
-        self.before(key, kind_of(name), args, kwargs)
+        self._round_inputs(key, args, kwargs)
+        if not self._takes_from_graph(key, name, function, args, kwargs):
+            self._adjust(key, kind_of(name), args, kwargs)
         grid = self.plan.outputs.get(key)
-        if grid is not None and self._is_done_by_rounding(grid, name, args, kwargs):
-            return self._activation(grid, args[0])
-        result = function(*args, **kwargs)
-        if evaluated:
-            result = self._biases.add(key, name, args, kwargs, result)
+        if self._is_done_by_layer(key, name, args, kwargs) or self._is_done_by_rounding(grid, name, args, kwargs):
+            result = args[0]
+        else:
+            result = function(*args, **kwargs)
         return result if grid is None else self._activation(grid, result)
 
-    def _is_done_by_rounding(self, place: int, name: str, args: list[Any], kwargs: dict[str, Any]) -> bool:
+    def _takes_from_graph(self, key: str, name: str, function: Any, args: list[Any], kwargs: dict[str, Any]) -> bool:
+        """Whether this is a layer that has been given the weight and bias of the graph."""
+        if self.form != "rounded" or torch.is_grad_enabled() or is_traced() or key not in self.plan.reads:
+            return False
+        return self._evaluated.take(key, name, function, args, kwargs, self.weight(key), self.scales)
+
+    def _is_done_by_layer(self, key: str, name: str, args: list[Any], kwargs: dict[str, Any]) -> bool:
+        """Whether this is a batch norm that the layer before it has computed; if not as it is here, that does again."""
+        layer = self._evaluated.layer_before(key)
+        if layer is None or layer.is_followed_by(arguments(name, args, kwargs)):
+            return layer is not None
+        self._before_layer(layer.key, layer.args, layer.kwargs)
+        set_argument(args, kwargs, 0, "input", layer.function(*layer.args, **layer.kwargs))
+        return False
+
+    def _is_done_by_rounding(self, place: int | None, name: str, args: list[Any], kwargs: dict[str, Any]) -> bool:
         """Whether this is a ReLU: a grid from zero on cuts off what is below zero itself."""
-        if name not in {"relu", "relu6"} or self.form != "rounded" or len(args) != 1 or kwargs.get("inplace"):
+        inplace = kwargs.get("inplace")
+        if name not in {"relu", "relu6"} or place is None or self.form != "rounded" or len(args) != 1 or inplace:
             return False
         grid, known = self.grids[place], self.scales[place] is not None
         counts_zeros = self.observing and not isinstance(grid.observer, MovingAverage | MinMax)
@@ -191,16 +207,22 @@ class Attachment(Frames, RoundsNumbers):
 
     def before(self, key: str, kind: str, args: list[Any], kwargs: dict[str, Any]) -> None:
         """Round a weight, and inputs of the network; tell a batch norm which statistics to use."""
-        if kind == BATCH_NORM and self.batch_norm_frozen and key in self._folded:
-            set_argument(args, kwargs, 5, "training", False)
-        if kind in HEAVY and key in self.plan.weights:
-            self._before_layer(key, args, kwargs)
+        self._round_inputs(key, args, kwargs)
+        self._adjust(key, kind, args, kwargs)
+
+    def _round_inputs(self, key: str, args: list[Any], kwargs: dict[str, Any]) -> None:
         for place, grid in self.plan.arguments.get(key, {}).items():
             if place < len(args):
                 args[place] = self._activation(grid, args[place])
             else:
                 name = list(kwargs)[place - len(args)]
                 kwargs[name] = self._activation(grid, kwargs[name])
+
+    def _adjust(self, key: str, kind: str, args: list[Any], kwargs: dict[str, Any]) -> None:
+        if kind == BATCH_NORM and self.batch_norm_frozen and key in self._folded:
+            set_argument(args, kwargs, 5, "training", False)
+        if kind in HEAVY and key in self.plan.weights:
+            self._before_layer(key, args, kwargs)
 
     def _before_layer(self, key: str, args: list[Any], kwargs: dict[str, Any]) -> None:
         rule, step = self.weight(key)

@@ -252,9 +252,9 @@ def _is_positive(operation: Operation) -> bool:
 
 
 def _readers(operation: Operation) -> Iterator[Operation]:
-    """The operations that compute with its numbers, wherever those have been moved."""
+    """The operations that compute with its numbers, wherever those have been moved or joined to."""
     for user in operation.users:
-        if user.kind == "move":
+        if user.kind in {"move", "cat"}:
             yield from _readers(user)
         else:
             yield user

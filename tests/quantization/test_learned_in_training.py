@@ -51,7 +51,8 @@ class Spy(TorchFunctionMode):
 
 
 def rounded_weights(net: Any) -> list[Tensor]:
-    with Spy() as spy, fake_quantized(net.eval()), torch.no_grad():
+    """Without the batch norms, which are folded in where no gradient is wanted."""
+    with Spy() as spy, fake_quantized(net.eval()):
         net(IMAGES)
     return spy.weights
 

@@ -9,11 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_light.quantization.lowering.weights import Weight
+from lightning_light.quantization.lowering.weights import Scale, Weight
 
 __all__ = ["Layer", "add_fits", "join", "kept", "quantize", "tensors_to_float"]
-
-Scale = tuple[float, int]
 
 
 @dataclass

@@ -11,17 +11,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from lightning_light.int8 import Int8Form
-from lightning_light.quantization.lowering.weights import Weight, folded
+from lightning_light.quantization.lowering.weights import Scale, Weight, folded
 from lightning_light.quantization.operations import BATCH_NORM, arguments, kind_of
 from lightning_light.quantization.places import module_of
 from lightning_light.quantization.plan import Group, Plan
 from lightning_light.quantization.rules import Grid, WeightRule
 
-__all__ = ["ASKS", "Lowered", "Rounds", "Scale", "scalar"]
-
-Scale = tuple[float, int]
-
-_COARSEST = 256.0  # XNNPACK does not load a file with more
+__all__ = ["ASKS", "Lowered", "Rounds", "scalar"]
 
 ASKS: Final = frozenset(
     {"__get__", "size", "dim", "numel", "ndimension", "is_floating_point", "__len__", "is_contiguous"}
@@ -104,7 +100,7 @@ class Lowered(ABC):
         assert writes is not None
         norm = None if group.batch_norm is None else self._collected[group.batch_norm]
         weight = folded(self._collected[key], norm, *self.attachment.weight(key), reads[0], writes[0])
-        if reads[0] * float(weight.scale.max()) >= _COARSEST * writes[0]:
+        if weight.is_too_coarse(reads[0], writes[0]):
             return "one step of its sums is more than the whole grid of its output"
         self.weights[key] = weight
         return None

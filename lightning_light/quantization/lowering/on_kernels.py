@@ -12,8 +12,8 @@ from typing_extensions import override
 
 from lightning_light.int8 import Int8Form
 from lightning_light.quantization.lowering import kernels
-from lightning_light.quantization.lowering.lowered import ASKS, Lowered, Rounds, Scale, scalar
-from lightning_light.quantization.lowering.weights import Weight, in_one_place
+from lightning_light.quantization.lowering.lowered import ASKS, Lowered, Rounds, scalar
+from lightning_light.quantization.lowering.weights import Scale, Weight, in_one_place
 from lightning_light.quantization.operations import ADDING, kind_of, moves
 from lightning_light.quantization.plan import Group
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,9 +14,8 @@ from typing_extensions import override
 from lightning_light.errors import UnsupportedError
 from lightning_light.int8 import PairRules
 from lightning_light.quantization.learning import SMALLEST
-from lightning_light.quantization.lowering.biases import whole_bias
-from lightning_light.quantization.lowering.lowered import ASKS, Lowered, Rounds, Scale, scalar
-from lightning_light.quantization.lowering.weights import Weight
+from lightning_light.quantization.lowering.lowered import ASKS, Lowered, Rounds, scalar
+from lightning_light.quantization.lowering.weights import Scale, Weight
 from lightning_light.quantization.operations import BATCH_NORM, kind_of, moves
 from lightning_light.quantization.rounding import integers
 
@@ -52,8 +50,8 @@ class Pairs(Lowered):
             return
         weight, rest = self.weights[key], (-_LIMIT, _LIMIT, torch.int8)
         reads = self.scales[self.plan.reads[key]]
-        if weight.bias is not None and reads is not None:  # the runtimes would round it likewise
-            self.weights[key] = weight = replace(weight, bias=whole_bias(weight.bias, reads[0] * weight.scale))
+        if reads is not None:  # the runtimes would round it likewise
+            self.weights[key] = weight = weight.with_whole_bias(reads[0])
         if weight.per_channel:
             zeros = torch.zeros_like(weight.scale, dtype=torch.int64)
             self._constants[key] = (weight.integers, weight.scale.float(), zeros, 0, *rest)

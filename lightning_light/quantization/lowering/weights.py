@@ -12,8 +12,11 @@ from torch import Tensor
 from lightning_light.quantization.rounding import integers
 from lightning_light.quantization.rules import WeightRule
 
-__all__ = ["Weight", "folded", "gain_and_shift", "in_one_place"]
+__all__ = ["Scale", "Weight", "folded", "in_one_place"]
 
+Scale = tuple[float, int]
+
+_COARSEST = 256.0  # XNNPACK does not load a file with more
 _MOST = 2.0**30  # of the 32 bits that a kernel adds in; products take the rest
 
 
@@ -35,6 +38,14 @@ class Weight:
     def per_channel(self) -> bool:
         """Whether there is one scale a channel."""
         return self.scale.dim() > 0
+
+    def with_whole_bias(self, reads: float) -> Weight:
+        """With the bias that a kernel adds: whole steps of ``reads``, the scale of its input, times the weight's."""
+        return self if self.bias is None else replace(self, bias=_whole(self.bias, reads * self.scale))
+
+    def is_too_coarse(self, reads: float, writes: float) -> bool:
+        """Whether one step of the sums is more than the whole grid that they are put on, of scale ``writes``."""
+        return reads * float(self.scale.max()) >= _COARSEST * writes
 
     def value(self) -> Tensor:
         """The weight in float."""
@@ -68,7 +79,7 @@ def folded(
     whole, scale = integers(args["weight"], rule, step)
     if norm is None:
         return _fitting(whole, scale.double(), bias, reads, writes)
-    gain, shift = gain_and_shift(norm, bias)
+    gain, shift = _gain_and_shift(norm, bias)
     whole = whole * gain.sign().float().reshape(-1, *[1] * (whole.dim() - 1))
     return _fitting(whole, scale.double() * gain.abs(), shift, reads, writes)
 
@@ -110,7 +121,7 @@ def _fitting(whole: Tensor, scale: Tensor, bias: Tensor | None, reads: float, wr
     return Weight(whole.to(torch.int8), fitting, bias)
 
 
-def gain_and_shift(norm: Mapping[str, Any], bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def _gain_and_shift(norm: Mapping[str, Any], bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """What a batch norm multiplies by, and what it then adds, in evaluation; ``bias`` is that of the layer before."""
     gain = (norm["running_var"].double() + norm.get("eps", 1e-5)).rsqrt()
     if norm.get("weight") is not None:
@@ -118,3 +129,9 @@ def gain_and_shift(norm: Mapping[str, Any], bias: Tensor | None) -> tuple[Tensor
     shift = -norm["running_mean"].double() if bias is None else bias.double() - norm["running_mean"].double()
     beta = 0.0 if norm.get("bias") is None else norm["bias"].detach().double()
     return gain, (beta + shift * gain).float()
+
+
+def _whole(bias: Tensor, unit: Tensor) -> Tensor:
+    """The nearest multiple of ``unit``; itself where there is no unit: kernels take one that is small enough."""
+    exact = bias.double()
+    return torch.where(unit > 0.0, (exact / unit).round() * unit, exact).to(bias.dtype)

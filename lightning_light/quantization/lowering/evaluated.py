@@ -1,0 +1,126 @@
+"""Where a rounded network is evaluated it computes what the graph for the runtimes does, to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_light.quantization.lowering.weights import Scale, folded
+from lightning_light.quantization.operations import arguments, set_argument
+from lightning_light.quantization.places import module_of
+from lightning_light.quantization.plan import Plan
+from lightning_light.quantization.rules import WeightRule
+
+__all__ = ["Evaluated", "FoldedLayer"]
+
+_FLOAT = "x86"  # the one engine that adds biases in float
+_EPS = 1e-5  # of `batch_norm`, where none is given
+_OF_NORM: Final = ("running_mean", "running_var", "weight", "bias")
+
+
+@dataclass
+class FoldedLayer:
+    """A layer that has computed for the batch norm after it, too.
+
+    Attributes:
+        key: its name.
+        function: the operation.
+        args: its arguments, with the weight as it was given.
+        kwargs: likewise.
+        norm: arguments of the batch norm, by name.
+    """
+
+    key: str
+    function: Any
+    args: list[Any]
+    kwargs: dict[str, Any]
+    norm: Mapping[str, Any]
+
+    def is_followed_by(self, norm: Mapping[str, Any]) -> bool:
+        """Whether a batch norm is called with what was expected; one with a `forward` of its own need not be."""
+        same = all(norm.get(name) is self.norm[name] for name in _OF_NORM)
+        return same and not norm.get("training") and norm.get("eps", _EPS) == self.norm["eps"]
+
+
+class Evaluated:
+    """Gives layers the weight and the bias of the graph, with the batch norm that follows folded in.
+
+    Written otherwise the same sum comes out a little different, and one number in some ten thousand lies so near to a
+    half that it falls on the other side; layer by layer they become many. So the batch norm has to be known before its
+    turn: it is, if it is a module. One that is called as a function computes as it is written.
+
+    Biases are whole numbers of the kernel's: without that, files of ResNet-20 told other classes than the module for
+    0.6 % of all images.
+
+    Args:
+        plan: of the network.
+        engine: whose rules.
+    """
+
+    def __init__(self, plan: Plan, engine: str) -> None:
+        self._plan, self._engine = plan, engine
+        self._norms: dict[str, _BatchNorm] = {}
+        self._folded: dict[str, FoldedLayer] = {}  # batch norm -> its layer
+
+    def watch(self, model: nn.Module) -> None:
+        """Find the batch norms."""
+        modules = dict(model.named_modules())
+        named = {group.batch_norm for group in self._plan.groups.values()} - {None}
+        found = {key: modules.get(module_of(key)) for key in named if key is not None}
+        self._norms = {key: module for key, module in found.items() if isinstance(module, _BatchNorm)}
+
+    def let_go(self) -> None:
+        """Forget them."""
+        self._norms, self._folded = {}, {}
+
+    def take(
+        self, key: str, name: str, function: Any, args: list[Any], kwargs: dict[str, Any],
+        rule: tuple[WeightRule, Tensor | None], scales: list[Scale | None],
+    ) -> bool:  # fmt: skip
+        """Give a layer that is about to compute the weight and bias of the graph, or leave it as it is.
+
+        Args:
+            key: its name.
+            name: of the operation.
+            function: the operation itself.
+            args: its arguments.
+            kwargs: likewise.
+            rule: how its weight is rounded, and the scale if that is learned.
+            scales: of the plan's grids.
+
+        Returns:
+            Whether it was taken.
+        """
+        if key not in self._plan.reads:
+            return False
+        group = self._plan.groups[key]
+        reads, writes = scales[self._plan.reads[key]], scales[self._plan.outputs[group.tail]]
+        norm = None if group.batch_norm is None else self._norm(group.batch_norm)
+        if reads is None or writes is None or (group.batch_norm is not None and norm is None):
+            return False
+        given = arguments(name, args, kwargs)
+        weight = folded(given, norm, *rule, reads[0], writes[0])
+        if weight.is_too_coarse(reads[0], writes[0]):
+            return False
+        if self._engine != _FLOAT:
+            weight = weight.with_whole_bias(reads[0])
+        if group.batch_norm is not None and norm is not None:
+            self._folded[group.batch_norm] = FoldedLayer(key, function, list(args), dict(kwargs), norm)
+        dtype = given["weight"].dtype
+        set_argument(args, kwargs, 1, "weight", weight.value().to(dtype))
+        set_argument(args, kwargs, 2, "bias", None if weight.bias is None else weight.bias.to(dtype))
+        return True
+
+    def layer_before(self, key: str) -> FoldedLayer | None:
+        """The layer that has computed for the batch norm ``key``, if one has."""
+        return self._folded.pop(key, None)
+
+    def _norm(self, key: str) -> dict[str, Any] | None:
+        module = self._norms.get(key)
+        if module is None or module.training or module.running_mean is None:
+            return None
+        return {name: getattr(module, name) for name in _OF_NORM} | {"eps": module.eps}
