@@ -2,8 +2,8 @@
 
     python benchmarks/int8_networks.py --out int8_networks.json [--only resnet18 unet] [--seeds 0 1 2] [--table]
 
-A Trainer observes two batches of two samples, and trains with rounded numbers on two of four. Then, on one random
-input, signal-to-noise ratios in decibels: the rounded module against float, the graph of quantize and dequantize
+Ranges are those of two batches of two samples; a Trainer trains with rounded numbers on two of four. Then, on one
+random input, signal-to-noise ratios in decibels: the rounded module against float, the graph of quantize and dequantize
 operations against the module, each file against the module, against that graph, and against float. ``exact`` is
 equality of every number. The networks of torchvision and timm need those packages; what cannot be imported is left
 out, and said.
@@ -122,15 +122,16 @@ def warmed(net: nn.Module, example: Tensor) -> nn.Module:
 
 
 def trained(net: nn.Module, batches: list[Tensor], engine: str, folder: Path) -> Randomly:
-    """With rounded numbers in the second half."""
-    recipe = ll.Int8(engine=engine, observer=ll.quantization.MovingAverage(0.1))
-    qat = ll.QuantizationAwareTraining(recipe, observe_batches=2, freeze_observers=0.5, freeze_batch_norm=1.0)
+    """Ranges from the first two batches, then training with rounded numbers on the others."""
+    recipe = ll.Int8(engine=engine)
+    module = Randomly(copy.deepcopy(net))
+    ll.quantize(module, batches[:2], recipe)
+    qat = ll.QuantizationAwareTraining(recipe, start=0.0, freeze_observers=0.0, freeze_batch_norm=1.0)
     trainer = Trainer(
         max_epochs=1, callbacks=[qat], accelerator="cpu", logger=False, default_root_dir=folder,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
-    module = Randomly(copy.deepcopy(net)).train()
-    trainer.fit(module, DataLoader(batches, batch_size=None))
+    trainer.fit(module.train(), DataLoader(batches[2:], batch_size=None))
     return module.eval()
 
 

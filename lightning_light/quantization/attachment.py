@@ -48,6 +48,7 @@ class Attachment(Frames, RoundsNumbers):
         lowered: computes instead, while the network is exported.
         observing: whether ranges of the numbers are noted, for `observed`.
         batch_norm_frozen: whether folded batch norms use, and keep, the statistics that they have.
+        in_whole_numbers: whether layers are computed as the runtimes do where no gradient is wanted.
         at_least: bits that no grid has fewer of, for now.
         ranges: that were observed.
         grids: the plan's, with no fewer bits than that.
@@ -62,6 +63,7 @@ class Attachment(Frames, RoundsNumbers):
         self.form: Form = "plain"
         self.observing = False
         self.batch_norm_frozen = False
+        self.in_whole_numbers = True
         self.lowered: Lowered | None = None
         self.at_least = 0
         self.ranges = torch.empty(0, 2)
@@ -134,6 +136,7 @@ class Attachment(Frames, RoundsNumbers):
     @override
     def begin(self) -> None:
         self._open = [_Mode(self)]
+        self._evaluated.begin()
         if "torch._dynamo" in sys.modules:  # compiled code would not see the mode
             self._open.append(torch.compiler.set_stance("force_eager"))
         for context in self._open:
@@ -172,20 +175,24 @@ class Attachment(Frames, RoundsNumbers):
         if self.lowered is not None:
             self.lowered.collect(key, name, args, kwargs)
         self._round_inputs(key, args, kwargs)
-        if not self._takes_from_graph(key, name, function, args, kwargs):
-            self._adjust(key, kind_of(name), args, kwargs)
+        result = self._evaluate(key, name, function, args, kwargs)
         grid = self.plan.outputs.get(key)
-        if self._is_done_by_layer(key, name, args, kwargs) or self._is_done_by_rounding(grid, name, args, kwargs):
-            result = args[0]
-        else:
-            result = function(*args, **kwargs)
+        if result is None:
+            self._adjust(key, kind_of(name), args, kwargs)
+            done = self._is_done_by_layer(key, name, args, kwargs) or self._is_done_by_rounding(
+                grid, name, args, kwargs
+            )
+            result = args[0] if done else function(*args, **kwargs)
         return result if grid is None else self._activation(grid, result)
 
-    def _takes_from_graph(self, key: str, name: str, function: Any, args: list[Any], kwargs: dict[str, Any]) -> bool:
-        """Whether this is a layer that has been given the weight and bias of the graph."""
-        if self.form != "rounded" or torch.is_grad_enabled() or is_traced() or key not in self.plan.reads:
-            return False
-        return self._evaluated.take(key, name, function, args, kwargs, self.weight(key), self.scales)
+    def _evaluate(self, key: str, name: str, function: Any, args: list[Any], kwargs: dict[str, Any]) -> Tensor | None:
+        """A layer as the runtimes compute it, where no gradient is wanted; None for all else."""
+        if self.form != "rounded" or key not in self.plan.reads or not self.in_whole_numbers:
+            return None
+        if torch.is_grad_enabled() or is_traced():
+            return None
+        rule = self.weight(key)
+        return self._evaluated.layer(key, name, function, args, kwargs, rule, self.scales, self.grids)
 
     def _is_done_by_layer(self, key: str, name: str, args: list[Any], kwargs: dict[str, Any]) -> bool:
         """Whether this is a batch norm that the layer before it has computed; if not as it is here, that does again."""

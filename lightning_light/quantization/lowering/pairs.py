@@ -15,9 +15,10 @@ from lightning_light.errors import UnsupportedError
 from lightning_light.int8 import PairRules
 from lightning_light.quantization.learning import SMALLEST
 from lightning_light.quantization.lowering.lowered import ASKS, Lowered, Rounds, scalar
+from lightning_light.quantization.lowering.sums import in_whole_numbers
 from lightning_light.quantization.lowering.weights import Scale, Weight
 from lightning_light.quantization.operations import BATCH_NORM, kind_of, moves
-from lightning_light.quantization.rounding import integers
+from lightning_light.quantization.rounding import integers, is_traced
 
 __all__ = ["Pairs", "check_pairs"]
 
@@ -94,6 +95,10 @@ class Pairs(Lowered):
 
     def _layer(self, key: str, function: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
         weight, ops = self.weights[key], torch.ops.quantized_decomposed
+        place = self.plan.outputs[self.plan.groups[key].tail]
+        reads, writes = self.scales[self.plan.reads[key]], self.scales[place]
+        if reads is not None and writes is not None and not is_traced():
+            return in_whole_numbers(function, args, kwargs, weight, reads, writes, self.attachment.grids[place].high)
         dequantize = ops.dequantize_per_channel if weight.per_channel else ops.dequantize_per_tensor
         named = {"weight": dequantize.default(*self._constants[key]), "bias": weight.bias}
         for place, name in ((1, "weight"), (2, "bias")):

@@ -17,6 +17,7 @@ __all__ = ["Scale", "Weight", "folded", "in_one_place"]
 Scale = tuple[float, int]
 
 _COARSEST = 256.0  # XNNPACK does not load a file with more
+_STEPS = 16
 _MOST = 2.0**30  # of the 32 bits that a kernel adds in; products take the rest
 
 
@@ -116,9 +117,26 @@ def _fitting(whole: Tensor, scale: Tensor, bias: Tensor | None, reads: float, wr
         largest = bias.double().abs()
         most = torch.maximum(most, largest if scale.dim() else largest.amax())
     fitting = torch.maximum(scale, most / (_MOST * reads))
+    fitting = _alike(fitting, reads, writes)
     share = scale / fitting
     whole = (whole * (share.reshape(-1, *[1] * (whole.dim() - 1)) if scale.dim() else share)).round()
     return Weight(whole.to(torch.int8), fitting, bias)
+
+
+def _alike(scale: Tensor, reads: float, writes: float) -> Tensor:
+    """The nearest scales for which all runtimes multiply sums by the same float32.
+
+    Each computes ``s * reads / writes`` in another order, and half of the results differ in the last bit; a handful of
+    such steps away there is a scale for which none does.
+    """
+    found, missing = scale.float(), torch.ones_like(scale, dtype=torch.bool)
+    x, y = (torch.tensor(value, dtype=torch.float32, device=scale.device) for value in (reads, writes))
+    for step in sorted(range(-_STEPS, _STEPS + 1), key=abs):
+        one = scale.float() * (1.0 + step * torch.finfo(torch.float32).eps)
+        product = one * x
+        alike = (product / y == one * (x / y)) & (product / y == product * (1.0 / y)) & missing
+        found, missing = torch.where(alike, one, found), missing & ~alike
+    return found.double()
 
 
 def _gain_and_shift(norm: Mapping[str, Any], bias: Tensor | None) -> tuple[Tensor, Tensor]:
