@@ -87,7 +87,7 @@ def quantize(x: Tensor, scale: Scale) -> Tensor:
     """
     if x.is_quantized:
         return x
-    rounded = (x.float() * (1.0 / scale[0])).round() * scale[0]
+    rounded = torch.fake_quantize_per_tensor_affine(x.float(), scale[0], scale[1], 0, 255)
     return torch.quantize_per_tensor(rounded, scale[0], scale[1], torch.quint8)
 
 
