@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_light.quantization.lowering.sums import in_whole_numbers
+from lightning_light.quantization.lowering.sums import in_whole_numbers, kernels_of
 from lightning_light.quantization.lowering.weights import Scale, folded
 from lightning_light.quantization.operations import arguments
 from lightning_light.quantization.places import module_of
@@ -19,7 +19,6 @@ from lightning_light.quantization.rules import Grid, WeightRule
 
 __all__ = ["Evaluated", "FoldedLayer"]
 
-_FLOAT = "x86"  # the one engine that adds biases in float
 _EPS = 1e-5  # of `batch_norm`, where none is given
 _OF_NORM: Final = ("running_mean", "running_var", "weight", "bias")
 
@@ -112,7 +111,7 @@ class Evaluated:
             self._folded[group.batch_norm] = FoldedLayer(key, function, list(args), dict(kwargs), norm)
         return in_whole_numbers(
             function, list(args), dict(kwargs), weight, reads, writes, grids[place].high,
-            whole_bias=self._engine != _FLOAT,
+            kernels_of(self._engine, name, given),
         )  # fmt: skip
 
     def layer_before(self, key: str) -> FoldedLayer | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -10,12 +11,16 @@ from torch import Tensor
 from lightning_light.quantization.lowering.weights import Scale, Weight
 from lightning_light.quantization.operations import set_argument
 
-__all__ = ["in_whole_numbers"]
+__all__ = ["Kernels", "in_whole_numbers", "kernels_of"]
+
+Kernels = Literal["whole", "fbgemm", "onednn"]
+
+_GROUPS = 100  # torch gives oneDNN convolutions with no more of them, on processors with VNNI
 
 
 def in_whole_numbers(
     function: Any, args: list[Any], kwargs: dict[str, Any], weight: Weight, reads: Scale, writes: Scale, high: int,
-    *, whole_bias: bool = True,
+    kernels: Kernels = "whole",
 ) -> Tensor:  # fmt: skip
     """``s_y * clamp(round(m * (sum of q_x * q_w + q_b)), -z_y, high - z_y)`` with ``m = s_x * s_w / s_y``.
 
@@ -30,22 +35,29 @@ def in_whole_numbers(
         reads: scale and zero point of what it reads.
         writes: of what comes out: after the batch norm, and after a ReLU if the zero point is 0.
         high: steps of that grid.
-        whole_bias: False for the x86 engine, which adds the bias in float, and the zero point before it rounds.
+        kernels: whose order; those of the x86 engine, FBGEMM and oneDNN, add biases in float.
     """
     x: Tensor = args[0] if args else kwargs["input"]
     columns = [-1, *[1] * (weight.integers.dim() - 2)]
     unit, bias = weight.scale.float() * reads[0], weight.bias
-    if bias is not None and whole_bias:
-        bias = (bias.double() / (weight.scale * reads[0])).round().float()
+    counted = None if bias is None else (bias.double() / (weight.scale * reads[0])).round().float()
     set_argument(args, kwargs, 0, "input", (x * (1.0 / reads[0])).round_())
     set_argument(args, kwargs, 1, "weight", weight.integers.float())
-    set_argument(args, kwargs, 2, "bias", bias if whole_bias else None)
+    set_argument(args, kwargs, 2, "bias", counted if kernels == "whole" else None)
     with torch.autocast(x.device.type, enabled=False):
         sums: Tensor = function(*args, **kwargs)
-    sums = sums.round_()  # also where a convolution is not computed as a sum
-    if whole_bias:
-        whole = (sums * (unit / writes[0]).reshape(columns)).round_()
+    sums, zero = sums.round_(), writes[1]  # also where a convolution is not computed as a sum
+    added = torch.zeros(()) if bias is None else bias.reshape(columns)
+    if kernels == "onednn":  # which adds the zero point before it rounds
+        whole = ((sums * unit.reshape(columns) + added) * (1.0 / writes[0]) + zero).round_() - zero
     else:
-        single = sums * unit.reshape(columns) + (0.0 if bias is None else bias.reshape(columns))
-        whole = (single * (1.0 / writes[0]) + writes[1]).round_() - writes[1]
-    return whole.clamp_(-writes[1], high - writes[1]).mul_(writes[0])
+        sums = sums if kernels == "whole" else sums + added / unit.reshape(columns)
+        whole = (sums * (unit / writes[0]).reshape(columns)).round_()
+    return whole.clamp_(-zero, high - zero).mul_(writes[0])
+
+
+def kernels_of(engine: str, name: str, args: Mapping[str, Any]) -> Kernels:
+    """Whose kernels compute an operation with these arguments, by name."""
+    if engine != "x86":
+        return "whole"
+    return "onednn" if name.startswith("conv") and args.get("groups", 1) <= _GROUPS else "fbgemm"
