@@ -1,0 +1,133 @@
+"""A rounded network that is evaluated computes what the int8 kernels do, number for number."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lightning_light.example_input import ExampleInput
+from lightning_light.export import ONNX, ExecuTorch, Exporter, Tolerance, TorchScriptLite, export_model
+from lightning_light.quantization import Int8
+from lightning_light.quantization.lowering import kernels
+from lightning_light.quantization.lowering.sums import in_whole_numbers
+from lightning_light.quantization.lowering.weights import folded
+from lightning_light.quantization.rules import WeightRule
+from tests.quantization.test_plan import calibrated
+from tests.zoo import noise
+
+
+def deep() -> nn.Sequential:
+    """Without a sum of two branches, which every runtime adds up in its own way."""
+    layers: list[nn.Module] = []
+    for inputs, outputs, stride, groups in ((3, 32, 2, 1), (32, 32, 1, 32), (32, 64, 1, 1), (64, 64, 2, 1)):
+        layers += [nn.Conv2d(inputs, outputs, 3, stride, 1, groups=groups, bias=groups > 1), nn.BatchNorm2d(outputs)]
+        layers += [nn.ReLU()]
+    return settled(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)))
+
+
+def settled(net: nn.Sequential) -> nn.Sequential:
+    """Batch norms with statistics and gains of their own, some of them negative."""
+    torch.manual_seed(0)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias)
+    with torch.no_grad():
+        net.train()(noise(16, 3, 32, 32))
+    return net.eval()
+
+
+@pytest.mark.parametrize("exporter", [TorchScriptLite(), ONNX(), ExecuTorch()], ids=repr)
+def test_a_file_answers_as_the_module_in_every_bit(exporter: Exporter, tmp_path) -> None:
+    net, images = deep(), noise(8, 3, 32, 32)
+    calibrated(net, ExampleInput((images,)))
+    path = tmp_path / f"net{exporter.suffix}"
+    report = export_model(net, (images,), path, exporter=exporter, parity=Tolerance(steps=0.01), latency_runs=1)
+    assert report.details["left_float"] == {}
+    run = exporter.load(path)
+    batches = [torch.randn(8, 3, 32, 32) for _ in range(4)]
+    with torch.no_grad():
+        assert all(torch.equal(torch.as_tensor(tree_leaves(run(batch))[0]), net(batch)) for batch in batches)
+
+
+@pytest.mark.parametrize("groups", [1, 16])
+def test_a_layer_is_the_kernel(groups) -> None:
+    """s_y * clamp(round(s_x s_w / s_y * (sum + bias)), -z, 255 - z), on torch's int8 kernel and in float64."""
+    torch.manual_seed(0)
+    layer, reads, writes = nn.Conv2d(16, 64, 3, padding=1, groups=groups), (0.0123, 100), (0.0456, 120)
+    reads, writes = ((float(torch.tensor(scale)), zero) for scale, zero in (reads, writes))
+    whole = torch.randint(-100, 156, (4, 16, 20, 20)).float()
+    named = {"input": whole * reads[0], "weight": layer.weight, "bias": layer.bias, "padding": 1, "groups": groups}
+    with torch.no_grad():
+        weight = folded(named, None, WeightRule(), None, reads[0], writes[0])
+        args = [named["input"], layer.weight, layer.bias, 1, 1, 1, groups]
+        found = in_whole_numbers(F.conv2d, args, {}, weight, reads, writes, 255)
+        torch.backends.quantized.engine = "qnnpack"
+        zeros = torch.zeros(64, dtype=torch.int64)
+        kernel = kernels.Layer.of(
+            "conv2d", weight.with_whole_bias(reads[0]), named, relu=False, scale=writes, zeros=zeros
+        )
+        right = kernel(kernels.quantize(named["input"], reads)).dequantize()
+        unit = (weight.scale * reads[0]).reshape(-1, 1, 1)
+        bias = torch.round(weight.bias.double() / unit.flatten())  # type: ignore[union-attr]
+        sums = F.conv2d(whole.double(), weight.integers.double(), bias, padding=1, groups=groups)
+        exact = (sums * unit / writes[0]).round().clamp(-writes[1], 255 - writes[1]) * writes[0]
+    assert torch.equal(found, right)
+    assert float((found - exact).abs().max()) < 1e-5, "no number of these is that near to a half"
+
+
+class Scaled(nn.BatchNorm2d):
+    """A batch norm that is one, and computes otherwise."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight * 2, self.bias, False, 0.0, self.eps)
+
+
+def test_a_batch_norm_of_its_own_kind_is_computed_as_it_is_written() -> None:
+    torch.manual_seed(0)
+    own = nn.Sequential(nn.Conv2d(3, 8, 3), Scaled(8), nn.ReLU()).eval()
+    usual = nn.Sequential(own[0], nn.BatchNorm2d(8), nn.ReLU()).eval()
+    nn.init.constant_(usual[1].weight, 2.0)  # type: ignore[arg-type]
+    images = noise(4, 3, 8, 8)
+    answers = []
+    for net in (own, usual):
+        attachment = calibrated(net, ExampleInput((images,)))
+        with torch.no_grad():
+            answers.append(net(images))
+        attachment.let_go()
+    scale = float(attachment.scales[attachment.plan.outputs["2|1|relu|1"]][0])  # type: ignore[index]
+    assert float((answers[0] - answers[1]).abs().max()) < 1.01 * scale
+    assert float(answers[0].abs().max()) > 20 * scale
+
+
+def test_statistics_of_the_batch_are_used_in_training_mode() -> None:
+    net, images = deep(), noise(8, 3, 32, 32)
+    calibrated(net, ExampleInput((images,)))
+    moved = net[1].running_mean.clone()  # type: ignore[union-attr,operator]
+    with torch.no_grad():
+        found = net.train()(images)
+    assert not torch.equal(net[1].running_mean, moved)  # type: ignore[arg-type]
+    right = net.train()(images).detach()
+    assert float((found - right).abs().max()) < 0.2 * float(right.abs().max())
+
+
+class Fails(nn.Module):
+    def forward(self, x: Tensor) -> Any:
+        if x.shape[0] == 1:
+            raise RuntimeError("in the middle")
+        return x
+
+
+def test_what_an_interrupted_call_has_left_is_forgotten() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), Fails(), nn.BatchNorm2d(8)).eval()
+    images = noise(4, 3, 8, 8)
+    attachment = calibrated(net, ExampleInput((images,)), Int8())
+    with torch.no_grad():
+        with pytest.raises(RuntimeError, match="in the middle"):
+            net(images[:1])
+        attachment.form = "plain"
+        assert torch.allclose(net(images), net[2](net[0](images)))
