@@ -17,7 +17,6 @@ from lightning_light.quantization.learning import learned_activation
 from lightning_light.quantization.lowering.evaluated import Evaluated
 from lightning_light.quantization.lowering.forms import in_pairs, on_kernels
 from lightning_light.quantization.lowering.lowered import Lowered
-from lightning_light.quantization.lowering.sums import mean_of_whole_numbers
 from lightning_light.quantization.news import warnings_of_the_caller
 from lightning_light.quantization.observers import MinMax, MovingAverage
 from lightning_light.quantization.operations import BATCH_NORM, HEAVY, arguments, kind_of, name_of, set_argument
@@ -187,15 +186,10 @@ class Attachment(Frames, RoundsNumbers):
         return result if grid is None else self._activation(grid, result)
 
     def _evaluate(self, key: str, name: str, function: Any, args: list[Any], kwargs: dict[str, Any]) -> Tensor | None:
-        """A layer or pool as the runtimes compute it, where no gradient is wanted; None for all else."""
-        if self.form != "rounded" or not self.in_whole_numbers or torch.is_grad_enabled() or is_traced():
+        """A layer as the runtimes compute it, where no gradient is wanted; None for all else."""
+        if self.form != "rounded" or key not in self.plan.reads or not self.in_whole_numbers:
             return None
-        if kind_of(name) == "pool":
-            grid = self.plan.outputs.get(key)
-            scale, x = None if grid is None else self.scales[grid], args[0] if args else kwargs["input"]
-            if scale is not None and x.dtype is torch.float32:
-                return mean_of_whole_numbers(function, list(args), dict(kwargs), scale)
-        if key not in self.plan.reads:
+        if torch.is_grad_enabled() or is_traced():
             return None
         rule = self.weight(key)
         return self._evaluated.layer(key, name, function, args, kwargs, rule, self.scales, self.grids)

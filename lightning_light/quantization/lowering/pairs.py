@@ -15,7 +15,7 @@ from lightning_light.errors import UnsupportedError
 from lightning_light.int8 import PairRules
 from lightning_light.quantization.learning import SMALLEST
 from lightning_light.quantization.lowering.lowered import ASKS, Lowered, Rounds, scalar
-from lightning_light.quantization.lowering.sums import in_whole_numbers, mean_of_whole_numbers
+from lightning_light.quantization.lowering.sums import in_whole_numbers
 from lightning_light.quantization.lowering.weights import Scale, Weight
 from lightning_light.quantization.operations import BATCH_NORM, kind_of, moves
 from lightning_light.quantization.rounding import integers, is_traced
@@ -77,8 +77,6 @@ class Pairs(Lowered):
             result = args[0]
         elif key in self.weights and key not in self.refused:
             result = self._layer(key, function, args, kwargs)
-        elif kind_of(name) == "pool" and (own := self._own_scale(key)) is not None and not is_traced():
-            result = mean_of_whole_numbers(function, args, kwargs, own)
         else:
             result = function(*self._joined(key, name, args), **kwargs)
         grid = self.plan.outputs.get(key)
@@ -109,10 +107,6 @@ class Pairs(Lowered):
             else:
                 kwargs[name] = named[name]
         return function(*args, **kwargs)
-
-    def _own_scale(self, key: str) -> Scale | None:
-        grid = self.plan.outputs.get(key)
-        return None if grid is None else self.scales[grid]
 
     def _in_float(self, key: str, args: list[Any], kwargs: dict[str, Any]) -> None:
         """A layer without a kernel: its weight is the rounded one, and what it reads is rounded by plain operations."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_light.quantization.lowering.weights import Scale, Weight
 from lightning_light.quantization.operations import set_argument
 
-__all__ = ["Kernels", "in_whole_numbers", "kernels_of", "mean_of_whole_numbers"]
+__all__ = ["Kernels", "in_whole_numbers", "kernels_of"]
 
 Kernels = Literal["whole", "fbgemm", "onednn"]
 
@@ -54,14 +54,6 @@ def in_whole_numbers(
         sums = sums if kernels == "whole" else sums + added / unit.reshape(columns)
         whole = (sums * (unit / writes[0]).reshape(columns)).round_()
     return whole.clamp_(-zero, high - zero).mul_(writes[0])
-
-
-def mean_of_whole_numbers(function: Any, args: list[Any], kwargs: dict[str, Any], reads: Scale) -> Tensor:
-    """An average pool on the grid of what it reads: half a step, which means of few numbers often are, goes to even."""
-    x: Tensor = args[0] if args else kwargs["input"]
-    set_argument(args, kwargs, 0, "input", (x * (1.0 / reads[0])).round_())
-    mean: Tensor = function(*args, **kwargs)
-    return mean.round_().mul_(reads[0])
 
 
 def kernels_of(engine: str, name: str, args: Mapping[str, Any]) -> Kernels:
