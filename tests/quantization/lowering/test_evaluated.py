@@ -56,7 +56,7 @@ def test_a_file_answers_as_the_module_in_every_bit(exporter: Exporter, tmp_path)
 
 @pytest.mark.filterwarnings(f"ignore:{QUANTIZED_TENSORS_ARE_DEPRECATED}")
 @pytest.mark.parametrize("groups", [1, 16])
-def test_a_layer_is_the_kernel(groups) -> None:
+def test_a_layer_is_the_kernel(groups, monkeypatch) -> None:
     """s_y * clamp(round(s_x s_w / s_y * (sum + bias)), -z, 255 - z), on torch's int8 kernel and in float64."""
     torch.manual_seed(0)
     layer, reads, writes = nn.Conv2d(16, 64, 3, padding=1, groups=groups), (0.0123, 100), (0.0456, 120)
@@ -67,7 +67,7 @@ def test_a_layer_is_the_kernel(groups) -> None:
         weight = folded(named, None, WeightRule(), None, reads[0], writes[0])
         args = [named["input"], layer.weight, layer.bias, 1, 1, 1, groups]
         found = in_whole_numbers(F.conv2d, args, {}, weight, reads, writes, 255)
-        torch.backends.quantized.engine = "qnnpack"
+        monkeypatch.setattr(torch.backends.quantized, "engine", "qnnpack")
         zeros = torch.zeros(64, dtype=torch.int64)
         kernel = kernels.Layer.of(
             "conv2d", weight.with_whole_bias(reads[0]), named, relu=False, scale=writes, zeros=zeros
