@@ -82,7 +82,6 @@ class Attachment(Frames, RoundsNumbers):
     def watch(self, model: nn.Module) -> None:
         """Modules that are compiled in place run as written until `let_go`: a hook cannot be compiled along."""
         super().watch(model)
-        self._evaluated.watch(model)
         for module in model.modules():
             if (compiled := getattr(module, "_compiled_call_impl", None)) is not None:
                 self._compiled.append((module, "_compiled_call_impl", compiled))
@@ -94,7 +93,7 @@ class Attachment(Frames, RoundsNumbers):
     @override
     def let_go(self) -> None:
         super().let_go()
-        self._evaluated.let_go()
+        self._evaluated.begin(None)
         while self._compiled:
             module, name, compiled = self._compiled.pop()
             setattr(module, name, compiled)
@@ -136,7 +135,7 @@ class Attachment(Frames, RoundsNumbers):
     @override
     def begin(self) -> None:
         self._open = [_Mode(self)]
-        self._evaluated.begin()
+        self._evaluated.begin(self.outermost)
         if "torch._dynamo" in sys.modules:  # compiled code would not see the mode
             self._open.append(torch.compiler.set_stance("force_eager"))
         for context in self._open:
@@ -144,6 +143,7 @@ class Attachment(Frames, RoundsNumbers):
 
     @override
     def end(self) -> None:
+        self._evaluated.begin(None)
         while self._open:
             self._open.pop().__exit__(None, None, None)
 

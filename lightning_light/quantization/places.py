@@ -27,9 +27,13 @@ class Frames:
     """The modules that are being called, innermost last; kept by hooks on all of them.
 
     A subclass says what happens when the outermost call begins and ends.
+
+    Attributes:
+        outermost: name and module of that call: of a copy, if that is called.
     """
 
     def __init__(self) -> None:
+        self.outermost: tuple[str, nn.Module] | None = None
         self._stack: list[tuple[str, int, Counter[str]] | None] = []
         self._calls: Counter[str] = Counter()
         self._handles: list[RemovableHandle] = []
@@ -52,7 +56,7 @@ class Frames:
         """End a call that an error has left: `torch.export` runs no hook then, not even those that are always run."""
         if self.inside:
             self.end()
-        self._stack = []
+        self._stack, self.outermost = [], None
 
     @property
     def inside(self) -> bool:
@@ -83,6 +87,7 @@ class Frames:
             return
         if not self.inside:
             self._calls.clear()
+            self.outermost = name, module
             self.begin()
         self._calls[name] += 1
         self._stack.append((name, self._calls[name], Counter()))
@@ -91,6 +96,7 @@ class Frames:
         """Whether this was the outermost call."""
         if self._stack and self._stack.pop() is not None and not self.inside:
             self.end()
+            self.outermost = None
             return True
         return False
 

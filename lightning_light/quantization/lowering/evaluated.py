@@ -62,23 +62,12 @@ class Evaluated:
 
     def __init__(self, plan: Plan, engine: str) -> None:
         self._plan, self._engine = plan, engine
-        self._norms: dict[str, _BatchNorm] = {}
+        self._called: tuple[str, nn.Module] | None = None
         self._folded: dict[str, FoldedLayer] = {}  # batch norm -> its layer
 
-    def watch(self, model: nn.Module) -> None:
-        """Find the batch norms."""
-        modules = dict(model.named_modules())
-        named = {group.batch_norm for group in self._plan.groups.values()} - {None}
-        found = {key: modules.get(module_of(key)) for key in named if key is not None}
-        self._norms = {key: module for key, module in found.items() if isinstance(module, _BatchNorm)}
-
-    def begin(self) -> None:
-        """A forward pass begins; the last one may have been left in the middle."""
-        self._folded = {}
-
-    def let_go(self) -> None:
-        """Forget them."""
-        self._norms, self._folded = {}, {}
+    def begin(self, called: tuple[str, nn.Module] | None) -> None:
+        """A forward pass of this module begins, or none; the last one may have been left in the middle."""
+        self._called, self._folded = called, {}
 
     def layer(
         self, key: str, name: str, function: Any, args: list[Any], kwargs: dict[str, Any],
@@ -119,7 +108,18 @@ class Evaluated:
         return self._folded.pop(key, None)
 
     def _norm(self, key: str) -> dict[str, Any] | None:
-        module = self._norms.get(key)
+        module = self._module(module_of(key))
         if module is None or module.training or module.running_mean is None:
             return None
         return {name: getattr(module, name) for name in _OF_NORM} | {"eps": module.eps}
+
+    def _module(self, path: str) -> _BatchNorm | None:
+        """The batch norm at ``path``, if it is one: of the network that is called, which may be a copy."""
+        if self._called is None:
+            return None
+        called: Any
+        name, called = self._called
+        inside = path.removeprefix(f"{name}.") if name else path
+        for step in inside.split("."):
+            called = getattr(called, "_modules", {}).get(step)
+        return called if isinstance(called, _BatchNorm) else None

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_light.example_input import ExampleInput
 from lightning_light.export import ONNX, ExecuTorch, Exporter, Tolerance, TorchScriptLite, export_model
+from lightning_light.export.copies import detached_copy
 from lightning_light.int8 import QUANTIZED_TENSORS_ARE_DEPRECATED
 from lightning_light.quantization import Int8
 from lightning_light.quantization.lowering import kernels
@@ -114,6 +115,15 @@ def test_statistics_of_the_batch_are_used_in_training_mode() -> None:
     assert not torch.equal(net[1].running_mean, moved)  # type: ignore[arg-type]
     right = net.train()(images).detach()
     assert float((found - right).abs().max()) < 0.2 * float(right.abs().max())
+
+
+def test_a_copy_for_export_computes_likewise() -> None:
+    net, images = deep(), noise(8, 3, 28, 28)
+    attachment = calibrated(net, ExampleInput((images,)))
+    with torch.no_grad():
+        right = net(images)
+        assert torch.equal(detached_copy(net.train())(images), right)
+    assert attachment.outermost is None
 
 
 class Fails(nn.Module):
