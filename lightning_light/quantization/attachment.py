@@ -93,7 +93,6 @@ class Attachment(Frames, RoundsNumbers):
     @override
     def let_go(self) -> None:
         super().let_go()
-        self._evaluated.begin(None)
         while self._compiled:
             module, name, compiled = self._compiled.pop()
             setattr(module, name, compiled)

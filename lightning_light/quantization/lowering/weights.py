@@ -17,7 +17,7 @@ __all__ = ["Scale", "Weight", "folded", "in_one_place"]
 Scale = tuple[float, int]
 
 _COARSEST = 256.0  # XNNPACK does not load a file with more
-_STEPS = 16
+_STEPS = 16  # in the last bit, up and down, in which a scale that all runtimes agree on is looked for
 _MOST = 2.0**30  # of the 32 bits that a kernel adds in; products take the rest
 
 
