@@ -27,7 +27,7 @@ from lightning_light.int8 import PairRules
 __all__ = ["ExecuTorch"]
 
 _PAIRS = (("1.4", "2.13"), ("1.5", "2.15"))  # releases of ExecuTorch, and of torch that they are built with
-_INT8 = PairRules(signed=True, join_on_one_grid=True, sums=(2.0**-10, 2.0**8))
+_INT8 = PairRules(signed=True, join_on_one_grid=True, float_means=True, sums=(2.0**-10, 2.0**8))
 _DELEGATE = "executorch_call_delegate"
 _PARTITIONER = "executorch.backends.xnnpack.partition.xnnpack_partitioner"
 

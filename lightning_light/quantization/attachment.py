@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
 from lightning_light.int8 import Int8Form, PairRules, RoundsNumbers
+from lightning_light.quantization.halves import Halves
 from lightning_light.quantization.learning import learned_activation
 from lightning_light.quantization.lowering.evaluated import Evaluated
 from lightning_light.quantization.lowering.forms import in_pairs, on_kernels
@@ -75,6 +76,7 @@ class Attachment(Frames, RoundsNumbers):
         self._seen: dict[int, Tensor] = {}
         self._folded = frozenset(group.batch_norm for group in plan.groups.values())
         self._evaluated = Evaluated(plan, engine)
+        self._halves = Halves(plan)
         self._open: list[Any] = []
         self._compiled: list[tuple[nn.Module, str, Any]] = []
 
@@ -107,6 +109,7 @@ class Attachment(Frames, RoundsNumbers):
         for place, grid in enumerate(self.grids):
             if grid.learned and self.learned:
                 self.scales[place] = learned_scale(self.learned, place, grid) or self.scales[place]
+        self.scales = self._halves.avoided(self.scales, self.grids)
 
     def highs(self) -> dict[str, int]:
         """The largest whole number of every step size that is learned, now."""
@@ -185,10 +188,12 @@ class Attachment(Frames, RoundsNumbers):
         return result if grid is None else self._activation(grid, result)
 
     def _evaluate(self, key: str, name: str, function: Any, args: list[Any], kwargs: dict[str, Any]) -> Tensor | None:
-        """A layer as the runtimes compute it, where no gradient is wanted; None for all else."""
-        if self.form != "rounded" or key not in self.plan.reads or not self.in_whole_numbers:
+        """A layer or mean as the runtimes compute it, where no gradient is wanted; None for all else."""
+        if self.form != "rounded" or not self.in_whole_numbers or torch.is_grad_enabled() or is_traced():
             return None
-        if torch.is_grad_enabled() or is_traced():
+        if key in self.plan.means:
+            return self._evaluated.mean(key, function, args, kwargs, self.scales)
+        if key not in self.plan.reads:
             return None
         rule = self.weight(key)
         return self._evaluated.layer(key, name, function, args, kwargs, rule, self.scales, self.grids)

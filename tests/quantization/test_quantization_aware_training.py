@@ -121,7 +121,7 @@ def test_averaged_weights_are_validated_rounded_and_float_after_the_run(average_
     assert not any(one._forward_hooks or one._forward_pre_hooks for one in net.modules())
     net.eval()
     assert not torch.equal(net(IMAGES), rounded)
-    with fake_quantized(net):
+    with fake_quantized(net), torch.no_grad():
         assert torch.equal(net(IMAGES), rounded)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_light.quantization.lowering.means import mean_of_whole_numbers
 from lightning_light.quantization.lowering.sums import in_whole_numbers, kernels_of
 from lightning_light.quantization.lowering.weights import Scale, folded
 from lightning_light.quantization.operations import arguments
@@ -102,6 +103,15 @@ class Evaluated:
             function, list(args), dict(kwargs), weight, reads, writes, grids[place].high,
             kernels_of(self._engine, name, given),
         )  # fmt: skip
+
+    def mean(
+        self, key: str, function: Any, args: list[Any], kwargs: dict[str, Any], scales: list[Scale | None]
+    ) -> Tensor | None:
+        """What an average pool gives, rounded; None if it has to be computed as it is written."""
+        scale, x = scales[self._plan.outputs[key]], args[0] if args else kwargs["input"]
+        if scale is None or x.dtype is not torch.float32:
+            return None
+        return mean_of_whole_numbers(function, list(args), dict(kwargs), scale[0])
 
     def layer_before(self, key: str) -> FoldedLayer | None:
         """The layer that has computed for the batch norm ``key``, if one has."""

@@ -13,6 +13,7 @@ from typing_extensions import override
 from lightning_light.int8 import Int8Form
 from lightning_light.quantization.lowering import kernels
 from lightning_light.quantization.lowering.lowered import ASKS, Lowered, Rounds, scalar
+from lightning_light.quantization.lowering.means import mean_of_whole_numbers
 from lightning_light.quantization.lowering.weights import Scale, Weight, in_one_place
 from lightning_light.quantization.operations import ADDING, kind_of, moves
 from lightning_light.quantization.plan import Group
@@ -122,10 +123,7 @@ class Lowering(Lowered):
 
     def _keeps_grid(self, key: str, name: str, first: Tensor, args: list[Any], kwargs: dict[str, Any]) -> bool:
         """Whether the plan wants a result on the grid of what is read, where the kernels leave it."""
-        if kind_of(name) == "pool":
-            grid = self.plan.outputs.get(key)
-            return grid is not None and self.scales[grid] == (first.q_scale(), first.q_zero_point())
-        return moves(name, args, kwargs)
+        return key in self.plan.means or moves(name, args, kwargs)
 
     def _join(self, key: str, kind: str, group: Group, args: list[Any], kwargs: dict[str, Any]) -> tuple[bool, Any]:
         scale = self._scale_of(group)
@@ -143,9 +141,13 @@ class Lowering(Lowered):
             self._grids[key] = (moved.q_scale(), moved.q_zero_point())
         args, kwargs = kernels.tensors_to_float(args), kernels.tensors_to_float(kwargs)
         self.attachment.before(key, kind_of(name), args, kwargs)
-        result = function(*args, **kwargs)
+        result = self._computed(key, function, args, kwargs)
         grid = self.plan.outputs.get(key)
         scale = self._grids.get(key) if grid is None else self.scales[grid]
         if scale is None or not isinstance(result, Tensor) or not result.is_floating_point():
             return result
         return kernels.quantize(result, scale)
+
+    def _computed(self, key: str, function: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        scale = self.scales[self.plan.outputs[key]] if key in self.plan.means else None
+        return function(*args, **kwargs) if scale is None else mean_of_whole_numbers(function, args, kwargs, scale[0])

@@ -15,9 +15,10 @@ from lightning_light.errors import UnsupportedError
 from lightning_light.int8 import PairRules
 from lightning_light.quantization.learning import SMALLEST
 from lightning_light.quantization.lowering.lowered import ASKS, Lowered, Rounds, scalar
+from lightning_light.quantization.lowering.means import averaged, exact_mean
 from lightning_light.quantization.lowering.sums import in_whole_numbers
 from lightning_light.quantization.lowering.weights import Scale, Weight
-from lightning_light.quantization.operations import BATCH_NORM, kind_of, moves
+from lightning_light.quantization.operations import BATCH_NORM, kind_of, moves, set_argument
 from lightning_light.quantization.rounding import integers, is_traced
 
 __all__ = ["Pairs", "check_pairs"]
@@ -65,6 +66,8 @@ class Pairs(Lowered):
             return function(*args, **kwargs)
         first: Any = args[0] if args else kwargs.get("input")
         known = self._quantized.get(id(first)) if moves(name, args, kwargs) else None
+        if key in self.plan.means and id(first) in self._quantized:
+            return self._mean(first, name, function, args, kwargs)
         if _writes(name, kwargs):
             self._quantized.pop(id(first), None)  # it is the result from here on
         else:
@@ -107,6 +110,18 @@ class Pairs(Lowered):
             else:
                 kwargs[name] = named[name]
         return function(*args, **kwargs)
+
+    def _mean(self, x: Tensor, name: str, function: Any, args: list[Any], kwargs: dict[str, Any]) -> Tensor:
+        """Of whole numbers, whose sum is the same in any order: half a step goes to even."""
+        ops, (_, whole, scale) = torch.ops.quantized_decomposed, self._quantized[id(x)]
+        if self.rules.float_means and is_traced():
+            args, kwargs = self._read(args), self._read(kwargs)
+            mean = function(*args, **kwargs)
+            return self._on_grid(exact_mean(mean, averaged(name, args, kwargs, mean), scale[0]), scale)
+        ones = self._grid((1.0, scale[1]))
+        set_argument(args, kwargs, 0, "input", _in(x.dtype, ops.dequantize_per_tensor.default(whole, *ones)))
+        mean = ops.quantize_per_tensor.default(_in(torch.float32, function(*args, **kwargs)), *ones)
+        return self._known(mean, scale, x.dtype)
 
     def _in_float(self, key: str, args: list[Any], kwargs: dict[str, Any]) -> None:
         """A layer without a kernel: its weight is the rounded one, and what it reads is rounded by plain operations."""
@@ -157,7 +172,11 @@ class Pairs(Lowered):
             return x
         grid = self._grid(scale)
         whole = torch.ops.quantized_decomposed.quantize_per_tensor.default(_in(torch.float32, x), *grid)
-        result = _in(x.dtype, torch.ops.quantized_decomposed.dequantize_per_tensor.default(whole, *grid))
+        return self._known(whole, scale, x.dtype)
+
+    def _known(self, whole: Tensor, scale: Scale, dtype: torch.dtype) -> Tensor:
+        """Whole numbers on a grid, dequantized."""
+        result = _in(dtype, torch.ops.quantized_decomposed.dequantize_per_tensor.default(whole, *self._grid(scale)))
         self._quantized[id(result)] = result, whole, scale
         return result
 

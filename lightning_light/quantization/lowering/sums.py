@@ -48,12 +48,18 @@ def in_whole_numbers(
         sums: Tensor = function(*args, **kwargs)
     sums, zero = sums.round_(), writes[1]  # also where a convolution is not computed as a sum
     added = torch.zeros(()) if bias is None else bias.reshape(columns)
-    if kernels == "onednn":  # which adds the zero point before it rounds
-        whole = ((sums * unit.reshape(columns) + added) * (1.0 / writes[0]) + zero).round_() - zero
+    if kernels == "onednn":
+        whole = _as_onednn(sums, weight.scale.float().reshape(columns), added, reads[0], writes)
     else:
         sums = sums if kernels == "whole" else sums + added / unit.reshape(columns)
         whole = (sums * (unit / writes[0]).reshape(columns)).round_()
     return whole.clamp_(-zero, high - zero).mul_(writes[0])
+
+
+def _as_onednn(sums: Tensor, scale: Tensor, bias: Tensor, reads: float, writes: Scale) -> Tensor:
+    """Which is given ``1 / s_x``, multiplies by one scale after the other, and rounds with the zero point added."""
+    single = 1.0 / (1.0 / torch.tensor(reads, dtype=torch.float32))
+    return ((sums * single * scale + bias) * (1.0 / writes[0]) + writes[1]).round_() - writes[1]
 
 
 def kernels_of(engine: str, name: str, args: Mapping[str, Any]) -> Kernels:

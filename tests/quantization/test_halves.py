@@ -1,0 +1,116 @@
+"""Scales are moved so that no sum or product of whole numbers is near to a half, whoever computes it."""
+
+import itertools
+
+import pytest
+import torch
+
+from lightning_light.quantization.halves import Halves
+from lightning_light.quantization.plan import Plan
+from lightning_light.quantization.rules import Grid
+
+STEPS = torch.arange(-255, 256, dtype=torch.float64)
+SCALES = [(0.03714159, 120), (0.02130718, 100), (0.04892718, 128), (0.00912357, 0), (0.05171732, 3)]
+
+
+def avoided(sums=(), products=(), means=(), scales=SCALES, fixed=()):
+    single = [scale and (float(torch.tensor(scale[0])), scale[1]) for scale in scales]
+    plan = Plan(sums=[*sums], products=[*products], outputs={str(grid): grid for grid in means}, means=[*map(str, means)])
+    grids = [Grid(learned="step" if place in fixed else "") for place in range(len(scales))]
+    return single, Halves(plan).avoided(single, grids)
+
+
+def from_a_half(exact: torch.Tensor) -> float:
+    return float((exact - exact.floor() - 0.5).abs().min())
+
+
+def test_sums_keep_away_from_halves() -> None:
+    before, after = avoided(sums=[[0, 1, 2], [2, 3, 4]])
+    for a, b, y in ([0, 1, 2], [2, 3, 4]):
+        exact = (STEPS[:, None] * after[a][0] + STEPS * after[b][0]) / after[y][0]
+        assert from_a_half(exact) > 1.0 / (2.1 * 1001)
+        assert from_a_half((STEPS[:, None] * before[a][0] + STEPS * before[b][0]) / before[y][0]) < 1e-4
+    for (old, zero), (new, same) in zip(before, after, strict=True):
+        assert same == zero
+        assert old * (1 - 1e-6) <= new <= 1.02 * old
+
+
+def test_fixed_point_and_float_add_alike() -> None:
+    """QNNPACK: 21 bits, halves away from zero; XNNPACK: 20 bits, halves up; ONNX Runtime, x86: float32, halves to even."""
+
+    def differ(scales) -> int:
+        (a, _), (b, _), (y, _) = scales[:3]
+        right = torch.round(((STEPS[:, None] * a).float() + (STEPS * b).float()) / y)
+        found = 0
+        for bits in (21, 20):
+            whole = STEPS[:, None] * round(a / y * 2**bits) + STEPS * round(b / y * 2**bits)
+            for other in (torch.floor(whole / 2**bits + 0.5), whole.sign() * torch.floor(whole.abs() / 2**bits + 0.5)):
+                found += int((other != right).sum())
+        return found
+
+    before, after = avoided(sums=[[0, 1, 2]])
+    assert differ(before)
+    assert not differ(after)
+
+
+def test_products_keep_away_from_halves() -> None:
+    before, after = avoided(products=[[0, 1, 2]])
+    exact = STEPS[:, None] * STEPS * (after[0][0] * after[1][0] / after[2][0])
+    assert after[:2] == before[:2]
+    assert before[2][0] <= after[2][0] <= 1.002 * before[2][0]
+    assert from_a_half(exact) > 1e-4
+
+
+def test_a_product_of_what_was_added_follows_the_sum() -> None:
+    before, after = avoided(sums=[[0, 1, 2]], products=[[2, 3, 4]])
+    assert after[2] == before[2]  # the largest of its sum
+    exact = STEPS[:, None] * STEPS * (after[2][0] * after[3][0] / after[4][0])
+    assert from_a_half(exact) > 1e-4
+
+
+@pytest.mark.parametrize("fixed", [0, 1, 2])
+def test_what_is_learned_stays_and_so_does_what_it_is_added_to(fixed) -> None:
+    before, after = avoided(sums=[[0, 1, 2]], fixed=[fixed])
+    assert after == before
+
+
+def test_a_factor_is_moved_where_the_result_may_not_be() -> None:
+    before, after = avoided(sums=[[0, 1, 2]], products=[[3, 4, 1]], fixed=[0])
+    assert after[:3] == before[:3]
+    exact = STEPS[:, None] * STEPS * (after[3][0] * after[4][0] / after[1][0])
+    assert from_a_half(exact) > 1e-4
+    assert all(old[0] <= new[0] <= 1.01 * old[0] for old, new in zip(before[3:], after[3:], strict=True))
+
+
+def test_all_that_is_added_to_a_product_moves_along() -> None:
+    before, after = avoided(sums=[[0, 1, 2]], products=[[3, 4, 2]], fixed=[3, 4])
+    assert from_a_half(STEPS[:, None] * STEPS * (after[3][0] * after[4][0] / after[2][0])) > 1e-4
+    assert from_a_half((STEPS[:, None] * after[0][0] + STEPS * after[1][0]) / after[2][0]) > 1.0 / (2.1 * 1001)
+    assert all(old[0] * (1 - 1e-6) <= new[0] <= 1.03 * old[0] for old, new in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("zero", [1, 3, 127, 128, 129, 251, 254])
+def test_zero_points_of_means_are_even_and_nothing_is_cut_off(zero) -> None:
+    ((before, _),), ((after, even),) = avoided(means=[0], scales=[(0.0371, zero)])
+    assert even % 2 == 0
+    assert after * even >= before * zero * (1 - 1e-6)
+    assert after * (255 - even) >= before * (255 - zero) * (1 - 1e-6)
+    assert after <= before * 1.0081
+
+
+def test_what_was_never_seen_stays_unknown() -> None:
+    scales = [None, *SCALES[1:]]
+    before, after = avoided(sums=[[0, 1, 2], [0, 0, 0]], products=[[0, 3, 4]], scales=scales)
+    assert after[0] is None
+    assert after[3:] == before[3:]
+
+
+def test_a_scale_that_is_too_small_to_count_stays() -> None:
+    before, after = avoided(sums=[[0, 1, 2]], scales=[(0.0371, 0), (0.0001, 0), (0.0489, 0)])
+    assert after[1] == before[1]
+
+
+def test_to_move_them_twice_is_to_move_them_once() -> None:
+    for sums in itertools.permutations([[0, 1, 2], [2, 3, 4]]):
+        _, once = avoided(sums=sums)
+        assert avoided(sums=sums, scales=once)[1] == once
