@@ -188,9 +188,11 @@ class Attachment(Frames, RoundsNumbers):
         return result if grid is None else self._activation(grid, result)
 
     def _evaluate(self, key: str, name: str, function: Any, args: list[Any], kwargs: dict[str, Any]) -> Tensor | None:
-        """A layer or mean as the runtimes compute it, where no gradient is wanted; None for all else."""
+        """A layer, mean, or batch norm as the runtimes compute it, where no gradient is wanted; None for all else."""
         if self.form != "rounded" or not self.in_whole_numbers or torch.is_grad_enabled() or is_traced():
             return None
+        if kind_of(name) == BATCH_NORM and key not in self._folded:
+            return self._evaluated.norm(arguments(name, args, kwargs))
         if key in self.plan.means:
             return self._evaluated.mean(key, function, args, kwargs, self.scales)
         if key not in self.plan.reads:

@@ -15,7 +15,9 @@ SCALES = [(0.03714159, 120), (0.02130718, 100), (0.04892718, 128), (0.00912357, 
 
 def avoided(sums=(), products=(), means=(), scales=SCALES, fixed=()):
     single = [scale and (float(torch.tensor(scale[0])), scale[1]) for scale in scales]
-    plan = Plan(sums=[*sums], products=[*products], outputs={str(grid): grid for grid in means}, means=[*map(str, means)])
+    plan = Plan(
+        sums=[*sums], products=[*products], outputs={str(grid): grid for grid in means}, means=[*map(str, means)]
+    )
     grids = [Grid(learned="step" if place in fixed else "") for place in range(len(scales))]
     return single, Halves(plan).avoided(single, grids)
 
@@ -36,7 +38,7 @@ def test_sums_keep_away_from_halves() -> None:
 
 
 def test_fixed_point_and_float_add_alike() -> None:
-    """QNNPACK: 21 bits, halves away from zero; XNNPACK: 20 bits, halves up; ONNX Runtime, x86: float32, halves to even."""
+    """QNNPACK: 21 bits, halves away from zero; XNNPACK: 20 bits, halves up; ONNX Runtime, x86: float32, to even."""
 
     def differ(scales) -> int:
         (a, _), (b, _), (y, _) = scales[:3]

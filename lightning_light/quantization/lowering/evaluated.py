@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_light.quantization.lowering.means import mean_of_whole_numbers
+from lightning_light.quantization.lowering.norms import affine_of
 from lightning_light.quantization.lowering.sums import in_whole_numbers, kernels_of
 from lightning_light.quantization.lowering.weights import Scale, folded
 from lightning_light.quantization.operations import arguments
@@ -112,6 +113,11 @@ class Evaluated:
         if scale is None or x.dtype is not torch.float32:
             return None
         return mean_of_whole_numbers(function, list(args), dict(kwargs), scale[0])
+
+    def norm(self, args: Mapping[str, Any]) -> Tensor | None:
+        """What a batch norm gives that follows no layer; None if it has to be computed as it is written."""
+        found = affine_of(args)
+        return None if found is None else args["input"] * found[0] + found[1]
 
     def layer_before(self, key: str) -> FoldedLayer | None:
         """The layer that has computed for the batch norm ``key``, if one has."""

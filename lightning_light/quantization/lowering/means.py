@@ -52,7 +52,7 @@ def averaged(name: str, args: list[Any], kwargs: Mapping[str, Any], mean: Tensor
     """Of how many numbers each mean is; 1 if not all are of as many, or sizes are not known."""
     x: Tensor = args[0] if args else kwargs["input"]
     if name == "avg_pool2d":
-        given = dict(zip(_AVG_POOL, args, strict=False)) | kwargs
+        given = {**dict(zip(_AVG_POOL, args, strict=False)), **kwargs}
         kernel, padding = _pair(given["kernel_size"]), _pair(given.get("padding", 0))
         differ = any(padding) and not given.get("count_include_pad", True)
         return 1 if differ or given.get("ceil_mode") or given.get("divisor_override") else math.prod(kernel)

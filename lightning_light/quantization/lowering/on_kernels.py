@@ -141,13 +141,15 @@ class Lowering(Lowered):
             self._grids[key] = (moved.q_scale(), moved.q_zero_point())
         args, kwargs = kernels.tensors_to_float(args), kernels.tensors_to_float(kwargs)
         self.attachment.before(key, kind_of(name), args, kwargs)
-        result = self._computed(key, function, args, kwargs)
+        result = self._computed(key, name, function, args, kwargs)
         grid = self.plan.outputs.get(key)
         scale = self._grids.get(key) if grid is None else self.scales[grid]
         if scale is None or not isinstance(result, Tensor) or not result.is_floating_point():
             return result
         return kernels.quantize(result, scale)
 
-    def _computed(self, key: str, function: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    def _computed(self, key: str, name: str, function: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        if (normed := self._normed(key, name, args, kwargs)) is not None:
+            return normed
         scale = self.scales[self.plan.outputs[key]] if key in self.plan.means else None
         return function(*args, **kwargs) if scale is None else mean_of_whole_numbers(function, args, kwargs, scale[0])

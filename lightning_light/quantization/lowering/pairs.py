@@ -80,6 +80,8 @@ class Pairs(Lowered):
             result = args[0]
         elif key in self.weights and key not in self.refused:
             result = self._layer(key, function, args, kwargs)
+        elif (normed := self._normed(key, name, args, kwargs)) is not None:
+            result = normed
         else:
             result = function(*self._joined(key, name, args), **kwargs)
         grid = self.plan.outputs.get(key)
@@ -116,12 +118,13 @@ class Pairs(Lowered):
         ops, (_, whole, scale) = torch.ops.quantized_decomposed, self._quantized[id(x)]
         if self.rules.float_means and is_traced():
             args, kwargs = self._read(args), self._read(kwargs)
-            mean = function(*args, **kwargs)
-            return self._on_grid(exact_mean(mean, averaged(name, args, kwargs, mean), scale[0]), scale)
+            mean: Tensor = function(*args, **kwargs)
+            on_grid: Tensor = self._on_grid(exact_mean(mean, averaged(name, args, kwargs, mean), scale[0]), scale)
+            return on_grid
         ones = self._grid((1.0, scale[1]))
         set_argument(args, kwargs, 0, "input", _in(x.dtype, ops.dequantize_per_tensor.default(whole, *ones)))
-        mean = ops.quantize_per_tensor.default(_in(torch.float32, function(*args, **kwargs)), *ones)
-        return self._known(mean, scale, x.dtype)
+        averages: Tensor = ops.quantize_per_tensor.default(_in(torch.float32, function(*args, **kwargs)), *ones)
+        return self._known(averages, scale, x.dtype)
 
     def _in_float(self, key: str, args: list[Any], kwargs: dict[str, Any]) -> None:
         """A layer without a kernel: its weight is the rounded one, and what it reads is rounded by plain operations."""
