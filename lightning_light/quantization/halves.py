@@ -1,13 +1,15 @@
-"""Scales at which no sum or product of whole numbers ends in a half, so that every runtime rounds it alike.
+"""Scales at which every runtime finds the same whole number, since no result is near to a half.
 
-Each engine adds in its own way: QNNPACK and XNNPACK multiply by fixed-point numbers of 21 and 20 bits and send halves
-up or away from zero, ONNX Runtime and x86 compute in float and send them to the even number. Where the exact result
-keeps away from halves all of them find the same whole number. So scales are widened a little, until their ratio is
-``k_x / k_y`` with whole numbers and an odd ``k_y``: twice a multiple of ``1 / k_y`` is never an odd number, and the
-nearest half is ``1 / (2 k_y)`` away.
-
-The mean of two numbers is a half often enough, and goes to the even number: of steps from zero, or from the lowest
-number, as an engine likes. With an even zero point that is the same.
+- Sums and concatenations. QNNPACK and XNNPACK multiply by fixed-point numbers of 21 and 20 bits and send halves up or
+  away from zero, ONNX Runtime and x86 compute in float and send them to the even number. Scales are widened a little,
+  until their ratio is ``k_x / k_y`` with whole numbers and an odd ``k_y``: twice a multiple of ``1 / k_y`` is never an
+  odd number, so the nearest half is ``1 / (2 k_y)`` away.
+- Products: likewise, with the ratio ``s_a s_b / s_y``.
+- Means. That of two numbers is a half often enough, and goes to the even number: of steps from zero, or from the
+  lowest number, as an engine likes. With an even zero point that is the same. QNNPACK multiplies the sum of ``n``
+  numbers by ``s / (n s)``, which is ``1 / n`` where ``n s`` is a number of float32: scales have few bits.
+- What was computed in float is put on its grid by ``x / s`` or by ``x * (1 / s)``. They are the same where ``1 / s``
+  is nearly a number of float32.
 """
 
 from __future__ import annotations
@@ -29,6 +31,9 @@ _HIGHEST: Final = 255
 _MOST: Final = 1001  # half of 1/1001 is four times what 255 steps of 2**-21 come to
 _LEAST: Final = 101  # a scale grows by at most two of so many parts
 _PRODUCTS: Final = 2001
+_BITS: Final = 18  # of a scale: 64 times as much, for instance, is a number of float32
+_UNIT_BITS: Final = 8  # times one of ten bits
+_NEAR: Final = 128  # of the next numbers of so many bits: 0.1 % at most
 
 
 class Halves:
@@ -55,13 +60,16 @@ class Halves:
         for place in self._averaged - settled:
             found[place] = _with_even_zero(found[place], grids[place].high)
         for family in self._families:
-            unit = max(_step(found, grid) for grid in family) / _MOST
+            unit = _short(max(_step(found, grid) for grid in family) / _MOST, _UNIT_BITS)
             if not unit or not settled.isdisjoint(family):
                 continue
             for grid in family:
                 count = _odd(_step(found, grid) / unit)
                 if count >= _LEAST:
                     found[grid] = _with(found[grid], count * unit)
+        alone = [place for place, scale in enumerate(found) if scale and place not in settled.union(self._family_of)]
+        for place, step in zip(alone, _invertible([_step(found, place) for place in alone]), strict=True):
+            found[place] = _with(found[place], step)
         for product in self._products:
             self._multiply(found, product, settled)
         return found
@@ -100,6 +108,21 @@ def _step(scales: Sequence[Scale | None], grid: int) -> float:
 
 def _with(scale: Scale | None, step: float) -> Scale | None:
     return scale and (float(torch.tensor(step, dtype=torch.float32)), scale[1])
+
+
+def _short(step: float, bits: int) -> float:
+    """Not less, with so many significant bits."""
+    fraction, exponent = math.frexp(step)
+    return math.ldexp(math.ceil(fraction * 2**bits), exponent - bits)
+
+
+def _invertible(steps: list[float]) -> list[float]:
+    """Each a little larger and short, where what ``1 / s`` loses in float32 is least."""
+    short = torch.tensor([_short(step, _BITS) for step in steps], dtype=torch.float32).view(torch.int32)
+    near = (short[:, None] + (torch.arange(_NEAR, dtype=torch.int32) << 24 - _BITS)).view(torch.float32)
+    lost = (near.double() * (1.0 / near).double() - 1.0).abs()
+    best: list[float] = near.gather(1, lost.argmin(1, keepdim=True)).flatten().tolist()
+    return best
 
 
 def _with_even_zero(scale: Scale | None, high: int) -> Scale | None:

@@ -1,7 +1,5 @@
 """Scales are moved so that no sum or product of whole numbers is near to a half, whoever computes it."""
 
-import itertools
-
 import pytest
 import torch
 
@@ -34,7 +32,7 @@ def test_sums_keep_away_from_halves() -> None:
         assert from_a_half((STEPS[:, None] * before[a][0] + STEPS * before[b][0]) / before[y][0]) < 1e-4
     for (old, zero), (new, same) in zip(before, after, strict=True):
         assert same == zero
-        assert old * (1 - 1e-6) <= new <= 1.02 * old
+        assert old * (1 - 1e-6) <= new <= 1.03 * old
 
 
 def test_fixed_point_and_float_add_alike() -> None:
@@ -58,14 +56,13 @@ def test_fixed_point_and_float_add_alike() -> None:
 def test_products_keep_away_from_halves() -> None:
     before, after = avoided(products=[[0, 1, 2]])
     exact = STEPS[:, None] * STEPS * (after[0][0] * after[1][0] / after[2][0])
-    assert after[:2] == before[:2]
-    assert before[2][0] <= after[2][0] <= 1.002 * before[2][0]
+    assert all(old[0] <= new[0] <= 1.003 * old[0] for old, new in zip(before, after, strict=True))
     assert from_a_half(exact) > 1e-4
 
 
 def test_a_product_of_what_was_added_follows_the_sum() -> None:
-    before, after = avoided(sums=[[0, 1, 2]], products=[[2, 3, 4]])
-    assert after[2] == before[2]  # the largest of its sum
+    _, after = avoided(sums=[[0, 1, 2]], products=[[2, 3, 4]])
+    assert after[:3] == avoided(sums=[[0, 1, 2]])[1][:3]
     exact = STEPS[:, None] * STEPS * (after[2][0] * after[3][0] / after[4][0])
     assert from_a_half(exact) > 1e-4
 
@@ -73,7 +70,7 @@ def test_a_product_of_what_was_added_follows_the_sum() -> None:
 @pytest.mark.parametrize("fixed", [0, 1, 2])
 def test_what_is_learned_stays_and_so_does_what_it_is_added_to(fixed) -> None:
     before, after = avoided(sums=[[0, 1, 2]], fixed=[fixed])
-    assert after == before
+    assert after[:3] == before[:3]
 
 
 def test_a_factor_is_moved_where_the_result_may_not_be() -> None:
@@ -97,14 +94,27 @@ def test_zero_points_of_means_are_even_and_nothing_is_cut_off(zero) -> None:
     assert even % 2 == 0
     assert after * even >= before * zero * (1 - 1e-6)
     assert after * (255 - even) >= before * (255 - zero) * (1 - 1e-6)
-    assert after <= before * 1.0081
+    assert after <= before * 1.0091
+
+
+def test_to_divide_and_to_multiply_by_the_inverse_are_alike() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1_000_000) * 3
+
+    def differ(scales) -> int:
+        found = [(torch.round(x / step), torch.round(x * (1.0 / torch.tensor(step)))) for step, _ in scales]
+        return sum(int((one != other).sum()) for one, other in found)
+
+    before, after = avoided(scales=[(0.01 + 0.0003 * place, 0) for place in range(20)])
+    assert all(old[0] <= new[0] <= 1.001 * old[0] for old, new in zip(before, after, strict=True))
+    assert differ(before) > 20 * max(differ(after), 1)
 
 
 def test_what_was_never_seen_stays_unknown() -> None:
     scales = [None, *SCALES[1:]]
-    before, after = avoided(sums=[[0, 1, 2], [0, 0, 0]], products=[[0, 3, 4]], scales=scales)
+    _, after = avoided(sums=[[0, 1, 2], [0, 0, 0]], products=[[0, 3, 4]], scales=scales)
     assert after[0] is None
-    assert after[3:] == before[3:]
+    assert after[3:] == avoided(scales=scales)[1][3:]
 
 
 def test_a_scale_that_is_too_small_to_count_stays() -> None:
@@ -112,7 +122,8 @@ def test_a_scale_that_is_too_small_to_count_stays() -> None:
     assert after[1] == before[1]
 
 
-def test_to_move_them_twice_is_to_move_them_once() -> None:
-    for sums in itertools.permutations([[0, 1, 2], [2, 3, 4]]):
-        _, once = avoided(sums=sums)
-        assert avoided(sums=sums, scales=once)[1] == once
+@pytest.mark.parametrize("sums", [[], [[0, 1, 2], [2, 3, 4]]])
+def test_a_scale_times_a_count_is_exact(sums) -> None:
+    _, after = avoided(sums=sums)
+    for count in (3, 5, 7, 9, 25, 49, 14 * 14, 24 * 24, 56 * 56):
+        assert all(float(torch.tensor(step) * count) == step * count for step, _ in after)
