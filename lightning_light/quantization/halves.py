@@ -54,9 +54,9 @@ class Halves:
 
         Args:
             scales: of every grid.
-            grids: what is known of them; what is learned is not moved.
+            grids: what is known of them; what is learned is not moved, nor a grid that cuts off at six.
         """
-        found, settled = list(scales), {place for place, grid in enumerate(grids) if grid.learned}
+        found, settled = list(scales), {place for place, grid in enumerate(grids) if grid.learned or grid.cap}
         for place in self._averaged - settled:
             found[place] = _with_even_zero(found[place], grids[place].high)
         for family in self._families:

@@ -73,6 +73,11 @@ def test_what_is_learned_stays_and_so_does_what_it_is_added_to(fixed) -> None:
     assert after[:3] == before[:3]
 
 
+def test_a_grid_that_cuts_off_at_six_stays() -> None:
+    scale = float(torch.tensor(6.0 / 255)), 0
+    assert Halves(Plan()).avoided([scale], [Grid(positive=True, cap=6.0)]) == [scale]
+
+
 def test_a_factor_is_moved_where_the_result_may_not_be() -> None:
     before, after = avoided(sums=[[0, 1, 2]], products=[[3, 4, 1]], fixed=[0])
     assert after[:3] == before[:3]
