@@ -21,6 +21,7 @@ from typing import Final
 import torch
 
 from lightning_light.quantization.plan import Plan
+from lightning_light.quantization.rounding import single
 from lightning_light.quantization.rules import Grid
 
 __all__ = ["Halves"]
@@ -107,7 +108,7 @@ def _step(scales: Sequence[Scale | None], grid: int) -> float:
 
 
 def _with(scale: Scale | None, step: float) -> Scale | None:
-    return scale and (float(torch.tensor(step, dtype=torch.float32)), scale[1])
+    return scale and (single(step), scale[1])
 
 
 def _short(step: float, bits: int) -> float:

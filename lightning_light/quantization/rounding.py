@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +12,16 @@ from torch import Tensor
 from lightning_light.quantization.learning import SMALLEST, learned_weight, on_grid, straight_through
 from lightning_light.quantization.rules import Grid, WeightRule
 
-__all__ = ["integers", "is_traced", "merge", "round_activation", "round_at_run_time", "round_weight", "scales_of"]
+__all__ = [
+    "integers",
+    "is_traced",
+    "merge",
+    "round_activation",
+    "round_at_run_time",
+    "round_weight",
+    "scales_of",
+    "single",
+]
 
 
 def scales_of(grids: Sequence[Grid], ranges: Tensor) -> list[tuple[float, int] | None]:
@@ -36,9 +46,14 @@ def scales_of(grids: Sequence[Grid], ranges: Tensor) -> list[tuple[float, int] |
         low = 0.0 if grid.positive else min(low, 0.0)
         top = max(top if grid.cap is None else min(top, grid.cap), 0.0)
         width = top - low if top > low else 1.0  # zeros are on any grid; on a wide one numbers may grow later
-        scale = max(width / grid.high, SMALLEST)
-        scale = float(torch.tensor(scale, dtype=torch.float32))  # as the runtimes hold it
+        scale = single(max(width / grid.high, SMALLEST))  # as the runtimes hold it
         found.append((scale, min(max(round(-low / scale), 0), grid.high)))
+    return found
+
+
+def single(x: float) -> float:
+    """The nearest number of float32."""
+    found: float = struct.unpack("f", struct.pack("f", x))[0]
     return found
 
 

@@ -14,6 +14,7 @@ import lightning_light
 from lightning_light.budgets import MACs
 from lightning_light.errors import LightningLightError, NoEffectWarning, OrderError, TargetError, UnsupportedError
 from lightning_light.export import MobileExport, TorchScriptLite
+from lightning_light.int8 import rounders_of
 from lightning_light.quantization import Int8, IntN, MovingAverage, QuantizationAwareTraining, fake_quantized
 from lightning_light.schedules import Linear, Window
 from lightning_light.structured import StructuredPruning
@@ -91,12 +92,14 @@ def test_the_network_computes_on_the_grid_in_the_trainer_and_in_float_after_it()
     with fake_quantized(net) as same:
         assert same is net
         rounded = net(IMAGES).detach()
+        grid = qat.state(net)["plan"]["outputs"]["head|1|linear|1"]
+        ((step, _),) = (rounder.scales[grid] for rounder in rounders_of(net))  # type: ignore[attr-defined]
     assert torch.equal(rounded, seen[0])
     assert not torch.equal(plain, rounded)
     assert torch.equal(net(IMAGES), plain)
-    grid = qat.state(net)["plan"]["outputs"]["head|1|linear|1"]
     low, high = qat.state(net)["ranges"][grid].clamp(torch.tensor([-1e9, 0.0]), torch.tensor([0.0, 1e9])).tolist()
-    steps = rounded.double() / ((high - low) / 255)
+    assert 1.0 <= step / ((high - low) / 255) <= 1.002
+    steps = rounded.double() / step
     torch.testing.assert_close(steps, steps.round(), atol=1e-3, rtol=0.0)
 
 
