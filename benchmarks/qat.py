@@ -4,6 +4,8 @@
 
 All ways train copies of one network in one process, a step of each in turn; a round's overhead is a way's time over the
 float step of the same round, less one. Observers observe and numbers are rounded in all of them, as for most of a run.
+
+Then what an evaluated batch costs, computed in whole numbers as the runtimes do: its time over the float one.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer
 
 import lightning_light as ll
 from lightning_light.example_input import ExampleInput
+from lightning_light.int8 import rounders_of
 from lightning_light.quantization.rounding import merge
 from lightning_light.quantization.state import attach_from, begin
 
@@ -78,6 +81,19 @@ def step(net: nn.Module, x: Tensor, after_batch: Callable[[], None] | None) -> f
     return taken
 
 
+def evaluation(net: nn.Module, rounding: nn.Module, x: Tensor, rounds: int) -> list[float]:
+    """Of each round: the time of an evaluated batch with rounded numbers, over the float one."""
+    times: list[list[float]] = []
+    for _ in range(rounds + 3):
+        times.append([])
+        for one in (net.eval(), rounding.eval()):
+            started = time.perf_counter()
+            with torch.no_grad():
+                one(x)
+            times[-1].append(time.perf_counter() - started)
+    return [ours / plain for plain, ours in times[3:]]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nets", nargs="+", default=list(SHAPES), choices=SHAPES)
@@ -110,9 +126,13 @@ def main() -> None:
             print(f"| {way} | {1e3 * statistics.median(times[way]):.1f} | {middle:.1%} ({low:.1%} to {high:.1%}) |")
         ratios = [min(a, b) / c for a, b, c in zip(over["FX"], over["PT2E"], over["ours"], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
-        print(
-            f"the better peer's overhead over ours, of each round: {middle:.2f} ({low:.2f} to {high:.2f})\n", flush=True
-        )
+        print(f"the better peer's overhead over ours, of each round: {middle:.2f} ({low:.2f} to {high:.2f})")
+        rounder = rounders_of(rounding)[0]
+        for words, rounder.in_whole_numbers in (("as the runtimes do", True), ("as it trains", False)):
+            rounder.observing = False
+            low, middle, high = statistics.quantiles(evaluation(base, rounding, x, args.rounds), n=4)
+            print(f"an evaluated batch, computed {words}, over the float one: {middle:.2f} ({low:.2f} to {high:.2f})")
+        print(flush=True)
 
 
 if __name__ == "__main__":

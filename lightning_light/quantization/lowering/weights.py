@@ -129,14 +129,14 @@ def _alike(scale: Tensor, reads: float, writes: float) -> Tensor:
     Each computes ``s * reads / writes`` in another order, and half of the results differ in the last bit; a handful of
     such steps away there is a scale for which none does.
     """
-    found, missing = scale.float(), torch.ones_like(scale, dtype=torch.bool)
     x, y = (torch.tensor(value, dtype=torch.float32, device=scale.device) for value in (reads, writes))
-    for step in sorted(range(-_STEPS, _STEPS + 1), key=abs):
-        one = scale.float() * (1.0 + step * torch.finfo(torch.float32).eps)
-        product = one * x
-        alike = (product / y == one * (x / y)) & (product / y == product * (1.0 / y)) & missing
-        found, missing = torch.where(alike, one, found), missing & ~alike
-    return found.double()
+    steps = torch.tensor(sorted(range(-_STEPS, _STEPS + 1), key=abs), dtype=torch.float32, device=scale.device)
+    near = scale.float() * (1.0 + steps * torch.finfo(torch.float32).eps).reshape(-1, *[1] * scale.dim())
+    product = near * x
+    ratio = product / y
+    alike = (ratio == near * (x / y)) & (ratio == product * (1.0 / y))
+    first = alike.int().argmax(0, keepdim=True)  # the nearest one, if there is none: the scale itself
+    return near.gather(0, first)[0].double()
 
 
 def _gain_and_shift(norm: Mapping[str, Any], bias: Tensor | None) -> tuple[Tensor, Tensor]:
