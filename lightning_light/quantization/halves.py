@@ -55,9 +55,11 @@ class Halves:
 
         Args:
             scales: of every grid.
-            grids: what is known of them; what is learned is not moved, nor a grid that cuts off at six.
+            grids: what is known of them; what is learned is not moved, and hardly a grid that cuts off at six.
         """
         found, settled = list(scales), {place for place, grid in enumerate(grids) if grid.learned or grid.cap}
+        for place in (place for place, grid in enumerate(grids) if grid.cap and not grid.learned):
+            found[place] = _with(found[place], _short_below(_step(found, place)))
         for place in self._averaged - settled:
             found[place] = _with_even_zero(found[place], grids[place].high)
         for family in self._families:
@@ -86,7 +88,7 @@ class Halves:
             return
         ratio = _step(found, result) / step
         ratio *= 2.0 ** max(0, round(math.log2(_PRODUCTS / ratio)))
-        grid = min(free, key=lambda grid: len(families[grid]))
+        grid = min(free, key=lambda grid: (len(families[grid]), not self._averaged.isdisjoint(families[grid])))
         widened = _odd(ratio) / ratio if grid == result else ratio / _odd(ratio * (1.0 + 2e-6) - 2)
         for each in families[grid]:
             found[each] = _with(found[each], _step(found, each) * widened)
@@ -115,6 +117,11 @@ def _short(step: float, bits: int) -> float:
     """Not less, with so many significant bits."""
     fraction, exponent = math.frexp(step)
     return math.ldexp(math.ceil(fraction * 2**bits), exponent - bits)
+
+
+def _short_below(step: float) -> float:
+    fraction, exponent = math.frexp(step)
+    return math.ldexp(math.floor(fraction * 2**_BITS), exponent - _BITS)
 
 
 def _invertible(steps: list[float]) -> list[float]:

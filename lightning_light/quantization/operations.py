@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import torch.nn.functional as F
+from torch import Tensor
 
 __all__ = ["ADDING", "BATCH_NORM", "HEAVY", "arguments", "kind_of", "moves", "name_of", "set_argument"]
 
@@ -48,7 +49,13 @@ def kind_of(name: str) -> str:
 
 
 def moves(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call only moves numbers, so that they stay on their grid; zero is on every grid, other fillings not."""
+    """Whether a call only moves numbers, so that they stay on their grid; zero is on every grid, other fillings not.
+
+    So does the first step of ``sum(branches)``, which adds 0.
+    """
+    if kind_of(name) in ADDING:
+        others = [value for value in (*args, *kwargs.values()) if not isinstance(value, Tensor)]
+        return len(args) + len(kwargs) == 2 and others == [0 if kind_of(name) == "add" else 1]
     if name == "pad":
         mode = kwargs.get("mode", args[2] if len(args) > 2 else "constant")
         return mode == "constant" and not (args[3] if len(args) > 3 else kwargs.get("value"))

@@ -73,9 +73,19 @@ def test_what_is_learned_stays_and_so_does_what_it_is_added_to(fixed) -> None:
     assert after[:3] == before[:3]
 
 
-def test_a_grid_that_cuts_off_at_six_stays() -> None:
+def test_a_grid_that_cuts_off_at_six_goes_on_to() -> None:
     scale = float(torch.tensor(6.0 / 255)), 0
-    assert Halves(Plan()).avoided([scale], [Grid(positive=True, cap=6.0)]) == [scale]
+    ((found, zero),) = Halves(Plan()).avoided([scale], [Grid(positive=True, cap=6.0)])
+    assert zero == 0
+    assert 5.9999 < 255 * found <= 6.0 * (1 + 1e-7)
+    assert float(torch.tensor(found) * 14 * 14) == found * 14 * 14
+
+
+def test_of_a_product_with_an_average_the_gate_is_moved() -> None:
+    _, after = avoided(products=[[0, 1, 2]], means=[0], fixed=[2])
+    assert float(torch.tensor(after[0][0]) * 14 * 14) == after[0][0] * 14 * 14
+    exact = STEPS[:, None] * STEPS * (after[0][0] * after[1][0] / after[2][0])
+    assert from_a_half(exact) > 1e-4
 
 
 def test_a_factor_is_moved_where_the_result_may_not_be() -> None:

@@ -161,3 +161,21 @@ def test_an_error_in_forward_leaves_no_mode_behind() -> None:
         assert not attachment.inside
         assert torch.overrides._get_current_function_mode() is None
     attachment.let_go()
+
+
+def test_a_sum_that_begins_with_zero_keeps_the_grid_of_what_is_added() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Conv2d(3, 3, 1) for _ in range(3))
+            self.last = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(sum(layer(x) for layer in self.layers) * 1)
+
+    plan = calibrated(Branches().eval(), ExampleInput((noise(2, 3, 8, 8),))).plan
+    assert "|1|__radd__|1" not in plan.outputs
+    assert [key.split("|")[2] for key in plan.outputs] == ["conv2d", "conv2d", "add", "conv2d", "add", "conv2d"]
+    first, second, total = plan.sums[0]
+    assert (first, second) == (plan.outputs["layers.0|1|conv2d|1"], plan.outputs["layers.1|1|conv2d|1"])
+    assert plan.sums[1][0] == total

@@ -22,7 +22,7 @@ from tests.zoo import noise
 
 
 class Branches(nn.Module):
-    """A sum, a product with a gate, a concatenation, and means of four numbers, of which every second is a half."""
+    """A sum that begins with 0, a product with a gate, a concatenation, and means of four numbers, of which every second is a half."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Branches(nn.Module):
         self.gate, self.join = nn.Conv2d(channels, channels, 1), nn.Conv2d(2 * channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.left(x).relu() + self.right(x)
+        x = sum([self.left(x).relu(), self.right(x)])
         x = x * self.gate(x).sigmoid()
         x = self.join(torch.cat([x, self.left(x)], 1)) + x
         return F.avg_pool2d(x, 2)
