@@ -14,7 +14,7 @@ from lightning_light.export.copies import detached_copy
 from lightning_light.int8 import QUANTIZED_TENSORS_ARE_DEPRECATED
 from lightning_light.quantization import Int8
 from lightning_light.quantization.lowering import kernels
-from lightning_light.quantization.lowering.sums import in_whole_numbers
+from lightning_light.quantization.lowering.sums import in_whole_numbers, kernels_of
 from lightning_light.quantization.lowering.weights import folded
 from lightning_light.quantization.rules import WeightRule
 from tests.quantization.test_plan import calibrated
@@ -22,14 +22,16 @@ from tests.zoo import noise
 
 
 class Branches(nn.Module):
-    """A sum that begins with 0, a product with a gate, a concatenation, and means of four numbers, of which every second is a half."""
+    """A free batch norm, a sum that begins with 0, a product with a gate, a concatenation, means that are halves."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.left, self.right = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        self.norm = nn.BatchNorm2d(channels)
         self.gate, self.join = nn.Conv2d(channels, channels, 1), nn.Conv2d(2 * channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x).relu()
         x = sum([self.left(x).relu(), self.right(x)])
         x = x * self.gate(x).sigmoid()
         x = self.join(torch.cat([x, self.left(x)], 1)) + x
@@ -42,6 +44,11 @@ def deep() -> nn.Sequential:
         layers += [nn.Conv2d(inputs, outputs, 3, stride, 1, groups=groups, bias=groups > 1), nn.BatchNorm2d(outputs)]
         layers += [nn.ReLU()]
     return settled(nn.Sequential(*layers, Branches(64), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)))
+
+
+def wide() -> nn.Sequential:
+    """So many numbers that one of them is near to a half wherever it can be."""
+    return settled(nn.Sequential(nn.Conv2d(3, 24, 3, padding=1), nn.ReLU(), Branches(24)))
 
 
 def settled(net: nn.Sequential) -> nn.Sequential:
@@ -57,17 +64,18 @@ def settled(net: nn.Sequential) -> nn.Sequential:
 
 
 @pytest.mark.parametrize("exporter", [TorchScriptLite(), TorchScriptLite("x86"), ONNX(), ExecuTorch()], ids=repr)
-def test_a_file_answers_as_the_module_in_every_bit(exporter: Exporter, tmp_path) -> None:
+@pytest.mark.parametrize(("made", "size"), [(deep, 32), (wide, 80)])
+def test_a_file_answers_as_the_module_in_every_bit(exporter: Exporter, made, size, tmp_path) -> None:
     engine = "x86" if exporter == TorchScriptLite("x86") else "qnnpack"
     if engine == "x86" and not torch.cpu._is_vnni_supported():
         pytest.skip("torch gives convolutions to another library on processors without VNNI")
-    net, images = deep(), noise(8, 3, 32, 32)
+    net, images = made(), noise(8, 3, size, size)
     calibrated(net, ExampleInput((images,)), Int8(engine=engine))
     path = tmp_path / f"net{exporter.suffix}"
     report = export_model(net, (images,), path, exporter=exporter, parity=Tolerance(steps=0.01), latency_runs=1)
     assert report.details["left_float"] == {}
     run = exporter.load(path)
-    batches = [torch.randn(8, 3, 32, 32) for _ in range(4)]
+    batches = [torch.randn(8, 3, size, size) for _ in range(4)]
     with torch.no_grad():
         assert all(torch.equal(torch.as_tensor(tree_leaves(run(batch))[0]), net(batch)) for batch in batches)
 
@@ -97,6 +105,37 @@ def test_a_layer_is_the_kernel(groups, monkeypatch) -> None:
         exact = (sums * unit / writes[0]).round().clamp(-writes[1], 255 - writes[1]) * writes[0]
     assert torch.equal(found, right)
     assert float((found - exact).abs().max()) < 1e-5, "no number of these is that near to a half"
+
+
+@pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="convolutions are computed by another library")
+@pytest.mark.filterwarnings(f"ignore:{QUANTIZED_TENSORS_ARE_DEPRECATED}")
+@pytest.mark.parametrize(("name", "groups"), [("conv2d", 1), ("conv2d", 4), ("conv2d", 128), ("linear", 1)])
+def test_a_layer_is_the_kernel_of_x86_where_half_of_the_results_are_halves(name, groups, monkeypatch) -> None:
+    """oneDNN: round((sum s_x s_w + bias) / s_y + z) - z; FBGEMM: round((sum + bias / (s_x s_w)) (s_x s_w / s_y))."""
+    monkeypatch.setattr(torch.backends.quantized, "engine", "x86")
+    torch.manual_seed(0)
+    for trial in range(12):
+        layer: Any = nn.Conv2d(128, 128, 3, padding=1, groups=groups) if name == "conv2d" else nn.Linear(128, 128)
+        step = float(torch.rand(()) * 0.01 + 0.001)
+        layer.weight.data = torch.randint(-62, 63, layer.weight.shape) * step
+        layer.weight.data.flatten(1)[:, 0] = 63 * step
+        reads = float(torch.rand(())) * 0.1 + 0.01, 100
+        writes = reads[0] * step * 2.0 ** (trial % 4 + 7), 120
+        reads, writes = ((float(torch.tensor(scale)), zero) for scale, zero in (reads, writes))
+        layer.bias.data = torch.randint(-500, 500, (128,)) * reads[0] * step
+        whole = torch.randint(-100, 156, (2, 128, 12, 12) if name == "conv2d" else (300, 128)).float()
+        named = {"input": whole * reads[0], "weight": layer.weight, "bias": layer.bias}
+        named |= {"padding": 1, "groups": groups} if name == "conv2d" else {}
+        with torch.no_grad():
+            weight = folded(named, None, WeightRule(low=-63, high=63), None, reads[0], writes[0])
+            rest, whose = [1, 1, 1, groups] if name == "conv2d" else [], kernels_of("x86", name, named)
+            args = [named["input"], layer.weight, layer.bias, *rest]
+            found = in_whole_numbers(getattr(F, name), args, {}, weight, reads, writes, 255, whose)
+            kernel = kernels.Layer.of(
+                name, weight, named, relu=False, scale=writes, zeros=torch.zeros(128, dtype=torch.int64)
+            )
+            right = kernel(kernels.quantize(named["input"], reads)).dequantize()
+        assert torch.equal(found, right)
 
 
 class Scaled(nn.BatchNorm2d):
