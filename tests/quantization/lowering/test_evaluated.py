@@ -199,3 +199,33 @@ def test_what_an_interrupted_call_has_left_is_forgotten() -> None:
             net(images[:1])
         attachment.form = "plain"
         assert torch.allclose(net(images), net[2](net[0](images)))
+
+
+@pytest.mark.parametrize("exporter", [TorchScriptLite(), ONNX(), ExecuTorch()], ids=repr)
+def test_a_batch_norm_that_follows_no_layer_is_one_product_and_one_sum(exporter: Exporter, tmp_path) -> None:
+    net = settled(nn.Sequential(nn.Conv2d(3, 24, 3), nn.ReLU(), nn.BatchNorm2d(24)))
+    norm, images = net[2], noise(8, 3, 32, 32)
+    calibrated(net, ExampleInput((images,)))
+    path = tmp_path / f"net{exporter.suffix}"
+    export_model(net, (images,), path, exporter=exporter, latency_runs=1)
+    with torch.no_grad():
+        gain = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()  # type: ignore[operator,union-attr]
+        shift = norm.bias.double() - norm.running_mean.double() * gain  # type: ignore[operator,union-attr]
+        read: list[Tensor] = []
+        net[1].register_forward_hook(lambda module, args, result: read.append(result))
+        found, (x,) = net(images), read
+        assert torch.equal(found, x * gain.float().reshape(-1, 1, 1) + shift.float().reshape(-1, 1, 1))
+        usual = F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias)  # type: ignore[arg-type]
+        assert not torch.equal(found, usual)
+        assert torch.allclose(found, usual, atol=1e-5)
+        assert torch.equal(torch.as_tensor(tree_leaves(exporter.load(path)(images))[0]), found)
+
+
+def test_a_pool_that_leaves_out_the_padding_is_that_of_whole_numbers_on_qnnpack(tmp_path) -> None:
+    pool = nn.AvgPool2d(3, 2, 1, count_include_pad=False)  # of four and six numbers at the border; float there
+    net, images = nn.Sequential(nn.Conv2d(3, 24, 3), nn.ReLU(), pool, nn.Conv2d(24, 8, 1)), noise(8, 3, 32, 32)
+    calibrated(net.eval(), ExampleInput((images,)))
+    export_model(net, (images,), tmp_path / "net.ptl", exporter=TorchScriptLite(), latency_runs=1)
+    run = TorchScriptLite().load(tmp_path / "net.ptl")
+    with torch.no_grad():
+        assert torch.equal(torch.as_tensor(tree_leaves(run(images))[0]), net(images))
