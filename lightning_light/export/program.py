@@ -189,4 +189,5 @@ def quiet_torch() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`", category=FutureWarning)
         warnings.filterwarnings("ignore", message=r"(?s)The tensor attributes? .* assigned during export")
+        warnings.filterwarnings("ignore", message="_check_is_size will be removed", category=FutureWarning)
         yield
