@@ -49,7 +49,7 @@ class Attachment(Frames, RoundsNumbers):
         lowered: computes instead, while the network is exported.
         observing: whether ranges of the numbers are noted, for `observed`.
         batch_norm_frozen: whether folded batch norms use, and keep, the statistics that they have.
-        in_whole_numbers: whether layers are computed as the runtimes do where no gradient is wanted.
+        in_whole_numbers: whether layers, means and batch norms are computed as the runtimes do, without gradients.
         at_least: bits that no grid has fewer of, for now.
         ranges: that were observed.
         grids: the plan's, with no fewer bits than that.
