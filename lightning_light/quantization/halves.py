@@ -15,18 +15,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 import torch
 
+from lightning_light.quantization.lowering.weights import Scale
 from lightning_light.quantization.plan import Plan
 from lightning_light.quantization.rounding import single
 from lightning_light.quantization.rules import Grid
 
 __all__ = ["Halves"]
-
-Scale = tuple[float, int]
 
 _HIGHEST: Final = 255
 _MOST: Final = 1001  # half of 1/1001 is four times what 255 steps of 2**-21 come to
@@ -59,7 +58,7 @@ class Halves:
         """
         found, settled = list(scales), {place for place, grid in enumerate(grids) if grid.learned or grid.cap}
         for place in (place for place, grid in enumerate(grids) if grid.cap and not grid.learned):
-            found[place] = _with(found[place], _short_below(_step(found, place)))
+            found[place] = _with(found[place], _short(_step(found, place), _BITS, math.floor))
         for place in self._averaged - settled:
             found[place] = _with_even_zero(found[place], grids[place].high)
         for family in self._families:
@@ -113,15 +112,10 @@ def _with(scale: Scale | None, step: float) -> Scale | None:
     return scale and (single(step), scale[1])
 
 
-def _short(step: float, bits: int) -> float:
-    """Not less, with so many significant bits."""
+def _short(step: float, bits: int, to: Callable[[float], int] = math.ceil) -> float:
+    """With so many significant bits, and not less; or not more, with `math.floor`."""
     fraction, exponent = math.frexp(step)
-    return math.ldexp(math.ceil(fraction * 2**bits), exponent - bits)
-
-
-def _short_below(step: float) -> float:
-    fraction, exponent = math.frexp(step)
-    return math.ldexp(math.floor(fraction * 2**_BITS), exponent - _BITS)
+    return math.ldexp(to(fraction * 2**bits), exponent - bits)
 
 
 def _invertible(steps: list[float]) -> list[float]:

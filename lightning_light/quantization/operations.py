@@ -54,8 +54,11 @@ def moves(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     So does the first step of ``sum(branches)``, which adds 0.
     """
     if kind_of(name) in ADDING:
-        others = [value for value in (*args, *kwargs.values()) if not isinstance(value, Tensor)]
-        return len(args) + len(kwargs) == 2 and others == [0 if kind_of(name) == "add" else 1]
+        given = [*args, *kwargs.values()]
+        others = [value for value in given if not isinstance(value, Tensor)]
+        if len(given) != 2 or len(others) != 1 or type(others[0]) not in (int, float):  # a symbol must not be asked
+            return False
+        return bool(others[0] == (0 if kind_of(name) == "add" else 1))
     if name == "pad":
         mode = kwargs.get("mode", args[2] if len(args) > 2 else "constant")
         return mode == "constant" and not (args[3] if len(args) > 3 else kwargs.get("value"))

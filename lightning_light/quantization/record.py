@@ -115,7 +115,7 @@ def _kind(name: str, args: Any, kwargs: Any, made: list[Tensor], inputs: list[tu
     kind = kind_of(name)
     if not any(tensor.is_floating_point() for tensor in made):
         return "int"
-    if kind in ADDING and moves(name, args, kwargs):
+    if kind in ADDING and moves(name, args, kwargs) and inputs[0][1].kind != "int":
         return "move"
     if kind in ADDING:
         shapes = {tuple(value.shape) for value in args if isinstance(value, Tensor)}

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_light.example_input import ExampleInput
+from lightning_light.export import ONNX, export_model
 from lightning_light.quantization.attachment import Attachment
+from lightning_light.quantization.operations import moves
 from lightning_light.quantization.parameters import first_values
 from lightning_light.quantization.plan import Group, Plan, plan_sites
 from lightning_light.quantization.recipes import Int8, Recipe
@@ -179,3 +182,29 @@ def test_a_sum_that_begins_with_zero_keeps_the_grid_of_what_is_added() -> None:
     first, second, total = plan.sums[0]
     assert (first, second) == (plan.outputs["layers.0|1|conv2d|1"], plan.outputs["layers.1|1|conv2d|1"])
     assert plan.sums[1][0] == total
+
+
+@pytest.mark.parametrize(("name", "other", "right"), [
+    ("add", 0, True), ("__radd__", 0.0, True), ("mul", 1, True), ("add", 1, False), ("mul", 0, False),
+    ("mul", np.ones(3), False), ("add", torch.zeros(3), False),
+])  # fmt: skip
+def test_only_a_plain_number_that_changes_nothing_leaves_a_grid_alone(name, other, right) -> None:
+    assert moves(name, (torch.ones(3), other), {}) is right
+
+
+def test_a_batch_of_any_size_may_be_multiplied_by_its_size(tmp_path) -> None:
+    class Counted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) * x.shape[0]
+
+    net, x = Counted().eval(), noise(3, 4)
+    calibrated(net, ExampleInput((x,)))
+    export_model(net, (x,), tmp_path / "net.onnx", exporter=ONNX(), latency_runs=1)
+    run = ONNX().load(tmp_path / "net.onnx")
+    with torch.no_grad():
+        for batch in (noise(1, 4), noise(5, 4)):
+            assert torch.equal(torch.as_tensor(tree_leaves(run(batch))[0]), net(batch))
