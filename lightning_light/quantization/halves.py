@@ -81,8 +81,12 @@ class Halves:
         *factors, result = product
         step = math.prod(_step(found, grid) for grid in factors)
         families = {grid: self._family_of.get(grid, {grid}) for grid in (result, *factors)}
-        free = [grid for grid in families if settled.isdisjoint(families[grid])
-                and not any(other in families[grid] for other in product if other != grid)]  # fmt: skip
+        free = [
+            grid
+            for grid in families
+            if settled.isdisjoint(families[grid])
+            and not any(other in families[grid] for other in product if other != grid)
+        ]
         if not (free and step and _step(found, result)):
             return
         ratio = _step(found, result) / step

@@ -18,7 +18,7 @@ from lightning_light.schedules import Linear, Window
 from lightning_light.sparsity.checks import check_counts, require_sparsity
 from lightning_light.sparsity.gather import score_weights
 from lightning_light.sparsity.growth import Connections, DynamicMethod, RigL, SRigL, Static
-from lightning_light.sparsity.keeper import stepping
+from lightning_light.sparsity.mask_enforcer import stepping
 from lightning_light.sparsity.masking import MaskingCallback
 from lightning_light.sparsity.patterns import Unstructured
 from lightning_light.sparsity.plan import plan_masks
@@ -196,12 +196,26 @@ class DynamicSparseTraining(MaskingCallback):
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The first masks: how many by the scope, which by the criterion."""
         scores = score_weights(
-            self._weights, self.criterion, sums={}, steps=0, movement={}, values={},
-            generator=torch.Generator().manual_seed(self.seed), reduce=lambda tensor: tensor,
-        )  # fmt: skip
+            self._weights,
+            self.criterion,
+            sums={},
+            steps=0,
+            movement={},
+            values={},
+            generator=torch.Generator().manual_seed(self.seed),
+            reduce=lambda tensor: tensor,
+        )
         amount = self.budget.goal(0.0)
-        masks = plan_masks(self._weights, scores, pattern=Unstructured(), scope=self.scope, amount=amount, share=1.0,
-                           amounts={}, current={})  # fmt: skip
+        masks = plan_masks(
+            self._weights,
+            scores,
+            pattern=Unstructured(),
+            scope=self.scope,
+            amount=amount,
+            share=1.0,
+            amounts={},
+            current={},
+        )
         if isinstance(self._moves, SRigL):
             masks = {
                 weight.name: weight.facing(

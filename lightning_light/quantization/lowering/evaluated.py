@@ -72,9 +72,16 @@ class Evaluated:
         self._called, self._folded = called, {}
 
     def layer(
-        self, key: str, name: str, function: Any, args: list[Any], kwargs: dict[str, Any],
-        rule: tuple[WeightRule, Tensor | None], scales: list[Scale | None], grids: list[Grid],
-    ) -> Tensor | None:  # fmt: skip
+        self,
+        key: str,
+        name: str,
+        function: Any,
+        args: list[Any],
+        kwargs: dict[str, Any],
+        rule: tuple[WeightRule, Tensor | None],
+        scales: list[Scale | None],
+        grids: list[Grid],
+    ) -> Tensor | None:
         """What a layer and all of its group give, rounded; None if it has to be computed as it is written.
 
         Args:
@@ -101,9 +108,15 @@ class Evaluated:
         if group.batch_norm is not None and norm is not None:
             self._folded[group.batch_norm] = FoldedLayer(key, function, list(args), dict(kwargs), norm)
         return in_whole_numbers(
-            function, list(args), dict(kwargs), weight, reads, writes, grids[place].high,
+            function,
+            list(args),
+            dict(kwargs),
+            weight,
+            reads,
+            writes,
+            grids[place].high,
             kernels_of(self._engine, name, given),
-        )  # fmt: skip
+        )
 
     def mean(
         self, key: str, function: Any, args: list[Any], kwargs: dict[str, Any], scales: list[Scale | None]

@@ -67,8 +67,14 @@ def averaged(name: str, args: list[Any], kwargs: Mapping[str, Any], mean: Tensor
 
 
 _AVG_POOL: Final = (
-    "input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override",
-)  # fmt: skip
+    "input",
+    "kernel_size",
+    "stride",
+    "padding",
+    "ceil_mode",
+    "count_include_pad",
+    "divisor_override",
+)
 
 
 def _pair(value: Any) -> tuple[int, ...]:

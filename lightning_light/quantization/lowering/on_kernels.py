@@ -37,10 +37,11 @@ class Lowering(Lowered):
     @cached_property
     def _placed(self) -> dict[str, Weight]:
         whole = {
-            key: weight if self.engine == "x86" or (reads := self.scales[self.plan.reads[key]]) is None
+            key: weight
+            if self.engine == "x86" or (reads := self.scales[self.plan.reads[key]]) is None
             else weight.with_whole_bias(reads[0])
             for key, weight in self.weights.items()
-        }  # fmt: skip
+        }
         return in_one_place(whole)
 
     @cached_property

@@ -19,9 +19,15 @@ _GROUPS = 100  # torch gives oneDNN convolutions with no more of them, on proces
 
 
 def in_whole_numbers(
-    function: Any, args: list[Any], kwargs: dict[str, Any], weight: Weight, reads: Scale, writes: Scale, high: int,
+    function: Any,
+    args: list[Any],
+    kwargs: dict[str, Any],
+    weight: Weight,
+    reads: Scale,
+    writes: Scale,
+    high: int,
     kernels: Kernels = "whole",
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """``s_y * clamp(round(m * (sum of q_x * q_w + q_b)), -z_y, high - z_y)`` with ``m = s_x * s_w / s_y``.
 
     Sums of whole numbers are exact in float32 up to 2**24, whatever their order. The rest is done in float32 and in
