@@ -28,7 +28,6 @@ class CompressionState:
         state: method name -> what it remembers, in plain types and tensors.
         kept: tensor name -> dimension -> positions of the first network that are left; None when unknown.
         resumed: whether the current ``fit`` goes on from a checkpoint.
-        wrapped: hooks that somebody else had set on the instance before.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -36,7 +35,6 @@ class CompressionState:
         self.state: dict[str, dict[str, Any]] = {}
         self.kept: Kept | None = {}
         self.resumed = False
-        self.wrapped: dict[str, Any] = {}
         self._order: list[list[list[str | None]]] = []
         self._original = copy_structure(model)
 
@@ -65,7 +63,7 @@ class CompressionState:
     def twin(self) -> CompressionState:
         """The same history, for an averaged copy of the module; what is written into one is not in the other."""
         twin = CompressionState.__new__(CompressionState)
-        twin.__dict__.update(vars(self), wrapped={})
+        twin.__dict__.update(vars(self))
         twin.edit_log, twin.state = copy.deepcopy(self.edit_log), copy.deepcopy(self.state)
         twin.kept = None if self.kept is None else {name: dict(dims) for name, dims in self.kept.items()}
         return twin
