@@ -1,12 +1,15 @@
 """Rules of structure and language that a machine can check."""
 
 import ast
+import functools
+import importlib.util
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 import pytest
+from torch import nn
 
 REPOSITORY = Path(__file__).parents[1]
 ROOT = REPOSITORY / "lightning_light"
@@ -29,7 +32,8 @@ METHODS = {
 }
 CORE = {"criteria", "dependency", "host", "measure", "surgery"}
 HOSTS = {"lightning", "pytorch_lightning", "lightning_fabric"}
-HOST_FOLDER = "host"  # the one folder of the core that may import a host
+HOST_FOLDER = "host"  # the one folder of the core that may import a host, and use its private names
+NOT_YET = {"quantization"}  # still uses private names of Lightning
 DEPENDENCIES = HOSTS | {
     "PIL",
     "lightning_light",
@@ -88,6 +92,39 @@ def holds_callback(tree: ast.Module) -> bool:
     return any(ast.unparse(base).endswith("Callback") for node in classes for base in node.bases)
 
 
+@functools.cache
+def private_names_of_lightning() -> frozenset[str]:
+    """Return the private functions, classes and attributes that Lightning's sources define, and torch's do not."""
+    names: set[str] = set()
+    for package in ("lightning.pytorch", "lightning.fabric"):
+        spec = importlib.util.find_spec(package)
+        assert spec is not None
+        assert spec.origin is not None
+        for file in Path(spec.origin).parent.rglob("*.py"):
+            names |= set(defined(ast.parse(file.read_text())))
+    private = {name for name in names if name.startswith("_") and not name.startswith("__")}
+    return frozenset(private - set(dir(nn.Module())))
+
+
+def defined(tree: ast.Module) -> Iterator[str]:
+    """Return the names of functions and classes that a file defines, and of attributes that it sets."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.attr
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            yield node.target.id
+
+
+def private_names_used(tree: ast.Module) -> set[str]:
+    """Return Lightning's private names that a file uses, as attributes or in strings, and does not define itself."""
+    inside = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+    used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    used |= {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in inside}
+    return (used & private_names_of_lightning()) - set(defined(tree))
+
+
 def violations(file: str, text: str) -> list[str]:
     """Return what is wrong with ``text`` at ``file``, a path below the package."""
     tree, path = ast.parse(text), PurePosixPath(file)
@@ -97,6 +134,8 @@ def violations(file: str, text: str) -> list[str]:
     found = []
     if {name.split(".")[0] for name in names} & HOSTS and mine != HOST_FOLDER and not holds_callback(tree):
         found.append(f"{file} imports Lightning at run time, but holds no callback: take what it needs as arguments.")
+    if mine not in {HOST_FOLDER, *NOT_YET} and (private := sorted(private_names_used(tree))):
+        found.append(f"{file} uses {', '.join(private)}, private in Lightning: add a function to `host/` that does.")
     packages = {name.split(".")[0] for name in names if not name.startswith(".")} - sys.stdlib_module_names
     if unknown := sorted(packages - DEPENDENCIES - OPTIONAL):
         found.append(f"{file} imports {', '.join(unknown)}, which is no dependency of the package.")
@@ -175,6 +214,8 @@ def test_a_retired_word_is_found(text: str) -> None:
         ("surgery/edit.py", "from .state import CompressionState\n", "imports relatively"),
         ("surgery/edit.py", "def f():\n    import pandas\n", "is no dependency of the package"),
         ("monitors/picture.py", "import matplotlib.pyplot\n", "import it where it is used"),
+        ("progress.py", "def f(t):\n    return t.fit_loop._should_accumulate()\n", "private in Lightning"),
+        ("sparsity/masks.py", "def f(m):\n    return getattr(m, '_trainer', None)\n", "private in Lightning"),
     ],
 )
 def test_a_planted_bad_file_is_reported_with_its_reason(file: str, text: str, sentence: str) -> None:
@@ -191,6 +232,8 @@ def test_a_planted_bad_file_is_reported_with_its_reason(file: str, text: str, se
         ("sparsity/masks.py", "if TYPE_CHECKING:\n    from lightning.pytorch import Trainer\n"),
         ("monitors/monitor.py", "from lightning.pytorch import Callback\nclass Monitor(Callback):\n    pass\n"),
         ("host/classes.py", "import lightning.pytorch\n"),
+        ("host/trainer.py", "def f(t):\n    return t.fit_loop._should_accumulate()\n"),
+        ("surgery/edit.py", "def f(m):\n    return m._parameters\n"),
     ],
 )
 def test_a_planted_good_file_is_accepted(file: str, text: str) -> None:

@@ -63,7 +63,7 @@ class InstancePatch:
         above = next((patch for patch in patches if patch.name == name), None) if beneath else None
         if above is None:
             self._replaced = vars(owner).get(name, _Missing)
-            self.original = getattr(owner, name, None)
+            self.original: Any = getattr(owner, name, None)
             vars(owner)[name] = value
             patches.append(self)
         else:

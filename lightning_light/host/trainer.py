@@ -22,8 +22,9 @@ _LAUNCHERS_THAT_RETURN_WEIGHTS = ("_MultiProcessingLauncher", "_XLALauncher")
 
 
 def callbacks_of(trainer: Trainer) -> list[Any]:
-    """Return the callbacks of ``trainer``, an attribute that its connector sets."""
-    return trainer.callbacks  # type: ignore[attr-defined]
+    """Return the callbacks of ``trainer``."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+    return callbacks
 
 
 def steps_done(trainer: Trainer) -> int:

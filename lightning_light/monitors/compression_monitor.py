@@ -324,7 +324,7 @@ class CompressionMonitor(CompressionCallback):
     def _remove_hparams(self) -> None:
         if self._hparams_patch is not None:
             self._hparams_patch.undo()
-            self._hparams_patch = None
+        self._hparams_patch = None
 
 
 def _print(table: Table) -> None:
