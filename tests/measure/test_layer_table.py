@@ -33,8 +33,8 @@ def test_zeros_are_those_of_weights_not_of_biases() -> None:
     with torch.no_grad():
         model[0].weight[:, :2] = 0.0
     table = rows(model, torch.zeros(1, 4))
-    assert table["0"].zeros == 0.5
-    assert table["1"].zeros == 0.0  # its bias is all zeros, as every fresh norm's
+    assert table["0"].sparsity == 0.5
+    assert table["1"].sparsity == 0.0  # its bias is all zeros, as every fresh norm's
 
 
 def test_zeros_behind_a_parametrization_count() -> None:
@@ -46,7 +46,7 @@ def test_zeros_behind_a_parametrization_count() -> None:
     nn.utils.parametrize.register_parametrization(model[0], "weight", Mask())
     table = rows(model, torch.zeros(1, 4))
     assert table.keys() == {"0"}
-    assert (table["0"].zeros, table["0"].params, table["0"].macs) == (0.75, 25, 20)
+    assert (table["0"].sparsity, table["0"].params, table["0"].macs) == (0.75, 25, 20)
 
 
 def test_a_model_that_is_one_parametrized_layer() -> None:

@@ -167,7 +167,7 @@ def test_the_users_layout_stays_and_ours_is_written_once(board: TensorBoardLogge
     trainer(CompressionMonitor(), logger=board, max_epochs=1).fit(module, Loader())
     layout = read_layout(board.log_dir)
     assert {title: layout[title] for title in theirs} == theirs
-    assert "what remains" in layout["compression"]
+    assert "remaining" in layout["compression"]
     assert served(board) == {"mine", "compression"}
     again = trainer(CompressionMonitor(), logger=board, max_epochs=1)
     again.fit(module, Loader())
@@ -327,22 +327,24 @@ def test_a_run_is_the_same_with_and_without_it_bit_for_bit(board: TensorBoardLog
     assert watched.training == alone.training
 
 
-def test_it_leaves_nothing_on_the_module_and_no_look_behind() -> None:
+def test_it_leaves_nothing_on_the_module() -> None:
     module = Lit()
     monitor = CompressionMonitor()
     trainer(monitor, max_epochs=1).fit(module, Loader())
     assert not module._forward_pre_hooks
     assert {name for name in vars(monitor) if name.startswith("_")} <= {
         "_key",
-        "_count",
-        "_chronicle",
+        "_cost_counter",
+        "_recorder",
         "_last_step",
         "_parameters",
-        "_seen",
+        "_last_signature",
         "_hparams_patch",
         "_masks",
     }
-    assert not any(vars(monitor)[name] for name in ("_count", "_chronicle", "_parameters", "_hparams_patch", "_masks"))
+    assert not any(
+        vars(monitor)[name] for name in ("_cost_counter", "_recorder", "_parameters", "_hparams_patch", "_masks")
+    )
     assert repr(pickle.loads(pickle.dumps(monitor))) == repr(monitor)
 
 
@@ -456,7 +458,7 @@ def test_the_learning_rate_finder_inside_fit_leaves_no_trace_in_the_history(boar
 # Unusual modules.
 
 
-def test_lazy_layers_are_looked_at_once_they_have_shapes(board: TensorBoardLogger) -> None:
+def test_lazy_layers_are_recorded_once_they_have_shapes(board: TensorBoardLogger) -> None:
     class Lazy(Boring):
         def __init__(self) -> None:
             super().__init__()
@@ -488,7 +490,7 @@ def test_a_module_that_is_never_called_has_no_macs_and_says_so(board: TensorBoar
     run.fit(Inner(), Boring.data(), Boring.data())
     assert "compression/macs" not in read(board).Tags()["scalars"]
     assert "compression/params_remaining" in run.progress_bar_metrics
-    assert "MACs are not known" in capsys.readouterr().out
+    assert "MACs are unknown" in capsys.readouterr().out
 
 
 def test_an_example_input_that_does_not_fit_ends_the_count_and_not_the_run() -> None:
@@ -552,7 +554,7 @@ def test_its_repr_is_the_call_that_makes_it() -> None:
     assert copy.deepcopy(monitor).layers == ["net.*"]
 
 
-def test_what_zeros_are_worth_is_reported(board: TensorBoardLogger, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_effect_of_sparsity_is_reported(board: TensorBoardLogger, capsys: pytest.CaptureFixture[str]) -> None:
     """Masks are read from the compression state; two filters die at step 4, two more weights at step 8."""
 
     class Masks(pl.Callback):
@@ -582,13 +584,13 @@ def test_what_zeros_are_worth_is_reported(board: TensorBoardLogger, capsys: pyte
     assert monitor.after is not None
     assert monitor.before is not None
     assert (monitor.before.dead_filters, monitor.after.dead_filters) == (0, 2)
-    assert monitor.after.zeros == pytest.approx((gone + 2) / total)
+    assert monitor.after.sparsity == pytest.approx((gone + 2) / total)
     dense = count_cost(module, (torch.zeros(1, 3, 8, 8),))
     zeros = (gone + 2) / layer.numel()
     assert monitor.after.effective_macs == round(dense.macs - zeros * dense.macs_by_module["net.conv1"])
     assert curve(board, "effective_macs")[-1][1] == monitor.after.effective_macs
     assert curve(board, "deflated_bytes")[-1][1] == monitor.after.deflated
     printed = capsys.readouterr().out
-    assert "MACs whose weight is not zero" in printed
+    assert "effective MACs (nonzero weights)" in printed
     assert "size after compression (DEFLATE)" in printed
     assert "0 → 2" in printed

@@ -34,8 +34,8 @@ def text(before: Snapshot, after: Snapshot, width: int = 120, **options: object)
     return console.export_text()
 
 
-def row(name: str, *, kind: str = "Linear", out: int | None = 4, params: int = 8, zeros: float = 0.0) -> LayerRow:
-    return LayerRow(name, kind, 2, out, params, 8, zeros, 32.0)
+def row(name: str, *, kind: str = "Linear", out: int | None = 4, params: int = 8, sparsity: float = 0.0) -> LayerRow:
+    return LayerRow(name, kind, 2, out, params, 8, sparsity, 32.0)
 
 
 @pytest.mark.parametrize("make", ZOO.values(), ids=ZOO)
@@ -58,7 +58,7 @@ def test_without_a_forward_pass_all_but_the_macs_is_known() -> None:
     model = net()
     blind, full = take_snapshot(model), snapshot(model)
     assert blind.macs is None
-    assert (blind.params, blind.bytes, blind.zeros) == (full.params, full.bytes, full.zeros)
+    assert (blind.params, blind.bytes, blind.sparsity) == (full.params, full.bytes, full.sparsity)
     assert "MACs" not in text(blind, blind)
 
 
@@ -69,7 +69,7 @@ def test_zeros_are_those_the_layer_computes_with() -> None:
         model[0].parametrizations.weight.original[:5] = 0.0
     vectors = model[0].parametrizations.weight[0]._u.clone()
     found = take_snapshot(model.train())
-    assert found.zeros == pytest.approx(0.5)
+    assert found.sparsity == pytest.approx(0.5)
     assert [(line.name, line.type, line.params) for line in found.rows] == [("0", "Linear", 110)]
     assert torch.equal(model[0].parametrizations.weight[0]._u, vectors)  # reading a weight in training would move it on
 
@@ -79,7 +79,7 @@ def test_weights_shared_by_two_layers_count_once() -> None:
     model[1].weight = model[0].weight
     with torch.no_grad():
         model[0].weight.zero_()
-    assert take_snapshot(model).zeros == pytest.approx(0.5)
+    assert take_snapshot(model).sparsity == pytest.approx(0.5)
 
 
 def test_structure_changes_with_shapes_classes_and_formats_only() -> None:
@@ -118,7 +118,7 @@ def test_rows_are_paired_by_name(before: list[str], after: list[str], pairs: lis
 def test_what_remains_counts_channels_that_come_out_and_weights_that_are_not_zero() -> None:
     (pair,) = match_layers([row("a", out=8, params=100)], [row("a.0", out=2, params=20), row("a.1", out=6, params=40)])
     assert remaining(pair) == (6 / 8, 60 / 100)
-    (pair,) = match_layers([row("a", params=100)], [row("a", params=100, zeros=0.9)])
+    (pair,) = match_layers([row("a", params=100)], [row("a", params=100, sparsity=0.9)])
     assert remaining(pair) == (1.0, pytest.approx(0.1))
     (pair,) = match_layers([row("a")], [])
     assert remaining(pair) == (0.0, 0.0)
@@ -134,8 +134,8 @@ def test_the_table_tells_before_and_after_of_every_layer() -> None:
     assert f"{human_count(before.macs or 0)} → {human_count(after.macs or 0)}" in shown
     assert f"{human_bytes(before.bytes)} → {human_bytes(after.bytes)}" in shown
     assert f"{after.params / before.params:.1%}" in shown
-    assert "share of zeros: 0%, unchanged" in shown
-    assert "bits of a stored weight: 32, unchanged" in shown
+    assert "sparsity: 0%, unchanged" in shown
+    assert "bits per weight: 32, unchanged" in shown
 
 
 def test_columns_of_zeros_bits_and_types_appear_when_they_have_something_to_tell() -> None:
