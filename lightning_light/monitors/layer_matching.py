@@ -26,7 +26,7 @@ class LayerPair:
 
 
 def match_layers(before: Sequence[LayerRow], after: Sequence[LayerRow]) -> list[LayerPair]:
-    """LayerPair rows by name; ``conv.0`` and ``conv.1`` are what a ``conv`` was replaced by, and the other way round.
+    """Pair rows by name; ``conv.0`` and ``conv.1`` are paired with a ``conv`` that they replace or that replaces them.
 
     Example:
         >>> from lightning_light.measure import count_cost, layer_table
