@@ -26,6 +26,7 @@ class Stage(IntEnum):
     STRUCTURED = 10
     MASKS = 20
     FACTORS = 30
+    CLUSTERING = 35
     QUANTIZATION = 40
     EXPORT = 50
     MONITORS = 60
@@ -36,6 +37,7 @@ DEFAULT_WINDOWS: Mapping[Stage, Window] = MappingProxyType(
         Stage.STRUCTURED: (0.1, 0.4),
         Stage.MASKS: (0.4, 0.6),
         Stage.FACTORS: (0.6, 0.7),
+        Stage.CLUSTERING: (0.7, 0.7),
         Stage.QUANTIZATION: (0.7, 1.0),
     }
 )
@@ -45,8 +47,8 @@ DEFAULT_WINDOWS: Mapping[Stage, Window] = MappingProxyType(
 def check_order(items: Sequence[Item]) -> None:
     """Refuse methods in an order that cannot work.
 
-    Channels are removed first, then weights are masked, then layers are factorized, then quantized; the export comes
-    last. Two methods with windows are compared by them: the later stage may begin when the earlier one has ended, or
+    Channels are removed first, then weights are masked, then layers are factorized, clustered, quantized; the export
+    comes last. Two methods with windows are compared by them: the later stage may begin when the earlier one has ended, or
     at that very point if it also comes later in the list. Two methods of which one has no window are compared by
     their places in the list. A stage below `Stage.STRUCTURED` or above `Stage.EXPORT` (distillation, monitors) is in
     no order.
