@@ -72,8 +72,9 @@ def check_needs(
     """
     if isinstance(criterion, GroupCriterion) and not scores_groups:
         raise UnsupportedError(
-            f"`{call}(criterion={criterion!r})`: expected a criterion that scores single weights, found one that "
-            "scores coupled channels. Use it in `StructuredPruning` or `prune_channels`; here, for instance, `Magnitude()`."
+            f"`{call}(criterion={criterion!r})`: expected a criterion that scores single weights, found one "
+            "that scores coupled channels. Use `Magnitude()` here, and this one in `StructuredPruning` or "
+            "`prune_channels`."
         )
     missing = sorted(criterion.needs - supported - {"generator"})
     if missing:
