@@ -30,6 +30,7 @@ BROUGHT = {
     "rich",
     "tensorboard",
     "torch",
+    "torch_pruning",
     "torchmetrics",
     "typing_extensions",
 } | HOSTS
