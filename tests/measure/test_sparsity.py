@@ -1,4 +1,4 @@
-"""Zeros are counted once, by one set of rules."""
+"""Count zeros, dead filters, and changes of masks."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def test_zeros_are_counted_by_hand() -> None:
     assert measure_sparsity(model).effective_macs is None
 
 
-def test_outputs_are_those_of_the_layer() -> None:
+def test_dead_filters_of_transposed_layers_and_tables() -> None:
     turned, table = nn.ConvTranspose2d(4, 6, 3), nn.Embedding(5, 3, padding_idx=0)  # row 0 is zero by design
     with torch.no_grad():
         turned.weight[:, :2] = 0.0  # stored (in, out, ...)

@@ -1,4 +1,4 @@
-"""What methods know of a layer is in the monitor's curves and in its table."""
+"""Per-layer numbers of the methods are in the monitor's curves and table."""
 
 import csv
 from typing import Any

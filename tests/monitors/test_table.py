@@ -54,7 +54,7 @@ def test_a_snapshot_adds_up_and_changes_nothing(make: Callable[[], Net]) -> None
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
-def test_without_a_forward_pass_all_but_the_macs_is_known() -> None:
+def test_only_the_macs_need_a_forward_pass() -> None:
     model = net()
     blind, full = take_snapshot(model), snapshot(model)
     assert blind.macs is None
@@ -62,7 +62,7 @@ def test_without_a_forward_pass_all_but_the_macs_is_known() -> None:
     assert "MACs" not in text(blind, blind)
 
 
-def test_zeros_are_those_the_layer_computes_with() -> None:
+def test_sparsity_is_that_of_parametrized_weights() -> None:
     model = nn.Sequential(nn.Linear(10, 10))
     parametrizations.spectral_norm(model[0])
     with torch.no_grad():
@@ -94,7 +94,7 @@ def test_structure_changes_with_shapes_classes_and_formats_only() -> None:
     assert structure(model) != first
 
 
-def test_layers_that_multiply_are_those_with_matrices() -> None:
+def test_matrix_layers_have_a_weight_of_two_dimensions() -> None:
     assert matrix_layers(net()) == ["0", "2", "4"]
     assert matrix_layers(ZOO["weight_norm"]()) == matrix_layers(ZOO["plain"]())
 
@@ -115,7 +115,7 @@ def test_rows_are_paired_by_name(before: list[str], after: list[str], pairs: lis
     assert [(pair.name, len(pair.before), len(pair.after)) for pair in found] == pairs
 
 
-def test_what_remains_counts_channels_that_come_out_and_weights_that_are_not_zero() -> None:
+def test_remaining_counts_output_channels_and_nonzero_weights() -> None:
     (pair,) = match_layers([row("a", out=8, params=100)], [row("a.0", out=2, params=20), row("a.1", out=6, params=40)])
     assert remaining(pair) == (6 / 8, 60 / 100)
     (pair,) = match_layers([row("a", params=100)], [row("a", params=100, sparsity=0.9)])
@@ -126,7 +126,7 @@ def test_what_remains_counts_channels_that_come_out_and_weights_that_are_not_zer
     assert remaining(pair) == (1.0, 1.0)
 
 
-def test_the_table_tells_before_and_after_of_every_layer() -> None:
+def test_the_table_lists_every_layer_before_and_after() -> None:
     before, after = snapshot(net()), snapshot(net(first=6, second=9))
     shown = text(before, after)
     assert "16 → 6" in shown
@@ -138,7 +138,7 @@ def test_the_table_tells_before_and_after_of_every_layer() -> None:
     assert "bits per weight: 32, unchanged" in shown
 
 
-def test_columns_of_zeros_bits_and_types_appear_when_they_have_something_to_tell() -> None:
+def test_columns_of_sparsity_bits_and_types_appear_when_they_change() -> None:
     before = snapshot(model := net())
     prune.l1_unstructured(model[2], "weight", 0.9)
     prune.remove(model[2], "weight")
