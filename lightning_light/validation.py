@@ -141,8 +141,7 @@ def _checked(function: Callable[..., Any], owner: Any, name: str) -> Callable[..
     signature = inspect.signature(function)
     annotations = functools.cache(lambda: annotations_of(owner))  # at the first call: names may be defined later
 
-    @functools.wraps(function)
-    def checked(*args: Any, **kwargs: Any) -> Any:
+    def check(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inherited = isinstance(owner, type) and args and inspect.getattr_static(type(args[0]), "__init__") is checked
         call = type(args[0]).__name__ if inherited else name
         try:
@@ -153,9 +152,15 @@ def _checked(function: Callable[..., Any], owner: Any, name: str) -> Callable[..
             if parameter.name in annotations():
                 default = None if parameter.default is parameter.empty else parameter.default
                 check_argument(call, parameter.name, value, annotations()[parameter.name], default)
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        check(args, kwargs)
         return function(*args, **kwargs)
 
-    return checked
+    # With the globals of `function`: jsonargparse resolves annotations in the globals of what it finds, not in those of
+    # `__wrapped__`, and a name of this module must not take the place of the user's.
+    checked = types.FunctionType(wrapper.__code__, function.__globals__, name, None, wrapper.__closure__)
+    return functools.update_wrapper(checked, function)
 
 
 def annotations_of(target: Any) -> dict[str, Any]:
