@@ -148,10 +148,11 @@ def _checked(function: Callable[..., Any], owner: Any, name: str) -> Callable[..
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:
             raise TypeError(_wrong_arguments(call, signature, kwargs, str(error))) from None
+        expected = annotations()
         for parameter, value in _given(signature, bound):
-            if parameter.name in annotations():
+            if parameter.name in expected:
                 default = None if parameter.default is parameter.empty else parameter.default
-                check_argument(call, parameter.name, value, annotations()[parameter.name], default)
+                check_argument(call, parameter.name, value, expected[parameter.name], default)
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         check(args, kwargs)
