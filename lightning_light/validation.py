@@ -60,7 +60,7 @@ class Range:
 
     def admits(self, value: Any) -> bool:
         """Whether ``value`` is in the range."""
-        return math.isfinite(value) and (self.low < value if self.above else self.low <= value) and value <= self.high
+        return abs(value) < math.inf and (self.low < value if self.above else self.low <= value) and value <= self.high
 
     def expected(self, kind: str, name: str) -> str:
         """``an integer >= 1``, ``a number > 0``, ``0 < remaining <= 1``."""

@@ -93,7 +93,7 @@ GOOD: list[dict[str, Any]] = [
     {"losses": (), "remaining": {}, "widths": (2, 3), "start": 3},
     {"start": 1.0, "scale": 2, "penalty": 0.0, "warmup": 0, "amount": 1},
     {"predicate": str.isalpha, "teacher": nn.Identity(), "module": nn.Linear, "path": Path("a"), "dry_run": True},
-    {"scale": np.float64(0.5)},
+    {"scale": np.float64(0.5), "warmup": 10**400},
 ]
 
 
