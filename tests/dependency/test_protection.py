@@ -30,7 +30,7 @@ def test_the_network_output_is_protected(name) -> None:
     net = ZOO[name]()
     args, kwargs = net.example
     graph = trace_dependencies(net, args, kwargs)
-    assert any(group.reason == "makes the network's output" for group in graph.groups)
+    assert any(group.reason == "produces the model output" for group in graph.groups)
 
 
 class Literal(nn.Module):
@@ -48,7 +48,7 @@ class Literal(nn.Module):
 def test_a_size_that_is_written_in_the_code_protects() -> None:
     model = Literal()
     found = groups_of(model, torch.randn(2, 5))
-    assert "a size is fixed in the code" in str(found["hidden"].reason)
+    assert "is read by code with a fixed size" in str(found["hidden"].reason)
     assert found["free"].reason is None
     assert found["free"].width == 9
 
@@ -178,7 +178,7 @@ def test_outputs_in_plain_objects_are_seen() -> None:
             return Output(self.fc(F.relu(self.first(x))))
 
     found = groups_of(Wrapped(), torch.randn(2, 4))
-    assert found["fc"].reason == "makes the network's output"
+    assert found["fc"].reason == "produces the model output"
     assert found["first"].reason is None
 
 
