@@ -19,8 +19,9 @@ from torch.utils._pytree import tree_map_only
 from lightning_light.criteria.evidence import Criterion, Evidence, GroupCriterion, full_precision
 from lightning_light.criteria.movement import Movement
 from lightning_light.errors import UnsupportedError
-from lightning_light.example_input import ExampleInput, tensors_in
-from lightning_light.measure.isolation import isolated
+from lightning_light.example_input import ExampleInput
+from lightning_light.isolation import isolated
+from lightning_light.nested import tensors_in
 from lightning_light.surgery.edit import take
 
 __all__ = [
