@@ -117,8 +117,8 @@ class CompressionCallback(Callback):
     def state(self, pl_module: nn.Module) -> dict[str, Any]:
         """This method's part of the compression state: plain types and tensors, in every checkpoint of the module.
 
-        Restored with the weights, also from a weights-only checkpoint. Ask for it anew in every hook: loading a
-        checkpoint replaces it.
+        Restored with the weights, also from a weights-only checkpoint. Call this again in every hook: loading a
+        checkpoint replaces the dict.
         """
         return self.compression_state(pl_module).state.setdefault(self._key or type(self).method, {})
 

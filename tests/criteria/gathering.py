@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
 from lightning_light.callback import CompressionCallback
-from lightning_light.criteria.collector import KINDS, EvidenceCollector
+from lightning_light.criteria.collector import KINDS, EvidenceCollector, EvidenceStorage
 from lightning_light.order import Stage
 from lightning_light.progress import steps_done
 from lightning_light.surgery.averaged_models import averaged_models_of
@@ -24,10 +24,17 @@ from tests.surgery.runs import Lit, halve, trainer
 from tests.zoo import noise, tokens
 
 
+class GatherState(TypedDict, total=False):
+    """The state of the callback."""
+
+    cut: bool
+    evidence: EvidenceStorage
+
+
 class Gather(CompressionCallback):
     """Gather from step ``start`` on, and cut half of a layer at step ``cut_at``."""
 
-    method, stage = "gather", Stage.STRUCTURED
+    method, stage, state_schema = "gather", Stage.STRUCTURED, GatherState
 
     def __init__(self, start: int = 2, cut_at: int | None = 5) -> None:
         self.start, self.cut_at = start, cut_at

@@ -1,4 +1,4 @@
-"""A compressed checkpoint comes back as the original class, with the same answers, or is refused."""
+"""A compressed checkpoint is loaded by the original class, with the same outputs, or is refused."""
 
 from typing import Any
 
@@ -154,7 +154,7 @@ def test_what_the_edit_log_cannot_see_is_found_by_running_both(tmp_path) -> None
     half = stay(0, 1, 4, 5)
     kept = {"net.conv.weight": {0: half}, "net.conv.bias": {0: half}, "net.last.weight": {1: half}}
     write(Holds(Soft()), tmp_path / "small.ckpt", kept)
-    with pytest.raises(UnsupportedError, match="answers not within rounding"):
+    with pytest.raises(UnsupportedError, match="differ by more than rounding"):
         expand_checkpoint(tmp_path / "small.ckpt", tmp_path / "large.ckpt", Holds(Soft()), example_input=X)
     assert not (tmp_path / "large.ckpt").exists()
 
