@@ -114,8 +114,8 @@ def _pad(name: str, tensor: Any, shape: tuple[int, ...] | None, kept: Mapping[in
         tensor = tensor.new_full(size, neutral).index_copy(dim, positions.long(), tensor)
     if tuple(tensor.shape) != shape:
         raise ManifestError(
-            f"`expand_checkpoint`: expected `{name}` to have shape {shape} after expansion, found {tuple(tensor.shape)}. The "
-            "checkpoint is damaged, or its tensors are of another step than its manifest."
+            f"`expand_checkpoint`: expected `{name}` to have shape {shape} after expansion, found "
+            f"{tuple(tensor.shape)}. The checkpoint is damaged, or its tensors are of another step than its manifest."
         )
     return tensor
 
@@ -134,8 +134,8 @@ def _compare(
         if wanted.shape != found.shape or not torch.allclose(wanted, found, rtol=1e-3, atol=1e-4):
             raise UnsupportedError(
                 f"`expand_checkpoint`: expected the expanded `{type(model).__name__}` to compute what the "
-                f"compressed one does, found outputs that differ by more than rounding (shapes {tuple(found.shape)} and "
-                f"{tuple(wanted.shape)}). "
+                f"compressed one does, found outputs that differ by more than rounding (shapes {tuple(found.shape)} "
+                f"and {tuple(wanted.shape)}). "
                 "Something in its `forward` couples channels; load the small network with "
                 "`lightning_light.load_from_checkpoint`."
             )

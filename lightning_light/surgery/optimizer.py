@@ -123,7 +123,7 @@ def order_parameters(optimizers: Sequence[Any], model: nn.Module, order: list[li
         order: `parameter_order` of the run that wrote the checkpoint.
 
     Returns:
-        The number of entries that were replaced. Optimizers or groups that differ in number are left to Lightning's error.
+        The number of entries that were replaced. Where optimizers or groups differ in number, Lightning raises.
 
     Raises:
         SurgeryError: ``order`` names a parameter that the model does not have.

@@ -174,7 +174,7 @@ def test_other_operations_unknown_places_and_other_networks_are_refused(tmp_path
     attach(bare)
     bare.load_state_dict(source.state_dict())
     write(bare, tmp_path / "bare.ckpt")
-    with pytest.raises(UnsupportedError, match="followed a bare state dict"):
+    with pytest.raises(UnsupportedError, match="made from a bare state dict"):
         expand_checkpoint(tmp_path / "bare.ckpt", tmp_path / "x", Lit())
 
     torch.save({"state_dict": {}}, tmp_path / "plain.ckpt")
@@ -183,7 +183,7 @@ def test_other_operations_unknown_places_and_other_networks_are_refused(tmp_path
     checkpoint = torch.load(tmp_path / "bare.ckpt", weights_only=True)
     checkpoint[KEY]["kept"] = {}
     torch.save(checkpoint, tmp_path / "damaged.ckpt")
-    with pytest.raises(ManifestError, match="is known to come back as"):
+    with pytest.raises(ManifestError, match="after expansion, found"):
         expand_checkpoint(tmp_path / "damaged.ckpt", tmp_path / "x", Lit())
 
 
