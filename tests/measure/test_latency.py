@@ -24,7 +24,7 @@ def test_a_call_that_sleeps_takes_that_long() -> None:
 @pytest.mark.parametrize("count", [1, 2, 7, 50])
 def test_quantiles_are_those_of_numpy(q: float, count: int) -> None:
     values = sorted(np.random.default_rng(0).random(count).tolist())
-    assert _quantile(values, share) == pytest.approx(np.quantile(values, share))
+    assert _quantile(values, q) == pytest.approx(np.quantile(values, q))
 
 
 def test_threads_are_restored() -> None:
