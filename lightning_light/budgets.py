@@ -359,7 +359,7 @@ class Latency(Budget):
     @override
     def measure(self, model: nn.Module, example: ExampleInput | None) -> float:
         """The median of 20 forward passes on the model's own device, after a warm-up of three."""
-        from lightning_light.measure.isolation import isolated
+        from lightning_light.isolation import isolated
         from lightning_light.measure.latency import measure_latency
 
         call = _given(self, example)

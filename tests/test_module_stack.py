@@ -35,7 +35,7 @@ class Twice(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.hidden[0](self.layer(self.layer(x)))
         if self.fails:
-            raise ValueError
+            raise ValueError("fails")
         return x
 
 
@@ -57,7 +57,7 @@ def test_calls_are_counted_within_the_outermost_call() -> None:
 def test_a_call_that_fails_has_ended() -> None:
     model, log = Twice(fails=True), Log()
     log.watch(model)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="fails"):
         model(torch.ones(1))
     assert log.events == PASS
     assert log.calls == []
