@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -122,7 +122,7 @@ def check_run(model: nn.Module, graph: DependencyGraph, options: ChannelPruningO
     check_scorable(candidates.groups, options.criterion)
     layers = {layer_of(member.tensor) for group in candidates.groups for member in group.members}
     check_owners(model, sorted(layers), method="structured_pruning", stage=Stage.STRUCTURED)
-    if goal.budget is not None and candidates.ranked:
+    if goal.budget is not None:
         _check_reachable(candidates, Estimator(model, graph, candidates.groups, goal.budget, goal.example), goal)
 
 
@@ -144,14 +144,14 @@ def plan_channels(
         UnsupportedError: the criterion cannot score a layer.
     """
     candidates = _Candidates.of(model, graph, options, goal.original)
-    if not candidates.groups:
-        return Plan(skipped=candidates.skipped)
     scores = score_groups(model, candidates.groups, options.criterion, options.ranking, gathered, goal.seed)
     fixed = {name: _mask(scores[name], width) for name, width in candidates.fixed_widths(goal.fraction).items()}
-    if goal.budget is None or not candidates.ranked:
+    if goal.budget is None:
         return Plan(fixed, skipped=candidates.skipped)
     estimator = Estimator(model, graph, candidates.groups, goal.budget, goal.example)
     _check_reachable(candidates, estimator, goal)
+    if not candidates.ranked:
+        return Plan(fixed, estimator.now, estimator.exact(fixed), candidates.skipped)
     scopes = [options.ranking.scope(group, model) for group in candidates.ranked]
     order, _ = removal_order(candidates.ranked, scores, scopes, goal.original)
     search = _Search(candidates, scores, order, fixed, estimator)
@@ -341,6 +341,6 @@ def _mask(scores: Tensor, width: int) -> Tensor:
     return mask
 
 
-def widths_of(groups: Sequence[ChannelGroup], original: Mapping[str, int] | None = None) -> dict[str, int]:
-    """Return group name -> width: of ``original``, else as it is."""
-    return {group.name: (original or {}).get(group.name, group.width) for group in groups}
+def widths_of(graph: DependencyGraph, original: Mapping[str, int] | None = None) -> dict[str, int]:
+    """Return group name -> width: that in ``original`` if there is one, else the present one."""
+    return {group.name: (original or {}).get(group.name, group.width) for group in graph.groups}

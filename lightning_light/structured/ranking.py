@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_light.criteria.reduction import Normalizer, Reduction
+from lightning_light.criteria.reduction import Normalizer, Reduction, check_names
 from lightning_light.dependency import ChannelGroup
 
 __all__ = ["Global", "Isomorphic", "Local", "Ranking", "removal_order"]
@@ -27,10 +27,16 @@ class Ranking(ABC):
             ``"max"``, ``"prod"`` or ``"first"``.
         normalizer: how the scores of a group are scaled before groups are compared: ``"mean"``, ``"sum"``, ``"max"``,
             ``"standardization"``, ``"gaussian"``, ``"lamp"`` or None.
+
+    Raises:
+        ValueError: a name is unknown.
     """
 
     reduction: Reduction = "mean"
     normalizer: Normalizer | None = "mean"
+
+    def __post_init__(self) -> None:
+        check_names(type(self).__name__, reduction=self.reduction, normalizer=self.normalizer)
 
     @abstractmethod
     def scope(self, group: ChannelGroup, model: nn.Module) -> str:
