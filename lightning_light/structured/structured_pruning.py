@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict, TypeVar
 
 from typing_extensions import override
 
@@ -41,6 +41,30 @@ if TYPE_CHECKING:
 __all__ = ["StructuredPruning"]
 
 T = TypeVar("T")
+
+
+class _State(TypedDict, total=False):
+    """What a checkpoint holds of a run.
+
+    Attributes:
+        events: number of cuts made or passed.
+        fraction: of the way to the goal.
+        removed: channels removed so far, in all fits.
+        original: group name -> width before the first cut.
+        planned: whether the run was checked.
+        example: arguments of one call of the network.
+        inputs: calls of the last batches, for the correction of batch-norm statistics.
+        evidence: what the collector has gathered.
+    """
+
+    events: int
+    fraction: float
+    removed: int
+    original: dict[str, int]
+    planned: bool
+    example: dict[str, Any]
+    inputs: list[dict[str, Any]]
+    evidence: dict[str, Any]
 
 
 @validated
@@ -94,6 +118,7 @@ class StructuredPruning(CompressionCallback):
 
     method: ClassVar[str] = "structured_pruning"
     stage: ClassVar[int] = Stage.STRUCTURED
+    state_schema: ClassVar[Any] = _State
 
     def __init__(
         self,
