@@ -4,8 +4,8 @@
 
 Both remove 30 % of every layer's channels by L2 norm, from a network whose dependencies are known: both graphs
 are built before the measurement, and their times are in columns of their own. Ours also slices the gradients and both
-moments of AdamW; torch-pruning slices the gradients and leaves the optimizer as it was. The rounds alternate; a ratio is
-that of the medians.
+moments of AdamW; torch-pruning slices the gradients and leaves the optimizer as it was. The rounds alternate; a ratio
+is that of the medians.
 """
 
 import argparse

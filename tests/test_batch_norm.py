@@ -65,7 +65,7 @@ def test_an_unchanged_network_keeps_exactly_its_statistics() -> None:
 
 
 def test_statistics_after_a_cut_fit_the_smaller_network() -> None:
-    """After channels of `conv1` are removed, the inputs of `bn2` have other means: the moved ones are nearer to them."""
+    """After channels of `conv1` are removed, the inputs of `bn2` change; the moved statistics are closer."""
     net = trained()
     graph = trace_dependencies(net, (noise(2, 3, 8, 8),))
     keep = {"conv1": torch.tensor([False] * 4 + [True] * 4)}

@@ -145,6 +145,4 @@ def _gathered(
             "use `criterion=Magnitude()`."
         )
     accumulate = criterion.accumulate if isinstance(criterion, Movement) else None
-    return collect_evidence(
-        model, batches, criterion.needs, batches=len(batches), loss=loss, accumulate=accumulate
-    )
+    return collect_evidence(model, batches, criterion.needs, batches=len(batches), loss=loss, accumulate=accumulate)

@@ -303,9 +303,7 @@ class StructuredPruning(CompressionCallback):
             dense = self.compression_state(pl_module).reference(
                 budget, lambda: broadcast(trainer, measure(pl_module, budget, example, graph))
             )
-        return Goal(
-            budget, example, widths_of(graph, state["original"]), dense, fraction, seed=state.get("events", 0)
-        )
+        return Goal(budget, example, widths_of(graph, state["original"]), dense, fraction, seed=state.get("events", 0))
 
     def _trace(self, pl_module: LightningModule, example: ExampleInput) -> DependencyGraph:
         """Trace the dependencies once, and again where another method has changed the network."""
@@ -343,9 +341,7 @@ class StructuredPruning(CompressionCallback):
         gathered = self._collector.means() if self._collector is not None else Gathered()
         return _on_rank_zero(trainer, lambda: plan_channels(pl_module, graph, self.options, goal, gathered))
 
-    def _carry_out(
-        self, trainer: Trainer, pl_module: LightningModule, plan: Plan, *, last: bool, number: int
-    ) -> None:
+    def _carry_out(self, trainer: Trainer, pl_module: LightningModule, plan: Plan, *, last: bool, number: int) -> None:
         """Cut the network and everything that follows it; after the last cut, correct the batch-norm statistics."""
         assert self._graph is not None
         state, graph = self.state(pl_module), self._graph

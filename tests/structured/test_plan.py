@@ -297,9 +297,7 @@ def test_taylor_removes_the_channels_with_the_smallest_first_order_loss_change()
     net.zero_grad()
     scores = (net.conv1.weight * torch.stack(gradients).mean(0)).square().sum((1, 2, 3))
     expected = scores > scores.sort().values[3]
-    plan = pruned(
-        net, remaining={"conv1": 0.5}, criterion=Taylor(), ranking=Local("first"), data=Images(), loss=loss
-    )
+    plan = pruned(net, remaining={"conv1": 0.5}, criterion=Taylor(), ranking=Local("first"), data=Images(), loss=loss)
     assert torch.equal(plan.kept["conv1"], expected)
 
 

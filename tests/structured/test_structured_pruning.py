@@ -1,4 +1,4 @@
-"""`StructuredPruning` in a Trainer: the whole run is planned before the first change; evidence; batch norm; refusals."""
+"""`StructuredPruning` in a Trainer: the run is planned before the first change; evidence, batch norm, refusals."""
 
 import copy
 import logging
