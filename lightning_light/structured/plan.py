@@ -93,8 +93,8 @@ def check_prunable(model: nn.Module) -> None:
         if any(isinstance(hook, BasePruningMethod) for hook in module._forward_pre_hooks.values()):
             raise UnsupportedError(
                 f"Channel pruning of `{name}`: expected a layer without a mask, found one of "
-                "`torch.nn.utils.prune`, which would keep the old shape. Make it permanent first, `torch.nn.utils.prune.remove(layer, "
-                "'weight')`, or mask after channels are removed."
+                "`torch.nn.utils.prune`, which would keep the old shape. Make it permanent first, "
+                "`torch.nn.utils.prune.remove(layer, 'weight')`, or mask after channels are removed."
             )
         if hasattr(module, "weight_fake_quant") or hasattr(module, "activation_post_process"):
             raise UnsupportedError(

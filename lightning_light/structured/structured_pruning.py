@@ -337,7 +337,7 @@ class StructuredPruning(CompressionCallback):
         self._log(trainer, plan, fraction)
 
     def _decide(self, trainer: Trainer, pl_module: LightningModule, graph: DependencyGraph, goal: Goal) -> Plan:
-        """Return the plan of rank 0, on every rank; raise its error likewise."""
+        """Return the plan of rank 0, on every rank, or raise its error on every rank."""
         gathered = self._collector.means() if self._collector is not None else Gathered()
         return _on_rank_zero(trainer, lambda: plan_channels(pl_module, graph, self.options, goal, gathered))
 
