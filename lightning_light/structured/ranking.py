@@ -20,7 +20,7 @@ __all__ = ["Global", "Isomorphic", "Local", "Ranking", "removal_order"]
 class Ranking(ABC):
     """Decide which dependency groups are ranked together, and how their scores become comparable.
 
-    Subclasses are frozen dataclasses that define `scope`.
+    Subclasses are frozen dataclasses that define `scope`. A `GroupCriterion` reduces and normalizes its scores itself.
 
     Args:
         reduction: how the scores of the coupled layers of a group become one score per channel: ``"sum"``, ``"mean"``,

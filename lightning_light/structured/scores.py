@@ -46,7 +46,7 @@ def score_groups(
         model: read only.
         groups: the groups to score.
         criterion: scores weights.
-        ranking: says how scores are combined and normalized.
+        ranking: says how scores are combined and normalized; a `GroupCriterion` does so itself.
         gathered: the evidence that ``criterion`` needs.
         seed: for criteria that draw.
 
@@ -56,13 +56,15 @@ def score_groups(
     generator = torch.Generator().manual_seed(seed)
     if isinstance(criterion, GroupCriterion):
         found = {g.name: criterion.score_group(model, g, gathered, generator=generator) for g in groups}
+        normalizer = None
     else:
         positions = _position_scores(model, groups, criterion, gathered, generator)
         found = {g.name: _combined(g, criterion, positions, ranking.reduction) for g in groups}
+        normalizer = ranking.normalizer
     for group in groups:
         if found[group.name] is None:
             raise UnsupportedError(_unscored(group, criterion))
-    return {name: normalize(s.cpu(), ranking.normalizer) for name, s in found.items() if s is not None}
+    return {name: normalize(s.cpu(), normalizer) for name, s in found.items() if s is not None}
 
 
 def _position_scores(

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torch_pruning as tp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -24,6 +25,7 @@ from lightning_light.criteria import (
     Taylor,
     Wanda,
 )
+from lightning_light.criteria.torch_pruning import FromTorchPruning
 from lightning_light.dependency import trace_dependencies
 from lightning_light.errors import BudgetError, TargetError, UnsupportedError
 from lightning_light.example_input import ExampleInput
@@ -299,6 +301,25 @@ def test_taylor_removes_the_channels_with_the_smallest_first_order_loss_change()
     expected = scores > scores.sort().values[3]
     plan = pruned(net, remaining={"conv1": 0.5}, criterion=Taylor(), ranking=Local("first"), data=Images(), loss=loss)
     assert torch.equal(plan.kept["conv1"], expected)
+
+
+@pytest.mark.parametrize(
+    "importance",
+    [tp.importance.GroupMagnitudeImportance(p=1), tp.importance.LAMPImportance(), tp.importance.BNScaleImportance()],
+    ids=lambda importance: type(importance).__name__,
+)
+def test_importance_of_torch_pruning_keeps_the_channels_that_torch_pruning_keeps(importance) -> None:
+    ours, theirs = built("plain"), built("plain")
+    for net in (ours, theirs):
+        for layer in (net.bn1, net.bn2):
+            layer.weight.data.copy_(torch.linspace(0.5, 1.5, len(layer.weight)).flip(0))
+    pruned(ours, remaining={"conv*": 0.5}, criterion=FromTorchPruning(importance))
+    options: dict[str, Any] = {"in_channel_groups": {}, "out_channel_groups": {}}  # its defaults are shared
+    tp.pruner.BasePruner(
+        theirs, theirs.example[0][0], importance, pruning_ratio=0.5, ignored_layers=[theirs.fc], **options
+    ).step()
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(tensor, theirs.state_dict()[name]), name
 
 
 def test_criterion_without_its_data_is_refused() -> None:
