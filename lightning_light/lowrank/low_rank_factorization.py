@@ -36,7 +36,7 @@ from lightning_light.progress import steps_done, steps_planned, training_progres
 from lightning_light.schedules import Linear, Schedule
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.distributed import broadcast, log_rank_zero, reduce_mean
-from lightning_light.surgery.stored_example import remember, restore_or_capture_example
+from lightning_light.surgery.stored_example import restore_or_capture_example, store_example
 from lightning_light.targets import Targets, as_targets
 
 if TYPE_CHECKING:
@@ -205,7 +205,7 @@ class LowRankFactorization(CompressionCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Put what was gathered where checkpoints find it, and the call that was seen."""
-        remember(self.state(pl_module), self._capture)
+        store_example(self.state(pl_module), self._capture)
         if self._watch is not None and self._watch.is_open:
             self._watch.is_open = False
             state = self.state(pl_module)

@@ -12,7 +12,7 @@ from typing_extensions import override
 from lightning_light.batch_norm import InputRecorder, Statistics, has_statistics, measure_statistics, move_statistics
 from lightning_light.budgets import Budget
 from lightning_light.callback import CompressionCallback
-from lightning_light.criteria.collector import EvidenceCollector, Gathered, check_needs
+from lightning_light.criteria.collector import EvidenceCollector, EvidenceStorage, Gathered, check_needs
 from lightning_light.criteria.evidence import Criterion
 from lightning_light.dependency import ChannelGroup, DependencyGraph, trace_dependencies
 from lightning_light.errors import LightningLightError
@@ -28,7 +28,7 @@ from lightning_light.structured.regularization import SparsityRegularizer, add_p
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.distributed import broadcast, log_rank_zero, reduce_mean
 from lightning_light.surgery.edit import cut
-from lightning_light.surgery.stored_example import remember, restore_or_capture_example
+from lightning_light.surgery.stored_example import restore_or_capture_example, store_example
 from lightning_light.targets import Targets, as_targets
 from lightning_light.timing import Events
 from lightning_light.validation import OpenFraction, PositiveInt, validated
@@ -64,7 +64,7 @@ class _State(TypedDict, total=False):
     planned: bool
     example: dict[str, Any]
     inputs: list[dict[str, Any]]
-    evidence: dict[str, Any]
+    evidence: EvidenceStorage
 
 
 @validated
@@ -220,7 +220,7 @@ class StructuredPruning(CompressionCallback):
     ) -> None:
         """Store the evidence and the inputs of this batch, for the cut and for checkpoints."""
         state = self.state(pl_module)
-        remember(state, self._capture)
+        store_example(state, self._capture)
         if self._collector is not None:
             self._collector.end_batch(lambda tensor: reduce_mean(trainer, tensor))
         if self._recorder is not None:
