@@ -323,12 +323,13 @@ class StructuredPruning(CompressionCallback):
         assert self._capture.example is not None  # `_is_ready`
         example, state = self._capture.example.to(pl_module), self.state(pl_module)
         graph, fraction = self._trace(pl_module, example), self._points[due - 1][1]
-        plan = self._decide(trainer, pl_module, graph, self._goal(trainer, pl_module, example, fraction))
+        goal = self._goal(trainer, pl_module, example, fraction)
+        plan = self._decide(trainer, pl_module, graph, goal)
         self._last_plan = plan
         if self.dry_run:
             log_rank_zero(trainer, "\n  ".join([f"{self.method}: dry run, nothing is removed", *plan.lines()]))
         elif plan.removed:
-            self._carry_out(trainer, pl_module, plan, last=due == len(self._points), number=due)
+            self._carry_out(trainer, pl_module, plan, self._summary(plan, goal, due), last=due == len(self._points))
         state |= {"events": due, "fraction": fraction}
         if due == len(self._points):
             state.pop("inputs", None)
@@ -341,7 +342,7 @@ class StructuredPruning(CompressionCallback):
         gathered = self._collector.means() if self._collector is not None else Gathered()
         return _on_rank_zero(trainer, lambda: plan_channels(pl_module, graph, self.options, goal, gathered))
 
-    def _carry_out(self, trainer: Trainer, pl_module: LightningModule, plan: Plan, *, last: bool, number: int) -> None:
+    def _carry_out(self, trainer: Trainer, pl_module: LightningModule, plan: Plan, summary: str, *, last: bool) -> None:
         """Cut the network and everything that follows it; after the last cut, correct the batch-norm statistics."""
         assert self._graph is not None
         state, graph = self.state(pl_module), self._graph
@@ -359,8 +360,8 @@ class StructuredPruning(CompressionCallback):
             move_statistics(network, before, after, kept)
         state["removed"] = state.get("removed", 0) + plan.removed
         self._graph = graph.after_pruning(plan.kept)
-        self._after_surgery(trainer, pl_module, edit.entry(), self._summary(plan, number), kept=kept)
-        log_rank_zero(trainer, "\n  ".join([f"{self.method} {number}", *plan.lines()]), level=logging.DEBUG)
+        self._after_surgery(trainer, pl_module, edit.entry(), summary, kept=kept)
+        log_rank_zero(trainer, "\n  ".join([f"{self.method}: {summary}", *plan.lines()]), level=logging.DEBUG)
 
     def _statistics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Statistics]:
         """Measure the batch-norm statistics on the recorded inputs of rank 0, which a checkpoint holds, for all."""
@@ -369,10 +370,10 @@ class StructuredPruning(CompressionCallback):
         calls = [ExampleInput(**call).to(pl_module) for call in self.state(pl_module).get("inputs", [])]
         return _on_rank_zero(trainer, lambda: measure_statistics(pl_module, calls))
 
-    def _summary(self, plan: Plan, number: int) -> str:
+    def _summary(self, plan: Plan, goal: Goal, number: int) -> str:
         reached = ""
-        if self.budget is not None:
-            reached = f"{type(self.budget).__name__} {plan.after:.4g} (from {plan.before:.4g}), "
+        if goal.budget is not None:
+            reached = f"{type(goal.budget).__name__} {plan.after / goal.dense:.1%}, "
         return f"{number}/{len(self._points)}: {reached}{plan.removed} channels removed from {len(plan.cuts())} layers"
 
     def _log(self, trainer: Trainer, plan: Plan, fraction: float) -> None:
