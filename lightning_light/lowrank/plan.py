@@ -394,8 +394,8 @@ def _largest_saving(layer: FactorizableLayer, allocation: RankAllocation, price:
 def _unreachable(goal: Goal, limit: float, lowest: float, count: int) -> BudgetError:
     return BudgetError(
         f"`{goal.budget!r}`: expected {goal.quantity} of at most {limit:.6g}, found {lowest:.6g} when all "
-        f"{count} layers that can be factorized have their lowest ranks (now {goal.current:.6g}). Give a larger budget, "
-        "widen `targets`, or lower `min_rank` and `round_to`."
+        f"{count} layers that can be factorized have their lowest ranks (now {goal.current:.6g}). Give a larger "
+        "budget, widen `targets`, or lower `min_rank` and `round_to`."
     )
 
 
