@@ -11,9 +11,8 @@ from lightning_light.clustering import WeightClustering
 from lightning_light.lowrank import LowRankFactorization, RankAllocation
 from lightning_light.measure.layer_stats import layer_stats
 from lightning_light.monitors import CompressionMonitor
-from lightning_light.schedules import OneShot
 from lightning_light.quantization import Int8, IntN, Mixed, QuantizationAwareTraining, quantize
-from lightning_light.schedules import Linear, Staircase, Window
+from lightning_light.schedules import Linear, OneShot, Staircase, Window
 from lightning_light.surgery.attachment import state_of
 from tests.contract.bodies import Body, module_class
 from tests.contract.runs import trainer
