@@ -109,7 +109,7 @@ def factorize(
 
 @validated
 def factorize_checkpoint(
-    cls: type[Any],
+    cls: type[nn.Module],
     path: str | Path,
     out: str | Path,
     budget: Budget | RankRule,

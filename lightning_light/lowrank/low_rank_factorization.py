@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, TypeVar, cast
 
 from torch import Tensor, nn
-from typing_extensions import TypedDict, override
+from typing_extensions import override
 
 from lightning_light.budgets import Budget
 from lightning_light.callback import CompressionCallback
-from lightning_light.criteria.collector import EvidenceCollector, collect_evidence
+from lightning_light.criteria.collector import EvidenceCollector, Gathered, collect_evidence
 from lightning_light.errors import LightningLightError
 from lightning_light.example_input import Capture, ExampleInput
 from lightning_light.host.trainer import callbacks_of, steps_done
@@ -257,14 +257,14 @@ class LowRankFactorization(CompressionCallback):
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the dense network, and refuse an unreachable budget, as soon as the input is known.
 
-        After a method of an earlier stage the budget may be reachable where it is not now, so the refusal then waits
-        for the first event.
+        Another method that changes the network first may make the budget reachable; the refusal then waits for the
+        first event.
         """
         if self._is_checked or not self._has_example:
             return
         self._is_checked = True
         goal = self._goal(trainer, pl_module, fraction=1.0)
-        if self.state(pl_module).get("events", 0) or _has_earlier_stage(trainer, self.stage):
+        if self.state(pl_module).get("events", 0) or _changes_before(trainer, self):
             return
         layers, _ = self._layers(pl_module)
         check_unowned(pl_module, [layer.owner or layer.name for layer in layers])
@@ -291,10 +291,11 @@ class LowRankFactorization(CompressionCallback):
     def _planned(self, pl_module: LightningModule, goal: Goal) -> FactorizationPlan:
         layers, reasons = self._layers(pl_module)
         batches = first_batches(self.data, self.calibration_batches)
+        gathered = Gathered()
         if self._gathers:
             gathered = self._collect(pl_module).means()
-        else:
-            watched = watched_modules(pl_module, layers) if self.fit.needs else []
+        elif self.fit.needs:
+            watched = watched_modules(pl_module, layers)
             gathered = collect_evidence(pl_module, batches, self.fit.needs, batches=len(batches), layers=watched)
         known_faster = self.state(pl_module).get("final_forms", {})
         return plan_layers(
@@ -436,9 +437,10 @@ def _check_one_shot(call: str, budget: Budget | RankRule, schedule: Schedule) ->
         )
 
 
-def _has_earlier_stage(trainer: Trainer, stage: int) -> bool:
-    peers = [callback for callback in callbacks_of(trainer) if isinstance(callback, CompressionCallback)]
-    return any(peer.structural and peer.stage < stage for peer in peers)
+def _changes_before(trainer: Trainer, callback: CompressionCallback) -> bool:
+    """Check whether another method of this Trainer changes shapes before ``callback``."""
+    peers = [peer for peer in callbacks_of(trainer) if isinstance(peer, CompressionCallback) and peer is not callback]
+    return any(peer.structural and peer.stage <= callback.stage for peer in peers)
 
 
 def _layer_states(plan: FactorizationPlan) -> dict[str, LayerState]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -138,8 +139,8 @@ def _replaced(weight: Tensor, value: Tensor) -> Iterator[None]:
 
 
 def _allocated(module: nn.Module, like: Tensor) -> nn.Module:
-    """Give a module on ``meta`` small constant weights on the device and in the dtype of ``like``."""
-    module = module.to_empty(device=like.device).to(like.dtype)
+    """Copy a module, whose bias may be the user's, with small constant weights on the device and dtype of ``like``."""
+    module = copy.deepcopy(module).to_empty(device=like.device).to(like.dtype)
     for parameter in module.parameters():
         nn.init.constant_(parameter, 0.01)
     return module
