@@ -184,8 +184,7 @@ class LowRankFactorization(CompressionCallback):
                 state.pop(key, None)
         if "names" not in state:
             state["names"] = list(as_targets(self.targets).select(pl_module))
-        self._points = self._events.points(trainer.max_epochs, steps_planned(trainer))
-        self.last_plan, self._is_checked = None, False
+        self.last_plan, self._is_checked, self._points = None, False, []
         self._capture = restore_or_capture_example(pl_module, state)
         self._check(trainer, pl_module)
 
@@ -193,6 +192,8 @@ class LowRankFactorization(CompressionCallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Factorize if it is due: before the batch, so that no checkpoint pairs new weights with an old metric."""
         self._check(trainer, pl_module)
+        if not self._points:  # not in `on_fit_start`: loading data there would lose the position of a resumed loader
+            self._points = self._events.points(trainer.max_epochs, steps_planned(trainer))
         state = self.state(pl_module)
         due = Events.due(self._points, training_progress(trainer), steps_planned(trainer))
         if due > state.get("events", 0) and self._is_ready(pl_module):

@@ -50,7 +50,7 @@ def price_of(budget: Budget | RankRule, model: nn.Module) -> Callable[[float, fl
     if isinstance(budget, Latency):
         return None
     weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    layer = nn.Linear(_PRICED, _PRICED, bias=False, dtype=weight.dtype, device=weight.device)
+    layer = _allocated(nn.Linear(_PRICED, _PRICED, bias=False, device="meta"), weight)  # draws no random number
     one, two = (
         quantity_of(budget, layer, ExampleInput((torch.zeros(1, n, _PRICED).to(weight),))) / _PRICED**2 for n in (1, 2)
     )
