@@ -33,7 +33,7 @@ class FactorizableLayer:
         forms: forms in which it can be factorized, see `lightning_light.lowrank.spectra.Spectrum`.
         weight: ``(groups, out, in, *kernel)``; of a layer that is factorized already, the product of its factors.
         limits: current ranks of a layer that is factorized already, else None.
-        positions: applications of the kernel per sample, on the grid of the input, halfway, and of the output.
+        positions: applications of the kernel per sample, at the input's resolution, halfway, and at the output's.
         owner: the attention or fused layer that holds the matrix, or an empty string.
         parts: number of parts into which ``owner`` is split.
         shape: of the input of one sample, without the batch; empty if the layer is never called.

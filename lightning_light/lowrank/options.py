@@ -23,8 +23,8 @@ class RankAllocation:
     """Constraints on the ranks, and how the errors of different layers are compared.
 
     Args:
-        round_to: ranks are multiples of it; a layer narrower than it keeps its full rank. Kernels of linear layers
-            run rank 24 as fast as rank 18, and faster than the ranks between them.
+        round_to: ranks are multiples of it; a layer narrower than it keeps its full rank. In linear layers rank
+            24 runs faster than rank 23, and about as fast as rank 18.
         min_rank: smallest rank of any layer.
         faster_only: leave a layer dense if its factors, timed on this machine, do not run faster.
         importance: weight of a layer's error under a budget: ``"equal"`` counts the lost fraction of the layer's own

@@ -74,15 +74,15 @@ def test_budget_is_met_within_one_rank_step(form, round_to, remaining) -> None:
     assert plan.before == dense
     assert plan.after == macs(model)  # what was planned is what is counted
     assert plan.after <= remaining * dense
-    spare = remaining * dense - plan.after
+    unused = remaining * dense - plan.after
     layers, _ = find_layers(net(), ExampleInput(EXAMPLE), list(plan.layers), form=form, split={})
     for layer in layers:  # and no layer's rank could have been one step higher
         found = plan.layers[layer.name]
         for place in range(len(found.ranks)):
             ranks = tuple(rank + round_to * (place == axis) for axis, rank in enumerate(found.ranks))
             if len(ranks) == 1 and ranks[0] <= found.full[0]:
-                assert min(layer.cost(found.form, ranks)[0], found.macs[0]) - found.macs[1] > spare
-            assert spare < layer.cost(found.form, tuple(rank + round_to for rank in found.ranks))[0] - found.macs[1]
+                assert min(layer.cost(found.form, ranks)[0], found.macs[0]) - found.macs[1] > unused
+            assert unused < layer.cost(found.form, tuple(rank + round_to for rank in found.ranks))[0] - found.macs[1]
 
 
 @pytest.mark.parametrize(("budget", "count"), [(Params(0.4), None), (Size("20 kB"), tensor_bytes)])
