@@ -151,7 +151,8 @@ def factorize_checkpoint(
         LightningLightError: no layer can be factorized; nothing is written.
     """
     options = FactorizationOptions(fit, form, targets, split, allocation, calibration_batches)
-    module = load_from_checkpoint(cls, path, **load_options)
+    lightning_module: Any = cls
+    module = load_from_checkpoint(lightning_module, path, **load_options)
     example = _example_of(module, example_inputs)
     old = torch.load(path, map_location="cpu", weights_only=True)
     if not has_state(module):
