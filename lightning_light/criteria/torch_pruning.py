@@ -62,7 +62,7 @@ class FromTorchPruning(GroupCriterion):
 
         if not isinstance(self.importance, importance.Importance):
             is_class = inspect.isclass(self.importance)
-            name = self.importance.__name__ if is_class else repr(self.importance)  # type: ignore[attr-defined]
+            name = getattr(self.importance, "__name__", None) or repr(self.importance)
             raise TypeError(
                 f"`FromTorchPruning({name})`: expected an instance of `torch_pruning.importance.Importance`, found "
                 f"{'a class' if is_class else type(self.importance).__name__}. Write for instance "
@@ -90,7 +90,7 @@ class FromTorchPruning(GroupCriterion):
 
     @override
     def __repr__(self) -> str:
-        parameters = inspect.signature(type(self.importance).__init__).parameters
+        parameters = inspect.signature(type(self.importance)).parameters
         values = vars(self.importance)
         given = [f"{n}={values[n]!r}" for n, p in parameters.items() if n in values and not _same(values[n], p.default)]
         mine = [f"{n}={v!r}" for n, v, d in (("gradients", self.gradients, "auto"), ("seed", self.seed, 0)) if v != d]
@@ -192,7 +192,8 @@ def _expanded(item: _Item, member: Member) -> Tensor:
     groups = getattr(item.target, "groups", 1)
     if member.role != "in" or groups == 1 or member.dim == 0:
         return member.index
-    size = item.target.weight.shape[member.dim]  # type: ignore[union-attr]
+    layer: Any = item.target
+    size = layer.weight.shape[member.dim]
     return torch.cat([member.index + group * size for group in range(groups)], dim=1)
 
 

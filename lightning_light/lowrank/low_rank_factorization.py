@@ -30,7 +30,7 @@ from lightning_light.progress import steps_planned, training_progress
 from lightning_light.schedules import OneShot, Schedule, Window, require_rising
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.distributed import broadcast, log_rank_zero, reduce_mean
-from lightning_light.surgery.stored_example import remember, restore_or_capture_example
+from lightning_light.surgery.stored_example import restore_or_capture_example, store_example
 from lightning_light.targets import Targets, as_targets
 from lightning_light.timing import Events
 from lightning_light.validation import PositiveInt, validated
@@ -215,7 +215,7 @@ class LowRankFactorization(CompressionCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Store the evidence and the example input in the state that checkpoints save."""
-        remember(self.state(pl_module), self._capture)
+        store_example(self.state(pl_module), self._capture)
         if self._collector is not None:
             self._collector.end_batch(lambda tensor: reduce_mean(trainer, tensor))
 

@@ -26,7 +26,7 @@ from lightning_light.quantization.state import attach_from, begin
 from lightning_light.schedules import Schedule, resolve
 from lightning_light.surgery.checkpoint_monitoring import reset_monitoring
 from lightning_light.surgery.distributed import check_agreement, log_rank_zero, reduce_max, reduce_mean
-from lightning_light.surgery.stored_example import remember, restore_or_capture_example
+from lightning_light.surgery.stored_example import restore_or_capture_example, store_example
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -195,7 +195,7 @@ class QuantizationAwareTraining(CompressionCallback):
         """Take what this batch has shown on all ranks into the ranges; validation is never observed."""
         state = self.state(pl_module)
         if "plan" not in state:
-            remember(state, self._capture)
+            store_example(state, self._capture)
         if self._attachment is None:
             return
         if self._attachment.observing:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
 from lightning_light.errors import TargetError, UnsupportedError
-from lightning_light.measure.sparsity import facing
+from lightning_light.measure.sparsity import output_first
 from lightning_light.targets import Targets
 
 __all__ = ["Weight", "find_weights"]
@@ -34,7 +34,7 @@ class Weight:
 
     def facing(self, tensor: Tensor) -> Tensor:
         """``tensor``, stored as the weight is, as ``(out, in, *kernel)``; its own inverse."""
-        return facing(self.module, tensor)
+        return output_first(self.module, tensor)
 
 
 def find_weights(model: nn.Module, targets: Targets, method: str) -> list[Weight]:

@@ -30,7 +30,7 @@ from lightning_light.structured.regularization import SparsityRegularizer, add_p
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.distributed import broadcast, log_rank_zero, reduce_mean
 from lightning_light.surgery.edit import cut
-from lightning_light.surgery.stored_example import remember, restore_or_capture_example
+from lightning_light.surgery.stored_example import restore_or_capture_example, store_example
 from lightning_light.targets import Targets, as_targets
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ class StructuredPruning(CompressionCallback):
     ) -> None:
         """Count what was gathered, and the batches over which batch norm is re-estimated."""
         state = self.state(pl_module)
-        remember(state, self._capture)
+        store_example(state, self._capture)
         if self._is_gathering(trainer, pl_module):
             state["seen"] = state.get("seen", 0) + 1
             if self._watch is not None:

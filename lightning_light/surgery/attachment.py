@@ -116,7 +116,7 @@ def check_owners(model: nn.Module, layers: Iterable[str], *, method: str, stage:
 
 
 def has_state(module: nn.Module) -> bool:
-    """Whether ``module`` has a compression state, so that its own hooks are wrapped."""
+    """Check whether ``module`` has a compression state, so that its own hooks are patched."""
     return _STATE in vars(module)
 
 
@@ -146,7 +146,7 @@ def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
 
 
 def _call_original(module: nn.Module, name: str, checkpoint: dict[str, Any]) -> None:
-    """Call the hook that ours replaces: the user's."""
+    """Call the hook of the user that ours replaces."""
     own = (on_save_checkpoint, on_load_checkpoint)
     for patch in patches_of(module):
         if patch.name == name and getattr(patch.value, "__func__", None) in own:

@@ -196,7 +196,7 @@ class CompressionState:
             resuming: whether the Trainer is about to load their state.
 
         Returns:
-            How many places were filled anew.
+            The number of entries that were replaced.
 
         Raises:
             ManifestError: the checkpoint's optimizers own a parameter that the module does not have.

@@ -1,4 +1,4 @@
-"""What methods know of a layer is in the monitor's curves and in its table."""
+"""Per-layer numbers of the methods are in the monitor's curves and table."""
 
 import csv
 from typing import Any
@@ -29,7 +29,7 @@ def test_ranks_energies_errors_and_coded_bits_are_curves_and_columns(tmp_path: A
     header = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text().partition("\n")[0].split(",")
     for key in ("rank", "energy_kept", "reconstruction_error"):
         assert f"compression/{key}/{name}" in header
-        assert monitor.after.facts[name][key] == fact[key]
+        assert monitor.after.stats[name][key] == fact[key]
     assert f"compression/coded_bits/{name}.0" in header
     lines = capsys.readouterr().out.splitlines()
     title = next(line for line in lines if "energy kept" in line)
@@ -49,8 +49,8 @@ def test_bits_of_rounded_layers_follow_the_ladder(tmp_path: Any, capsys: Any) ->
     qat = QuantizationAwareTraining(recipe, observe_batches=2, ladder=ladder)
     monitor = CompressionMonitor(every_n_steps=1)
     trainer(qat, monitor, logger=logger).fit(module)
-    assert monitor.after.facts["features.stem"] == {"weight_bits": 2.0}
-    assert monitor.after.facts["head"] == {"weight_bits": 4.0, "activation_bits": 4.0}
+    assert monitor.after.stats["features.stem"] == {"weight_bits": 2.0}
+    assert monitor.after.stats["head"] == {"weight_bits": 4.0, "activation_bits": 4.0}
     rows = list(csv.DictReader((tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text().splitlines()))
     widths = [float(found) for row in rows if (found := row["compression/weight_bits/head"])]
     assert widths == sorted(widths, reverse=True)

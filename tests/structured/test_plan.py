@@ -137,7 +137,7 @@ def test_targets_are_the_only_layers_that_lose_channels() -> None:
     assert net.conv1.out_channels == 8
     assert net.conv2.out_channels < 12
     assert "`targets` do not name conv1" in plan.skipped["conv1"]
-    assert plan.skipped["fc"] == "makes the network's output"
+    assert plan.skipped["fc"] == "produces the model output"
     with pytest.raises(TargetError):
         pruned(built("plain"), MACs(0.8), targets="nothing")
     with pytest.raises(TargetError):
