@@ -4,7 +4,7 @@ from typing import Any
 
 from lightning_light.budgets import Channels, MACs, Sparsity
 from lightning_light.distillation import FeatureHint, KnowledgeDistillation, SoftTargets
-from lightning_light.lowrank import LowRankFactorization
+from lightning_light.lowrank import LowRankFactorization, RankAllocation
 from lightning_light.quantization import (
     LSQ,
     MSE,
@@ -77,7 +77,7 @@ CASES += [
             KnowledgeDistillation(teacher=MENTOR, losses=[SoftTargets(), FeatureHint(feature_layers="features.conv1")]),
             StructuredPruning(Channels(0.75), schedule=OneShot(at=0.1)),
             WeightPruning(Sparsity(0.4), schedule=OneShot(at=0.25)),
-            LowRankFactorization(MACs(0.8), start=0.4, round_to=2),
+            LowRankFactorization(MACs(0.8), schedule=OneShot(at=0.4), allocation=RankAllocation(round_to=2)),
             QuantizationAwareTraining(Mixed(default=LSQ(), first=Int8(), last=Int8()), **{**STAGES, "start": 0.5}),
         ],
         tolerance=5.0,

@@ -1,4 +1,4 @@
-"""Layers that hold several matrices in one tensor, opened: each matrix is a layer of its own, and can be factored."""
+"""Split attentions and fused linear layers into one layer per matrix, so that each matrix can be factorized alone."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-__all__ = ["Blocks", "OpenAttention", "followers", "open_module", "opened_weights", "why_closed"]
+__all__ = ["SplitLinear", "SplitAttention", "replacing_parameters", "split_module", "split_weights", "why_unsplittable"]
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
-class Blocks(nn.Module):
-    """A fused linear layer (query, key and value in one) as several, side by side; the output is the same.
+class SplitLinear(nn.Module):
+    """Compute a fused linear layer (query, key and value in one) as several layers with concatenated outputs.
 
     Args:
-        blocks: linear layers, or factors of such, that read the same input.
+        parts: linear layers, or their factors, that read the same input.
     """
 
-    def __init__(self, blocks: list[nn.Module]) -> None:
+    def __init__(self, parts: list[nn.Module]) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(blocks)
+        self.parts = nn.ModuleList(parts)
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([block(x) for block in self.blocks], dim=-1)
+        return torch.cat([part(x) for part in self.parts], dim=-1)
 
 
-class OpenAttention(nn.Module):
-    """`torch.nn.MultiheadAttention` with its four projections as layers; the same arguments, the same answers.
+class SplitAttention(nn.Module):
+    """Compute `torch.nn.MultiheadAttention` with its four projections as layers; arguments and outputs are the same.
 
     Args:
-        old: the attention that it takes the place of.
+        old: the attention to replace.
         layers: ``q_proj``, ``k_proj``, ``v_proj`` and ``out_proj``.
     """
 
@@ -42,7 +42,10 @@ class OpenAttention(nn.Module):
         super().__init__()
         self.embed_dim, self.num_heads, self.head_dim = old.embed_dim, old.num_heads, old.head_dim
         self.dropout, self.batch_first = old.dropout, old.batch_first
-        self.in_proj_bias, self._qkv_same_embed_dim = None, False  # what torch's encoders ask before their fast path
+        self.in_proj_bias, self._qkv_same_embed_dim = (
+            None,
+            False,
+        )  # read by torch's encoders before they take their fast path
         self.q_proj, self.k_proj = layers["q_proj"], layers["k_proj"]
         self.v_proj, self.out_proj = layers["v_proj"], layers["out_proj"]
 
@@ -72,17 +75,17 @@ class OpenAttention(nn.Module):
         if need_weights:
             scores = q @ k.transpose(-2, -1) / self.head_dim**0.5
             weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
-            mixed = weights @ v
+            attended = weights @ v
         else:
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-        out = self.out_proj(mixed.transpose(1, 2).flatten(2))
-        shown = (weights.mean(1) if average_attn_weights else weights) if need_weights else None
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        out = self.out_proj(attended.transpose(1, 2).flatten(2))
+        returned = (weights.mean(1) if average_attn_weights else weights) if need_weights else None
         if not batched:
-            return out[0], None if shown is None else shown[0]
-        return out if self.batch_first else out.transpose(0, 1), shown
+            return out[0], None if returned is None else returned[0]
+        return out if self.batch_first else out.transpose(0, 1), returned
 
     def _mask(self, padding: Tensor | None, mask: Tensor | None, query: Tensor) -> Tensor | None:
-        """Both masks as one that is added to the scores ``(batch, heads, query, key)``."""
+        """Combine both masks into one that is added to the scores ``(batch, heads, query, key)``."""
         if mask is not None:
             mask = _additive(mask, query)
             mask = mask.reshape(-1, self.num_heads, *mask.shape[1:]) if mask.dim() == 3 else mask
@@ -92,42 +95,44 @@ class OpenAttention(nn.Module):
         return mask
 
 
-def opened_weights(module: nn.Module, blocks: int = 0) -> dict[str, Tensor]:
-    """Name of the layer inside -> the weight that it would have, if ``module`` were opened."""
+def split_weights(module: nn.Module, parts: int = 0) -> dict[str, Tensor]:
+    """Map the names of the layers that `split_module` would make to their weights."""
     if not isinstance(module, nn.MultiheadAttention):
-        return _chunks("", module.weight, blocks)  # type: ignore[arg-type]  # of a linear layer
+        return _chunks("", module.weight, parts)  # type: ignore[arg-type]  # of a linear layer
     named = zip(_PROJECTIONS, _projections(module), strict=True)
-    inner = [_chunks(f"{name}.", weight, blocks) if blocks else {name: weight} for name, weight in named]
+    inner = [_chunks(f"{name}.", weight, parts) if parts else {name: weight} for name, weight in named]
     return {**inner[0], **inner[1], **inner[2], "out_proj": module.out_proj.weight}
 
 
-def open_module(module: nn.Module, blocks: int = 0) -> OpenAttention | Blocks:
-    """``module`` with a layer for each of its matrices; parameters are new, but for those of the output projection.
+def split_module(module: nn.Module, parts: int = 0) -> SplitAttention | SplitLinear:
+    """Build the replacement of ``module`` that has one layer per matrix.
+
+    Parameters are new, except those of an attention's output projection.
 
     Args:
-        module: an attention that `why_closed` says nothing against, or a linear layer.
-        blocks: in how many equal parts the outputs of a linear layer fall, or those of each projection of an attention:
-            the number of heads, for one part a head. 0 leaves projections whole.
+        module: an attention for which `why_unsplittable` returns None, or a linear layer.
+        parts: number of equal parts of the outputs of a linear layer, or of each projection of an attention: with the
+            number of heads, one part per head. 0 leaves projections whole.
     """
     if isinstance(module, nn.MultiheadAttention):
         joint = module.in_proj_bias
         biases = [None] * 3 if joint is None else list(joint.chunk(3))
         layers: dict[str, nn.Module] = {
-            name: _split(weight, bias, blocks, module.out_proj.weight)
+            name: _split(weight, bias, parts, module.out_proj.weight)
             for name, weight, bias in zip(_PROJECTIONS, _projections(module), biases, strict=True)
         }
         layers["out_proj"] = _shared(module.out_proj)
-        return OpenAttention(module, layers)
+        return SplitAttention(module, layers)
     linear: Any = module
-    opened = _split(linear.weight, linear.bias, blocks, linear.weight)
-    assert isinstance(opened, Blocks)
-    return opened
+    split = _split(linear.weight, linear.bias, parts, linear.weight)
+    assert isinstance(split, SplitLinear)
+    return split
 
 
-def why_closed(module: nn.MultiheadAttention) -> str | None:
-    """Why this attention cannot be opened, or None."""
+def why_unsplittable(module: nn.MultiheadAttention) -> str | None:
+    """Return why this attention cannot be split into layers, or None."""
     if module.bias_k is not None or module.add_zero_attn:
-        return "the attention adds a key of its own (`add_bias_kv`, `add_zero_attn`)"
+        return "the attention adds a key of its own (`add_bias_kv` or `add_zero_attn`)"
     return None
 
 
@@ -137,15 +142,15 @@ def _projections(module: nn.MultiheadAttention) -> list[Tensor]:
     return [module.q_proj_weight, module.k_proj_weight, module.v_proj_weight]
 
 
-def _chunks(prefix: str, weight: Tensor, blocks: int) -> dict[str, Tensor]:
-    return {f"{prefix}blocks.{place}": part for place, part in enumerate(weight.chunk(blocks))}
+def _chunks(prefix: str, weight: Tensor, parts: int) -> dict[str, Tensor]:
+    return {f"{prefix}parts.{index}": part for index, part in enumerate(weight.chunk(parts))}
 
 
-def _split(weight: Tensor, bias: Tensor | None, blocks: int, reference: Tensor) -> nn.Linear | Blocks:
-    if not blocks:
+def _split(weight: Tensor, bias: Tensor | None, parts: int, reference: Tensor) -> nn.Linear | SplitLinear:
+    if not parts:
         return _layer(weight, bias, reference)
-    biases = [None] * blocks if bias is None else list(bias.chunk(blocks))
-    return Blocks([_layer(*part, reference) for part in zip(weight.chunk(blocks), biases, strict=True)])
+    biases = [None] * parts if bias is None else list(bias.chunk(parts))
+    return SplitLinear([_layer(*part, reference) for part in zip(weight.chunk(parts), biases, strict=True)])
 
 
 def _layer(weight: Tensor, bias: Tensor | None, reference: Tensor) -> nn.Linear:
@@ -157,7 +162,7 @@ def _layer(weight: Tensor, bias: Tensor | None, reference: Tensor) -> nn.Linear:
 
 
 def _shared(old: nn.Linear) -> nn.Linear:
-    """A plain linear layer with the parameters of ``old``."""
+    """Make a plain linear layer with the parameters of ``old``."""
     layer = nn.Linear(old.in_features, old.out_features, bias=old.bias is not None, device="meta")
     layer.weight, layer.bias = old.weight, old.bias
     return layer
@@ -169,8 +174,8 @@ def _additive(mask: Tensor, like: Tensor) -> Tensor:
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, float("-inf"))
 
 
-def followers(old: nn.Module, new: nn.Module) -> dict[nn.Parameter, list[nn.Parameter]]:
-    """What takes the place of each parameter of ``old`` in the optimizers."""
+def replacing_parameters(old: nn.Module, new: nn.Module) -> dict[nn.Parameter, list[nn.Parameter]]:
+    """Map each parameter of ``old`` to the parameters that replace it in the optimizers."""
     if not isinstance(old, nn.MultiheadAttention):
         weights, biases = _inner(new)
         bias: Any = old.bias
@@ -185,6 +190,6 @@ def followers(old: nn.Module, new: nn.Module) -> dict[nn.Parameter, list[nn.Para
 
 
 def _inner(new: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Weights and biases of a layer, or of the blocks that stand for it."""
-    layers: list[Any] = list(new.blocks) if isinstance(new, Blocks) else [new]
+    """Return the weights and biases of a layer, or of its parts."""
+    layers: list[Any] = list(new.parts) if isinstance(new, SplitLinear) else [new]
     return [layer.weight for layer in layers], [layer.bias for layer in layers]
