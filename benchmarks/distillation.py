@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_light.distillation import KnowledgeDistillation
+from lightning_light.distillation import KnowledgeDistillation, TeacherCache
 
 KEEPING = {
     "MALLOC_ARENA_MAX": "1",  # one for all threads
@@ -142,9 +142,9 @@ def ways(args: argparse.Namespace, teacher: nn.Module) -> dict[str, Callable[[],
     """A student and its callbacks, for each way to train it."""
     return {
         "alone": lambda: (Student(args.student), []),
-        "step": lambda: (Student(args.student), [KnowledgeDistillation(teacher=teacher)]),
+        "step": lambda: (Student(args.student), [KnowledgeDistillation(teacher)]),
         "by hand": lambda: (Student(args.student, teacher), []),
-        "cached": lambda: (Student(args.student), [KnowledgeDistillation(teacher=teacher, cache="memory")]),
+        "cached": lambda: (Student(args.student), [KnowledgeDistillation(teacher, cache=TeacherCache())]),
     }
 
 

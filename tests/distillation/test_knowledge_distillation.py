@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from lightning_light.budgets import Channels
 from lightning_light.distillation import (
     AttentionTransfer,
+    BatchFields,
     CheckpointTeacher,
     FeatureHint,
     KnowledgeDistillation,
     SelfTeacher,
     SoftTargets,
+    TeacherCache,
 )
 from lightning_light.distillation.loss_balancing import gradient_factors
 from lightning_light.errors import NoEffectWarning, TargetError
@@ -32,8 +34,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_p
 
 def distilled(*losses: Any, module: Any = None, data: Any = None, **arguments: Any) -> Any:
     """A module fitted with `mentor` as the teacher, unless the arguments name another."""
-    given = {"teacher": mentor, **arguments}
-    callback = KnowledgeDistillation(losses=list(losses) or None, **given)
+    teacher = arguments.pop("teacher", mentor)
+    callback = KnowledgeDistillation(teacher, losses=list(losses) or None, **arguments)
     return fitted(module or Plain(), callback, data=data)
 
 
@@ -92,11 +94,11 @@ def test_a_teacher_is_left_as_it_came() -> None:
 
 
 def test_no_checkpoint_has_the_teacher(tmp_path: Path) -> None:
-    callback = KnowledgeDistillation(teacher=mentor, losses=[SoftTargets()])
+    callback = KnowledgeDistillation(mentor, losses=[SoftTargets()])
     fitted(Plain(), callback, *checkpoints(tmp_path))
     checkpoint = torch.load(tmp_path / "epoch=1.ckpt", weights_only=True)
     assert list(checkpoint["state_dict"]) == list(Plain().state_dict())
-    assert checkpoint["lightning_light"]["state"]["distillation"]["asked"] is True
+    assert checkpoint["lightning_light"]["state"]["distillation"]["used"] is True
     assert (tmp_path / "epoch=1.ckpt").stat().st_size < 60_000
     Plain.load_from_checkpoint(tmp_path / "epoch=1.ckpt")
 
@@ -116,7 +118,7 @@ def test_two_teachers_and_their_caches_are_what_one_writes_by_hand() -> None:
     by_hand = weights(fitted(Two()))
     given: dict[str, Any] = {"teacher": [mentor, Net(4, seed=9)], "teacher_weights": [0.7, 0.3]}
     assert torch.equal(by_hand, weights(distilled(**given)))
-    assert torch.equal(by_hand, weights(distilled(**given, cache="memory")))
+    assert torch.equal(by_hand, weights(distilled(**given, cache=TeacherCache())))
 
 
 def test_a_factory_is_called_when_a_fit_begins_and_for_no_other_command() -> None:
@@ -125,7 +127,7 @@ def test_a_factory_is_called_when_a_fit_begins_and_for_no_other_command() -> Non
             self(batch[0])
 
     calls: list[int] = []
-    module, run = Validated(), trainer(KnowledgeDistillation(teacher=lambda: calls.append(1) or mentor()))
+    module, run = Validated(), trainer(KnowledgeDistillation(lambda: calls.append(1) or mentor()))
     run.validate(module, loader())
     assert not calls
     run.fit(module, loader(), loader())
@@ -166,7 +168,7 @@ def test_the_part_that_training_step_calls_is_found() -> None:
     found = distilled(module=CallsInside())
     assert torch.equal(weights(found), weights(distilled()))
     assert torch.equal(weights(distilled(module=CallsInside(), student="net")), weights(found))
-    fitted(CallsInside(), KnowledgeDistillation())  # its own teacher: the same part of the copy
+    fitted(CallsInside(), KnowledgeDistillation("self"))  # the teacher is the same part of the copy
 
 
 def test_outputs_and_inputs_are_selected() -> None:
@@ -177,7 +179,12 @@ def test_outputs_and_inputs_are_selected() -> None:
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             return F.cross_entropy(self(batch[0], scale=1.0)["logits"], batch[1])
 
-    found = distilled(module=Detector(), output="logits", teacher_output=lambda out: out, inputs=lambda batch: batch[0])
+    found = distilled(
+        module=Detector(),
+        output="logits",
+        teacher_output=lambda out: out,
+        batch=BatchFields(inputs=lambda batch: batch[0]),
+    )
     assert torch.equal(weights(found), weights(distilled()))
 
 
@@ -196,7 +203,7 @@ def test_taps_by_glob_by_pair_and_by_resolution(caplog: pytest.LogCaptureFixture
 
 
 def test_projectors_learn_with_the_student_and_are_not_in_its_state_dict() -> None:
-    run = trainer(KnowledgeDistillation(teacher=Twin, losses=[FeatureHint(feature_layers="net.conv1")]))
+    run = trainer(KnowledgeDistillation(Twin, losses=[FeatureHint(feature_layers="net.conv1")]))
     module = Plain()
     run.fit(module, loader())
     (kept,) = state_of(module).state["distillation"]["projectors"].values()
@@ -230,10 +237,10 @@ def test_a_projector_s_columns_leave_with_the_student_s_channels() -> None:
 
 
 def test_balanced_losses_pull_as_hard_as_the_task() -> None:
-    found = distilled(SoftTargets(weight=1000.0), balance_every=4)
+    found = distilled(SoftTargets(weight=1000.0), balance_every_n_steps=4)
     factor = state_of(found).state["distillation"]["factors"]["soft_targets"]
     assert factor > 0
-    scaled = distilled(SoftTargets(temperature=8.0), balance_every=4)
+    scaled = distilled(SoftTargets(temperature=8.0), balance_every_n_steps=4)
     assert state_of(scaled).state["distillation"]["factors"]["soft_targets"] != factor
 
 
@@ -265,26 +272,26 @@ def test_it_stops_and_says_when_it_never_began() -> None:
 
 
 def test_the_curves(tmp_path: Path) -> None:
-    callback = KnowledgeDistillation(teacher=mentor, losses=[SoftTargets(), SoftTargets(temperature=2.0)])
+    callback = KnowledgeDistillation(mentor, losses=[SoftTargets(), SoftTargets(temperature=2.0)])
     logger = CSVLogger(tmp_path)
     fitted(Plain(), callback, logger=logger, log_every_n_steps=4)
     lines = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
-    columns = {f"distillation/{name}" for name in ("task_loss", "soft_targets_0", "soft_targets_1", "agreement", "kl")}
+    columns = {f"distillation/{name}" for name in ("task_loss", "soft_targets_0", "soft_targets_1", "agreement")}
     assert columns <= set(lines[0].split(","))
     assert len(lines) == 1 + 4
 
 
 def test_hints_alone_have_a_curve_of_agreement_too(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
-    hint = KnowledgeDistillation(teacher=Twin, losses=[FeatureHint(feature_layers="net.conv1")])
+    hint = KnowledgeDistillation(Twin, losses=[FeatureHint(feature_layers="net.conv1")])
     fitted(Plain(), hint, logger=logger, log_every_n_steps=4)
     columns = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()[0].split(",")
-    assert {"distillation/feature_hint", "distillation/agreement", "distillation/kl"} <= set(columns)
+    assert {"distillation/feature_hint", "distillation/agreement"} <= set(columns)
 
 
 def test_two_of_them_wrap_one_step_and_leave_it() -> None:
     module = Plain()
-    callbacks = [KnowledgeDistillation(teacher=mentor, losses=[SoftTargets(weight=0.5)]) for _ in range(2)]
+    callbacks = [KnowledgeDistillation(mentor, losses=[SoftTargets(weight=0.5)]) for _ in range(2)]
     fitted(module, *callbacks)
     assert "training_step" not in vars(module)
     assert set(state_of(module).state) >= {"distillation", "distillation#2"}
@@ -300,26 +307,26 @@ def test_from_the_second_epoch_on_the_teacher_is_not_asked(where: str, index: An
     calls: list[int] = []
     teacher = mentor()
     teacher.register_forward_hook(lambda *_: calls.append(1))
-    cache = "memory" if where == "memory" else str(tmp_path / "answers")
-    found = distilled(teacher=teacher, cache=cache, sample_index=index)
+    cache = TeacherCache("memory" if where == "memory" else str(tmp_path / "outputs"), sample_index=index)
+    found = distilled(teacher=teacher, cache=cache)
     assert len(calls) == 8
     assert torch.equal(weights(found), weights(distilled()))
     if where == "files":
-        assert torch.equal(weights(distilled(teacher=teacher, cache=cache, sample_index=index)), weights(found))
+        assert torch.equal(weights(distilled(teacher=teacher, cache=cache)), weights(found))
         assert len(calls) == 8
-        with pytest.raises(ValueError, match="expected answers of this teacher"):
-            distilled(teacher=Net(3, seed=4), cache=cache, sample_index=index)
+        with pytest.raises(ValueError, match="expected outputs of this teacher"):
+            distilled(teacher=Net(3, seed=4), cache=cache)
 
 
 @pytest.mark.parametrize("where", ["memory", "files"])
 def test_resumes_with_a_half_filled_cache(where: str, tmp_path: Path) -> None:
-    cache = "memory" if where == "memory" else str(tmp_path / "answers")
+    cache = TeacherCache("memory" if where == "memory" else str(tmp_path / "outputs"), half_precision=True)
 
     def callback() -> KnowledgeDistillation:
-        return KnowledgeDistillation(teacher=mentor, cache=cache, cache_half=True)
+        return KnowledgeDistillation(mentor, cache=cache)
 
     whole = fitted(Plain(), callback(), *checkpoints(tmp_path))
-    for file in tmp_path.glob("answers.*"):
+    for file in tmp_path.glob("outputs.*"):
         file.unlink()
     fitted(Plain(), callback(), max_steps=3)
     again = fitted(Plain(), callback(), ckpt_path=tmp_path / "epoch=0.ckpt")
@@ -340,11 +347,11 @@ def test_views_that_change_are_refused_unless_they_shall_count_as_one() -> None:
             for images, labels, numbers in loader():
                 yield images + self.epoch, labels, numbers
 
-    with pytest.raises(ValueError, match=r"cache=...\)`: expected every sample to look the same"):
-        distilled(cache="memory", sample_index=2, data=Augmented())
+    with pytest.raises(ValueError, match=r"cache=...\)`: expected the same content of every sample"):
+        distilled(cache=TeacherCache(sample_index=2), data=Augmented())
     with pytest.raises(ValueError, match="expected at most 32 different inputs"):
-        distilled(cache="memory", data=Augmented())
-    distilled(cache="memory", sample_index=2, fixed_views=True, data=Augmented())
+        distilled(cache=TeacherCache(), data=Augmented())
+    distilled(cache=TeacherCache(sample_index=2, fixed_views=True), data=Augmented())
 
 
 # What cannot work is said before the first step
@@ -367,7 +374,7 @@ REFUSED: list[tuple[Any, type[Exception], str]] = [
     (
         lambda: distilled(FeatureHint(feature_layers={"net.conv*": "conv1"})),
         TargetError,
-        "as many modules in the student",
+        "equally many modules in student and teacher",
     ),
     (
         lambda: distilled(FeatureHint(feature_layers={"net.fc": "conv3"})),
@@ -380,7 +387,7 @@ REFUSED: list[tuple[Any, type[Exception], str]] = [
     (lambda: distilled(output="logits"), ValueError, r"output='logits'\)`: expected to find a tensor, found"),
     (lambda: distilled(module=Silent()), ValueError, "expected `training_step` to call `Silent`"),
     (
-        lambda: distilled(FeatureHint(feature_layers="net.conv1"), teacher=Twin, cache="memory"),
+        lambda: distilled(FeatureHint(feature_layers="net.conv1"), teacher=Twin, cache=TeacherCache()),
         ValueError,
         "Leave `cache`",
     ),
@@ -389,15 +396,19 @@ REFUSED: list[tuple[Any, type[Exception], str]] = [
         ValueError,
         "or, for features, a",
     ),
-    (lambda: distilled(teacher=SelfTeacher(decay=0.5), cache="memory"), ValueError, r"found `SelfTeacher\(decay=0.5\)"),
+    (
+        lambda: distilled(teacher=SelfTeacher(decay=0.5), cache=TeacherCache()),
+        ValueError,
+        r"found `SelfTeacher\(decay=0.5\)",
+    ),
     (lambda: distilled(teacher="nowhere.pt"), ValueError, "found no such file"),
     (lambda: distilled(teacher=lambda: 3), TypeError, "expected a function that returns a module"),
-    (lambda: KnowledgeDistillation(teacher=3), TypeError, "expected a module, a function"),  # type: ignore[arg-type]
-    (lambda: KnowledgeDistillation(losses=[3]), TypeError, "expected distillation losses"),  # type: ignore[list-item]
-    (lambda: KnowledgeDistillation(losses=[]), ValueError, "at least one teacher and one loss"),
-    (lambda: KnowledgeDistillation(stop=1.5), ValueError, "expected a fraction of the run"),
-    (lambda: KnowledgeDistillation(teacher_weights=[1.0, 2.0]), ValueError, "for each of 1 teachers"),
-    (lambda: KnowledgeDistillation(balance_every=-1), ValueError, "steps >= 0"),
+    (lambda: KnowledgeDistillation(3), TypeError, "expected a module, a function"),  # type: ignore[arg-type]
+    (lambda: KnowledgeDistillation(mentor, losses=[3]), TypeError, "expected distillation losses"),  # type: ignore[list-item]
+    (lambda: KnowledgeDistillation(mentor, losses=[]), ValueError, "at least one teacher and one loss"),
+    (lambda: KnowledgeDistillation(mentor, stop=1.5), ValueError, "expected a fraction of the run"),
+    (lambda: KnowledgeDistillation(mentor, teacher_weights=[1.0, 2.0]), ValueError, "for each of 1 teachers"),
+    (lambda: KnowledgeDistillation(mentor, balance_every_n_steps=-1), ValueError, "steps >= 0"),
     (lambda: SelfTeacher(decay=1.0), ValueError, r"expected a number in \(0, 1\)"),
 ]
 
@@ -429,7 +440,7 @@ def test_what_does_not_fit_together_is_found_before_the_first_step(manual: bool)
 
 def test_the_student_cannot_be_its_own_live_teacher() -> None:
     module = Plain()
-    with pytest.raises(ValueError, match="For the student as teacher write `'self'`"):
+    with pytest.raises(ValueError, match="For self-distillation write `KnowledgeDistillation\\('self'\\)`"):
         distilled(module=module, teacher=module.net)
 
 

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_light.distillation import (
     DIST,
     DKD,
+    BatchFields,
     ChannelWise,
     FeatureHint,
     KnowledgeDistillation,
@@ -143,7 +144,9 @@ LOSSES: dict[str, Any] = {
 def test_a_student_comes_nearer_to_its_teacher(name: str, task: Any) -> None:
     body, data, dim, teacher, alone = task
     loss = LOSSES[name](dim)
-    student = fitted(body(5), KnowledgeDistillation(teacher=teacher, losses=[loss], ignore_index=IGNORED), data=data)
+    student = fitted(
+        body(5), KnowledgeDistillation(teacher, losses=[loss], batch=BatchFields(ignore_index=IGNORED)), data=data
+    )
     assert apart(loss, student, teacher, data) < apart(loss, alone, teacher, data)
 
 
@@ -152,14 +155,12 @@ def test_positions_that_do_not_count_have_no_say(task: Any) -> None:
     wrong = Astray(teacher, dim)
     found = []
     for asked in (teacher, wrong):
-        for says in ({"ignore_index": IGNORED}, {"mask": "mask"}):
+        for fields in (BatchFields(ignore_index=IGNORED), BatchFields(mask="mask")):
             losses = [kind(class_dim=dim) for kind in (SoftTargets, LogitStandardization, DKD, DIST)]
-            module = fitted(
-                body(5), KnowledgeDistillation(teacher=asked, losses=losses, **says), data=data, max_epochs=1
-            )
+            module = fitted(body(5), KnowledgeDistillation(asked, losses=losses, batch=fields), data=data, max_epochs=1)
             found.append(weights(module))
     assert all(torch.equal(found[0], other) for other in found[1:])
-    callback = KnowledgeDistillation(teacher=wrong, losses=[SoftTargets(class_dim=dim)])
+    callback = KnowledgeDistillation(wrong, losses=[SoftTargets(class_dim=dim)])
     everywhere = fitted(body(5), callback, data=data, max_epochs=1)
     assert not torch.equal(weights(everywhere), found[0])
 
@@ -187,7 +188,7 @@ def test_hints_of_tokens_leave_the_padding_out() -> None:
     for padding in (0.0, 1.0):
         asked = Padded(teacher, padding)
         callback = KnowledgeDistillation(
-            teacher=asked, losses=[hint], mask="mask", inputs=lambda batch: (batch["x"], batch["mask"])
+            asked, losses=[hint], batch=BatchFields(mask="mask", inputs=lambda batch: (batch["x"], batch["mask"]))
         )
         found.append(weights(fitted(Tagger(5), callback, data=data, max_epochs=1)))
     assert torch.equal(*found)

@@ -16,7 +16,7 @@ from tests.distillation.runs import TEMPERATURE, WEIGHT, ByHand, Plain, fitted, 
 
 
 def distillation() -> KnowledgeDistillation:
-    return KnowledgeDistillation(teacher=mentor, losses=[SoftTargets(weight=WEIGHT, temperature=TEMPERATURE)])
+    return KnowledgeDistillation(mentor, losses=[SoftTargets(weight=WEIGHT, temperature=TEMPERATURE)])
 
 
 def scaled() -> dict[str, Any]:

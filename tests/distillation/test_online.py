@@ -8,7 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_light.budgets import Channels
-from lightning_light.distillation import AttentionTransfer, FeatureHint, KnowledgeDistillation, LiveTeacher, SoftTargets
+from lightning_light.distillation import (
+    AttentionTransfer,
+    FeatureHint,
+    KnowledgeDistillation,
+    OnlineTeacher,
+    SoftTargets,
+    TeacherCache,
+)
 from lightning_light.errors import TargetError
 from lightning_light.schedules import OneShot
 from lightning_light.structured import StructuredPruning
@@ -86,12 +93,12 @@ class Pair(Trained):
 
 
 def exits() -> list[Any]:
-    return [KnowledgeDistillation(teacher=LiveTeacher(), losses=[SOFT], output="early", teacher_output="last")]
+    return [KnowledgeDistillation(OnlineTeacher(), losses=[SOFT], output="early", teacher_output="last")]
 
 
 def mutual() -> list[Any]:
     ways = (("net", "second"), ("second", "net"))
-    return [KnowledgeDistillation(teacher=LiveTeacher(b), losses=[SOFT], student=a) for a, b in ways]
+    return [KnowledgeDistillation(OnlineTeacher(b), losses=[SOFT], student=a) for a, b in ways]
 
 
 HOW: dict[str, tuple[bool, dict[str, Any]]] = {
@@ -120,7 +127,7 @@ def test_it_learns_as_usual_and_nothing_stays_behind() -> None:
 
 
 def test_projectors_between_two_layers_follow_both() -> None:
-    hint = KnowledgeDistillation(teacher=LiveTeacher(), losses=[FeatureHint(feature_layers={"net.bn1": "net.conv2"})])
+    hint = KnowledgeDistillation(OnlineTeacher(), losses=[FeatureHint(feature_layers={"net.bn1": "net.conv2"})])
     pruned = fitted(Plain(), hint, StructuredPruning(Channels(0.5), schedule=OneShot(at=0.5)))
     (kept,) = hint.state(pruned)["projectors"].values()
     assert kept["weight"].shape[:2] == (pruned.net.conv2.out_channels, pruned.net.conv1.out_channels)
@@ -135,16 +142,20 @@ class Silent(Pair):
 
 
 def live(path: str | None, *losses: Any, module: Any = None, **options: Any) -> Any:
-    callback = KnowledgeDistillation(teacher=LiveTeacher(path), losses=list(losses) or None, **options)
+    callback = KnowledgeDistillation(OnlineTeacher(path), losses=list(losses) or None, **options)
     return fitted(module or Pair(), callback)
 
 
 REFUSED: list[tuple[Any, type[Exception], str]] = [
     (lambda: live(None), ValueError, "would be compared with itself"),
-    (lambda: live("secnd", student="net"), TargetError, r"`LiveTeacher\('secnd'\)`.*Nearest: 'second"),
+    (lambda: live("secnd", student="net"), TargetError, r"`OnlineTeacher\('secnd'\)`.*Nearest: 'second"),
     (lambda: live("second", student="nett"), TargetError, r"`KnowledgeDistillation\(student='nett'\)`.*Nearest: 'net"),
     (lambda: live("second", student="net", module=Silent()), ValueError, "expected `training_step` to call `second`"),
-    (lambda: live("second", cache="memory"), ValueError, r"stays as it is, found `LiveTeacher\(path='second'\)`"),
+    (
+        lambda: live("second", cache=TeacherCache()),
+        ValueError,
+        r"does not change, found `OnlineTeacher\(path='second'\)`",
+    ),
     (
         lambda: live("second", AttentionTransfer(feature_layers={"conv1": "conv9"}), student="net"),
         TargetError,
