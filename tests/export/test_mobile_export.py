@@ -110,7 +110,9 @@ def test_without_validation_the_example_is_compared(tmp_path: Path) -> None:
 
 
 def test_steps_that_do_not_call_self_need_an_example(tmp_path: Path) -> None:
-    with pytest.raises(LightningLightError, match=r"found no `example_input_array`, and no step.*Nothing is lost"):
+    with pytest.raises(
+        LightningLightError, match=r"found no `example_input_array`, and no step.*The trained network is saved"
+    ):
         fit(Lit(Images(), automatic=False), export_to(tmp_path / "model.ptl"))
     module, export = Lit(Images(), automatic=False), export_to(tmp_path / "model.ptl")
     module.example_input_array = noise(1, 3, 8, 8)
@@ -122,9 +124,7 @@ def test_steps_that_do_not_call_self_need_an_example(tmp_path: Path) -> None:
 def test_failed_export_does_not_lose_the_network(tmp_path: Path) -> None:
     module = Lit(Images())
     export = export_to(tmp_path / "model.ptl", parity=Tolerance(absolute=0.0, relative=0.0))
-    with pytest.raises(
-        ParityError, match=r"`parity=Tolerance.*Nothing is lost: the trained network is in '.*ptl.ckpt'"
-    ):
+    with pytest.raises(ParityError, match=r"`parity=Tolerance.*The trained network is saved in '.*ptl.ckpt'"):
         fit(module, export)
     assert [file.name for file in tmp_path.iterdir()] == ["model.ptl.ckpt"]
     saved = torch.load(tmp_path / "model.ptl.ckpt", weights_only=False)
@@ -139,7 +139,7 @@ def test_failed_export_does_not_lose_the_network(tmp_path: Path) -> None:
 def test_an_export_that_fails_says_what_has_become_of_the_others(tmp_path: Path) -> None:
     first, last = export_to(tmp_path / "first.ptl"), export_to(tmp_path / "last.ptl")
     fails = export_to(tmp_path / "fails.ptl", parity=Tolerance(absolute=0.0, relative=0.0))
-    with pytest.raises(ParityError, match=r"Written before: '.*first.ptl'\. Not tried after it: '.*last.ptl'\."):
+    with pytest.raises(ParityError, match=r"Written before: '.*first.ptl'\. Not exported after it: '.*last.ptl'\."):
         fit(Lit(Images()), first, fails, last)
     assert (tmp_path / "first.ptl").exists()
     assert not (tmp_path / "last.ptl").exists()
@@ -147,7 +147,9 @@ def test_an_export_that_fails_says_what_has_become_of_the_others(tmp_path: Path)
 
 def test_any_other_failure_is_stated_too(tmp_path: Path) -> None:
     (tmp_path / "model.ptl").mkdir()
-    with pytest.raises(LightningLightError, match=r"failed after training: .*Is a directory.*Nothing is lost") as error:
+    with pytest.raises(
+        LightningLightError, match=r"failed after training: .*Is a directory.*The trained network is saved"
+    ) as error:
         fit(Lit(Images()), export_to(tmp_path / "model.ptl"))
     assert isinstance(error.value.__cause__, OSError)
 
@@ -265,7 +267,11 @@ def test_missing_runtime_is_found_before_training(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"path": "model.onnx"}, "expected a path that ends in '.ptl', found '.onnx'. Write 'model.ptl'"),
+        ({"path": "model.pt"}, "expected a path that ends in one of '.ptl'"),
+        (
+            {"path": "model.onnx", "exporter": TorchScriptLite()},
+            "expected a path that ends in '.ptl', found '.onnx'. Write 'model.ptl'",
+        ),
         ({"checkpoint": "first"}, "expected 'last' or 'best'"),
         ({"batch": "all"}, "`batch='all'`: expected one of"),
     ],

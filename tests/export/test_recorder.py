@@ -15,7 +15,7 @@ class Doubles(nn.Module):
 
 def test_copies_are_taken_before_the_forward_writes() -> None:
     recorder, module = Recorder(limit=2), Doubles()
-    recorder.watch(module)
+    recorder.start(module)
     with torch.inference_mode():
         for _ in range(3):
             module(noise(2, 3).clone(), scale=3.0)
@@ -29,14 +29,14 @@ def test_copies_are_taken_before_the_forward_writes() -> None:
 
 def test_a_time_without_calls_keeps_what_was_seen_before() -> None:
     recorder, module = Recorder(limit=2), Doubles()
-    recorder.watch(module)
+    recorder.start(module)
     module(noise(2, 3))
     recorder.stop()
-    recorder.watch(module)
+    recorder.start(module)
     recorder.stop()
     recorder.stop()
     assert len(recorder.calls) == 1
-    recorder.watch(module)
+    recorder.start(module)
     module(noise(4, 3))
     recorder.stop()
     assert [len(call.args[0]) for call in recorder.calls] == [4]
@@ -48,7 +48,7 @@ def test_a_step_that_ddp_calls_through_forward_is_not_recorded() -> None:
             return self(batch[0])
 
     recorder, module = Recorder(limit=2), Steps()
-    recorder.watch(module)
+    recorder.start(module)
     _ForwardRedirection()(module, module, "validation_step", [noise(2, 3)], 0)  # type: ignore[arg-type]
     recorder.stop()
     assert [len(call.args) for call in recorder.calls] == [1]

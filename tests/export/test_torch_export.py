@@ -106,7 +106,7 @@ def test_keywords_flags_and_dicts_become_inputs_with_names(exporter: Exporter, t
     x, scale, extra = noise(2, 3), torch.tensor(2.0), {"b": noise(2, 1), "a": noise(2, 3)}
     kwargs = {"flip": True, "extra": extra, "scale": scale}
     path = tmp_path / f"m{exporter.suffix}"
-    report = export_model(Many(), (x,), path, kwargs=kwargs, exporter=exporter, **QUICK)
+    report = export_model(Many(), ExampleInput((x,), kwargs), path, exporter=exporter, **QUICK)
     assert [value["name"] for value in report.inputs] == ["x", "scale", "extra['a']", "extra['b']"]
     assert report.details["inputs"] == ["x", "scale", "extra_a", "extra_b"]
     assert report.details["outputs"] == ["output_0", "output_1_0", "output_1_1"]
@@ -176,7 +176,7 @@ def test_sequences_of_another_length_are_another_size(tmp_path: Path) -> None:
     longer = [ExampleInput((tokens(3, 9, below=11),))]
     with pytest.raises(ParityError, match="expected it to run as the model does"):
         export_model(
-            ZOO["tied_embedding"](), (tokens(2, 6, below=11),), tmp_path / "m.onnx", batches=longer, exporter=ONNX()
+            ZOO["tied_embedding"](), (tokens(2, 6, below=11),), tmp_path / "m.onnx", data=longer, exporter=ONNX()
         )
 
 
