@@ -1,7 +1,8 @@
-"""Criteria: evidence about one weight -> a score of the same shape; the lowest score goes first."""
+"""Score weights from evidence about them; the lowest scores are removed first."""
 
 from lightning_light.criteria.activation import Activation, Wanda
-from lightning_light.criteria.evidence import Criterion, Evidence
+from lightning_light.criteria.collector import EvidenceCollector, Gathered, check_needs, collect_evidence
+from lightning_light.criteria.evidence import Criterion, Evidence, GroupCriterion
 from lightning_light.criteria.geometry import GeometricMedian
 from lightning_light.criteria.gradient import SNIP, Hessian, Taylor
 from lightning_light.criteria.magnitude import Magnitude
@@ -9,13 +10,18 @@ from lightning_light.criteria.movement import Movement, SoftMovement
 from lightning_light.criteria.norm import BatchNormScale
 from lightning_light.criteria.random import Random
 from lightning_light.criteria.reduction import Normalizer, Reduction, channel_scores, combine, normalize
+from lightning_light.criteria.torch_pruning import FromTorchPruning
 
 __all__ = [
     "Activation",
     "BatchNormScale",
     "Criterion",
     "Evidence",
+    "EvidenceCollector",
+    "FromTorchPruning",
+    "Gathered",
     "GeometricMedian",
+    "GroupCriterion",
     "Hessian",
     "Magnitude",
     "Movement",
@@ -27,6 +33,8 @@ __all__ = [
     "Taylor",
     "Wanda",
     "channel_scores",
+    "check_needs",
+    "collect_evidence",
     "combine",
     "normalize",
 ]

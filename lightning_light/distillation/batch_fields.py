@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_light.distillation.student_hook import ForwardCall
 from lightning_light.example_input import ExampleInput
 from lightning_light.selectors import Selector, labels_of, select
+from lightning_light.validation import validated
 
 __all__ = ["BatchFields", "Positions"]
 
@@ -28,6 +29,7 @@ class Positions:
     mask: Tensor | None
 
 
+@validated
 @dataclass(frozen=True)
 class BatchFields:
     """Which parts of a batch are labels, mask and teacher inputs.
@@ -75,4 +77,4 @@ class BatchFields:
         """
         if self.inputs is None:
             return ExampleInput(call.args, call.kwargs)
-        return ExampleInput.from_array(self.inputs(batch))
+        return ExampleInput.of(self.inputs(batch))

@@ -13,15 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_light.example_input import ExampleInput, tensors_in
+from lightning_light.example_input import ExampleInput
+from lightning_light.nested import tensors_in
 from lightning_light.selectors import Selector, select
 from lightning_light.surgery.distributed import digest
+from lightning_light.validation import validated
 
 __all__ = ["CachedOutputs", "OutputStore", "TeacherCache", "fingerprints", "samples_of", "stores_of"]
 
 _FIRST_ROWS = 1024
 
 
+@validated
 @dataclass(frozen=True)
 class TeacherCache:
     """Store the teacher's outputs by sample; from the second epoch on the teacher is not called.

@@ -18,14 +18,8 @@ def check_arguments(
     """Check that there are teachers and losses, and a weight per teacher.
 
     Raises:
-        TypeError: a loss is not a `DistillationLoss`.
         ValueError: the arguments do not go together.
     """
-    if wrong := [loss for loss in losses if not isinstance(loss, DistillationLoss)]:
-        raise TypeError(
-            f"`KnowledgeDistillation(..., losses=[{wrong[0]!r}])`: expected distillation losses, found "
-            f"{type(wrong[0]).__name__}. Write for instance `losses=[SoftTargets(temperature=4.0)]`."
-        )
     if not losses or not sources:
         raise ValueError(
             "`KnowledgeDistillation(...)`: expected at least one teacher and one loss, found none. Leave `losses` out "

@@ -15,7 +15,8 @@ from lightning_light.distillation.feature_pairs import FeaturePairs
 from lightning_light.distillation.loss import DistillationLoss
 from lightning_light.distillation.student_hook import ForwardCall
 from lightning_light.distillation.teacher_modules import TeacherModule
-from lightning_light.example_input import ExampleInput, tensors_in
+from lightning_light.example_input import ExampleInput
+from lightning_light.nested import tensors_in
 from lightning_light.selectors import Selector, select
 
 __all__ = ["Distiller", "LossTerm", "OutputSelectors", "StepLosses", "weighted_sum"]

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_light.distillation.loss import FeatureLoss, check_positive, pooled, same_resolution
+from lightning_light.distillation.loss import FeatureLoss, pooled, same_resolution
+from lightning_light.validation import NonNegativeFloat, PositiveFloat, validated
 
 __all__ = [
     "RKD",
@@ -26,6 +27,7 @@ __all__ = [
 ]
 
 
+@validated
 @dataclass(frozen=True, kw_only=True)
 class FeatureHint(FeatureLoss):
     """Regress the teacher's features (hints) through a trained projector r: ``mean((t - r(s))^2) / 2``.
@@ -51,6 +53,7 @@ class FeatureHint(FeatureLoss):
         return features.ndim == 3 and mask.shape == features.shape[:2]
 
 
+@validated
 @dataclass(frozen=True, kw_only=True)
 class KnowledgeReview(FeatureLoss):
     """Distill each stage of the student from the teacher's stages of the same depth and of all depths before it.
@@ -86,6 +89,7 @@ class KnowledgeReview(FeatureLoss):
         return total / shares
 
 
+@validated
 @dataclass(frozen=True, kw_only=True)
 class SRD(FeatureLoss):
     """Compare batch-normalized features through a linear projector by the logarithm of a power sum.
@@ -102,7 +106,7 @@ class SRD(FeatureLoss):
         schedule: see `DistillationLoss`.
     """
 
-    exponent: float = 4.0
+    exponent: PositiveFloat = 4.0
     projector: Literal["auto", "conv", "linear", "none"] = "linear"
 
     @override
@@ -111,6 +115,7 @@ class SRD(FeatureLoss):
         return torch.log((s - t).abs().pow(self.exponent).sum())
 
 
+@validated
 @dataclass(frozen=True, kw_only=True)
 class AttentionTransfer(FeatureLoss):
     """Compare spatial attention maps: ``mean((Q_s - Q_t)^2)``.
@@ -127,7 +132,7 @@ class AttentionTransfer(FeatureLoss):
         schedule: see `DistillationLoss`.
     """
 
-    p: float = 2.0
+    p: PositiveFloat = 2.0
 
     same_width: ClassVar[bool] = False
 
@@ -140,6 +145,7 @@ class AttentionTransfer(FeatureLoss):
         return F.mse_loss(s, t)
 
 
+@validated
 @dataclass(frozen=True, kw_only=True)
 class SimilarityPreserving(FeatureLoss):
     """Compare similarities between the samples of a batch: ``||G_s - G_t||_F^2 / b^2``.
@@ -162,6 +168,7 @@ class SimilarityPreserving(FeatureLoss):
         return (s - t).square().sum() / len(s) ** 2
 
 
+@validated
 @dataclass(frozen=True, kw_only=True)
 class RKD(FeatureLoss):
     """Compare distances between samples and angles of their triplets, by Huber's loss.
@@ -179,8 +186,8 @@ class RKD(FeatureLoss):
         schedule: see `DistillationLoss`.
     """
 
-    distance: float = 25.0
-    angle: float = 50.0
+    distance: NonNegativeFloat = 25.0
+    angle: NonNegativeFloat = 50.0
 
     same_width: ClassVar[bool] = False
 
@@ -193,6 +200,7 @@ class RKD(FeatureLoss):
         return total + self.angle * F.smooth_l1_loss(_angles(s), _angles(t)) if self.angle else total
 
 
+@validated
 @dataclass(frozen=True, kw_only=True)
 class ContrastiveHint(FeatureLoss):
     """Contrast the teacher's features of a sample with its features of the other samples of the batch.
@@ -210,13 +218,8 @@ class ContrastiveHint(FeatureLoss):
         schedule: see `DistillationLoss`.
     """
 
-    temperature: float = 0.1
+    temperature: PositiveFloat = 0.1
     projector: Literal["auto", "conv", "linear", "none"] = "linear"
-
-    @override
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, temperature=self.temperature)
 
     @override
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -224,6 +227,7 @@ class ContrastiveHint(FeatureLoss):
         return F.cross_entropy(s @ t.T / self.temperature, torch.arange(len(s), device=s.device))
 
 
+@validated
 @dataclass(frozen=True, kw_only=True)
 class ChannelWise(FeatureLoss):
     """Compare the spatial distribution of each channel, for dense prediction.
@@ -240,12 +244,7 @@ class ChannelWise(FeatureLoss):
         schedule: see `DistillationLoss`.
     """
 
-    temperature: float = 4.0
-
-    @override
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, temperature=self.temperature)
+    temperature: PositiveFloat = 4.0
 
     @override
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -254,6 +253,7 @@ class ChannelWise(FeatureLoss):
         return divergence * self.temperature * self.temperature / (s.shape[0] * s.shape[1])
 
 
+@validated
 @dataclass(frozen=True, kw_only=True)
 class OutputRegression(FeatureLoss):
     """Regress the teacher's outputs (regression values, boxes, logits); mean over all elements that count.
@@ -269,12 +269,6 @@ class OutputRegression(FeatureLoss):
     """
 
     distance: Literal["mse", "l1", "smooth_l1"] = "mse"
-
-    @override
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.distance not in ("mse", "l1", "smooth_l1"):
-            raise ValueError(f"`OutputRegression(distance={self.distance!r})`: expected 'mse', 'l1' or 'smooth_l1'.")
 
     @override
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,16 +27,19 @@ from lightning_light.distillation.loss import DistillationLoss
 from lightning_light.distillation.loss_balancing import gradient_factors
 from lightning_light.distillation.projectors import Projectors, discard, owner_of
 from lightning_light.distillation.self_teacher import copy_of_student, update_average
-from lightning_light.distillation.step_patch import Wrapping, add_to_loss
+from lightning_light.distillation.step_patch import add_to_loss
 from lightning_light.distillation.student_hook import ForwardCall, StudentHook
 from lightning_light.distillation.teacher_modules import InModelTeacher, SeparateTeacher, TeacherModule
 from lightning_light.distillation.teachers import BuiltTeacher, OnlineTeacher, SelfTeacher, TeacherSource, as_source
+from lightning_light.host.patches import InstancePatch, wrap_method
+from lightning_light.host.trainer import is_accumulating, is_restoring
 from lightning_light.measure.metrics import MetricLike
 from lightning_light.order import Stage
 from lightning_light.progress import steps_done, training_progress
-from lightning_light.schedules import Schedule, resolve
+from lightning_light.schedules import Schedule, resolve, resolve_moment
 from lightning_light.selectors import Selector
 from lightning_light.surgery.distributed import log_rank_zero, reduce_mean
+from lightning_light.validation import Moment, PositiveInt, validated
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -62,7 +66,7 @@ class _Run:
     distiller: Distiller
     student: StudentHook
     projectors: Projectors
-    patches: list[Wrapping] = field(default_factory=list)
+    patches: list[InstancePatch] = field(default_factory=list)
     batch: Any = None
     has_begun: bool = False
     scalars: dict[str, float] = field(default_factory=dict)
@@ -77,6 +81,7 @@ class _Run:
             teacher.release()
 
 
+@validated
 class KnowledgeDistillation(CompressionCallback):
     """Train the network with the outputs or features of a teacher besides its own task.
 
@@ -136,8 +141,8 @@ class KnowledgeDistillation(CompressionCallback):
         teacher_output: Selector = None,
         batch: BatchFields = BatchFields(),  # noqa: B008  # frozen
         teacher_weights: list[float] | None = None,
-        stop: int | float | None = None,
-        balance_every_n_steps: int | None = None,
+        stop: Moment | None = None,
+        balance_every_n_steps: PositiveInt | None = None,
         cache: TeacherCache | None = None,
         seed: int = 0,
     ) -> None:
@@ -162,9 +167,9 @@ class KnowledgeDistillation(CompressionCallback):
         self._selectors = OutputSelectors(output, teacher_output)
         self._agreement = Agreement(metrics, self._losses)
         self._schedules: list[Schedule] = []
-        self._end = 1.0
+        self._end = math.inf
         self._run: _Run | None = None
-        self._average_model: nn.Module | None = None  # `averaged_models_of` finds averaged copies under this name
+        self.averaged_model: nn.Module | None = None  # surgery changes it along with the student
 
     # Lightning's hooks, in the order a run meets them.
 
@@ -174,12 +179,14 @@ class KnowledgeDistillation(CompressionCallback):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._schedules = [resolve(loss.schedule, trainer.max_epochs) for loss in self._losses]
-            self._end = _end_of(self.stop, trainer.max_epochs)
+            if self.stop is not None:
+                call = f"KnowledgeDistillation(..., stop={self.stop})"
+                self._end = resolve_moment(self.stop, trainer.max_epochs, call)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Build the teachers, and add the projectors to the optimizer before its state is loaded."""
-        resuming = bool(trainer._checkpoint_connector._loaded_checkpoint)
+        resuming = is_restoring(trainer)
         if self._run is not None:
             discard(self._run.projectors, trainer.optimizers)  # of an earlier fit with the same optimizers
         state = self.state(pl_module)
@@ -222,8 +229,7 @@ class KnowledgeDistillation(CompressionCallback):
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Average the projectors' gradients over DDP's processes, before they are unscaled or clipped."""
-        accumulating = pl_module.automatic_optimization and trainer.fit_loop._should_accumulate()
-        if self._run is not None and trainer.world_size > 1 and not accumulating:
+        if self._run is not None and trainer.world_size > 1 and not is_accumulating(trainer):
             for parameter in self._run.projectors.parameters():
                 gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 parameter.grad = reduce_mean(trainer, gradient)
@@ -252,8 +258,8 @@ class KnowledgeDistillation(CompressionCallback):
                 teacher.register(pl_module)
             self._run.distiller.features.register(pl_module.get_submodule(self.student or ""))
             self._run.student.register(pl_module)
-        if self._average_model is not None:
-            self.state(pl_module)["self"] = {"weights": dict(self._average_model.state_dict())}
+        if self.averaged_model is not None:
+            self.state(pl_module)["self"] = {"weights": dict(self.averaged_model.state_dict())}
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -280,7 +286,7 @@ class KnowledgeDistillation(CompressionCallback):
     def _release(self) -> None:
         if self._run is not None:
             self._run.release()
-        self._run, self._average_model = None, None
+        self._run, self.averaged_model = None, None
 
     def _teacher(self, source: TeacherSource, pl_module: LightningModule, like: Tensor) -> TeacherModule:
         if isinstance(source, OnlineTeacher):
@@ -293,7 +299,7 @@ class KnowledgeDistillation(CompressionCallback):
         part = copied.get_submodule(self.student or "")
         if source.decay is None:
             return SeparateTeacher(part, like)
-        self._average_model = copied
+        self.averaged_model = copied
         return SeparateTeacher(part, like, prefix=f"{self.student}." if self.student else "")
 
     def _caches(
@@ -305,12 +311,12 @@ class KnowledgeDistillation(CompressionCallback):
         stores = stores_of(self.cache, [teacher.root for teacher in teachers], state, rank)
         return [CachedOutputs(self.cache, store, functools.partial(samples_of, trainer)) for store in stores]
 
-    def _patched(self, trainer: Trainer, pl_module: LightningModule) -> list[Wrapping]:
+    def _patched(self, trainer: Trainer, pl_module: LightningModule) -> list[InstancePatch]:
         step = functools.partial(self._training_step, trainer, pl_module)
-        patches = [Wrapping(pl_module, "training_step", step)]
+        patches = [wrap_method(pl_module, "training_step", step)]
         if not pl_module.automatic_optimization:
             backward = functools.partial(self._manual_backward, trainer, pl_module)
-            patches.append(Wrapping(pl_module, "manual_backward", backward))
+            patches.append(wrap_method(pl_module, "manual_backward", backward))
         return patches
 
     # Private: one training step.
@@ -396,9 +402,9 @@ class KnowledgeDistillation(CompressionCallback):
     def _update_average(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Update the moving average after each step; not before DDP has broadcast the buffers of the first."""
         state = self.state(pl_module)
-        if self._average_model is not None and state.get("averaged", 0) != steps_done(trainer):
+        if self.averaged_model is not None and state.get("averaged", 0) != steps_done(trainer):
             decay = next(s.decay for s in self._sources if isinstance(s, SelfTeacher) and s.decay is not None)
-            update_average(self._average_model, pl_module, decay)
+            update_average(self.averaged_model, pl_module, decay)
             state["averaged"] = steps_done(trainer)
 
     def _scales(self, trainer: Trainer) -> list[float]:
@@ -456,14 +462,3 @@ def _check_shared(teachers: Sequence[TeacherModule], optimizers: Sequence[Any]) 
                 "`KnowledgeDistillation('self')`, for a module that is trained along `OnlineTeacher(path)`; else give "
                 "a copy."
             )
-
-
-def _end_of(stop: int | float | None, max_epochs: int | None) -> float:
-    if stop is None or isinstance(stop, float):
-        return 2.0 if stop is None else stop
-    if max_epochs is None or max_epochs < 1:
-        raise ValueError(
-            f"`KnowledgeDistillation(..., stop={stop})` counts epochs, but this Trainer has max_epochs={max_epochs}. "
-            "Give a fraction of the run, or set `Trainer(max_epochs=...)`."
-        )
-    return stop / max_epochs

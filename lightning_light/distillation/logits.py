@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_light.distillation.loss import DistillationLoss, check_positive, kullback_leibler, rows
+from lightning_light.distillation.loss import DistillationLoss, kullback_leibler, rows
+from lightning_light.validation import NonNegativeFloat, PositiveFloat, validated
 
 __all__ = ["DIST", "DKD", "LogitStandardization", "SoftTargets"]
 
 
+@validated
 @dataclass(frozen=True, kw_only=True)
 class SoftTargets(DistillationLoss):
     """Match the teacher's softened probabilities: ``T^2 * KL(softmax(t / T) || softmax(s / T))``.
@@ -33,13 +35,8 @@ class SoftTargets(DistillationLoss):
         True
     """
 
-    temperature: float = 4.0
+    temperature: PositiveFloat = 4.0
     class_dim: int = -1
-
-    @override
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, temperature=self.temperature)
 
     @override
     def __call__(
@@ -61,6 +58,7 @@ class SoftTargets(DistillationLoss):
         return kullback_leibler(student, teacher, self.temperature)
 
 
+@validated
 @dataclass(frozen=True, kw_only=True)
 class LogitStandardization(SoftTargets):
     """Match softened probabilities of standardized logits: ``(z - mean(z)) / std(z)`` over the classes of each.
@@ -76,13 +74,14 @@ class LogitStandardization(SoftTargets):
         schedule: see `DistillationLoss`.
     """
 
-    temperature: float = 2.0
+    temperature: PositiveFloat = 2.0
 
     @override
     def compare(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
         return kullback_leibler(_standardized(student), _standardized(teacher), self.temperature)
 
 
+@validated
 @dataclass(frozen=True, kw_only=True)
 class DKD(SoftTargets):
     """Match target-class and non-target-class probabilities separately.
@@ -99,8 +98,8 @@ class DKD(SoftTargets):
         schedule: see `DistillationLoss`.
     """
 
-    alpha: float = 1.0
-    beta: float = 8.0
+    alpha: NonNegativeFloat = 1.0
+    beta: NonNegativeFloat = 8.0
 
     needs_labels: ClassVar[bool] = True
 
@@ -116,6 +115,7 @@ class DKD(SoftTargets):
         return (self.alpha * target + self.beta * other) / count * self.temperature * self.temperature
 
 
+@validated
 @dataclass(frozen=True, kw_only=True)
 class DIST(SoftTargets):
     """Maximize the correlation with the teacher's probabilities over classes and over samples, for strong teachers.
@@ -133,9 +133,9 @@ class DIST(SoftTargets):
         schedule: see `DistillationLoss`.
     """
 
-    beta: float = 1.0
-    gamma: float = 1.0
-    temperature: float = 1.0
+    beta: NonNegativeFloat = 1.0
+    gamma: NonNegativeFloat = 1.0
+    temperature: PositiveFloat = 1.0
 
     @override
     def compare(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_light.schedules import Constant, Schedule
+from lightning_light.validation import NonNegativeFloat, validated
 
 __all__ = ["DistillationLoss", "Decreasing", "FeatureLayers", "FeatureLoss"]
 
@@ -21,6 +22,7 @@ FeatureLayers = str | list[str] | dict[str, str] | None
 """Paths of modules: one or several, equal in student and teacher, or student path -> teacher path."""
 
 
+@validated
 @dataclass(frozen=True)
 class Decreasing(Schedule):
     """Reverse a schedule, for a loss that fades out: ``1 - schedule(progress)``.
@@ -41,6 +43,7 @@ class Decreasing(Schedule):
         return 1.0 - self.schedule(progress)
 
 
+@validated
 @dataclass(frozen=True, kw_only=True)
 class DistillationLoss(ABC):
     """Compare student and teacher; the loss is added to the task's loss times ``weight * schedule(progress)``.
@@ -50,7 +53,7 @@ class DistillationLoss(ABC):
         schedule: progress -> factor of ``weight`` in [0, 1].
     """
 
-    weight: float = 1.0
+    weight: NonNegativeFloat = 1.0
     schedule: Schedule = Constant()
 
     needs_labels: ClassVar[bool] = False
@@ -58,13 +61,6 @@ class DistillationLoss(ABC):
 
     same_width: ClassVar[bool] = True
     """Whether the student's (projected) and the teacher's tensor must have equally many classes or channels."""
-
-    def __post_init__(self) -> None:
-        if not self.weight >= 0.0:
-            raise ValueError(
-                f"`{type(self).__name__}(weight={self.weight})`: expected a weight >= 0. Usual is 1.0; to switch the "
-                "loss off, remove it."
-            )
 
     @property
     def name(self) -> str:
@@ -90,6 +86,7 @@ class DistillationLoss(ABC):
         """
 
 
+@validated
 @dataclass(frozen=True, kw_only=True)
 class FeatureLoss(DistillationLoss):
     """Compare features of inner layers or, without ``feature_layers``, the outputs.
@@ -104,14 +101,6 @@ class FeatureLoss(DistillationLoss):
 
     feature_layers: FeatureLayers = None
     projector: Literal["auto", "conv", "linear", "none"] = "none"
-
-    @override
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.projector not in ("auto", "conv", "linear", "none"):
-            raise ValueError(
-                f"`{type(self).__name__}(projector={self.projector!r})`: expected 'auto', 'conv', 'linear' or 'none'."
-            )
 
     @property
     @override
@@ -143,13 +132,6 @@ class FeatureLoss(DistillationLoss):
     def _applies(self, features: Tensor, mask: Tensor) -> bool:
         """Whether ``mask`` selects positions of ``features``."""
         return False
-
-
-def check_positive(loss: object, **values: float) -> None:
-    """Refuse values, for instance temperatures, that are not above zero."""
-    for name, value in values.items():
-        if not value > 0.0:
-            raise ValueError(f"`{type(loss).__name__}({name}={value})`: expected a number above 0.")
 
 
 def exact(tensor: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_light.surgery.checkpoint import load_from_checkpoint
+from lightning_light.validation import validated
 
 __all__ = [
     "BuiltTeacher",
@@ -27,23 +28,29 @@ __all__ = [
 ]
 
 
-class TeacherSource:
+class TeacherSource(ABC):
     """Base class of teacher sources: frozen values, so that they can be written in YAML."""
 
     @property
+    @abstractmethod
     def is_constant(self) -> bool:
         """Whether the teacher's outputs for a sample stay the same during a fit."""
-        return True
 
 
-class BuiltTeacher(TeacherSource, ABC):
+class BuiltTeacher(TeacherSource):
     """A teacher that is built when a fit begins and is independent of the student."""
+
+    @property
+    @override
+    def is_constant(self) -> bool:
+        return True
 
     @abstractmethod
     def build(self) -> nn.Module:
         """Build the teacher."""
 
 
+@validated
 @dataclass(frozen=True)
 class CheckpointTeacher(BuiltTeacher):
     """Load a LightningModule, compressed or not, from its checkpoint as the teacher.
@@ -69,6 +76,7 @@ class CheckpointTeacher(BuiltTeacher):
         return teacher
 
 
+@validated
 @dataclass(frozen=True)
 class FactoryTeacher(BuiltTeacher):
     """Build the teacher by calling a class or function when a fit begins.
@@ -97,6 +105,7 @@ class FactoryTeacher(BuiltTeacher):
         return built
 
 
+@validated
 @dataclass(frozen=True)
 class FileTeacher(BuiltTeacher):
     """Load the teacher from a TorchScript file or, with the suffix ``.pt2``, a ``torch.export`` file.
@@ -120,6 +129,7 @@ class FileTeacher(BuiltTeacher):
         return scripted
 
 
+@validated
 @dataclass(frozen=True)
 class SelfTeacher(TeacherSource):
     """Self-distillation: use a copy of the student at the start of the fit, or its moving average, as the teacher.
@@ -141,8 +151,8 @@ class SelfTeacher(TeacherSource):
     def __post_init__(self) -> None:
         if self.decay is not None and not 0.0 < self.decay < 1.0:
             raise ValueError(
-                f"`SelfTeacher(decay={self.decay})`: expected a number in (0, 1), or None for a frozen copy. Usual is "
-                "`SelfTeacher(decay=0.999)`."
+                f"`SelfTeacher(decay={self.decay})`: expected 0 < decay < 1, or None for a frozen copy, found "
+                f"{self.decay}. Usual is `SelfTeacher(decay=0.999)`."
             )
 
     @property
@@ -151,6 +161,7 @@ class SelfTeacher(TeacherSource):
         return self.decay is None
 
 
+@validated
 @dataclass(frozen=True)
 class OnlineTeacher(TeacherSource):
     """Online distillation: use a deeper exit of the student, or another part of the LightningModule, as the teacher.

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_light.criteria.collector import example_of_batch
 from lightning_light.example_input import ExampleInput
 from lightning_light.export.inputs import Positional
 from lightning_light.measure.metrics import MetricLike, Top1Agreement, local_copy, metric_values
@@ -133,11 +134,13 @@ class DataEvaluator(Evaluator):
     """Evaluates batches ``(inputs, target)``; batches without a target are left out.
 
     Args:
+        network: the model, whose device and type inputs are moved to.
         data: the batches.
         metrics: updated with the outputs and the target.
         metric_inputs: the arguments of ``update``, if they are others.
     """
 
+    network: nn.Module
     data: Iterable[Any]
     metrics: MetricLike | None = None
     metric_inputs: MetricInputs | None = None
@@ -146,7 +149,7 @@ class DataEvaluator(Evaluator):
     def __call__(self, model: Callable[..., Any], file: Callable[..., Any], positional: Positional) -> Evaluation:
         paired, inputs, batches = PairedMetrics.of(self.metrics), self.metric_inputs or outputs_and_labels, 0
         for batch in self.data:
-            call = call_of(batch)
+            call = example_of_batch(batch, self.network)
             if isinstance(batch, ExampleInput | Tensor) or not positional.fits(call):
                 continue
             of_model, of_file = model(*call.args, **call.kwargs), file(*call.args, **call.kwargs)
@@ -155,14 +158,6 @@ class DataEvaluator(Evaluator):
             paired.update_agreement(of_model, of_file, batch)
             batches += 1
         return paired.evaluation(batches)
-
-
-def call_of(batch: Any) -> ExampleInput:
-    """Return the call of the network for a batch: ``(inputs, target, ...)``, inputs alone, or an `ExampleInput`."""
-    if isinstance(batch, ExampleInput):
-        return batch
-    inputs = batch[0] if isinstance(batch, list | tuple) else batch
-    return ExampleInput.from_array(inputs)
 
 
 def outputs_and_labels(outputs: Any, batch: Any) -> tuple[Any, ...]:

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import itertools
 import os
-import random
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
 
+from lightning_light.criteria.collector import example_of_batch
 from lightning_light.errors import ParityError
 from lightning_light.example_input import ExampleInput
 from lightning_light.export.copies import detached_copy
-from lightning_light.export.evaluation import DataEvaluator, Evaluator, MetricInputs, call_of
+from lightning_light.export.evaluation import DataEvaluator, Evaluator, MetricInputs
 from lightning_light.export.exporter import Exporter
 from lightning_light.export.formats import exporter_of
 from lightning_light.export.inputs import (
@@ -36,9 +34,11 @@ from lightning_light.export.inputs import (
 from lightning_light.export.networks import ExportedNetwork, ReferenceNetwork
 from lightning_light.export.parity import Parity, Tolerance, compare_outputs
 from lightning_light.export.report import ExportReport
+from lightning_light.isolation import plain_execution
 from lightning_light.measure import count_cost, deflated_bytes, file_bytes, measure_latency
 from lightning_light.measure.latency import torch_threads
 from lightning_light.measure.metrics import MetricLike
+from lightning_light.validation import PositiveInt, validated
 
 __all__ = ["Batch", "ExportOptions", "export_model", "export_verified"]
 
@@ -48,6 +48,7 @@ _PARITY_BATCHES = 4
 _SAMPLES = 8  # of each batch, where samples are compared one at a time
 
 
+@validated
 @dataclass(frozen=True)
 class ExportOptions:
     """Options of `export_model` and `MobileExport`, and their defaults.
@@ -64,8 +65,8 @@ class ExportOptions:
     exporter: Exporter | None = None
     parity: Tolerance = Tolerance()
     batch: Batch = "any"
-    latency_runs: int = 50
-    latency_threads: int = 1
+    latency_runs: PositiveInt = 50
+    latency_threads: PositiveInt = 1
 
     def for_path(self, path: str | os.PathLike[str]) -> Exporter:
         """Check the options, and return the exporter for ``path``.
@@ -74,21 +75,15 @@ class ExportOptions:
             ValueError: an argument is out of range, or does not fit the path.
         """
         exporter = exporter_of(path, self.exporter)
-        if self.batch not in get_args(Batch):
-            raise ValueError(f"`batch={self.batch!r}`: expected one of {list(get_args(Batch))}. Usual is 'any'.")
         if self.batch == "any" and exporter.largest_batch == 1:
             raise ValueError(
                 f"`batch='any'` with `exporter={exporter}`: expected an exporter whose files run with other batch "
                 "sizes, found one for one sample at a time. Write `batch='one'`."
             )
-        if self.latency_runs < 1 or self.latency_threads < 1:
-            raise ValueError(
-                f"`latency_runs={self.latency_runs}, latency_threads={self.latency_threads}`: expected two integers "
-                ">= 1. Usual are 50 runs on 1 thread."
-            )
         return exporter
 
 
+@validated
 def export_model(
     model: nn.Module,
     example_inputs: Any,
@@ -100,8 +95,8 @@ def export_model(
     metric_inputs: MetricInputs | None = None,
     parity: Tolerance = ExportOptions.parity,
     batch: Batch = ExportOptions.batch,
-    latency_runs: int = ExportOptions.latency_runs,
-    latency_threads: int = ExportOptions.latency_threads,
+    latency_runs: PositiveInt = ExportOptions.latency_runs,
+    latency_threads: PositiveInt = ExportOptions.latency_threads,
 ) -> ExportReport:
     """Export a copy of ``model`` to a file, and verify the file in its runtime.
 
@@ -140,10 +135,10 @@ def export_model(
     """
     batches = iter(data)
     compared = list(itertools.islice(batches, _PARITY_BATCHES))
-    evaluator = DataEvaluator(itertools.chain(compared, batches), metrics, metric_inputs) if compared else None
+    evaluator = DataEvaluator(model, itertools.chain(compared, batches), metrics, metric_inputs) if compared else None
     options = ExportOptions(exporter, parity, batch, latency_runs, latency_threads)
-    calls = [call_of(one) for one in compared]
-    return export_verified(model, _example_of(example_inputs), path, options, calls, lambda details: evaluator)
+    calls = [example_of_batch(one, model) for one in compared]
+    return export_verified(model, ExampleInput.of(example_inputs), path, options, calls, lambda details: evaluator)
 
 
 def export_verified(
@@ -166,7 +161,7 @@ def export_verified(
     """
     exporter = options.for_path(path)
     exporter.check()
-    with _isolated(), _unfinished(Path(path)) as part:
+    with plain_execution(), _unfinished(Path(path)) as part:
         given = cloned(example)
         example = given if options.batch == "as_given" else first_sample(given)
         reference = Positional(detached_copy(model), example)
@@ -209,10 +204,6 @@ def export_verified(
         )
     report.write(f"{path}.json")
     return report
-
-
-def _example_of(example_inputs: Any) -> ExampleInput:
-    return example_inputs if isinstance(example_inputs, ExampleInput) else ExampleInput.from_array(example_inputs)
 
 
 def _alike(call: ExampleInput, example: ExampleInput) -> bool:
@@ -273,25 +264,6 @@ def _described(reference: Positional, tensors: tuple[Any, ...]) -> list[dict[str
         for place, leaf in tree_flatten_with_path(in_order(value))[0]
         if isinstance(leaf, Tensor)
     ]
-
-
-@contextmanager
-def _isolated() -> Iterator[None]:
-    """Disable gradients, autocast and inference mode, and restore the random number generators."""
-    numpy = sys.modules.get("numpy")
-    states = random.getstate(), numpy.random.get_state() if numpy else None
-    try:
-        with (
-            torch.random.fork_rng(devices=[]),  # a copy on the CPU draws from no other
-            torch.autocast("cpu", enabled=False),
-            torch.inference_mode(False),
-            torch.no_grad(),
-        ):
-            yield
-    finally:
-        random.setstate(states[0])
-        if numpy:
-            numpy.random.set_state(states[1])
 
 
 @contextmanager

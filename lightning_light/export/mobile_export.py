@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from typing_extensions import override
 
 from lightning_light.callback import CompressionCallback
-from lightning_light.errors import LightningLightError, UnsupportedError
+from lightning_light.errors import LightningLightError
 from lightning_light.example_input import Capture, ExampleInput, capture
 from lightning_light.export.copies import detached_copy
 from lightning_light.export.evaluation import Evaluator, MetricInputs
@@ -22,10 +22,12 @@ from lightning_light.export.recorder import Recorder
 from lightning_light.export.report import ExportReport
 from lightning_light.export.validation import ValidationEvaluator
 from lightning_light.host.classes import is_host
+from lightning_light.host.trainer import callbacks_of
 from lightning_light.int8 import rounders_of
 from lightning_light.measure.metrics import MetricLike, metrics_of
 from lightning_light.order import Stage
-from lightning_light.surgery.distributed import broadcast, log_rank_zero
+from lightning_light.surgery.distributed import broadcast, log_rank_zero, refuse_sharding
+from lightning_light.validation import NonNegativeInt, PositiveInt, validated
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -35,6 +37,7 @@ __all__ = ["MobileExport"]
 _PARITY_BATCHES = 4
 
 
+@validated
 class MobileExport(CompressionCallback):
     """Export the trained network to a file when ``fit`` ends, and verify the file in its real runtime.
 
@@ -101,14 +104,12 @@ class MobileExport(CompressionCallback):
         batch: Batch = ExportOptions.batch,
         metrics: MetricLike | None = None,
         metric_inputs: MetricInputs | None = None,
-        metric_batches: int | None = None,
-        latency_runs: int = ExportOptions.latency_runs,
-        latency_threads: int = ExportOptions.latency_threads,
+        metric_batches: NonNegativeInt | None = None,
+        latency_runs: PositiveInt = ExportOptions.latency_runs,
+        latency_threads: PositiveInt = ExportOptions.latency_threads,
     ) -> None:
         self._options = ExportOptions(exporter, parity, batch, latency_runs, latency_threads)
         self._exporter = self._options.for_path(path)
-        if checkpoint not in ("last", "best"):
-            raise ValueError(f"`MobileExport(checkpoint={checkpoint!r})`: expected 'last' or 'best'.")
         self.path = path
         self.exporter = exporter
         self.parity = parity
@@ -134,13 +135,12 @@ class MobileExport(CompressionCallback):
         self._refuse_shared_path(trainer)
         self._exporter.check()
         self._check_int8(trainer, pl_module)
-        strategy = trainer.strategy
-        if strategy.restore_checkpoint_after_setup or not strategy.lightning_restore_optimizer:
-            raise UnsupportedError(
-                f"`MobileExport` with `{type(strategy).__name__}`: expected a strategy that leaves parameters whole "
-                "(one device, or 'ddp'), found one that shards or owns them. Save a full checkpoint, load it in one "
-                "process, and call `export_model` on it."
-            )
+        refuse_sharding(
+            trainer,
+            "MobileExport",
+            "one process exports the whole network",
+            "Save a full checkpoint, load it in one process, and call `export_model` on it.",
+        )
         if self.checkpoint == "best" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             _best_of(trainer)
 
@@ -189,7 +189,7 @@ class MobileExport(CompressionCallback):
     # Private: checks in `setup`.
 
     def _refuse_shared_path(self, trainer: Trainer) -> None:
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # an attribute set by a connector
+        callbacks = callbacks_of(trainer)
         paths = [Path(one.path).absolute() for one in callbacks if isinstance(one, MobileExport)]
         if paths.count(Path(self.path).absolute()) > 1:
             raise ValueError(
@@ -199,14 +199,14 @@ class MobileExport(CompressionCallback):
 
     def _others(self, trainer: Trainer) -> str:
         """Name the files of the Trainer's other exports: written before this one failed, or not written."""
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # an attribute set by a connector
+        callbacks = callbacks_of(trainer)
         exports = [one for one in callbacks if isinstance(one, MobileExport)]
         place = exports.index(self)
         parts = (("Written before", exports[:place]), ("Not exported after it", exports[place + 1 :]))
         return "".join(f" {what}: {', '.join(repr(str(one.path)) for one in some)}." for what, some in parts if some)
 
     def _check_int8(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # an attribute set by a connector
+        callbacks = callbacks_of(trainer)
         found = [one.int8_weights() for one in callbacks if isinstance(one, CompressionCallback)]
         weights = next((one for one in found if one is not None), None)
         if weights is not None or not rounders_of(pl_module):  # within `fake_quantized` nothing is known of them yet
@@ -266,7 +266,7 @@ class MobileExport(CompressionCallback):
 
 
 def _best_of(trainer: Trainer) -> Any:
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # an attribute set by a connector
+    callbacks = callbacks_of(trainer)
     found = next((callback for callback in callbacks if is_host(callback, "ModelCheckpoint")), None)
     if found is None:
         raise ValueError(

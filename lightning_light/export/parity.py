@@ -13,12 +13,14 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from lightning_light.errors import ParityError
 from lightning_light.export.inputs import in_order
+from lightning_light.validation import NonNegativeFloat, validated
 
 __all__ = ["Parity", "Tolerance", "compare_outputs"]
 
 _QUANTIZATION_STEPS = 255
 
 
+@validated
 @dataclass(frozen=True)
 class Tolerance:
     """Maximum difference of an output: ``|file - model| <= absolute + relative * |model|`` in every element.
@@ -37,13 +39,9 @@ class Tolerance:
         quant_steps: quantization steps of the output, in int8 files.
     """
 
-    absolute: float = 1e-4
-    relative: float = 1e-4
-    quant_steps: float = 8.0
-
-    def __post_init__(self) -> None:
-        if not (self.absolute >= 0.0 and self.relative >= 0.0 and self.quant_steps >= 0.0):
-            raise ValueError(f"`{self}`: expected three numbers >= 0. Usual is `Tolerance(absolute=1e-4)`.")
+    absolute: NonNegativeFloat = 1e-4
+    relative: NonNegativeFloat = 1e-4
+    quant_steps: NonNegativeFloat = 8.0
 
 
 @dataclass(frozen=True)

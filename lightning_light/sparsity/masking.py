@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_light.callback import CompressionCallback
-from lightning_light.errors import OrderError, UnsupportedError
+from lightning_light.errors import OrderError
 from lightning_light.measure.sparsity import mask_churn, zero_fraction, zero_rows
 from lightning_light.order import Stage
 from lightning_light.progress import steps_done
@@ -18,7 +18,7 @@ from lightning_light.sparsity.mask_enforcer import MaskEnforcer, mask_model
 from lightning_light.sparsity.weights import Weight, find_weights
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.checkpoint_monitoring import reset_monitoring
-from lightning_light.surgery.distributed import broadcast, log_rank_zero
+from lightning_light.surgery.distributed import broadcast, log_rank_zero, refuse_sharding
 from lightning_light.surgery.edit import take
 from lightning_light.targets import Targets, as_targets
 
@@ -50,13 +50,12 @@ class MaskingCallback(CompressionCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse strategies that hold other tensors than the module's parameters."""
         super().setup(trainer, pl_module, stage)
-        strategy = trainer.strategy
-        if strategy.restore_checkpoint_after_setup or not strategy.lightning_restore_optimizer:
-            raise UnsupportedError(
-                f"`{type(self).__name__}` with `{type(strategy).__name__}`: expected a strategy that leaves parameters "
-                "whole (one device, or 'ddp'), found one that shards or copies them, past which masks would not hold. "
-                "Prune on one device or with `strategy='ddp'`."
-            )
+        refuse_sharding(
+            trainer,
+            type(self).__name__,
+            "masks are applied to the parameters themselves",
+            "Prune on one device or with `strategy='ddp'`.",
+        )
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -144,8 +144,8 @@ def test_the_moving_average_is_the_one_of_the_formula() -> None:
             super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            assert self._average_model is not None
-            averages.append(weights(self._average_model).clone())
+            assert self.averaged_model is not None
+            averages.append(weights(self.averaged_model).clone())
 
     fitted(Plain(), Look(teacher=SelfTeacher(decay=0.9)))
     assert len(averages) == 16
@@ -403,13 +403,13 @@ REFUSED: list[tuple[Any, type[Exception], str]] = [
     ),
     (lambda: distilled(teacher="nowhere.pt"), ValueError, "found no such file"),
     (lambda: distilled(teacher=lambda: 3), TypeError, "expected a function that returns a module"),
-    (lambda: KnowledgeDistillation(3), TypeError, "expected a module, a function"),  # type: ignore[arg-type]
-    (lambda: KnowledgeDistillation(mentor, losses=[3]), TypeError, "expected distillation losses"),  # type: ignore[list-item]
+    (lambda: KnowledgeDistillation(3), TypeError, "expected a Module, a TeacherSource"),  # type: ignore[arg-type]
+    (lambda: KnowledgeDistillation(mentor, losses=[3]), TypeError, "expected a DistillationLoss, a list"),  # type: ignore[list-item]
     (lambda: KnowledgeDistillation(mentor, losses=[]), ValueError, "at least one teacher and one loss"),
-    (lambda: KnowledgeDistillation(mentor, stop=1.5), ValueError, "expected a fraction of the run"),
+    (lambda: KnowledgeDistillation(mentor, stop=1.5), ValueError, "a fraction of the run"),
     (lambda: KnowledgeDistillation(mentor, teacher_weights=[1.0, 2.0]), ValueError, "for each of 1 teachers"),
-    (lambda: KnowledgeDistillation(mentor, balance_every_n_steps=-1), ValueError, "steps >= 0"),
-    (lambda: SelfTeacher(decay=1.0), ValueError, r"expected a number in \(0, 1\)"),
+    (lambda: KnowledgeDistillation(mentor, balance_every_n_steps=-1), ValueError, "expected an integer >= 1"),
+    (lambda: SelfTeacher(decay=1.0), ValueError, "expected 0 < decay < 1"),
 ]
 
 

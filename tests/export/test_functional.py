@@ -384,8 +384,8 @@ def test_tokens_and_sequences(tmp_path: Path) -> None:
             {"path": "model.pt"},
             r"`'model.pt'`: expected a path that ends in one of '.ptl' .* '.pte' .* '.onnx' .*, found '.pt'",
         ),
-        ({"batch": "two"}, r"`batch='two'`: expected one of \['any', 'one', 'as_given'\]"),
-        ({"latency_runs": 0}, r"`latency_runs=0, latency_threads=1`: expected two integers >= 1"),
+        ({"batch": "two"}, r"`export_model\(batch='two'\)`: expected one of 'any', 'one', 'as_given', found 'two'"),
+        ({"latency_runs": 0}, r"`export_model\(latency_runs=0\)`: expected an integer >= 1, found 0"),
     ],
 )
 def test_wrong_arguments(options: dict[str, Any], sentence: str) -> None:
@@ -394,9 +394,7 @@ def test_wrong_arguments(options: dict[str, Any], sentence: str) -> None:
 
 
 def test_tolerance_is_not_negative() -> None:
-    with pytest.raises(
-        ValueError, match=r"`Tolerance\(absolute=-1, relative=0.0001, quant_steps=8.0\)`: expected three numbers >= 0"
-    ):
+    with pytest.raises(ValueError, match=r"`Tolerance\(absolute=-1\)`: expected a number >= 0"):
         Tolerance(absolute=-1)
 
 

@@ -199,12 +199,7 @@ def expected(module: Any, task: type[Task]) -> dict[str, float]:
         def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
             values.update(metric_values(metrics_of(pl_module)))
 
-    quiet: dict[str, Any] = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_checkpointing": False,
-    }
+    off = ("logger", "enable_progress_bar", "enable_checkpointing", "enable_model_summary")
     for metric in metrics_of(module).values():
         metric.reset()
     trainer = lightning.pytorch.Trainer(accelerator="cpu", callbacks=[Compute()], **dict.fromkeys(off, False))

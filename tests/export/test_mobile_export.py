@@ -272,8 +272,8 @@ def test_missing_runtime_is_found_before_training(tmp_path: Path, monkeypatch: p
             {"path": "model.onnx", "exporter": TorchScriptLite()},
             "expected a path that ends in '.ptl', found '.onnx'. Write 'model.ptl'",
         ),
-        ({"checkpoint": "first"}, "expected 'last' or 'best'"),
-        ({"batch": "all"}, "`batch='all'`: expected one of"),
+        ({"checkpoint": "first"}, "expected one of 'last', 'best'"),
+        ({"batch": "all"}, r"`MobileExport\(batch='all'\)`: expected one of"),
     ],
 )
 def test_wrong_arguments(options: dict[str, Any], sentence: str) -> None:
