@@ -12,7 +12,7 @@ rounds, with quartiles:
 
 glibc gives pages back after each step and asks for them in the next one. What that costs depends on what else the
 machine does, and is more where a step holds more: on a busy machine up to a sixth of the step, also by hand. So the
-program starts itself anew with an allocator that keeps its pages; ``--default-malloc`` leaves it as it is.
+program restarts itself with an allocator that keeps its pages; ``--default-malloc`` does not.
 
 Then the peak of memory: bytes that torch's allocator holds more than at the beginning of a step, as its profiler counts
 them, at the most within the step; the ratios are of the same ways.

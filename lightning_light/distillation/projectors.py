@@ -46,8 +46,8 @@ class Projectors:
         """Project ``student`` to the width of ``teacher``.
 
         Args:
-            key: of the projector; it is created at first use, and again if the width has changed without a cut that
-                `follow` was told of.
+            key: of the projector; it is created at first use, and again if the width has changed without a call of
+                `follow`.
             kind: ``"auto"``, ``"conv"``, ``"linear"`` or ``"none"``.
             student: features with their graph.
             teacher: the features that they are compared with.

@@ -1,5 +1,6 @@
 """The callback with real Trainers: teachers of every kind, feature_layers, caches, surgery, refusals."""
 
+import csv
 import logging
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
+from torchmetrics import MeanSquaredError, MetricCollection
 
 from lightning_light.budgets import Channels
 from lightning_light.distillation import (
@@ -17,12 +19,14 @@ from lightning_light.distillation import (
     CheckpointTeacher,
     FeatureHint,
     KnowledgeDistillation,
+    OutputRegression,
     SelfTeacher,
     SoftTargets,
     TeacherCache,
 )
 from lightning_light.distillation.loss_balancing import gradient_factors
 from lightning_light.errors import NoEffectWarning, TargetError
+from lightning_light.measure.metrics import Top1Agreement
 from lightning_light.schedules import OneShot
 from lightning_light.structured import StructuredPruning
 from lightning_light.surgery.attachment import state_of
@@ -51,7 +55,7 @@ class Twin(Plain):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TorchScript leaves, but is read
-def test_every_way_to_give_one_teacher_is_the_same(tmp_path: Path) -> None:
+def test_all_sources_of_one_teacher_are_equivalent(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.trace(mentor().eval(), torch.zeros(4, 3, 8, 8)), tmp_path / "teacher.pt")
     program = torch.export.export(mentor().eval(), (torch.zeros(4, 3, 8, 8),))
     torch.export.save(program, tmp_path / "teacher.pt2")
@@ -69,7 +73,7 @@ def test_every_way_to_give_one_teacher_is_the_same(tmp_path: Path) -> None:
         torch.testing.assert_close(found[0], other)
 
 
-def test_to_make_a_teacher_draws_none_of_the_run_s_random_numbers() -> None:
+def test_building_a_teacher_does_not_change_the_random_state_of_the_run() -> None:
     def drawing() -> nn.Module:
         torch.randn(3)
         return mentor()
@@ -82,7 +86,7 @@ def test_to_make_a_teacher_draws_none_of_the_run_s_random_numbers() -> None:
     assert torch.equal(*ends)
 
 
-def test_a_teacher_is_left_as_it_came() -> None:
+def test_a_teacher_is_not_changed() -> None:
     teacher = mentor()
     teacher.conv1.eval()
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
@@ -108,12 +112,12 @@ def test_several_teachers_by_weight() -> None:
     assert torch.equal(weights(both), weights(distilled(SoftTargets())))
 
 
-def test_two_teachers_and_their_caches_are_what_one_writes_by_hand() -> None:
+def test_two_teachers_with_and_without_cache_equal_hand_written_distillation() -> None:
     class Two(Plain):
         def extra(self, student: Tensor, batch: Any) -> Tensor:
             with torch.no_grad():
-                answers = [teacher.eval()(batch[0]) for teacher in (mentor(), Net(4, seed=9))]
-            return 0.7 * SoftTargets()(student, answers[0]) + 0.3 * SoftTargets()(student, answers[1])
+                outputs = [teacher.eval()(batch[0]) for teacher in (mentor(), Net(4, seed=9))]
+            return 0.7 * SoftTargets()(student, outputs[0]) + 0.3 * SoftTargets()(student, outputs[1])
 
     by_hand = weights(fitted(Two()))
     given: dict[str, Any] = {"teacher": [mentor, Net(4, seed=9)], "teacher_weights": [0.7, 0.3]}
@@ -134,7 +138,7 @@ def test_a_factory_is_called_when_a_fit_begins_and_for_no_other_command() -> Non
     assert calls == [1]
 
 
-def test_the_moving_average_is_the_one_of_the_formula() -> None:
+def test_the_moving_average_follows_the_formula() -> None:
     live: list[Tensor] = []
     averages: list[Tensor] = []
 
@@ -157,7 +161,7 @@ def test_the_moving_average_is_the_one_of_the_formula() -> None:
 # What is compared
 
 
-def test_the_part_that_training_step_calls_is_found() -> None:
+def test_the_module_called_by_training_step_is_found() -> None:
     class CallsInside(Plain):
         def forward(self, x: Tensor) -> Tensor:
             raise AssertionError("not called")
@@ -188,7 +192,7 @@ def test_outputs_and_inputs_are_selected() -> None:
     assert torch.equal(weights(found), weights(distilled()))
 
 
-def test_taps_by_glob_by_pair_and_by_resolution(caplog: pytest.LogCaptureFixture) -> None:
+def test_feature_layers_by_glob_by_pair_and_by_resolution(caplog: pytest.LogCaptureFixture) -> None:
     hint = FeatureHint(feature_layers={"net.conv[12]": "conv[12]"})
     found = distilled(hint)
     pairs = state_of(found).state["distillation"]["feature_layers"]["0"]
@@ -202,7 +206,7 @@ def test_taps_by_glob_by_pair_and_by_resolution(caplog: pytest.LogCaptureFixture
     assert torch.equal(weights(matched), weights(named))
 
 
-def test_projectors_learn_with_the_student_and_are_not_in_its_state_dict() -> None:
+def test_projectors_are_trained_and_are_not_in_the_state_dict() -> None:
     run = trainer(KnowledgeDistillation(Twin, losses=[FeatureHint(feature_layers="net.conv1")]))
     module = Plain()
     run.fit(module, loader())
@@ -214,7 +218,7 @@ def test_projectors_learn_with_the_student_and_are_not_in_its_state_dict() -> No
     assert len(module.state_dict()) == len(Plain().state_dict())
 
 
-def test_a_projector_s_columns_leave_with_the_student_s_channels() -> None:
+def test_projectors_are_cut_with_the_channels_of_the_student() -> None:
     seen: list[Tensor] = []
 
     class Look(KnowledgeDistillation):
@@ -236,7 +240,7 @@ def test_a_projector_s_columns_leave_with_the_student_s_channels() -> None:
     assert module.net.conv1.out_channels == len(seen[0]) < 6
 
 
-def test_balanced_losses_pull_as_hard_as_the_task() -> None:
+def test_balancing_scales_the_losses() -> None:
     found = distilled(SoftTargets(weight=1000.0), balance_every_n_steps=4)
     factor = state_of(found).state["distillation"]["factors"]["soft_targets"]
     assert factor > 0
@@ -244,14 +248,14 @@ def test_balanced_losses_pull_as_hard_as_the_task() -> None:
     assert state_of(scaled).state["distillation"]["factors"]["soft_targets"] != factor
 
 
-def test_the_factors_make_gradients_equally_long() -> None:
+def test_balancing_factors_equalize_gradient_norms() -> None:
     weight = nn.Parameter(torch.tensor([1.0, 2.0]))
     task, terms = 3.0 * weight[0], [weight.sum() * 0.0, 5.0 * weight[1], (weight * torch.tensor([6.0, 8.0])).sum()]
     found = gradient_factors(task, terms, [weight], lambda mean: mean)
     assert found.tolist() == pytest.approx([1.0, 3.0 / 5.0, 3.0 / 10.0])
 
 
-def test_a_schedule_decides_when_the_teacher_is_asked() -> None:
+def test_the_teacher_is_called_only_while_a_loss_is_scheduled() -> None:
     calls: list[int] = []
     teacher = mentor()
     teacher.register_forward_hook(lambda *_: calls.append(1))
@@ -261,7 +265,7 @@ def test_a_schedule_decides_when_the_teacher_is_asked() -> None:
     assert not torch.equal(weights(late), weights(fitted(Plain())))
 
 
-def test_it_stops_and_says_when_it_never_began() -> None:
+def test_stop_ends_distillation_and_warns_if_it_never_started() -> None:
     calls: list[int] = []
     teacher = mentor()
     teacher.register_forward_hook(lambda *_: calls.append(1))
@@ -271,7 +275,7 @@ def test_it_stops_and_says_when_it_never_began() -> None:
         distilled(stop=0.0)
 
 
-def test_the_curves(tmp_path: Path) -> None:
+def test_losses_and_agreement_are_logged(tmp_path: Path) -> None:
     callback = KnowledgeDistillation(mentor, losses=[SoftTargets(), SoftTargets(temperature=2.0)])
     logger = CSVLogger(tmp_path)
     fitted(Plain(), callback, logger=logger, log_every_n_steps=4)
@@ -281,7 +285,7 @@ def test_the_curves(tmp_path: Path) -> None:
     assert len(lines) == 1 + 4
 
 
-def test_hints_alone_have_a_curve_of_agreement_too(tmp_path: Path) -> None:
+def test_agreement_is_logged_with_feature_losses_alone(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
     hint = KnowledgeDistillation(Twin, losses=[FeatureHint(feature_layers="net.conv1")])
     fitted(Plain(), hint, logger=logger, log_every_n_steps=4)
@@ -289,7 +293,7 @@ def test_hints_alone_have_a_curve_of_agreement_too(tmp_path: Path) -> None:
     assert {"distillation/feature_hint", "distillation/agreement"} <= set(columns)
 
 
-def test_two_of_them_wrap_one_step_and_leave_it() -> None:
+def test_two_callbacks_patch_one_step_and_undo_it() -> None:
     module = Plain()
     callbacks = [KnowledgeDistillation(mentor, losses=[SoftTargets(weight=0.5)]) for _ in range(2)]
     fitted(module, *callbacks)
@@ -298,12 +302,45 @@ def test_two_of_them_wrap_one_step_and_leave_it() -> None:
     torch.testing.assert_close(weights(module), weights(distilled(SoftTargets(weight=1.0))))
 
 
+def logged(folder: Path, **arguments: Any) -> list[dict[str, str]]:
+    """The rows of curves of a run with `mentor` as the teacher."""
+    logger = CSVLogger(folder)
+    fitted(Plain(), KnowledgeDistillation(mentor, **arguments), logger=logger, log_every_n_steps=4)
+    with (Path(logger.log_dir) / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_given_metrics_compare_the_outputs_of_student_and_teacher(tmp_path: Path) -> None:
+    metrics = MetricCollection({"error": MeanSquaredError(), "agreement": Top1Agreement()})
+    rows = logged(tmp_path / "given", metrics=metrics)
+    defaults = logged(tmp_path / "default")
+    assert [row["distillation/agreement"] for row in rows] == [row["distillation/agreement"] for row in defaults]
+    assert all(float(row["distillation/error"]) > 0 for row in rows)
+    assert not any(metric.update_called for metric in metrics.values())
+
+
+def test_regression_has_no_agreement_by_default(tmp_path: Path) -> None:
+    names = logged(tmp_path, losses=OutputRegression())[0].keys()
+    assert "distillation/output_regression" in names
+    assert "distillation/agreement" not in names
+
+
+def test_one_loss_may_be_given_without_a_list() -> None:
+    found = weights(fitted(Plain(), KnowledgeDistillation(mentor, losses=SoftTargets(temperature=2.0))))
+    assert torch.equal(found, weights(distilled(SoftTargets(temperature=2.0))))
+
+
+def test_the_teacher_has_no_default() -> None:
+    with pytest.raises(TypeError, match=r"`KnowledgeDistillation\(...\)`: missing a required argument: 'teacher'"):
+        KnowledgeDistillation()  # type: ignore[call-arg]
+
+
 # The cache
 
 
 @pytest.mark.parametrize("where", ["memory", "files"])
 @pytest.mark.parametrize("index", [None, 2])
-def test_from_the_second_epoch_on_the_teacher_is_not_asked(where: str, index: Any, tmp_path: Path) -> None:
+def test_with_a_cache_the_teacher_is_called_in_the_first_epoch_only(where: str, index: Any, tmp_path: Path) -> None:
     calls: list[int] = []
     teacher = mentor()
     teacher.register_forward_hook(lambda *_: calls.append(1))
@@ -333,7 +370,7 @@ def test_resumes_with_a_half_filled_cache(where: str, tmp_path: Path) -> None:
     assert torch.equal(weights(whole), weights(again))
 
 
-def test_views_that_change_are_refused_unless_they_shall_count_as_one() -> None:
+def test_a_cache_refuses_augmented_views_unless_they_are_fixed() -> None:
     class Augmented:
         def __init__(self) -> None:
             self.dataset = loader().dataset
@@ -354,7 +391,7 @@ def test_views_that_change_are_refused_unless_they_shall_count_as_one() -> None:
     distilled(cache=TeacherCache(sample_index=2, fixed_views=True), data=Augmented())
 
 
-# What cannot work is said before the first step
+# Refusals
 
 
 class Silent(Plain):
@@ -403,6 +440,9 @@ REFUSED: list[tuple[Any, type[Exception], str]] = [
     ),
     (lambda: distilled(teacher="nowhere.pt"), ValueError, "found no such file"),
     (lambda: distilled(teacher=lambda: 3), TypeError, "expected a function that returns a module"),
+    (lambda: KnowledgeDistillation(SelfTeacher), TypeError, "For self-distillation write"),
+    (lambda: KnowledgeDistillation(mentor, losses=SoftTargets), TypeError, r"Pass an instance: `SoftTargets\(\)`"),  # type: ignore[arg-type]
+    (lambda: KnowledgeDistillation(mentor, cache="memory"), TypeError, "expected a TeacherCache"),  # type: ignore[arg-type]
     (lambda: KnowledgeDistillation(3), TypeError, "expected a Module, a TeacherSource"),  # type: ignore[arg-type]
     (lambda: KnowledgeDistillation(mentor, losses=[3]), TypeError, "expected a DistillationLoss, a list"),  # type: ignore[list-item]
     (lambda: KnowledgeDistillation(mentor, losses=[]), ValueError, "at least one teacher and one loss"),
@@ -419,7 +459,7 @@ def test_is_refused(make: Any, kind: type[Exception], sentence: str) -> None:
         make()
 
 
-def test_a_wrong_tap_leaves_the_teacher_as_it_came() -> None:
+def test_a_wrong_feature_layer_leaves_the_teacher_unchanged() -> None:
     teacher = mentor()
     with pytest.raises(TargetError):
         distilled(FeatureHint(feature_layers={"net.conv1": "conv1", "net.conv9": "conv2"}), teacher=teacher)
@@ -427,7 +467,7 @@ def test_a_wrong_tap_leaves_the_teacher_as_it_came() -> None:
 
 
 @pytest.mark.parametrize("manual", [False, True])
-def test_what_does_not_fit_together_is_found_before_the_first_step(manual: bool) -> None:
+def test_shapes_that_do_not_fit_are_found_before_the_first_step(manual: bool) -> None:
     for teacher in (nn.Linear(3, 5), nn.Sequential(nn.Flatten(), nn.Linear(192, 7)), Grey()):
         module = Plain(manual=manual)
         before = weights(module).clone()
@@ -438,13 +478,13 @@ def test_what_does_not_fit_together_is_found_before_the_first_step(manual: bool)
         assert not any(part._forward_hooks for part in module.modules())
 
 
-def test_the_student_cannot_be_its_own_live_teacher() -> None:
+def test_a_module_in_the_optimizer_cannot_be_a_separate_teacher() -> None:
     module = Plain()
     with pytest.raises(ValueError, match="For self-distillation write `KnowledgeDistillation\\('self'\\)`"):
         distilled(module=module, teacher=module.net)
 
 
-def test_a_teacher_without_modules_has_no_taps(tmp_path: Path) -> None:
+def test_a_teacher_without_modules_has_no_feature_layers(tmp_path: Path) -> None:
     program = torch.export.export(mentor().eval(), (torch.zeros(4, 3, 8, 8),))
     torch.export.save(program, tmp_path / "teacher.pt2")
     with pytest.raises(ValueError, match="expected a teacher made of modules"):

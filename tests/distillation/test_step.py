@@ -51,7 +51,7 @@ def test_equals_hand_written_distillation(how: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "ddp_find_unused_parameters_true"])
-def test_equals_it_on_two_ranks_and_projectors_stay_equal(strategy: str, tmp_path: Path) -> None:
+def test_equals_hand_written_distillation_on_two_ranks_with_equal_projectors(strategy: str, tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
     subprocess.run(

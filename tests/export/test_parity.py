@@ -1,4 +1,4 @@
-"""The comparison finds what is off, and says where."""
+"""The comparison finds differences and names the output."""
 
 import math
 
@@ -19,7 +19,7 @@ def between(model: object, file: object, tolerance: Tolerance = Tolerance()) -> 
 
 
 @given(st.lists(NUMBERS, min_size=1, max_size=5), NUMBERS, st.floats(0.0, 1.0), st.floats(0.0, 1.0))
-def test_every_element_is_held_to_the_formula(right: list[float], off: float, absolute: float, relative: float) -> None:
+def test_every_element_is_checked(right: list[float], off: float, absolute: float, relative: float) -> None:
     model = torch.tensor(right, dtype=torch.float64)
     file = model.clone()
     file[-1] += off
@@ -39,7 +39,7 @@ def test_worst_over_all_outputs_and_batches() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_has_to_be_the_same(value: float) -> None:
+def test_values_that_are_not_finite_have_to_be_equal(value: float) -> None:
     odd, plain = torch.tensor([1.0, value]), torch.tensor([1.0, 2.0])
     assert between(odd, odd).max_absolute == 0.0
     for model, file in ((odd, plain), (plain, odd)):

@@ -1,4 +1,4 @@
-"""The recorder sees what ``forward`` is given, and nothing else."""
+"""The recorder keeps the inputs of ``forward``."""
 
 import torch
 from lightning.pytorch.strategies.strategy import _ForwardRedirection
@@ -27,7 +27,7 @@ def test_copies_are_taken_before_the_forward_writes() -> None:
     assert not module._forward_pre_hooks
 
 
-def test_a_time_without_calls_keeps_what_was_seen_before() -> None:
+def test_a_recording_without_calls_keeps_the_last_one() -> None:
     recorder, module = Recorder(limit=2), Doubles()
     recorder.start(module)
     module(noise(2, 3))
