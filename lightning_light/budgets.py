@@ -1,75 +1,157 @@
-"""Budgets: what a run is to reach. Solved for, never guessed.
+"""Budgets: what a run is to reach. Measured and solved for, never guessed.
 
-A budget names one ``quantity`` and its ``goal``; how fast the run goes there is the schedule's.
+A budget measures its quantity and names the value to reach; the schedule says how fast.
 """
 
 from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
+import torch
 from typing_extensions import override
 
-__all__ = ["Budget", "Channels", "Latency", "MACs", "Params", "Size", "Sparsity"]
+from lightning_light.validation import Fraction, OpenFraction, validated
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from lightning_light.example_input import ExampleInput
+
+__all__ = [
+    "Budget",
+    "Channels",
+    "Latency",
+    "MACs",
+    "Params",
+    "RelativeBudget",
+    "Size",
+    "Sparsity",
+    "require_reducible",
+]
+
+Change: TypeAlias = Literal["channels", "factors", "masks"]
 
 _BYTES = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
+_VERBS = {"channels": "removing channels", "factors": "low-rank factors", "masks": "masking weights"}
+_REDUCERS = {"channels": "`StructuredPruning`", "factors": "`LowRankFactorization`", "masks": "`WeightPruning`"}
 
 
 class Budget(ABC):
-    """One quantity of a model and the value it is to end at.
+    """A quantity of a model, and the value that it is to reach.
+
+    A budget of your own is one frozen dataclass with `goal` and `measure`; where the quantity is not proportional to
+    the multiply-accumulates, with `tensor_costs` too, by which methods estimate before they measure.
 
     Attributes:
-        quantity: ``"macs"``, ``"params"``, ``"channels"``, ``"bytes"``, ``"seconds"`` or ``"zeros"``.
+        quantity: name of the quantity, in logs and messages.
+        reducible_by: which changes of a network reduce it: removed ``"channels"``, low-rank ``"factors"``, ``"masks"``.
+        runs_model: whether `measure` needs the values of the tensors; where it is False their shapes are enough.
     """
 
-    quantity: ClassVar[str]
+    # No annotations: jsonargparse would resolve them in the module of each subclass.
+    quantity = ""
+    reducible_by = frozenset({"channels", "factors"})
+    runs_model = True
 
     @abstractmethod
     def goal(self, dense: float) -> float:
         """Value of the quantity at the end, for a model that starts at ``dense``."""
 
-    def at(self, dense: float, share: float) -> float:
-        """Value of the quantity once ``share`` of the way is behind: ``dense + share * (goal - dense)``.
+    @abstractmethod
+    def measure(self, model: nn.Module, example: ExampleInput | None) -> float:
+        """Measure the quantity of ``model`` as it is; the model is left as found.
+
+        Args:
+            model: any module.
+            example: how it is called; None where that is not known.
+
+        Raises:
+            ValueError: an example is needed, and there is none.
+        """
+
+    @property
+    def channel_cost(self) -> float | None:
+        """What one removed channel takes off the quantity, where that is the same for every channel."""
+        return None
+
+    def at(self, dense: float, fraction: float) -> float:
+        """Value of the quantity once ``fraction`` of the way is completed: ``dense + fraction * (goal - dense)``.
 
         Args:
             dense: value of the quantity before compression.
-            share: in [0, 1], from a schedule.
+            fraction: in [0, 1], from a schedule.
 
         Example:
-            >>> MACs(0.4).at(dense=1000.0, share=0.5)
+            >>> MACs(0.4).at(dense=1000.0, fraction=0.5)
             700.0
         """
-        return dense + share * (self.goal(dense) - dense)
+        return dense + fraction * (self.goal(dense) - dense)
+
+    def tensor_costs(self, model: nn.Module, example: ExampleInput | None) -> dict[str, float]:
+        """Attribute the quantity to the tensors of ``model``, for an estimate of what a smaller tensor would cost.
+
+        By default each module's share of the multiply-accumulates, divided among its weights by their elements. Work
+        without a weight (the products of attention scores) belongs to no tensor.
+
+        Raises:
+            ValueError: an example is needed, and there is none.
+        """
+        macs = _macs_by_module(self, model, example)
+        return _attributed(model, macs, self.measure(model, example) / max(sum(macs.values()), 1))
+
+
+def require_reducible(call: str, budget: Budget, by: Change) -> None:
+    """Refuse a budget whose quantity the changes of a method do not reduce.
+
+    Args:
+        call: the callback or function, for the error message.
+        budget: any budget.
+        by: what the method does: removes ``"channels"``, makes low-rank ``"factors"``, sets ``"masks"``.
+
+    Raises:
+        ValueError: ``budget`` cannot be reached in this way.
+
+    Example:
+        >>> require_reducible("StructuredPruning", Sparsity(0.5), "channels")
+        Traceback (most recent call last):
+            ...
+        ValueError: `StructuredPruning(Sparsity(amount=0.5))`: expected a budget that ... Use `WeightPruning`...
+    """
+    if by not in budget.reducible_by:
+        others = " or ".join(_REDUCERS[change] for change in sorted(budget.reducible_by) if change in _REDUCERS)
+        raise ValueError(
+            f"`{call}({budget!r})`: expected a budget that {_VERBS[by]} can reach, found one of {budget.quantity}. "
+            + (f"Use {others} for it." if others else f"Give another budget, for instance `{call}(MACs(0.5))`.")
+        )
 
 
 @dataclass(frozen=True)
-class _Remaining(Budget):
-    """A share of the dense model's quantity stays."""
+class RelativeBudget(Budget):
+    """Base class of budgets that keep a fraction of the dense model's quantity.
 
-    remaining: float
+    Args:
+        remaining: the fraction that stays, in (0, 1].
+    """
 
-    def __post_init__(self) -> None:
-        if not 0.0 < self.remaining <= 1.0:
-            name = type(self).__name__
-            raise ValueError(
-                f"`{name}(remaining={self.remaining})`: expected 0 < remaining <= 1, the share that stays, "
-                f"never percent. To keep 40 % write `{name}(remaining=0.4)`."
-            )
+    remaining: OpenFraction
 
     @override
     def goal(self, dense: float) -> float:
         return self.remaining * dense
 
 
+@validated
 @dataclass(frozen=True)
-class MACs(_Remaining):
-    """``remaining`` of the multiply-accumulates of one forward pass stay.
+class MACs(RelativeBudget):
+    """Keep ``remaining`` of the multiply-accumulates of one forward pass, per sample.
 
     Args:
-        remaining: in (0, 1].
+        remaining: the fraction that stays, in (0, 1].
 
     Raises:
         ValueError: unless ``0 < remaining <= 1``.
@@ -79,89 +161,140 @@ class MACs(_Remaining):
         500.0
     """
 
-    quantity: ClassVar[str] = "macs"
+    quantity = "macs"
+    runs_model = False
+
+    @override
+    def measure(self, model: nn.Module, example: ExampleInput | None) -> float:
+        return sum(_macs_by_module(self, model, example).values()) / _given(self, example).samples
 
 
+@validated
 @dataclass(frozen=True)
-class Params(_Remaining):
-    """``remaining`` of the parameters stay.
+class Params(RelativeBudget):
+    """Keep ``remaining`` of the parameters.
 
     Args:
-        remaining: in (0, 1].
+        remaining: the fraction that stays, in (0, 1].
+
+    Raises:
+        ValueError: unless ``0 < remaining <= 1``.
+
+    Example:
+        >>> Params(0.5).measure(nn.Linear(3, 2), None)
+        8.0
+    """
+
+    quantity = "params"
+    runs_model = False
+
+    @override
+    def measure(self, model: nn.Module, example: ExampleInput | None) -> float:
+        return float(sum(parameter.numel() for parameter in model.parameters()))
+
+    @override
+    def tensor_costs(self, model: nn.Module, example: ExampleInput | None) -> dict[str, float]:
+        return {name: float(parameter.numel()) for name, parameter in model.named_parameters()}
+
+
+@validated
+@dataclass(frozen=True)
+class Channels(RelativeBudget):
+    """Keep ``remaining`` of the channels that can be removed.
+
+    Args:
+        remaining: the fraction that stays, in (0, 1].
 
     Raises:
         ValueError: unless ``0 < remaining <= 1``.
     """
 
-    quantity: ClassVar[str] = "params"
+    quantity = "channels"
+    reducible_by = frozenset({"channels"})
+    runs_model = False
+
+    @override
+    def measure(self, model: nn.Module, example: ExampleInput | None) -> float:
+        from lightning_light.dependency import trace_dependencies
+
+        call = _given(self, example)
+        graph = trace_dependencies(model, call.args, call.kwargs)
+        return float(sum(group.width for group in graph.groups if group.reason is None))
+
+    @property
+    @override
+    def channel_cost(self) -> float:
+        return 1.0
+
+    @override
+    def tensor_costs(self, model: nn.Module, example: ExampleInput | None) -> dict[str, float]:
+        return {}  # `channel_cost` says it exactly
 
 
-@dataclass(frozen=True)
-class Channels(_Remaining):
-    """``remaining`` of the channels that may leave stay.
-
-    Args:
-        remaining: in (0, 1].
-
-    Raises:
-        ValueError: unless ``0 < remaining <= 1``.
-    """
-
-    quantity: ClassVar[str] = "channels"
-
-
+@validated
 @dataclass(frozen=True)
 class Sparsity(Budget):
-    """``amount`` of the weights end as zeros. ``dense`` is the share of zeros before, most often 0.
+    """Set ``amount`` of the weights to zero.
 
     Args:
-        amount: in [0, 1]; the share of zeros.
+        amount: the fraction of zeros, in [0, 1].
 
     Raises:
         ValueError: unless ``0 <= amount <= 1``.
 
     Example:
-        >>> Sparsity(0.9).at(dense=0.0, share=0.5)
+        >>> Sparsity(0.9).at(dense=0.0, fraction=0.5)
         0.45
     """
 
-    quantity: ClassVar[str] = "zeros"
+    quantity = "sparsity"
+    reducible_by = frozenset({"masks"})
 
-    amount: float
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.amount <= 1.0:
-            raise ValueError(
-                f"`Sparsity(amount={self.amount})`: expected 0 <= amount <= 1, the share of zeros, never percent. "
-                "For nine zeros out of ten write `Sparsity(0.9)`."
-            )
+    amount: Fraction
 
     @override
     def goal(self, dense: float) -> float:
         return self.amount
 
+    @override
+    def measure(self, model: nn.Module, example: ExampleInput | None) -> float:
+        """The fraction of zeros in all weights of two dimensions and more."""
+        from lightning_light.measure.sparsity import zero_fraction
 
+        return zero_fraction(parameter for parameter in model.parameters() if parameter.dim() > 1)
+
+    @override
+    def tensor_costs(self, model: nn.Module, example: ExampleInput | None) -> dict[str, float]:
+        weights = {name: parameter for name, parameter in model.named_parameters() if parameter.dim() > 1}
+        elements = max(sum(weight.numel() for weight in weights.values()), 1)
+        zeros = {name: weight.numel() - int(weight.count_nonzero()) for name, weight in weights.items()}
+        return {name: count / elements for name, count in zeros.items()}
+
+
+@validated
 @dataclass(frozen=True)
 class Size(Budget):
-    """The weights take at most ``limit`` bytes.
+    """Keep the stored tensors (parameters and persistent buffers) below ``limit`` bytes.
 
     Args:
         limit: ``"2 MB"`` (decimal: B, kB, MB, GB), ``"1.5 MiB"`` (binary: KiB, MiB, GiB), or an int: bytes.
 
     Raises:
-        ValueError: ``limit`` is no size, or not above 0.
+        TypeError: ``limit`` is neither a string nor an int.
+        ValueError: ``limit`` cannot be read as a size, or is not above 0.
 
     Example:
         >>> Size("2 MB").bytes, Size("1.5 MiB").bytes, Size(4096).bytes
         (2000000, 1572864, 4096)
     """
 
-    quantity: ClassVar[str] = "bytes"
+    quantity = "bytes"
+    runs_model = False
 
     limit: int | str
 
     def __post_init__(self) -> None:
-        if not isinstance(self.limit, (int, str)) or isinstance(self.limit, bool) or not self.bytes > 0:
+        if not self.bytes > 0:
             raise ValueError(_unreadable("Size", self.limit, "a size above 0", _BYTES, "2 MB"))
 
     @property
@@ -173,28 +306,42 @@ class Size(Budget):
     def goal(self, dense: float) -> float:
         return float(self.bytes)
 
+    @override
+    def measure(self, model: nn.Module, example: ExampleInput | None) -> float:
+        from lightning_light.measure.size import tensor_bytes
 
+        return float(tensor_bytes(model))
+
+    @override
+    def tensor_costs(self, model: nn.Module, example: ExampleInput | None) -> dict[str, float]:
+        from lightning_light.measure.size import stored_tensors
+
+        return {name: float(tensor.numel() * tensor.element_size()) for name, tensor in stored_tensors(model).items()}
+
+
+@validated
 @dataclass(frozen=True)
 class Latency(Budget):
-    """One forward pass takes at most ``limit`` seconds, on the machine where it is measured.
+    """Keep one forward pass below ``limit`` seconds, on the machine where it is measured.
 
     Args:
         limit: ``"4 ms"``, ``"250 us"``, ``"1.5 s"``, or a number: seconds.
 
     Raises:
-        ValueError: ``limit`` is no time, or not above 0.
+        TypeError: ``limit`` is neither a string nor a number.
+        ValueError: ``limit`` cannot be read as a time, or is not above 0.
 
     Example:
         >>> Latency("4 ms").seconds, Latency(0.5).seconds
         (0.004, 0.5)
     """
 
-    quantity: ClassVar[str] = "seconds"
+    quantity = "seconds"
 
     limit: float | str
 
     def __post_init__(self) -> None:
-        if not isinstance(self.limit, (int, float, str)) or isinstance(self.limit, bool) or not self.seconds > 0.0:
+        if not self.seconds > 0.0:
             raise ValueError(_unreadable("Latency", self.limit, "a time above 0", _SECONDS, "4 ms"))
 
     @property
@@ -206,9 +353,69 @@ class Latency(Budget):
     def goal(self, dense: float) -> float:
         return self.seconds
 
+    @override
+    def measure(self, model: nn.Module, example: ExampleInput | None) -> float:
+        """The median of 20 forward passes on the model's own device, after a warm-up of three."""
+        from lightning_light.measure.isolation import isolated
+        from lightning_light.measure.latency import measure_latency
+
+        call = _given(self, example)
+        with isolated(model):
+            return measure_latency(_synchronized(model, call), warmup=3, runs=20).median
+
+
+def _given(budget: Budget, example: ExampleInput | None) -> ExampleInput:
+    if example is None:
+        raise ValueError(
+            f"`{budget!r}.measure(model, None)`: expected an example input, on which {budget.quantity} depend, found "
+            "None. Give `example_inputs`, or set `example_input_array` in the LightningModule."
+        )
+    return example
+
+
+def _macs_by_module(budget: Budget, model: nn.Module, example: ExampleInput | None) -> dict[str, int]:
+    from lightning_light.measure.cost import count_cost
+
+    call = _given(budget, example)
+    return count_cost(model, call.args, call.kwargs).macs_by_module
+
+
+def _attributed(model: nn.Module, macs: Mapping[str, int], scale: float) -> dict[str, float]:
+    """Each module's multiply-accumulates times ``scale``, divided among its weights by their elements."""
+    tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    weights: dict[str, list[str]] = {}
+    for name, tensor in tensors.items():
+        if tensor.dim() > 1:
+            weights.setdefault(_computing_module(name, macs), []).append(name)
+    costs: dict[str, float] = {}
+    for module, names in weights.items():
+        elements = sum(tensors[name].numel() for name in names)
+        costs |= {name: macs.get(module, 0) * scale * tensors[name].numel() / elements for name in names}
+    return costs
+
+
+def _computing_module(tensor: str, macs: Mapping[str, int]) -> str:
+    """The module that computes with ``tensor``: its owner, or one above (of a parametrization, of a projection)."""
+    path = tensor.rpartition(".")[0]
+    while path not in macs and "." in path:
+        path = path.rpartition(".")[0]
+    return path
+
+
+def _synchronized(model: nn.Module, example: ExampleInput) -> Callable[[], object]:
+    """One forward pass that has ended when it returns, on a GPU as well."""
+    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+
+    def run() -> None:
+        model(*example.args, **example.kwargs)
+        for device in devices:
+            torch.cuda.synchronize(device)
+
+    return run
+
 
 def _quantity(kind: str, text: str, units: dict[str, int] | dict[str, float], example: str) -> float:
-    """Read ``"2 MB"``: a number, then a unit; capitals and the space between do not matter."""
+    """Read ``"2 MB"``: a number, then a unit, in any case, with or without a space."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-zµ]+)\s*", text.replace("\u03bc", "µ"), flags=re.IGNORECASE)
     scales = {unit.lower(): scale for unit, scale in units.items()}
     if found is None or found[2].lower() not in scales:

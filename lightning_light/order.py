@@ -1,42 +1,59 @@
-"""Which method may act before which other: one pure function over the Trainer's callbacks."""
+"""Order of the methods in a run: their stages, their default windows, and the check of a Trainer's callbacks."""
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from itertools import combinations
+from types import MappingProxyType
+from typing import TypeAlias
 
 from lightning_light.errors import OrderError
 
-__all__ = ["Stage", "check_order"]
+__all__ = ["DEFAULT_WINDOWS", "Stage", "check_order"]
 
-Window = tuple[float, float]
-Item = tuple[str, int, Window | None]
+Window: TypeAlias = tuple[float, float]
+Item: TypeAlias = tuple[str, int, "Window | None"]
 
 
 class Stage(IntEnum):
-    """When in a chain of methods a method belongs: each works on what the ones before it have left."""
+    """Position of a method in a chain of methods: each works on what the stages before it have left.
+
+    The numbers leave room: a method of your own may stand between two of them, ``stage = Stage.MASKS + 5``.
+    """
 
     DISTILLATION = 0
-    STRUCTURED = 1
-    MASKS = 2
-    FACTORS = 3
-    QUANTIZATION = 4
-    EXPORT = 5
-    MONITORS = 6
+    STRUCTURED = 10
+    MASKS = 20
+    FACTORS = 30
+    QUANTIZATION = 40
+    EXPORT = 50
+    MONITORS = 60
 
 
-# A teacher helps throughout, and monitors only watch: neither has to wait for the others.
-_ORDERED = range(Stage.STRUCTURED, Stage.EXPORT + 1)
+DEFAULT_WINDOWS: Mapping[Stage, Window] = MappingProxyType(
+    {
+        Stage.STRUCTURED: (0.1, 0.4),
+        Stage.MASKS: (0.4, 0.6),
+        Stage.FACTORS: (0.6, 0.7),
+        Stage.QUANTIZATION: (0.7, 1.0),
+    }
+)
+"""Where the default schedule of each stage changes the network, as fractions of the run: one after the other."""
 
 
 def check_order(items: Sequence[Item]) -> None:
-    """Channels leave first, then weights become zero, then layers are factored, then bits; the export is last.
+    """Refuse methods in an order that cannot work.
 
-    A pair of methods with windows is judged by them: the later stage may begin when the earlier one has ended, or at
-    that very point if it also stands later in the list. A pair in which one has no window is judged by the list.
+    Channels are removed first, then weights are masked, then layers are factorized, then quantized; the export comes
+    last. Two methods with windows are compared by them: the later stage may begin when the earlier one has ended, or
+    at that very point if it also comes later in the list. Two methods of which one has no window are compared by
+    their places in the list. A stage below `Stage.STRUCTURED` or above `Stage.EXPORT` (distillation, monitors) is in
+    no order.
 
     Args:
-        items: for each method in the order of the Trainer's list: name, stage, and the window in which it changes the
-            network, as fractions of the run, or None.
+        items: for each method in the order of the Trainer's list: name, stage (one of `Stage`, or any number between),
+            and the window in which it changes the network, as fractions of the run, or None.
 
     Raises:
         OrderError: a pair is in the wrong order, or their windows overlap. The message has the right order.
@@ -48,18 +65,18 @@ def check_order(items: Sequence[Item]) -> None:
             ...
         lightning_light.errors.OrderError: `callbacks=[Quantization, Pruning]`: expected ...
     """
-    ordered = [item for item in items if item[1] in _ORDERED]
+    ordered = [item for item in items if Stage.STRUCTURED <= item[1] <= Stage.EXPORT]
     for first, second in combinations(ordered, 2):
-        if first[1] != second[1] and (incompatibility := _complaint(first, second)):
+        if first[1] != second[1] and (conflict := _conflict(first, second)):
             names = ", ".join(name for name, _, _ in items)
             right = ", ".join(name for name, _, _ in sorted(ordered, key=lambda item: item[1]))
             raise OrderError(
                 f"`callbacks=[{names}]`: expected {right} in this order, each beginning when the one before has ended; "
-                f"found {incompatibility}. Reorder the list, or move the windows apart."
+                f"found {conflict}. Reorder the list, or move the windows apart."
             )
 
 
-def _complaint(first: Item, second: Item) -> str | None:
+def _conflict(first: Item, second: Item) -> str | None:
     """What is wrong with two methods of different stages that stand in the list in this order."""
     early, late = sorted((first, second), key=lambda item: item[1])
     (early_name, _, early_window), (late_name, _, late_window) = early, late
@@ -68,7 +85,7 @@ def _complaint(first: Item, second: Item) -> str | None:
         return f"{late_name} before {early_name} in the list" if inverted else None
     end, start = early_window[1], late_window[0]
     if start < end:
-        return f"{late_name} beginning at {start:.0%} of the run, while {early_name} goes on until {end:.0%}"
+        return f"{late_name} beginning at {start:.0%} of the run, while {early_name} continues until {end:.0%}"
     if start == end and inverted:
         return f"{late_name} before {early_name} in the list, and both acting at {start:.0%} of the run"
     return None

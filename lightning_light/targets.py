@@ -1,4 +1,4 @@
-"""Targets: which layers a method may touch, by name, by type, or by a question asked of each."""
+"""Targets: which layers of a model a method changes, selected by name, type or predicate."""
 
 from __future__ import annotations
 
@@ -9,29 +9,35 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, TypeAlias
 
 from torch import nn
 
 from lightning_light.errors import TargetError
+from lightning_light.validation import validated
 
-__all__ = ["Targets", "as_targets"]
+__all__ = ["Targets", "TargetsLike", "as_targets"]
 
 
+@validated
 @dataclass(frozen=True)
 class Targets:
-    """Names the layers that a method may touch; everything of the model by default.
+    """Select the layers that a method may change; all layers of the model by default.
 
     A pattern is a glob over the dotted name (``"encoder.*.conv?"``), or, after ``re:``, a regular expression that
-    must match the whole name. It stands for the module it names and for everything inside. A module that is
-    registered under several names answers to each of them and is listed under the first.
+    must match the whole name. It selects the module of that name and everything inside. A module that is registered
+    under several names is found by each of them and listed under the first.
 
     Args:
-        include: one pattern or several; a module is in if any of them names it.
-        exclude: one pattern or several; a module is out if any of them names it.
-        types: class names, short (``"Conv2d"``) or full (``"torch.nn.Conv2d"``); subclasses count. Empty: all.
-        predicate: asked last, with the name and the module; in YAML its import path.
+        include: one pattern or several; a module is selected if any of them matches it.
+        exclude: one pattern or several; a module is left out if any of them matches it.
+        types: classes, or their names, short (``"Conv2d"``) or full (``"torch.nn.Conv2d"``); subclasses match too.
+            Empty: all.
+        predicate: called with the name and the module of what is left, true for what is selected; in YAML its import
+            path.
 
     Raises:
+        TypeError: an argument has the wrong type.
         ValueError: a regular expression cannot be compiled, or ``include`` is empty.
 
     Example:
@@ -43,12 +49,13 @@ class Targets:
 
     include: str | list[str] | tuple[str, ...] = ("*",)
     exclude: str | list[str] | tuple[str, ...] = ()
-    types: str | list[str] | tuple[str, ...] = ()
+    types: str | type[nn.Module] | list[str | type[nn.Module]] | tuple[str | type[nn.Module], ...] = ()
     predicate: Callable[[str, nn.Module], bool] | None = None
 
     def __post_init__(self) -> None:
         for name in ("include", "exclude", "types"):
-            object.__setattr__(self, name, _as_tuple(getattr(self, name)))  # a list, as YAML gives it, has no hash
+            value = tuple(_as_name(item) for item in _as_tuple(getattr(self, name)))
+            object.__setattr__(self, name, value)  # a list, as YAML gives it, has no hash; a class no YAML
         if not self.include:
             raise ValueError(
                 f"`{self!r}`: expected at least one pattern in `include`, found none. For every layer leave it out."
@@ -57,10 +64,10 @@ class Targets:
             _compiled(pattern)
 
     def select(self, model: nn.Module) -> dict[str, nn.Module]:
-        """The chosen modules by name, in the model's own order; the model itself only if it has no children.
+        """Return the selected modules by name, in the model's order; the model itself only if it has no children.
 
         Raises:
-            TargetError: nothing is chosen, or a pattern alone names nothing.
+            TargetError: nothing is selected, or one of the patterns matches nothing.
         """
         names = _names(model)
         known = [name for aliases in names.values() for name in aliases]
@@ -90,25 +97,46 @@ class Targets:
         return named
 
     def _admits(self, name: str, module: nn.Module) -> bool:
-        if self.types and not any(_is_a(module, kind) for kind in self.types):
+        types: tuple[str, ...] = self.types  # type: ignore[assignment]  # `__post_init__` has made them so
+        if types and not any(_is_a(module, kind) for kind in types):
             return False
         return self.predicate is None or self.predicate(name, module)
 
 
-def as_targets(value: Targets | str | Sequence[str] | None) -> Targets:
-    """`Targets` from what a user may write in their place: nothing, one pattern, several, or `Targets`.
+TargetsLike: TypeAlias = Targets | str | type[nn.Module] | Sequence[str | type[nn.Module]] | None
+"""What `as_targets` accepts, for the annotation of an argument."""
+
+
+@validated
+def as_targets(value: TargetsLike) -> Targets:
+    """Make `Targets` of what a user may give instead: nothing, patterns, or layer classes.
+
+    Raises:
+        TypeError: ``value`` is none of them, or patterns and classes are mixed in one list.
 
     Example:
         >>> as_targets("encoder.*")
         Targets(include=('encoder.*',), exclude=(), types=(), predicate=None)
+        >>> list(as_targets(nn.Linear).select(model))
+        ['4']
     """
     if value is None:
         return Targets()
-    return value if isinstance(value, Targets) else Targets(include=_as_tuple(value))
+    if isinstance(value, Targets):
+        return value
+    items = _as_tuple(value)
+    names = tuple(item for item in items if isinstance(item, str))
+    types = tuple(item for item in items if not isinstance(item, str))
+    if names and types:
+        raise TypeError(
+            f"`targets={list(items)!r}`: expected patterns or layer classes, found both. For the layers of a class "
+            "under a name write `Targets(include=..., types=...)`."
+        )
+    return Targets(types=types) if types else Targets(include=names)
 
 
 def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """Every name of every module, in order; without the model itself, unless it is all there is."""
+    """Every name of every module, in order; without the model itself, unless it has no children."""
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if name:
@@ -117,7 +145,7 @@ def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
 
 
 def _matches(pattern: str, name: str) -> bool:
-    """Whether ``pattern`` names ``name`` or a module that holds it."""
+    """Whether ``pattern`` matches ``name`` or a module that contains it."""
     compiled = _compiled(pattern)
     parts = name.split(".")
     return any(compiled.fullmatch(".".join(parts[:depth])) for depth in range(len(parts), 0, -1))
@@ -153,11 +181,15 @@ def _is_alias(cls: type, path: str) -> bool:
 def _nothing_named(argument: str, pattern: str, known: list[str]) -> str:
     nearest = difflib.get_close_matches(pattern.removeprefix("re:"), known, n=5, cutoff=0.4) or known[:5]
     return (
-        f"`Targets({argument}={pattern!r})`: expected the name of a module, found none among {len(known)}. "
+        f"`Targets({argument}={pattern!r})`: expected a pattern that matches a module, found none among {len(known)}. "
         f"Nearest: {', '.join(repr(name) for name in nearest)}. A `*` crosses dots; print the names with "
         "`[name for name, _ in model.named_modules()]`."
     )
 
 
-def _as_tuple(value: str | Sequence[str]) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value)
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return (value,) if isinstance(value, str | type) else tuple(value)
+
+
+def _as_name(item: str | type) -> str:
+    return f"{item.__module__}.{item.__qualname__}" if isinstance(item, type) else item

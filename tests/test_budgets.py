@@ -1,10 +1,24 @@
 import math
+from dataclasses import dataclass
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
-from lightning_light.budgets import Budget, Channels, Latency, MACs, Params, Size, Sparsity
+from lightning_light.budgets import (
+    Budget,
+    Channels,
+    Latency,
+    MACs,
+    Params,
+    RelativeBudget,
+    Size,
+    Sparsity,
+    require_reducible,
+)
+from lightning_light.example_input import ExampleInput
 
 BUDGETS: list[Budget] = [MACs(0.4), Params(0.3), Channels(0.5), Size("2 MB"), Latency("4 ms"), Sparsity(0.9)]
 
@@ -32,7 +46,7 @@ def test_the_way_starts_at_dense_and_ends_at_the_goal(budget: Budget, dense: flo
 
 
 def test_every_budget_names_its_quantity() -> None:
-    assert [budget.quantity for budget in BUDGETS] == ["macs", "params", "channels", "bytes", "seconds", "zeros"]
+    assert [budget.quantity for budget in BUDGETS] == ["macs", "params", "channels", "bytes", "seconds", "sparsity"]
 
 
 @pytest.mark.parametrize(
@@ -71,17 +85,13 @@ def test_latencies(limit: str | float, seconds: float) -> None:
     assert Latency(limit).seconds == pytest.approx(seconds, rel=1e-12)
 
 
-@pytest.mark.parametrize(
-    "limit", ["", "MB", "2", "2 XB", "two MB", "-2 MB", "0 MB", "2 MB MB", "2 ms", 0, -5, True, 1.5]
-)
+@pytest.mark.parametrize("limit", ["", "MB", "2", "2 XB", "two MB", "-2 MB", "0 MB", "2 MB MB", "2 ms", 0, -5])
 def test_what_is_no_size_is_refused(limit: object) -> None:
     with pytest.raises(ValueError, match=r"`Size\(.*\)`: expected .*Write for instance `Size\('2 MB'\)`"):
         Size(limit)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    "limit", ["", "ms", "4", "4 parsecs", "-4 ms", "0 ms", "4 MB", 0.0, -1.0, math.nan, False, None]
-)
+@pytest.mark.parametrize("limit", ["", "ms", "4", "4 parsecs", "-4 ms", "0 ms", "4 MB", 0.0, -1.0, math.nan])
 def test_what_is_no_time_is_refused(limit: object) -> None:
     with pytest.raises(ValueError, match=r"`Latency\(.*\)`: expected .*Write for instance `Latency\('4 ms'\)`"):
         Latency(limit)  # type: ignore[arg-type]
@@ -104,3 +114,81 @@ def test_sparsity_is_a_fraction(amount: float) -> None:
 def test_a_budget_is_a_value(budget: Budget) -> None:
     assert eval(repr(budget)) == budget
     assert hash(budget) == hash(eval(repr(budget)))
+
+
+@pytest.mark.parametrize(
+    "build", [lambda: Size(True), lambda: Size(1.5), lambda: Latency(False), lambda: Latency(None), lambda: MACs("0.4")]
+)
+def test_a_limit_of_the_wrong_type_is_refused(build) -> None:
+    with pytest.raises(TypeError, match=r"`\w+\(\w+=.*\)`: expected .*, found "):
+        build()
+
+
+def test_a_percentage_is_refused_with_the_fraction() -> None:
+    with pytest.raises(ValueError, match=r"`MACs\(remaining=40\)`: .* not a percentage: write `remaining=0.4`"):
+        MACs(40)
+
+
+@pytest.fixture
+def net() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 8 * 8, 10)
+    )
+
+
+EXAMPLE = ExampleInput((torch.zeros(2, 3, 8, 8),))
+
+
+def test_a_budget_measures_its_quantity(net: nn.Module) -> None:
+    parameters = 8 * 3 * 9 + 8 + 2 * 8 + 512 * 10 + 10
+    assert MACs(0.5).measure(net, EXAMPLE) == 8 * 3 * 9 * 64 + 5120
+    assert Params(0.5).measure(net, None) == parameters
+    assert Size("1 MB").measure(net, None) == 4 * (parameters + 2 * 8) + 8  # batch norm counts its batches in int64
+    assert Channels(0.5).measure(net, EXAMPLE) == 8.0
+    assert 0.0 < Latency("1 s").measure(net, EXAMPLE) < 10.0
+    with torch.no_grad():
+        net[4].weight[:5] = 0.0
+    assert Sparsity(0.5).measure(net, None) == pytest.approx(2560 / (216 + 5120))
+
+
+@pytest.mark.parametrize("budget", [MACs(0.5), Params(0.5), Size("1 MB"), Sparsity(0.5)], ids=repr)
+def test_the_costs_of_all_tensors_are_the_quantity(budget: Budget, net: nn.Module) -> None:
+    with torch.no_grad():
+        net[4].weight[:5] = 0.0
+    costs = budget.tensor_costs(net, EXAMPLE)
+    assert sum(costs.values()) == pytest.approx(budget.measure(net, EXAMPLE))
+    assert costs["4.weight"] > costs["0.weight"] or budget == MACs(0.5)
+
+
+@pytest.mark.parametrize("budget", [MACs(0.5), Channels(0.5), Latency("1 ms")], ids=repr)
+def test_a_budget_that_depends_on_the_input_asks_for_an_example(budget: Budget, net: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"expected an example input, on which .* depend, found None"):
+        budget.measure(net, None)
+
+
+def test_a_budget_of_a_user_is_one_class(net: nn.Module) -> None:
+    @dataclass(frozen=True)
+    class Layers(RelativeBudget):
+        quantity = "layers"
+
+        def measure(self, model: nn.Module, example: ExampleInput | None) -> float:
+            return float(sum(1 for _ in model.children()))
+
+    budget = Layers(0.4)
+    dense = budget.measure(net, None)
+    assert budget.at(dense, 1.0) == pytest.approx(2.0)
+    assert sum(budget.tensor_costs(net, EXAMPLE).values()) == pytest.approx(dense)
+    require_reducible("StructuredPruning", budget, "channels")
+
+
+@pytest.mark.parametrize(
+    ("budget", "by", "instead"),
+    [
+        (Sparsity(0.5), "channels", "WeightPruning"),
+        (Channels(0.5), "factors", "StructuredPruning"),
+        (MACs(0.5), "masks", "StructuredPruning.*LowRankFactorization"),
+    ],
+)
+def test_a_budget_that_a_method_cannot_reach_is_refused(budget: Budget, by, instead: str) -> None:
+    with pytest.raises(ValueError, match=rf"`Method\(.*\)`: expected a budget that .* can reach.*Use .*{instead}"):
+        require_reducible("Method", budget, by)

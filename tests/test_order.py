@@ -1,9 +1,11 @@
 """Which method may act before which other."""
 
+from itertools import pairwise
+
 import pytest
 
 from lightning_light.errors import OrderError
-from lightning_light.order import Stage, check_order
+from lightning_light.order import DEFAULT_WINDOWS, Stage, check_order
 
 DISTILL = ("Distill", Stage.DISTILLATION, None)
 EXPORT = ("Export", Stage.EXPORT, None)
@@ -42,8 +44,8 @@ def test_good_orders_pass(items) -> None:
 @pytest.mark.parametrize(
     ("items", "found"),
     [
-        ([prune(0.1, 0.8), quantize(0.7)], "Quantize beginning at 70% of the run, while Prune goes on until 80%"),
-        ([mask(0.0, 0.2), prune(0.1, 0.3)], "Mask beginning at 0% of the run, while Prune goes on until 30%"),
+        ([prune(0.1, 0.8), quantize(0.7)], "Quantize beginning at 70% of the run, while Prune continues until 80%"),
+        ([mask(0.0, 0.2), prune(0.1, 0.3)], "Mask beginning at 0% of the run, while Prune continues until 30%"),
         ([mask(0.5, 0.6), prune(0.1, 0.5)], "Mask before Prune in the list, and both acting at 50% of the run"),
         ([EXPORT, quantize()], "Export before Quantize in the list"),
         ([("Factor", Stage.FACTORS, None), prune()], "Factor before Prune in the list"),
@@ -61,3 +63,19 @@ def test_bad_orders_are_told_with_the_right_one(items, found) -> None:
 def test_the_right_order_leaves_out_who_may_stand_anywhere() -> None:
     with pytest.raises(OrderError, match=r"expected Prune, Quantize in this order"):
         check_order([MONITOR, quantize(0.2), DISTILL, prune()])
+
+
+def test_default_windows_follow_one_another() -> None:
+    items = [(stage.name, stage, window) for stage, window in DEFAULT_WINDOWS.items()]
+    check_order(items)
+    for (_, early), (_, late) in pairwise(sorted(DEFAULT_WINDOWS.items())):
+        assert 0.0 < early[0] < early[1] <= late[0] < late[1] <= 1.0
+
+
+def test_a_stage_of_a_user_stands_between_two_of_ours() -> None:
+    own = ("Own", Stage.MASKS + 5, (0.5, 0.6))
+    check_order([prune(0.1, 0.4), mask(0.4, 0.5), own, quantize()])
+    with pytest.raises(OrderError, match="expected Prune, Own in this order"):
+        check_order([own, prune(0.5, 0.8)])
+    with pytest.raises(OrderError, match="Quantize beginning at 10% of the run, while Own continues until 60%"):
+        check_order([own, quantize(0.1)])

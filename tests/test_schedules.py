@@ -1,4 +1,5 @@
 import math
+from dataclasses import dataclass
 
 import pytest
 from hypothesis import given
@@ -14,7 +15,9 @@ from lightning_light.schedules import (
     Schedule,
     Staircase,
     Window,
+    require_rising,
     resolve,
+    resolve_moment,
 )
 
 CURVES: list[Schedule] = [
@@ -111,9 +114,11 @@ def test_epochs_need_a_run_that_counts_them(max_epochs: int | None) -> None:
 
 
 def test_an_epoch_after_the_end_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"`Window\(start=2, end=9\)`: expected start < end <= max_epochs=4"):
+    with pytest.raises(
+        ValueError, match=r"`Window\(start=2, end=9\)`: expected an epoch of the run, found 9.*max_epochs=4"
+    ):
         Window(Cubic(), start=2, end=9).resolved(4)
-    with pytest.raises(ValueError, match=r"found 0\.5 to 0\.4 of the run"):
+    with pytest.raises(ValueError, match=r"found 0\.5 to 0\.4 of a run of 10 epochs"):
         Window(Cubic(), start=5, end=0.4).resolved(10)
 
 
@@ -130,19 +135,19 @@ def test_an_unresolved_window_does_not_answer() -> None:
 @pytest.mark.parametrize(
     ("build", "error", "message"),
     [
-        (lambda: Constant(1.5), ValueError, r"`Constant\(share=1.5\)`: expected a fraction"),
-        (lambda: OneShot(-0.1), ValueError, r"`OneShot\(at=-0.1\)`: expected a fraction"),
-        (lambda: OneShot(math.nan), ValueError, "expected a fraction"),
+        (lambda: Constant(1.5), ValueError, r"`Constant\(value=1.5\)`: expected 0 <= value <= 1"),
+        (lambda: OneShot(-0.1), ValueError, r"`OneShot\(at=-0.1\)`: expected 0 <= at <= 1"),
+        (lambda: OneShot(math.nan), ValueError, "expected 0 <= at <= 1"),
         (lambda: Exponential(0.0), ValueError, r"`Exponential\(rate=0.0\)`: expected a rate other than 0"),
         (lambda: Exponential(math.inf), ValueError, "expected a rate"),
         (lambda: Staircase(Linear(), 0), ValueError, r"expected an integer >= 1"),
         (lambda: Window(Linear(), 0.6, 0.2), ValueError, r"`Window\(start=0.6, end=0.2\)`: expected start < end"),
         (lambda: Window(Linear(), 0.5, 0.5), ValueError, "expected start < end"),
-        (lambda: Window(Linear(), 0.5, 5.0), ValueError, "expected start < end"),
-        (lambda: Window(Linear(), -1, 5), ValueError, "expected start < end"),
-        (lambda: Window(Linear(), True, 5), ValueError, "expected start < end"),
-        (lambda: Window(0.5, 0.0, 1.0), TypeError, r"expected a schedule, found float"),  # type: ignore[arg-type]
-        (lambda: Staircase(Linear, 3), TypeError, r"expected a schedule"),  # type: ignore[arg-type]
+        (lambda: Window(Linear(), 0.5, 5.0), ValueError, r"`Window\(end=5.0\)`: expected an epoch .* or a fraction"),
+        (lambda: Window(Linear(), -1, 5), ValueError, r"`Window\(start=-1\)`: expected an epoch"),
+        (lambda: Window(Linear(), True, 5), TypeError, "found bool True"),
+        (lambda: Window(0.5, 0.0, 1.0), TypeError, r"expected a Schedule, found float 0.5"),  # type: ignore[arg-type]
+        (lambda: Staircase(Linear, 3), TypeError, r"expected a Schedule, found the class Linear.*Linear\(\)"),  # type: ignore[arg-type]
     ],
 )
 def test_what_cannot_work_is_refused_at_once(build, error: type[Exception], message: str) -> None:
@@ -154,3 +159,64 @@ def test_what_cannot_work_is_refused_at_once(build, error: type[Exception], mess
 def test_a_schedule_is_a_value(schedule: Schedule) -> None:
     assert eval(repr(schedule)) == schedule
     assert hash(schedule) == hash(eval(repr(schedule)))
+
+
+def test_a_moment_is_an_epoch_or_a_fraction() -> None:
+    assert resolve_moment(3, 12) == 0.25
+    assert resolve_moment(12, 12) == 1.0
+    assert resolve_moment(0.3, None) == 0.3
+    with pytest.raises(ValueError, match=r"`QAT\(start=3\)` counts epochs, but this Trainer has max_epochs=None"):
+        resolve_moment(3, None, "QAT(start=3)")
+    with pytest.raises(ValueError, match=r"expected an epoch of the run, found 13.*max_epochs=12"):
+        resolve_moment(13, 12)
+
+
+@dataclass(frozen=True)
+class Falling(Schedule):
+    schedule: Schedule = Linear()
+
+    def __call__(self, progress: float) -> float:
+        return 1.0 - self.schedule(progress)
+
+
+@dataclass(frozen=True)
+class Overshooting(Schedule):
+    def __call__(self, progress: float) -> float:
+        return 1.5 * progress
+
+
+class Declared(Linear):
+    monotone = False
+
+
+@pytest.mark.parametrize("schedule", [*SHAPES, Window(Cubic(), 2, 5), Staircase(Window(Cubic(), 1, 0.9), 3)], ids=repr)
+def test_rising_schedules_are_accepted(schedule: Schedule) -> None:
+    require_rising("Method", schedule)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "found"),
+    [
+        (Falling(), "at progress 0.001 after 1"),
+        (Window(Falling(), 0.2, 0.4), "after 1"),
+        (Window(Falling(), 2, 4), "after 1"),
+        (Falling(Window(Linear(), 2, 4)), "after 1"),
+        (Overshooting(), "found 1 at progress 0.667|found 1.0"),
+        (Declared(), "found Declared, which also falls"),
+    ],
+)
+def test_falling_schedules_are_refused(schedule: Schedule, found: str) -> None:
+    with pytest.raises(ValueError, match=rf"`Method\(schedule=.*\)`: expected a schedule that rises.*({found})"):
+        require_rising("Method", schedule)
+
+
+@pytest.mark.parametrize("schedule", SHAPES, ids=repr)
+def test_changes_and_span_are_where_the_values_change(schedule: Schedule) -> None:
+    points = [number / 2000 for number in range(2001)]
+    values = [schedule(point) for point in points]
+    moved = [point for point, value, before in zip(points, values, [0.0, *values], strict=False) if value != before]
+    first, last = schedule.span()
+    assert first <= moved[0] + 1e-9
+    assert moved[-1] <= last + 1e-3
+    if (changes := schedule.changes()) is not None:
+        assert all(min(abs(point - change) for change in changes) <= 5e-4 + 1e-9 for point in moved)

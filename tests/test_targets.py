@@ -124,10 +124,24 @@ def test_targets_are_a_value() -> None:
         ("fc", Targets(include="fc")),
         (["fc", "stem"], Targets(include=("fc", "stem"))),
         (Targets(types="Linear"), Targets(types="Linear")),
+        (nn.Linear, Targets(types="torch.nn.modules.linear.Linear")),
+        ((nn.Conv1d, nn.Linear), Targets(types=(nn.Conv1d, nn.Linear))),
     ],
 )
 def test_as_targets(value: object, targets: Targets) -> None:
     assert as_targets(value) == targets  # type: ignore[arg-type]
+
+
+def test_types_by_class() -> None:
+    assert names(types=nn.Linear) == names(types="Linear") == ["fc"]
+    assert len(names(types=[nn.Conv2d, "Linear"])) == 7
+    assert list(as_targets([nn.Conv1d, nn.Linear]).select(NET)) == ["stem", "fc"]
+
+
+@pytest.mark.parametrize("value", [3, ["fc", 3], nn.Linear(2, 2), ["fc", nn.Linear]])
+def test_what_selects_nothing_is_refused(value: object) -> None:
+    with pytest.raises(TypeError, match=r"expected .*, found"):
+        as_targets(value)  # type: ignore[arg-type]
 
 
 def test_selecting_changes_nothing() -> None:

@@ -89,7 +89,7 @@ CASES: list[tuple[str, str, Any]] = [
     ("criterion", "{class_path: lightning_light.criteria.Random, init_args: {seed: 7}}", Random(7)),
     ("schedule", "lightning_light.schedules.Linear", Linear()),
     ("schedule", "lightning_light.schedules.Cosine", Cosine()),
-    ("schedule", "{class_path: lightning_light.schedules.Constant, init_args: {share: 0.5}}", Constant(0.5)),
+    ("schedule", "{class_path: lightning_light.schedules.Constant, init_args: {value: 0.5}}", Constant(0.5)),
     ("schedule", "{class_path: lightning_light.schedules.OneShot, init_args: {at: 0.5}}", OneShot(0.5)),
     ("schedule", "{class_path: lightning_light.schedules.Exponential, init_args: {rate: 2.0}}", Exponential(2.0)),
     (
@@ -144,7 +144,7 @@ def test_from_the_command_line() -> None:
             "--method.budget.limit=2 MB",
             "--method.criterion=Taylor",
             "--method.schedule=Constant",
-            "--method.schedule.share=0.5",
+            "--method.schedule.value=0.5",
             "--method.targets=fc",
         ]
     )

@@ -1,4 +1,4 @@
-"""What a channel says: one that is silent on the data does little."""
+"""Activation-based criteria."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_light.criteria.evidence import Criterion, Evidence, full_precision, spread
+from lightning_light.validation import validated
 
 __all__ = ["Activation", "Wanda"]
 
 
+@validated
 @dataclass(frozen=True)
 class Activation(Criterion):
     """Score ``E[|a|]`` of a channel over the gathered batches, spread evenly over its weights.
 
     The mean-activation criterion of Molchanov et al., 2017, "Pruning Convolutional Neural Networks for Resource
-    Efficient Inference", on absolute values, so that it holds before a ReLU as well.
+    Efficient Inference", on absolute values, so that it is meaningful before a ReLU as well.
     https://arxiv.org/abs/1611.06440
     """
 
@@ -30,9 +32,10 @@ class Activation(Criterion):
         return spread(evidence.need("activation").abs(), evidence.weight)
 
 
+@validated
 @dataclass(frozen=True)
 class Wanda(Criterion):
-    """Score ``|w| * ||x||_2``: a small weight matters if what it is multiplied with is large.
+    """Score ``|w| * ||x||_2``: weights times the norm of the inputs they are multiplied with.
 
     Sun et al., 2024, "A Simple and Effective Pruning Approach for Large Language Models". The paper compares the
     weights of one output with each other; here the scope decides. https://arxiv.org/abs/2306.11695

@@ -1,4 +1,4 @@
-"""How replaceable is a filter? The one in the middle of the others goes first."""
+"""Geometric-median criterion: filters near the center of the others are removed first."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_light.criteria.evidence import Criterion, Evidence, full_precision, spread
+from lightning_light.validation import validated
 
 __all__ = ["GeometricMedian"]
 
 
+@validated
 @dataclass(frozen=True)
 class GeometricMedian(Criterion):
     """Score ``sum_j ||w_i - w_j||_2`` of filter ``i``, spread evenly over its weights.

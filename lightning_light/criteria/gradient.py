@@ -1,4 +1,4 @@
-"""How much would the loss change without this weight? First and second order of its Taylor expansion."""
+"""Gradient-based criteria: the change of the loss without a weight, from its Taylor expansion."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_light.criteria.evidence import Criterion, Evidence, full_precision
+from lightning_light.validation import validated
 
 __all__ = ["SNIP", "Hessian", "Taylor"]
 
 
+@validated
 @dataclass(frozen=True)
 class Taylor(Criterion):
     """Score ``(w * dL/dw) ** 2``: the squared first-order change of the loss.
@@ -35,14 +37,15 @@ class Taylor(Criterion):
         return (full_precision(evidence.weight) * evidence.need("grad")) ** 2
 
 
+@validated
 @dataclass(frozen=True)
 class Hessian(Criterion):
     """Score ``w**2 * E[(dL/dw)**2] / 2``: the second-order change of the loss at a minimum.
 
     LeCun et al., 1989, "Optimal Brain Damage" (``h * w**2 / 2`` with the diagonal ``h`` of the Hessian),
     https://proceedings.neurips.cc/paper/1989/hash/6c9882bbac1c7093bd25041881277658-Abstract.html. The diagonal is
-    taken from the empirical Fisher information, as in Theis et al., 2018, "Faster gaze prediction with dense networks
-    and Fisher pruning", https://arxiv.org/abs/1801.05787; gradients of batches stand for those of single samples.
+    estimated by the empirical Fisher information, as in Theis et al., 2018, "Faster gaze prediction with dense networks
+    and Fisher pruning", https://arxiv.org/abs/1801.05787; gradients of batches replace those of single samples.
 
     Example:
         >>> import torch
@@ -57,9 +60,10 @@ class Hessian(Criterion):
         return full_precision(evidence.weight) ** 2 * evidence.need("grad_squared") / 2.0
 
 
+@validated
 @dataclass(frozen=True)
 class SNIP(Criterion):
-    """Score ``|w * dL/dw|``: how much the loss feels the connection.
+    """Score ``|w * dL/dw|``: the sensitivity of the loss to the connection.
 
     Lee et al., 2019, "SNIP: Single-shot Network Pruning based on Connection Sensitivity". The paper divides by the sum
     over all weights, which changes no order, and prunes once, before training. https://arxiv.org/abs/1810.02340

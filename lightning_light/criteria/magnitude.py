@@ -1,4 +1,4 @@
-"""Magnitude: a weight near zero does little."""
+"""Magnitude criterion."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_light.criteria.evidence import Criterion, Evidence, full_precision
+from lightning_light.validation import PositiveFloat, validated
 
 __all__ = ["Magnitude"]
 
 
+@validated
 @dataclass(frozen=True)
 class Magnitude(Criterion):
     """Score ``|w| ** p``.
 
     For single weights the order is the same for every ``p``: Han et al., 2015, "Learning both Weights and Connections
     for Efficient Neural Networks", https://arxiv.org/abs/1506.02626. Summed over a filter, ``p=1`` is Li et al., 2017,
-    "Pruning Filters for Efficient ConvNets", https://arxiv.org/abs/1608.08710; ``p=2`` weighs large weights more.
+    "Pruning Filters for Efficient ConvNets", https://arxiv.org/abs/1608.08710; ``p=2`` stresses large weights.
 
     Args:
         p: the exponent, above 0.
@@ -33,11 +35,7 @@ class Magnitude(Criterion):
                 [0.2500, 0.0000]])
     """
 
-    p: float = 2.0
-
-    def __post_init__(self) -> None:
-        if not self.p > 0.0:
-            raise ValueError(f"`Magnitude(p={self.p})`: expected p > 0. Usual are `Magnitude(p=1.0)` and `p=2.0`.")
+    p: PositiveFloat = 2.0
 
     @override
     def __call__(self, evidence: Evidence) -> Tensor:

@@ -1,4 +1,4 @@
-"""Where is a weight going? One that training moves towards zero may go."""
+"""Movement criteria: weights that training moves towards zero are removed first."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_light.criteria.evidence import Criterion, Evidence, full_precision
+from lightning_light.validation import NonNegativeFloat, PositiveFloat, validated
 
 __all__ = ["Movement", "SoftMovement"]
 
 
+@validated
 @dataclass(frozen=True)
 class Movement(Criterion):
     """Score ``-sum_t w_t * dL/dw_t`` over the optimizer steps: positive where training moves away from zero.
 
     Sanh et al., 2020, "Movement Pruning: Adaptive Sparsity by Fine-Tuning", for fine-tuning a trained network. In the
-    paper a masked weight keeps its value and may return; here it is zero, so its score stands still.
+    paper a masked weight keeps its value and may return; here it is zero, so its score stays constant.
     https://arxiv.org/abs/2005.07683
 
     Example:
@@ -31,7 +33,7 @@ class Movement(Criterion):
     needs: ClassVar[frozenset[str]] = frozenset({"movement"})
 
     def accumulate(self, movement: Tensor, weight: Tensor, grad: Tensor) -> Tensor:
-        """What has been added up after one more optimizer step; starts at zero."""
+        """Add one optimizer step to ``movement``, which starts at zero."""
         return movement - full_precision(weight) * full_precision(grad)
 
     @override
@@ -39,12 +41,14 @@ class Movement(Criterion):
         return evidence.need("movement")
 
 
+@validated
 @dataclass(frozen=True)
 class SoftMovement(Movement):
-    """Score ``sigmoid(S)``, where ``S`` moves as in `Movement` and a penalty on ``sum(sigmoid(S))`` pulls it down.
+    """Score ``sigmoid(S)``, where ``S`` accumulates as in `Movement` and a penalty on ``sum(sigmoid(S))`` lowers it.
 
     Sanh et al., 2020 (section 4, "soft movement pruning"): there the penalty and a fixed threshold decide how many
-    weights go; here the budget does. Use it with ``scope="global"``, one threshold for all layers, as the paper has.
+    weights are removed; here the budget does. Use it with ``scope="global"``: one threshold for all layers,
+    as in the paper.
     https://arxiv.org/abs/2005.07683
 
     Args:
@@ -55,15 +59,8 @@ class SoftMovement(Movement):
         ValueError: one of them is out of range.
     """
 
-    penalty: float = 1e-3
-    lr: float = 1e-2
-
-    def __post_init__(self) -> None:
-        if self.penalty < 0.0 or not self.lr > 0.0:
-            raise ValueError(
-                f"`SoftMovement(penalty={self.penalty}, lr={self.lr})`: expected penalty >= 0 and lr > 0. "
-                "Usual is `SoftMovement(penalty=1e-3, lr=1e-2)`."
-            )
+    penalty: NonNegativeFloat = 1e-3
+    lr: PositiveFloat = 1e-2
 
     @override
     def accumulate(self, movement: Tensor, weight: Tensor, grad: Tensor) -> Tensor:

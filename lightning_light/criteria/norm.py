@@ -1,4 +1,4 @@
-"""The scale of a normalization layer: what it multiplies by nearly zero does not get through."""
+"""Batch-norm scale criterion (network slimming)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_light.criteria.evidence import Criterion, Evidence, full_precision
+from lightning_light.validation import validated
 
 __all__ = ["BatchNormScale"]
 
 
+@validated
 @dataclass(frozen=True)
 class BatchNormScale(Criterion):
-    """Score ``|gamma|``, the affine scale of the norm behind the channels; no other tensor counts.
+    """Score ``|gamma|``, the affine scale of the norm layer after the channels; other tensors do not count.
 
     Liu et al., 2017, "Learning Efficient Convolutional Networks through Network Slimming". The paper trains with an
     L1 penalty on ``gamma`` so that many of them shrink; without one, scales may differ too little to rank.

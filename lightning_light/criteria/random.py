@@ -1,4 +1,4 @@
-"""Chance: the baseline that a criterion has to beat."""
+"""Random criterion: the baseline for all others."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_light.criteria.evidence import Criterion, Evidence
+from lightning_light.validation import validated
 
 __all__ = ["Random"]
 
 
+@validated
 @dataclass(frozen=True)
 class Random(Criterion):
-    """Score drawn uniformly from [0, 1), without a look at the weights; global random state is not touched.
+    """Score drawn uniformly from [0, 1), whatever the weights; the global random state is not changed.
 
     A strong baseline for channels after fine-tuning: Li et al., 2022, "Revisiting Random Channel Pruning for Neural
     Network Compression". https://arxiv.org/abs/2205.05676
 
     Args:
-        seed: other seeds, other scores. Tensors of one shape differ only through ``evidence.generator``, which is
-            drawn from once a call; without it the seed alone decides.
+        seed: of the scores. Tensors of one shape get different scores only through ``evidence.generator``, from which
+            one number is drawn per call; without it the seed alone decides.
 
     Example:
         >>> scores = Random(seed=1)(Evidence(torch.ones(4, 2)))

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-__all__ = ["deflated_bytes", "file_bytes", "tensor_bytes"]
+__all__ = ["deflated_bytes", "file_bytes", "stored_tensors", "tensor_bytes"]
 
 _CHUNK = 1 << 20
 
@@ -25,7 +25,7 @@ def tensor_bytes(model: nn.Module) -> int:
         >>> tensor_bytes(nn.Linear(10, 10)), tensor_bytes(nn.Linear(10, 10, dtype=torch.float16))
         (440, 220)
     """
-    return sum(tensor.numel() * tensor.element_size() for tensor in _stored(model))
+    return sum(tensor.numel() * tensor.element_size() for tensor in stored_tensors(model).values())
 
 
 def file_bytes(path: str | os.PathLike[str]) -> int:
@@ -59,18 +59,22 @@ def deflated_bytes(source: str | os.PathLike[str] | nn.Module) -> int:
     return sum(len(compressor.compress(chunk)) for chunk in chunks) + len(compressor.flush())
 
 
-def _stored(model: nn.Module) -> list[Tensor]:
+def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters, and the buffers that a checkpoint keeps, each once, by the first of its names."""
     buffers = (
-        buffer
-        for module in model.modules()
+        (f"{prefix}.{name}".removeprefix("."), buffer)
+        for prefix, module in model.named_modules()
         for name, buffer in module.named_buffers(recurse=False)
         if name not in module._non_persistent_buffers_set
     )
-    return list(dict.fromkeys((*model.parameters(), *buffers)))  # a tensor is equal only to itself as a key
+    names: dict[Tensor, str] = {}  # a tensor is equal only to itself as a key
+    for name, tensor in (*model.named_parameters(), *buffers):
+        names.setdefault(tensor, name)
+    return {name: tensor for tensor, name in names.items()}
 
 
 def _tensor_chunks(model: nn.Module) -> Iterator[bytes]:
-    for tensor in _stored(model):
+    for tensor in stored_tensors(model).values():
         flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         for start in range(0, flat.numel(), _CHUNK):
             yield bytes(flat[start : start + _CHUNK].numpy())

@@ -189,7 +189,7 @@ def test_random_differs_between_two_tensors_of_one_shape() -> None:
 
 @pytest.mark.parametrize("p", [0.0, -1.0, float("nan")])
 def test_magnitude_refuses_an_exponent_that_orders_nothing(p: float) -> None:
-    with pytest.raises(ValueError, match=r"`Magnitude\(p=.*\)`: expected p > 0"):
+    with pytest.raises(ValueError, match=r"`Magnitude\(p=.*\)`: expected a number > 0"):
         Magnitude(p)
 
 

@@ -347,7 +347,7 @@ def test_a_dry_run_changes_nothing() -> None:
         ((), {}, "found neither"),
         ((MACs(0.5),), {"ranks": RankRatio()}, "found both"),
         ((Channels(0.5),), {}, "a budget of channels"),
-        ((Sparsity(0.5),), {}, "a budget of zeros"),
+        ((Sparsity(0.5),), {}, "a budget of sparsity"),
         ((MACs(0.5),), {"form": "cp"}, "'channel', 'spatial' or 'tucker2'"),
         ((MACs(0.5),), {"round_to": 0}, "integer >= 1"),
         ((MACs(0.5),), {"start": 1.5}, "a fraction of the run"),
