@@ -1,11 +1,11 @@
-"""What every compression method shares: what it refuses, what a checkpoint remembers, what follows a change."""
+"""Define the base class of compression callbacks: early refusals, state in checkpoints, surgery followed."""
 
 from __future__ import annotations
 
 import inspect
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -19,6 +19,7 @@ from lightning_light.surgery.attachment import attach, has_state, record, releas
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.checkpoint_monitoring import reset_monitoring
 from lightning_light.surgery.distributed import check_agreement, log_rank_zero, refuse_unsupported, rewrap
+from lightning_light.surgery.manifest import register_state
 from lightning_light.surgery.optimizer import check_optimizers
 from lightning_light.surgery.state import CompressionState
 
@@ -51,7 +52,17 @@ class CompressionCallback(Callback):
     structural: ClassVar[bool] = True
     """Whether shapes or modules change during a run, which some strategies and optimizers cannot follow."""
 
+    state_schema: ClassVar[Any] = dict[str, Any]
+    """What `state` may hold, a `TypedDict` with ``total=False``: checked whenever a checkpoint is loaded."""
+
     _key: str | None = None
+
+    @override
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Register the schema of the method's state."""
+        super().__init_subclass__(**kwargs)
+        if hasattr(cls, "method") and "state_schema" in vars(cls):
+            register_state(cls.method, cls.state_schema)
 
     @override
     def __repr__(self) -> str:
@@ -114,19 +125,50 @@ class CompressionCallback(Callback):
         """In ``on_fit_start`` or later: whether this ``fit`` goes on from a checkpoint that has a compression_state."""
         return self.compression_state(pl_module).resumed
 
+    def claim(self, pl_module: nn.Module, layers: Iterable[str], *, follows_cuts: bool = False) -> None:
+        """Claim ``layers`` for this method; surgery then refuses them to methods that come earlier in a chain.
+
+        Claim when layers are changed, not in ``on_fit_start``: an earlier method of this run may still change them.
+
+        Args:
+            pl_module: the live module.
+            layers: names of modules.
+            follows_cuts: whether ``on_surgery`` keeps what belongs to the layers right when channels are cut.
+
+        Raises:
+            UnsupportedError: a later method owns one of the layers.
+        """
+        key = self._key or type(self).method
+        self.compression_state(pl_module).claim(pl_module, key, self.stage, layers, follows_cuts=follows_cuts)
+
+    def disclaim(self, pl_module: nn.Module) -> None:
+        """Give up this method's claim, when it keeps nothing for the layers any more."""
+        self.compression_state(pl_module).disclaim(self._key or type(self).method)
+
+    def before_surgery(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure what this method compares with later: a method of this Trainer is about to change the network.
+
+        Called on every method, at each change, on every rank; see `CompressionState.reference`.
+        """
+
     def on_surgery(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
         kept: Mapping[str, Mapping[int, Tensor]] | None,
     ) -> None:
-        """A method of this Trainer, maybe this one, has just changed the structure: follow it.
+        """Follow a change of structure that a method of this Trainer, maybe this one, has just made.
 
         Args:
             trainer: the Trainer.
             pl_module: the live module, changed.
             kept: tensor name -> dimension -> positions that stayed; None where modules were replaced instead.
         """
+
+    def _before_surgery(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let every method of this Trainer measure its references; call it on every rank before a change."""
+        for peer in _peers(trainer):
+            peer.before_surgery(trainer, pl_module)
 
     def _after_surgery(
         self,

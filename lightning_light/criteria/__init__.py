@@ -1,7 +1,8 @@
-"""Criteria: evidence about one weight -> a score of the same shape; the lowest score goes first."""
+"""Score weights from evidence about them; the lowest scores are removed first."""
 
 from lightning_light.criteria.activation import Activation, Wanda
-from lightning_light.criteria.evidence import Criterion, Evidence
+from lightning_light.criteria.collector import EvidenceCollector, Gathered, check_needs, collect_evidence
+from lightning_light.criteria.evidence import Criterion, Evidence, GroupCriterion
 from lightning_light.criteria.geometry import GeometricMedian
 from lightning_light.criteria.gradient import SNIP, Hessian, Taylor
 from lightning_light.criteria.magnitude import Magnitude
@@ -15,7 +16,10 @@ __all__ = [
     "BatchNormScale",
     "Criterion",
     "Evidence",
+    "EvidenceCollector",
+    "Gathered",
     "GeometricMedian",
+    "GroupCriterion",
     "Hessian",
     "Magnitude",
     "Movement",
@@ -27,6 +31,8 @@ __all__ = [
     "Taylor",
     "Wanda",
     "channel_scores",
+    "check_needs",
+    "collect_evidence",
     "combine",
     "normalize",
 ]

@@ -1,36 +1,43 @@
-"""What a criterion may look at, and what it must return."""
+"""Define what a criterion reads, and what it returns."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from typing_extensions import override
 
-__all__ = ["Criterion", "Evidence", "full_precision", "spread"]
+from lightning_light.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from lightning_light.criteria.collector import Gathered
+    from lightning_light.dependency import ChannelGroup
+
+__all__ = ["Criterion", "Evidence", "GroupCriterion", "full_precision", "spread"]
 
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """Everything known about one tensor of a layer at one moment, channels first.
+    """Hold what a criterion may read of one tensor, channels first.
 
     Attributes:
         weight: shape ``(channels, ...)``; a row is what stays or goes. For a layer that reads the channels this is
             its weight with the input axis in front.
-        role: how the tensor hangs on the channels: ``"out"`` makes them, ``"in"`` reads them, ``"norm"`` scales
+        role: how the tensor depends on the channels: ``"out"`` produces them, ``"in"`` reads them, ``"norm"`` scales
             them, ``"bias"`` shifts them.
         grad: mean gradient over the gathered batches; shape of ``weight``.
         grad_squared: mean over the gathered batches of the squared gradient; shape of ``weight``.
         activation: shape ``(channels,)``; mean absolute activation of each channel.
-        inputs: broadcasts to ``weight``; the norm over the gathered batches of what each weight is multiplied with.
-        movement: shape of ``weight``; what `Movement` has added up over the optimizer steps so far.
+        inputs: broadcasts to ``weight``; the L2 norm over the gathered batches of the inputs of each weight.
+        movement: shape of ``weight``; what `Movement` has accumulated over the optimizer steps so far.
         generator: source of randomness, for criteria that draw.
 
     Raises:
         ValueError: ``grad``, ``grad_squared`` or ``movement`` differs in shape from ``weight``, or ``activation`` is
-            not one number a channel.
+            not one number per channel.
     """
 
     weight: Tensor
@@ -54,12 +61,12 @@ class Evidence:
                 )
         if self.inputs is not None and not _broadcasts(self.inputs, whole):
             raise ValueError(
-                f"`Evidence(inputs=...)`: expected a shape that broadcasts to {tuple(whole)}, one number for what each "
+                f"`Evidence(inputs=...)`: expected a shape that broadcasts to {tuple(whole)}, the norm of what each "
                 f"weight is multiplied with, found {tuple(self.inputs.shape)}. Put the inputs on the second axis."
             )
 
     def need(self, name: Literal["grad", "grad_squared", "activation", "inputs", "movement"]) -> Tensor:
-        """The piece called ``name``, which the criterion has announced in its ``needs``.
+        """Return the evidence ``name``, which the criterion has declared in its ``needs``.
 
         Raises:
             ValueError: it was not gathered.
@@ -74,7 +81,7 @@ class Evidence:
 
 
 class Criterion(ABC):
-    """Scores a weight: same shape out, the lowest score goes first. Reads the evidence, keeps nothing.
+    """Score the weights of a tensor; those with the lowest scores are removed first. Keeps no state.
 
     Subclasses are frozen dataclasses, safe as defaults of arguments. A score of whole channels is spread evenly
     over each row, so that the sum of a row is the score of its channel.
@@ -90,11 +97,34 @@ class Criterion(ABC):
 
     @abstractmethod
     def __call__(self, evidence: Evidence) -> Tensor:
-        """One score a weight, in the shape of ``evidence.weight``; the lowest goes first."""
+        """Return one score per weight, in the shape of ``evidence.weight``; the lowest are removed first."""
+
+
+class GroupCriterion(Criterion):
+    """Score coupled channels all at once, from every tensor of their dependency group.
+
+    For structured pruning alone: masks and factors have no dependency groups.
+    """
+
+    @abstractmethod
+    def score_group(
+        self, model: nn.Module, group: ChannelGroup, gathered: Gathered, *, generator: torch.Generator | None = None
+    ) -> Tensor | None:
+        """Return one score per channel of ``group``, shape ``(width,)``; the lowest are removed first.
+
+        None where no tensor of the group is one that this criterion reads.
+        """
+
+    @override
+    def __call__(self, evidence: Evidence) -> Tensor:
+        raise UnsupportedError(
+            f"`{self!r}`: expected a dependency group to score, found a single tensor. Use it in "
+            "`StructuredPruning` or `prune_channels`."
+        )
 
 
 def full_precision(tensor: Tensor) -> Tensor:
-    """Without its graph and in at least float32: the square of a small half-precision number is zero.
+    """Detach ``tensor`` and convert it to at least float32: the square of a small half-precision number is zero.
 
     >>> full_precision(torch.tensor(1e-4, dtype=torch.float16)).square().item() > 0
     True
@@ -108,6 +138,6 @@ def _broadcasts(tensor: Tensor, shape: torch.Size) -> bool:
 
 
 def spread(channel_scores: Tensor, like: Tensor) -> Tensor:
-    """Share each channel's score evenly over its row of ``like``: shape ``(channels,)`` -> that of ``like``."""
+    """Divide each channel's score evenly over its row of ``like``: shape ``(channels,)`` -> that of ``like``."""
     row = max(1, like[0].numel())
     return (channel_scores / row).reshape(-1, *[1] * (like.dim() - 1)).expand(like.shape)

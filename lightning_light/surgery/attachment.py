@@ -1,6 +1,6 @@
-"""The edit log's operations, and what puts it into a module's checkpoints.
+"""Attach a compression state to a module, so that it travels in the module's checkpoints.
 
-Lightning loads the weights before any callback hears of the checkpoint, so the structure travels through the
+Lightning loads the weights before any callback sees the checkpoint, so the structure travels through the
 LightningModule's own ``on_save_checkpoint`` and ``on_load_checkpoint``, wrapped on the instance. They are bound
 methods of functions that have the hooks' names: a deep copy binds them to itself, and a pickle falls back to the
 class's own.
@@ -17,17 +17,27 @@ from torch import Tensor, nn
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.manifest import KEY
 from lightning_light.surgery.operations import register_operation
+from lightning_light.surgery.ownership import refuse_owned
 from lightning_light.surgery.state import CompressionState
 from lightning_light.surgery.structure import PRIVATE_PREFIX
 
-__all__ = ["CompressionState", "attach", "has_state", "state_of", "record", "register_operation", "release"]
+__all__ = [
+    "CompressionState",
+    "attach",
+    "check_owners",
+    "has_state",
+    "record",
+    "register_operation",
+    "release",
+    "state_of",
+]
 
 _STATE = f"{PRIVATE_PREFIX}_compression_state"
 _HOOK = f"{PRIVATE_PREFIX}_hook"
 
 
 def attach(module: nn.Module) -> CompressionState:
-    """The compression state of ``module``, which from now on travels in its checkpoints; the same one at every call.
+    """Return the compression state of ``module``, which from now on is in its checkpoints; the same one at every call.
 
     Args:
         module: a LightningModule, or any module whose state dicts shall be followed.
@@ -64,25 +74,51 @@ def record(
     entry: Mapping[str, Any],
     kept: Mapping[str, Mapping[int, Tensor]] | None = None,
 ) -> None:
-    """Write an operation into the compression state of ``module`` and of its averaged copies, which have one history.
+    """Record an operation in the compression states of ``module`` and of its averaged copies.
 
     Args:
         module: the live module, changed.
-        averaged_models: its copies, changed likewise.
+        averaged_models: its copies, changed in the same way.
         entry: as in `CompressionState.record`.
         kept: as in `CompressionState.record`.
     """
     compression_state = attach(module)
     compression_state.record(entry, kept=kept)
     for averaged_model in averaged_models:
-        vars(averaged_model)[_STATE] = compression_state.twin()
+        vars(averaged_model)[_STATE] = compression_state.averaged_copy()
         attach(averaged_model)
 
 
 def state_of(module: nn.Module) -> CompressionState:
-    """The compression state of ``module``, or an empty one that is nowhere kept: asking changes nothing."""
+    """Return the compression state of ``module``, or an empty one that is not attached to it."""
     compression_state = vars(module).get(_STATE)
     return compression_state if isinstance(compression_state, CompressionState) else CompressionState(module)
+
+
+def check_owners(model: nn.Module, layers: Iterable[str], *, method: str, stage: int, replaces: bool = False) -> None:
+    """Refuse to let ``method`` change ``layers`` that a later method owns; surgery asks this itself.
+
+    A method asks as well when it plans, so that the refusal comes before its first change. The compression states of
+    ``model`` and of the modules inside it count.
+
+    Args:
+        model: the root of all names.
+        layers: names of the modules that are about to change.
+        method: the one that is about to change them.
+        stage: its stage.
+        replaces: whether modules are replaced.
+
+    Raises:
+        UnsupportedError: names the layer, its owner, and the right order.
+    """
+    layers = list(layers)
+    for path, module in model.named_modules():
+        if has_state(module):
+            prefix = f"{path}." if path else ""
+            inside = [layer.removeprefix(prefix) for layer in layers if layer.startswith(prefix)]
+            inside += [""] * (bool(path) and path in layers)
+            claims = state_of(module).claims.values()
+            refuse_owned(claims, inside, method=method, stage=stage, replaces=replaces)
 
 
 def has_state(module: nn.Module) -> bool:
@@ -91,14 +127,14 @@ def has_state(module: nn.Module) -> bool:
 
 
 def release(module: nn.Module) -> None:
-    """Take back what `attach` did, but for the compression state and the two wrappers that later checkpoints need."""
+    """Remove what `attach` added, except the compression state and the two wrappers that later checkpoints need."""
     handle = vars(module).pop(_HOOK, None)
     if handle is not None:
         handle.remove()
 
 
 def on_save_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
-    """The module's own hook, then the manifest."""
+    """Call the module's own hook, then write the manifest."""
     compression_state = state_of(self)
     _call_wrapped(self, compression_state, "on_save_checkpoint", checkpoint)
     trainer = getattr(self, "_trainer", None)
@@ -106,7 +142,7 @@ def on_save_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
 
 
 def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
-    """The module's own hook, then the structure that the weights will be loaded into, here and in averaged copies."""
+    """Call the module's own hook, then take the checkpoint's structure, here and in averaged copies."""
     compression_state = state_of(self)
     _call_wrapped(self, compression_state, "on_load_checkpoint", checkpoint)
     compression_state.load(self, checkpoint)
@@ -126,7 +162,7 @@ def _call_wrapped(module: Any, compression_state: CompressionState, name: str, c
 def follow_state_dict(
     module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *_: Any
 ) -> None:
-    """A ``load_state_dict`` pre-hook: where no manifest is at hand, structure follows the shapes of the tensors."""
+    """Let the structure follow the shapes of a bare state dict: a ``load_state_dict`` pre-hook."""
     state_of(module).follow(
         module, {name: value for name, value in state_dict.items() if name.startswith(prefix)}, prefix
     )

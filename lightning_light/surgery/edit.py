@@ -1,4 +1,4 @@
-"""Cut channels out of a live model: Parameter objects stay, and everything that refers to them follows."""
+"""Cut channels out of a live model: Parameter objects stay, and all that refers to them follows."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_light.errors import SurgeryError
+from lightning_light.order import Stage
+from lightning_light.surgery.attachment import check_owners
 from lightning_light.surgery.attributes import implied_attributes
 from lightning_light.surgery.data import set_data
 from lightning_light.surgery.optimizer import check_sliceable, slice_state
+from lightning_light.surgery.ownership import layers_of
 
 __all__ = ["Edit", "cut", "take", "trial"]
 
@@ -23,7 +26,7 @@ Positions = Mapping[str, Mapping[int, Tensor]]
 
 @dataclass(frozen=True)
 class Edit:
-    """What a cut changed.
+    """Hold what a cut changed.
 
     Attributes:
         shapes: tensor name -> (old shape, new shape).
@@ -38,7 +41,7 @@ class Edit:
     old_attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def entry(self) -> dict[str, Any]:
-        """The line for the edit log: plain types only. Shapes are not in it, they follow the state dict."""
+        """Return the entry for the edit log, in plain types. Shapes are not in it, they follow the state dict."""
         plain = {
             module: {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
             for module, values in self.attributes.items()
@@ -47,7 +50,7 @@ class Edit:
 
 
 def take(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
-    """``tensor`` with only the ``kept`` positions of each dimension; the largest loss first."""
+    """Select the ``kept`` positions of each dimension of ``tensor``; the largest reduction first."""
     for dim in sorted(kept, key=lambda d: kept[d].numel() / tensor.shape[d]):
         tensor = tensor.index_select(dim, kept[dim].to(tensor.device))
     return tensor
@@ -60,6 +63,8 @@ def cut(
     attributes: Mapping[str, Mapping[str, Any]] | None = None,
     optimizers: Iterable[Optimizer] = (),
     averaged_models: Sequence[nn.Module] = (),
+    method: str = "structured_pruning",
+    stage: int = Stage.STRUCTURED,
 ) -> Edit:
     """Keep only the positions in ``kept`` (tensor name -> dimension -> ascending indices), in place.
 
@@ -72,15 +77,18 @@ def cut(
         attributes: further attributes to set, module name -> name -> value.
         optimizers: whose state follows.
         averaged_models: averaged copies of ``model``, which are cut like it.
+        method: the method that cuts.
+        stage: its stage.
 
     Raises:
         SurgeryError: a name, dimension, index or attribute is not in the model, or a averaged_model has another shape.
-        UnsupportedError: an optimizer's state cannot be cut.
+        UnsupportedError: an optimizer's state cannot be cut, or a later method owns a layer that would be cut.
     """
     optimizers = list(optimizers)
     tensors = _named_tensors(model)
     _check(model, tensors, kept)
     _check_attributes(model, attributes or {})
+    check_owners(model, layers_of(model, [tensors[name] for name in kept]), method=method, stage=stage)
     copies = [_named_tensors(averaged_model) for averaged_model in averaged_models]
     _check_averaged_models(tensors, copies, kept)
     for name in kept:
@@ -198,7 +206,7 @@ def trial(
     *,
     values: bool = False,
 ) -> Iterator[None]:
-    """Inside, ``model`` has the shape it would have after `cut`; afterwards it is what it was, optimizers and all.
+    """Give ``model`` the shape it would have after `cut`, inside the block only.
 
     Without ``values`` only the shapes are right: the tensors are views of the first positions, and nothing is copied.
     For forward passes without gradients: nodes that accumulate them, and DDP's hooks on those, live through a trial.

@@ -1,24 +1,59 @@
-"""What a checkpoint says about the structure of its network, in types that a weights-only load admits."""
+"""Encode and decode the manifest of a checkpoint, in types that a weights-only load admits."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from lightning_light.errors import ManifestError
+from lightning_light.surgery.ownership import Claim, PlainClaim
+from lightning_light.surgery.schema import check_schema
 
 KEY = "lightning_light"
 """Where in a checkpoint the manifest is."""
 
-VERSION = 1
+VERSION = 2
 
 Entry = dict[str, Any]
 Kept = dict[str, dict[int, Tensor]]
 Shapes = dict[str, tuple[int, ...]]
+
+_STATE_SCHEMAS: dict[str, Any] = {}
+
+
+class _Encoded(TypedDict):
+    """What a checkpoint holds; some parts as JSON."""
+
+    version: int
+    edit_log: str
+    state: dict[str, dict[str | int, Any]]
+    owners: dict[str, PlainClaim]
+    references: dict[str, float]
+    parameter_order: list[list[list[str | None]]]
+    fingerprint: str
+    buffers: dict[str, Tensor]
+    kept: dict[str, dict[int, Tensor]] | None
+
+
+class _Parsed(TypedDict):
+    """What the JSON parts hold."""
+
+    edit_log: list[dict[str, Any]]
+    fingerprint: dict[str, list[int]]
+
+
+def register_state(method: str, schema: Any) -> None:
+    """Register the schema of a method's state, a `TypedDict`: it is checked whenever a manifest is read.
+
+    Args:
+        method: key of the method's state; it holds for a second callback's (``"#2"``) as well.
+        schema: as in `check_schema`.
+    """
+    _STATE_SCHEMAS[method] = schema
 
 
 @dataclass
@@ -27,7 +62,9 @@ class Manifest:
 
     Attributes:
         edit_log: the structural operations, in order.
-        state: what each method remembers, under its name.
+        state: what each method keeps, under its name.
+        owners: method -> the layers that it works on.
+        references: quantity -> its value before any method changed the network.
         parameter_order: names of the optimizers' parameters, for each optimizer and group.
         fingerprint: the parameters of the network before the first operation, and their shapes.
         buffers: buffers that no state dict has, and that the operations have changed.
@@ -36,13 +73,15 @@ class Manifest:
 
     edit_log: list[Entry] = field(default_factory=list)
     state: dict[str, dict[str, Any]] = field(default_factory=dict)
+    owners: dict[str, Claim] = field(default_factory=dict)
+    references: dict[str, float] = field(default_factory=dict)
     parameter_order: list[list[list[str | None]]] = field(default_factory=list)
     fingerprint: Shapes = field(default_factory=dict)
     buffers: dict[str, Tensor] = field(default_factory=dict)
     kept: Kept | None = field(default_factory=dict)
 
     def encode(self) -> dict[str, Any]:
-        """Plain types and tensors only.
+        """Return plain types and tensors only.
 
         Raises:
             TypeError: a method keeps something else in its state.
@@ -51,6 +90,8 @@ class Manifest:
             "version": VERSION,
             "edit_log": json.dumps(self.edit_log),
             "state": plain_copy(self.state, "state"),
+            "owners": {method: claim.encode() for method, claim in self.owners.items()},
+            "references": dict(self.references),
             "parameter_order": self.parameter_order,
             "fingerprint": json.dumps(self.fingerprint),
             "buffers": dict(self.buffers),
@@ -59,51 +100,65 @@ class Manifest:
 
     @classmethod
     def decode(cls, encoded: object) -> Manifest:
-        """Read what `encode` wrote.
+        """Read what `encode` has written, and check every part of it.
 
         Raises:
-            ManifestError: it is not what `encode` writes, or a newer version's.
+            ManifestError: it is of another version, or a part of it, which the message names, is not what `encode`
+                writes.
         """
-        if not isinstance(encoded, dict) or not isinstance(encoded.get("version"), int):
-            raise ManifestError(f"Expected a manifest under the checkpoint's key '{KEY}', found {_brief(encoded)}.")
-        if encoded["version"] > VERSION:
-            raise ManifestError(
-                f"The checkpoint's manifest has version {encoded['version']}, this package reads up to {VERSION}. "
-                "Update lightning_light."
-            )
-        try:
-            manifest = cls(
-                edit_log=json.loads(encoded["edit_log"]),
-                state=plain_copy(encoded["state"], "state"),
-                parameter_order=encoded["parameter_order"],
-                fingerprint={name: tuple(shape) for name, shape in json.loads(encoded["fingerprint"]).items()},
-                buffers=dict(encoded["buffers"]),
-                kept=None if encoded["kept"] is None else {name: dict(dims) for name, dims in encoded["kept"].items()},
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ManifestError(f"The checkpoint's manifest is damaged: {type(error).__name__}: {error}.") from error
-        manifest._check()
-        return manifest
+        parsed = _checked(encoded)
+        assert isinstance(encoded, dict)  # `_checked`
+        return cls(
+            edit_log=parsed["edit_log"],
+            state=plain_copy(encoded["state"], "state"),
+            owners={method: Claim.decode(method, claim) for method, claim in encoded["owners"].items()},
+            references={name: float(value) for name, value in encoded["references"].items()},
+            parameter_order=encoded["parameter_order"],
+            fingerprint={name: tuple(shape) for name, shape in parsed["fingerprint"].items()},
+            buffers=dict(encoded["buffers"]),
+            kept=None if encoded["kept"] is None else {name: dict(dims) for name, dims in encoded["kept"].items()},
+        )
 
-    def _check(self) -> None:
-        sound = {
-            "edit_log": isinstance(self.edit_log, list)
-            and all(isinstance(entry, dict) and isinstance(entry.get("op"), str) for entry in self.edit_log),
-            "state": isinstance(self.state, dict) and all(isinstance(value, dict) for value in self.state.values()),
-            "parameter_order": isinstance(self.parameter_order, list)
-            and all(isinstance(group, list) for groups in self.parameter_order for group in groups),
-            "buffers": all(isinstance(value, Tensor) for value in self.buffers.values()),
-        }
-        damaged = [name for name, good in sound.items() if not good]
-        if damaged:
-            raise ManifestError(f"The checkpoint's manifest is damaged: {', '.join(damaged)} of the wrong type.")
+
+def _checked(encoded: object) -> _Parsed:
+    """Check all parts of an encoded manifest; return those that are JSON, parsed."""
+    if not isinstance(encoded, dict) or type(encoded.get("version")) is not int:
+        raise ManifestError(f"Expected a manifest under the checkpoint's key '{KEY}', found {_brief(encoded)}.")
+    if encoded["version"] != VERSION:
+        mend = "Update lightning_light" if encoded["version"] > VERSION else "Load it with the release that wrote it"
+        raise ManifestError(
+            f"The checkpoint's manifest has version {encoded['version']}, this release of lightning_light reads "
+            f"version {VERSION}. {mend}."
+        )
+    check_schema(encoded, _Encoded, "manifest")
+    try:
+        plain_copy(encoded["state"], "state")
+    except TypeError as error:
+        raise ManifestError(f"The checkpoint's manifest is damaged: {error}") from error
+    parsed: _Parsed = {"edit_log": _parse(encoded, "edit_log"), "fingerprint": _parse(encoded, "fingerprint")}
+    check_schema(parsed, _Parsed, "manifest")
+    for place, entry in enumerate(parsed["edit_log"]):
+        check_schema(entry.get("op"), str, f"manifest['edit_log'][{place}]['op']")
+    for method, state in encoded["state"].items():
+        check_schema(state, _STATE_SCHEMAS.get(method.partition("#")[0], Any), f"manifest['state'][{method!r}]")
+    return parsed
+
+
+def _parse(encoded: dict[str, Any], part: str) -> Any:
+    try:
+        return json.loads(encoded[part])
+    except ValueError as error:
+        raise ManifestError(
+            f"The checkpoint's manifest is damaged at `manifest[{part!r}]`: expected JSON, found text that does not "
+            f"parse ({error})."
+        ) from error
 
 
 def plain_copy(value: Any, path: str) -> Any:
-    """The same containers anew, the same tensors; nothing that a weights-only load would refuse.
+    """Copy the containers, keep the tensors; refuse what a weights-only load would refuse.
 
     Raises:
-        TypeError: ``value`` holds another type. Says where.
+        TypeError: ``value`` holds another type; the message names the place.
     """
     if value is None or type(value) in (int, float, bool, str) or isinstance(value, Tensor):
         return value
@@ -124,7 +179,7 @@ def _plain_key(key: Any, path: str) -> Any:
 
 
 def fingerprint_of(model: nn.Module, leave_out: str) -> Shapes:
-    """Names and shapes of the parameters, but for those of children whose names begin with ``leave_out``."""
+    """Return names and shapes of the parameters, without children whose names begin with ``leave_out``."""
     return {
         name: tuple(parameter.shape)
         for name, parameter in model.named_parameters()
@@ -133,7 +188,7 @@ def fingerprint_of(model: nn.Module, leave_out: str) -> Shapes:
 
 
 def check_fingerprint(model: nn.Module, found: Shapes, leave_out: str) -> None:
-    """Refuse the checkpoint of a network that was another one from the start.
+    """Refuse a checkpoint of a network that was different before compression.
 
     Args:
         model: the live network as it was before any operation.
@@ -162,5 +217,5 @@ def _brief(value: object) -> str:
 
 
 def half_size(positions: Tensor) -> Tensor:
-    """Positions in a type that takes half the space of an index."""
+    """Convert positions to a type that takes half the space of an index."""
     return positions.detach().cpu().to(torch.int32)

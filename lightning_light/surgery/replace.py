@@ -1,4 +1,4 @@
-"""One module takes another's place, under all its names, and the optimizers follow."""
+"""Replace modules of a live model, under all their names; the optimizers follow."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from lightning_light.errors import SurgeryError
+from lightning_light.order import Stage
+from lightning_light.surgery.attachment import check_owners
 from lightning_light.surgery.optimizer import replace_parameters, unwrap
 
 _SHARED_HOOKS = (
@@ -30,9 +32,11 @@ def replace_module(
     optimizers: Iterable[Any] = (),
     parameters: Mapping[nn.Parameter, Sequence[nn.Parameter]] | None = None,
     averaged_models: Sequence[nn.Module] = (),
+    method: str = "replace_modules",
+    stage: int = Stage.FACTORS,
     **details: Any,
 ) -> dict[str, Any]:
-    """Put ``new`` where ``name`` is; see `replace_modules`.
+    """Replace the module ``name`` with ``new``; see `replace_modules`.
 
     Args:
         model: the root, changed in place.
@@ -42,6 +46,8 @@ def replace_module(
         optimizers: torch optimizers, or Lightning's wrappers.
         parameters: for each parameter of the old module that ``new`` does not have: what takes its place.
         averaged_models: averaged copies of ``model``.
+        method: the method that replaces.
+        stage: its stage.
         **details: what else the replay needs, in plain types.
 
     Returns:
@@ -49,8 +55,17 @@ def replace_module(
 
     Raises:
         SurgeryError: as `replace_modules`.
+        UnsupportedError: as `replace_modules`.
     """
-    replace_modules(model, {name: new}, optimizers=optimizers, parameters=parameters, averaged_models=averaged_models)
+    replace_modules(
+        model,
+        {name: new},
+        optimizers=optimizers,
+        parameters=parameters,
+        averaged_models=averaged_models,
+        method=method,
+        stage=stage,
+    )
     return {"op": op, "name": name, **details}
 
 
@@ -61,8 +76,10 @@ def replace_modules(
     optimizers: Iterable[Any] = (),
     parameters: Mapping[nn.Parameter, Sequence[nn.Parameter]] | None = None,
     averaged_models: Sequence[nn.Module] = (),
+    method: str = "replace_modules",
+    stage: int = Stage.FACTORS,
 ) -> None:
-    """Put new modules where others are, all at once. Everything is checked before anything changes.
+    """Replace several modules at once. Everything is checked before anything changes.
 
     A new module takes over the training mode and the forward hooks. Parameter objects that it shares with the old one
     (a bias) keep their optimizer state; in an averaged copy they keep their average.
@@ -75,25 +92,31 @@ def replace_modules(
         parameters: for each parameter of the old modules that the new ones do not have: what takes its place in the
             optimizers, possibly nothing.
         averaged_models: averaged copies of ``model``, which get copies of the new modules.
+        method: the method that replaces.
+        stage: its stage.
 
     Raises:
         SurgeryError: a module or its averaged counterpart does not exist, is parametrized, or a parameter would be left
             in the optimizers without an owner, or in the model without an optimizer.
+        UnsupportedError: a later method owns one of the modules.
     """
     optimizers = [unwrap(optimizer) for optimizer in optimizers]
     parameters = parameters or {}
     pairs = _pairs(model, replacements)
+    modules = [old for old, _ in pairs.values()]
+    names = [name for name, module in model.named_modules(remove_duplicate=False) if module in modules]
+    check_owners(model, names, method=method, stage=stage, replaces=True)
     _check_parameters(model, pairs, parameters, optimizers)
-    twins = [_twins(averaged_model, pairs) for averaged_model in averaged_models]
+    counterparts = [_counterparts(averaged_model, pairs) for averaged_model in averaged_models]
     _put(model, pairs)
-    for averaged_model, copies in zip(averaged_models, twins, strict=True):
+    for averaged_model, copies in zip(averaged_models, counterparts, strict=True):
         _put(averaged_model, copies)
-    names = {parameter: path for path, parameter in model.named_parameters()}
-    replace_parameters(optimizers, parameters, names)
+    paths = {parameter: path for path, parameter in model.named_parameters()}
+    replace_parameters(optimizers, parameters, paths)
 
 
 def put_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """The replay of `replace_module`: only the tree changes.
+    """Replay `replace_module` on a structure: only the tree of modules changes.
 
     Raises:
         SurgeryError: there is no module of that name.
@@ -102,7 +125,7 @@ def put_module(model: nn.Module, name: str, new: nn.Module) -> None:
 
 
 Pairs = dict[str, tuple[nn.Module, nn.Module]]
-"""Name -> what stands there, what takes its place."""
+"""Name -> the old module and the new one."""
 
 
 def _pairs(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Pairs:
@@ -166,7 +189,7 @@ def _put(model: nn.Module, pairs: Pairs) -> None:
                 parent._modules[key] = followers[id(child)]
 
 
-def _twins(averaged_model: nn.Module, pairs: Pairs) -> Pairs:
+def _counterparts(averaged_model: nn.Module, pairs: Pairs) -> Pairs:
     found = _pairs(averaged_model, {name: new for name, (_, new) in pairs.items()})
     return {
         name: (counterpart, _copy_with_averages(new, pairs[name][0], counterpart))
@@ -178,5 +201,5 @@ def _copy_with_averages(new: nn.Module, old: nn.Module, counterpart: nn.Module) 
     averages = dict(counterpart.named_parameters())
     memo: dict[int, Any] = {id(p): averages[path] for path, p in old.named_parameters() if path in averages}
     reference = next(iter(averages.values()), None)
-    twin = copy.deepcopy(new, memo)
-    return twin if reference is None else twin.to(reference.device)
+    copied = copy.deepcopy(new, memo)
+    return copied if reference is None else copied.to(reference.device)

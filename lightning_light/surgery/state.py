@@ -1,11 +1,11 @@
-"""One compression_state a LightningModule: what has been done to its structure, and what every method remembers."""
+"""Keep the compression state of a module: its structural edits, and the state and the layers of every method."""
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +17,21 @@ from lightning_light.surgery.data import set_data
 from lightning_light.surgery.manifest import KEY, Entry, Kept, Manifest, check_fingerprint, fingerprint_of, half_size
 from lightning_light.surgery.operations import is_registered, replay_edits
 from lightning_light.surgery.optimizer import order_parameters, orphans, parameter_order
+from lightning_light.surgery.ownership import Claim, claims_on, refuse_owned
 from lightning_light.surgery.structure import PRIVATE_PREFIX, apply_structure, compare, copy_structure
+
+if TYPE_CHECKING:
+    from lightning_light.budgets import Budget
 
 
 class CompressionState:
-    """The structural history of one module, from the network as it was built to the network as it is.
+    """Hold the structural history of one module, and what methods keep about it.
 
     Attributes:
         edit_log: the operations, in order; consecutive ``channels`` entries are one.
-        state: method name -> what it remembers, in plain types and tensors.
+        state: method name -> what it keeps, in plain types and tensors.
+        claims: method name -> the layers that it works on.
+        references: quantity -> its value before any method changed the network.
         kept: tensor name -> dimension -> positions of the first network that are left; None when unknown.
         resumed: whether the current ``fit`` goes on from a checkpoint.
         wrapped: hooks that somebody else had set on the instance before.
@@ -34,6 +40,8 @@ class CompressionState:
     def __init__(self, model: nn.Module) -> None:
         self.edit_log: list[Entry] = []
         self.state: dict[str, dict[str, Any]] = {}
+        self.claims: dict[str, Claim] = {}
+        self.references: dict[str, float] = {}
         self.kept: Kept | None = {}
         self.resumed = False
         self.wrapped: dict[str, Any] = {}
@@ -41,7 +49,7 @@ class CompressionState:
         self._original = copy_structure(model)
 
     def record(self, entry: Mapping[str, Any], *, kept: Mapping[str, Mapping[int, Tensor]] | None = None) -> None:
-        """Write down an operation that has just been done to the module.
+        """Record an operation that has just been applied to the module.
 
         Args:
             entry: plain types; ``op`` is the name of a registered operation.
@@ -62,16 +70,62 @@ class CompressionState:
         else:
             self.edit_log.append(plain)
 
-    def twin(self) -> CompressionState:
-        """The same history, for an averaged copy of the module; what is written into one is not in the other."""
-        twin = CompressionState.__new__(CompressionState)
-        twin.__dict__.update(vars(self), wrapped={})
-        twin.edit_log, twin.state = copy.deepcopy(self.edit_log), copy.deepcopy(self.state)
-        twin.kept = None if self.kept is None else {name: dict(dims) for name, dims in self.kept.items()}
-        return twin
+    def claim(
+        self, model: nn.Module, method: str, stage: int, layers: Iterable[str], *, follows_cuts: bool = False
+    ) -> None:
+        """Claim ``layers`` for ``method``, instead of those it has claimed before.
+
+        A method claims when it changes layers, not before: until then an earlier method may still change them.
+
+        Args:
+            model: the module that the state belongs to.
+            method: key of the method's state.
+            stage: of `lightning_light.order.Stage`.
+            layers: names of modules; what lies inside them is claimed as well.
+            follows_cuts: as in `Claim`.
+
+        Raises:
+            UnsupportedError: a later method owns one of the layers and does not follow a change of it.
+        """
+        claim = Claim(method, int(stage), tuple(dict.fromkeys(layers)), follows_cuts)
+        for layer in claim.layers:
+            refuse_owned(self.owners(model, layer), [layer], method=method, stage=stage)
+        self.claims[method] = claim
+
+    def disclaim(self, method: str) -> None:
+        """Give up the claim of ``method``, if it has one."""
+        self.claims.pop(method, None)
+
+    def owners(self, model: nn.Module, layer: str) -> list[Claim]:
+        """Return the claims on the layer called ``layer``, under any of its names, earliest stage first."""
+        return claims_on(model, self.claims, layer)
+
+    def reference(self, budget: Budget, measure: Callable[[], float], *, scope: str = "") -> float:
+        """Return the value of the budget's quantity before any method changed the network.
+
+        Measured once per quantity, stored in checkpoints, and shared by all methods: two budgets of 70 % and 50 % end
+        at 50 %. Every method asks before it changes anything, so that the value is the uncompressed network's.
+
+        Args:
+            budget: names the quantity.
+            measure: measures it now; called only if it is not known yet.
+            scope: what the value depends on besides the network, for instance the targets whose channels count.
+        """
+        key = f"{budget.quantity}:{scope}" if scope else budget.quantity
+        if key not in self.references:
+            self.references[key] = float(measure())
+        return self.references[key]
+
+    def averaged_copy(self) -> CompressionState:
+        """Return the same history for an averaged copy of the module; later changes of one are not in the other."""
+        copied = CompressionState.__new__(CompressionState)
+        copied.__dict__.update(vars(self), wrapped={}, claims=dict(self.claims), references=dict(self.references))
+        copied.edit_log, copied.state = copy.deepcopy(self.edit_log), copy.deepcopy(self.state)
+        copied.kept = None if self.kept is None else {name: dict(dims) for name, dims in self.kept.items()}
+        return copied
 
     def manifest(self, model: nn.Module, optimizers: Iterable[Any] = ()) -> dict[str, Any]:
-        """What a checkpoint of ``model`` carries under the key ``lightning_light``."""
+        """Return what a checkpoint of ``model`` holds under the key ``lightning_light``."""
         self._remember(model)
         first = dict(self._original.named_buffers())
         changed = {
@@ -82,6 +136,8 @@ class CompressionState:
         return Manifest(
             edit_log=self.edit_log,
             state=self.state,
+            owners=self.claims,
+            references=self.references,
             parameter_order=parameter_order(optimizers, model),
             fingerprint=fingerprint_of(self._original, PRIVATE_PREFIX),
             buffers=changed,
@@ -104,6 +160,7 @@ class CompressionState:
             if manifest.edit_log != self.edit_log or _other_shapes(model, state_dict):
                 self._restructure(model, manifest, state_dict)
         self.edit_log, self.state, self.kept = manifest.edit_log, copy.deepcopy(manifest.state), manifest.kept
+        self.claims, self.references = manifest.owners, manifest.references
         self._order = manifest.parameter_order
 
     def follow(self, model: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> None:
@@ -156,12 +213,12 @@ class CompressionState:
             raise ManifestError(str(error)) from error
 
     def _remember(self, model: nn.Module) -> None:
-        """As long as nothing has been done, the network as it is is the network as it was built."""
+        """Take the present structure as the original one, as long as nothing has been changed."""
         if not self.edit_log:
             self._original = copy_structure(model)
 
     def _plain_manifest(self) -> Manifest:
-        """Of a checkpoint that was written without this package: the network as it was built."""
+        """Return the manifest of a checkpoint written without this package: the network as it was built."""
         return Manifest(fingerprint=fingerprint_of(self._original, PRIVATE_PREFIX))
 
     def _keep(self, kept: Mapping[str, Mapping[int, Tensor]] | None) -> None:
@@ -202,7 +259,7 @@ def _fits_into(small: Tensor, large: Tensor | None) -> bool:
 
 
 def _go_together(before: nn.Module, after: nn.Module) -> bool:
-    """Whether the vectors of one layer that had one length still have one: a norm's weight, bias and statistics."""
+    """Whether the vectors of one layer that had the same length still do: a norm's weight, bias and statistics."""
     lengths: dict[int, set[int]] = {}
     for kind in ("_parameters", "_buffers"):
         for name, old in getattr(before, kind).items():
@@ -212,7 +269,7 @@ def _go_together(before: nn.Module, after: nn.Module) -> bool:
 
 
 def _tensors(structure: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers under all their names, tied ones too; not those that have no shape yet."""
+    """Return parameters and persistent buffers under all their names; not those that have no shape yet."""
     return {
         name: tensor
         for path, module in structure.named_modules(remove_duplicate=False)
@@ -224,7 +281,7 @@ def _tensors(structure: nn.Module) -> dict[str, Tensor]:
 
 
 def _check_complete(target: nn.Module, state_dict: Mapping[str, Any], concerns: Any) -> None:
-    """What an operation has changed can only come from the checkpoint."""
+    """Check that the checkpoint has the tensors of every layer that an operation has changed."""
     tensors = _tensors(target)
     missing = [name for name in tensors if name not in state_dict and concerns(name.rpartition(".")[0])]
     wrong = [
@@ -263,7 +320,7 @@ def _imply_attributes(structure: nn.Module) -> None:
 
 
 def _check_attributes(structure: nn.Module, paths: set[str]) -> None:
-    """The edit log and the shapes of the state dict say the same, or one of them is not what was written."""
+    """Check that the edit log and the shapes of the state dict agree."""
     for path, module in structure.named_modules():
         if path not in paths or any(map(is_lazy, module.parameters(recurse=False))):
             continue
