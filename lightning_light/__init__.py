@@ -12,8 +12,9 @@ from lightning_light.callback import CompressionCallback
 from lightning_light.clustering import (
     DKM,
     CentroidTraining,
-    StraightThrough,
+    StraightThroughEstimator,
     WeightClustering,
+    cluster,
     load_clustered,
     save_clustered,
 )
@@ -132,6 +133,7 @@ from lightning_light.schedules import (
 from lightning_light.sparsity import (
     NM,
     SET,
+    SRSTE,
     Alternating,
     Block,
     Column,
@@ -265,6 +267,7 @@ __all__ = [
     "RigL",
     "Row",
     "SET",
+    "SRSTE",
     "SNIP",
     "SRD",
     "SRigL",
@@ -279,7 +282,7 @@ __all__ = [
     "SparsityRegularizer",
     "Staircase",
     "Static",
-    "StraightThrough",
+    "StraightThroughEstimator",
     "StructuredPruning",
     "SurgeryError",
     "TargetError",
@@ -295,6 +298,7 @@ __all__ = [
     "Wanda",
     "WeightClustering",
     "WeightPruning",
+    "cluster",
     "WeightSVD",
     "WhitenedSVD",
     "Window",

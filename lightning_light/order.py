@@ -26,6 +26,7 @@ class Stage(IntEnum):
     STRUCTURED = 10
     MASKS = 20
     FACTORS = 30
+    CLUSTERING = 35
     QUANTIZATION = 40
     EXPORT = 50
     MONITORS = 60
@@ -36,6 +37,7 @@ DEFAULT_WINDOWS: Mapping[Stage, Window] = MappingProxyType(
         Stage.STRUCTURED: (0.1, 0.4),
         Stage.MASKS: (0.4, 0.6),
         Stage.FACTORS: (0.6, 0.7),
+        Stage.CLUSTERING: (0.7, 0.7),
         Stage.QUANTIZATION: (0.7, 1.0),
     }
 )

@@ -88,7 +88,9 @@ class CentroidTraining(ClusterTraining):
 
     @override
     def backward(self, clusters: Clusters, latent: Tensor, gradient: Tensor) -> Tensor:
-        means = Clusters(torch.zeros_like(clusters.centroids), clusters.assignments, clusters.zero_centroid).means(gradient)
+        means = Clusters(torch.zeros_like(clusters.centroids), clusters.assignments, clusters.zero_centroid).means(
+            gradient
+        )
         return clusters.pinned(means).gather(1, clusters.assignments)
 
 

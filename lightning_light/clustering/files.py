@@ -2,8 +2,8 @@
 
 A tensor ``name`` with few different values is stored as three tensors: ``name::centroids``, ``(rows, values)``;
 ``name::code_lengths``, the length of each value's canonical Huffman code; ``name::codes``, one bit stream with a code
-per weight. All other tensors are stored as they are. The metadata has ``format``, ``version``, and under ``tensors`` the
-names in order with the shape of those that are coded.
+per weight. All other tensors are stored as they are. The metadata has ``format``, ``version``, and under ``tensors``
+the names in order with the shape of those that are coded.
 """
 
 from __future__ import annotations
@@ -116,16 +116,16 @@ def load_clustered(path: str | Path) -> dict[str, Tensor]:
             found = metadata.get("format"), metadata.get("version")
             if found != (_FORMAT, _VERSION):
                 raise ValueError(
-                    f"`load_clustered({str(path)!r})`: expected a file from `save_clustered`, version {_VERSION}, found "
-                    f"format {found[0]!r}, version {found[1]}. Read other safetensors files with "
+                    f"`load_clustered({str(path)!r})`: expected a file from `save_clustered`, version {_VERSION}, "
+                    f"found format {found[0]!r}, version {found[1]}. Read other safetensors files with "
                     "`safetensors.torch.load_file`."
                 )
             shapes: dict[str, list[int] | None] = json.loads(metadata["tensors"])
             return {name: _read(file, name, shape) for name, shape in shapes.items()}
     except SafetensorError as error:
         raise ValueError(
-            f"`load_clustered({str(path)!r})`: expected a safetensors file from `save_clustered`, found another kind or a "
-            f"damaged one ({error}). Write it again."
+            f"`load_clustered({str(path)!r})`: expected a safetensors file from `save_clustered`, found another kind or "
+            f"a damaged one ({error}). Write it again."
         ) from error
 
 
@@ -136,9 +136,7 @@ def clustered_sizes(model: nn.Module | Mapping[str, Tensor]) -> list[ClusteredTe
 
 def _state(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
     state = model.state_dict() if isinstance(model, nn.Module) else model
-    return {
-        name: tensor.detach().cpu().contiguous() for name, tensor in state.items() if isinstance(tensor, Tensor)
-    }
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items() if isinstance(tensor, Tensor)}
 
 
 def _size(name: str, tensor: Tensor, coded: _Coded | None) -> ClusteredTensor:

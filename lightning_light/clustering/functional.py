@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import nn
 
-from lightning_light.clustering.codebooks import clusterable_weights, first_clusters, harden
+from lightning_light.clustering.codebooks import check_owners, clusterable_weights, first_clusters, harden
 from lightning_light.clustering.files import ClusteredTensor, clustered_sizes
 from lightning_light.clustering.kmeans import Initialization
 from lightning_light.clustering.options import ClusterCount, Granularity, WeightClusteringOptions
-from lightning_light.targets import Targets
+from lightning_light.targets import TargetsLike
 from lightning_light.validation import validated
 
 __all__ = ["cluster"]
@@ -25,7 +25,7 @@ def cluster(
     granularity: Granularity = WeightClusteringOptions.granularity,
     initialization: Initialization = WeightClusteringOptions.initialization,
     preserve_sparsity: bool = WeightClusteringOptions.preserve_sparsity,
-    targets: Targets | str | list[str] | None = WeightClusteringOptions.targets,
+    targets: TargetsLike = WeightClusteringOptions.targets,
 ) -> list[ClusteredTensor]:
     """Cluster the weights of every layer by k-means, in place; `save_clustered` then writes a small file.
 
@@ -47,6 +47,7 @@ def cluster(
         TypeError: an argument of a wrong type.
         ValueError: an argument out of range.
         TargetError: the targets match nothing.
+        UnsupportedError: a later method owns one of the layers.
 
     Example:
         >>> layer = nn.Linear(64, 64)
@@ -55,6 +56,7 @@ def cluster(
         (4, True)
     """
     options = WeightClusteringOptions(clusters, granularity, initialization, preserve_sparsity, targets)
+    check_owners(model, options)
     weights = dict(clusterable_weights(model, options))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for weight in weights.values():

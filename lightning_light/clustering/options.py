@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias
 
 from lightning_light.clustering.kmeans import Initialization
-from lightning_light.targets import Targets
+from lightning_light.targets import TargetsLike
 from lightning_light.validation import Range, validated
 
 __all__ = ["ClusterCount", "Granularity", "WeightClusteringOptions"]
@@ -36,4 +36,4 @@ class WeightClusteringOptions:
     granularity: Granularity = "layer"
     initialization: Initialization = "linear"
     preserve_sparsity: bool = True
-    targets: Targets | str | list[str] | None = None
+    targets: TargetsLike = None

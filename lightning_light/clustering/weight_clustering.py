@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from os import PathLike
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 from torch import Tensor, nn
 from typing_extensions import override
@@ -12,6 +12,7 @@ from typing_extensions import override
 from lightning_light.callback import CompressionCallback
 from lightning_light.clustering.cluster_training import CentroidTraining, Clusters, ClusterTraining
 from lightning_light.clustering.codebooks import (
+    check_owners,
     clusterable_weights,
     clusters_of,
     first_clusters,
@@ -26,7 +27,7 @@ from lightning_light.order import DEFAULT_WINDOWS, Stage
 from lightning_light.progress import steps_done, steps_planned, training_progress
 from lightning_light.schedules import resolve_moment
 from lightning_light.surgery.distributed import broadcast, log_rank_zero
-from lightning_light.targets import Targets
+from lightning_light.targets import TargetsLike
 from lightning_light.validation import Moment, validated
 
 if TYPE_CHECKING:
@@ -34,6 +35,30 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 __all__ = ["WeightClustering"]
+
+
+class ClusteredLayer(TypedDict, total=False):
+    """One clustered layer in the compression state.
+
+    Attributes:
+        centroids: ``(rows, clusters)``.
+        assignments: ``(rows, n)``: the index of each weight's centroid.
+        zero_centroid: whether the first centroid is fixed at zero.
+        latent: the trained weights, where they differ from the clustered ones.
+        coded_bits: bits per weight in a file.
+    """
+
+    centroids: Tensor
+    assignments: Tensor
+    zero_centroid: bool
+    latent: Tensor
+    coded_bits: float
+
+
+class WeightClusteringState(TypedDict, total=False):
+    """What `WeightClustering` keeps in the compression state, by layer."""
+
+    layers: dict[str, ClusteredLayer]
 
 
 @validated
@@ -67,9 +92,11 @@ class WeightClustering(CompressionCallback):
         TypeError: an argument of a wrong type.
         ValueError: an argument out of range.
         TargetError: ``targets`` match nothing.
+        UnsupportedError: a later method owns one of the layers.
     """
 
     method: ClassVar[str] = "weight_clustering"
+    state_schema: ClassVar[Any] = WeightClusteringState
     stage: ClassVar[int] = Stage.CLUSTERING
     structural: ClassVar[bool] = False
 
@@ -77,12 +104,12 @@ class WeightClustering(CompressionCallback):
         self,
         clusters: ClusterCount = WeightClusteringOptions.clusters,
         *,
-        start: Moment = DEFAULT_WINDOWS[Stage.QUANTIZATION][0],
+        start: Moment = DEFAULT_WINDOWS[Stage.CLUSTERING][0],
         granularity: Granularity = WeightClusteringOptions.granularity,
         training: ClusterTraining = CentroidTraining(),
         initialization: Initialization = WeightClusteringOptions.initialization,
         preserve_sparsity: bool = WeightClusteringOptions.preserve_sparsity,
-        targets: Targets | str | list[str] | None = WeightClusteringOptions.targets,
+        targets: TargetsLike = WeightClusteringOptions.targets,
         path: str | PathLike[str] | None = None,
     ) -> None:
         self.options = WeightClusteringOptions(clusters, granularity, initialization, preserve_sparsity, targets)
@@ -104,10 +131,10 @@ class WeightClustering(CompressionCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the weights, so that targets that match nothing are refused."""
         super().on_fit_start(trainer, pl_module)
-        weights = dict(clusterable_weights(pl_module, self.options))
+        check_owners(pl_module, self.options)
         if not self.resumed(pl_module):
             self.state(pl_module).clear()
-        self._claim(pl_module, weights)
+            self.disclaim(pl_module)
         self._stepped = set()
 
     @override
@@ -178,6 +205,7 @@ class WeightClustering(CompressionCallback):
         for name, parameter in clusterable_weights(pl_module, self.options):
             layers[name] = broadcast(trainer, plain_entry(first_clusters(parameter, self.options)))
         self.state(pl_module)["layers"] = layers
+        self.claim(pl_module, layers)
         for _, parameter, entry in self._entries(pl_module):
             if self.training.has_latent:
                 entry["latent"] = parameter.detach().clone()
@@ -220,8 +248,8 @@ class WeightClustering(CompressionCallback):
             self.state(pl_module)["layers"][name]["coded_bits"] = value
         log_rank_zero(
             trainer,
-            f"{self.method}: {len(bits)} layers with at most {self.options.clusters} values, {total:.2f} bits per weight "
-            "after Huffman coding, codebooks included",
+            f"{self.method}: {len(bits)} layers with at most {self.options.clusters} values, {total:.2f} bits per "
+            "weight after Huffman coding, codebooks included",
         )
 
     def _no_effect_reason(self, pl_module: LightningModule) -> str:

@@ -19,14 +19,14 @@ from lightning_light.progress import progress_at_step, steps_done, steps_planned
 from lightning_light.schedules import Cosine, Schedule, Window, require_rising
 from lightning_light.sparsity.growth import Connections, DynamicMethod, RigL, SRigL, Static
 from lightning_light.sparsity.mask_enforcer import parameters_of
-from lightning_light.sparsity.masking import MaskingCallback
+from lightning_light.sparsity.masking import MaskingCallback, MaskState
 from lightning_light.sparsity.options import WeightPruningOptions, check_sparsity
 from lightning_light.sparsity.planning import PruningPlan, plan_pruning
 from lightning_light.sparsity.scope import Scope
 from lightning_light.sparsity.scores import score_weights
 from lightning_light.sparsity.weights import MaskableWeight
 from lightning_light.surgery.distributed import reduce_mean
-from lightning_light.targets import Targets
+from lightning_light.targets import TargetsLike
 from lightning_light.timing import Events
 from lightning_light.validation import PositiveInt, validated
 
@@ -38,6 +38,20 @@ __all__ = ["DynamicSparseTraining"]
 
 _SAME = 1e-9
 _EVENTS = 20
+
+
+class DynamicSparseTrainingState(MaskState, total=False):
+    """What `DynamicSparseTraining` keeps in the compression state.
+
+    Attributes:
+        connections: weight name -> number of connections after the first mask.
+        updates: number of updates.
+        planned_steps: planned length of the run at the last update.
+    """
+
+    connections: dict[str, int]
+    updates: int
+    planned_steps: int
 
 
 @validated
@@ -77,6 +91,7 @@ class DynamicSparseTraining(MaskingCallback):
     """
 
     method: ClassVar[str] = "dynamic_sparse_training"
+    state_schema: ClassVar[Any] = DynamicSparseTrainingState
 
     def __init__(
         self,
@@ -86,7 +101,7 @@ class DynamicSparseTraining(MaskingCallback):
         criterion: Criterion = Random(),
         schedule: Schedule = Window(Cosine(), 0.0, DEFAULT_WINDOWS[Stage.MASKS][1]),
         scope: Scope = "erk",
-        targets: Targets | str | list[str] | None = None,
+        targets: TargetsLike = None,
         every_n_steps: PositiveInt | None = None,
         seed: int = 0,
     ) -> None:

@@ -18,7 +18,7 @@ from lightning_light.sparsity.patterns import Pattern
 from lightning_light.sparsity.planning import PruningPlan, plan_pruning
 from lightning_light.sparsity.scope import Scope
 from lightning_light.sparsity.scores import score_weights
-from lightning_light.targets import Targets
+from lightning_light.targets import TargetsLike
 from lightning_light.validation import OpenFraction, PositiveInt, validated
 
 __all__ = ["prune_weights"]
@@ -33,7 +33,7 @@ def prune_weights(
     criterion: Criterion = WeightPruningOptions.criterion,
     pattern: Pattern = WeightPruningOptions.pattern,
     scope: Scope = WeightPruningOptions.scope,
-    targets: Targets | str | list[str] | None = WeightPruningOptions.targets,
+    targets: TargetsLike = WeightPruningOptions.targets,
     remaining: dict[str, OpenFraction] | None = WeightPruningOptions.remaining,
     data: Iterable[Any] | None = None,
     loss: Callable[[Any, Any], Tensor] | None = None,

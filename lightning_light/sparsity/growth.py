@@ -181,7 +181,7 @@ class SRigL(RigL):
         return _highest_of_each(wanted, torch.where(active, fan_in, 0).cpu()).reshape(now.mask.shape)
 
     def _ablate(self, salient: Tensor, active: Tensor, connections: int, mask: Tensor) -> Tensor:
-        """Select the outputs that stay: those with enough salient inputs, and at least as many as the connections need."""
+        """Select the outputs that stay: those with enough salient inputs, at least as many as the connections need."""
         fan_in = int(mask.sum(dim=1).max())
         fewest = math.ceil(connections / mask.shape[1])
         enough = active & (salient >= self.min_salient * fan_in)

@@ -139,4 +139,3 @@ class Rewinding(Schedule):
     @override
     def span(self) -> tuple[float, float]:
         return self.schedule.span()
-

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 from torch import Tensor
 from typing_extensions import override
@@ -15,6 +15,7 @@ from lightning_light.measure.sparsity import mask_churn, zero_fraction, zero_row
 from lightning_light.order import Stage
 from lightning_light.progress import progress_at_step, steps_done, steps_planned
 from lightning_light.sparsity.mask_enforcer import MaskEnforcer, StepHooks, mask_model
+from lightning_light.sparsity.options import WeightPruningOptions
 from lightning_light.sparsity.weights import MaskableWeight
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.checkpoint_monitoring import reset_monitoring
@@ -27,9 +28,21 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from torch.optim import Optimizer
 
-__all__ = ["MaskingCallback"]
+__all__ = ["MaskState", "MaskingCallback"]
 
-_SAME = 1e-9
+
+class MaskState(TypedDict, total=False):
+    """What a masking callback keeps in the compression state.
+
+    Attributes:
+        masks: by weight name.
+        per_weight: kind -> weight name -> tensor in the weight's shape.
+        fraction: of the way to the budget that is completed.
+    """
+
+    masks: dict[str, Tensor]
+    per_weight: dict[str, dict[str, Tensor]]
+    fraction: float
 
 
 class MaskingCallback(CompressionCallback):
@@ -42,6 +55,7 @@ class MaskingCallback(CompressionCallback):
 
     stage: ClassVar[int] = Stage.MASKS
     structural: ClassVar[bool] = False
+    options: WeightPruningOptions
 
     def __init__(self, events: Events) -> None:
         self._events = events
@@ -75,6 +89,8 @@ class MaskingCallback(CompressionCallback):
         if not self.resumed(pl_module):
             state.clear()
             state["masks"] = masks
+            if not masks:
+                self.disclaim(pl_module)
         self._watch(trainer, pl_module)
 
     @override
@@ -160,6 +176,7 @@ class MaskingCallback(CompressionCallback):
         masks = {name: mask.to(devices[name]) for name, mask in masks.items()}
         churn = mask_churn(self._masks(pl_module), masks)
         self.state(pl_module)["masks"] = masks
+        self.claim(pl_module, [weight.layer for weight in self._weights], follows_cuts=True)
         if isinstance(self._step_hooks, MaskEnforcer):
             self._step_hooks.apply(trainer.optimizers)
         else:

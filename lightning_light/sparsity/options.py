@@ -10,7 +10,7 @@ from lightning_light.criteria.evidence import Criterion
 from lightning_light.criteria.magnitude import Magnitude
 from lightning_light.sparsity.patterns import NM, Pattern, Unstructured
 from lightning_light.sparsity.scope import Scope
-from lightning_light.targets import Targets
+from lightning_light.targets import TargetsLike
 from lightning_light.validation import OpenFraction, PositiveInt, validated
 
 __all__ = ["WeightPruningOptions", "check_sparsity"]
@@ -41,7 +41,7 @@ class WeightPruningOptions:
     criterion: Criterion = Magnitude()
     pattern: Pattern = Unstructured()
     scope: Scope = "global"
-    targets: Targets | str | list[str] | None = None
+    targets: TargetsLike = None
     remaining: dict[str, OpenFraction] | None = None
     calibration_batches: PositiveInt = 8
     seed: int = 0
@@ -61,8 +61,8 @@ class WeightPruningOptions:
         if isinstance(self.pattern, NM):
             if self.remaining or (self.budget is not None and self.budget.amount != self.pattern.sparsity):
                 raise ValueError(
-                    f"`{call}({self.budget!r}, pattern={self.pattern!r}, remaining={self.remaining})`: expected no other "
-                    f"budget, since the pattern is a sparsity of {self.pattern.sparsity:g} in every layer. Write "
+                    f"`{call}({self.budget!r}, pattern={self.pattern!r}, remaining={self.remaining})`: expected no "
+                    f"other budget, since the pattern is a sparsity of {self.pattern.sparsity:g} in every layer. Write "
                     f"`{call}(pattern={self.pattern!r})`."
                 )
         elif self.budget is None and not self.remaining:

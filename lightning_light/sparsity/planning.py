@@ -9,11 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_light.errors import BudgetError, TargetError
+from lightning_light.order import Stage
 from lightning_light.sparsity.options import WeightPruningOptions
 from lightning_light.sparsity.patterns import NM, Pattern
 from lightning_light.sparsity.scope import Scope, apportion, erk_densities, lowest, select_globally
 from lightning_light.sparsity.scores import check_evidence
 from lightning_light.sparsity.weights import MaskableWeight, find_weights
+from lightning_light.surgery.attachment import state_of
+from lightning_light.surgery.ownership import refuse_owned
 from lightning_light.targets import as_targets
 
 __all__ = ["PruningPlan", "check_existing_masks", "plan_pruning"]
@@ -68,9 +71,7 @@ class PruningPlan:
         self, scores: Mapping[str, Tensor], fraction: float, current: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         pattern = self.options.pattern
-        units = {
-            weight.name: _pooled(pattern, scores[weight.name], weight.name in current) for weight in self.weights
-        }
+        units = {weight.name: _pooled(pattern, scores[weight.name], weight.name in current) for weight in self.weights}
         free = [weight for weight in self.weights if weight.name not in self.own_sparsity]
         masked = {
             name: lowest(units[name], _count(units[name], fraction * sparsity))
@@ -91,10 +92,13 @@ def plan_pruning(method: str, model: nn.Module, options: WeightPruningOptions) -
 
     Raises:
         TargetError: the targets match nothing, or a layer that the pattern does not divide.
-        UnsupportedError: evidence that a layer cannot give.
+        UnsupportedError: evidence that a layer cannot give, or a layer that a later method owns.
         BudgetError: the budget leaves a layer without a unit.
     """
     weights = find_weights(model, as_targets(options.targets), method)
+    for weight in weights:
+        owners = state_of(model).owners(model, weight.layer)
+        refuse_owned(owners, [weight.layer], method="weight_pruning", stage=Stage.MASKS)
     _check_pattern(method, weights, options.pattern)
     check_evidence(method, options.criterion, weights)
     own: dict[str, float] = {}
@@ -136,9 +140,9 @@ def _refuse_lower(
     slack = sum(_unit_size(weight, pattern) for weight in masks)  # rounding to whole units, per weight
     if masked > round(sparsity * total) + slack:
         raise BudgetError(
-            f"`{method}` with a sparsity of {sparsity:.4g}: expected at least the sparsity of the masks from an earlier "
-            f"run, found {masked / total:.4g} in {what}. A rising schedule does not lift masks: ask for a higher "
-            "sparsity, use `Alternating()`, which selects new masks, or start from the dense network."
+            f"`{method}` with a sparsity of {sparsity:.4g}: expected at least the sparsity of the masks from an "
+            f"earlier run, found {masked / total:.4g} in {what}. A rising schedule does not lift masks: ask for a "
+            "higher sparsity, use `Alternating()`, which selects new masks, or start from the dense network."
         )
 
 
@@ -167,8 +171,8 @@ def _check_budget(method: str, plan: PruningPlan) -> None:
     limit, masked = total - sum(sizes), round(options.sparsity_at(1.0) * total)
     if masked > limit:
         raise BudgetError(
-            f"`{method}({options.budget!r})`: expected at most {limit} of {total} weights to be masked, so that each of "
-            f"{len(free)} layers keeps one unit of `{options.pattern!r}`, found a budget of {masked}. Lower the "
+            f"`{method}({options.budget!r})`: expected at most {limit} of {total} weights to be masked, so that each "
+            f"of {len(free)} layers keeps one unit of `{options.pattern!r}`, found a budget of {masked}. Lower the "
             f"sparsity to {limit / total:.4g}, or take fewer targets."
         )
 
@@ -222,5 +226,6 @@ def _select(
     )
     already = [int((found == -torch.inf).sum()) for found in units.values()]
     return {
-        name: lowest(found, max(count, had)) for (name, found), count, had in zip(units.items(), counts, already, strict=True)
+        name: lowest(found, max(count, had))
+        for (name, found), count, had in zip(units.items(), counts, already, strict=True)
     }

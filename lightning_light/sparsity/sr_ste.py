@@ -10,14 +10,14 @@ from typing_extensions import override
 
 from lightning_light.schedules import OneShot, Schedule, require_rising
 from lightning_light.sparsity.mask_enforcer import StepHooks, mask_model
-from lightning_light.sparsity.masking import MaskingCallback
+from lightning_light.sparsity.masking import MaskingCallback, MaskState
 from lightning_light.sparsity.options import WeightPruningOptions
 from lightning_light.sparsity.patterns import NM
 from lightning_light.sparsity.planning import PruningPlan, plan_pruning
 from lightning_light.sparsity.straight_through import StraightThroughMasks
 from lightning_light.sparsity.weights import MaskableWeight
 from lightning_light.surgery.averaged_models import averaged_models_of
-from lightning_light.targets import Targets
+from lightning_light.targets import TargetsLike
 from lightning_light.timing import Events
 from lightning_light.validation import NonNegativeFloat, validated
 
@@ -56,6 +56,7 @@ class SRSTE(MaskingCallback):
     """
 
     method: ClassVar[str] = "sr_ste"
+    state_schema: ClassVar[Any] = MaskState
 
     def __init__(
         self,
@@ -63,7 +64,7 @@ class SRSTE(MaskingCallback):
         *,
         decay: NonNegativeFloat = 2e-4,
         schedule: Schedule = OneShot(),
-        targets: Targets | str | list[str] | None = None,
+        targets: TargetsLike = None,
     ) -> None:
         super().__init__(Events(schedule, every_n_steps=1))
         require_rising(type(self).__name__, schedule)

@@ -13,11 +13,11 @@ from lightning_light.budgets import Sparsity
 from lightning_light.criteria.collector import EvidenceCollector
 from lightning_light.criteria.evidence import Criterion
 from lightning_light.order import DEFAULT_WINDOWS, Stage
-from lightning_light.progress import progress_at_step, steps_done
+from lightning_light.progress import progress_at_step
 from lightning_light.schedules import Cubic, Schedule, Window, require_rising
 from lightning_light.sparsity.mask_enforcer import parameters_of
 from lightning_light.sparsity.mask_schedules import Rewinding
-from lightning_light.sparsity.masking import MaskingCallback
+from lightning_light.sparsity.masking import MaskingCallback, MaskState
 from lightning_light.sparsity.options import WeightPruningOptions
 from lightning_light.sparsity.patterns import Pattern
 from lightning_light.sparsity.planning import PruningPlan, check_existing_masks, plan_pruning
@@ -26,7 +26,7 @@ from lightning_light.sparsity.scope import Scope
 from lightning_light.sparsity.scores import score_weights
 from lightning_light.sparsity.weights import MaskableWeight
 from lightning_light.surgery.distributed import reduce_mean
-from lightning_light.targets import Targets
+from lightning_light.targets import TargetsLike
 from lightning_light.timing import Events
 from lightning_light.validation import OpenFraction, PositiveInt, validated
 
@@ -38,6 +38,20 @@ __all__ = ["WeightPruning"]
 
 _SAME = 1e-9
 _EVENTS = 20
+
+
+class WeightPruningState(MaskState, total=False):
+    """What `WeightPruning` keeps in the compression state.
+
+    Attributes:
+        evidence: what the criterion reads, while it is gathered.
+        events: number of changes of the masks.
+        most_masked: largest number of masked weights.
+    """
+
+    evidence: dict[str, Any]
+    events: int
+    most_masked: int
 
 
 @validated
@@ -86,6 +100,7 @@ class WeightPruning(MaskingCallback):
     """
 
     method: ClassVar[str] = "weight_pruning"
+    state_schema: ClassVar[Any] = WeightPruningState
 
     def __init__(
         self,
@@ -95,7 +110,7 @@ class WeightPruning(MaskingCallback):
         schedule: Schedule = Window(Cubic(), *DEFAULT_WINDOWS[Stage.MASKS]),
         pattern: Pattern = WeightPruningOptions.pattern,
         scope: Scope = WeightPruningOptions.scope,
-        targets: Targets | str | list[str] | None = WeightPruningOptions.targets,
+        targets: TargetsLike = WeightPruningOptions.targets,
         remaining: dict[str, OpenFraction] | None = WeightPruningOptions.remaining,
         every_n_steps: PositiveInt | None = None,
         calibration_batches: PositiveInt = WeightPruningOptions.calibration_batches,
@@ -243,6 +258,7 @@ class WeightPruning(MaskingCallback):
         self._collector.forget()
         if fraction == 0.0:
             state["masks"] = {}
+            self.disclaim(pl_module)
         origin = state.get("per_weight", {}).get("origin")
         if origin is not None and churn > 0.0:
             rewind_weights(pl_module, origin, state["masks"], trainer.optimizers)

@@ -24,8 +24,8 @@ from lightning_light.clustering import (
     load_clustered,
     save_clustered,
 )
-from lightning_light.clustering.coding import code_lengths, decode, encode, entropy
 from lightning_light.clustering.cluster_training import Clusters
+from lightning_light.clustering.coding import code_lengths, decode, encode, entropy
 from lightning_light.clustering.kmeans import kmeans
 from lightning_light.quantization import Int8, MovingAverage, QuantizationAwareTraining
 from lightning_light.schedules import OneShot
@@ -46,9 +46,7 @@ def lit() -> object:
 @given(SEEDS, st.integers(2, 6), st.sampled_from(["linear", "density"]))
 def test_k_means_reaches_a_fixed_point_of_lloyd(seed, clusters, initialization) -> None:
     values = torch.randn(2, 60, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    centroids, places = kmeans(
-        values, clusters, initialization=initialization, zero_centroid=False, iterations=200
-    )
+    centroids, places = kmeans(values, clusters, initialization=initialization, zero_centroid=False, iterations=200)
     for row, book, place in zip(values, centroids, places, strict=True):
         distances = (row[:, None] - book[None, :]).abs()
         assert torch.equal(distances.min(1).values, distances.gather(1, place[:, None])[:, 0])  # each has its nearest

@@ -117,7 +117,9 @@ def test_the_number_of_connections_never_changes(seed, density, fraction, steps,
     steps=st.integers(1, 5),
 )
 @settings(max_examples=80, deadline=None)
-def test_the_fan_in_of_srigl_is_constant_and_its_connections_never_increase(seed, kept, fraction, salient, steps) -> None:
+def test_the_fan_in_of_srigl_is_constant_and_its_connections_never_increase(
+    seed, kept, fraction, salient, steps
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     method = SRigL(fraction, salient)
     mask = method.initial_mask(torch.rand(6, 4, 3, 3, generator=generator), kept)
@@ -132,9 +134,7 @@ def test_the_fan_in_of_srigl_is_constant_and_its_connections_never_increase(seed
         ablated = fan_ins == 0
 
 
-@pytest.mark.parametrize(
-    "call", [lambda: SET(1.5), lambda: RigL(-0.1), lambda: SRigL(min_salient=2.0)]
-)
+@pytest.mark.parametrize("call", [lambda: SET(1.5), lambda: RigL(-0.1), lambda: SRigL(min_salient=2.0)])
 def test_fractions_out_of_range_are_refused(call) -> None:
     with pytest.raises(ValueError, match="expected"):
         call()

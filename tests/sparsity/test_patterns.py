@@ -147,9 +147,7 @@ def test_shares_are_apportioned_exactly(wanted, extra) -> None:
 def test_masks_never_grow_back(pattern, scope) -> None:
     model, current = net(), {}
     for fraction in (0.2, 0.5, 0.4, 1.0):
-        _, _, masks = planned(
-            model, pattern=pattern, scope=scope, sparsity=0.7, fraction=fraction, current=current
-        )
+        _, _, masks = planned(model, pattern=pattern, scope=scope, sparsity=0.7, fraction=fraction, current=current)
         assert all(not bool((masks[name] & ~mask).any()) for name, mask in current.items())
         current = masks
         with torch.no_grad():

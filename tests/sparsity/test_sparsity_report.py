@@ -91,9 +91,7 @@ class Cut(CompressionCallback):
         lambda: ll.WeightPruning(ll.Sparsity(0.7), criterion=ll.Movement(), schedule=ll.Window(ll.Linear(), 0.0, 0.9)),
         lambda: ll.WeightPruning(ll.Sparsity(0.5), schedule=ll.Rewinding(ll.OneShot(at=0.8))),
         lambda: SRSTE(targets=ll.Targets(exclude="features.stem"), schedule=ll.OneShot(at=0.2)),
-        lambda: ll.DynamicSparseTraining(
-            ll.Sparsity(0.7), every_n_steps=3, schedule=ll.Window(ll.Cosine(), 0.0, 1.0)
-        ),
+        lambda: ll.DynamicSparseTraining(ll.Sparsity(0.7), every_n_steps=3, schedule=ll.Window(ll.Cosine(), 0.0, 1.0)),
     ],
     ids=["one_shot", "movement", "rewinding", "sr_ste", "rigl"],
 )

@@ -333,7 +333,9 @@ def test_movement_accumulates_weight_times_gradient() -> None:
     )
     found = state_of(three).state["weight_pruning"]["evidence"]["movement"]
     assert found.keys() == {name for name, p in three.named_parameters() if p.ndim > 1}
-    assert torch.equal(found["head.weight"], state_of(module).state["weight_pruning"]["evidence"]["movement"]["head.weight"])
+    assert torch.equal(
+        found["head.weight"], state_of(module).state["weight_pruning"]["evidence"]["movement"]["head.weight"]
+    )
 
 
 def test_data_dependent_scores_use_the_dense_gradient() -> None:
@@ -378,7 +380,11 @@ def test_wanda_scores_weight_times_norm_of_its_input() -> None:
         (lambda: ll.WeightPruning(ll.Sparsity(0.9), every_n_steps=0), ValueError, "expected an integer >= 1"),
         (lambda: ll.WeightPruning(ll.Sparsity(0.9), pattern=ll.NM(2, 4)), ValueError, "expected no other budget"),
         (lambda: ll.WeightPruning(ll.Sparsity(0.9), criterion="l1"), TypeError, "expected a Criterion, found str"),
-        (lambda: ll.WeightPruning(ll.Sparsity(0.9), criterion=ll.Magnitude), TypeError, r"Pass an instance: `Magnitude"),
+        (
+            lambda: ll.WeightPruning(ll.Sparsity(0.9), criterion=ll.Magnitude),
+            TypeError,
+            r"Pass an instance: `Magnitude",
+        ),
         (lambda: ll.WeightPruning(ll.Sparsity(0.9), schedule=0.5), TypeError, "expected a Schedule"),
         (lambda: ll.WeightPruning(ll.Sparsity(0.9), schedule=Falling()), ValueError, "expected a schedule that rises"),
         (lambda: SRSTE(decay=-1.0), ValueError, "expected a number >= 0"),
