@@ -124,8 +124,8 @@ def load_clustered(path: str | Path) -> dict[str, Tensor]:
             return {name: _read(file, name, shape) for name, shape in shapes.items()}
     except SafetensorError as error:
         raise ValueError(
-            f"`load_clustered({str(path)!r})`: expected a safetensors file from `save_clustered`, found another kind or "
-            f"a damaged one ({error}). Write it again."
+            f"`load_clustered({str(path)!r})`: expected a safetensors file from `save_clustered`, found another kind "
+            f"or a damaged one ({error}). Write it again."
         ) from error
 
 
@@ -158,7 +158,7 @@ def _coded(tensor: Tensor) -> _Coded | None:
 
 def _with_codebooks(tensor: Tensor, rows: int) -> _Coded | None:
     """Code ``tensor`` with a codebook for each of ``rows``; None where there are too many values."""
-    if not tensor.is_floating_point() or tensor.numel() < 2 * rows:
+    if not tensor.is_floating_point() or tensor.numel() < 2 * max(rows, 1):
         return None
     codebooks, assignments = [], []
     for row in tensor.reshape(rows, -1):

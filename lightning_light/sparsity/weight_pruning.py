@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_light.budgets import Sparsity
-from lightning_light.criteria.collector import EvidenceCollector
+from lightning_light.criteria.collector import PARAMETER_KINDS, EvidenceCollector
 from lightning_light.criteria.evidence import Criterion
 from lightning_light.order import DEFAULT_WINDOWS, Stage
 from lightning_light.progress import progress_at_step
@@ -163,8 +163,10 @@ class WeightPruning(MaskingCallback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Gather evidence from the dense gradients, accumulated, reduced and unscaled; then mask them."""
         assert self._collector is not None  # since `on_fit_start`
-        if not self.schedule.monotone or self.state(pl_module).get("fraction", 0.0) < 1.0:
-            self._collector.observe_step(parameters_of(optimizer))
+        finished = self.schedule.monotone and self.state(pl_module).get("fraction", 0.0) >= 1.0
+        if self.options.criterion.needs & PARAMETER_KINDS and not finished:
+            stepped = parameters_of(optimizer)
+            self._collector.observe_step([w.parameter for w in self._weights if w.parameter in stepped])
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
 
     @override

@@ -269,8 +269,8 @@ def test_tied_weights_are_clustered_once_and_stay_tied() -> None:
         ({"clusters": 1}, "expected 2 <= clusters <= 256"),
         ({"clusters": 300}, "expected 2 <= clusters <= 256"),
         ({"start": 1.5}, "a fraction of the run"),
-        ({"granularity": "row"}, "'layer' or 'channel'"),
-        ({"initialization": "kmeans++"}, "'linear' or 'density'"),
+        ({"granularity": "row"}, "expected one of 'layer', 'channel'"),
+        ({"initialization": "kmeans++"}, "expected one of 'linear', 'density'"),
     ],
 )
 @pytest.mark.parametrize("call", [WeightClustering, lambda **options: cluster(nn.Linear(8, 8), **options)])

@@ -220,13 +220,15 @@ def test_taylor_without_a_trainer_masks_the_smallest_products_of_weight_and_mean
 def test_sparse_kernels_are_refused_where_they_are_missing() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32))
     before = [model[0].weight, model[2].weight]
-    with pytest.raises(ValueError, match=r"`0`: expected at most 2 of every 4 .* found more.*NM\(2, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"`0`: expected at most 2 nonzero weights of every 4 .* found more.*NM\(2, 4\)"
+    ):
         ll.to_semi_structured(model)
     ll.prune_weights(model, pattern=ll.NM(2, 4))
     with pytest.raises(
         UnsupportedError, match=r"`0`: expected weights on an NVIDIA GPU .* found cpu.*compression only"
     ):
         ll.to_semi_structured(model)
-    with pytest.raises(ValueError, match=r"`0`: expected at most 2"):
+    with pytest.raises(ValueError, match=r"`0`: expected at most 2 nonzero"):
         ll.to_semi_structured(nn.Sequential(nn.Linear(6, 4)))
     assert [model[0].weight, model[2].weight] == before
