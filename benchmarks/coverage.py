@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import lightning_light as ll
 from lightning_light.dependency import trace_dependencies
-from lightning_light.dependency.trace import leaf_tensors
+from lightning_light.nested import tensors_in
 from tests.zoo import ZOO
 
 BREAKS = (RuntimeError, ValueError, IndexError, AssertionError, AttributeError, TypeError, KeyError, ZeroDivisionError)
@@ -30,7 +30,7 @@ BREAKS = (RuntimeError, ValueError, IndexError, AssertionError, AttributeError, 
 def shapes(net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[int, ...]]:
     """Of all outputs."""
     with torch.no_grad():
-        return [tuple(tensor.shape) for tensor in leaf_tensors(net.eval()(*args, **kwargs))]
+        return [tuple(tensor.shape) for tensor in tensors_in(net.eval()(*args, **kwargs), objects=True)]
 
 
 def size(net: nn.Module) -> int:

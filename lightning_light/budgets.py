@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import torch
 from typing_extensions import override
 
-from lightning_light.validation import Fraction, OpenFraction, validated
+from lightning_light.validation import Fraction, OpenFraction, check_argument, validated
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -139,6 +139,9 @@ class RelativeBudget(Budget):
     """
 
     remaining: OpenFraction
+
+    def __post_init__(self) -> None:  # for subclasses that are not `validated`
+        check_argument(type(self).__name__, "remaining", self.remaining, OpenFraction)
 
     @override
     def goal(self, dense: float) -> float:
@@ -356,7 +359,7 @@ class Latency(Budget):
     @override
     def measure(self, model: nn.Module, example: ExampleInput | None) -> float:
         """The median of 20 forward passes on the model's own device, after a warm-up of three."""
-        from lightning_light.measure.isolation import isolated
+        from lightning_light.isolation import isolated
         from lightning_light.measure.latency import measure_latency
 
         call = _given(self, example)

@@ -13,12 +13,14 @@ from typing_extensions import override
 
 from lightning_light.errors import NoEffectWarning
 from lightning_light.host.classes import Callback
+from lightning_light.host.strategy import rebuild_ddp
+from lightning_light.host.trainer import callbacks_of, is_restoring
 from lightning_light.int8 import Int8Weights
 from lightning_light.order import check_order
 from lightning_light.surgery.attachment import attach, has_state, record, release, state_of
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.checkpoint_monitoring import reset_monitoring
-from lightning_light.surgery.distributed import check_agreement, log_rank_zero, refuse_unsupported, rewrap
+from lightning_light.surgery.distributed import check_agreement, log_rank_zero, refuse_unsupported
 from lightning_light.surgery.manifest import register_state
 from lightning_light.surgery.optimizer import check_optimizers
 from lightning_light.surgery.state import CompressionState
@@ -92,8 +94,7 @@ class CompressionCallback(Callback):
         """Give the optimizers the parameters that their stored state belongs to, before it is loaded."""
         if self.structural:
             check_optimizers(trainer.optimizers)
-        resuming = bool(trainer._checkpoint_connector._loaded_checkpoint)  # emptied when all state is restored
-        attach(pl_module).reconcile(trainer.optimizers, pl_module, resuming=resuming)
+        attach(pl_module).reconcile(trainer.optimizers, pl_module, resuming=is_restoring(trainer))
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -198,7 +199,7 @@ class CompressionCallback(Callback):
         record(pl_module, averaged_models_of(trainer, pl_module), entry, kept)
         for peer in _peers(trainer):
             peer.on_surgery(trainer, pl_module, kept)
-        rewrap(trainer)
+        rebuild_ddp(trainer)
         if "torch._dynamo" in sys.modules:
             torch.compiler.reset()  # else the ninth shape falls back to eager code without a word
         reset_monitoring(trainer)
@@ -210,5 +211,4 @@ class CompressionCallback(Callback):
 
 
 def _peers(trainer: Trainer) -> list[CompressionCallback]:
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # an attribute set by a connector
-    return [callback for callback in callbacks if isinstance(callback, CompressionCallback)]
+    return [callback for callback in callbacks_of(trainer) if isinstance(callback, CompressionCallback)]

@@ -1,20 +1,20 @@
-"""One family of errors: everything that a user of this package may want to catch.
+"""Errors: everything that a user of this package may want to catch.
 
 ```
 Exception
 └── LightningLightError
     ├── BudgetError        (ValueError)           the budget cannot be reached
-    ├── TargetError        (ValueError)           the targets name no layer
+    ├── TargetError        (ValueError)           the targets match no layer
     ├── OrderError         (ValueError)           callbacks in an order that cannot work
     ├── TraceError         (RuntimeError)         the model cannot be traced
-    ├── SurgeryError       (RuntimeError)         an edit was refused; the model is as it was
+    ├── SurgeryError       (RuntimeError)         an edit was refused; the model is unchanged
     ├── ManifestError      (RuntimeError)         a checkpoint of another model, or a damaged one
-    ├── RankMismatchError  (RuntimeError)         processes of one run no longer agree
-    ├── ParityError        (RuntimeError)         an exported file answers differently from the model
-    └── UnsupportedError   (NotImplementedError)  a strategy, optimizer or launcher that cannot follow
+    ├── RankMismatchError  (RuntimeError)         the processes of a run have diverged
+    ├── ParityError        (RuntimeError)         the outputs of an exported file differ from the model's
+    └── UnsupportedError   (NotImplementedError)  a strategy, optimizer, launcher or layer that is not supported
 ```
 
-A message says, in this order: the call as the user wrote it, what was expected, what was found, how to mend it.
+A message consists of: the call as the user wrote it, what was expected, what was found, how to correct it.
 """
 
 __all__ = [
@@ -33,7 +33,7 @@ __all__ = [
 
 
 class LightningLightError(Exception):
-    """The root: catches every error of this package and nothing else."""
+    """Base class of every error of this package."""
 
 
 class BudgetError(LightningLightError, ValueError):
@@ -41,19 +41,19 @@ class BudgetError(LightningLightError, ValueError):
 
 
 class TargetError(LightningLightError, ValueError):
-    """The targets, or one of their patterns, name no layer of the model."""
+    """The targets, or one of their patterns, match no layer of the model."""
 
 
 class OrderError(LightningLightError, ValueError):
-    """Callbacks stand in an order, or act in windows, that cannot work together."""
+    """The order of the callbacks, or of their windows, cannot work."""
 
 
 class TraceError(LightningLightError, RuntimeError):
-    """The model cannot be traced, so it is not known which channels hang together."""
+    """The model cannot be traced, so it is not known which channels are coupled."""
 
 
 class SurgeryError(LightningLightError, RuntimeError):
-    """An edit was refused. The model and its optimizers are exactly as they were."""
+    """An edit was refused. The model and its optimizers are unchanged."""
 
 
 class ManifestError(LightningLightError, RuntimeError):
@@ -61,16 +61,16 @@ class ManifestError(LightningLightError, RuntimeError):
 
 
 class RankMismatchError(LightningLightError, RuntimeError):
-    """The processes of one run have decided differently. Raised on all of them."""
+    """The processes of a run have made different decisions. Raised on all of them."""
 
 
 class ParityError(LightningLightError, RuntimeError):
-    """An exported file does not answer as the model does."""
+    """The outputs of an exported file differ from those of the model by more than the tolerance."""
 
 
 class UnsupportedError(LightningLightError, NotImplementedError):
-    """A strategy, optimizer or launcher that cannot follow a change of structure. Says the way round."""
+    """A strategy, optimizer, launcher or layer does not support the change. The message has an alternative."""
 
 
 class NoEffectWarning(UserWarning):
-    """A method found nothing to do, or did nothing during a whole run."""
+    """A method had no effect during a whole run."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_light.errors import LightningLightError
+from lightning_light.host.modules import compiled_methods, is_step_call, trainer_of
+from lightning_light.nested import map_tensors, tensors_in
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -27,11 +29,31 @@ class ExampleInput:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def from_array(cls, example: Any) -> ExampleInput:
-        """What Lightning makes of an ``example_input_array``: a tuple is arguments, a dict is keyword arguments."""
-        if isinstance(example, tuple):
-            return cls(example)
-        return cls(kwargs=dict(example)) if isinstance(example, Mapping) else cls((example,))
+    def of(cls, value: Any) -> ExampleInput:
+        """Make an `ExampleInput` of what a user gives as example inputs, as Lightning reads ``example_input_array``.
+
+        Args:
+            value: a tensor or another single argument, a tuple of positional arguments, a dict of keyword arguments,
+                or an `ExampleInput`.
+
+        Raises:
+            TypeError: ``value`` is None.
+
+        Example:
+            >>> x = torch.zeros(1, 3)
+            >>> len(ExampleInput.of(x).args), len(ExampleInput.of((x, x)).args), list(ExampleInput.of({"x": x}).kwargs)
+            (1, 2, ['x'])
+        """
+        if value is None:
+            raise TypeError(
+                "`example_inputs=None`: expected a tensor, a tuple of positional arguments, a dict of keyword "
+                "arguments, or an `ExampleInput`. Give what `forward` is called with: `torch.randn(1, 3, 32, 32)`."
+            )
+        if isinstance(value, ExampleInput):
+            return value
+        if isinstance(value, tuple):
+            return cls(value)
+        return cls(kwargs=dict(value)) if isinstance(value, Mapping) else cls((value,))
 
     @property
     def samples(self) -> int:
@@ -68,7 +90,7 @@ class Capture:
             self._handle = None
 
     def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if _is_redirected(module) or not _is_training(module):
+        if is_step_call(module) or not _is_training(module):
             return
         self.example = ExampleInput(args, kwargs).small()
         self.remove()
@@ -91,9 +113,9 @@ def capture(pl_module: nn.Module, module: nn.Module | None = None) -> Capture:
     found = Capture()
     array = getattr(pl_module, "example_input_array", None) if module in (None, pl_module) else None
     if array is not None:
-        found.example = ExampleInput.from_array(array).small()
+        found.example = ExampleInput.of(array).small()
         return found
-    if getattr(pl_module, "_compiler_ctx", None) is not None:
+    if compiled_methods(pl_module):
         raise LightningLightError(
             f"`trainer.fit(torch.compile({type(pl_module).__name__}(...)))`: expected to see what the network is "
             "called with, found steps that are compiled, where no hook can look, and no `example_input_array`. Set "
@@ -103,48 +125,17 @@ def capture(pl_module: nn.Module, module: nn.Module | None = None) -> Capture:
     return found
 
 
-def _is_redirected(module: nn.Module) -> bool:
-    """Whether the call is ``training_step`` in disguise: DDP is given the batch through a patched ``forward``."""
-    return getattr(vars(module).get("forward"), "__qualname__", "").startswith("_ForwardRedirection")
-
-
 def _is_training(module: nn.Module) -> bool:
-    trainer = getattr(module, "_trainer", None)
+    trainer = trainer_of(module)
     return module.training if trainer is None else bool(trainer.training)
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in dicts, lists and tuples, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from tensors_in(item)
-
-
-def _map(value: Any, function: Any) -> Any:
-    """``function`` on every tensor in dicts, lists, tuples and named tuples; what else there is stays itself."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, dict):
-        return {key: _map(item, function) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_map(item, function) for item in value]
-    if isinstance(value, tuple):
-        items = [_map(item, function) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-    return value
-
-
 def _copy(value: Any, samples: int | None) -> Any:
-    return _map(value, lambda tensor: tensor.detach()[:samples].clone() if tensor.ndim else tensor.detach().clone())
+    return map_tensors(lambda tensor: (tensor.detach()[:samples] if tensor.ndim else tensor.detach()).clone(), value)
 
 
 def _move(value: Any, reference: Tensor) -> Any:
     def move(tensor: Tensor) -> Tensor:
         return tensor.to(reference) if tensor.is_floating_point() else tensor.to(reference.device)
 
-    return _map(value, move)
+    return map_tensors(move, value)

@@ -47,9 +47,9 @@ DEFAULT_WINDOWS: Mapping[Stage, Window] = MappingProxyType(
 def check_order(items: Sequence[Item]) -> None:
     """Refuse methods in an order that cannot work.
 
-    Channels are removed first, then weights are masked, then layers are factorized, then quantized; the export comes
-    last. Two methods with windows are compared by them: the later stage may begin when the earlier one has ended, or
-    at that very point if it also comes later in the list. Two methods of which one has no window are compared by
+    Channels are removed first, then weights are masked, then layers are factorized, clustered, quantized; the export
+    comes last. Two methods with windows are compared by them: the later stage may begin when the earlier one has ended
+    or, if it also comes later in the list, at that very point. Two methods of which one has no window are compared by
     their places in the list. A stage below `Stage.STRUCTURED` or above `Stage.EXPORT` (distillation, monitors) is in
     no order.
 

@@ -6,20 +6,12 @@ import math
 from typing import TYPE_CHECKING
 
 from lightning_light.host.classes import is_host
+from lightning_light.host.trainer import callbacks_of, steps_done
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 __all__ = ["progress_at_step", "steps_done", "steps_planned", "training_progress"]
-
-
-def steps_done(trainer: Trainer) -> int:
-    """Batches after which the optimizers stepped, since the first fit: Lightning's own axis for loggers.
-
-    Unlike ``trainer.global_step`` it does not count a batch twice for two optimizers in manual optimization, where
-    every batch counts as one step. It moves on between ``on_train_batch_end`` and the next ``on_train_batch_start``.
-    """
-    return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def steps_planned(trainer: Trainer) -> int:
@@ -92,7 +84,7 @@ def _limits(trainer: Trainer) -> tuple[float, float]:
 def _steps_by_epochs(trainer: Trainer, epochs: int) -> int:
     """The last batch of an epoch always steps; a `GradientAccumulationScheduler` may change the count."""
     batches = int(trainer.num_training_batches)
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by Lightning's callback connector
+    for callback in callbacks_of(trainer):
         if is_host(callback, "GradientAccumulationScheduler"):
             counts = (callback.get_accumulate_grad_batches(epoch) for epoch in range(epochs))
             return sum(math.ceil(batches / count) for count in counts)

@@ -179,6 +179,8 @@ def test_a_budget_of_a_user_is_one_class(net: nn.Module) -> None:
     assert budget.at(dense, 1.0) == pytest.approx(2.0)
     assert sum(budget.tensor_costs(net, EXAMPLE).values()) == pytest.approx(dense)
     require_reducible("StructuredPruning", budget, "channels")
+    with pytest.raises(ValueError, match=r"`Layers\(remaining=40\)`: expected 0 < remaining <= 1"):
+        Layers(40)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_light.callback import CompressionCallback
 from lightning_light.errors import NoEffectWarning, OrderError, UnsupportedError
+from lightning_light.host.patches import patches_of
 from lightning_light.order import Stage
 from lightning_light.surgery.attachment import state_of
 from tests.surgery.runs import HOSTS, MODULES, Events, Lit, Loader, same, trainer
@@ -69,7 +70,13 @@ def test_nothing_is_left_behind_but_the_wrappers_and_the_compression_state(host)
     trainer(events, host=host, max_epochs=1).fit(after, Loader())
     added = {name: value for name, value in inside(after).items() if name not in inside(before)}
     added = {name for name in added if not name.startswith("net.fc")}
-    assert added == {"._lightning_light_compression_state", ".on_save_checkpoint", ".on_load_checkpoint"}
+    assert added == {
+        "._lightning_light_compression_state",
+        "._lightning_light_patches",
+        ".on_save_checkpoint",
+        ".on_load_checkpoint",
+    }
+    assert [patch.name for patch in patches_of(after)] == ["on_save_checkpoint", "on_load_checkpoint"]
     for name in ("_forward_hooks", "_forward_pre_hooks", "_load_state_dict_pre_hooks", "_backward_hooks"):
         assert not any(getattr(child, name) for child in after.modules())
     assert [child.training for child in after.modules()] == [True] * len(list(after.modules()))

@@ -69,7 +69,7 @@ def test_default_windows_follow_one_another() -> None:
     items = [(stage.name, stage, window) for stage, window in DEFAULT_WINDOWS.items()]
     check_order(items)
     for (_, early), (_, late) in pairwise(sorted(DEFAULT_WINDOWS.items())):
-        assert 0.0 < early[0] < early[1] <= late[0] < late[1] <= 1.0
+        assert 0.0 < early[0] <= early[1] <= late[0] <= late[1] <= 1.0
 
 
 def test_a_stage_of_a_user_stands_between_two_of_ours() -> None:

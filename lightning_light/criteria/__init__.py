@@ -10,6 +10,7 @@ from lightning_light.criteria.movement import Movement, SoftMovement
 from lightning_light.criteria.norm import BatchNormScale
 from lightning_light.criteria.random import Random
 from lightning_light.criteria.reduction import Normalizer, Reduction, channel_scores, combine, normalize
+from lightning_light.criteria.torch_pruning import FromTorchPruning
 
 __all__ = [
     "Activation",
@@ -17,6 +18,7 @@ __all__ = [
     "Criterion",
     "Evidence",
     "EvidenceCollector",
+    "FromTorchPruning",
     "Gathered",
     "GeometricMedian",
     "GroupCriterion",

@@ -20,7 +20,7 @@ from lightning_light.criteria.evidence import Criterion, Evidence, GroupCriterio
 from lightning_light.criteria.movement import Movement
 from lightning_light.errors import UnsupportedError
 from lightning_light.example_input import ExampleInput, tensors_in
-from lightning_light.measure.isolation import isolated
+from lightning_light.isolation import isolated
 from lightning_light.surgery.edit import take
 
 __all__ = [

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_light.dependency.labels import LabelUnion, varying
+from lightning_light.module_stack import ModuleStack
 
 __all__ = ["TraceContext", "Split", "Tie"]
 
@@ -62,7 +63,8 @@ class TraceContext:
     shape_before: torch.Size = field(default_factory=torch.Size)
     _marks: MutableMapping[Tensor, list[Tensor]] = field(default_factory=WeakIdKeyDictionary)
     _counting: MutableMapping[Tensor, list[Tensor]] = field(default_factory=WeakIdKeyDictionary)
-    _stack: list[tuple[str, nn.Module, Tensor | None]] = field(default_factory=list)
+    modules: ModuleStack = field(default_factory=ModuleStack)
+    _widths: list[Tensor | None] = field(default_factory=list)
     _function: Any = None
 
     def marks(self, tensor: Tensor) -> list[Tensor]:
@@ -109,26 +111,25 @@ class TraceContext:
 
     def in_recurrent_layer(self) -> bool:
         """Whether the operation at hand runs inside an ``nn.RNNBase``."""
-        return bool(self._stack) and isinstance(self._stack[-1][1], nn.RNNBase)
+        return isinstance(self._module, nn.RNNBase)
 
     def splits_heads(self, mark: Tensor) -> bool:
         """Whether the rows of ``mark`` are this module's attention heads, and whole heads are to leave."""
-        module = self._stack[-1][1] if self._stack else None
-        counts = [getattr(module, name, None) for name in HEAD_COUNTS]
+        counts = [getattr(self._module, name, None) for name in HEAD_COUNTS]
         return self.heads == "head" and any(type(count) is int and _counts(count, mark) for count in counts)
 
     def tie(self, attribute: str, labels: Tensor | None) -> None:
         """The module at hand counts ``labels`` in ``attribute``, if it has it."""
-        if labels is not None and self._stack and hasattr(self._stack[-1][1], attribute):
-            number = getattr(self._stack[-1][1], attribute)
+        call = self.modules.current
+        if labels is not None and call is not None and hasattr(call.module, attribute):
+            number = getattr(call.module, attribute)
             once = type(number) is int and 1 < number < labels.numel()  # instance norm repeats them for every sample
-            self.ties.append(Tie(self._stack[-1][0], attribute, labels[:number] if once else labels))
+            self.ties.append(Tie(call.name, attribute, labels[:number] if once else labels))
 
     def note_split(self, mark: Tensor, dims: Sequence[int]) -> None:
         """Remember how the user's code cut a dimension into parts."""
-        if self._stack:
-            name, _, width = self._stack[-1]
-            self.splits.append(Split(name, mark.reshape([mark.shape[dim] for dim in dims]), width))
+        if (call := self.modules.current) is not None:
+            self.splits.append(Split(call.name, mark.reshape([mark.shape[dim] for dim in dims]), self._widths[-1]))
 
     def note_parts(self, mark: Tensor, dims: Sequence[int]) -> None:
         """Tie the attributes that count the heads, or a head's positions."""
@@ -142,10 +143,16 @@ class TraceContext:
             self._tie_by_name(WIDTHS, mark)
 
     def _tie_by_name(self, names: Sequence[str], mark: Tensor) -> None:
-        module = self._stack[-1][1] if self._stack else None
         for name in names:
-            if type(getattr(module, name, None)) is int and _counts(getattr(module, name), mark):
-                self.tie(name, mark.reshape(-1)[: getattr(module, name)])
+            number = getattr(self._module, name, None)
+            if type(number) is int and _counts(number, mark):
+                self.tie(name, mark.reshape(-1)[:number])
+
+    @property
+    def _module(self) -> nn.Module | None:
+        """The innermost module that is running."""
+        call = self.modules.current
+        return None if call is None else call.module
 
 
 def _counts(number: int, mark: Tensor) -> bool:

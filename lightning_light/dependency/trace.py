@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -10,15 +10,19 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
+from typing_extensions import override
 
 from lightning_light.dependency.context import Tie, TraceContext
 from lightning_light.dependency.labels import LabelUnion
 from lightning_light.dependency.rules import RULES, elementwise, unknown
 from lightning_light.errors import TraceError
-from lightning_light.measure.isolation import uncompiled, unfused_kernels
+from lightning_light.isolation import isolated, unfused_kernels
+from lightning_light.module_stack import ModuleCall, ModuleStack
+from lightning_light.nested import tensors_in
 
-__all__ = ["FORWARD_ERRORS", "Leaf", "Tracer", "leaf_tensors", "quiet", "trace"]
+__all__ = ["FORWARD_ERRORS", "Leaf", "Tracer", "running", "trace"]
 
 FORWARD_ERRORS = (
     RuntimeError,  # also NotImplementedError
@@ -59,6 +63,7 @@ class Tracer(TraceContext, TorchDispatchMode):  # type: ignore[no-untyped-call] 
 
     def __post_init__(self) -> None:
         TorchDispatchMode.__init__(self)  # type: ignore[no-untyped-call]
+        self.modules = _Modules(self)
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -67,7 +72,7 @@ class Tracer(TraceContext, TorchDispatchMode):  # type: ignore[no-untyped-call] 
         kwargs = kwargs or {}
         self.shape_before = args[0].shape if args and isinstance(args[0], Tensor) else torch.Size()
         before = self._marks.get(args[0]) if args and isinstance(args[0], Tensor) else None
-        read = leaf_tensors([args, kwargs])
+        read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         self._used.update(self._names[x] for x in read if x in self._names)
         for mark in (mark for x in read for mark in self._counting.get(x, ())):
             self.book.protect(mark, "is chosen by its number, which other operations use")
@@ -78,7 +83,7 @@ class Tracer(TraceContext, TorchDispatchMode):  # type: ignore[no-untyped-call] 
         if before is not None and args[0] is out:
             self._marks[out] = before
         found(self, name, args, kwargs, out)
-        self.history.append((name, [self._marks.get(x, []) for x in leaf_tensors(out)]))
+        self.history.append((name, [self._marks.get(x, []) for x in tensors_in(out)]))
         return out
 
     def watch(self, model: nn.Module, known: Known | None = None) -> None:
@@ -93,17 +98,7 @@ class Tracer(TraceContext, TorchDispatchMode):  # type: ignore[no-untyped-call] 
                     marks.append(labels.reshape([size if d == dim else 1 for d in range(tensor.dim())]))
             self._marks[tensor] = marks
             self._names[tensor] = name
-
-    def enter(self, name: str, module: nn.Module, args: Sequence[Any]) -> None:
-        """A module's forward begins."""
-        source = next((arg for arg in args if isinstance(arg, Tensor) and arg.dim()), None)
-        with _disable_current_modes():
-            width = None if source is None else self.along(source, source.dim() - 1)
-        self._stack.append((name, module, width))
-
-    def leave(self) -> None:
-        """A module's forward ends."""
-        self._stack.pop()
+        self.modules.watch(model)
 
     def after(self, positions: Mapping[str, Mapping[int, Tensor]]) -> tuple[LabelUnion, Known]:
         """What to start a second trace with, when only ``positions`` of the tensors are left."""
@@ -145,21 +140,25 @@ def trace(
         TraceError: the forward pass fails.
     """
     tracer = Tracer(heads=heads, book=book or LabelUnion())
-    tracer.watch(model, known)
-    with quiet(model), _module_names(model, tracer), tracer:
+    with running(model):
+        tracer.watch(model, known)
         try:
-            out = model(*args, **(kwargs or {}))
+            with tracer:
+                out = model(*args, **(kwargs or {}))
         except FORWARD_ERRORS as error:
             raise TraceError(
                 f"`{type(model).__name__}` does not run on the example input: {type(error).__name__}: {error}. "
                 "Expected one forward pass in eval mode. Give an input that `forward` accepts: "
                 "`self.example_input_array = ...` in the module."
             ) from error
-    tracer.output_shapes = [tuple(tensor.shape) for tensor in leaf_tensors(out)]
-    for tensor in leaf_tensors(out):
+        finally:
+            tracer.modules.remove()
+    outputs = list(tensors_in(out, objects=True))
+    tracer.output_shapes = [tuple(tensor.shape) for tensor in outputs]
+    for tensor in outputs:
         for mark in tracer.marks(tensor):
             tracer.book.protect(mark, "makes the network's output")
-    tracer.history.append(("output", [tracer.marks(tensor) for tensor in leaf_tensors(out)]))
+    tracer.history.append(("output", [tracer.marks(tensor) for tensor in outputs]))
     if known is None:
         _tie_attention(model, tracer)
         _keep_projections(model, tracer)
@@ -168,54 +167,30 @@ def trace(
 
 
 @contextmanager
-def quiet(model: nn.Module) -> Iterator[None]:
-    """A forward pass as the user wrote it, hooks and all, that leaves no trace: modes, buffers, random state."""
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+def running(model: nn.Module) -> Iterator[None]:
+    """Isolate ``model``, and run it as the user wrote it: with its forward hooks, and every product visible."""
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-    kernels = unfused_kernels(convolutions=not recurrent)
-    with torch.random.fork_rng(devices), torch.no_grad(), uncompiled(model), kernels:
-        try:
-            model.eval()
-            yield
-        finally:
-            for module, mode in modes:
-                module.training = mode
-            for buffer, value in buffers:
-                if buffer.shape == value.shape and not torch.equal(buffer, value):
-                    buffer.copy_(value)
-
-
-@contextmanager
-def _module_names(model: nn.Module, tracer: Tracer) -> Iterator[None]:
-    """Tell ``tracer`` which module runs."""
-
-    def before(name: str) -> Callable[..., None]:
-        return lambda module, args: tracer.enter(name, module, args)
-
-    handles = []
-    for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(before(name)))
-        handles.append(module.register_forward_hook(lambda *_: tracer.leave(), always_call=True))
-    try:
+    with isolated(model, hooks=True), unfused_kernels(convolutions=not recurrent):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-def leaf_tensors(value: Any) -> list[Tensor]:
-    """Every tensor in nested lists, tuples, mappings and plain objects, in order."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        return [tensor for item in value for tensor in leaf_tensors(item)]
-    if hasattr(value, "__dict__"):
-        return [tensor for item in vars(value).values() for tensor in leaf_tensors(item)]
-    return []
+class _Modules(ModuleStack):
+    """Keep for each running call which channels stand along the last dimension of its input."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self._tracer = tracer
+
+    @override
+    def entered(self, call: ModuleCall) -> None:
+        source = next((arg for arg in call.args if isinstance(arg, Tensor) and arg.dim()), None)
+        with _disable_current_modes():
+            width = None if source is None else self._tracer.along(source, source.dim() - 1)
+        self._tracer._widths.append(width)
+
+    @override
+    def left(self, call: ModuleCall, output: Any) -> None:
+        self._tracer._widths.pop()
 
 
 def _tie_attention(model: nn.Module, tracer: Tracer) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_light.example_input import tensors_in
+from lightning_light.nested import tensors_in
 from lightning_light.surgery.distributed import digest
 
 __all__ = ["TeacherOutputCache", "caches_of", "fingerprints"]

@@ -17,7 +17,8 @@ from lightning_light.distillation.selectors import Selector, labels_of, select
 from lightning_light.distillation.self_teacher import InModelTeacher
 from lightning_light.distillation.step_patch import Call
 from lightning_light.distillation.teachers import Teacher
-from lightning_light.example_input import ExampleInput, tensors_in
+from lightning_light.example_input import ExampleInput
+from lightning_light.nested import tensors_in
 
 __all__ = ["Distiller", "Reading", "Term"]
 
@@ -173,7 +174,7 @@ class Distiller:
     def _ask(self, place: int, teacher: Teacher, call: Call, batch: Any) -> Tensor | None:
         """The teacher's answer; its features are heard by the listeners."""
         inputs = self.reading.inputs
-        given = ExampleInput(call.args, call.kwargs) if inputs is None else ExampleInput.from_array(inputs(batch))
+        given = ExampleInput(call.args, call.kwargs) if inputs is None else ExampleInput.of(inputs(batch))
         if self.caches:
             answer: Tensor | None = self._recall(self.caches[place], teacher, given, batch)
         else:

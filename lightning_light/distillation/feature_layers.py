@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_light.distillation.loss import Taps
 from lightning_light.errors import TargetError
-from lightning_light.example_input import tensors_in
+from lightning_light.nested import tensors_in
 
 __all__ = ["FeatureHooks", "match_resolutions", "pair_feature_layers", "part_of"]
 

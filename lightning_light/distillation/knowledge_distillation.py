@@ -22,8 +22,10 @@ from lightning_light.distillation.loss_balancing import gradient_factors
 from lightning_light.distillation.projectors import Projectors, discard, owner_of
 from lightning_light.distillation.selectors import Selector
 from lightning_light.distillation.self_teacher import InModelTeacher, copy_of_student, move_towards
-from lightning_light.distillation.step_patch import StudentHook, Wrapping, add_to
+from lightning_light.distillation.step_patch import StudentHook, add_to
 from lightning_light.distillation.teachers import LiveTeacher, SelfTeacher, Teacher, TeacherSource, as_source
+from lightning_light.host.patches import InstancePatch, wrap_method
+from lightning_light.host.trainer import is_accumulating, is_restoring
 from lightning_light.order import Stage
 from lightning_light.progress import steps_done, training_progress
 from lightning_light.schedules import Schedule, resolve
@@ -136,9 +138,9 @@ class KnowledgeDistillation(CompressionCallback):
         self._end = 1.0
         self._watch: StudentHook | None = None
         self._distiller: Distiller | None = None
-        self._wrappings: list[Wrapping] = []
+        self._wrappings: list[InstancePatch] = []
         self._projectors: Projectors | None = None
-        self._average_model: nn.Module | None = None  # the name by which surgery finds averaged copies
+        self.averaged_model: nn.Module | None = None  # surgery changes it along with the student
         self._batch: Any = None
         self._begun = False
         self._scalars: dict[str, Tensor] = {}
@@ -156,7 +158,7 @@ class KnowledgeDistillation(CompressionCallback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Build the teachers, and give the optimizer the projectors that its stored state belongs to."""
-        resuming = bool(trainer._checkpoint_connector._loaded_checkpoint)
+        resuming = is_restoring(trainer)
         if self._projectors is not None:
             discard(self._projectors, trainer.optimizers)  # of an earlier fit with the same optimizers
         state = self.state(pl_module)
@@ -199,8 +201,7 @@ class KnowledgeDistillation(CompressionCallback):
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """DDP does not know the projectors: take the mean of their gradients, before they are unscaled or clipped."""
         assert self._projectors is not None  # made in `on_fit_start`
-        accumulating = pl_module.automatic_optimization and trainer.fit_loop._should_accumulate()
-        if trainer.world_size > 1 and not accumulating:
+        if trainer.world_size > 1 and not is_accumulating(trainer):
             for parameter in self._projectors.parameters():
                 gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 parameter.grad = reduce_mean(trainer, gradient)
@@ -225,8 +226,8 @@ class KnowledgeDistillation(CompressionCallback):
             self._distiller.follow(kept or {}, pl_module)
             self._distiller.listen(pl_module.get_submodule(self.student or ""))
             self._watch.listen(pl_module)
-        if self._average_model is not None:
-            self.state(pl_module)["self"] = {"weights": dict(self._average_model.state_dict())}
+        if self.averaged_model is not None:
+            self.state(pl_module)["self"] = {"weights": dict(self.averaged_model.state_dict())}
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -257,7 +258,7 @@ class KnowledgeDistillation(CompressionCallback):
             self._watch.remove()
         if self._distiller is not None:
             self._distiller.release()
-        self._wrappings, self._watch, self._distiller, self._average_model = [], None, None, None
+        self._wrappings, self._watch, self._distiller, self.averaged_model = [], None, None, None
         self._batch, self._scalars, self._begun = None, {}, False
 
     def _reading(self) -> Reading:
@@ -282,7 +283,7 @@ class KnowledgeDistillation(CompressionCallback):
         part = copied.get_submodule(self.student or "")
         if source.decay is None:
             return Teacher(part, like)
-        self._average_model = copied
+        self.averaged_model = copied
         return Teacher(part, like, prefix=f"{self.student}." if self.student else "")
 
     def _caches(self, trainer: Trainer, state: dict[str, Any], teachers: Sequence[Teacher]) -> list[TeacherOutputCache]:
@@ -293,10 +294,10 @@ class KnowledgeDistillation(CompressionCallback):
 
     def _wrap(self, trainer: Trainer, pl_module: LightningModule) -> None:
         step = functools.partial(self._training_step, trainer, pl_module)
-        self._wrappings = [Wrapping(pl_module, "training_step", step)]
+        self._wrappings = [wrap_method(pl_module, "training_step", step)]
         if not pl_module.automatic_optimization:
             backward = functools.partial(self._manual_backward, trainer, pl_module)
-            self._wrappings.append(Wrapping(pl_module, "manual_backward", backward))
+            self._wrappings.append(wrap_method(pl_module, "manual_backward", backward))
 
     def _training_step(
         self, trainer: Trainer, pl_module: LightningModule, original: Callable[..., Any], *args: Any, **kwargs: Any
@@ -341,9 +342,9 @@ class KnowledgeDistillation(CompressionCallback):
     def _follow_average(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A moving average follows the last step; not before DDP has given all ranks the buffers of the first."""
         state = self.state(pl_module)
-        if self._average_model is not None and state.get("averaged", 0) != steps_done(trainer):
+        if self.averaged_model is not None and state.get("averaged", 0) != steps_done(trainer):
             decay = next(s.decay for s in self._sources if isinstance(s, SelfTeacher) and s.decay is not None)
-            move_towards(self._average_model, pl_module, 1.0 - decay)
+            move_towards(self.averaged_model, pl_module, 1.0 - decay)
             state["averaged"] = steps_done(trainer)
 
     def _shares(self, trainer: Trainer) -> list[float]:

@@ -7,7 +7,6 @@ optimization the loss is met in ``manual_backward``, before it is scaled.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["Call", "StudentHook", "Wrapping"]
+__all__ = ["Call", "StudentHook", "add_to"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,42 +84,6 @@ class StudentHook:
                 self.called[name] = Call(args, kwargs, output)
 
         return keep
-
-
-class Wrapping:
-    """One method of an instance, wrapped; `undo` also when somebody else has wrapped it since.
-
-    Args:
-        owner: the instance.
-        name: of the method.
-        around: the method, and its arguments -> what is returned in its place.
-    """
-
-    def __init__(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
-        original = getattr(owner, name)
-        had = vars(owner).get(name)
-
-        @functools.wraps(original)
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            return around(original, *args, **kwargs) if self._active else original(*args, **kwargs)
-
-        self._owner, self._name, self._active = owner, name, True
-        wrapper._undone = lambda: (not self._active, had)  # type: ignore[attr-defined]
-        setattr(owner, name, wrapper)
-
-    def undo(self) -> None:
-        """Take the wrapper away, and every one below it that is done too; or leave it, passing through."""
-        self._active = False
-        current = vars(self._owner).get(self._name)
-        while current is not None and hasattr(current, "_undone"):
-            done, had = current._undone()
-            if not done:
-                return
-            if had is None:
-                vars(self._owner).pop(self._name)
-            else:
-                vars(self._owner)[self._name] = had
-            current = had
 
 
 def add_to(output: Any, extra: Tensor) -> Any:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_light.isolation import uncompile
+
 __all__ = ["detached_copy"]
 
 M = TypeVar("M", bound=nn.Module)
@@ -91,14 +93,9 @@ def _is_of_host(value: object) -> bool:
 
 
 def _uncompiled(model: M) -> M:
-    """Put every compiled module back: compiled code cannot be traced. ``model`` itself is not compiled by a wrapper."""
+    """Make every compiled module run as written: compiled code cannot be traced."""
+    uncompile(model)
     for module in list(model.modules()):
-        attributes = vars(module)
-        if attributes.get("_compiled_call_impl") is not None:
-            attributes["_compiled_call_impl"] = None
-        if attributes.get("_compiler_ctx") is not None:  # a LightningModule that was compiled as a whole
-            attributes["_compiler_ctx"] = None
-            attributes.pop("forward", None)
         for name, child in module.named_children():
             module._modules[name] = _original(child)
     return _original(model)

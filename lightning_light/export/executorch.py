@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from lightning_light.export.inputs import Positional
 from lightning_light.export.int8 import traced_int8
 from lightning_light.export.program import FAILURES, Program, advice, flat_tensors, quiet_torch
 from lightning_light.int8 import PairRules
+from lightning_light.warning_filters import ignored_warnings
 
 __all__ = ["ExecuTorch"]
 
@@ -237,8 +237,9 @@ def _set_threads(count: int, in_use: bool) -> None:
 @contextmanager
 def _quiet_bindings() -> Iterator[None]:
     """Silence ExecuTorch's news about itself: an experimental interface, and old ways to read its own files."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="This API is experimental")
-        warnings.filterwarnings("ignore", message=r"\w+ is deprecated. Use files\(\) instead")
-        warnings.filterwarnings("ignore", message=r"`torch\.jit\.\w+` is deprecated")
+    with ignored_warnings(
+        "This API is experimental",
+        r"\w+ is deprecated. Use files\(\) instead",
+        r"`torch\.jit\.\w+` is deprecated",
+    ):
         yield

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-import random
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
 
@@ -34,6 +31,7 @@ from lightning_light.export.parity import Parity, Tolerance, compare
 from lightning_light.export.report import ExportReport
 from lightning_light.export.top1 import Labelled, compare_top1
 from lightning_light.export.torchscript_lite import TorchScriptLite
+from lightning_light.isolation import plain_execution
 from lightning_light.measure import count_cost, deflated_bytes, file_bytes, measure_latency
 from lightning_light.measure.latency import torch_threads
 
@@ -101,7 +99,7 @@ def export_model(
     """
     check_options(path, exporter, batch, latency_runs, latency_threads)
     exporter.check()
-    with _isolated(), _unfinished(Path(path)) as part:
+    with plain_execution(), _unfinished(Path(path)) as part:
         given = cloned(ExampleInput(args, dict(kwargs or {})))
         example = given if batch == "as_given" else first_sample(given)
         right = Positional(detached_copy(model), example)
@@ -238,25 +236,6 @@ def _described(right: Positional, tensors: tuple[Any, ...]) -> list[dict[str, An
         for place, leaf in tree_flatten_with_path(in_order(value))[0]
         if isinstance(leaf, Tensor)
     ]
-
-
-@contextmanager
-def _isolated() -> Iterator[None]:
-    """No gradients, no autocast, no inference tensors; generators go on afterwards where they were."""
-    numpy = sys.modules.get("numpy")
-    states = random.getstate(), numpy.random.get_state() if numpy else None
-    try:
-        with (
-            torch.random.fork_rng(devices=[]),  # a copy on the CPU draws from no other
-            torch.autocast("cpu", enabled=False),
-            torch.inference_mode(False),
-            torch.no_grad(),
-        ):
-            yield
-    finally:
-        random.setstate(states[0])
-        if numpy:
-            numpy.random.set_state(states[1])
 
 
 @contextmanager

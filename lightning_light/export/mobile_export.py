@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from typing_extensions import override
 
 from lightning_light.callback import CompressionCallback
-from lightning_light.errors import LightningLightError, UnsupportedError
+from lightning_light.errors import LightningLightError
 from lightning_light.example_input import Capture, ExampleInput, capture
 from lightning_light.export.copies import detached_copy
 from lightning_light.export.exporter import Exporter
@@ -34,7 +34,7 @@ from lightning_light.export.top1 import Labelled
 from lightning_light.host.classes import is_host
 from lightning_light.int8 import rounders_of
 from lightning_light.order import Stage
-from lightning_light.surgery.distributed import broadcast, log_rank_zero
+from lightning_light.surgery.distributed import broadcast, log_rank_zero, refuse_sharding
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -139,13 +139,12 @@ class MobileExport(CompressionCallback):
         self._refuse_shared_path(trainer)
         self.exporter.check()
         self._check_int8(trainer, pl_module)
-        strategy = trainer.strategy
-        if strategy.restore_checkpoint_after_setup or not strategy.lightning_restore_optimizer:
-            raise UnsupportedError(
-                f"`MobileExport` with `{type(strategy).__name__}`: expected a strategy that leaves parameters whole "
-                "(one device, or 'ddp'), found one that shards or owns them. Save a full checkpoint, load it in one "
-                "process, and call `export_model` on it."
-            )
+        refuse_sharding(
+            trainer,
+            "MobileExport",
+            "one process exports the whole network",
+            "Save a full checkpoint, load it in one process, and call `export_model` on it.",
+        )
         if self.checkpoint == "best" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             _best_of(trainer)
 

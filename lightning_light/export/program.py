@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from lightning_light.errors import LightningLightError, TraceError
 from lightning_light.example_input import ExampleInput
 from lightning_light.export.attention import plain_attention
 from lightning_light.export.inputs import Positional, cloned, in_order
+from lightning_light.warning_filters import ignored_warnings
 
 __all__ = ["Flat", "Program", "flat_tensors", "quiet_torch", "traced"]
 
@@ -186,8 +186,9 @@ def advice(call: str, model: Positional, error: BaseException) -> str:
 @contextmanager
 def quiet_torch() -> Iterator[None]:
     """Silence what torch warns of its own code while it exports, and nothing else."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`", category=FutureWarning)
-        warnings.filterwarnings("ignore", message=r"(?s)The tensor attributes? .* assigned during export")
-        warnings.filterwarnings("ignore", message="_check_is_size will be removed", category=FutureWarning)
+    with ignored_warnings(
+        r"`isinstance\(treespec, LeafSpec\)`",
+        r"(?s)The tensor attributes? .* assigned during export",
+        "_check_is_size will be removed",
+    ):
         yield

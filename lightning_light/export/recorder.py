@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_light.example_input import ExampleInput
 from lightning_light.export.inputs import cloned
+from lightning_light.host.modules import is_step_call
 
 __all__ = ["Recorder"]
 
@@ -47,12 +48,6 @@ class Recorder:
         self.calls, self._recording = self._recording or self.calls, []
 
     def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if torch.compiler.is_compiling() or _is_redirected(module) or len(self._recording) >= self._limit:
+        if torch.compiler.is_compiling() or is_step_call(module) or len(self._recording) >= self._limit:
             return
         self._recording.append(cloned(ExampleInput(args, dict(kwargs))))
-
-
-def _is_redirected(module: nn.Module) -> bool:
-    """Whether DDP has called ``forward`` to reach one of the steps: its arguments are the step's."""
-    forward = vars(module).get("forward")
-    return getattr(forward, "__qualname__", "").startswith("_ForwardRedirection")

@@ -27,6 +27,7 @@ from lightning_light.export.exporter import Exporter
 from lightning_light.export.inputs import Positional
 from lightning_light.export.int8 import described, rounder_of
 from lightning_light.int8 import QUANTIZED_TENSORS_ARE_DEPRECATED, Int8Weights
+from lightning_light.warning_filters import ignored_warnings
 
 __all__ = ["Engine", "TorchScriptLite"]
 
@@ -141,8 +142,7 @@ def _engine(name: str | None) -> Iterator[None]:
     before = torch.backends.quantized.engine
     torch.backends.quantized.engine = before if name is None else name
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", QUANTIZED_TENSORS_ARE_DEPRECATED)
+        with ignored_warnings(QUANTIZED_TENSORS_ARE_DEPRECATED):
             yield
     finally:
         torch.backends.quantized.engine = before
@@ -199,9 +199,7 @@ def _runtime() -> Any:
 @contextmanager
 def quiet_deprecations() -> Iterator[None]:
     """Silence torch's news that TorchScript is deprecated, and nothing else: whoever exports to it knows."""
-    with warnings.catch_warnings():
-        for message in _DEPRECATIONS:  # a DeprecationWarning in some releases, a FutureWarning in others
-            warnings.filterwarnings("ignore", message=message)
+    with ignored_warnings(*_DEPRECATIONS):  # a DeprecationWarning in some releases, a FutureWarning in others
         yield
 
 

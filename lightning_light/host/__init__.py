@@ -1,1 +1,1 @@
-"""The host: everything that depends on Lightning's class trees and private names."""
+"""Everything that depends on Lightning: both class trees, private names, and patches of the user's instance."""

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from lightning_light.budgets import Budget
-from lightning_light.example_input import ExampleInput, tensors_in
+from lightning_light.example_input import ExampleInput
+from lightning_light.isolation import isolated
 from lightning_light.lowrank.attention import opened_weights
 from lightning_light.lowrank.build import build_factors, compose
 from lightning_light.lowrank.layers import Layer
 from lightning_light.lowrank.spectra import Ranks, Spectrum
 from lightning_light.measure.cost import count_cost
-from lightning_light.measure.isolation import isolated
 from lightning_light.measure.latency import measure_latency
 from lightning_light.measure.size import tensor_bytes
+from lightning_light.nested import tensors_in
 
 __all__ = ["LayerTimer", "OutputProbe", "quantity"]
 

@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_light.example_input import ExampleInput, tensors_in
+from lightning_light.example_input import ExampleInput
+from lightning_light.isolation import isolated
 from lightning_light.lowrank.attention import opened_weights
 from lightning_light.lowrank.build import factor_form
 from lightning_light.lowrank.layers import Layer
-from lightning_light.measure.isolation import isolated
+from lightning_light.nested import tensors_in
 
 __all__ = ["InputWatch", "add_gradients", "as_call", "from_batches", "mean_evidence"]
 

@@ -151,7 +151,7 @@ def _example(module: Any, args: tuple[Any, ...] | None, kwargs: Mapping[str, Any
             f"`factorize_checkpoint({type(module).__name__})`: expected an example of a call, found no `args` and no "
             "`example_input_array`. Give for instance `args=(torch.zeros(1, 3, 32, 32),)`."
         )
-    return ExampleInput.from_array(array).to(module)
+    return ExampleInput.of(array).to(module)
 
 
 def _check_data(factorization: LowRankFactorization) -> None:

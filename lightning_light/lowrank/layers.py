@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lightning_light.example_input import ExampleInput, tensors_in
+from lightning_light.example_input import ExampleInput
+from lightning_light.isolation import isolated
 from lightning_light.lowrank.attention import Blocks, OpenAttention, opened_weights, why_closed
 from lightning_light.lowrank.build import current_ranks, dense_weight, factor_form
-from lightning_light.measure.isolation import isolated
+from lightning_light.nested import tensors_in
 
 __all__ = ["Layer", "find_layers"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -11,11 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode
+from typing_extensions import override
 
-from lightning_light.measure.isolation import isolated, unfused_kernels
+from lightning_light.isolation import isolated, unfused_kernels
+from lightning_light.module_stack import ModuleCall, ModuleStack
 
 __all__ = ["Cost", "count_cost", "count_params"]
 
@@ -114,45 +116,41 @@ def _run(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], shapes: FakeTensorMode | None
 ) -> dict[str, int]:
     counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
-    compression_state = _Ledger(model, counter.get_total_flops)
+    flops = _FlopsByModule(counter.get_total_flops)
     with ExitStack() as stack:
         stack.enter_context(isolated(model))
         stack.enter_context(unfused_kernels())
-        stack.callback(register_module_forward_pre_hook(compression_state.enter).remove)
-        stack.callback(register_module_forward_hook(compression_state.leave, always_call=True).remove)
+        flops.watch(model)
+        stack.callback(flops.remove)
         if shapes is not None:
             stack.enter_context(shapes)
         stack.enter_context(counter)
         model(*args, **kwargs)
-    return compression_state.close()
+        flops.update()
+    return {name: count // 2 for name, count in flops.counts.items() if count}
 
 
-class _Ledger:
-    """Books what was counted since the last entry or exit to the innermost module at the time."""
+class _FlopsByModule(ModuleStack):
+    """Assign what was counted since the last call or return to the innermost module that was running."""
 
-    def __init__(self, model: nn.Module, total: Callable[[], int]) -> None:
-        self._names = {module: name for name, module in model.named_modules()}
+    def __init__(self, total: Callable[[], int]) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
         self._total = total
-        self._booked = 0
-        self._stack = [""]
-        self._flops = dict.fromkeys(self._names.values(), 0)
+        self._assigned = 0
 
-    def enter(self, module: nn.Module, args: object) -> None:
-        self._book()
-        self._stack.append(self._names.get(module, self._stack[-1]))  # a stranger counts for its caller
+    @override
+    def entered(self, call: ModuleCall) -> None:
+        self.update(self.calls[-2] if len(self.calls) > 1 else None)
 
-    def leave(self, module: nn.Module, args: object, output: object) -> None:
-        self._book()
-        self._stack.pop()
+    @override
+    def left(self, call: ModuleCall, output: Any) -> None:
+        self.update(call)
 
-    def close(self) -> dict[str, int]:
-        self._book()
-        return {name: flops // 2 for name, flops in self._flops.items() if flops}
-
-    def _book(self) -> None:
+    def update(self, call: ModuleCall | None = None) -> None:
         total = self._total()
-        self._flops[self._stack[-1]] += total - self._booked
-        self._booked = total
+        self.counts[call.name if call is not None else ""] += total - self._assigned
+        self._assigned = total
 
 
 # Products that torch's own table leaves out. An operator's formula sees shapes in place of tensors.

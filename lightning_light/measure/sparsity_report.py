@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lightning_light.isolation import isolated
 from lightning_light.measure.cost import Cost, count_params
-from lightning_light.measure.isolation import isolated
 from lightning_light.measure.layer_table import LayerRow, effective_macs, layer_table, matrices
 from lightning_light.measure.size import deflated_bytes, tensor_bytes
 from lightning_light.measure.sparsity import zero_fraction

@@ -11,9 +11,11 @@ from rich.measure import Measurement
 from typing_extensions import override
 
 from lightning_light.callback import CompressionCallback
-from lightning_light.errors import UnsupportedError
 from lightning_light.example_input import capture
 from lightning_light.host.classes import is_host
+from lightning_light.host.modules import add_hparams, logs_hparams
+from lightning_light.host.patches import InstancePatch
+from lightning_light.host.trainer import callbacks_of
 from lightning_light.measure.layer_stats import layer_stats
 from lightning_light.measure.size import deflated_bytes
 from lightning_light.measure.sparsity import mask_churn
@@ -24,6 +26,7 @@ from lightning_light.monitors.scalars import PREFIX, custom_layout, layer_scalar
 from lightning_light.monitors.table import compression_markdown, compression_table, human_bytes, human_count
 from lightning_light.order import Stage
 from lightning_light.progress import steps_done
+from lightning_light.surgery.distributed import refuse_sharding
 from lightning_light.targets import Targets, as_targets
 
 if TYPE_CHECKING:
@@ -95,7 +98,7 @@ class CompressionMonitor(CompressionCallback):
     _masks: Mapping[str, Tensor] | None = None  # copies, as they were at the last look
     _parameters: tuple[nn.Parameter, ...] = ()
     _seen: tuple[Any, ...] = ()
-    _borrowed: tuple[Any, Any] | None = None  # whose hyper-parameters, and what they were
+    _hparams_patch: InstancePatch | None = None
 
     def __init__(
         self,
@@ -133,13 +136,12 @@ class CompressionMonitor(CompressionCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a strategy under which a process sees only its share of the parameters."""
         super().setup(trainer, pl_module, stage)
-        strategy = trainer.strategy
-        if strategy.restore_checkpoint_after_setup or not strategy.lightning_restore_optimizer:
-            raise UnsupportedError(
-                f"`CompressionMonitor` with `{type(strategy).__name__}`: expected a strategy that leaves parameters "
-                "whole (one device, or 'ddp'), found one that shards or owns them, so that no process can count them. "
-                "Leave the monitor out, or use `strategy='ddp'`."
-            )
+        refuse_sharding(
+            trainer,
+            "CompressionMonitor",
+            "each process counts all of them",
+            "Leave the monitor out, or use `strategy='ddp'`.",
+        )
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -151,12 +153,12 @@ class CompressionMonitor(CompressionCallback):
         if is_countable(pl_module):
             self._chronicle = self._begin(pl_module)
         if self.hparams and trainer.is_global_zero:
-            self._lend_hparams(trainer, pl_module)
+            self._add_hparams(trainer, pl_module)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the user's hyper-parameters back: Lightning has logged them by now."""
-        self._return_hparams()
+        self._remove_hparams()
         self._last_step = None
         self._masks = self._copy_masks(pl_module)
 
@@ -191,7 +193,7 @@ class CompressionMonitor(CompressionCallback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Show the result: here, because other callbacks have exported and converted in ``on_fit_end``."""
         super().teardown(trainer, pl_module, stage)
-        self._return_hparams()
+        self._remove_hparams()
         if stage == "fit" and self._chronicle is not None:
             self._conclude(trainer, pl_module, self._chronicle)
         self._forget()
@@ -199,7 +201,7 @@ class CompressionMonitor(CompressionCallback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Let go of the module: there will be no teardown."""
-        self._return_hparams()
+        self._remove_hparams()
         self._forget()
 
     # Private: when to look, and at what.
@@ -207,7 +209,7 @@ class CompressionMonitor(CompressionCallback):
     def _forget(self) -> None:
         if self._count is not None:
             self._count.captured.remove()
-        self._count = self._chronicle = self._last_step = self._borrowed = self._masks = None
+        self._count = self._chronicle = self._last_step = self._masks = None
         self._parameters, self._seen = (), ()
 
     def _begin(self, pl_module: LightningModule) -> Recorder:
@@ -305,26 +307,24 @@ class CompressionMonitor(CompressionCallback):
 
     # Private: hyper-parameters. TensorBoard keeps the first record of a run, so there must be one for user and methods.
 
-    def _lend_hparams(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _add_hparams(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put ours beside the user's until Lightning has logged them; what a checkpoint stores is another copy."""
-        methods = method_hparams(trainer.callbacks)  # type: ignore[attr-defined]  # set by a connector
+        methods = method_hparams(callbacks_of(trainer))
         if not methods:
             return
         data = trainer.datamodule  # type: ignore[attr-defined]  # set by a connector
         for owner in (pl_module, data):
-            if owner is not None and owner._log_hyperparams:
+            if logs_hparams(owner):
                 if not methods.keys() <= owner.hparams_initial.keys():  # else another monitor has done it
-                    self._borrowed = owner, owner._hparams_initial
-                    owner._hparams_initial = {**owner.hparams_initial, **methods}
+                    self._hparams_patch = add_hparams(owner, methods)
                 return
         for logger in trainer.loggers:
             logger.log_hyperparams(methods)
 
-    def _return_hparams(self) -> None:
-        if self._borrowed is not None:
-            owner, hparams = self._borrowed
-            owner._hparams_initial = hparams
-            self._borrowed = None
+    def _remove_hparams(self) -> None:
+        if self._hparams_patch is not None:
+            self._hparams_patch.undo()
+        self._hparams_patch = None
 
 
 def _print(table: Table) -> None:
@@ -337,8 +337,7 @@ def _print(table: Table) -> None:
 
 def _notes(trainer: Trainer, now: Snapshot) -> list[str]:
     """Lines below the table: what zeros spare, what was exported, as the callback that did it says, what is unknown."""
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-    reports: list[Any] = [getattr(callback, "report", None) for callback in callbacks]
+    reports: list[Any] = [getattr(callback, "report", None) for callback in callbacks_of(trainer)]
     notes = [f"exported: {report.summary()}" for report in reports if callable(getattr(report, "summary", None))]
     if now.zeros and now.effective_macs is not None:
         notes.append(f"MACs whose weight is not zero: {human_count(now.effective_macs)}")

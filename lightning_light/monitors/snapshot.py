@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
+from lightning_light.isolation import isolated
 from lightning_light.measure.cost import Cost, count_params
-from lightning_light.measure.isolation import isolated
 from lightning_light.measure.layer_table import LayerRow, effective_macs, layer_table, layer_weights, matrices
 from lightning_light.measure.size import tensor_bytes
 from lightning_light.measure.sparsity import zero_fraction

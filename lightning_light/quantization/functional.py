@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_light.errors import NoEffectWarning
 from lightning_light.example_input import ExampleInput
-from lightning_light.measure.isolation import isolated, uncompiled
+from lightning_light.isolation import isolated, uncompiled
 from lightning_light.quantization.attachment import Attachment
 from lightning_light.quantization.observers import MinMax, MovingAverage
 from lightning_light.quantization.parameters import first_values

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
 from lightning_light.example_input import tensors_in
-from lightning_light.measure.isolation import isolated
+from lightning_light.isolation import isolated
 from lightning_light.quantization.operations import ADDING, HEAVY, kind_of, moves, name_of
 from lightning_light.quantization.places import Frames
 

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from lightning_light.dependency import ChannelGroup, DependencyGraph, trace_dependencies
-from lightning_light.measure.isolation import isolated
+from lightning_light.isolation import isolated
 from lightning_light.surgery.attachment import attach, has_state
 from lightning_light.surgery.edit import cut, take, trial
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_light.callback import CompressionCallback
-from lightning_light.errors import OrderError, UnsupportedError
+from lightning_light.errors import OrderError
+from lightning_light.host.trainer import callbacks_of
 from lightning_light.measure.sparsity import mask_churn, zero_fraction, zero_rows
 from lightning_light.order import Stage
 from lightning_light.progress import progress_at_step, steps_done, steps_planned
@@ -19,7 +20,7 @@ from lightning_light.sparsity.options import WeightPruningOptions
 from lightning_light.sparsity.weights import MaskableWeight
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.checkpoint_monitoring import reset_monitoring
-from lightning_light.surgery.distributed import broadcast, log_rank_zero
+from lightning_light.surgery.distributed import broadcast, log_rank_zero, refuse_sharding
 from lightning_light.surgery.edit import take
 from lightning_light.surgery.masks import true_masks
 from lightning_light.timing import Events
@@ -68,15 +69,14 @@ class MaskingCallback(CompressionCallback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse strategies that hold other tensors than the module's parameters."""
+        """Refuse strategies that shard parameters."""
         super().setup(trainer, pl_module, stage)
-        strategy = trainer.strategy
-        if strategy.restore_checkpoint_after_setup or not strategy.lightning_restore_optimizer:
-            raise UnsupportedError(
-                f"`{type(self).__name__}` with `{type(strategy).__name__}`: expected a strategy that keeps parameters "
-                "whole (one device, or 'ddp'), found one that shards or copies them, so that masks would not hold. "
-                "Prune on one device or with `strategy='ddp'`."
-            )
+        refuse_sharding(
+            trainer,
+            type(self).__name__,
+            "masks are applied to the parameters themselves",
+            "Prune on one device or with `strategy='ddp'`.",
+        )
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -209,8 +209,7 @@ class MaskingCallback(CompressionCallback):
 
     def _refuse_overlap(self, trainer: Trainer) -> None:
         mine = {weight.name for weight in self._weights}
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-        for other in callbacks:
+        for other in callbacks_of(trainer):
             if not isinstance(other, MaskingCallback) or other is self:
                 continue
             both = sorted(mine & {weight.name for weight in other._weights})

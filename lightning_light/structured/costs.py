@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from lightning_light.budgets import Budget
 from lightning_light.dependency import ChannelGroup, DependencyGraph
 from lightning_light.example_input import ExampleInput
+from lightning_light.isolation import isolated
 from lightning_light.measure.cost import count_cost
-from lightning_light.measure.isolation import isolated
 from lightning_light.measure.latency import measure_latency
 from lightning_light.measure.size import tensor_bytes
 from lightning_light.surgery.edit import trial

@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_light.host.modules import trainer_of
+from lightning_light.host.patches import InstancePatch, patches_of
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.manifest import KEY
 from lightning_light.surgery.operations import register_operation
@@ -48,24 +50,16 @@ def attach(module: nn.Module) -> CompressionState:
     compression_state: CompressionState = attributes[_STATE]
     for wrapper in (on_save_checkpoint, on_load_checkpoint):
         if hasattr(type(module), wrapper.__name__):
-            _wrap(module, compression_state, wrapper)
+            _patch(module, wrapper)
     if _HOOK not in attributes:
         hook = module.register_load_state_dict_pre_hook(follow_state_dict)  # type: ignore[no-untyped-call]
         attributes[_HOOK] = hook
     return compression_state
 
 
-def _wrap(
-    module: nn.Module, compression_state: CompressionState, wrapper: Callable[[Any, dict[str, Any]], None]
-) -> None:
-    name = wrapper.__name__
-    found = vars(module).get(name)
-    function = getattr(found, "__func__", None)
-    if function is wrapper:
-        return
-    if found is not None and function is not getattr(type(module), name):  # the class's own is what a pickle leaves
-        compression_state.wrapped[name] = found
-    vars(module)[name] = types.MethodType(wrapper, module)
+def _patch(module: nn.Module, hook: Callable[[Any, dict[str, Any]], None]) -> None:
+    if getattr(vars(module).get(hook.__name__), "__func__", None) is not hook:
+        InstancePatch(module, hook.__name__, types.MethodType(hook, module))
 
 
 def record(
@@ -136,27 +130,29 @@ def release(module: nn.Module) -> None:
 def on_save_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
     """Call the module's own hook, then write the manifest."""
     compression_state = state_of(self)
-    _call_wrapped(self, compression_state, "on_save_checkpoint", checkpoint)
-    trainer = getattr(self, "_trainer", None)
+    _call_original(self, "on_save_checkpoint", checkpoint)
+    trainer = trainer_of(self)
     checkpoint[KEY] = compression_state.manifest(self, [] if trainer is None else trainer.optimizers)
 
 
 def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
     """Call the module's own hook, then take the checkpoint's structure, here and in averaged copies."""
     compression_state = state_of(self)
-    _call_wrapped(self, compression_state, "on_load_checkpoint", checkpoint)
+    _call_original(self, "on_load_checkpoint", checkpoint)
     compression_state.load(self, checkpoint)
-    for copy in averaged_models_of(getattr(self, "_trainer", None), self):
+    for copy in averaged_models_of(trainer_of(self), self):
         attach(copy).load(copy, checkpoint)
         copy.load_state_dict(checkpoint.get("state_dict", {}), strict=False)
 
 
-def _call_wrapped(module: Any, compression_state: CompressionState, name: str, checkpoint: dict[str, Any]) -> None:
-    wrapped = compression_state.wrapped.get(name)
-    if wrapped is not None:
-        wrapped(checkpoint)
-    else:
-        getattr(type(module), name)(module, checkpoint)
+def _call_original(module: nn.Module, name: str, checkpoint: dict[str, Any]) -> None:
+    """Call the hook that ours replaces: the user's."""
+    own = (on_save_checkpoint, on_load_checkpoint)
+    for patch in patches_of(module):
+        if patch.name == name and getattr(patch.value, "__func__", None) in own:
+            patch.original(checkpoint)
+            return
+    getattr(type(module), name)(module, checkpoint)
 
 
 def follow_state_dict(

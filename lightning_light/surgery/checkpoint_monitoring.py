@@ -1,14 +1,14 @@
-"""After a change of structure the race for the best checkpoint starts anew."""
+"""Reset ``ModelCheckpoint``, ``EarlyStopping`` and ``ReduceLROnPlateau`` after a structural change."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lightning_light.host.classes import is_host
+from lightning_light.host.callbacks import reset_best
+from lightning_light.host.trainer import callbacks_of
 from lightning_light.surgery.distributed import log_rank_zero
 
 if TYPE_CHECKING:
@@ -16,49 +16,23 @@ if TYPE_CHECKING:
 
 
 def reset_monitoring(trainer: Trainer) -> list[str]:
-    """Forget the candidates of every ``ModelCheckpoint`` and the counters of those who wait for improvement.
+    """Forget the candidates of every ``ModelCheckpoint`` and the counters of callbacks that wait for improvement.
 
-    Otherwise "best" is the network before compression, ``EarlyStopping`` takes the dip after a cut for the end of
-    learning, and ``ReduceLROnPlateau`` lowers the rate for it. Files already written stay on disk.
+    Otherwise "best" is the network before compression, ``EarlyStopping`` stops at the drop after a cut, and
+    ``ReduceLROnPlateau`` lowers the learning rate for it. Files already written stay on disk.
 
     Args:
         trainer: the Trainer.
 
     Returns:
-        The class names of what was restarted; one log line says the same.
+        The class names of what was reset; one log line lists them.
     """
-    restarted = []
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # an attribute set by a connector
-        if is_host(callback, "ModelCheckpoint") and callback.monitor is not None:
-            _restart_checkpoint(callback)
-        elif is_host(callback, "EarlyStopping"):
-            callback.wait_count = 0
-            callback.best_score = _worst(callback.mode)
-        else:
-            continue
-        restarted.append(type(callback).__name__)
+    reset = [type(callback).__name__ for callback in callbacks_of(trainer) if reset_best(callback)]
     for config in trainer.lr_scheduler_configs:
         if isinstance(config.scheduler, ReduceLROnPlateau):
-            _restart_plateau(config.scheduler)
-            restarted.append(type(config.scheduler).__name__)
-    if restarted:
-        log_rank_zero(
-            trainer, f"The structure has changed: {', '.join(restarted)} compare from here on, not with before."
-        )
-    return restarted
-
-
-def _worst(mode: str) -> torch.Tensor:
-    return torch.tensor(math.inf if mode == "min" else -math.inf)
-
-
-def _restart_checkpoint(checkpoint: Any) -> None:
-    checkpoint.best_k_models.clear()
-    checkpoint.best_model_score = checkpoint.current_score = None
-    checkpoint.best_model_path = checkpoint.kth_best_model_path = ""
-    checkpoint.kth_value = _worst(checkpoint.mode)
-
-
-def _restart_plateau(scheduler: ReduceLROnPlateau) -> None:
-    scheduler.best = math.inf if scheduler.mode == "min" else -math.inf
-    scheduler.num_bad_epochs = 0
+            config.scheduler.best = math.inf if config.scheduler.mode == "min" else -math.inf
+            config.scheduler.num_bad_epochs = 0
+            reset.append(type(config.scheduler).__name__)
+    if reset:
+        log_rank_zero(trainer, f"The structure has changed: {', '.join(reset)} forget the metrics from before.")
+    return reset

@@ -11,18 +11,36 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from lightning_light.errors import RankMismatchError, UnsupportedError
 from lightning_light.host.classes import loaded_hosts
+from lightning_light.host.trainer import returns_weights, shards_parameters, start_method
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 T = TypeVar("T")
 
-_RETURNS_WEIGHTS = ("_MultiProcessingLauncher", "_XLALauncher")
 _REPLACES_LAYERS = ("TransformerEnginePrecision", "BitsandbytesPrecision")
+
+
+def refuse_sharding(trainer: Trainer, method: str, reason: str, remedy: str) -> None:
+    """Refuse a strategy that shards or owns the parameters.
+
+    Args:
+        trainer: the Trainer, in ``setup`` or later.
+        method: the callback's name as the user wrote it.
+        reason: why the method needs whole parameters.
+        remedy: what to do instead: a sentence.
+
+    Raises:
+        UnsupportedError: the strategy is FSDP, ModelParallel, DeepSpeed, or one like them.
+    """
+    if shards_parameters(trainer):
+        raise UnsupportedError(
+            f"`{method}` with `{type(trainer.strategy).__name__}`: expected a strategy that leaves parameters whole "
+            f"(one device, or 'ddp'), because {reason}; found one that shards or owns them. {remedy}"
+        )
 
 
 def refuse_unsupported(trainer: Trainer, method: str) -> None:
@@ -37,21 +55,17 @@ def refuse_unsupported(trainer: Trainer, method: str) -> None:
             carries the weights back to a process with the old shapes (spawn, fork, notebook), or the precision plugin
             replaces layers. Says the way round.
     """
-    strategy = trainer.strategy
-    name = type(strategy).__name__
-    if strategy.restore_checkpoint_after_setup or not strategy.lightning_restore_optimizer:
+    refuse_sharding(
+        trainer,
+        method,
+        "shapes change during a run",
+        "Compress on one device or with `strategy='ddp'` first, then load the small network and shard that.",
+    )
+    if returns_weights(trainer):
         raise UnsupportedError(
-            f"`{method}` with `{name}`: expected a strategy that leaves parameters whole (one device, or 'ddp'), found "
-            "one that shards or owns them, so that their shapes cannot change during a run. Compress on one device "
-            "or with `strategy='ddp'` first, then load the small network and shard that."
-        )
-    launchers = {cls.__name__ for cls in type(strategy.launcher).__mro__}
-    if launchers.intersection(_RETURNS_WEIGHTS):
-        start = getattr(strategy.launcher, "_start_method", "spawn")
-        raise UnsupportedError(
-            f"`{method}` with processes started by '{start}': expected a launcher that starts the script anew, found "
-            "one that at the end loads the small weights into a main process that still has the old shapes. Use "
-            "`strategy='ddp'` in a script; in a notebook, one device."
+            f"`{method}` with processes started by '{start_method(trainer)}': expected a launcher that starts the "
+            "script again for each process, found one that finally loads the small weights into a main process that "
+            "still has the old shapes. Use `strategy='ddp'` in a script; in a notebook, one device."
         )
     plugin = {cls.__name__ for cls in type(trainer.precision_plugin).__mro__}
     if plugin.intersection(_REPLACES_LAYERS):
@@ -59,23 +73,6 @@ def refuse_unsupported(trainer: Trainer, method: str) -> None:
             f"`{method}` with `{type(trainer.precision_plugin).__name__}`: expected torch's own layers, found a "
             "precision plugin that replaces them. Use a plain precision, such as 'bf16-mixed', while compressing."
         )
-
-
-def rewrap(trainer: Trainer) -> None:
-    """Let DDP meet the changed parameters: a new reducer, once per event; without it ranks drift apart in silence."""
-    strategy: Any = trainer.strategy
-    if not isinstance(strategy.model, DistributedDataParallel):
-        return
-    module = trainer.lightning_module
-    old: Any = strategy.model
-    strategy.model = module
-    for parameter in module.parameters():
-        if parameter.grad is not None:
-            parameter.grad = parameter.grad.clone()  # it may be a view of one of the old buckets
-    old.reducer = old.logger = None  # the reducer's end is what removes its hooks from the parameters
-    if hasattr(strategy, "_pl_static_graph_delay_done"):
-        strategy._pl_static_graph_delay_done = False
-    strategy.configure_ddp()
 
 
 def broadcast(trainer: Trainer, decision: T) -> T:

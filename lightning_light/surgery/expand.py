@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_light.errors import ManifestError, UnsupportedError
-from lightning_light.example_input import ExampleInput, tensors_in
+from lightning_light.example_input import ExampleInput
+from lightning_light.nested import tensors_in
 from lightning_light.surgery.attachment import attach, release
 from lightning_light.surgery.manifest import KEY, Kept, Manifest, check_fingerprint
 from lightning_light.surgery.structure import PRIVATE_PREFIX
@@ -57,7 +58,7 @@ def expand_checkpoint(path: str | Path, out: str | Path, model: nn.Module, *, ex
     }
     example = getattr(model, "example_input_array", None) if example_input is None else example_input
     if example is not None:
-        _compare(model, checkpoint, expanded, ExampleInput.from_array(example))
+        _compare(model, checkpoint, expanded, ExampleInput.of(example))
     rest = {key: value for key, value in checkpoint.items() if key not in _OF_THE_RUN}
     torch.save({**rest, "state_dict": expanded}, out)
 

@@ -35,7 +35,6 @@ class CompressionState:
         references: quantity -> its value before any method changed the network.
         kept: tensor name -> dimension -> positions of the first network that are left; None when unknown.
         resumed: whether the current ``fit`` goes on from a checkpoint.
-        wrapped: hooks that somebody else had set on the instance before.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -45,7 +44,6 @@ class CompressionState:
         self.references: dict[str, float] = {}
         self.kept: Kept | None = {}
         self.resumed = False
-        self.wrapped: dict[str, Any] = {}
         self._order: list[list[list[str | None]]] = []
         self._original = copy_structure(model)
 
@@ -120,7 +118,7 @@ class CompressionState:
     def averaged_copy(self) -> CompressionState:
         """Return the same history for an averaged copy of the module; later changes of one are not in the other."""
         copied = CompressionState.__new__(CompressionState)
-        copied.__dict__.update(vars(self), wrapped={}, claims=dict(self.claims), references=dict(self.references))
+        copied.__dict__.update(vars(self), claims=dict(self.claims), references=dict(self.references))
         copied.edit_log, copied.state = copy.deepcopy(self.edit_log), copy.deepcopy(self.state)
         copied.kept = None if self.kept is None else {name: dict(dims) for name, dims in self.kept.items()}
         return copied

@@ -15,14 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lightning_light.host.modules import RUN_STATE
+from lightning_light.host.patches import patches_of
 from lightning_light.surgery.data import set_data
 
 PRIVATE_PREFIX = "_lightning_light"
 """Names of ours on the user's module, and of children that a method adds for training only: no part of a structure."""
-
-_HOST_STATE = ("_trainer", "_fabric")  # of the LightningModule: the run's, not the structure's
-_WRAPPED = ("on_save_checkpoint", "on_load_checkpoint", "training_step", "manual_backward")
-"""Its methods that callbacks wrap on the instance: never called on a copy, which would keep the run and its teacher."""
 
 _PLAIN = (int, float, bool, str, type(None), torch.Size)
 
@@ -53,9 +51,9 @@ class _Copier:
     def _fill(self, original: nn.Module, copy: nn.Module, root: bool) -> None:
         shared = {name: value for name, value in vars(original).items() if not name.startswith(PRIVATE_PREFIX)}
         if root:
-            for name in _WRAPPED:
-                shared.pop(name, None)
-            shared.update({name: None for name in _HOST_STATE if name in shared})
+            for patch in patches_of(original):  # a copy would keep the run and its teacher
+                shared.pop(patch.name, None)
+            shared.update({name: None for name in RUN_STATE if name in shared})
         transient = set(original._non_persistent_buffers_set)
         copy.__dict__.update(shared)
         copy.__dict__["_non_persistent_buffers_set"] = transient

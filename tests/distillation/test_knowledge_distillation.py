@@ -142,8 +142,8 @@ def test_the_moving_average_is_the_one_of_the_formula() -> None:
             super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            assert self._average_model is not None
-            averages.append(weights(self._average_model).clone())
+            assert self.averaged_model is not None
+            averages.append(weights(self.averaged_model).clone())
 
     fitted(Plain(), Look(teacher=SelfTeacher(decay=0.9)))
     assert len(averages) == 16

@@ -339,10 +339,10 @@ def test_it_leaves_nothing_on_the_module_and_no_look_behind() -> None:
         "_last_step",
         "_parameters",
         "_seen",
-        "_borrowed",
+        "_hparams_patch",
         "_masks",
     }
-    assert not any(vars(monitor)[name] for name in ("_count", "_chronicle", "_parameters", "_borrowed", "_masks"))
+    assert not any(vars(monitor)[name] for name in ("_count", "_chronicle", "_parameters", "_hparams_patch", "_masks"))
     assert repr(pickle.loads(pickle.dumps(monitor))) == repr(monitor)
 
 

@@ -39,7 +39,7 @@ def test_best_is_a_network_of_the_last_structure(compressed, tmp_path) -> None:
 
 @pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("mode", ["min", "max"])
-def test_everything_that_compares_is_restarted(host, mode, tmp_path, caplog) -> None:
+def test_everything_that_compares_metrics_is_reset(host, mode, tmp_path, caplog) -> None:
     class Plateau(MODULES[host]):
         def configure_optimizers(self) -> Any:
             optimizer = self.make()
@@ -64,13 +64,13 @@ def test_everything_that_compares_is_restarted(host, mode, tmp_path, caplog) -> 
     assert (waits.wait_count, waits.best_score.item()) == (0, worst)
     assert (scheduler.num_bad_epochs, scheduler.best) == (0, worst)
     assert keeping.best_model_path == kept
-    assert any("compare from here on" in record.message for record in caplog.records)
+    assert any("forget the metrics from before" in record.message for record in caplog.records)
     run.fit_loop.max_epochs = 3
     run.fit(run.lightning_module, Loader())
     assert len(racing.best_k_models) == 1
 
 
-def test_nothing_to_restart_says_nothing(caplog) -> None:
+def test_nothing_is_logged_where_nothing_is_reset(caplog) -> None:
     with caplog.at_level("INFO"):
         assert reset_monitoring(trainer()) == []
-    assert not any("compare from here on" in record.message for record in caplog.records)
+    assert not any("forget the metrics from before" in record.message for record in caplog.records)

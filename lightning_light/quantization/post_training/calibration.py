@@ -52,7 +52,7 @@ def calls_from(function: str, model: nn.Module, calibration: Iterable[Any]) -> I
                 f"`{function}(..., calibration)`: expected what the model is called with (a tensor, a tuple, a dict), "
                 "found a list, as a loader of images and labels gives it. Write `(images for images, _ in loader)`."
             )
-        call = ExampleInput.from_array(batch).to(model)
+        call = ExampleInput.of(batch).to(model)
         if not any(True for _ in tensors_in((call.args, call.kwargs))):
             raise ValueError(
                 f"`{function}(..., calibration)`: expected batches of tensors, found {type(batch).__name__}. {_CURE}"

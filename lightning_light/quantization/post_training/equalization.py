@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_light.example_input import ExampleInput
-from lightning_light.measure.isolation import isolated
+from lightning_light.isolation import isolated
 from lightning_light.quantization.operations import BATCH_NORM, HEAVY, kind_of
 from lightning_light.quantization.post_training.calls import Call, Parameters, batch_norm_gain, calls_of
 from lightning_light.quantization.record import Operation, record

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_light.example_input import ExampleInput
+from lightning_light.isolation import isolated
 from lightning_light.measure.cost import count_cost
-from lightning_light.measure.isolation import isolated
 from lightning_light.quantization.attachment import attach
 from lightning_light.quantization.operations import HEAVY
 from lightning_light.quantization.places import module_of

@@ -1,0 +1,120 @@
+"""Patch one attribute of a user's instance, list the patches, and undo them in any order."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["InstancePatch", "patches_of", "wrap_method"]
+
+_PATCHES = "_lightning_light_patches"
+
+
+class _Missing:
+    """Marks an attribute that the instance itself did not have: its class may."""
+
+
+class _Patches(list["InstancePatch"]):
+    """The active patches of one instance, oldest first. A copy of the instance copies them; a pickle has none."""
+
+    def __reduce__(self) -> Any:
+        return _Patches, ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Patches:
+        copied = memo[id(self)] = _Patches()
+        copied.extend(copy.deepcopy(patch, memo) for patch in self)
+        return copied
+
+
+class InstancePatch:
+    """Replace one attribute of an instance, until `undo`.
+
+    Several patches of one attribute form a stack and can be undone in any order. If other code has replaced the
+    attribute since, its value stays; a method that `wrap_method` has wrapped then passes its calls through.
+
+    Attributes:
+        owner: the instance.
+        name: of the attribute.
+        value: its new value.
+        original: the value that it replaces, from the instance or its class.
+        active: False from `undo` on.
+
+    Example:
+        >>> module = nn.Identity()
+        >>> patch = InstancePatch(module, "forward", lambda x: x + 1)
+        >>> module(1), [found.name for found in patches_of(module)]
+        (2, ['forward'])
+        >>> patch.undo()
+        >>> module(1), patches_of(module)
+        (1, [])
+
+    Args:
+        owner: the instance.
+        name: of the attribute.
+        value: its new value.
+        beneath: insert below the patches that the attribute has, as if this one had been made before them.
+    """
+
+    def __init__(self, owner: Any, name: str, value: Any, *, beneath: bool = False) -> None:
+        self.owner, self.name, self.value, self.active = owner, name, value, True
+        patches: _Patches = vars(owner).setdefault(_PATCHES, _Patches())
+        above = next((patch for patch in patches if patch.name == name), None) if beneath else None
+        if above is None:
+            self._replaced = vars(owner).get(name, _Missing)
+            self.original: Any = getattr(owner, name, None)
+            vars(owner)[name] = value
+            patches.append(self)
+        else:
+            self._replaced, self.original = above._replaced, above.original
+            above._replaced = above.original = value
+            patches.insert(patches.index(above), self)
+
+    def undo(self) -> None:
+        """Put back what was there before. More than once does no harm."""
+        self.active = False
+        patches: _Patches = vars(self.owner).get(_PATCHES, _Patches())
+        if self not in patches:
+            return
+        own = [patch for patch in patches if patch.name == self.name]
+        above = next(iter(own[own.index(self) + 1 :]), None)
+        if above is not None and above._replaced is self.value:
+            above._replaced, above.original = self._replaced, self.original
+        elif vars(self.owner).get(self.name, _Missing) is self.value:
+            self._restore()
+        else:
+            return  # other code holds our value: it stays in the list, inactive
+        patches.remove(self)
+        if not patches:
+            vars(self.owner).pop(_PATCHES)
+        for patch in [patch for patch in own if patch is not self and not patch.active]:
+            patch.undo()
+
+    def _restore(self) -> None:
+        if self._replaced is _Missing:
+            vars(self.owner).pop(self.name)
+        else:
+            vars(self.owner)[self.name] = self._replaced
+
+
+def wrap_method(owner: Any, name: str, around: Callable[..., Any]) -> InstancePatch:
+    """Wrap a method of one instance.
+
+    Args:
+        owner: the instance.
+        name: of the method.
+        around: called with the method and its arguments; returns what the caller gets.
+    """
+
+    @functools.wraps(getattr(owner, name))
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return around(patch.original, *args, **kwargs) if patch.active else patch.original(*args, **kwargs)
+
+    patch = InstancePatch(owner, name, wrapper)
+    return patch
+
+
+def patches_of(owner: Any) -> list[InstancePatch]:
+    """List the patches of an instance, oldest first; inactive ones are held by other code that wraps them."""
+    return list(vars(owner).get(_PATCHES, ()))

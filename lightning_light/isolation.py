@@ -1,0 +1,160 @@
+"""Run a model without leaving a trace: modes, buffers, attributes, hooks, and random states are restored."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lightning_light.host.modules import compiled_methods
+from lightning_light.host.patches import InstancePatch
+
+__all__ = ["isolated", "plain_execution", "uncompile", "uncompiled", "unfused_kernels"]
+
+_TABLES = ("_parameters", "_buffers", "_modules")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+@contextmanager
+def isolated(model: nn.Module, *, hooks: bool = False) -> Iterator[None]:
+    """Run ``model`` in evaluation mode, so that no forward pass inside changes anything that outlives it.
+
+    Inside, gradients, autocast and inference mode are off, compiled modules run uncompiled, and buffers are copies.
+    Afterwards every module has the attributes, training mode, hooks and buffers it had, and the random generators
+    (Python, NumPy, torch on the CPU and every device of the model) are restored. What a module changes inside its own
+    lists and dicts stays changed.
+
+    Args:
+        model: any module; the modules inside ``torch.jit`` modules are left alone.
+        hooks: run the user's forward hooks too. Otherwise only hooks run that are part of a layer, those of
+            ``torch.nn.utils`` that compute a weight.
+
+    Example:
+        >>> model = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(2)).train()
+        >>> with isolated(model):
+        ...     (model.training, torch.is_grad_enabled())
+        (False, False)
+        >>> model.training
+        True
+    """
+    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    before = [(vars(module), dict(vars(module)), _contents(module)) for module in modules]
+    try:
+        with plain_execution(_cuda_devices(model)), uncompiled(model):
+            _copy_buffers(modules)
+            for module in modules:
+                vars(module)["training"] = False
+                if not hooks:
+                    _silence_hooks(module)
+            yield
+    finally:
+        for live, attributes, contents in before:
+            live.clear()
+            live.update(attributes)
+            for table, entries in contents.items():
+                live[table].clear()
+                live[table].update(entries)
+
+
+@contextmanager
+def plain_execution(devices: list[torch.device] | None = None) -> Iterator[None]:
+    """Switch off gradients, autocast and inference mode, and restore the random generators afterwards.
+
+    Args:
+        devices: CUDA devices whose generators are restored, besides those of Python, NumPy, and torch on the CPU.
+    """
+    numpy = sys.modules.get("numpy")
+    states = random.getstate(), numpy.random.get_state() if numpy else None
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(devices=devices or []))
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
+            for device in ("cpu", "cuda") if devices else ("cpu",):
+                stack.enter_context(torch.autocast(device, enabled=False))
+            yield
+    finally:
+        random.setstate(states[0])
+        if numpy:
+            numpy.random.set_state(states[1])
+
+
+def uncompile(model: nn.Module) -> list[InstancePatch]:
+    """Make compiled modules run as they are written, until the returned patches are undone.
+
+    Covers modules compiled in place, wrapped by ``torch.compile``, and LightningModules that a Trainer was given
+    compiled.
+    """
+    patches = []
+    for module in model.modules():
+        attributes = vars(module)
+        if attributes.get("_compiled_call_impl") is not None:
+            patches.append(InstancePatch(module, "_compiled_call_impl", None))
+        if "forward" in attributes and "_orig_mod" in module._modules:
+            patches.append(InstancePatch(module, "forward", module._modules["_orig_mod"]))
+        for name, method in compiled_methods(module).items():
+            patches.append(InstancePatch(module, name, method, beneath=True))
+    return patches
+
+
+@contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Run compiled modules as they are written; see `uncompile`."""
+    patches = uncompile(model)
+    try:
+        yield
+    finally:
+        for patch in reversed(patches):
+            patch.undo()
+
+
+@contextmanager
+def unfused_kernels(*, convolutions: bool = False) -> Iterator[None]:
+    """Disable fused kernels for attention and recurrent layers, which hide the matrix products inside them.
+
+    Args:
+        convolutions: keep oneDNN and cuDNN, which recurrent layers use as well; for networks that have none.
+    """
+    mha, mkldnn, cudnn = torch.backends.mha, torch.backends.mkldnn, torch.backends.cudnn
+    before = mha.get_fastpath_enabled(), mkldnn.enabled, cudnn.enabled
+    try:
+        mha.set_fastpath_enabled(False)
+        if not convolutions:
+            mkldnn.enabled = cudnn.enabled = False  # type: ignore[assignment]  # typed as the descriptor it is
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        mha.set_fastpath_enabled(before[0])
+        mkldnn.enabled, cudnn.enabled = before[1:]
+
+
+def _contents(module: nn.Module) -> dict[str, dict[str, Any]]:
+    return {table: dict(vars(module)[table]) for table in _TABLES}
+
+
+def _copy_buffers(modules: list[nn.Module]) -> None:
+    copies: dict[Tensor, Tensor] = {}  # one copy for a buffer that several modules share
+    for module in modules:
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = copies.setdefault(buffer, buffer.clone())
+
+
+def _silence_hooks(module: nn.Module) -> None:
+    """Keep the hooks that compute a layer's weight (``torch.nn.utils.weight_norm`` and the like) and no others."""
+    attributes = vars(module)
+    for table in _HOOKS:
+        hooks = attributes[table]
+        kept = [(key, hook) for key, hook in hooks.items() if type(hook).__module__.startswith("torch.nn.utils.")]
+        attributes[table] = type(hooks)(kept)
+
+
+def _cuda_devices(model: nn.Module) -> list[torch.device]:
+    tensors = (*model.parameters(), *model.buffers())
+    return sorted({tensor.device for tensor in tensors if tensor.device.type == "cuda"}, key=str)
