@@ -12,12 +12,9 @@ from torch.nn.utils import parametrize
 from lightning_light.clustering.cluster_training import Clusters
 from lightning_light.clustering.kmeans import assign, kmeans
 from lightning_light.clustering.options import WeightClusteringOptions
-from lightning_light.order import Stage
-from lightning_light.surgery.attachment import state_of
-from lightning_light.surgery.ownership import refuse_owned
 from lightning_light.targets import as_targets
 
-__all__ = ["check_owners", "clusterable_weights", "clusters_of", "first_clusters", "harden", "plain_entry", "weight_of"]
+__all__ = ["clusterable_weights", "clusters_of", "first_clusters", "harden", "plain_entry", "weight_of"]
 
 _SMALLEST = 4  # weights per value, below which a codebook is larger than the weights it replaces
 
@@ -34,17 +31,6 @@ def clusterable_weights(model: nn.Module, options: WeightClusteringOptions) -> I
         if weight is not None and weight.dim() > 1 and weight.numel() >= 2 * _SMALLEST and id(weight) not in seen:
             seen.add(id(weight))
             yield name, weight
-
-
-def check_owners(model: nn.Module, options: WeightClusteringOptions) -> None:
-    """Refuse layers that a later method owns.
-
-    Raises:
-        TargetError: the targets match nothing.
-        UnsupportedError: names the layer, its owner, and the right order.
-    """
-    for name, _ in clusterable_weights(model, options):
-        refuse_owned(state_of(model).owners(model, name), [name], method="weight_clustering", stage=Stage.CLUSTERING)
 
 
 def weight_of(module: nn.Module) -> nn.Parameter | None:

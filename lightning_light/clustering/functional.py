@@ -6,10 +6,12 @@ from typing import Any
 
 from torch import nn
 
-from lightning_light.clustering.codebooks import check_owners, clusterable_weights, first_clusters, harden
+from lightning_light.clustering.codebooks import clusterable_weights, first_clusters, harden
 from lightning_light.clustering.files import ClusteredTensor, clustered_sizes
 from lightning_light.clustering.kmeans import Initialization
 from lightning_light.clustering.options import ClusterCount, Granularity, WeightClusteringOptions
+from lightning_light.order import Stage
+from lightning_light.surgery.attachment import check_owners
 from lightning_light.targets import TargetsLike
 from lightning_light.validation import validated
 
@@ -56,8 +58,8 @@ def cluster(
         (4, True)
     """
     options = WeightClusteringOptions(clusters, granularity, initialization, preserve_sparsity, targets)
-    check_owners(model, options)
     weights = dict(clusterable_weights(model, options))
+    check_owners(model, weights, method="cluster", stage=Stage.CLUSTERING)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for weight in weights.values():
         harden(weight, first_clusters(weight, options))

@@ -12,7 +12,6 @@ from typing_extensions import override
 from lightning_light.callback import CompressionCallback
 from lightning_light.clustering.cluster_training import CentroidTraining, Clusters, ClusterTraining
 from lightning_light.clustering.codebooks import (
-    check_owners,
     clusterable_weights,
     clusters_of,
     first_clusters,
@@ -26,6 +25,7 @@ from lightning_light.clustering.options import ClusterCount, Granularity, Weight
 from lightning_light.order import DEFAULT_WINDOWS, Stage
 from lightning_light.progress import steps_done, steps_planned, training_progress
 from lightning_light.schedules import resolve_moment
+from lightning_light.surgery.attachment import check_owners
 from lightning_light.surgery.distributed import broadcast, log_rank_zero
 from lightning_light.targets import TargetsLike
 from lightning_light.validation import Moment, validated
@@ -131,7 +131,8 @@ class WeightClustering(CompressionCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the weights, so that targets that match nothing are refused."""
         super().on_fit_start(trainer, pl_module)
-        check_owners(pl_module, self.options)
+        layers = dict(clusterable_weights(pl_module, self.options))
+        check_owners(pl_module, layers, method=type(self).__name__, stage=self.stage)
         if not self.resumed(pl_module):
             self.state(pl_module).clear()
             self.disclaim(pl_module)

@@ -19,7 +19,8 @@ from lightning_light.progress import progress_at_step, steps_done, steps_planned
 from lightning_light.schedules import Cosine, Schedule, Window, require_rising
 from lightning_light.sparsity.growth import Connections, DynamicMethod, RigL, SRigL, Static
 from lightning_light.sparsity.mask_enforcer import parameters_of
-from lightning_light.sparsity.masking import MaskingCallback, MaskState
+from lightning_light.sparsity.mask_state import MaskState
+from lightning_light.sparsity.masking import MaskingCallback
 from lightning_light.sparsity.options import WeightPruningOptions, check_sparsity
 from lightning_light.sparsity.planning import PruningPlan, plan_pruning
 from lightning_light.sparsity.scope import Scope

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 from typing_extensions import override
@@ -16,12 +16,12 @@ from lightning_light.measure.sparsity import mask_churn, zero_fraction, zero_row
 from lightning_light.order import Stage
 from lightning_light.progress import progress_at_step, steps_done, steps_planned
 from lightning_light.sparsity.mask_enforcer import MaskEnforcer, StepHooks, mask_model
+from lightning_light.sparsity.mask_state import cut_masks
 from lightning_light.sparsity.options import WeightPruningOptions
 from lightning_light.sparsity.weights import MaskableWeight
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.checkpoint_monitoring import reset_monitoring
 from lightning_light.surgery.distributed import broadcast, log_rank_zero, refuse_sharding
-from lightning_light.surgery.edit import take
 from lightning_light.surgery.masks import true_masks
 from lightning_light.timing import Events
 
@@ -29,21 +29,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from torch.optim import Optimizer
 
-__all__ = ["MaskState", "MaskingCallback"]
-
-
-class MaskState(TypedDict, total=False):
-    """What a masking callback keeps in the compression state.
-
-    Attributes:
-        masks: by weight name.
-        per_weight: kind -> weight name -> tensor in the weight's shape.
-        fraction: of the way to the budget that is completed.
-    """
-
-    masks: dict[str, Tensor]
-    per_weight: dict[str, dict[str, Tensor]]
-    fraction: float
+__all__ = ["MaskingCallback"]
 
 
 class MaskingCallback(CompressionCallback):
@@ -107,15 +93,7 @@ class MaskingCallback(CompressionCallback):
         kept: Mapping[str, Mapping[int, Tensor]] | None,
     ) -> None:
         """Cut masks and other tensors with their weights; drop those of weights that are gone."""
-        state = self.state(pl_module)
-        tensors = (*pl_module.named_parameters(), *pl_module.named_buffers())
-        shapes = {name: tensor.shape for name, tensor in tensors}
-        for entries in (state["masks"], *state.get("per_weight", {}).values()):
-            for name in list(entries):
-                dims = {dim: positions.long() for dim, positions in (kept or {}).get(name, {}).items()}
-                entry = take(entries.pop(name), dims)
-                if shapes.get(name) == entry.shape:
-                    entries[name] = entry
+        cut_masks(pl_module, self.state(pl_module), kept)
         self._weights = self._plan(pl_module, {})
         self._watch(trainer, pl_module)
 

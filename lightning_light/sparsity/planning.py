@@ -15,8 +15,7 @@ from lightning_light.sparsity.patterns import NM, Pattern
 from lightning_light.sparsity.scope import Scope, apportion, erk_densities, lowest, select_globally
 from lightning_light.sparsity.scores import check_evidence
 from lightning_light.sparsity.weights import MaskableWeight, find_weights
-from lightning_light.surgery.attachment import state_of
-from lightning_light.surgery.ownership import refuse_owned
+from lightning_light.surgery.attachment import check_owners
 from lightning_light.targets import as_targets
 
 __all__ = ["PruningPlan", "check_existing_masks", "plan_pruning"]
@@ -96,9 +95,7 @@ def plan_pruning(method: str, model: nn.Module, options: WeightPruningOptions) -
         BudgetError: the budget leaves a layer without a unit.
     """
     weights = find_weights(model, as_targets(options.targets), method)
-    for weight in weights:
-        owners = state_of(model).owners(model, weight.layer)
-        refuse_owned(owners, [weight.layer], method="weight_pruning", stage=Stage.MASKS)
+    check_owners(model, [weight.layer for weight in weights], method=method, stage=Stage.MASKS)
     _check_pattern(method, weights, options.pattern)
     check_evidence(method, options.criterion, weights)
     own: dict[str, float] = {}

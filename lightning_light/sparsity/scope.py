@@ -61,11 +61,11 @@ def apportion(wanted: Sequence[float], limits: Sequence[int], total: int) -> lis
     counts = [min(int(value), limit) for value, limit in zip(wanted, limits, strict=True)]
     while (missing := total - sum(counts)) != 0:
         step = 1 if missing > 0 else -1
-        room = [p for p in range(len(counts)) if (counts[p] < limits[p] if step > 0 else counts[p] > 0)]
-        if not room:
+        free = [p for p in range(len(counts)) if (counts[p] < limits[p] if step > 0 else counts[p] > 0)]
+        if not free:
             break
-        room.sort(key=lambda index: (step * (counts[index] - wanted[index]), index))
-        for index in room[: abs(missing)]:
+        free.sort(key=lambda index: (step * (counts[index] - wanted[index]), index))
+        for index in free[: abs(missing)]:
             counts[index] += step
     return counts
 

@@ -10,7 +10,8 @@ from typing_extensions import override
 
 from lightning_light.schedules import OneShot, Schedule, require_rising
 from lightning_light.sparsity.mask_enforcer import StepHooks, mask_model
-from lightning_light.sparsity.masking import MaskingCallback, MaskState
+from lightning_light.sparsity.mask_state import MaskState
+from lightning_light.sparsity.masking import MaskingCallback
 from lightning_light.sparsity.options import WeightPruningOptions
 from lightning_light.sparsity.patterns import NM
 from lightning_light.sparsity.planning import PruningPlan, plan_pruning

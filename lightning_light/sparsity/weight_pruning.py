@@ -17,7 +17,8 @@ from lightning_light.progress import progress_at_step
 from lightning_light.schedules import Cubic, Schedule, Window, require_rising
 from lightning_light.sparsity.mask_enforcer import parameters_of
 from lightning_light.sparsity.mask_schedules import Rewinding
-from lightning_light.sparsity.masking import MaskingCallback, MaskState
+from lightning_light.sparsity.mask_state import MaskState
+from lightning_light.sparsity.masking import MaskingCallback
 from lightning_light.sparsity.options import WeightPruningOptions
 from lightning_light.sparsity.patterns import Pattern
 from lightning_light.sparsity.planning import PruningPlan, check_existing_masks, plan_pruning
@@ -248,8 +249,8 @@ class WeightPruning(MaskingCallback):
         """Score, select the masks of all weights together, and apply them."""
         assert self._collector is not None  # since `on_fit_start`
         state = self.state(pl_module)
-        lifted = fraction < state.get("fraction", 0.0)
-        masks = self._select(trainer, pl_module, fraction, {} if lifted else state["masks"])
+        extended = self.schedule.monotone or 0.0 < state.get("fraction", 0.0) < fraction
+        masks = self._select(trainer, pl_module, fraction, state["masks"] if extended else {})
         churn = self._set_masks(trainer, pl_module, masks)
         most = sum(int((~mask).sum()) for mask in state["masks"].values())
         state |= {

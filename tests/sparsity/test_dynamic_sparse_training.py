@@ -157,9 +157,9 @@ def test_a_layer_that_no_batch_reaches_is_named() -> None:
     class Unused(Body):
         def make(self) -> None:
             super().make()
-            self.spare = nn.Linear(4, 4)
+            self.unused = nn.Linear(4, 4)
 
-    with pytest.warns(NoEffectWarning, match=r"no connection was replaced: no gradient reached \['spare'\]"):
+    with pytest.warns(NoEffectWarning, match=r"no connection was replaced: no gradient reached \['unused'\]"):
         fitted(sparse(), body=Unused)
 
 

@@ -10,6 +10,7 @@ from torch import nn
 import lightning_light as ll
 from lightning_light.callback import CompressionCallback
 from lightning_light.errors import UnsupportedError
+from lightning_light.example_input import ExampleInput
 from lightning_light.measure import deflated_bytes
 from lightning_light.order import Stage
 from lightning_light.progress import steps_done
@@ -34,11 +35,11 @@ def test_changes_of_the_masks_are_logged(tmp_path) -> None:
 def test_unread_channels_leave_and_the_outputs_stay(name) -> None:
     model = ZOO[name]().eval()
     args, kwargs = model.example
-    assert ll.remove_dead_channels(model, args, kwargs) == {}
+    assert ll.remove_dead_channels(model, ExampleInput(args, kwargs)) == {}
     with torch.no_grad():
         model.fc.weight[:, :3] = 0.0
     before = model(*args, **kwargs)
-    removed = ll.remove_dead_channels(model, args, kwargs)
+    removed = ll.remove_dead_channels(model, ExampleInput(args, kwargs))
     assert list(removed.values()) == [3]
     torch.testing.assert_close(model(*args, **kwargs), before)
     assert model.fc.in_features < ZOO[name]().fc.in_features
@@ -59,7 +60,7 @@ def test_a_dead_filter_that_adds_a_constant_stays_unless_asked() -> None:
 def test_filters_that_were_masked_leave_and_the_checkpoint_knows(tmp_path) -> None:
     pruning = ll.WeightPruning(remaining={"features.conv1": 0.5}, pattern=ll.Filter(), targets="features.conv1")
     run, module = fitted(pruning)
-    removed = ll.remove_dead_channels(module, (noise(2, 3, 8, 8),), exact=False, optimizers=run.optimizers)
+    removed = ll.remove_dead_channels(module, noise(2, 3, 8, 8), exact=False, optimizers=run.optimizers)
     assert removed == {"features.conv1": 8}
     assert masks_of(module)["features.conv1.weight"].shape == (8, 8, 3, 3)
     run.save_checkpoint(tmp_path / "small.ckpt")
@@ -226,7 +227,7 @@ def test_sparse_kernels_are_refused_where_they_are_missing() -> None:
         ll.to_semi_structured(model)
     ll.prune_weights(model, pattern=ll.NM(2, 4))
     with pytest.raises(
-        UnsupportedError, match=r"`0`: expected weights on an NVIDIA GPU .* found cpu.*compression only"
+        UnsupportedError, match=r"`0`: expected weights on an NVIDIA GPU .* found cpu.*compressed size only"
     ):
         ll.to_semi_structured(model)
     with pytest.raises(ValueError, match=r"`0`: expected at most 2 nonzero"):

@@ -442,9 +442,9 @@ def test_a_layer_without_evidence_is_named() -> None:
     class Unused(Body):
         def make(self) -> None:
             super().make()
-            self.spare = nn.Linear(4, 4)
+            self.unused = nn.Linear(4, 4)
 
-    with pytest.raises(UnsupportedError, match=r"on `spare.weight`: expected grad from \d+ batches, found none"):
+    with pytest.raises(UnsupportedError, match=r"on `unused.weight`: expected grad from \d+ batches, found none"):
         fitted(gradual(criterion=ll.SNIP(), calibration_batches=1), body=Unused)
 
 
