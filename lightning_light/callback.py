@@ -70,8 +70,7 @@ class CompressionCallback(Callback):
     def __repr__(self) -> str:
         """The call that makes an equal callback: arguments that are not at their defaults."""
         parameters = [p for name, p in inspect.signature(type(self).__init__).parameters.items() if name != "self"]
-        holders = [self, *([self.options] if hasattr(self, "options") else [])]
-        given = [(p.name, getattr(holder, p.name)) for p in parameters for holder in holders if hasattr(holder, p.name)]
+        given = [(p.name, getattr(self, p.name)) for p in parameters if hasattr(self, p.name)]
         defaults = {p.name: p.default for p in parameters}
         return f"{type(self).__name__}({', '.join(f'{n}={v!r}' for n, v in given if v != defaults[n])})"
 

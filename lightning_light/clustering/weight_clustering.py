@@ -113,8 +113,13 @@ class WeightClustering(CompressionCallback):
         path: str | PathLike[str] | None = None,
     ) -> None:
         self.options = WeightClusteringOptions(clusters, granularity, initialization, preserve_sparsity, targets)
+        self.clusters = clusters
         self.start = start
+        self.granularity: Granularity = granularity
         self.training = training
+        self.initialization: Initialization = initialization
+        self.preserve_sparsity = preserve_sparsity
+        self.targets = targets
         self.path = path
         self._stepped: set[str] = set()
 
@@ -132,7 +137,7 @@ class WeightClustering(CompressionCallback):
         """Find the weights, so that targets that match nothing are refused."""
         super().on_fit_start(trainer, pl_module)
         layers = dict(clusterable_weights(pl_module, self.options))
-        check_owners(pl_module, layers, method=type(self).__name__, stage=self.stage)
+        check_owners(pl_module, layers, method=self.method, stage=self.stage)
         if not self.resumed(pl_module):
             self.state(pl_module).clear()
             self.disclaim(pl_module)

@@ -112,9 +112,14 @@ class DynamicSparseTraining(MaskingCallback):
         check_needs(call, criterion, frozenset())
         require_rising(call, schedule)
         self.options = WeightPruningOptions(budget, criterion, scope=scope, targets=targets, seed=seed)
+        self.budget = budget
         self.method = method  # type: ignore[misc, assignment]  # the argument of this name; the key is the class's
+        self.criterion = criterion
         self.schedule = schedule
+        self.scope: Scope = scope
+        self.targets = targets
         self.every_n_steps = every_n_steps
+        self.seed = seed
         self._rule = method
         self._plan_of_run: PruningPlan | None = None
 

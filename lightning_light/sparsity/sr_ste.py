@@ -70,8 +70,10 @@ class SRSTE(MaskingCallback):
         super().__init__(Events(schedule, every_n_steps=1))
         require_rising(type(self).__name__, schedule)
         self.options = WeightPruningOptions(pattern=pattern, targets=targets)
+        self.pattern = pattern
         self.decay = decay
         self.schedule = schedule
+        self.targets = targets
         self._plan_of_run: PruningPlan | None = None
 
     # Lightning's hooks, in the order a run meets them.
@@ -81,8 +83,8 @@ class SRSTE(MaskingCallback):
         """Mask the first time, or keep fewer weights of each group, if that is due."""
         state = self.state(pl_module)
         fraction = max(self._fraction_due(trainer), state.get("fraction", 0.0))
-        kept_before = self._pattern.kept_at(state.get("fraction", 0.0))
-        if self._pattern.kept_at(fraction) < kept_before:
+        kept_before = self.pattern.kept_at(state.get("fraction", 0.0))
+        if self.pattern.kept_at(fraction) < kept_before:
             self._prune(trainer, pl_module, fraction)
 
     @override
@@ -113,11 +115,6 @@ class SRSTE(MaskingCallback):
 
     # Private.
 
-    @property
-    def _pattern(self) -> NM:
-        assert isinstance(self.options.pattern, NM)  # as the constructor takes no other
-        return self.options.pattern
-
     @override
     def _plan(self, pl_module: LightningModule, masks: Mapping[str, Tensor]) -> Sequence[MaskableWeight]:
         self._plan_of_run = plan_pruning(type(self).__name__, pl_module, self.options)
@@ -131,7 +128,7 @@ class SRSTE(MaskingCallback):
 
     @override
     def _make_step_hooks(self, pl_module: LightningModule) -> StepHooks:
-        return StraightThroughMasks(self._weights, self._pattern, self.decay, lambda: self.state(pl_module))
+        return StraightThroughMasks(self._weights, self.pattern, self.decay, lambda: self.state(pl_module))
 
     def _prune(self, trainer: Trainer, pl_module: LightningModule, fraction: float) -> None:
         assert self._plan_of_run is not None  # since `on_fit_start`

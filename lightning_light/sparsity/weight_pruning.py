@@ -124,8 +124,16 @@ class WeightPruning(MaskingCallback):
         self.options.check(type(self).__name__)
         if schedule.monotone:
             require_rising(type(self).__name__, schedule)
+        self.budget = budget
+        self.criterion = criterion
         self.schedule = schedule
+        self.pattern = pattern
+        self.scope: Scope = scope
+        self.targets = targets
+        self.remaining = remaining
         self.every_n_steps = every_n_steps
+        self.calibration_batches = calibration_batches
+        self.seed = seed
         self._plan_of_run: PruningPlan | None = None
         self._collector: EvidenceCollector | None = None
 

@@ -112,7 +112,7 @@ def test_a_sparsity_below_that_of_existing_masks_is_refused_under_a_rising_sched
 
 
 def test_the_same_sparsity_is_reached_by_a_schedule_that_selects_new_masks() -> None:
-    _, module = fitted(ll.WeightPruning(ll.Sparsity(0.8), schedule=ll.OneShot()), body=Trained)
+    _, module = fitted(ll.WeightPruning(ll.Sparsity(0.8), schedule=ll.OneShot()), body=Momentum)
     trainer(ll.WeightPruning(ll.Sparsity(0.5), schedule=ll.Alternating(phases=2))).fit(module)
     assert ll.measure_sparsity(module).sparsity == pytest.approx(0.5, abs=1e-2)
 
