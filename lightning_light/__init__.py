@@ -12,8 +12,9 @@ from lightning_light.callback import CompressionCallback
 from lightning_light.clustering import (
     DKM,
     CentroidTraining,
-    StraightThrough,
+    StraightThroughEstimator,
     WeightClustering,
+    cluster,
     load_clustered,
     save_clustered,
 )
@@ -137,6 +138,7 @@ from lightning_light.schedules import (
 from lightning_light.sparsity import (
     NM,
     SET,
+    SRSTE,
     Alternating,
     Block,
     Column,
@@ -274,6 +276,7 @@ __all__ = [
     "RigL",
     "Row",
     "SET",
+    "SRSTE",
     "SNIP",
     "SRD",
     "SRigL",
@@ -288,7 +291,7 @@ __all__ = [
     "SparsityRegularizer",
     "Staircase",
     "Static",
-    "StraightThrough",
+    "StraightThroughEstimator",
     "StructuredPruning",
     "SurgeryError",
     "TargetError",
@@ -305,6 +308,7 @@ __all__ = [
     "Wanda",
     "WeightClustering",
     "WeightPruning",
+    "cluster",
     "WeightSVD",
     "WhitenedSVD",
     "Window",

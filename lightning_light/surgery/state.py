@@ -15,6 +15,7 @@ from lightning_light.errors import ManifestError, SurgeryError
 from lightning_light.surgery.attributes import implied_attributes
 from lightning_light.surgery.data import set_data
 from lightning_light.surgery.manifest import KEY, Entry, Kept, Manifest, check_fingerprint, fingerprint_of, half_size
+from lightning_light.surgery.masks import drop_false_masks
 from lightning_light.surgery.operations import is_registered, replay_edits
 from lightning_light.surgery.optimizer import order_parameters, orphans, parameter_order
 from lightning_light.surgery.ownership import Claim, all_names, refuse_owned
@@ -127,6 +128,8 @@ class CompressionState:
     def manifest(self, model: nn.Module, optimizers: Iterable[Any] = ()) -> dict[str, Any]:
         """Return what a checkpoint of ``model`` holds under the key ``lightning_light``."""
         self._remember(model)
+        for method in drop_false_masks(model, self.state):
+            self.disclaim(method)
         first = dict(self._original.named_buffers())
         changed = {
             name: buffer
