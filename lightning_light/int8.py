@@ -76,14 +76,10 @@ class PairRules:
     Attributes:
         signed: whether numbers are in [-128, 127], else in [0, 255].
         join_on_one_grid: whether what is concatenated has to be on the grid of the result.
-        float_means: whether it takes means in float, of numbers on a grid.
-        sums: the scale of an operand over that of the sum, at least and below, or None for any.
     """
 
     signed: bool
     join_on_one_grid: bool = False
-    float_means: bool = False
-    sums: tuple[float, float] | None = None
 
 
 class RoundsNumbers(ABC):

@@ -27,7 +27,7 @@ from lightning_light.int8 import PairRules
 __all__ = ["ExecuTorch"]
 
 _PAIRS = (("1.4", "2.13"), ("1.5", "2.15"))  # releases of ExecuTorch, and of torch that they are built with
-_INT8 = PairRules(signed=True, join_on_one_grid=True, float_means=True, sums=(2.0**-10, 2.0**8))
+_INT8 = PairRules(signed=True, join_on_one_grid=True)
 _DELEGATE = "executorch_call_delegate"
 _PARTITIONER = "executorch.backends.xnnpack.partition.xnnpack_partitioner"
 
@@ -133,8 +133,7 @@ def _xnnpack(open_batch: bool) -> Any:
 
     Their kernel has scratch memory of four bytes for every number that it gives. It is planned for the batch of the
     first call, and when a larger one follows it is written past its end: alone among the kernels that have such memory,
-    this one does not ask for more. Computed in float, between two grids, a mean needs none. One that may end in a half
-    is written so in any case.
+    this one does not ask for more. Computed in float, between two grids, a mean needs none.
     """
     from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner

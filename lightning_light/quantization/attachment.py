@@ -13,14 +13,11 @@ from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
 from lightning_light.int8 import Int8Form, PairRules, RoundsNumbers
-from lightning_light.quantization.halves import Halves
 from lightning_light.quantization.learning import learned_activation
-from lightning_light.quantization.lowering.evaluated import Evaluated
 from lightning_light.quantization.lowering.forms import in_pairs, on_kernels
 from lightning_light.quantization.lowering.lowered import Lowered
 from lightning_light.quantization.news import warnings_of_the_caller
-from lightning_light.quantization.observers import MinMax, MovingAverage
-from lightning_light.quantization.operations import BATCH_NORM, HEAVY, arguments, kind_of, name_of, set_argument
+from lightning_light.quantization.operations import BATCH_NORM, HEAVY, kind_of, name_of, set_argument
 from lightning_light.quantization.parameters import first_step, learned_scale, names_of
 from lightning_light.quantization.places import Frames
 from lightning_light.quantization.plan import Plan
@@ -49,7 +46,6 @@ class Attachment(Frames, RoundsNumbers):
         lowered: computes instead, while the network is exported.
         observing: whether ranges of the numbers are noted, for `observed`.
         batch_norm_frozen: whether folded batch norms use, and keep, the statistics that they have.
-        in_whole_numbers: whether layers, means and batch norms are computed as the runtimes do, without gradients.
         at_least: bits that no grid has fewer of, for now.
         ranges: that were observed.
         grids: the plan's, with no fewer bits than that.
@@ -64,7 +60,6 @@ class Attachment(Frames, RoundsNumbers):
         self.form: Form = "plain"
         self.observing = False
         self.batch_norm_frozen = False
-        self.in_whole_numbers = True
         self.lowered: Lowered | None = None
         self.at_least = 0
         self.ranges = torch.empty(0, 2)
@@ -75,8 +70,6 @@ class Attachment(Frames, RoundsNumbers):
         self._values: dict[str, Tensor] = {}  # of what is learned, in the same memory
         self._seen: dict[int, Tensor] = {}
         self._folded = frozenset(group.batch_norm for group in plan.groups.values())
-        self._evaluated = Evaluated(plan, engine)
-        self._halves = Halves(plan)
         self._open: list[Any] = []
         self._compiled: list[tuple[nn.Module, str, Any]] = []
 
@@ -109,7 +102,6 @@ class Attachment(Frames, RoundsNumbers):
         for place, grid in enumerate(self.grids):
             if grid.learned and self.learned:
                 self.scales[place] = learned_scale(self.learned, place, grid) or self.scales[place]
-        self.scales = self._halves.avoided(self.scales, self.grids)
 
     def highs(self) -> dict[str, int]:
         """The largest whole number of every step size that is learned, now."""
@@ -137,7 +129,6 @@ class Attachment(Frames, RoundsNumbers):
     @override
     def begin(self) -> None:
         self._open = [_Mode(self)]
-        self._evaluated.begin(self.outermost)
         if "torch._dynamo" in sys.modules:  # compiled code would not see the mode
             self._open.append(torch.compiler.set_stance("force_eager"))
         for context in self._open:
@@ -145,7 +136,6 @@ class Attachment(Frames, RoundsNumbers):
 
     @override
     def end(self) -> None:
-        self._evaluated.begin(None)
         while self._open:
             self._open.pop().__exit__(None, None, None)
 
@@ -176,68 +166,25 @@ class Attachment(Frames, RoundsNumbers):
             return self.lowered.run(key, name, function, args, kwargs)
         if self.lowered is not None:
             self.lowered.collect(key, name, args, kwargs)
-        self._round_inputs(key, args, kwargs)
-        result = self._evaluate(key, name, function, args, kwargs)
+        self.before(key, kind_of(name), args, kwargs)
+        result = function(*args, **kwargs)
         grid = self.plan.outputs.get(key)
-        if result is None:
-            self._adjust(key, kind_of(name), args, kwargs)
-            done = self._is_done_by_layer(key, name, args, kwargs) or self._is_done_by_rounding(
-                grid, name, args, kwargs
-            )
-            result = args[0] if done else function(*args, **kwargs)
         return result if grid is None else self._activation(grid, result)
-
-    def _evaluate(self, key: str, name: str, function: Any, args: list[Any], kwargs: dict[str, Any]) -> Tensor | None:
-        """A layer, mean, or batch norm as the runtimes compute it, where no gradient is wanted; None for all else."""
-        if self.form != "rounded" or not self.in_whole_numbers or torch.is_grad_enabled() or is_traced():
-            return None
-        if kind_of(name) == BATCH_NORM and key not in self._folded:
-            return self._evaluated.norm(arguments(name, args, kwargs))
-        if key in self.plan.means:
-            return self._evaluated.mean(key, function, args, kwargs, self.scales)
-        if key not in self.plan.reads:
-            return None
-        rule = self.weight(key)
-        return self._evaluated.layer(key, name, function, args, kwargs, rule, self.scales, self.grids)
-
-    def _is_done_by_layer(self, key: str, name: str, args: list[Any], kwargs: dict[str, Any]) -> bool:
-        """Whether this is a batch norm that the layer before it has computed; if not as it is here, that does again."""
-        layer = self._evaluated.layer_before(key)
-        if layer is None or layer.is_followed_by(arguments(name, args, kwargs)):
-            return layer is not None
-        self._before_layer(layer.key, layer.args, layer.kwargs)
-        set_argument(args, kwargs, 0, "input", layer.function(*layer.args, **layer.kwargs))
-        return False
-
-    def _is_done_by_rounding(self, place: int | None, name: str, args: list[Any], kwargs: dict[str, Any]) -> bool:
-        """Whether this is a ReLU: a grid from zero on cuts off what is below zero itself."""
-        inplace = kwargs.get("inplace")
-        if name not in {"relu", "relu6"} or place is None or self.form != "rounded" or len(args) != 1 or inplace:
-            return False
-        grid, known = self.grids[place], self.scales[place] is not None
-        counts_zeros = self.observing and not isinstance(grid.observer, MovingAverage | MinMax)
-        return known and grid.positive and not counts_zeros and self.lowered is None and not is_traced()
 
     def before(self, key: str, kind: str, args: list[Any], kwargs: dict[str, Any]) -> None:
         """Round a weight, and inputs of the network; tell a batch norm which statistics to use."""
-        self._round_inputs(key, args, kwargs)
-        self._adjust(key, kind, args, kwargs)
-
-    def _round_inputs(self, key: str, args: list[Any], kwargs: dict[str, Any]) -> None:
         for place, grid in self.plan.arguments.get(key, {}).items():
             if place < len(args):
                 args[place] = self._activation(grid, args[place])
             else:
                 name = list(kwargs)[place - len(args)]
                 kwargs[name] = self._activation(grid, kwargs[name])
-
-    def _adjust(self, key: str, kind: str, args: list[Any], kwargs: dict[str, Any]) -> None:
         if kind == BATCH_NORM and self.batch_norm_frozen and key in self._folded:
             set_argument(args, kwargs, 5, "training", False)
         if kind in HEAVY and key in self.plan.weights:
-            self._before_layer(key, args, kwargs)
+            self._round_weight(key, args, kwargs)
 
-    def _before_layer(self, key: str, args: list[Any], kwargs: dict[str, Any]) -> None:
+    def _round_weight(self, key: str, args: list[Any], kwargs: dict[str, Any]) -> None:
         rule, step = self.weight(key)
         weight = args[1] if len(args) > 1 else kwargs["weight"]
         if self.form != "plain":

@@ -42,8 +42,6 @@ class Plan:
             gives in a tuple, and for layers without a kernel.
         reads: operation with a weight -> grid of the numbers that it reads.
         means: average pools whose result stays on the grid of what they read.
-        sums: the grids of what is added or joined, and of the result.
-        products: likewise.
         weights: operation -> how its weight is rounded.
         groups: operation -> what its kernel computes along with it.
         without_kernel: operations whose weight is rounded and that no int8 kernel computes, with the reason.
@@ -55,8 +53,6 @@ class Plan:
     arguments: dict[str, dict[int, int]] = field(default_factory=dict)
     reads: dict[str, int] = field(default_factory=dict)
     means: list[str] = field(default_factory=list)
-    sums: list[list[int]] = field(default_factory=list)
-    products: list[list[int]] = field(default_factory=list)
     weights: dict[str, WeightRule] = field(default_factory=dict)
     groups: dict[str, Group] = field(default_factory=dict)
     without_kernel: dict[str, str] = field(default_factory=dict)
@@ -193,15 +189,14 @@ class _Planner:
             return
         if operation.kind == "cat" and any(_is_rounded_by_readers(_origin(source)) for source in sources):
             return  # an element of a list is no argument of its own
-        grids = [self._round_input(operation, place, source) for place, source in operation.inputs]
+        for place, source in operation.inputs:
+            self._round_input(operation, place, source)
         if operation.kind == "pool" and id(_origin(sources[0])) in self._grids:
             self._grids[id(operation)] = self._grids[id(_origin(sources[0]))]
             self.plan.outputs[operation.key] = self._grids[id(operation)]
             self.plan.means.append(operation.key)
         elif operation.kind != "pool":
             self._round_group(operation)
-            grids.append(self._grids[id(self._tails[id(operation)])])
-            (self.plan.products if operation.kind == "mul" else self.plan.sums).append(grids)
 
     def _round_group(self, operation: Operation, usual: Grid | None = None) -> None:
         tail = self._tails[id(operation)]

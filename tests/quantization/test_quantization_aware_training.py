@@ -98,7 +98,7 @@ def test_the_network_computes_on_the_grid_in_the_trainer_and_in_float_after_it()
     assert not torch.equal(plain, rounded)
     assert torch.equal(net(IMAGES), plain)
     low, high = qat.state(net)["ranges"][grid].clamp(torch.tensor([-1e9, 0.0]), torch.tensor([0.0, 1e9])).tolist()
-    assert 1.0 <= step / ((high - low) / 255) <= 1.002
+    assert step == pytest.approx((high - low) / 255)
     steps = rounded.double() / step
     torch.testing.assert_close(steps, steps.round(), atol=1e-3, rtol=0.0)
 

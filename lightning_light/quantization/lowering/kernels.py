@@ -81,14 +81,8 @@ def _quantized(weight: Weight, zeros: Tensor) -> Tensor:
 
 
 def quantize(x: Tensor, scale: Scale) -> Tensor:
-    """A float tensor on a grid; one that is quantized is on it already.
-
-    It is rounded first: torch's operation adds the zero point before it rounds, and loses what is beyond its last bit.
-    """
-    if x.is_quantized:
-        return x
-    rounded = torch.fake_quantize_per_tensor_affine(x.float(), scale[0], scale[1], 0, 255)
-    return torch.quantize_per_tensor(rounded, scale[0], scale[1], torch.quint8)
+    """A float tensor on a grid; one that is quantized is on it already."""
+    return x if x.is_quantized else torch.quantize_per_tensor(x.float(), scale[0], scale[1], torch.quint8)
 
 
 def add_fits(values: Sequence[Tensor], scale: Scale) -> bool:

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from lightning_light.int8 import Int8Form
-from lightning_light.quantization.lowering.norms import Affine, affine_of
 from lightning_light.quantization.lowering.weights import Scale, Weight, folded
 from lightning_light.quantization.operations import BATCH_NORM, arguments, kind_of
 from lightning_light.quantization.places import module_of
@@ -67,7 +66,6 @@ class Lowered(ABC):
         self.scales_of_outputs: Any = None
         self.collecting = self.trying = True
         self._collected: dict[str, dict[str, Any]] = {}
-        self._affines: dict[str, Affine | None] = {}
         self._heads = {
             part: head for head, group in self.plan.groups.items() for part in (group.batch_norm, group.relu) if part
         }
@@ -144,16 +142,6 @@ class Lowered(ABC):
         """Layers with a weight that stay float, and why."""
         refused = {module_of(key): reason for key, reason in self.refused.items() if key in self.plan.weights}
         return {**self.plan.left_float, **refused}
-
-    def _normed(self, key: str, name: str, args: list[Any], kwargs: dict[str, Any]) -> Tensor | None:
-        """What a batch norm gives that follows no layer, by constants that are made once; None for all else."""
-        if kind_of(name) != BATCH_NORM or key in self._heads:
-            return None
-        named = arguments(name, args, kwargs)
-        if self.trying:
-            self._affines[key] = affine_of(named)
-        found = self._affines.get(key)
-        return None if found is None else named["input"] * found[0] + found[1]
 
     def _is_done_by_its_layer(self, key: str) -> bool:
         head = self._heads.get(key)

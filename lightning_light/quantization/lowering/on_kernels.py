@@ -13,7 +13,6 @@ from typing_extensions import override
 from lightning_light.int8 import Int8Form
 from lightning_light.quantization.lowering import kernels
 from lightning_light.quantization.lowering.lowered import ASKS, Lowered, Rounds, scalar
-from lightning_light.quantization.lowering.means import mean_of_whole_numbers
 from lightning_light.quantization.lowering.weights import Scale, Weight, in_one_place
 from lightning_light.quantization.operations import ADDING, kind_of, moves
 from lightning_light.quantization.plan import Group
@@ -36,12 +35,7 @@ class Lowering(Lowered):
 
     @cached_property
     def _placed(self) -> dict[str, Weight]:
-        whole = {
-            key: weight if self.engine == "x86" or (reads := self.scales[self.plan.reads[key]]) is None
-            else weight.with_whole_bias(reads[0])
-            for key, weight in self.weights.items()
-        }  # fmt: skip
-        return in_one_place(whole)
+        return in_one_place(self.weights)
 
     @cached_property
     def _zeros(self) -> Tensor:
@@ -141,15 +135,9 @@ class Lowering(Lowered):
             self._grids[key] = (moved.q_scale(), moved.q_zero_point())
         args, kwargs = kernels.tensors_to_float(args), kernels.tensors_to_float(kwargs)
         self.attachment.before(key, kind_of(name), args, kwargs)
-        result = self._computed(key, name, function, args, kwargs)
+        result = function(*args, **kwargs)
         grid = self.plan.outputs.get(key)
         scale = self._grids.get(key) if grid is None else self.scales[grid]
         if scale is None or not isinstance(result, Tensor) or not result.is_floating_point():
             return result
         return kernels.quantize(result, scale)
-
-    def _computed(self, key: str, name: str, function: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        if (normed := self._normed(key, name, args, kwargs)) is not None:
-            return normed
-        scale = self.scales[self.plan.outputs[key]] if key in self.plan.means else None
-        return function(*args, **kwargs) if scale is None else mean_of_whole_numbers(function, args, kwargs, scale[0])

@@ -15,11 +15,9 @@ from lightning_light.errors import UnsupportedError
 from lightning_light.int8 import PairRules
 from lightning_light.quantization.learning import SMALLEST
 from lightning_light.quantization.lowering.lowered import ASKS, Lowered, Rounds, scalar
-from lightning_light.quantization.lowering.means import averaged, exact_mean
-from lightning_light.quantization.lowering.sums import in_whole_numbers
 from lightning_light.quantization.lowering.weights import Scale, Weight
-from lightning_light.quantization.operations import BATCH_NORM, kind_of, moves, set_argument
-from lightning_light.quantization.rounding import integers, is_traced
+from lightning_light.quantization.operations import BATCH_NORM, kind_of, moves
+from lightning_light.quantization.rounding import integers
 
 __all__ = ["Pairs", "check_pairs"]
 
@@ -51,9 +49,6 @@ class Pairs(Lowered):
             self.refused[key] = f"its weight is {dtype}, and the runtimes compute in torch.float32: `module.float()`"
             return
         weight, rest = self.weights[key], (-_LIMIT, _LIMIT, torch.int8)
-        reads = self.scales[self.plan.reads[key]]
-        if reads is not None:  # the runtimes would round it likewise
-            self.weights[key] = weight = weight.with_whole_bias(reads[0])
         if weight.per_channel:
             zeros = torch.zeros_like(weight.scale, dtype=torch.int64)
             self._constants[key] = (weight.integers, weight.scale.float(), zeros, 0, *rest)
@@ -66,8 +61,6 @@ class Pairs(Lowered):
             return function(*args, **kwargs)
         first: Any = args[0] if args else kwargs.get("input")
         known = self._quantized.get(id(first)) if moves(name, args, kwargs) else None
-        if key in self.plan.means and id(first) in self._quantized:
-            return self._mean(first, name, function, args, kwargs)
         if _writes(name, kwargs):
             self._quantized.pop(id(first), None)  # it is the result from here on
         else:
@@ -80,8 +73,6 @@ class Pairs(Lowered):
             result = args[0]
         elif key in self.weights and key not in self.refused:
             result = self._layer(key, function, args, kwargs)
-        elif (normed := self._normed(key, name, args, kwargs)) is not None:
-            result = normed
         else:
             result = function(*self._joined(key, name, args), **kwargs)
         grid = self.plan.outputs.get(key)
@@ -100,10 +91,6 @@ class Pairs(Lowered):
 
     def _layer(self, key: str, function: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
         weight, ops = self.weights[key], torch.ops.quantized_decomposed
-        place = self.plan.outputs[self.plan.groups[key].tail]
-        reads, writes = self.scales[self.plan.reads[key]], self.scales[place]
-        if reads is not None and writes is not None and not is_traced():
-            return in_whole_numbers(function, args, kwargs, weight, reads, writes, self.attachment.grids[place].high)
         dequantize = ops.dequantize_per_channel if weight.per_channel else ops.dequantize_per_tensor
         named = {"weight": dequantize.default(*self._constants[key]), "bias": weight.bias}
         for place, name in ((1, "weight"), (2, "bias")):
@@ -112,19 +99,6 @@ class Pairs(Lowered):
             else:
                 kwargs[name] = named[name]
         return function(*args, **kwargs)
-
-    def _mean(self, x: Tensor, name: str, function: Any, args: list[Any], kwargs: dict[str, Any]) -> Tensor:
-        """Of whole numbers, whose sum is the same in any order: half a step goes to even."""
-        ops, (_, whole, scale) = torch.ops.quantized_decomposed, self._quantized[id(x)]
-        if self.rules.float_means and is_traced():
-            args, kwargs = self._read(args), self._read(kwargs)
-            mean: Tensor = function(*args, **kwargs)
-            on_grid: Tensor = self._on_grid(exact_mean(mean, averaged(name, args, kwargs, mean), scale[0]), scale)
-            return on_grid
-        ones = self._grid((1.0, scale[1]))
-        set_argument(args, kwargs, 0, "input", _in(x.dtype, ops.dequantize_per_tensor.default(whole, *ones)))
-        averages: Tensor = ops.quantize_per_tensor.default(_in(torch.float32, function(*args, **kwargs)), *ones)
-        return self._known(averages, scale, x.dtype)
 
     def _in_float(self, key: str, args: list[Any], kwargs: dict[str, Any]) -> None:
         """A layer without a kernel: its weight is the rounded one, and what it reads is rounded by plain operations."""

@@ -17,7 +17,6 @@ __all__ = ["Scale", "Weight", "folded", "in_one_place"]
 Scale = tuple[float, int]
 
 _COARSEST = 256.0  # XNNPACK does not load a file with more
-_STEPS = 16  # in the last bit, up and down, in which a scale that all runtimes agree on is looked for
 _MOST = 2.0**30  # of the 32 bits that a kernel adds in; products take the rest
 
 
@@ -39,10 +38,6 @@ class Weight:
     def per_channel(self) -> bool:
         """Whether there is one scale a channel."""
         return self.scale.dim() > 0
-
-    def with_whole_bias(self, reads: float) -> Weight:
-        """With the bias that a kernel adds: whole steps of ``reads``, the scale of its input, times the weight's."""
-        return self if self.bias is None else replace(self, bias=_whole(self.bias, reads * self.scale))
 
     def is_too_coarse(self, reads: float, writes: float) -> bool:
         """Whether one step of the sums is more than the whole grid that they are put on, of scale ``writes``."""
@@ -117,26 +112,9 @@ def _fitting(whole: Tensor, scale: Tensor, bias: Tensor | None, reads: float, wr
         largest = bias.double().abs()
         most = torch.maximum(most, largest if scale.dim() else largest.amax())
     fitting = torch.maximum(scale, most / (_MOST * reads))
-    fitting = _alike(fitting, reads, writes)
     share = scale / fitting
     whole = (whole * (share.reshape(-1, *[1] * (whole.dim() - 1)) if scale.dim() else share)).round()
     return Weight(whole.to(torch.int8), fitting, bias)
-
-
-def _alike(scale: Tensor, reads: float, writes: float) -> Tensor:
-    """The nearest scales for which all runtimes multiply sums by the same float32.
-
-    Each computes ``s * reads / writes`` in another order, and half of the results differ in the last bit; a handful of
-    such steps away there is a scale for which none does.
-    """
-    x, y = (torch.tensor(value, dtype=torch.float32, device=scale.device) for value in (reads, writes))
-    steps = torch.tensor(sorted(range(-_STEPS, _STEPS + 1), key=abs), dtype=torch.float32, device=scale.device)
-    near = scale.float() * (1.0 + steps * torch.finfo(torch.float32).eps).reshape(-1, *[1] * scale.dim())
-    product = near * x
-    ratio = product / y
-    alike = (ratio == near * (x / y)) & (ratio == product * (1.0 / y))
-    first = alike.int().argmax(0, keepdim=True)  # the nearest one, if there is none: the scale itself
-    return near.gather(0, first)[0].double()
 
 
 def _gain_and_shift(norm: Mapping[str, Any], bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -147,9 +125,3 @@ def _gain_and_shift(norm: Mapping[str, Any], bias: Tensor | None) -> tuple[Tenso
     shift = -norm["running_mean"].double() if bias is None else bias.double() - norm["running_mean"].double()
     beta = 0.0 if norm.get("bias") is None else norm["bias"].detach().double()
     return gain, (beta + shift * gain).float()
-
-
-def _whole(bias: Tensor, unit: Tensor) -> Tensor:
-    """The nearest multiple of ``unit``; itself where there is no unit: kernels take one that is small enough."""
-    exact = bias.double()
-    return torch.where(unit > 0.0, (exact / unit).round() * unit, exact).to(bias.dtype)

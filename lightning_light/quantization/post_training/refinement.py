@@ -53,7 +53,6 @@ class Refinement:
     @torch.no_grad()
     def run(self, *, progress_bar: bool) -> None:
         """Change the weights and biases of ``model``."""
-        self.attachment.in_whole_numbers = False  # what layers read is looked at
         before = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
         with self._as_float(before):
             operations = record(self.model, self.inputs[0].args, self.inputs[0].kwargs)

@@ -160,7 +160,7 @@ def measure_sensitivity(
                 here = {key: site.per_channel for key, site in sites.items() if module_of(key) == layer}
                 plan = Plan(weights={key: replace(rule, per_channel=columns) for key, columns in here.items()})
                 attachment = attach(model, plan, torch.empty(0, 2), engine)
-                attachment.form, attachment.in_whole_numbers = "rounded", False
+                attachment.form = "rounded"
                 found[layer][width] = _mean_distance(model, inputs, right, distance)
                 attachment.let_go()
     tensors = {layer: {calls[key].named["weight"] for key in sites if module_of(key) == layer} for layer in layers}
