@@ -22,7 +22,6 @@ from lightning_light.quantization.parameters import first_step, learned_scale, n
 from lightning_light.quantization.places import Frames
 from lightning_light.quantization.plan import Plan
 from lightning_light.quantization.rounding import (
-    is_traced,
     round_activation,
     round_at_run_time,
     round_weight,
