@@ -3,7 +3,7 @@
     python benchmarks/coverage.py
 
 Half of the channels of every prunable layer leave. A network counts as pruned if it still runs, gives outputs of the
-same shape, and has fewer parameters; that it is also the right network is what tests/coupling checks. torch-pruning is
+same shape, and has fewer parameters; that it is also the right network is what tests/graph checks. torch-pruning is
 told which layers make the output, and nothing else.
 """
 
@@ -20,8 +20,8 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import lightning_light as ll
-from lightning_light.coupling import couple_channels
-from lightning_light.coupling.trace import leaf_tensors
+from lightning_light.dependency import trace_dependencies
+from lightning_light.dependency.trace import leaf_tensors
 from tests.zoo import ZOO
 
 BREAKS = (RuntimeError, ValueError, IndexError, AssertionError, AttributeError, TypeError, KeyError, ZeroDivisionError)
@@ -40,8 +40,8 @@ def size(net: nn.Module) -> int:
 
 def theirs(net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """torch-pruning, half of every layer."""
-    coupling = couple_channels(net, args, kwargs)
-    makers = {group.name.partition("#")[0] for group in coupling.groups if "output" in (group.reason or "")}
+    graph = trace_dependencies(net, args, kwargs)
+    makers = {group.name.partition("#")[0] for group in graph.groups if "output" in (group.reason or "")}
     example: Any = kwargs or (args if len(args) > 1 else args[0])
     pruner = tp.pruner.BasePruner(
         net, example, importance=tp.importance.GroupMagnitudeImportance(p=2), pruning_ratio=0.5,

@@ -35,8 +35,8 @@ ROWS: dict[str, list[DistillationLoss]] = {
     "LogitStandardization": [LogitStandardization()],
     "DKD": [DKD(beta=2.0, schedule=Window(Linear(), start=0.0, end=0.2))],
     "DIST": [DIST()],
-    "SoftTargets + FeatureHint": [SoftTargets(), FeatureHint(taps="blocks.2")],
-    "SoftTargets + KnowledgeReview": [SoftTargets(), KnowledgeReview(taps=["blocks.0", "blocks.1", "blocks.2"])],
+    "SoftTargets + FeatureHint": [SoftTargets(), FeatureHint(feature_layers="blocks.2")],
+    "SoftTargets + KnowledgeReview": [SoftTargets(), KnowledgeReview(feature_layers=["blocks.0", "blocks.1", "blocks.2"])],
 }
 
 

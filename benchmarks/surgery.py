@@ -3,7 +3,7 @@
     python benchmarks/surgery.py [--nets ResNet-18 ...] [--rounds 5] [--threads 1]
 
 Both remove 30 % of every layer's channels by L2 norm, from a network whose dependencies are known: torch-pruning's
-graph and our coupling are built before the clock starts, and their times stand in columns of their own. Ours also
+graph and our graph are built before the clock starts, and their times stand in columns of their own. Ours also
 slices the gradients and both moments of AdamW; torch-pruning slices the gradients and leaves the optimizer behind. The
 rounds alternate; a ratio is that of the medians.
 """
@@ -19,7 +19,7 @@ from imagenet_nets import NETS
 from torch import nn
 
 import lightning_light as ll
-from lightning_light.coupling import couple_channels
+from lightning_light.dependency import trace_dependencies
 
 SHARE = 0.3
 
@@ -60,9 +60,9 @@ def ours(name: str) -> tuple[float, float]:
     model, optimizer, example = prepared(name)
     pruning = ll.StructuredPruning(ll.Channels(1.0 - SHARE), ranking=ll.Local())
     started = time.perf_counter()
-    coupling = couple_channels(model, (example,))
+    graph = trace_dependencies(model, (example,))
     traced = time.perf_counter()
-    ll.prune_channels(model, (example,), pruning=pruning, optimizers=[optimizer], coupling=coupling)
+    ll.prune_channels(model, (example,), pruning=pruning, optimizers=[optimizer], graph=graph)
     return traced - started, time.perf_counter() - traced
 
 

@@ -55,10 +55,10 @@ class Curve(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         accuracy = float(trainer.callback_metrics["val_accuracy"])
-        self.points.append((trainer.global_step, ll.measure_zeros(pl_module).sparsity, accuracy))
+        self.points.append((trainer.global_step, ll.measure_sparsity(pl_module).sparsity, accuracy))
 
 
-def train(callbacks: list[L.Callback], args: argparse.Namespace, seed: int = 0) -> tuple[float, ll.Zeros, Curve]:
+def train(callbacks: list[L.Callback], args: argparse.Namespace, seed: int = 0) -> tuple[float, ll.SparsityReport, Curve]:
     L.seed_everything(seed, verbose=False)
     module, data, curve = Classifier(), FashionMNIST(args.data), Curve()
     trainer = L.Trainer(
@@ -67,7 +67,7 @@ def train(callbacks: list[L.Callback], args: argparse.Namespace, seed: int = 0) 
     )  # fmt: skip
     trainer.fit(module, datamodule=data)
     (metrics,) = trainer.test(module, datamodule=data, verbose=False)
-    return metrics["test_accuracy"], ll.measure_zeros(module), curve
+    return metrics["test_accuracy"], ll.measure_sparsity(module), curve
 
 
 def main() -> None:

@@ -42,7 +42,7 @@ from lightning_light.distillation import (
     ContrastiveHint,
     DistillationLoss,
     FactoryTeacher,
-    Falling,
+    Decreasing,
     FeatureHint,
     FeatureLoss,
     FileTeacher,
@@ -93,7 +93,7 @@ from lightning_light.lowrank import (
     factorize,
     factorize_checkpoint,
 )
-from lightning_light.measure import Zeros, measure_zeros
+from lightning_light.measure import SparsityReport, measure_sparsity
 from lightning_light.monitors import CompressionMonitor
 from lightning_light.quantization import (
     LSQ,
@@ -159,7 +159,7 @@ from lightning_light.structured import (
     Isomorphic,
     Local,
     Ranking,
-    SparsityLearning,
+    SparsityRegularizer,
     StructuredPruning,
     prune_channels,
 )
@@ -207,7 +207,7 @@ __all__ = [
     "Exponential",
     "Exporter",
     "FactoryTeacher",
-    "Falling",
+    "Decreasing",
     "FeatureHint",
     "FeatureLoss",
     "FileTeacher",
@@ -276,7 +276,7 @@ __all__ = [
     "SoftMovement",
     "SoftTargets",
     "Sparsity",
-    "SparsityLearning",
+    "SparsityRegularizer",
     "Staircase",
     "Static",
     "StraightThrough",
@@ -298,7 +298,7 @@ __all__ = [
     "WeightSVD",
     "WhitenedSVD",
     "Window",
-    "Zeros",
+    "SparsityReport",
     "balance_factors",
     "expand_checkpoint",
     "export_model",
@@ -309,7 +309,7 @@ __all__ = [
     "load_exported",
     "load_from_checkpoint",
     "measure_sensitivity",
-    "measure_zeros",
+    "measure_sparsity",
     "prune_channels",
     "prune_weights",
     "quantize",

@@ -12,15 +12,15 @@ import torch
 from typing_extensions import override
 
 from lightning_light.errors import NoEffectWarning
-from lightning_light.hosts import Callback
+from lightning_light.host.classes import Callback
 from lightning_light.int8 import Int8Weights
 from lightning_light.order import check_order
-from lightning_light.surgery.distributed import check_agreement, refuse_unsupported, rewrap, tell
-from lightning_light.surgery.journal import attach, is_attached, ledger_of, record, release
-from lightning_light.surgery.ledger import Ledger
-from lightning_light.surgery.mirrors import mirrors_of
+from lightning_light.surgery.distributed import check_agreement, refuse_unsupported, rewrap, log_rank_zero
+from lightning_light.surgery.attachment import attach, has_state, state_of, record, release
+from lightning_light.surgery.state import CompressionState
+from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.optimizer import check_optimizers
-from lightning_light.surgery.selection import restart_selection
+from lightning_light.surgery.checkpoint_monitoring import reset_monitoring
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -30,7 +30,7 @@ __all__ = ["CompressionCallback"]
 
 
 class CompressionCallback(Callback):
-    """The base of every method: it says when, and keeps what must survive a checkpoint in the module's ledger.
+    """The base of every method: it says when, and keeps what must survive a checkpoint in the module's compression_state.
 
     A subclass names its `method` and `stage`, keeps its progress in `state`, changes the network only at
     ``on_train_batch_start``, and calls ``_after_surgery`` when it has changed shapes or modules. Not at
@@ -65,7 +65,7 @@ class CompressionCallback(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot work, and let the module's checkpoints carry the ledger before one is loaded."""
+        """Refuse what cannot work, and let the module's checkpoints carry the compression_state before one is loaded."""
         if self.structural:
             refuse_unsupported(trainer, type(self).__name__)
         peers = _peers(trainer)
@@ -98,21 +98,21 @@ class CompressionCallback(Callback):
         """What weights will be rounded to for int8 kernels; None: this method does not round them."""
         return None
 
-    def ledger(self, pl_module: nn.Module) -> Ledger:
-        """The module's ledger: the journal of structural changes, and the state of every method."""
-        return ledger_of(pl_module) if is_attached(pl_module) else attach(pl_module)
+    def compression_state(self, pl_module: nn.Module) -> CompressionState:
+        """The module's compression_state: the edit_log of structural changes, and the state of every method."""
+        return state_of(pl_module) if has_state(pl_module) else attach(pl_module)
 
     def state(self, pl_module: nn.Module) -> dict[str, Any]:
-        """This method's part of the ledger: plain types and tensors, in every checkpoint of the module.
+        """This method's part of the compression_state: plain types and tensors, in every checkpoint of the module.
 
         Restored with the weights, also from a weights-only checkpoint. Ask for it anew in every hook: loading a
         checkpoint replaces it.
         """
-        return self.ledger(pl_module).state.setdefault(self._key or type(self).method, {})
+        return self.compression_state(pl_module).state.setdefault(self._key or type(self).method, {})
 
     def resumed(self, pl_module: nn.Module) -> bool:
-        """In ``on_fit_start`` or later: whether this ``fit`` goes on from a checkpoint that has a ledger."""
-        return self.ledger(pl_module).resumed
+        """In ``on_fit_start`` or later: whether this ``fit`` goes on from a checkpoint that has a compression_state."""
+        return self.compression_state(pl_module).resumed
 
     def on_surgery(
         self,
@@ -139,27 +139,27 @@ class CompressionCallback(Callback):
     ) -> None:
         """Let everything that refers to the network follow: checkpoints, averaged copies, DDP, compiled code.
 
-        Once for a whole event, on every rank, when the optimizers and the averaged copies (`mirrors_of`) have been
+        Once for a whole event, on every rank, when the optimizers and the averaged copies (`averaged_models_of`) have been
         changed along with the live module.
 
         Args:
             trainer: the Trainer.
             pl_module: the live module, changed.
-            entry: what the journal records: plain types under the name of a registered operation.
+            entry: what the edit_log records: plain types under the name of a registered operation.
             summary: what has happened, for the log line.
             kept: for ``channels``: tensor name -> dimension -> positions that stayed.
         """
         shapes = {name: tuple(parameter.shape) for name, parameter in pl_module.named_parameters()}
         decided = {name: dict(dims) for name, dims in (kept or {}).items()}
         check_agreement(trainer, f"what `{type(self).__name__}` did", [dict(entry), decided, shapes])
-        record(pl_module, mirrors_of(trainer, pl_module), entry, kept)
+        record(pl_module, averaged_models_of(trainer, pl_module), entry, kept)
         for peer in _peers(trainer):
             peer.on_surgery(trainer, pl_module, kept)
         rewrap(trainer)
         if "torch._dynamo" in sys.modules:
             torch.compiler.reset()  # else the ninth shape falls back to eager code without a word
-        restart_selection(trainer)
-        tell(trainer, f"{type(self).method}: {summary}")
+        reset_monitoring(trainer)
+        log_rank_zero(trainer, f"{type(self).method}: {summary}")
 
     def _no_effect(self, reason: str) -> None:
         """Warn that the method found nothing to do, by name and with the reason."""

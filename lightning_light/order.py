@@ -50,12 +50,12 @@ def check_order(items: Sequence[Item]) -> None:
     """
     ordered = [item for item in items if item[1] in _ORDERED]
     for first, second in combinations(ordered, 2):
-        if first[1] != second[1] and (complaint := _complaint(first, second)):
+        if first[1] != second[1] and (incompatibility := _complaint(first, second)):
             names = ", ".join(name for name, _, _ in items)
             right = ", ".join(name for name, _, _ in sorted(ordered, key=lambda item: item[1]))
             raise OrderError(
                 f"`callbacks=[{names}]`: expected {right} in this order, each beginning when the one before has ended; "
-                f"found {complaint}. Reorder the list, or move the windows apart."
+                f"found {incompatibility}. Reorder the list, or move the windows apart."
             )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from lightning_light.hosts import is_host
+from lightning_light.host.classes import is_host
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer

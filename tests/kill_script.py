@@ -20,7 +20,7 @@ from lightning_light.criteria import Taylor
 from lightning_light.monitors import CompressionMonitor
 from lightning_light.schedules import Linear, Window
 from lightning_light.structured import GroupLasso, StructuredPruning
-from lightning_light.surgery.journal import ledger_of
+from lightning_light.surgery.attachment import state_of
 from tests.contract.bodies import Body, module_class
 from tests.contract.runs import outcome, trainer
 
@@ -45,19 +45,19 @@ def main(folder: Path, kill_at: int) -> None:
     pruning = StructuredPruning(
         MACs(0.5),
         criterion=Taylor(),
-        evidence_batches=2,
+        calibration_batches=2,
         schedule=Window(Linear(), start=0.1, end=0.75),
         events=3,
-        sparsity_learning=GroupLasso(0.01),
+        regularizer=GroupLasso(0.01),
         reestimate_batch_norm=2,
     )
     saving = ModelCheckpoint(folder, "step={step}", auto_insert_metric_name=False, save_top_k=-1, every_n_train_steps=1)
     run = trainer(pruning, CompressionMonitor(table=False), saving, Kill(kill_at))
     run.fit(module, ckpt_path=saved[-1] if saved else None)
     metrics = {name: float(value) for name, value in run.callback_metrics.items()}
-    ledger = ledger_of(module)
-    end = {**outcome(run, module), "metrics": metrics, "losses": module.losses, "ledger": ledger.state}
-    torch.save({**end, "journal": ledger.journal}, folder / "end.pt")
+    compression_state = state_of(module)
+    end = {**outcome(run, module), "metrics": metrics, "losses": module.losses, "compression_state": compression_state.state}
+    torch.save({**end, "edit_log": compression_state.edit_log}, folder / "end.pt")
 
 
 if __name__ == "__main__":

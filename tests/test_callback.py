@@ -13,7 +13,7 @@ from torch import nn
 from lightning_light.callback import CompressionCallback
 from lightning_light.errors import NoEffectWarning, OrderError, UnsupportedError
 from lightning_light.order import Stage
-from lightning_light.surgery.journal import ledger_of
+from lightning_light.surgery.attachment import state_of
 from tests.surgery.runs import HOSTS, MODULES, Events, Lit, Loader, same, trainer
 
 pytestmark = pytest.mark.filterwarnings(
@@ -111,8 +111,8 @@ def test_two_of_one_method_have_a_state_each(tmp_path) -> None:
     first, second = Watches(), Watches()
     run = trainer(first, Events(), second, max_epochs=1)
     run.fit(module := Lit(), Loader())
-    assert ledger_of(module).state["watches"] == {"steps": 4}
-    assert ledger_of(module).state["watches#2"] == {"steps": 4}
+    assert state_of(module).state["watches"] == {"steps": 4}
+    assert state_of(module).state["watches#2"] == {"steps": 4}
     run.save_checkpoint(tmp_path / "x.ckpt")
     again = [Watches(), Watches()]
     trainer(*again, max_epochs=2).fit(Lit(), Loader(), ckpt_path=tmp_path / "x.ckpt")
@@ -126,8 +126,8 @@ def test_state_comes_back_from_a_weights_only_checkpoint(tmp_path) -> None:
     run.save_checkpoint(tmp_path / "w.ckpt", weights_only=True)
     module = Lit()
     trainer(Events()).validate(module, ckpt_path=tmp_path / "w.ckpt", verbose=False)
-    assert ledger_of(module).state["events"]["done"] == ["cut2"]
-    assert torch.is_tensor(ledger_of(module).state["events"]["sum"])
+    assert state_of(module).state["events"]["done"] == ["cut2"]
+    assert torch.is_tensor(state_of(module).state["events"]["sum"])
 
 
 def test_a_method_without_effect_warns_by_its_name() -> None:

@@ -9,7 +9,7 @@ import pytest
 import pytorch_lightning
 
 from lightning_light import hosts
-from lightning_light.hosts import Callback, host_class, is_host, loaded_hosts
+from lightning_light.host.classes import Callback, host_class, is_host, loaded_hosts
 
 HOSTS = [lightning.pytorch, pytorch_lightning]
 
@@ -74,7 +74,7 @@ def test_a_callback_is_one_of_lightning_pytorch() -> None:
 
 CHECK = """
 import {first}
-from lightning_light.hosts import Callback, loaded_hosts
+from lightning_light.host.classes import Callback, loaded_hosts
 class Mine(Callback):
     pass
 print(*[base.__module__.partition(".")[0] for base in Callback.__bases__])

@@ -17,7 +17,7 @@ from lightning_light.clustering.kmeans import Initialization, assign, cluster
 from lightning_light.clustering.training import CentroidTraining, Clusters, Learning
 from lightning_light.order import Stage
 from lightning_light.progress import steps_done, steps_planned, training_progress
-from lightning_light.surgery.distributed import broadcast, tell
+from lightning_light.surgery.distributed import broadcast, log_rank_zero
 from lightning_light.targets import Targets, as_targets
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class WeightClustering(CompressionCallback):
     Huffman Coding". https://arxiv.org/abs/1510.00149
 
     The weights stay plain parameters, which hold their clustered values at every validation, checkpoint and export.
-    Zeros of a mask keep a centroid of their own; fake quantization of a clustered layer maps equal weights to equal
+    SparsityReport of a mask keep a centroid of their own; fake quantization of a clustered layer maps equal weights to equal
     ones.
 
     Example:
@@ -196,7 +196,7 @@ class WeightClustering(CompressionCallback):
         return {"centroids": centroids, "places": places.to(torch.uint8), "zeros": zeros}
 
     def _put(self, parameter: nn.Parameter, entry: dict[str, Any]) -> None:
-        """After a step: the clustered weights in the network, what lies behind them in the ledger."""
+        """After a step: the clustered weights in the network, what lies behind them in the compression_state."""
         clusters = _clusters(entry, parameter)
         latent = parameter.detach().clone()
         moved, weights = self.learning.forward(clusters, _rows(latent, clusters))
@@ -244,7 +244,7 @@ class WeightClustering(CompressionCallback):
             logger.log_metrics(scalars, step=steps_done(trainer))
         for name, bits in rows.items():
             self.state(pl_module)["layers"][name]["coded_bits"] = bits
-        tell(
+        log_rank_zero(
             trainer,
             f"{self.method}: {len(rows)} layers with at most {self.clusters} values, {total:.2f} bits a weight after "
             "Huffman coding, codebooks included; the file gets smaller, the network does not get faster",

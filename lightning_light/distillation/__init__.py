@@ -13,7 +13,7 @@ from lightning_light.distillation.features import (
 )
 from lightning_light.distillation.knowledge_distillation import KnowledgeDistillation
 from lightning_light.distillation.logits import DIST, DKD, LogitStandardization, SoftTargets
-from lightning_light.distillation.loss import DistillationLoss, Falling, FeatureLoss
+from lightning_light.distillation.loss import DistillationLoss, Decreasing, FeatureLoss
 from lightning_light.distillation.teachers import (
     CheckpointTeacher,
     FactoryTeacher,
@@ -32,7 +32,7 @@ __all__ = [  # plain order, capitals or not
     "DKD",
     "DistillationLoss",
     "FactoryTeacher",
-    "Falling",
+    "Decreasing",
     "FeatureHint",
     "FeatureLoss",
     "FileTeacher",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_light.example_input import tensors_in
 from lightning_light.surgery.distributed import digest
 
-__all__ = ["AnswerCache", "caches_of", "fingerprints"]
+__all__ = ["TeacherOutputCache", "caches_of", "fingerprints"]
 
 _FIRST_ROWS = 1024
 
@@ -39,7 +39,7 @@ def fingerprints(inputs: Any, samples: int) -> list[int]:
 
 def caches_of(
     where: str, half: bool, teachers: Sequence[nn.Module], state: dict[str, Any], rank: int | None
-) -> list[AnswerCache]:
+) -> list[TeacherOutputCache]:
     """A cache for each teacher.
 
     Args:
@@ -52,17 +52,17 @@ def caches_of(
     if where == "memory":
         kept = state.setdefault("cache", {})
         return [
-            AnswerCache(kept.setdefault(str(place), {}), None, half=half, teacher="") for place in range(len(teachers))
+            TeacherOutputCache(kept.setdefault(str(place), {}), None, half=half, teacher="") for place in range(len(teachers))
         ]
     caches = []
     for place, teacher in enumerate(teachers):
         path = Path(f"{where}{f'.{place}' if place else ''}{'' if rank is None else f'.rank{rank}'}")
         name = f"{digest(dict(teacher.state_dict()))} half={half}"
-        caches.append(AnswerCache(None, path, half=half, teacher=name))
+        caches.append(TeacherOutputCache(None, path, half=half, teacher=name))
     return caches
 
 
-class AnswerCache:
+class TeacherOutputCache:
     """Rows of answers by key, in memory or in files.
 
     What is read back is what was stored, half precision and all, also in the step that stores it: so a run that was

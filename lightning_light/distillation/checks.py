@@ -6,7 +6,7 @@ from collections.abc import Sequence, Sized
 from typing import Any
 
 from lightning_light.distillation.loss import DistillationLoss
-from lightning_light.distillation.own_teacher import Overheard
+from lightning_light.distillation.self_teacher import InModelTeacher
 from lightning_light.distillation.teachers import LiveTeacher, SelfTeacher, Teacher, TeacherSource, shared_parameters
 
 __all__ = ["check_arguments", "check_exits", "end_of", "refuse_shared", "samples_of"]
@@ -48,7 +48,7 @@ def check_arguments(
 
 def check_exits(losses: Sequence[DistillationLoss], sources: Sequence[TeacherSource], teacher_output: object) -> None:
     """Refuse a student whose output would be compared with itself."""
-    of_outputs = [loss for loss in losses if getattr(loss, "taps", None) is None]
+    of_outputs = [loss for loss in losses if getattr(loss, "feature_layers", None) is None]
     if LiveTeacher() in sources and of_outputs and teacher_output is None:
         raise ValueError(
             f"`KnowledgeDistillation(teacher=LiveTeacher(), losses=[{type(of_outputs[0]).__name__}(...)])`: expected "
@@ -59,7 +59,7 @@ def check_exits(losses: Sequence[DistillationLoss], sources: Sequence[TeacherSou
 
 def refuse_shared(teacher: Teacher, optimizers: Sequence[Any]) -> None:
     """A teacher that is trained along is no teacher, unless the user says so."""
-    if not isinstance(teacher, Overheard) and (shared := shared_parameters(teacher.root, optimizers)):
+    if not isinstance(teacher, InModelTeacher) and (shared := shared_parameters(teacher.root, optimizers)):
         raise ValueError(
             f"`KnowledgeDistillation(teacher={type(teacher.root).__name__})`: expected a teacher of its own, found "
             f"{shared} of its parameters among those that the optimizers change. For the student as teacher write "
@@ -90,10 +90,10 @@ def samples_of(trainer: Any) -> int | None:
 
 
 def _check_cache(losses: Sequence[DistillationLoss], sources: Sequence[TeacherSource], cache: str) -> None:
-    if tapped := [loss for loss in losses if getattr(loss, "taps", None) is not None]:
+    if tapped := [loss for loss in losses if getattr(loss, "feature_layers", None) is not None]:
         raise ValueError(
             f"`KnowledgeDistillation(cache={cache!r})`: expected losses of outputs, which are what is stored; "
-            f"found `{type(tapped[0]).__name__}` with taps. Leave `cache` or the taps out."
+            f"found `{type(tapped[0]).__name__}` with feature_layers. Leave `cache` or the feature_layers out."
         )
     moving = [s for s in sources if isinstance(s, LiveTeacher) or (isinstance(s, SelfTeacher) and s.decay is not None)]
     if moving:

@@ -9,13 +9,13 @@ from typing import Any, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_light.distillation.attachment import Call
-from lightning_light.distillation.cache import AnswerCache, fingerprints
+from lightning_light.distillation.step_patch import Call
+from lightning_light.distillation.cache import TeacherOutputCache, fingerprints
 from lightning_light.distillation.loss import DistillationLoss, FeatureLoss, pooled, rows
-from lightning_light.distillation.own_teacher import Overheard
+from lightning_light.distillation.self_teacher import InModelTeacher
 from lightning_light.distillation.projectors import Projectors, channel_source
-from lightning_light.distillation.selecting import Selector, labels_of, select
-from lightning_light.distillation.taps import Listener, match_resolutions, pair_taps
+from lightning_light.distillation.selectors import Selector, labels_of, select
+from lightning_light.distillation.feature_layers import FeatureHooks, match_resolutions, pair_feature_layers
 from lightning_light.distillation.teachers import Teacher
 from lightning_light.example_input import ExampleInput, tensors_in
 
@@ -50,15 +50,15 @@ class Distiller:
     """What is needed to compare, for one fit.
 
     Attributes:
-        student: the module in which student taps are looked up.
-        prefix: its path in the LightningModule, with a dot; what names in the journal begin with.
+        student: the module in which student feature_layers are looked up.
+        prefix: its path in the LightningModule, with a dot; what names in the edit_log begin with.
         teachers: at work.
         factors: of the teachers.
         losses: the losses.
         reading: how outputs and batches are read.
         projectors: made as features are seen.
         caches: one for each teacher, or none.
-        chosen: loss -> its pairs of taps; what ``"auto"`` has chosen is added, part of the method's state.
+        chosen: loss -> its pairs of feature_layers; what ``"auto"`` has chosen is added, part of the method's state.
         samples: how many samples the data has, if known.
     """
 
@@ -69,26 +69,26 @@ class Distiller:
     losses: Sequence[DistillationLoss]
     reading: Reading
     projectors: Projectors
-    caches: list[AnswerCache]
+    caches: list[TeacherOutputCache]
     chosen: dict[str, list[list[str]]]
     samples: int | None = None
     said: dict[str, Any] = field(default_factory=dict)
-    _listeners: list[Listener] = field(default_factory=list)
+    _listeners: list[FeatureHooks] = field(default_factory=list)
 
     def listen(self, student: nn.Module | None = None) -> None:
-        """Hook the taps, in the modules as they are now.
+        """Hook the feature_layers, in the modules as they are now.
 
         Raises:
             TargetError: a tap names no layer.
         """
         self.student = self.student if student is None else student
         if not self._listeners:
-            self._listeners = [Listener() for _ in range(len(self.teachers) + 1)]
+            self._listeners = [FeatureHooks() for _ in range(len(self.teachers) + 1)]
         for place, loss in enumerate(self.losses):
-            if isinstance(loss, FeatureLoss) and loss.taps not in (None, "auto"):
+            if isinstance(loss, FeatureLoss) and loss.feature_layers not in (None, "auto"):
                 for teacher in self.teachers:
                     self._refuse_opaque(teacher, loss)
-                    found = loss.pairs(pair_taps(loss.taps, self.student, teacher.root))
+                    found = loss.pairs(pair_feature_layers(loss.feature_layers, self.student, teacher.root))
                     self.chosen[str(place)] = [list(pair) for pair in found]
         seeking = any(self._seeks(place) for place in range(len(self.losses)))
         pairs = [pair for chosen in self.chosen.values() for pair in chosen]
@@ -102,7 +102,7 @@ class Distiller:
 
     def switch(self, on: bool) -> None:
         """Keep the student's features from now on, or no longer."""
-        live = [teacher for teacher in self.teachers if isinstance(teacher, Overheard)]
+        live = [teacher for teacher in self.teachers if isinstance(teacher, InModelTeacher)]
         for teacher in live:
             teacher.switch(on)
         for listener, who in zip(self._listeners, [None, *self.teachers], strict=True):
@@ -148,7 +148,7 @@ class Distiller:
         """Channels have left the student, or modules were replaced."""
         self.projectors.follow(kept)
         for teacher in self.teachers:
-            if isinstance(teacher, Overheard):
+            if isinstance(teacher, InModelTeacher):
                 teacher.listen(pl_module)
 
     def release(self) -> None:
@@ -177,9 +177,9 @@ class Distiller:
         if self.caches:
             answer: Tensor | None = self._recall(self.caches[place], teacher, given, batch)
         else:
-            raw = teacher.answer(call) if isinstance(teacher, Overheard) else self._listened(place, teacher, given)
+            raw = teacher.answer(call) if isinstance(teacher, InModelTeacher) else self._listened(place, teacher, given)
             plain = isinstance(raw, Tensor) and isinstance(call.output, Tensor)  # enough for the curve of agreement
-            wanted = any(getattr(loss, "taps", None) is None for loss in self.losses)
+            wanted = any(getattr(loss, "feature_layers", None) is None for loss in self.losses)
             answer = self._read(raw) if wanted or plain else None
         if place == 0 and answer is not None:
             self.said["answer"] = answer
@@ -198,7 +198,7 @@ class Distiller:
         selector = reading.output if reading.teacher_output is None else reading.teacher_output
         return select(raw, selector, "teacher_output").detach()
 
-    def _recall(self, cache: AnswerCache, teacher: Teacher, given: ExampleInput, batch: Any) -> Tensor:
+    def _recall(self, cache: TeacherOutputCache, teacher: Teacher, given: ExampleInput, batch: Any) -> Tensor:
         first = next(tensors_in((given.args, given.kwargs)))
         index, fixed = self.reading.sample_index, self.reading.fixed_views
         checks = (
@@ -218,10 +218,10 @@ class Distiller:
         return answers.to(first.device, next((p.dtype for p in teacher.root.parameters()), answers.dtype))
 
     def _pairs(self, place: int, number: int, loss: DistillationLoss, call: Call, answer: Tensor | None) -> Any:
-        """What ``loss`` compares: outputs, or features of each pair of taps, projected."""
-        taps = getattr(loss, "taps", None)
+        """What ``loss`` compares: outputs, or features of each pair of feature_layers, projected."""
+        feature_layers = getattr(loss, "feature_layers", None)
         kind = getattr(loss, "projector", "none")
-        if taps is None:
+        if feature_layers is None:
             assert answer is not None  # asked for by `_ask`
             mine = select(call.output, self.reading.output, "output")
             yield self._fitting(loss, f"{number}_{place}_output", kind, mine, answer)
@@ -230,7 +230,7 @@ class Distiller:
             heard = self._listeners[0].seen.get(student), self._listeners[place + 1].seen.get(teacher)
             if heard[0] is None or heard[1] is None:
                 raise ValueError(
-                    f"`{type(loss).__name__}(taps={taps!r})`: expected `{student}` of the student and `{teacher}` of "
+                    f"`{type(loss).__name__}(feature_layers={feature_layers!r})`: expected `{student}` of the student and `{teacher}` of "
                     "the teacher to be called in a forward pass and to return a tensor, found that "
                     f"{'the student' if heard[0] is None else 'the teacher'} does not. Tap another module."
                 )
@@ -269,10 +269,10 @@ class Distiller:
         return projected, teacher
 
     def _seeks(self, number: int) -> bool:
-        return getattr(self.losses[number], "taps", None) == "auto" and str(number) not in self.chosen
+        return getattr(self.losses[number], "feature_layers", None) == "auto" and str(number) not in self.chosen
 
     def _choose(self, place: int) -> None:
-        """Pair the taps that are to be matched by resolution, then listen to no more than is needed."""
+        """Pair the feature_layers that are to be matched by resolution, then listen to no more than is needed."""
         heard = [
             {path: tuple(tensor.shape) for path, tensor in self._listeners[who].seen.items()} for who in (0, place + 1)
         ]
@@ -289,7 +289,7 @@ class Distiller:
     def _refuse_opaque(self, teacher: Teacher, loss: DistillationLoss) -> None:
         if teacher.is_opaque:
             raise ValueError(
-                f"`{type(loss).__name__}(taps={getattr(loss, 'taps', None)!r})`: expected a teacher made of modules, "
+                f"`{type(loss).__name__}(feature_layers={getattr(loss, 'feature_layers', None)!r})`: expected a teacher made of modules, "
                 f"found a `{type(teacher.module).__name__}`, whose inner features cannot be heard. Compare outputs, or "
                 "load the teacher from its checkpoint."
             )

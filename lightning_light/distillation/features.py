@@ -26,7 +26,7 @@ class FeatureHint(FeatureLoss):
     Romero et al., 2015, "FitNets: Hints for Thin Deep Nets", eq. 3 (there a sum). https://arxiv.org/abs/1412.6550
 
     Args:
-        taps: see `FeatureLoss`.
+        feature_layers: see `FeatureLoss`.
         projector: likewise.
         weight: see `DistillationLoss`.
         schedule: likewise.
@@ -48,14 +48,14 @@ class FeatureHint(FeatureLoss):
 class KnowledgeReview(FeatureLoss):
     """Each stage of the student learns from the teacher's at its own depth and from all before it.
 
-    ``sum_i sum_(j <= i) D(r_ij(s_i), t_j)`` over the taps in their order, with projectors r and the hierarchical
+    ``sum_i sum_(j <= i) D(r_ij(s_i), t_j)`` over the feature_layers in their order, with projectors r and the hierarchical
     context distance ``D(s, t) = (mse(s, t) + sum_k 2^-k mse(pool_k(s), pool_k(t))) / (1 + sum_k 2^-k)``, where
     ``pool_k`` averages to 4 x 4, 2 x 2 and 1 x 1 positions, where there are more. Chen et al., 2021, "Distilling
     Knowledge via Knowledge Review". https://arxiv.org/abs/2104.09044. The double sum itself, without the attention
     based fusion that saves most of its terms.
 
     Args:
-        taps: see `FeatureLoss`; at least two, from the input to the output.
+        feature_layers: see `FeatureLoss`; at least two, from the input to the output.
         projector: likewise.
         weight: see `DistillationLoss`.
         schedule: likewise.
@@ -89,7 +89,7 @@ class SRD(FeatureLoss):
 
     Args:
         exponent: of the absolute difference.
-        taps: see `FeatureLoss`; feature maps are averaged over positions.
+        feature_layers: see `FeatureLoss`; feature maps are averaged over positions.
         projector: likewise.
         weight: see `DistillationLoss`.
         schedule: likewise.
@@ -113,7 +113,7 @@ class AttentionTransfer(FeatureLoss):
 
     Args:
         p: the power of an activation.
-        taps: see `FeatureLoss`; widths may differ without a projector.
+        feature_layers: see `FeatureLoss`; widths may differ without a projector.
         projector: likewise.
         weight: see `DistillationLoss`; the authors take 1000 for each tap.
         schedule: likewise.
@@ -139,7 +139,7 @@ class SimilarityPreserving(FeatureLoss):
     Tung & Mori, 2019, "Similarity-Preserving Knowledge Distillation". https://arxiv.org/abs/1907.09682
 
     Args:
-        taps: see `FeatureLoss`; widths and resolutions may differ without a projector.
+        feature_layers: see `FeatureLoss`; widths and resolutions may differ without a projector.
         projector: likewise.
         weight: see `DistillationLoss`; the authors take 3000.
         schedule: likewise.
@@ -162,7 +162,7 @@ class RKD(FeatureLoss):
     Args:
         distance: weight of the distances; 0 leaves them out.
         angle: weight of the angles; 0 leaves them out. They take memory with the batch to the third power.
-        taps: see `FeatureLoss`; widths may differ without a projector.
+        feature_layers: see `FeatureLoss`; widths may differ without a projector.
         projector: likewise.
         weight: see `DistillationLoss`.
         schedule: likewise.
@@ -193,7 +193,7 @@ class ContrastiveHint(FeatureLoss):
 
     Args:
         temperature: T.
-        taps: see `FeatureLoss`.
+        feature_layers: see `FeatureLoss`.
         projector: likewise.
         weight: see `DistillationLoss`.
         schedule: likewise.
@@ -222,7 +222,7 @@ class ChannelWise(FeatureLoss):
 
     Args:
         temperature: T.
-        taps: see `FeatureLoss`; without taps the outputs ``(N, C, H, W)``.
+        feature_layers: see `FeatureLoss`; without feature_layers the outputs ``(N, C, H, W)``.
         projector: likewise.
         weight: see `DistillationLoss`.
         schedule: likewise.
@@ -250,7 +250,7 @@ class OutputRegression(FeatureLoss):
 
     Args:
         distance: ``"mse"``, ``"l1"`` or ``"smooth_l1"``.
-        taps: see `FeatureLoss`.
+        feature_layers: see `FeatureLoss`.
         projector: likewise.
         weight: see `DistillationLoss`.
         schedule: likewise.

@@ -12,22 +12,22 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_light.callback import CompressionCallback
-from lightning_light.distillation.attachment import StudentWatch, Wrapping, add_to
-from lightning_light.distillation.balance import gradient_factors
-from lightning_light.distillation.cache import AnswerCache, caches_of
+from lightning_light.distillation.step_patch import StudentHook, Wrapping, add_to
+from lightning_light.distillation.loss_balancing import gradient_factors
+from lightning_light.distillation.cache import TeacherOutputCache, caches_of
 from lightning_light.distillation.checks import check_arguments, check_exits, end_of, refuse_shared, samples_of
 from lightning_light.distillation.distiller import Distiller, Reading, Term, total_of
 from lightning_light.distillation.logits import SoftTargets
 from lightning_light.distillation.loss import DistillationLoss
-from lightning_light.distillation.own_teacher import Overheard, copy_of_student, move_towards
+from lightning_light.distillation.self_teacher import InModelTeacher, copy_of_student, move_towards
 from lightning_light.distillation.projectors import Projectors, discard, owner_of
-from lightning_light.distillation.selecting import Selector
-from lightning_light.distillation.taps import part_of
+from lightning_light.distillation.selectors import Selector
+from lightning_light.distillation.feature_layers import part_of
 from lightning_light.distillation.teachers import LiveTeacher, SelfTeacher, Teacher, TeacherSource, as_source
 from lightning_light.order import Stage
 from lightning_light.progress import steps_done, training_progress
 from lightning_light.schedules import Schedule, resolve
-from lightning_light.surgery.distributed import reduce_mean, tell
+from lightning_light.surgery.distributed import reduce_mean, log_rank_zero
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -134,7 +134,7 @@ class KnowledgeDistillation(CompressionCallback):
         check_exits(self._losses, self._sources, teacher_output)
         self._schedules: list[Schedule] = []
         self._end = 1.0
-        self._watch: StudentWatch | None = None
+        self._watch: StudentHook | None = None
         self._distiller: Distiller | None = None
         self._wrappings: list[Wrapping] = []
         self._projectors: Projectors | None = None
@@ -174,10 +174,10 @@ class KnowledgeDistillation(CompressionCallback):
         weights = self.teacher_weights or [1.0 / len(teachers)] * len(teachers)
         self._distiller = Distiller(
             base, f"{self.student}." if self.student else "", teachers, weights, self._losses, self._reading(),
-            self._projectors, self._caches(trainer, state, teachers), state.setdefault("taps", {}),
+            self._projectors, self._caches(trainer, state, teachers), state.setdefault("feature_layers", {}),
         )  # fmt: skip
         self._distiller.listen()
-        self._watch = StudentWatch(self.student if self.student is not None else state.get("student"))
+        self._watch = StudentHook(self.student if self.student is not None else state.get("student"))
         self._watch.listen(pl_module)
         self._wrap(trainer, pl_module)
         if "torch._dynamo" in sys.modules:
@@ -259,7 +259,7 @@ class KnowledgeDistillation(CompressionCallback):
 
     def _teacher(self, source: TeacherSource, pl_module: LightningModule, like: Tensor) -> Teacher:
         if isinstance(source, LiveTeacher):
-            return Overheard(source.path, pl_module, self.student or "")
+            return InModelTeacher(source.path, pl_module, self.student or "")
         if not isinstance(source, SelfTeacher):
             with torch.random.fork_rng(devices=[]):  # to make a network draws random numbers: not those of the run
                 return Teacher(source.build(), like)
@@ -270,7 +270,7 @@ class KnowledgeDistillation(CompressionCallback):
         self._average_model = copied
         return Teacher(part, like, prefix=f"{self.student}." if self.student else "")
 
-    def _caches(self, trainer: Trainer, state: dict[str, Any], teachers: Sequence[Teacher]) -> list[AnswerCache]:
+    def _caches(self, trainer: Trainer, state: dict[str, Any], teachers: Sequence[Teacher]) -> list[TeacherOutputCache]:
         if self.cache is None:
             return []
         rank = trainer.global_rank if trainer.world_size > 1 else None
@@ -347,7 +347,7 @@ class KnowledgeDistillation(CompressionCallback):
         unmatched = len(self._distiller.chosen)
         terms = self._distiller.compare(call, self._batch, shares)
         if len(self._distiller.chosen) > unmatched:
-            tell(trainer, f"{self.method}: taps matched by resolution: {self._distiller.chosen}")
+            log_rank_zero(trainer, f"{self.method}: feature_layers matched by resolution: {self._distiller.chosen}")
         factors = self._factors(trainer, state, task, terms)
         total = total_of(terms, factors)
         if self._is_logging(trainer):

@@ -15,14 +15,14 @@ from typing_extensions import override
 
 from lightning_light.schedules import Constant, Schedule
 
-__all__ = ["DistillationLoss", "Falling", "FeatureLoss", "Taps"]
+__all__ = ["DistillationLoss", "Decreasing", "FeatureLoss", "Taps"]
 
 Taps = str | list[str] | dict[str, str] | None
 """Where features are taken: one path or several, the same in student and teacher, or student path -> teacher path."""
 
 
 @dataclass(frozen=True)
-class Falling(Schedule):
+class Decreasing(Schedule):
     """The other way round, for a loss that fades out: ``1 - schedule(progress)``.
 
     Args:
@@ -30,7 +30,7 @@ class Falling(Schedule):
 
     Example:
         >>> from lightning_light.schedules import Linear
-        >>> [Falling(Linear())(progress) for progress in (0.0, 0.5, 1.0)]
+        >>> [Decreasing(Linear())(progress) for progress in (0.0, 0.5, 1.0)]
         [1.0, 0.5, 0.0]
     """
 
@@ -86,17 +86,17 @@ class DistillationLoss(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureLoss(DistillationLoss):
-    """Compares features from inside, or, without ``taps``, the outputs.
+    """Compares features from inside, or, without ``feature_layers``, the outputs.
 
     Args:
-        taps: module paths, globs allowed, the same in student and teacher (``"layer3"``, ``["layer2", "layer3"]``),
+        feature_layers: module paths, globs allowed, the same in student and teacher (``"layer3"``, ``["layer2", "layer3"]``),
             or student path -> teacher path; ``"auto"`` pairs the last layers of each resolution. None: the outputs.
         projector: what brings the student's features to the teacher's width and is trained with the student:
             ``"conv"`` (1x1), ``"linear"`` (on averaged positions), ``"auto"`` (by the number of dimensions) or
             ``"none"``.
     """
 
-    taps: Taps = None
+    feature_layers: Taps = None
     projector: Literal["auto", "conv", "linear", "none"] = "none"
 
     @override
@@ -126,7 +126,7 @@ class FeatureLoss(DistillationLoss):
         """
 
     def pairs(self, found: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-        """Which taps are compared with which, given those that belong together: these, unless a loss says otherwise."""
+        """Which feature_layers are compared with which, given those that belong together: these, unless a loss says otherwise."""
         return list(found)
 
     def _counts(self, features: Tensor, mask: Tensor) -> bool:

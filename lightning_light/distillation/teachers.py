@@ -153,7 +153,7 @@ class LiveTeacher(TeacherSource):
 
     Args:
         path: of the other part; None for the student itself, of which ``output=`` names the exit that learns and
-            ``teacher_output=`` the one that teaches, or taps pair early with late layers.
+            ``teacher_output=`` the one that teaches, or feature_layers pair early with late layers.
 
     Example:
         >>> LiveTeacher("second")

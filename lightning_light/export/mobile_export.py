@@ -31,10 +31,10 @@ from lightning_light.export.recorder import Recorder
 from lightning_light.export.replay import replayed
 from lightning_light.export.report import ExportReport
 from lightning_light.export.top1 import Labelled
-from lightning_light.hosts import is_host
+from lightning_light.host.classes import is_host
 from lightning_light.int8 import rounders_of
 from lightning_light.order import Stage
-from lightning_light.surgery.distributed import broadcast, tell
+from lightning_light.surgery.distributed import broadcast, log_rank_zero
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -175,7 +175,7 @@ class MobileExport(CompressionCallback):
         try:
             if trainer.is_global_zero:
                 self.report = self._export(trainer, pl_module)
-                tell(trainer, f"{self.method}: {self.report.summary()}")
+                log_rank_zero(trainer, f"{self.method}: {self.report.summary()}")
         finally:
             self._conclude(trainer, sys.exc_info()[1])
 

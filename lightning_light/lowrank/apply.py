@@ -17,7 +17,7 @@ __all__ = ["apply_factors", "balance_factors"]
 
 
 def apply_factors(
-    model: nn.Module, plan: Plan, *, optimizers: Iterable[Any] = (), mirrors: Sequence[nn.Module] = ()
+    model: nn.Module, plan: Plan, *, optimizers: Iterable[Any] = (), averaged_models: Sequence[nn.Module] = ()
 ) -> dict[str, Any]:
     """Put the factors of ``plan`` into ``model``, in place.
 
@@ -25,13 +25,13 @@ def apply_factors(
         model: the root.
         plan: made on this model as it is.
         optimizers: the factors' weights take the old weight's place in its group; biases keep their state.
-        mirrors: averaged copies of ``model``.
+        averaged_models: averaged copies of ``model``.
 
     Returns:
-        The journal's entry.
+        The edit_log's entry.
     """
     optimizers = list(optimizers)
-    _open(model, plan, optimizers=optimizers, mirrors=mirrors)
+    _open(model, plan, optimizers=optimizers, averaged_models=averaged_models)
     factors: dict[str, nn.Module] = {}
     weights: dict[nn.Parameter, list[nn.Parameter]] = {}
     for name, found in plan.layers.items():
@@ -39,8 +39,8 @@ def apply_factors(
         new = build_factors(old, found.form, found.ranks, found.factors)
         factors[name] = new
         weights |= _weights_of(old, new)
-    replace_modules(model, factors, optimizers=optimizers, parameters=weights, mirrors=mirrors)
-    for root in (model, *mirrors):
+    replace_modules(model, factors, optimizers=optimizers, parameters=weights, averaged_models=averaged_models)
+    for root in (model, *averaged_models):
         close_fast_paths(root, factors)
     return {
         "op": OPERATION,
@@ -87,7 +87,7 @@ def _owners(plan: Plan) -> dict[str, int]:
     return {found.owner: found.blocks for found in plan.layers.values() if found.owner}
 
 
-def _open(model: nn.Module, plan: Plan, *, optimizers: Iterable[Any], mirrors: Sequence[nn.Module]) -> None:
+def _open(model: nn.Module, plan: Plan, *, optimizers: Iterable[Any], averaged_models: Sequence[nn.Module]) -> None:
     """Attentions and fused layers become several layers each, some of which are then factored."""
     opened: dict[str, nn.Module] = {}
     parameters: dict[nn.Parameter, list[nn.Parameter]] = {}
@@ -96,7 +96,7 @@ def _open(model: nn.Module, plan: Plan, *, optimizers: Iterable[Any], mirrors: S
         opened[name] = open_module(old, blocks)
         parameters |= followers(old, opened[name])
     if opened:
-        replace_modules(model, opened, optimizers=optimizers, parameters=parameters, mirrors=mirrors)
+        replace_modules(model, opened, optimizers=optimizers, parameters=parameters, averaged_models=averaged_models)
 
 
 def _ranks(form: str, layers: list[Any]) -> tuple[int, ...]:

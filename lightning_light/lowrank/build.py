@@ -1,4 +1,4 @@
-"""Layers of ``torch.nn`` in the place of one, and the journal's operation that replays them."""
+"""Layers of ``torch.nn`` in the place of one, and the edit_log's operation that replays them."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from lightning_light.lowrank.layers import Layer
 from lightning_light.lowrank.spectra import Ranks, Spectrum
 from lightning_light.measure.cost import count_cost
 from lightning_light.measure.latency import measure_latency
-from lightning_light.measure.quiet import undisturbed
+from lightning_light.measure.isolation import isolated
 from lightning_light.measure.size import tensor_bytes
 
 __all__ = ["LayerTimer", "OutputProbe", "quantity"]
@@ -32,7 +32,7 @@ def quantity(model: nn.Module, budget: Budget | None, example: ExampleInput) -> 
         return float(sum(parameter.numel() for parameter in model.parameters()))
     if kind == "bytes":
         return float(tensor_bytes(model))
-    with undisturbed(model):
+    with isolated(model):
         return measure_latency(_synchronized(model, lambda: model(*example.args, **example.kwargs)),
                                warmup=3, runs=20).median  # fmt: skip
 
@@ -60,7 +60,7 @@ class LayerTimer:
                 for parameter in module.parameters():
                     nn.init.constant_(parameter, 0.01)
             x = torch.full((1, *layer.shape), 0.5, dtype=weight.dtype, device=weight.device)
-            with undisturbed(module):
+            with isolated(module):
                 call = _synchronized(module, lambda: module(x))
                 self._known[key] = measure_latency(call, warmup=3, runs=self._runs).median
         return self._known[key]
@@ -100,7 +100,7 @@ class OutputProbe:
         return changed / max(sum(float(a.square().sum()) for a, _ in pairs), 1e-300)
 
     def _outputs(self) -> list[Tensor]:
-        with undisturbed(self._model):
+        with isolated(self._model):
             outputs = [self._model(*call.args, **call.kwargs) for call in self._calls]
         return [tensor.double() for tensor in tensors_in(outputs) if tensor.is_floating_point()]
 

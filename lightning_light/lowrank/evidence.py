@@ -14,7 +14,7 @@ from lightning_light.example_input import ExampleInput, tensors_in
 from lightning_light.lowrank.attention import opened_weights
 from lightning_light.lowrank.build import factor_form
 from lightning_light.lowrank.layers import Layer
-from lightning_light.measure.quiet import undisturbed
+from lightning_light.measure.isolation import isolated
 
 __all__ = ["InputWatch", "add_gradients", "as_call", "from_batches", "mean_evidence"]
 
@@ -97,7 +97,7 @@ def from_batches(
     model: nn.Module, layers: list[Layer], needs: frozenset[str], calls: Iterable[ExampleInput]
 ) -> dict[str, dict[str, Tensor]]:
     """Evidence from forward passes in evaluation mode; ``model`` is left as found."""
-    with undisturbed(model):
+    with isolated(model):
         watch = InputWatch(model, layers, needs)
         watch.is_open = True
         try:

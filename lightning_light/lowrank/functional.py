@@ -19,7 +19,7 @@ from lightning_light.lowrank.layers import find_layers
 from lightning_light.lowrank.low_rank_factorization import LowRankFactorization
 from lightning_light.lowrank.plan import Plan
 from lightning_light.surgery.checkpoint import load_from_checkpoint
-from lightning_light.surgery.journal import attach, is_attached, release
+from lightning_light.surgery.attachment import attach, has_state, release
 from lightning_light.surgery.manifest import KEY
 from lightning_light.targets import as_targets
 
@@ -81,10 +81,10 @@ def factorize(
     limit = 0.0 if factorization.budget is None else factorization.budget.goal(dense)
     plan = factorization.plan(model, layers, reasons, now=dense, limit=limit, evidence=evidence, calls=calls)
     if plan.layers and not factorization.dry_run:
-        ledger = attach(model) if _is_lightning(model) or is_attached(model) else None
+        compression_state = attach(model) if _is_lightning(model) or has_state(model) else None
         entry = apply_factors(model, plan, optimizers=optimizers)
-        if ledger is not None:
-            ledger.record(entry)
+        if compression_state is not None:
+            compression_state.record(entry)
     return plan
 
 
@@ -119,7 +119,7 @@ def factorize_checkpoint(
     module = load_from_checkpoint(cls, path, **options)
     example = _example(module, args, kwargs)
     old = torch.load(path, map_location="cpu", weights_only=True)
-    if not is_attached(module):
+    if not has_state(module):
         attach(module)
     plan = factorize(module, example.args, example.kwargs, factorization=factorization)
     if not plan.layers:

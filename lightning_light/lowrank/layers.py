@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from lightning_light.example_input import ExampleInput, tensors_in
 from lightning_light.lowrank.attention import Blocks, OpenAttention, opened_weights, why_closed
 from lightning_light.lowrank.build import current_ranks, dense_weight, factor_form
-from lightning_light.measure.quiet import undisturbed
+from lightning_light.measure.isolation import isolated
 
 __all__ = ["Layer", "find_layers"]
 
@@ -55,7 +55,7 @@ class Layer:
     def cost(self, form: str, ranks: tuple[int, ...]) -> tuple[float, int]:
         """(multiply-accumulates of one sample, weights) of the factors at ``ranks``."""
         groups, out, inputs, *kernel = self.weight.shape
-        taps = math.prod(kernel)
+        feature_layers = math.prod(kernel)
         before, middle, after = self.positions
         if form == "embedding":
             return after * ranks[0] * inputs, ranks[0] * (out + inputs)
@@ -63,9 +63,9 @@ class Layer:
             first, second = ranks[0] * inputs * kernel[0], ranks[0] * out * kernel[1]
             return groups * (middle * first + after * second), groups * (first + second)
         if form == "tucker2":
-            first, core, last = ranks[0] * inputs, ranks[0] * ranks[1] * taps, ranks[1] * out
+            first, core, last = ranks[0] * inputs, ranks[0] * ranks[1] * feature_layers, ranks[1] * out
             return groups * (before * first + after * (core + last)), groups * (first + core + last)
-        weights = groups * ranks[0] * (inputs * taps + out)
+        weights = groups * ranks[0] * (inputs * feature_layers + out)
         return after * weights, weights
 
 
@@ -242,7 +242,7 @@ def _shared_parameters(model: nn.Module) -> set[int]:
 def _run(model: nn.Module, example: ExampleInput) -> _Calls:
     """One forward pass in evaluation mode, watched."""
     calls = _Calls(example.samples)
-    with undisturbed(model), ExitStack() as stack:
+    with isolated(model), ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, (*_PLAIN, nn.MultiheadAttention)) or factor_form(module):
                 stack.callback(module.register_forward_hook(calls.look).remove)

@@ -34,9 +34,9 @@ from lightning_light.lowrank.regularize import RankPenalty, add_rank_penalty
 from lightning_light.order import Stage
 from lightning_light.progress import steps_done, steps_planned, training_progress
 from lightning_light.schedules import Linear, Schedule
-from lightning_light.surgery.distributed import broadcast, reduce_mean, tell
-from lightning_light.surgery.example import capture_or_recall, remember
-from lightning_light.surgery.mirrors import mirrors_of
+from lightning_light.surgery.distributed import broadcast, reduce_mean, log_rank_zero
+from lightning_light.surgery.stored_example import restore_or_capture_example, remember
+from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.targets import Targets, as_targets
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ class LowRankFactorization(CompressionCallback):
         if "names" not in state:
             state["names"] = list(as_targets(self.targets).select(pl_module))
         self._last_plan = None
-        self._capture = capture_or_recall(pl_module, state)
+        self._capture = restore_or_capture_example(pl_module, state)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -299,10 +299,10 @@ class LowRankFactorization(CompressionCallback):
         self._last_plan = plan
         state = self.state(pl_module)
         if self.dry_run:
-            tell(trainer, "\n  ".join([f"{self.method}: dry run, nothing is replaced", *plan.lines()]))
+            log_rank_zero(trainer, "\n  ".join([f"{self.method}: dry run, nothing is replaced", *plan.lines()]))
         elif plan.layers:
-            mirrors = mirrors_of(trainer, pl_module)
-            entry = apply_factors(pl_module, plan, optimizers=trainer.optimizers, mirrors=mirrors)
+            averaged_models = averaged_models_of(trainer, pl_module)
+            entry = apply_factors(pl_module, plan, optimizers=trainer.optimizers, averaged_models=averaged_models)
             self._after_surgery(trainer, pl_module, entry, self._summary(plan))
             state["layers"] = {**state.get("layers", {}), **_facts(plan)}
         state |= {"events": due, "seen": 0, "share": share}

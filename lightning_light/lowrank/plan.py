@@ -286,11 +286,11 @@ class _Desk:
     def _tucker(self, layer: Layer, spectrum: Spectrum, steps: list[list[int]], dense: Choice) -> list[Choice]:
         """Of the grid of both ranks only what may lie on the frontier."""
         inputs, outputs = np.array(steps[0])[:, None], np.array(steps[1])[None]
-        taps = math.prod(layer.weight.shape[3:])
+        feature_layers = math.prod(layer.weight.shape[3:])
         grid: Any = layer.cost  # arithmetic alone, so of whole arrays too
         macs, params = grid("tucker2", (inputs, outputs))
         good = (macs < dense.macs) & (params < dense.params)
-        good &= (inputs <= outputs * taps) & (outputs <= inputs * taps)  # beyond that a rank adds nothing
+        good &= (inputs <= outputs * feature_layers) & (outputs <= inputs * feature_layers)  # beyond that a rank adds nothing
         errors = spectrum.shares().cpu().numpy()[inputs - 1, outputs - 1][good]
         cost = (macs if self._quantity in {"macs", "seconds"} else params)[good]
         order = cost.argsort(kind="stable")

@@ -110,15 +110,15 @@ class TuckerSpectrum(Spectrum):
         self._kernel, self._dtype = weight.shape[3:], weight.dtype
         self._sweeps = sweeps
         tensor = weight.flatten(3)
-        groups, self._out, self._in, taps = tensor.shape
+        groups, self._out, self._in, feature_layers = tensor.shape
         self._by_out = tensor.transpose(2, 3).reshape(groups, -1, self._in)  # rows: (out, kernel)
         self._by_in = tensor.permute(0, 2, 3, 1).reshape(groups, -1, self._out)  # rows: (in, kernel)
-        self.shapes = ((self._in, self._out * taps), (self._out, self._in * taps))
+        self.shapes = ((self._in, self._out * feature_layers), (self._out, self._in * feature_layers))
         self._inputs, self.input_values = _left_vectors(self._by_in.reshape(groups, self._in, -1))
         self._outputs, self.output_values = _left_vectors(self._by_out.reshape(groups, self._out, -1))
         self.full = (self._inputs.shape[-1], self._outputs.shape[-1])
         core = self._outputs.mT @ self._reduced(self._inputs)
-        energy = core.square().sum(0).reshape(self.full[1], taps, self.full[0]).sum(1).mT
+        energy = core.square().sum(0).reshape(self.full[1], feature_layers, self.full[0]).sum(1).mT
         self.total = float(energy.sum())
         self._errors = (energy.sum() - energy.cumsum(0).cumsum(1)).clamp_min(0.0)
 

@@ -2,22 +2,22 @@
 
 from lightning_light.measure.cost import Cost, count_cost
 from lightning_light.measure.latency import Latency, measure_latency
-from lightning_light.measure.quiet import undisturbed
-from lightning_light.measure.report import LayerRow, layer_table
+from lightning_light.measure.isolation import isolated
+from lightning_light.measure.layer_table import LayerRow, layer_table
 from lightning_light.measure.size import deflated_bytes, file_bytes, tensor_bytes
-from lightning_light.measure.worth import Zeros, measure_zeros
+from lightning_light.measure.sparsity_report import SparsityReport, measure_sparsity
 
 __all__ = [
     "Cost",
     "Latency",
     "LayerRow",
-    "Zeros",
+    "SparsityReport",
     "count_cost",
     "deflated_bytes",
     "file_bytes",
     "layer_table",
     "measure_latency",
-    "measure_zeros",
+    "measure_sparsity",
     "tensor_bytes",
-    "undisturbed",
+    "isolated",
 ]

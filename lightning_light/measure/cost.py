@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_light.measure.quiet import plain_kernels, undisturbed
+from lightning_light.measure.isolation import unfused_kernels, isolated
 
 __all__ = ["Cost", "count_cost", "count_params"]
 
@@ -48,7 +48,7 @@ def count_cost(
     their products, and custom or quantized kernels. A causal or padded attention counts in full, and zeros count as
     any other weight. A module that runs twice counts twice.
 
-    The model is left as found: see `undisturbed`. Its forward hooks do not run.
+    The model is left as found: see `isolated`. Its forward hooks do not run.
 
     Args:
         model: on any device; its ``forward`` is called once or twice.
@@ -114,17 +114,17 @@ def _run(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], shapes: FakeTensorMode | None
 ) -> dict[str, int]:
     counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
-    ledger = _Ledger(model, counter.get_total_flops)
+    compression_state = _Ledger(model, counter.get_total_flops)
     with ExitStack() as stack:
-        stack.enter_context(undisturbed(model))
-        stack.enter_context(plain_kernels())
-        stack.callback(register_module_forward_pre_hook(ledger.enter).remove)
-        stack.callback(register_module_forward_hook(ledger.leave, always_call=True).remove)
+        stack.enter_context(isolated(model))
+        stack.enter_context(unfused_kernels())
+        stack.callback(register_module_forward_pre_hook(compression_state.enter).remove)
+        stack.callback(register_module_forward_hook(compression_state.leave, always_call=True).remove)
         if shapes is not None:
             stack.enter_context(shapes)
         stack.enter_context(counter)
         model(*args, **kwargs)
-    return ledger.close()
+    return compression_state.close()
 
 
 class _Ledger:

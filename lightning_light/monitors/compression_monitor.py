@@ -13,11 +13,11 @@ from typing_extensions import override
 from lightning_light.callback import CompressionCallback
 from lightning_light.errors import UnsupportedError
 from lightning_light.example_input import capture
-from lightning_light.hosts import is_host
-from lightning_light.measure.facts import layer_facts
+from lightning_light.host.classes import is_host
+from lightning_light.measure.layer_stats import layer_stats
 from lightning_light.measure.size import deflated_bytes
-from lightning_light.measure.zeros import mask_churn
-from lightning_light.monitors.chronicle import Chronicle, CostCounter, is_countable
+from lightning_light.measure.sparsity import mask_churn
+from lightning_light.monitors.recorder import Recorder, CostCounter, is_countable
 from lightning_light.monitors.dashboard import add_heat_maps, add_histograms, add_layout
 from lightning_light.monitors.hparams import method_hparams
 from lightning_light.monitors.scalars import PREFIX, custom_layout, layer_scalars, total_scalars
@@ -90,7 +90,7 @@ class CompressionMonitor(CompressionCallback):
     structural: ClassVar[bool] = False
 
     _count: CostCounter | None = None
-    _chronicle: Chronicle | None = None
+    _chronicle: Recorder | None = None
     _last_step: int | None = None  # at which we looked
     _masks: Mapping[str, Tensor] | None = None  # copies, as they were at the last look
     _parameters: tuple[nn.Parameter, ...] = ()
@@ -167,9 +167,9 @@ class CompressionMonitor(CompressionCallback):
         """Look, if a look is due or the structure has changed: every method has acted by now."""
         if not self._is_due(trainer, pl_module):
             return
-        chronicle = self._look(trainer, pl_module)
-        self._log_scalars(trainer, chronicle, self._churn(pl_module))
-        self._log_metrics(pl_module, chronicle)
+        recorder = self._look(trainer, pl_module)
+        self._log_scalars(trainer, recorder, self._churn(pl_module))
+        self._log_metrics(pl_module, recorder)
         if self.layout and self._last_step is None:
             for writer, folder in self._tensorboards(trainer):
                 add_layout(writer, folder, custom_layout(per_layer=self.per_layer))
@@ -210,18 +210,18 @@ class CompressionMonitor(CompressionCallback):
         self._count = self._chronicle = self._last_step = self._borrowed = self._masks = None
         self._parameters, self._seen = (), ()
 
-    def _begin(self, pl_module: LightningModule) -> Chronicle:
+    def _begin(self, pl_module: LightningModule) -> Recorder:
         """Take up what a checkpoint remembers, or begin."""
         layers = None if self.layers is None else list(as_targets(self.layers).select(pl_module))
         assert self._count is not None
         cost, state = self._count(pl_module), self.state(pl_module)
         if "before" in state:
-            return Chronicle.from_plain(state, pl_module, cost)
-        chronicle = Chronicle(pl_module, cost, layers=layers)
-        state.update(chronicle.plain())
-        return chronicle
+            return Recorder.from_plain(state, pl_module, cost)
+        recorder = Recorder(pl_module, cost, layers=layers)
+        state.update(recorder.plain())
+        return recorder
 
-    def _look(self, trainer: Trainer, pl_module: LightningModule) -> Chronicle:
+    def _look(self, trainer: Trainer, pl_module: LightningModule) -> Recorder:
         if self._chronicle is None:  # the first forward pass has given lazy layers their shapes
             self._chronicle = self._begin(pl_module)
         assert self._count is not None
@@ -232,7 +232,7 @@ class CompressionMonitor(CompressionCallback):
         return self._chronicle
 
     def _facts(self, pl_module: LightningModule) -> dict[str, dict[str, float]]:
-        return layer_facts(self.ledger(pl_module).state)
+        return layer_stats(self.compression_state(pl_module).state)
 
     def _is_due(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         step = steps_done(trainer)
@@ -244,11 +244,11 @@ class CompressionMonitor(CompressionCallback):
 
     def _signature(self, pl_module: LightningModule) -> tuple[Any, ...]:
         """Changes with the structure, and costs little: parameters outlive a change of shape, the rest is journaled."""
-        return len(self.ledger(pl_module).journal), [parameter.shape for parameter in self._parameters]
+        return len(self.compression_state(pl_module).edit_log), [parameter.shape for parameter in self._parameters]
 
     def _copy_masks(self, pl_module: LightningModule) -> dict[str, Tensor]:
-        """Of every method that has some: they are in the ledger."""
-        held = [state.get("masks", {}) for state in self.ledger(pl_module).state.values()]
+        """Of every method that has some: they are in the compression_state."""
+        held = [state.get("masks", {}) for state in self.compression_state(pl_module).state.values()]
         return {name: mask.clone() for masks in held for name, mask in masks.items()}
 
     def _churn(self, pl_module: LightningModule) -> dict[str, float]:
@@ -258,39 +258,39 @@ class CompressionMonitor(CompressionCallback):
 
     # Private: where it goes.
 
-    def _log_scalars(self, trainer: Trainer, chronicle: Chronicle, churn: Mapping[str, float]) -> None:
+    def _log_scalars(self, trainer: Trainer, recorder: Recorder, churn: Mapping[str, float]) -> None:
         """To every logger, on the axis that Lightning itself uses, so not through ``self.log`` and its intervals."""
         if not trainer.is_global_zero:
             return
-        scalars = {**total_scalars(chronicle.now, chronicle.before), **churn}
+        scalars = {**total_scalars(recorder.now, recorder.before), **churn}
         if self.per_layer:
-            scalars |= layer_scalars(chronicle.now, chronicle.layers)
+            scalars |= layer_scalars(recorder.now, recorder.layers)
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=steps_done(trainer))
 
-    def _log_metrics(self, pl_module: LightningModule, chronicle: Chronicle) -> None:
+    def _log_metrics(self, pl_module: LightningModule, recorder: Recorder) -> None:
         """To other callbacks (``ModelCheckpoint(monitor="compression/macs_remaining")``) and the progress bar."""
-        remaining = "params_remaining" if chronicle.before.macs is None else "macs_remaining"
+        remaining = "params_remaining" if recorder.before.macs is None else "macs_remaining"
         shown = {f"{PREFIX}/sparsity", f"{PREFIX}/{remaining}"} if self.progress_bar else set()
-        for name, value in total_scalars(chronicle.now, chronicle.before).items():
+        for name, value in total_scalars(recorder.now, recorder.before).items():
             pl_module.log(name, value, prog_bar=name in shown, logger=False, on_step=True, on_epoch=False, batch_size=1)
 
-    def _draw(self, trainer: Trainer, pl_module: LightningModule, chronicle: Chronicle) -> None:
+    def _draw(self, trainer: Trainer, pl_module: LightningModule, recorder: Recorder) -> None:
         for writer, _ in self._tensorboards(trainer):
             if self.histograms:
-                add_histograms(writer, pl_module, chronicle.layers, steps_done(trainer))
+                add_histograms(writer, pl_module, recorder.layers, steps_done(trainer))
             if self.heat_map:
-                add_heat_maps(writer, chronicle.history, steps_done(trainer))
+                add_heat_maps(writer, recorder.history, steps_done(trainer))
 
-    def _conclude(self, trainer: Trainer, pl_module: LightningModule, chronicle: Chronicle) -> None:
+    def _conclude(self, trainer: Trainer, pl_module: LightningModule, recorder: Recorder) -> None:
         cost = None if self._count is None else self._count(pl_module)
-        chronicle.look(pl_module, cost, steps_done(trainer), self._facts(pl_module))
+        recorder.look(pl_module, cost, steps_done(trainer), self._facts(pl_module))
         if self.deflate and trainer.is_global_zero:
-            chronicle.now = replace(chronicle.now, deflated=deflated_bytes(pl_module))
-        self._log_scalars(trainer, chronicle, self._churn(pl_module))
-        self._draw(trainer, pl_module, chronicle)
-        before, now, layers = chronicle.before, chronicle.now, chronicle.layers
-        self.before, self.after, self.history = before, now, chronicle.history
+            recorder.now = replace(recorder.now, deflated=deflated_bytes(pl_module))
+        self._log_scalars(trainer, recorder, self._churn(pl_module))
+        self._draw(trainer, pl_module, recorder)
+        before, now, layers = recorder.before, recorder.now, recorder.layers
+        self.before, self.after, self.history = before, now, recorder.history
         notes = _notes(trainer, now)
         for writer, _ in self._tensorboards(trainer):
             text = compression_markdown(before, now, layers=layers, notes=notes)

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lightning_light.measure.quiet import undisturbed
-from lightning_light.measure.report import layer_weights
+from lightning_light.measure.isolation import isolated
+from lightning_light.measure.layer_table import layer_weights
 from lightning_light.monitors.heat_map import Quantity, heat_map
 from lightning_light.monitors.history import History
-from lightning_light.monitors.pairs import belongs
+from lightning_light.monitors.layer_matching import belongs
 from lightning_light.monitors.scalars import PREFIX
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ Layout = Mapping[str, Mapping[str, list[Any]]]
 
 def add_histograms(writer: SummaryWriter, model: nn.Module, layers: Collection[str], step: int) -> None:
     """The distribution of each layer's finite weights, under ``compression/weights/<layer>``."""
-    with undisturbed(model):
+    with isolated(model):
         for name, module in model.named_modules():
             tensors = [weight.reshape(-1).float().cpu() for weight in layer_weights(module)]
             if not tensors or not belongs(name, layers):

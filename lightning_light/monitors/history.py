@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lightning_light.monitors.pairs import belongs, pair_rows, remaining
+from lightning_light.monitors.layer_matching import belongs, match_layers, remaining
 from lightning_light.monitors.snapshot import Snapshot
 
 __all__ = ["History"]
@@ -41,7 +41,7 @@ class History:
 
     def extended(self, step: int, before: Snapshot, now: Snapshot) -> History:
         """The history with one more moment; the same columns if nothing has changed since the last."""
-        shares = {row.name: remaining(pair) for pair in pair_rows(before.rows, now.rows) for row in pair.before}
+        shares = {row.name: remaining(pair) for pair in match_layers(before.rows, now.rows) for row in pair.before}
         channels, weights = zip(*((0.0, 0.0), *(shares[name] for name in self.layers)), strict=True)
         channels = tuple(round(share, 4) for share in channels[1:])
         weights = tuple(round(share, 4) for share in weights[1:])

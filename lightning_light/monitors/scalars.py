@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from lightning_light.measure.report import LayerRow
-from lightning_light.monitors.pairs import belongs
+from lightning_light.measure.layer_table import LayerRow
+from lightning_light.monitors.layer_matching import belongs
 from lightning_light.monitors.snapshot import Snapshot
 
 __all__ = ["PREFIX", "custom_layout", "layer_scalars", "total_scalars"]

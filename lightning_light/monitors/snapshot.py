@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from lightning_light.measure.cost import Cost, count_params
-from lightning_light.measure.quiet import undisturbed
-from lightning_light.measure.report import LayerRow, effective_macs, layer_table, layer_weights, matrices
+from lightning_light.measure.isolation import isolated
+from lightning_light.measure.layer_table import LayerRow, effective_macs, layer_table, layer_weights, matrices
 from lightning_light.measure.size import tensor_bytes
-from lightning_light.measure.zeros import share_of_zeros
+from lightning_light.measure.sparsity import zero_fraction
 
 __all__ = ["Snapshot", "matrix_layers", "row_bytes", "structure", "take_snapshot"]
 
@@ -29,7 +29,7 @@ class Snapshot:
         bytes: of all parameters and of the buffers that a checkpoint keeps.
         zeros: share of zeros among all weights of two or more axes, in [0, 1].
         bits: mean width of a weight.
-        facts: layer -> quantity -> what a method knows of it, as `layer_facts` gives it.
+        facts: layer -> quantity -> what a method knows of it, as `layer_stats` gives it.
         deflated: bytes after lossless compression; None if that was not measured.
     """
 
@@ -88,9 +88,9 @@ def take_snapshot(
         (58, 48, 232)
     """
     known = cost or count_params(model)
-    with undisturbed(model):  # a parametrization may otherwise move on when its weight is read
+    with isolated(model):  # a parametrization may otherwise move on when its weight is read
         rows = layer_table(model, _with_parametrized(model, known))
-        zeros = share_of_zeros(matrices(model))
+        zeros = zero_fraction(matrices(model))
         weights = dict.fromkeys(weight for module in model.modules() for weight in layer_weights(module))
         elements = sum(weight.numel() for weight in weights)
         bits = sum(8 * weight.element_size() * weight.numel() for weight in weights)
@@ -107,7 +107,7 @@ def take_snapshot(
 
 def matrix_layers(model: nn.Module) -> list[str]:
     """Names of the layers that multiply: with a weight of two or more axes, so no norms."""
-    with undisturbed(model):
+    with isolated(model):
         return [
             name for name, module in model.named_modules() if any(weight.ndim > 1 for weight in layer_weights(module))
         ]

@@ -9,8 +9,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from lightning_light.measure.report import LayerRow
-from lightning_light.monitors.pairs import Pair, belongs, pair_rows
+from lightning_light.measure.layer_table import LayerRow
+from lightning_light.monitors.layer_matching import Pair, belongs, match_layers
 from lightning_light.monitors.snapshot import Snapshot, row_bytes
 
 __all__ = ["compression_markdown", "compression_table", "human_bytes", "human_count"]
@@ -181,7 +181,7 @@ class _Sheet:
 
 
 def _sheet(before: Snapshot, after: Snapshot, layers: Collection[str] | None) -> _Sheet:
-    pairs = _lines(pair_rows(before.rows, after.rows), layers)
+    pairs = _lines(match_layers(before.rows, after.rows), layers)
     columns = [column for column in _COLUMNS if not _is_idle(column, pairs, before, after)]
     if before.macs is None and after.macs is None:
         columns = [column for column in columns if column.header != "MACs"]
@@ -222,7 +222,7 @@ def _lines(pairs: list[Pair], layers: Collection[str] | None) -> list[Pair]:
 
 
 def _is_idle(column: _Column, pairs: list[Pair], before: Snapshot, after: Snapshot) -> bool:
-    """Whether a column has nothing to tell: it is the same in every line."""
+    """Whether a column has nothing to log_rank_zero: it is the same in every line."""
     if not column.optional or column.of_model(before) != column.of_model(after):
         return False
     return all(column.of_rows(pair.before) == column.of_rows(pair.after) for pair in pairs)

@@ -171,7 +171,7 @@ class Attachment(Frames, RoundsNumbers):
         return result if grid is None else self._activation(grid, result)
 
     def before(self, key: str, kind: str, args: list[Any], kwargs: dict[str, Any]) -> None:
-        """Round a weight, and inputs of the network; tell a batch norm which statistics to use."""
+        """Round a weight, and inputs of the network; log_rank_zero a batch norm which statistics to use."""
         for place, grid in self.plan.arguments.get(key, {}).items():
             if place < len(args):
                 args[place] = self._activation(grid, args[place])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_light.errors import NoEffectWarning
 from lightning_light.example_input import ExampleInput
-from lightning_light.measure.quiet import uncompiled, undisturbed
+from lightning_light.measure.isolation import uncompiled, isolated
 from lightning_light.quantization.attachment import Attachment
 from lightning_light.quantization.observers import MinMax, MovingAverage
 from lightning_light.quantization.parameters import first_values
@@ -29,7 +29,7 @@ from lightning_light.quantization.post_training.refinement import Refinement
 from lightning_light.quantization.recipes import Recipe
 from lightning_light.quantization.rounding import merge
 from lightning_light.quantization.state import METHOD, attach_from, begin
-from lightning_light.surgery.journal import attach, release
+from lightning_light.surgery.attachment import attach, release
 
 __all__ = ["quantize"]
 
@@ -88,7 +88,7 @@ def quantize(
             examples = list(inputs)
             inputs = iter(examples)
         first = first_of("quantize", model, inputs)
-        with undisturbed(model), explained("quantize", model, first):
+        with isolated(model), explained("quantize", model, first):
             model(*first.args, **first.kwargs)
         model.eval()
         if equalize and not equalize_layers(model, first):

@@ -24,9 +24,9 @@ from lightning_light.quantization.rounding import merge
 from lightning_light.quantization.rules import Grid
 from lightning_light.quantization.state import attach_from, begin
 from lightning_light.schedules import Schedule, resolve
-from lightning_light.surgery.distributed import check_agreement, reduce_max, reduce_mean, tell
-from lightning_light.surgery.example import capture_or_recall, remember
-from lightning_light.surgery.selection import restart_selection
+from lightning_light.surgery.distributed import check_agreement, reduce_max, reduce_mean, log_rank_zero
+from lightning_light.surgery.stored_example import restore_or_capture_example, remember
+from lightning_light.surgery.checkpoint_monitoring import reset_monitoring
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -140,7 +140,7 @@ class QuantizationAwareTraining(CompressionCallback):
         self.recipe.rules(pl_module, [])  # what its patterns name is there
         self._attach(pl_module, None if self._learned is None else self._learned.parameters)
         if "plan" not in state:
-            self._capture = capture_or_recall(pl_module, state)
+            self._capture = restore_or_capture_example(pl_module, state)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -254,9 +254,9 @@ class QuantizationAwareTraining(CompressionCallback):
         if recipe is None:
             return False
         if recipe == repr(self.recipe) and self._moments["start"] == 0.0:
-            tell(trainer, f"{self.method}: goes on from the ranges that `quantize` has found")
+            log_rank_zero(trainer, f"{self.method}: goes on from the ranges that `quantize` has found")
             return True
-        tell(trainer, f"{self.method}: observes anew, since `quantize` was given {recipe}, or training starts later")
+        log_rank_zero(trainer, f"{self.method}: observes anew, since `quantize` was given {recipe}, or training starts later")
         return False
 
     def _begin_to_round(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -269,8 +269,8 @@ class QuantizationAwareTraining(CompressionCallback):
         if self._learned is not None:
             attachment.learned = self._learned.parameters
             attachment.use(state["ranges"], state["at_least"])
-        restart_selection(trainer)  # else "best" is the float network
-        tell(trainer, f"{self.method}: {state['batches']} batches observed, from here on numbers are rounded")
+        reset_monitoring(trainer)  # else "best" is the float network
+        log_rank_zero(trainer, f"{self.method}: {state['batches']} batches observed, from here on numbers are rounded")
         if unseen := attachment.plan.sites_of(_without_range(attachment.grids, state["ranges"])):
             _warn_of_unseen(unseen)
 
@@ -315,7 +315,7 @@ class QuantizationAwareTraining(CompressionCallback):
         check_agreement(trainer, "where `QuantizationAwareTraining` rounds", state["plan"])
         self._attach(pl_module)
         layers, left = len(state["plan"]["weights"]), state["plan"]["left_float"]
-        tell(trainer, f"{self.method}: {layers} layers observed; left float: {left or 'none'}")
+        log_rank_zero(trainer, f"{self.method}: {layers} layers observed; left float: {left or 'none'}")
 
     def _why_nothing(self, state: dict[str, Any]) -> str:
         if "plan" not in state:

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
 from lightning_light.example_input import tensors_in
-from lightning_light.measure.quiet import undisturbed
+from lightning_light.measure.isolation import isolated
 from lightning_light.quantization.operations import ADDING, HEAVY, kind_of, moves, name_of
 from lightning_light.quantization.places import Frames
 
@@ -49,7 +49,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
 
     Python functions are seen as they are called, so a branch is the one that the example takes.
     """
-    with undisturbed(model):
+    with isolated(model):
         frames = Frames()
         frames.watch(model)
         recorder = _Recorder(frames)

@@ -97,7 +97,7 @@ def integers(w: Tensor, rule: WeightRule, step: Tensor | None = None) -> tuple[T
     - ternary: ``q = sign(w)`` where ``|w| > 0.7 * mean|w|``, else 0; ``s`` is the mean ``|w|`` of the former;
     - binary: ``q = sign(w)``, ``s = mean|w|``.
 
-    Zeros count in no mean and stay zero, so that masks survive.
+    SparsityReport count in no mean and stay zero, so that masks survive.
 
     Args:
         w: the weight; no gradient is followed.

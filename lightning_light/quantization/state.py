@@ -1,4 +1,4 @@
-"""What a quantized network remembers in its ledger, and how it is brought back from there."""
+"""What a quantized network remembers in its compression_state, and how it is brought back from there."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from lightning_light.quantization.places import module_of
 from lightning_light.quantization.plan import Plan, plan_sites
 from lightning_light.quantization.recipes import Recipe
 from lightning_light.quantization.record import record
-from lightning_light.surgery.journal import ledger_of
+from lightning_light.surgery.attachment import state_of
 
 __all__ = ["METHOD", "attach_from", "begin", "fake_quantized"]
 
 METHOD = "quantization_aware_training"
-"""Where in the ledger the ranges are."""
+"""Where in the compression_state the ranges are."""
 
 
 def begin(state: dict[str, Any], model: nn.Module, example: ExampleInput, recipe: Recipe) -> None:
@@ -77,7 +77,7 @@ def fake_quantized(model: nn.Module) -> Iterator[nn.Module]:
     Raises:
         LightningLightError: nothing in it has been quantized.
     """
-    states = [state for method, state in ledger_of(model).state.items() if method.startswith(METHOD)]
+    states = [state for method, state in state_of(model).state.items() if method.startswith(METHOD)]
     attachments = [found for state in states if (found := attach_from(model, state)) is not None]
     if not attachments:
         raise LightningLightError(

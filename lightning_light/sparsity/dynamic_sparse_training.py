@@ -18,7 +18,7 @@ from lightning_light.schedules import Linear, Window
 from lightning_light.sparsity.checks import check_counts, require_sparsity
 from lightning_light.sparsity.gather import score_weights
 from lightning_light.sparsity.growth import Connections, DynamicMethod, RigL, SRigL, Static
-from lightning_light.sparsity.keeper import stepping
+from lightning_light.sparsity.mask_enforcer import stepping
 from lightning_light.sparsity.masking import MaskingCallback
 from lightning_light.sparsity.patterns import Unstructured
 from lightning_light.sparsity.plan import plan_masks

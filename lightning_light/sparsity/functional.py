@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_light.sparsity.gather import score_weights
-from lightning_light.sparsity.keeper import mask_model
+from lightning_light.sparsity.mask_enforcer import mask_model
 from lightning_light.sparsity.plan import check_pattern, plan_masks
 from lightning_light.sparsity.weight_pruning import WeightPruning
 from lightning_light.sparsity.weights import find_weights

@@ -1,4 +1,4 @@
-"""What the callbacks of this wing share: masks in the ledger, kept at zero, that follow the network."""
+"""What the callbacks of this wing share: masks in the compression_state, kept at zero, that follow the network."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing_extensions import override
 
 from lightning_light.callback import CompressionCallback
 from lightning_light.errors import OrderError, UnsupportedError
-from lightning_light.measure.zeros import mask_churn, share_of_zeros, zero_rows
+from lightning_light.measure.sparsity import mask_churn, zero_fraction, zero_rows
 from lightning_light.order import Stage
 from lightning_light.progress import steps_done
-from lightning_light.sparsity.keeper import Keeper, mask_model
+from lightning_light.sparsity.mask_enforcer import MaskEnforcer, mask_model
 from lightning_light.sparsity.weights import Weight, find_weights
-from lightning_light.surgery.distributed import broadcast, tell
+from lightning_light.surgery.distributed import broadcast, log_rank_zero
 from lightning_light.surgery.edit import take
-from lightning_light.surgery.mirrors import mirrors_of
-from lightning_light.surgery.selection import restart_selection
+from lightning_light.surgery.averaged_models import averaged_models_of
+from lightning_light.surgery.checkpoint_monitoring import reset_monitoring
 from lightning_light.targets import Targets, as_targets
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ __all__ = ["MaskingCallback"]
 
 
 class MaskingCallback(CompressionCallback):
-    """Keeps masks beside the network: in the ledger, never in the modules or under the user's ``state_dict`` keys."""
+    """Keeps masks beside the network: in the compression_state, never in the modules or under the user's ``state_dict`` keys."""
 
     stage: ClassVar[int] = Stage.MASKS
     structural: ClassVar[bool] = False
@@ -39,7 +39,7 @@ class MaskingCallback(CompressionCallback):
     targets: Targets | str | list[str] | None
 
     def __init__(self) -> None:
-        self._keeper = Keeper()
+        self._enforcer = MaskEnforcer()
         self._held: Mapping[str, Tensor] | None = None
         self._weights: list[Weight] = []
         self._finished = False  # the last change of the masks that are held is behind: nothing is asked any more
@@ -72,13 +72,13 @@ class MaskingCallback(CompressionCallback):
             state["masks"] = masks
         self._held = None
         self._hold(pl_module)
-        self._keeper.watch(trainer.optimizers)
+        self._enforcer.watch(trainer.optimizers)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Gather from the dense gradients, accumulated, reduced and unscaled as they are here; then mask them."""
         self._gather(trainer, self._hold(pl_module), optimizer)
-        self._keeper.before_step(optimizer)
+        self._enforcer.before_step(optimizer)
 
     @override
     def on_surgery(
@@ -112,8 +112,8 @@ class MaskingCallback(CompressionCallback):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave no hook behind, and no reference to the network."""
-        self._keeper.release()
-        self._keeper = Keeper()
+        self._enforcer.release()
+        self._enforcer = MaskEnforcer()
         self._held, self._weights = None, []
         super().teardown(trainer, pl_module, stage)
 
@@ -142,7 +142,7 @@ class MaskingCallback(CompressionCallback):
         state = self.state(pl_module)
         masks = state.setdefault("masks", {})
         if masks is not self._held:
-            self._keeper.hold(pl_module, masks)
+            self._enforcer.hold(pl_module, masks)
             self._held, self._finished = masks, False
         return state
 
@@ -156,23 +156,23 @@ class MaskingCallback(CompressionCallback):
         churn = mask_churn(state["masks"], masks)
         state["masks"] = masks
         self._hold(pl_module)
-        self._keeper.apply(trainer.optimizers)
-        for copy in mirrors_of(trainer, pl_module):
+        self._enforcer.apply(trainer.optimizers)
+        for copy in averaged_models_of(trainer, pl_module):
             mask_model(copy, masks)
         return churn
 
     def _announce(self, trainer: Trainer, pl_module: LightningModule, churn: float, *, restart: bool) -> None:
         """Log what the masks are now; with other zeros, look for the best checkpoint anew."""
         masks = self.state(pl_module)["masks"]
-        sparsity = share_of_zeros(masks.values())
+        sparsity = zero_fraction(masks.values())
         dead = sum(zero_rows(weight.facing(masks[weight.name])) for weight in self._weights if weight.name in masks)
         for logger in trainer.loggers:
             named = {"sparsity": sparsity, "churn": churn, "dead_filters": float(dead)}
             logger.log_metrics({f"{type(self).method}/{key}": value for key, value in named.items()},
                                step=steps_done(trainer))  # fmt: skip
         if restart:
-            restart_selection(trainer)
-        tell(trainer, f"{type(self).method}: sparsity {sparsity:.4f}, {churn:.4f} of the masks changed, "
+            reset_monitoring(trainer)
+        log_rank_zero(trainer, f"{type(self).method}: sparsity {sparsity:.4f}, {churn:.4f} of the masks changed, "
                       f"{dead} dead filters")  # fmt: skip
 
     def _refuse_overlap(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -23,7 +23,7 @@ class Pattern(ABC):
     def expand(self, units: Tensor, shape: torch.Size) -> Tensor:
         """What holds for each unit, for each weight of ``shape``: the way back from `pool`."""
 
-    def complaint(self, shape: torch.Size) -> str | None:
+    def incompatibility(self, shape: torch.Size) -> str | None:
         """Why a weight of ``shape`` does not divide into units, or None."""
         return None
 
@@ -133,7 +133,7 @@ class Block(Pattern):
         return units.repeat_interleave(self.rows, dim=0).repeat_interleave(self.columns, dim=1)
 
     @override
-    def complaint(self, shape: torch.Size) -> str | None:
+    def incompatibility(self, shape: torch.Size) -> str | None:
         if shape[0] % self.rows or shape[1] % self.columns:
             return f"outputs divisible by {self.rows} and inputs by {self.columns}, found {shape[0]} and {shape[1]}"
         return None
@@ -190,7 +190,7 @@ class NM(Pattern):
         return units
 
     @override
-    def complaint(self, shape: torch.Size) -> str | None:
+    def incompatibility(self, shape: torch.Size) -> str | None:
         if shape[1] % self.m:
             return f"a number of inputs (per group of the layer) divisible by {self.m}, found {shape[1]}"
         return None

@@ -22,14 +22,14 @@ def check_pattern(method: str, weights: Sequence[Weight], pattern: Pattern) -> N
         TargetError: names the layers and how to leave them out.
     """
     complaints = {
-        weight.layer: complaint
+        weight.layer: incompatibility
         for weight in weights
-        if (complaint := pattern.complaint(weight.facing(weight.parameter).shape)) is not None
+        if (incompatibility := pattern.incompatibility(weight.facing(weight.parameter).shape)) is not None
     }
     if complaints:
-        layer, complaint = next(iter(complaints.items()))
+        layer, incompatibility = next(iter(complaints.items()))
         raise TargetError(
-            f"`{method}(pattern={pattern!r})` on `{layer}`: expected {complaint}. Exclude what does not fit: "
+            f"`{method}(pattern={pattern!r})` on `{layer}`: expected {incompatibility}. Exclude what does not fit: "
             f"`targets=Targets(exclude={list(complaints)})`."
         )
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_light.schedules import Schedule
-from lightning_light.sparsity.regimes import Rewinding
+from lightning_light.sparsity.mask_schedules import Rewinding
 
 __all__ = ["check", "remember", "restore"]
 

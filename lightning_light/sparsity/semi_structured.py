@@ -40,7 +40,7 @@ def to_semi_structured(model: nn.Module, *, targets: Targets | str | list[str] |
 
 
 def _check_pattern(name: str, weight: Tensor) -> None:
-    if NM(2, 4).complaint(weight.shape) or bool((weight.reshape(-1, 4) != 0).sum(dim=1).gt(2).any()):
+    if NM(2, 4).incompatibility(weight.shape) or bool((weight.reshape(-1, 4) != 0).sum(dim=1).gt(2).any()):
         raise ValueError(
             f"`to_semi_structured` on `{name}`: expected at most 2 of every 4 neighbouring inputs to have a weight, "
             "found more. Train with `WeightPruning(pattern=NM(2, 4))`, or exclude the layer."

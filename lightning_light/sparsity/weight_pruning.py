@@ -18,15 +18,15 @@ from lightning_light.schedules import Cubic, Schedule, Window, resolve
 from lightning_light.sparsity import rewind
 from lightning_light.sparsity.checks import check_pruning
 from lightning_light.sparsity.gather import InputWatch, add_gradients, add_movement, check_evidence, score_weights
-from lightning_light.sparsity.keeper import mask_model, stepping
+from lightning_light.sparsity.mask_enforcer import mask_model, stepping
 from lightning_light.sparsity.masking import MaskingCallback
 from lightning_light.sparsity.patterns import NM, Pattern, Unstructured
 from lightning_light.sparsity.plan import check_pattern, plan_masks
-from lightning_light.sparsity.regimes import Rewinding, act_window
+from lightning_light.sparsity.mask_schedules import Rewinding, act_window
 from lightning_light.sparsity.scope import Scope
-from lightning_light.sparsity.straight_through import StraightThrough
+from lightning_light.sparsity.sr_ste import StraightThrough
 from lightning_light.surgery.distributed import reduce_mean
-from lightning_light.surgery.mirrors import mirrors_of
+from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.targets import Targets, as_targets
 
 if TYPE_CHECKING:
@@ -41,9 +41,9 @@ _SAME = 1e-9
 class WeightPruning(MaskingCallback):
     """Set the least important weights to zero, step by step, and keep them there.
 
-    Shapes stay. The masks live in the module's ledger, so the module's own ``state_dict`` has the keys it always had.
-    A masked weight, its gradient and its optimizer state are exactly zero after every step. Zeros alone make nothing
-    smaller or faster: see `measure_zeros` for what they are worth.
+    Shapes stay. The masks live in the module's compression_state, so the module's own ``state_dict`` has the keys it always had.
+    A masked weight, its gradient and its optimizer state are exactly zero after every step. SparsityReport alone make nothing
+    smaller or faster: see `measure_sparsity` for what they are worth.
 
     Zhu & Gupta, 2017, "To prune, or not to prune: exploring the efficacy of pruning for model compression".
     https://arxiv.org/abs/1710.01878
@@ -66,7 +66,7 @@ class WeightPruning(MaskingCallback):
         targets: layers whose weights may become zero: patterns or `Targets`.
         amounts: layer pattern -> its own share of zeros, in [0, 1).
         every_n_steps: optimizer steps between two changes of the masks, at least.
-        evidence_batches: optimizer steps before a change over which a data-dependent criterion gathers.
+        calibration_batches: optimizer steps before a change over which a data-dependent criterion gathers.
         sr_ste: decay of masked weights in SR-STE training, for `NM`; None for none. The paper has ``2e-4``.
         seed: for criteria that draw.
 
@@ -92,13 +92,13 @@ class WeightPruning(MaskingCallback):
         targets: Targets | str | list[str] | None = None,
         amounts: dict[str, float] | None = None,
         every_n_steps: int = 20,
-        evidence_batches: int = 8,
+        calibration_batches: int = 8,
         sr_ste: float | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         check_pruning(budget, pattern, scope, amounts, sr_ste, schedule, every_n_steps=every_n_steps,
-                      evidence_batches=evidence_batches)  # fmt: skip
+                      calibration_batches=calibration_batches)  # fmt: skip
         self.budget = budget
         self.criterion = criterion
         self.schedule = schedule
@@ -107,7 +107,7 @@ class WeightPruning(MaskingCallback):
         self.targets = targets
         self.amounts = amounts
         self.every_n_steps = every_n_steps
-        self.evidence_batches = evidence_batches
+        self.calibration_batches = calibration_batches
         self.sr_ste = sr_ste
         self.seed = seed
         self._resolved: Schedule = schedule
@@ -139,7 +139,7 @@ class WeightPruning(MaskingCallback):
             assert isinstance(self.pattern, NM)  # as `check_pruning` has seen
             self._through = StraightThrough(self.pattern, self.sr_ste)
             self._through.watch(trainer.optimizers)
-            self._keeper.active = False
+            self._enforcer.active = False
             self._train_through(pl_module)
 
     @override
@@ -263,11 +263,11 @@ class WeightPruning(MaskingCallback):
     def _is_ready(self, state: dict[str, Any]) -> bool:
         if "movement" in self.criterion.needs and "movement" not in state:
             return False
-        return not self._needs_data or state.get("seen", 0) >= self.evidence_batches
+        return not self._needs_data or state.get("seen", 0) >= self.calibration_batches
 
     def _is_gathering(self, trainer: Trainer, state: dict[str, Any]) -> bool:
-        """Whether the masks change in at most ``evidence_batches`` steps, or would, had enough been gathered."""
-        return self._needs_data and self._is_due(trainer, state, ahead=self.evidence_batches)
+        """Whether the masks change in at most ``calibration_batches`` steps, or would, had enough been gathered."""
+        return self._needs_data and self._is_due(trainer, state, ahead=self.calibration_batches)
 
     def _prune(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """One event: score, plan for all weights together, mask."""
@@ -319,5 +319,5 @@ class WeightPruning(MaskingCallback):
         self._through.hold(self._weights, state["masks"], state["shadow"], self.pattern.kept_of(state["share"]))
 
     def _mask_copies(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for model in mirrors_of(trainer, pl_module):
+        for model in averaged_models_of(trainer, pl_module):
             mask_model(model, self.state(pl_module)["masks"])

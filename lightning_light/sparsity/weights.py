@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
 from lightning_light.errors import TargetError, UnsupportedError
-from lightning_light.measure.zeros import facing
+from lightning_light.measure.sparsity import facing
 from lightning_light.targets import Targets
 
 __all__ = ["Weight", "find_weights"]

@@ -2,7 +2,7 @@
 
 from lightning_light.structured.functional import prune_channels
 from lightning_light.structured.ranking import Global, Isomorphic, Local, Ranking
-from lightning_light.structured.sparsity import GroupLasso, GrowingRegularization, SparsityLearning
+from lightning_light.structured.regularization import GroupLasso, GrowingRegularization, SparsityRegularizer
 from lightning_light.structured.structured_pruning import StructuredPruning
 
 __all__ = [
@@ -12,7 +12,7 @@ __all__ = [
     "Isomorphic",
     "Local",
     "Ranking",
-    "SparsityLearning",
+    "SparsityRegularizer",
     "StructuredPruning",
     "prune_channels",
 ]

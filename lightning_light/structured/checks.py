@@ -14,7 +14,7 @@ from lightning_light.errors import UnsupportedError
 __all__ = ["check_arguments", "refuse_unprunable"]
 
 _QUANTITIES = ("macs", "params", "channels", "bytes", "seconds")
-_AT_LEAST = {"round_to": 1, "min_channels": 1, "events": 1, "evidence_batches": 1, "reestimate_batch_norm": 0}
+_AT_LEAST = {"round_to": 1, "min_channels": 1, "events": 1, "calibration_batches": 1, "reestimate_batch_norm": 0}
 
 
 def check_arguments(

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_light.budgets import Budget
-from lightning_light.coupling import ChannelGroup, Coupling
+from lightning_light.dependency import ChannelGroup, DependencyGraph
 from lightning_light.example_input import ExampleInput
 from lightning_light.measure.cost import count_cost
 from lightning_light.measure.latency import measure_latency
-from lightning_light.measure.quiet import undisturbed
+from lightning_light.measure.isolation import isolated
 from lightning_light.measure.size import tensor_bytes
 from lightning_light.surgery.edit import trial
 
@@ -31,7 +31,7 @@ def quantity(model: nn.Module, budget: Budget, example: ExampleInput, groups: Se
     if budget.quantity == "bytes":
         return float(tensor_bytes(model))
     if budget.quantity == "seconds":
-        with undisturbed(model):
+        with isolated(model):
             return measure_latency(lambda: model(*example.args, **example.kwargs), warmup=3, runs=20).median
     return float(sum(group.width for group in groups if group.reason is None))
 
@@ -43,12 +43,12 @@ class Estimator:
     Products without weights (attention scores) are taken as constant; `exact` counts them.
     """
 
-    def __init__(self, model: nn.Module, coupling: Coupling, groups: Sequence[ChannelGroup], budget: Budget,
+    def __init__(self, model: nn.Module, graph: DependencyGraph, groups: Sequence[ChannelGroup], budget: Budget,
                  example: ExampleInput) -> None:  # fmt: skip
-        self._model, self._coupling, self.groups = model, coupling, list(groups)
+        self._model, self._graph, self.groups = model, graph, list(groups)
         self._budget, self._example = budget, example
-        self._dims = _shrinking_dims(coupling, self.groups)
-        self.now = quantity(model, budget, example, coupling.groups)
+        self._dims = _shrinking_dims(graph, self.groups)
+        self.now = quantity(model, budget, example, graph.groups)
         self._weights = self._cost_of_tensors()
 
     def __call__(self, widths: Tensor) -> float:
@@ -68,8 +68,8 @@ class Estimator:
         """The quantity, counted or measured on the model in the shape it would have."""
         if self._budget.quantity == "channels":
             return self(torch.tensor([int(kept[group.name].sum()) for group in self.groups]))
-        positions = self._coupling.kept_positions(kept)
-        attributes = self._coupling.attributes(self._model, kept)
+        positions = self._graph.kept_positions(kept)
+        attributes = self._graph.attributes(self._model, kept)
         with trial(self._model, positions, attributes, values=self._budget.quantity == "seconds"):
             return quantity(self._model, self._budget, self._example, ())
 
@@ -112,7 +112,7 @@ def _worker(name: str, macs: Mapping[str, int]) -> str:
     return path
 
 
-def _shrinking_dims(coupling: Coupling, groups: Sequence[ChannelGroup]) -> dict[str, list[tuple[int, Tensor, Tensor]]]:
+def _shrinking_dims(graph: DependencyGraph, groups: Sequence[ChannelGroup]) -> dict[str, list[tuple[int, Tensor, Tensor]]]:
     """Tensor -> for each dimension that may shrink: its size, the groups it holds, positions a channel of each."""
     found: dict[tuple[str, int], list[tuple[int, int]]] = {}
     for number, group in enumerate(groups):
@@ -121,7 +121,7 @@ def _shrinking_dims(coupling: Coupling, groups: Sequence[ChannelGroup]) -> dict[
     dims: dict[str, list[tuple[int, Tensor, Tensor]]] = {}
     for (tensor, dim), held in found.items():
         numbers, positions = (torch.tensor(column) for column in zip(*held, strict=True))
-        dims.setdefault(tensor, []).append((coupling.shapes[tensor][dim], numbers, positions))
+        dims.setdefault(tensor, []).append((graph.shapes[tensor][dim], numbers, positions))
     return dims
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_light.coupling import Coupling, couple_channels
+from lightning_light.dependency import DependencyGraph, trace_dependencies
 from lightning_light.example_input import ExampleInput
 from lightning_light.structured.costs import quantity
 from lightning_light.structured.plan import Plan, plan_channels
@@ -27,7 +27,7 @@ def prune_channels(
     *,
     pruning: StructuredPruning,
     optimizers: Iterable[Optimizer] = (),
-    coupling: Coupling | None = None,
+    graph: DependencyGraph | None = None,
 ) -> Plan:
     """Remove channels of ``model`` in one shot, in place, as the callback ``pruning`` would at its last cut.
 
@@ -37,7 +37,7 @@ def prune_channels(
         kwargs: keyword arguments of that call.
         pruning: says what to reach and how to choose; its schedule does not count. With ``dry_run`` nothing is removed.
         optimizers: whose state is to follow.
-        coupling: of ``model`` as it stands, where it is known; else it is traced.
+        graph: of ``model`` as it stands, where it is known; else it is traced.
 
     Returns:
         What has left, and why the rest stayed.
@@ -63,21 +63,21 @@ def prune_channels(
             f"needs {sorted(pruning.criterion.needs)}. Use the callback in a Trainer, or `criterion=Magnitude()`."
         )
     example = ExampleInput(args, dict(kwargs or {}))
-    coupling = coupling or couple_channels(model, args, kwargs, heads=pruning.heads)
-    dense = 0.0 if pruning.budget is None else quantity(model, pruning.budget, example, coupling.groups)
+    graph = graph or trace_dependencies(model, args, kwargs, heads=pruning.heads)
+    dense = 0.0 if pruning.budget is None else quantity(model, pruning.budget, example, graph.groups)
     plan = plan_channels(
         model,
-        coupling,
+        graph,
         pruning.options(),
         budget=pruning.budget,
         limit=0.0 if pruning.budget is None else pruning.budget.goal(dense),
         share=1.0,
-        original={group.name: group.width for group in coupling.groups},
+        original={group.name: group.width for group in graph.groups},
         example=example,
         gathered=Gathered(),
         generator=torch.Generator().manual_seed(0),
     )
     if plan.removed and not pruning.dry_run:
-        kept = coupling.kept_positions(plan.kept)
-        cut(model, kept, attributes=coupling.attributes(model, plan.kept), optimizers=optimizers)
+        kept = graph.kept_positions(plan.kept)
+        cut(model, kept, attributes=graph.attributes(model, plan.kept), optimizers=optimizers)
     return plan

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_light.budgets import Budget
-from lightning_light.coupling import ChannelGroup, Coupling
+from lightning_light.dependency import ChannelGroup, DependencyGraph
 from lightning_light.criteria.evidence import Criterion
 from lightning_light.criteria.reduction import Normalizer, Reduction
 from lightning_light.errors import BudgetError
@@ -86,7 +86,7 @@ class Plan:
 
 def plan_channels(
     model: nn.Module,
-    coupling: Coupling,
+    graph: DependencyGraph,
     options: Options,
     *,
     budget: Budget | None,
@@ -101,7 +101,7 @@ def plan_channels(
 
     Args:
         model: read only.
-        coupling: of ``model`` as it stands.
+        graph: of ``model`` as it stands.
         options: how to choose.
         budget: names the quantity; None where only ``options.amounts`` say what leaves.
         limit: the quantity may be at most this.
@@ -115,7 +115,7 @@ def plan_channels(
         BudgetError: even with every layer at its floor the quantity is above ``limit``.
         TargetError: ``options.targets`` match nothing.
     """
-    free, skipped = _candidates(model, coupling, options.targets)
+    free, skipped = _candidates(model, graph, options.targets)
     if not free:
         return Plan(skipped=skipped)
     scores = score_groups(model, free, options.criterion, gathered=gathered, reduction=options.reduction,
@@ -131,7 +131,7 @@ def plan_channels(
     kept = {name: _mask(scores[name], width) for name, width in widths.items()}
     if budget is None or not ranked:
         return Plan(kept, skipped=skipped)
-    estimator = Estimator(model, coupling, free, budget, example)
+    estimator = Estimator(model, graph, free, budget, example)
     search = _Search(ranked, scores, options, original, floors, steps, kept, estimator, model)
     chosen, value = search.solve(limit, budget)
     return Plan(chosen, estimator.now, value, skipped)
@@ -209,11 +209,11 @@ class _Search:
         return self.masks(best), values[best]
 
 
-def _candidates(model: nn.Module, coupling: Coupling, targets: Targets) -> tuple[list[ChannelGroup], dict[str, str]]:
+def _candidates(model: nn.Module, graph: DependencyGraph, targets: Targets) -> tuple[list[ChannelGroup], dict[str, str]]:
     """Groups that may lose channels, and why each other may not."""
     chosen = set(targets.select(model))
     free, skipped = [], {}
-    for group in coupling.groups:
+    for group in graph.groups:
         makers = {m.tensor.partition(".parametrizations.")[0] if ".parametrizations." in m.tensor else
                   m.tensor.rpartition(".")[0] for m in group.members if m.role == "out"}  # fmt: skip
         if not makers:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_light.coupling import ChannelGroup
+from lightning_light.dependency import ChannelGroup
 
 __all__ = ["Global", "Isomorphic", "Local", "Ranking", "removal_order"]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_light.coupling import ChannelGroup, Member
+from lightning_light.dependency import ChannelGroup, Member
 from lightning_light.criteria.evidence import Criterion, Evidence
 from lightning_light.criteria.reduction import Normalizer, Reduction, channel_scores, combine, normalize
 

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from lightning_light.budgets import Budget
 from lightning_light.callback import CompressionCallback
-from lightning_light.coupling import ChannelGroup, Coupling, couple_channels
+from lightning_light.dependency import ChannelGroup, DependencyGraph, trace_dependencies
 from lightning_light.criteria.evidence import Criterion
 from lightning_light.criteria.magnitude import Magnitude
 from lightning_light.criteria.reduction import Normalizer, Reduction, check_names
@@ -20,17 +20,17 @@ from lightning_light.example_input import Capture, ExampleInput
 from lightning_light.order import Stage
 from lightning_light.progress import steps_done, steps_planned, training_progress
 from lightning_light.schedules import Cubic, Schedule, Window, resolve
-from lightning_light.structured import reestimate
+from lightning_light.structured import batch_norm
 from lightning_light.structured.checks import check_arguments, refuse_unprunable
 from lightning_light.structured.costs import quantity
 from lightning_light.structured.gather import ActivationWatch, add_gradients, mean_evidence
 from lightning_light.structured.plan import Options, Plan, plan_channels
 from lightning_light.structured.ranking import Global, Ranking
-from lightning_light.structured.sparsity import SparsityLearning, add_penalty
-from lightning_light.surgery.distributed import broadcast, reduce_mean, tell
+from lightning_light.structured.regularization import SparsityRegularizer, add_penalty
+from lightning_light.surgery.distributed import broadcast, reduce_mean, log_rank_zero
 from lightning_light.surgery.edit import cut
-from lightning_light.surgery.example import capture_or_recall, remember
-from lightning_light.surgery.mirrors import mirrors_of
+from lightning_light.surgery.stored_example import restore_or_capture_example, remember
+from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.targets import Targets, as_targets
 
 if TYPE_CHECKING:
@@ -69,8 +69,8 @@ class StructuredPruning(CompressionCallback):
         heads: what leaves an attention: ``"dim"``, the same positions of every head, or ``"head"``, whole heads.
         reduction: how the scores of coupled layers become one.
         normalizer: how the scores of different layers are made comparable.
-        evidence_batches: optimizer steps before a cut over which a data-dependent criterion gathers.
-        sparsity_learning: a penalty on whole channels until the last cut, `GroupLasso` or `GrowingRegularization`.
+        calibration_batches: optimizer steps before a cut over which a data-dependent criterion gathers.
+        regularizer: a penalty on whole channels until the last cut, `GroupLasso` or `GrowingRegularization`.
         reestimate_batch_norm: training batches after the last cut over which batch-norm statistics are averaged anew;
             0 for not at all.
         dry_run: log what the first cut would do, and do nothing.
@@ -105,13 +105,13 @@ class StructuredPruning(CompressionCallback):
         heads: Literal["dim", "head"] = "dim",
         reduction: Reduction = "mean",
         normalizer: Normalizer | None = "mean",
-        evidence_batches: int = 16,
-        sparsity_learning: SparsityLearning | None = None,
+        calibration_batches: int = 16,
+        regularizer: SparsityRegularizer | None = None,
         reestimate_batch_norm: int = 0,
         dry_run: bool = False,
     ) -> None:
         check_arguments(budget, amounts, heads, round_to=round_to, min_channels=min_channels, max_amount=max_amount,
-                        events=events, evidence_batches=evidence_batches,
+                        events=events, calibration_batches=calibration_batches,
                         reestimate_batch_norm=reestimate_batch_norm)  # fmt: skip
         check_names("StructuredPruning", reduction=reduction, normalizer=normalizer)
         self.budget = budget
@@ -127,14 +127,14 @@ class StructuredPruning(CompressionCallback):
         self.heads = heads
         self.reduction = reduction
         self.normalizer = normalizer
-        self.evidence_batches = evidence_batches
-        self.sparsity_learning = sparsity_learning
+        self.calibration_batches = calibration_batches
+        self.regularizer = regularizer
         self.reestimate_batch_norm = reestimate_batch_norm
         self.dry_run = dry_run
         self._points: list[tuple[float, float]] = []
         self._capture: Capture | None = None
         self._watch: ActivationWatch | None = None
-        self._coupling: Coupling | None = None
+        self._graph: DependencyGraph | None = None
         self._last_plan: Plan | None = None
 
     # Lightning's hooks, in the order a run meets them.
@@ -156,9 +156,9 @@ class StructuredPruning(CompressionCallback):
             as_targets(pattern).select(pl_module)
         if not self.resumed(pl_module):
             _begin_anew(self.state(pl_module))
-        reestimate.resume(pl_module, self.state(pl_module).get("momenta", {}))
-        self._coupling = None
-        self._capture = capture_or_recall(pl_module, self.state(pl_module))
+        batch_norm.resume(pl_module, self.state(pl_module).get("momenta", {}))
+        self._graph = None
+        self._capture = restore_or_capture_example(pl_module, self.state(pl_module))
         if "activation" in self.criterion.needs:
             self._watch = ActivationWatch(pl_module)
 
@@ -175,9 +175,9 @@ class StructuredPruning(CompressionCallback):
         if self._is_gathering(trainer, pl_module):
             sums = self.state(pl_module).setdefault("gathered", {})
             add_gradients(sums, pl_module, self.criterion, (p for g in optimizer.param_groups for p in g["params"]))
-        if self.sparsity_learning is not None and not self._is_finished(pl_module):
+        if self.regularizer is not None and not self._is_finished(pl_module):
             groups = self._penalized(pl_module)
-            add_penalty(pl_module, groups, self.sparsity_learning, self._phase(trainer))
+            add_penalty(pl_module, groups, self.regularizer, self._phase(trainer))
 
     @override
     def on_train_batch_end(
@@ -195,7 +195,7 @@ class StructuredPruning(CompressionCallback):
         if state.get("batches_left", 0) > 0:
             state["batches_left"] -= 1
             if state["batches_left"] == 0:
-                reestimate.restore(pl_module, state.pop("momenta"))
+                batch_norm.restore(pl_module, state.pop("momenta"))
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -207,11 +207,11 @@ class StructuredPruning(CompressionCallback):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave no hook behind, and no layer in the middle of a re-estimation."""
-        reestimate.restore(pl_module, self.state(pl_module).get("momenta", {}))
+        batch_norm.restore(pl_module, self.state(pl_module).get("momenta", {}))
         for held in (self._capture, self._watch):
             if held is not None:
                 held.remove()
-        self._capture, self._watch, self._coupling = None, None, None
+        self._capture, self._watch, self._graph = None, None, None
         super().teardown(trainer, pl_module, stage)
 
     @override
@@ -230,7 +230,7 @@ class StructuredPruning(CompressionCallback):
         if self._capture is None or self._capture.example is None:
             return False
         seen: int = self.state(pl_module).get("seen", 0)
-        return not self._needs_data or seen >= self.evidence_batches
+        return not self._needs_data or seen >= self.calibration_batches
 
     @property
     def _needs_data(self) -> bool:
@@ -240,11 +240,11 @@ class StructuredPruning(CompressionCallback):
         return bool(self.state(pl_module).get("events", 0) >= len(self._points)) or self.dry_run
 
     def _is_gathering(self, trainer: Trainer, pl_module: LightningModule) -> bool:
-        """Whether the next cut is at most ``evidence_batches`` steps away."""
+        """Whether the next cut is at most ``calibration_batches`` steps away."""
         if not self._needs_data or self._is_finished(pl_module):
             return False
         progress, _ = self._points[self.state(pl_module).get("events", 0)]
-        return bool(steps_done(trainer) + self.evidence_batches >= progress * steps_planned(trainer))
+        return bool(steps_done(trainer) + self.calibration_batches >= progress * steps_planned(trainer))
 
     def _phase(self, trainer: Trainer) -> float:
         return min(training_progress(trainer) / max(self._points[-1][0], 1e-9), 1.0)
@@ -252,57 +252,57 @@ class StructuredPruning(CompressionCallback):
     def _penalized(self, pl_module: LightningModule) -> Sequence[ChannelGroup]:
         if self._capture is None or self._capture.example is None:
             return ()
-        coupling = self._couple(pl_module, self._capture.example.to(pl_module))
-        return [group for group in coupling.groups if group.reason is None]
+        graph = self._couple(pl_module, self._capture.example.to(pl_module))
+        return [group for group in graph.groups if group.reason is None]
 
-    def _couple(self, pl_module: LightningModule, example: ExampleInput) -> Coupling:
+    def _couple(self, pl_module: LightningModule, example: ExampleInput) -> DependencyGraph:
         """Traced once, and again where somebody else has changed the network."""
-        if self._coupling is None or not self._coupling.fits(pl_module):
-            self._coupling = couple_channels(pl_module, example.args, example.kwargs, heads=self.heads)
-        return self._coupling
+        if self._graph is None or not self._graph.fits(pl_module):
+            self._graph = trace_dependencies(pl_module, example.args, example.kwargs, heads=self.heads)
+        return self._graph
 
     def _cut(self, trainer: Trainer, pl_module: LightningModule, due: int) -> None:
         """One event: decide on rank 0, cut everywhere, let everything follow."""
         assert self._capture is not None
         assert self._capture.example is not None  # `_is_ready`
         example, state = self._capture.example.to(pl_module), self.state(pl_module)
-        coupling = self._couple(pl_module, example)
+        graph = self._couple(pl_module, example)
         share = self._points[due - 1][1]
-        plan = self._decide(trainer, pl_module, coupling, example, share)
+        plan = self._decide(trainer, pl_module, graph, example, share)
         self._last_plan = plan
         if self.dry_run:
-            tell(trainer, "\n".join([f"{self.method}: dry run, nothing is removed", *plan.lines()]))
+            log_rank_zero(trainer, "\n".join([f"{self.method}: dry run, nothing is removed", *plan.lines()]))
         elif plan.removed:
-            kept = coupling.kept_positions(plan.kept)
-            edit = cut(pl_module, kept, attributes=coupling.attributes(pl_module, plan.kept),
-                       optimizers=trainer.optimizers, mirrors=mirrors_of(trainer, pl_module))  # fmt: skip
+            kept = graph.kept_positions(plan.kept)
+            edit = cut(pl_module, kept, attributes=graph.attributes(pl_module, plan.kept),
+                       optimizers=trainer.optimizers, averaged_models=averaged_models_of(trainer, pl_module))  # fmt: skip
             state["removed"] = state.get("removed", 0) + plan.removed
-            self._coupling = coupling.shrunk(plan.kept)
+            self._graph = graph.after_pruning(plan.kept)
             self._after_surgery(
                 trainer, pl_module, edit.entry(), self._summary(plan, first="share" not in state), kept=kept
             )
         state |= {"events": due, "seen": 0, "share": share}
         state.pop("gathered", None)
         if due == len(self._points) and self.reestimate_batch_norm and not self.dry_run:
-            state |= {"momenta": reestimate.begin(pl_module), "batches_left": self.reestimate_batch_norm}
+            state |= {"momenta": batch_norm.begin(pl_module), "batches_left": self.reestimate_batch_norm}
         self._log(trainer, plan, share)
 
     def _decide(
-        self, trainer: Trainer, pl_module: LightningModule, coupling: Coupling, example: ExampleInput, share: float
+        self, trainer: Trainer, pl_module: LightningModule, graph: DependencyGraph, example: ExampleInput, share: float
     ) -> Plan:
         """The plan of rank 0, on every rank; so is its refusal."""
         state = self.state(pl_module)
         gathered = mean_evidence(state.get("gathered", {}))
-        state.setdefault("original", {group.name: group.width for group in coupling.groups})
+        state.setdefault("original", {group.name: group.width for group in graph.groups})
         limit = (
-            0.0 if self.budget is None else self.budget.at(self._dense(trainer, pl_module, coupling, example), share)
+            0.0 if self.budget is None else self.budget.at(self._dense(trainer, pl_module, graph, example), share)
         )
         outcome: Plan | LightningLightError | None = None
         if trainer.is_global_zero:
             try:
                 outcome = plan_channels(
-                    pl_module, coupling, self.options(), budget=self.budget,
-                    limit=limit, share=share, original=_widths(coupling, state["original"]), example=example,
+                    pl_module, graph, self.options(), budget=self.budget,
+                    limit=limit, share=share, original=_widths(graph, state["original"]), example=example,
                     gathered=gathered,
                     generator=torch.Generator().manual_seed(state.get("events", 0)),
                 )  # fmt: skip
@@ -314,12 +314,12 @@ class StructuredPruning(CompressionCallback):
         assert outcome is not None  # rank 0 has one
         return outcome
 
-    def _dense(self, trainer: Trainer, pl_module: LightningModule, coupling: Coupling, example: ExampleInput) -> float:
+    def _dense(self, trainer: Trainer, pl_module: LightningModule, graph: DependencyGraph, example: ExampleInput) -> float:
         """What the budget counts, of the network as it was before the first cut of the first run."""
         assert self.budget is not None
         known: dict[str, float] = self.state(pl_module).setdefault("dense", {})
         if self.budget.quantity not in known:
-            measured = quantity(pl_module, self.budget, example, coupling.groups)
+            measured = quantity(pl_module, self.budget, example, graph.groups)
             known[self.budget.quantity] = broadcast(trainer, measured)
         return known[self.budget.quantity]
 
@@ -363,5 +363,5 @@ def _begin_anew(state: dict[str, Any]) -> None:
         del state[name]
 
 
-def _widths(coupling: Coupling, original: Mapping[str, int]) -> dict[str, int]:
-    return {group.name: original.get(group.name, group.width) for group in coupling.groups}
+def _widths(graph: DependencyGraph, original: Mapping[str, int]) -> dict[str, int]:
+    return {group.name: original.get(group.name, group.width) for group in graph.groups}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from typing_extensions import override
 
-from lightning_light.surgery.journal import attach, is_attached, release
+from lightning_light.surgery.attachment import attach, has_state, release
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -80,9 +80,9 @@ class CompressibleMixin(_Base):
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the checkpoint's structure before its weights; during a run the ledger does that already."""
+        """Take the checkpoint's structure before its weights; during a run the compression_state does that already."""
         super().on_load_checkpoint(checkpoint)
-        if not is_attached(self):
+        if not has_state(self):
             _restructure(self, checkpoint)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_light.errors import RankMismatchError, UnsupportedError
-from lightning_light.hosts import loaded_hosts
+from lightning_light.host.classes import loaded_hosts
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -149,7 +149,7 @@ def _pieces(value: Any) -> Iterator[bytes]:
         yield json.dumps(value).encode()
 
 
-def tell(trainer: Trainer, sentence: str) -> None:
+def log_rank_zero(trainer: Trainer, sentence: str) -> None:
     """Log one line on rank 0, through the host's logger, so that it is seen where Lightning's lines are seen."""
     if trainer.is_global_zero:
         modules = [cls.__module__ for cls in type(trainer).__mro__]

@@ -38,7 +38,7 @@ class Edit:
     old_attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def entry(self) -> dict[str, Any]:
-        """The line for the journal: plain types only. Shapes are not in it, they follow the state dict."""
+        """The line for the edit_log: plain types only. Shapes are not in it, they follow the state dict."""
         plain = {
             module: {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
             for module, values in self.attributes.items()
@@ -59,11 +59,11 @@ def cut(
     *,
     attributes: Mapping[str, Mapping[str, Any]] | None = None,
     optimizers: Iterable[Optimizer] = (),
-    mirrors: Sequence[nn.Module] = (),
+    averaged_models: Sequence[nn.Module] = (),
 ) -> Edit:
     """Keep only the positions in ``kept`` (tensor name -> dimension -> ascending indices), in place.
 
-    Weights, gradients, optimizer state, buffers, the attributes that count channels, and the ``mirrors`` are cut in one
+    Weights, gradients, optimizer state, buffers, the attributes that count channels, and the ``averaged_models`` are cut in one
     go. Everything is read and checked before anything is written: after an error the model is what it was.
 
     Args:
@@ -71,18 +71,18 @@ def cut(
         kept: what stays; tensors and dimensions that are not named stay whole.
         attributes: further attributes to set, module name -> name -> value.
         optimizers: whose state follows.
-        mirrors: averaged copies of ``model``, which are cut like it.
+        averaged_models: averaged copies of ``model``, which are cut like it.
 
     Raises:
-        SurgeryError: a name, dimension, index or attribute is not in the model, or a mirror has another shape.
+        SurgeryError: a name, dimension, index or attribute is not in the model, or a averaged_model has another shape.
         UnsupportedError: an optimizer's state cannot be cut.
     """
     optimizers = list(optimizers)
     tensors = _named_tensors(model)
     _check(model, tensors, kept)
     _check_attributes(model, attributes or {})
-    copies = [_named_tensors(mirror) for mirror in mirrors]
-    _check_mirrors(tensors, copies, kept)
+    copies = [_named_tensors(averaged_model) for averaged_model in averaged_models]
+    _check_averaged_models(tensors, copies, kept)
     for name in kept:
         for optimizer in optimizers:
             if isinstance(tensors[name], nn.Parameter):
@@ -93,7 +93,7 @@ def cut(
         grads = {name: take(grad, kept[name]) for name in kept if (grad := tensors[name].grad) is not None}
         for group, values in zip((tensors, *copies), new, strict=True):
             _commit(group, values, grads if group is tensors else {}, kept, optimizers, edit)
-    for module in (model, *mirrors):
+    for module in (model, *averaged_models):
         _set_attributes(module, set(kept), attributes or {}, edit)
     return edit
 
@@ -151,7 +151,7 @@ def _check_attributes(model: nn.Module, attributes: Mapping[str, Mapping[str, An
             )
 
 
-def _check_mirrors(tensors: Mapping[str, Tensor], copies: Sequence[Mapping[str, Tensor]], kept: Positions) -> None:
+def _check_averaged_models(tensors: Mapping[str, Tensor], copies: Sequence[Mapping[str, Tensor]], kept: Positions) -> None:
     for copy in copies:
         for name in kept:
             if name not in copy or copy[name].shape != tensors[name].shape:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lightning_light.errors import ManifestError, UnsupportedError
 from lightning_light.example_input import ExampleInput, tensors_in
-from lightning_light.surgery.blueprint import PRIVATE_PREFIX
-from lightning_light.surgery.journal import attach, release
+from lightning_light.surgery.structure import PRIVATE_PREFIX
+from lightning_light.surgery.attachment import attach, release
 from lightning_light.surgery.manifest import KEY, Kept, Manifest, check_fingerprint
 
 __all__ = ["expand_checkpoint"]
@@ -64,7 +64,7 @@ def expand_checkpoint(path: str | Path, out: str | Path, model: nn.Module, *, ex
 
 def _refuse(model: nn.Module, manifest: Manifest) -> Kept:
     """The positions that are left, if padding with zeros is right."""
-    other = sorted({str(entry["op"]) for entry in manifest.journal} - {"channels"})
+    other = sorted({str(entry["op"]) for entry in manifest.edit_log} - {"channels"})
     if other:
         raise UnsupportedError(
             f"`expand_checkpoint`: expected a network of which only channels were removed, found operations {other}. "
@@ -72,10 +72,10 @@ def _refuse(model: nn.Module, manifest: Manifest) -> Kept:
         )
     if manifest.kept is None:
         raise UnsupportedError(
-            "`expand_checkpoint`: expected a journal that knows where the removed channels were, found one that "
+            "`expand_checkpoint`: expected a edit_log that knows where the removed channels were, found one that "
             "followed a bare state dict. Expand the checkpoint that those weights were taken from."
         )
-    cut = {path for entry in manifest.journal for path in entry["attributes"]}
+    cut = {path for entry in manifest.edit_log for path in entry["attributes"]}
     cut |= {name.rpartition(".")[0] for name in manifest.kept}
     modules = dict(model.named_modules(remove_duplicate=False))
     coupled = sorted(f"{path} ({type(modules[path]).__name__})" for path in cut if _is_coupled(modules[path], manifest))
@@ -89,7 +89,7 @@ def _refuse(model: nn.Module, manifest: Manifest) -> Kept:
 
 def _is_coupled(module: nn.Module, manifest: Manifest) -> bool:
     if isinstance(module, nn.MultiheadAttention):  # scores are scaled by the width of a head
-        widths = [e["attributes"][path].get("head_dim") for e in manifest.journal for path in e["attributes"]]
+        widths = [e["attributes"][path].get("head_dim") for e in manifest.edit_log for path in e["attributes"]]
         return any(width not in (None, module.head_dim) for width in widths)
     return isinstance(module, _COUPLED)
 

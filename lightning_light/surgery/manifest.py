@@ -26,7 +26,7 @@ class Manifest:
     """The manifest of one checkpoint.
 
     Attributes:
-        journal: the structural operations, in order.
+        edit_log: the structural operations, in order.
         state: what each method remembers, under its name.
         parameter_order: names of the optimizers' parameters, for each optimizer and group.
         fingerprint: the parameters of the network before the first operation, and their shapes.
@@ -34,7 +34,7 @@ class Manifest:
         kept: which positions of the first network's tensors are left, or None if that is unknown.
     """
 
-    journal: list[Entry] = field(default_factory=list)
+    edit_log: list[Entry] = field(default_factory=list)
     state: dict[str, dict[str, Any]] = field(default_factory=dict)
     parameter_order: list[list[list[str | None]]] = field(default_factory=list)
     fingerprint: Shapes = field(default_factory=dict)
@@ -49,7 +49,7 @@ class Manifest:
         """
         return {
             "version": VERSION,
-            "journal": json.dumps(self.journal),
+            "edit_log": json.dumps(self.edit_log),
             "state": plain_copy(self.state, "state"),
             "parameter_order": self.parameter_order,
             "fingerprint": json.dumps(self.fingerprint),
@@ -73,7 +73,7 @@ class Manifest:
             )
         try:
             manifest = cls(
-                journal=json.loads(encoded["journal"]),
+                edit_log=json.loads(encoded["edit_log"]),
                 state=plain_copy(encoded["state"], "state"),
                 parameter_order=encoded["parameter_order"],
                 fingerprint={name: tuple(shape) for name, shape in json.loads(encoded["fingerprint"]).items()},
@@ -87,8 +87,8 @@ class Manifest:
 
     def _check(self) -> None:
         sound = {
-            "journal": isinstance(self.journal, list)
-            and all(isinstance(entry, dict) and isinstance(entry.get("op"), str) for entry in self.journal),
+            "edit_log": isinstance(self.edit_log, list)
+            and all(isinstance(entry, dict) and isinstance(entry.get("op"), str) for entry in self.edit_log),
             "state": isinstance(self.state, dict) and all(isinstance(value, dict) for value in self.state.values()),
             "parameter_order": isinstance(self.parameter_order, list)
             and all(isinstance(group, list) for groups in self.parameter_order for group in groups),

@@ -1,4 +1,4 @@
-"""The operations a journal is made of: how each is replayed on a structure, by name."""
+"""The operations a edit_log is made of: how each is replayed on a structure, by name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def register_operation(name: str) -> Callable[[Replay], Replay]:
     """Register how the operation ``name`` is replayed when a checkpoint is loaded.
 
     The decorated function gets a structure (`copy_structure`: parameters on ``meta``, shapes not yet those of the
-    checkpoint) and the journal's entry, and does to modules and attributes what the operation did. It goes by
+    checkpoint) and the edit_log's entry, and does to modules and attributes what the operation did. It goes by
     attributes such as ``in_features``, not by the shapes of tensors, which follow the state dict in the end. It must
     not change an attribute in place: the structure shares them with the live module.
 
@@ -47,17 +47,17 @@ def is_registered(name: str) -> bool:
     return name in _OPERATIONS
 
 
-def replay_journal(structure: nn.Module, journal: list[dict[str, Any]]) -> nn.Module:
-    """Do to ``structure`` what the journal says, and return it.
+def replay_edits(structure: nn.Module, edit_log: list[dict[str, Any]]) -> nn.Module:
+    """Do to ``structure`` what the edit_log says, and return it.
 
     Raises:
         ManifestError: an operation is unknown, or does not fit the structure.
     """
-    for place, entry in enumerate(journal):
+    for place, entry in enumerate(edit_log):
         replay = _OPERATIONS.get(entry["op"])
         if replay is None:
             raise ManifestError(
-                f"The checkpoint's journal has an operation {entry['op']!r}, expected one of {sorted(_OPERATIONS)}. "
+                f"The checkpoint's edit_log has an operation {entry['op']!r}, expected one of {sorted(_OPERATIONS)}. "
                 "Import the module that registers it before loading."
             )
         try:
@@ -65,7 +65,7 @@ def replay_journal(structure: nn.Module, journal: list[dict[str, Any]]) -> nn.Mo
                 replay(structure, entry)
         except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
             raise ManifestError(
-                f"Entry {place} ({entry['op']!r}) of the checkpoint's journal does not fit "
+                f"Entry {place} ({entry['op']!r}) of the checkpoint's edit_log does not fit "
                 f"`{type(structure).__name__}`: {type(error).__name__}: {error}."
             ) from error
     return structure
@@ -77,5 +77,5 @@ def replay_channels(model: nn.Module, entry: Mapping[str, Any]) -> None:
     for path, values in entry["attributes"].items():
         module = model.get_submodule(path)
         for name, value in values.items():
-            old = getattr(module, name)  # an attribute that is not there is a damaged journal
+            old = getattr(module, name)  # an attribute that is not there is a damaged edit_log
             setattr(module, name, tuple(value) if isinstance(value, list) and not isinstance(old, list) else value)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from lightning_light.errors import SurgeryError, UnsupportedError
-from lightning_light.hosts import is_host
+from lightning_light.host.classes import is_host
 from lightning_light.surgery.data import in_layout_of
 
 # For each dimension of a state tensor: the parameter's dimension that it follows, or None where it is broadcast.

@@ -29,7 +29,7 @@ def replace_module(
     op: str,
     optimizers: Iterable[Any] = (),
     parameters: Mapping[nn.Parameter, Sequence[nn.Parameter]] | None = None,
-    mirrors: Sequence[nn.Module] = (),
+    averaged_models: Sequence[nn.Module] = (),
     **details: Any,
 ) -> dict[str, Any]:
     """Put ``new`` where ``name`` is; see `replace_modules`.
@@ -38,19 +38,19 @@ def replace_module(
         model: the root, changed in place.
         name: the module's path.
         new: what takes its place.
-        op: name of the registered operation that replays this, for the journal.
+        op: name of the registered operation that replays this, for the edit_log.
         optimizers: torch optimizers, or Lightning's wrappers.
         parameters: for each parameter of the old module that ``new`` does not have: what takes its place.
-        mirrors: averaged copies of ``model``.
+        averaged_models: averaged copies of ``model``.
         **details: what else the replay needs, in plain types.
 
     Returns:
-        The journal's entry: ``{"op": op, "name": name, **details}``.
+        The edit_log's entry: ``{"op": op, "name": name, **details}``.
 
     Raises:
         SurgeryError: as `replace_modules`.
     """
-    replace_modules(model, {name: new}, optimizers=optimizers, parameters=parameters, mirrors=mirrors)
+    replace_modules(model, {name: new}, optimizers=optimizers, parameters=parameters, averaged_models=averaged_models)
     return {"op": op, "name": name, **details}
 
 
@@ -60,7 +60,7 @@ def replace_modules(
     *,
     optimizers: Iterable[Any] = (),
     parameters: Mapping[nn.Parameter, Sequence[nn.Parameter]] | None = None,
-    mirrors: Sequence[nn.Module] = (),
+    averaged_models: Sequence[nn.Module] = (),
 ) -> None:
     """Put new modules where others are, all at once. Everything is checked before anything changes.
 
@@ -74,20 +74,20 @@ def replace_modules(
         optimizers: torch optimizers, or Lightning's wrappers.
         parameters: for each parameter of the old modules that the new ones do not have: what takes its place in the
             optimizers, possibly nothing.
-        mirrors: averaged copies of ``model``, which get copies of the new modules.
+        averaged_models: averaged copies of ``model``, which get copies of the new modules.
 
     Raises:
-        SurgeryError: a module or a mirror's counterpart does not exist, is parametrized, or a parameter would be left
+        SurgeryError: a module or a averaged_model's counterpart does not exist, is parametrized, or a parameter would be left
             in the optimizers without an owner, or in the model without an optimizer.
     """
     optimizers = [unwrap(optimizer) for optimizer in optimizers]
     parameters = parameters or {}
     pairs = _pairs(model, replacements)
     _check_parameters(model, pairs, parameters, optimizers)
-    twins = [_twins(mirror, pairs) for mirror in mirrors]
+    twins = [_twins(averaged_model, pairs) for averaged_model in averaged_models]
     _put(model, pairs)
-    for mirror, copies in zip(mirrors, twins, strict=True):
-        _put(mirror, copies)
+    for averaged_model, copies in zip(averaged_models, twins, strict=True):
+        _put(averaged_model, copies)
     names = {parameter: path for path, parameter in model.named_parameters()}
     replace_parameters(optimizers, parameters, names)
 
@@ -166,8 +166,8 @@ def _put(model: nn.Module, pairs: Pairs) -> None:
                 parent._modules[key] = followers[id(child)]
 
 
-def _twins(mirror: nn.Module, pairs: Pairs) -> Pairs:
-    found = _pairs(mirror, {name: new for name, (_, new) in pairs.items()})
+def _twins(averaged_model: nn.Module, pairs: Pairs) -> Pairs:
+    found = _pairs(averaged_model, {name: new for name, (_, new) in pairs.items()})
     return {
         name: (counterpart, _copy_with_averages(new, pairs[name][0], counterpart))
         for name, (counterpart, new) in found.items()

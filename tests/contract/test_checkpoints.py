@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import lightning_light
-from lightning_light.surgery.journal import ledger_of
+from lightning_light.surgery.attachment import state_of
 from lightning_light.surgery.manifest import KEY
 from tests.contract.case import Case
 from tests.contract.runs import assert_changed, checkpoints, differences, module_of, shapes, trainer, unless_refused
@@ -98,7 +98,7 @@ def test_checkpoints_load_without_a_trainer_and_weights_only(case, tmp_path) -> 
         loaded = lightning_light.load_from_checkpoint(type(module), path, weights_only=True)
         assert not differences(dict(module.state_dict()), dict(loaded.state_dict()))
         assert torch.equal(loaded.eval()(images), module.eval()(images))
-        assert ledger_of(loaded).journal == ledger_of(module).journal
+        assert state_of(loaded).edit_log == state_of(module).edit_log
 
 
 def test_training_goes_on_from_a_checkpoint_of_weights_alone(case, tmp_path) -> None:

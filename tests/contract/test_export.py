@@ -7,7 +7,7 @@ from lightning_light.export import ONNX, ExecuTorch, MobileExport, export_model,
 from lightning_light.export.torchscript_lite import TorchScriptLite
 from lightning_light.quantization import LSQ, Int8, Mixed, fake_quantized
 from lightning_light.surgery.checkpoint import load_from_checkpoint
-from lightning_light.surgery.journal import ledger_of
+from lightning_light.surgery.attachment import state_of
 from tests.contract.runs import module_of, trainer, unless_refused
 from tests.contract.table import CASES
 
@@ -77,7 +77,7 @@ def assert_learns_beside(module, optimizer) -> None:
     """What is no part of the module, step sizes and a projector, has its own state in the optimizer."""
     mine = {id(parameter) for parameter in module.parameters()}
     beside = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in mine]
-    state = ledger_of(module).state
+    state = state_of(module).state
     learned = [*state["quantization_aware_training"]["learned"].values()]
     projectors = [kept["weight"] for kept in state["distillation"]["projectors"].values()]
     assert sorted(p.numel() for p in beside) == sorted(tensor.numel() for tensor in [*learned, *projectors])

@@ -8,7 +8,7 @@ import pytest
 import pytorch_lightning
 import torch
 
-from lightning_light.surgery.journal import ledger_of
+from lightning_light.surgery.attachment import state_of
 from tests.contract.case import Case
 from tests.contract.runs import assert_changed, checkpoints, differences, module_of, outcome, trainer
 from tests.contract.table import CASES, FULL
@@ -28,8 +28,8 @@ def fitted(case: Case, folder: Path, host: Any, *, resume: Path | None = None) -
     run = trainer(*case.build(folder), *saving, host=host)
     run.fit(module, ckpt_path=resume)
     assert_changed(case, module)
-    ledger = ledger_of(module)
-    return {**outcome(run, module), "ledger": ledger.state, "journal": ledger.journal}, module.losses
+    compression_state = state_of(module)
+    return {**outcome(run, module), "compression_state": compression_state.state, "edit_log": compression_state.edit_log}, module.losses
 
 
 def compare(case: Case, folder: Path, host: Any, files: list[str]) -> None:

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
 
-from lightning_light.surgery.mirrors import mirrors_of
+from lightning_light.surgery.averaged_models import averaged_models_of
 from tests.contract.bodies import Body, Compiled, FrozenBackbone, MadeLate, Tied, TwoOptimizers, Wrapped
 from tests.contract.case import Case
 from tests.contract.runs import assert_changed, checkpoints, differences, module_of, outcome, trainer, unless_refused
@@ -115,8 +115,8 @@ def test_averaged_copies_follow(case, kind, order, tmp_path) -> None:
         class Look(lightning.pytorch.Callback):
             def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
                 live = {name: value.shape for name, value in pl_module.named_parameters()}
-                for mirror in mirrors_of(trainer, pl_module):
-                    shapes.append(live == {name: value.shape for name, value in mirror.named_parameters()})
+                for averaged_model in averaged_models_of(trainer, pl_module):
+                    shapes.append(live == {name: value.shape for name, value in averaged_model.named_parameters()})
 
         beside = [average, *callbacks] if order == "before" else [*callbacks, average]
         run = trainer(*beside, Look(), max_epochs=4)

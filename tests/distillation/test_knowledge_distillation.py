@@ -1,4 +1,4 @@
-"""The callback with real Trainers: teachers of every kind, taps, caches, surgery, refusals."""
+"""The callback with real Trainers: teachers of every kind, feature_layers, caches, surgery, refusals."""
 
 import logging
 from pathlib import Path
@@ -19,11 +19,11 @@ from lightning_light.distillation import (
     SelfTeacher,
     SoftTargets,
 )
-from lightning_light.distillation.balance import gradient_factors
+from lightning_light.distillation.loss_balancing import gradient_factors
 from lightning_light.errors import NoEffectWarning, TargetError
 from lightning_light.schedules import OneShot
 from lightning_light.structured import StructuredPruning
-from lightning_light.surgery.journal import ledger_of
+from lightning_light.surgery.attachment import state_of
 from tests.contract.runs import checkpoints
 from tests.distillation.runs import Net, Plain, fitted, loader, mentor, trainer, weights
 
@@ -182,24 +182,24 @@ def test_outputs_and_inputs_are_selected() -> None:
 
 
 def test_taps_by_glob_by_pair_and_by_resolution(caplog: pytest.LogCaptureFixture) -> None:
-    hint = FeatureHint(taps={"net.conv[12]": "conv[12]"})
+    hint = FeatureHint(feature_layers={"net.conv[12]": "conv[12]"})
     found = distilled(hint)
-    pairs = ledger_of(found).state["distillation"]["taps"]["0"]
+    pairs = state_of(found).state["distillation"]["feature_layers"]["0"]
     assert pairs == [["net.conv1", "conv1"], ["net.conv2", "conv2"]]
     with caplog.at_level(logging.INFO):
-        matched = distilled(AttentionTransfer(taps="auto"), student="net")
-    assert "taps matched by resolution: {'0': [['bn1', 'bn1'], ['conv2', 'conv2']]}" in caplog.text
-    pairs = ledger_of(matched).state["distillation"]["taps"]["0"]
+        matched = distilled(AttentionTransfer(feature_layers="auto"), student="net")
+    assert "feature_layers matched by resolution: {'0': [['bn1', 'bn1'], ['conv2', 'conv2']]}" in caplog.text
+    pairs = state_of(matched).state["distillation"]["feature_layers"]["0"]
     assert pairs == [["bn1", "bn1"], ["conv2", "conv2"]]
-    named = distilled(AttentionTransfer(taps=["bn1", "conv2"]), student="net")
+    named = distilled(AttentionTransfer(feature_layers=["bn1", "conv2"]), student="net")
     assert torch.equal(weights(matched), weights(named))
 
 
 def test_projectors_learn_with_the_student_and_are_not_in_its_state_dict() -> None:
-    run = trainer(KnowledgeDistillation(teacher=Twin, losses=[FeatureHint(taps="net.conv1")]))
+    run = trainer(KnowledgeDistillation(teacher=Twin, losses=[FeatureHint(feature_layers="net.conv1")]))
     module = Plain()
     run.fit(module, loader())
-    (kept,) = ledger_of(module).state["distillation"]["projectors"].values()
+    (kept,) = state_of(module).state["distillation"]["projectors"].values()
     (group,) = run.optimizers[0].param_groups
     assert kept["weight"].shape == (12, 6, 1, 1)
     assert torch.equal(group["params"][-1], kept["weight"])
@@ -223,7 +223,7 @@ def test_a_projector_s_columns_leave_with_the_student_s_channels() -> None:
             assert trainer.optimizers[0].param_groups[0]["params"][-1] is parameter
             assert torch.equal(trainer.optimizers[0].state[parameter]["exp_avg"], moment[:, positions])
 
-    distillation = Look(teacher=Twin, losses=[FeatureHint(taps="net.bn1")])
+    distillation = Look(teacher=Twin, losses=[FeatureHint(feature_layers="net.bn1")])
     pruning = StructuredPruning(Channels(0.5), schedule=OneShot(at=0.5))
     module = fitted(Plain(), distillation, pruning)
     assert module.net.conv1.out_channels == len(seen[0]) < 6
@@ -231,10 +231,10 @@ def test_a_projector_s_columns_leave_with_the_student_s_channels() -> None:
 
 def test_balanced_losses_pull_as_hard_as_the_task() -> None:
     found = distilled(SoftTargets(weight=1000.0), balance_every=4)
-    factor = ledger_of(found).state["distillation"]["factors"]["soft_targets"]
+    factor = state_of(found).state["distillation"]["factors"]["soft_targets"]
     assert factor > 0
     scaled = distilled(SoftTargets(temperature=8.0), balance_every=4)
-    assert ledger_of(scaled).state["distillation"]["factors"]["soft_targets"] != factor
+    assert state_of(scaled).state["distillation"]["factors"]["soft_targets"] != factor
 
 
 def test_the_factors_make_gradients_equally_long() -> None:
@@ -276,7 +276,7 @@ def test_the_curves(tmp_path: Path) -> None:
 
 def test_hints_alone_have_a_curve_of_agreement_too(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
-    hint = KnowledgeDistillation(teacher=Twin, losses=[FeatureHint(taps="net.conv1")])
+    hint = KnowledgeDistillation(teacher=Twin, losses=[FeatureHint(feature_layers="net.conv1")])
     fitted(Plain(), hint, logger=logger, log_every_n_steps=4)
     columns = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()[0].split(",")
     assert {"distillation/feature_hint", "distillation/agreement", "distillation/kl"} <= set(columns)
@@ -287,7 +287,7 @@ def test_two_of_them_wrap_one_step_and_leave_it() -> None:
     callbacks = [KnowledgeDistillation(teacher=mentor, losses=[SoftTargets(weight=0.5)]) for _ in range(2)]
     fitted(module, *callbacks)
     assert "training_step" not in vars(module)
-    assert set(ledger_of(module).state) >= {"distillation", "distillation#2"}
+    assert set(state_of(module).state) >= {"distillation", "distillation#2"}
     torch.testing.assert_close(weights(module), weights(distilled(SoftTargets(weight=1.0))))
 
 
@@ -363,16 +363,16 @@ class Grey(nn.Module):
 
 
 REFUSED: list[tuple[Any, type[Exception], str]] = [
-    (lambda: distilled(FeatureHint(taps="net.conv9")), TargetError, r"Nearest: .*'net.conv[12]'"),
-    (lambda: distilled(FeatureHint(taps={"net.conv*": "conv1"})), TargetError, "as many modules in the student"),
-    (lambda: distilled(FeatureHint(taps={"net.fc": "conv3"})), TargetError, r"of the teacher .*Nearest: 'conv"),
+    (lambda: distilled(FeatureHint(feature_layers="net.conv9")), TargetError, r"Nearest: .*'net.conv[12]'"),
+    (lambda: distilled(FeatureHint(feature_layers={"net.conv*": "conv1"})), TargetError, "as many modules in the student"),
+    (lambda: distilled(FeatureHint(feature_layers={"net.fc": "conv3"})), TargetError, r"of the teacher .*Nearest: 'conv"),
     (lambda: distilled(teacher=nn.Sequential(nn.Flatten(), nn.Linear(192, 7))), ValueError, r"\(4, 5\) and \(4, 7\)"),
     (lambda: distilled(teacher=nn.Linear(3, 5)), ValueError, r"does not take \(\(4, 3, 8, 8\)\).*inputs="),
     (lambda: distilled(teacher=Grey()), ValueError, r"Its signature: missing a required argument: 'length'"),
     (lambda: distilled(output="logits"), ValueError, r"output='logits'\)`: expected to find a tensor, found"),
     (lambda: distilled(module=Silent()), ValueError, "expected `training_step` to call `Silent`"),
-    (lambda: distilled(FeatureHint(taps="net.conv1"), teacher=Twin, cache="memory"), ValueError, "Leave `cache`"),
-    (lambda: distilled(FeatureHint(taps={"net.conv1": "conv1"}, projector="none")), ValueError, "or, for features, a"),
+    (lambda: distilled(FeatureHint(feature_layers="net.conv1"), teacher=Twin, cache="memory"), ValueError, "Leave `cache`"),
+    (lambda: distilled(FeatureHint(feature_layers={"net.conv1": "conv1"}, projector="none")), ValueError, "or, for features, a"),
     (lambda: distilled(teacher=SelfTeacher(decay=0.5), cache="memory"), ValueError, r"found `SelfTeacher\(decay=0.5\)"),
     (lambda: distilled(teacher="nowhere.pt"), ValueError, "found no such file"),
     (lambda: distilled(teacher=lambda: 3), TypeError, "expected a function that returns a module"),
@@ -395,7 +395,7 @@ def test_is_refused(make: Any, kind: type[Exception], sentence: str) -> None:
 def test_a_wrong_tap_leaves_the_teacher_as_it_came() -> None:
     teacher = mentor()
     with pytest.raises(TargetError):
-        distilled(FeatureHint(taps={"net.conv1": "conv1", "net.conv9": "conv2"}), teacher=teacher)
+        distilled(FeatureHint(feature_layers={"net.conv1": "conv1", "net.conv9": "conv2"}), teacher=teacher)
     assert all(part.training and not part._forward_hooks for part in teacher.modules())
 
 
@@ -421,4 +421,4 @@ def test_a_teacher_without_modules_has_no_taps(tmp_path: Path) -> None:
     program = torch.export.export(mentor().eval(), (torch.zeros(4, 3, 8, 8),))
     torch.export.save(program, tmp_path / "teacher.pt2")
     with pytest.raises(ValueError, match="expected a teacher made of modules"):
-        distilled(FeatureHint(taps={"net.conv1": "conv1"}), teacher=str(tmp_path / "teacher.pt2"))
+        distilled(FeatureHint(feature_layers={"net.conv1": "conv1"}), teacher=str(tmp_path / "teacher.pt2"))

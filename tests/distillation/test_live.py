@@ -120,7 +120,7 @@ def test_it_learns_as_usual_and_nothing_stays_behind() -> None:
 
 
 def test_projectors_between_two_layers_follow_both() -> None:
-    hint = KnowledgeDistillation(teacher=LiveTeacher(), losses=[FeatureHint(taps={"net.bn1": "net.conv2"})])
+    hint = KnowledgeDistillation(teacher=LiveTeacher(), losses=[FeatureHint(feature_layers={"net.bn1": "net.conv2"})])
     pruned = fitted(Plain(), hint, StructuredPruning(Channels(0.5), schedule=OneShot(at=0.5)))
     (kept,) = hint.state(pruned)["projectors"].values()
     assert kept["weight"].shape[:2] == (pruned.net.conv2.out_channels, pruned.net.conv1.out_channels)
@@ -145,7 +145,7 @@ REFUSED: list[tuple[Any, type[Exception], str]] = [
     (lambda: live("second", student="nett"), TargetError, r"`KnowledgeDistillation\(student='nett'\)`.*Nearest: 'net"),
     (lambda: live("second", student="net", module=Silent()), ValueError, "expected `training_step` to call `second`"),
     (lambda: live("second", cache="memory"), ValueError, r"stays as it is, found `LiveTeacher\(path='second'\)`"),
-    (lambda: live("second", AttentionTransfer(taps={"conv1": "conv9"}), student="net"), TargetError, "Nearest: 'conv"),
+    (lambda: live("second", AttentionTransfer(feature_layers={"conv1": "conv9"}), student="net"), TargetError, "Nearest: 'conv"),
 ]
 
 

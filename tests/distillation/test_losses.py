@@ -19,7 +19,7 @@ from lightning_light.distillation import (
     AttentionTransfer,
     ChannelWise,
     ContrastiveHint,
-    Falling,
+    Decreasing,
     FeatureHint,
     KnowledgeReview,
     LogitStandardization,
@@ -182,13 +182,13 @@ CASES: list[tuple[Any, Any, Any]] = [
     (LogitStandardization(temperature=2.0), FLAT, standardized),
     (DKD(alpha=0.7, beta=3.0, temperature=2.0), FLAT, lambda s, t: decoupled(s, t, 0.7, 3.0, 2.0)),
     (DIST(beta=1.5, gamma=0.5, temperature=2.0), FLAT, lambda s, t: stronger(s, t, 1.5, 0.5, 2.0)),
-    (FeatureHint(taps="x"), MAPS, lambda s, t: float(((s - t) ** 2).sum() / s.numel() / 2)),
-    (KnowledgeReview(taps="x"), LARGE, reviewed),
-    (AttentionTransfer(taps="x"), OTHER_WIDTH, attention),
-    (SimilarityPreserving(taps="x"), OTHER_WIDTH, similarity),
+    (FeatureHint(feature_layers="x"), MAPS, lambda s, t: float(((s - t) ** 2).sum() / s.numel() / 2)),
+    (KnowledgeReview(feature_layers="x"), LARGE, reviewed),
+    (AttentionTransfer(feature_layers="x"), OTHER_WIDTH, attention),
+    (SimilarityPreserving(feature_layers="x"), OTHER_WIDTH, similarity),
     (RKD(distance=2.0, angle=3.0), OTHER_WIDTH, lambda s, t: relations(s, t, 2.0, 3.0)),
-    (SRD(taps="x", exponent=4.0), FLAT, lambda s, t: normalized_distance(s, t, 4.0)),
-    (ContrastiveHint(taps="x", temperature=0.5), FLAT, lambda s, t: contrast(s, t, 0.5)),
+    (SRD(feature_layers="x", exponent=4.0), FLAT, lambda s, t: normalized_distance(s, t, 4.0)),
+    (ContrastiveHint(feature_layers="x", temperature=0.5), FLAT, lambda s, t: contrast(s, t, 0.5)),
     (ChannelWise(temperature=2.0), MAPS, lambda s, t: channels(s, t, 2.0)),
     (OutputRegression(), FLAT, lambda s, t: float(((s - t) ** 2).sum() / s.numel())),
     (OutputRegression(distance="l1"), FLAT, lambda s, t: float((s - t).abs().sum() / s.numel())),
@@ -262,24 +262,24 @@ def test_a_batch_without_a_position_that_counts_adds_nothing(loss: Any) -> None:
 
 def test_hints_at_tokens_count_what_the_mask_counts() -> None:
     s, t, mask = double(2, 3, C), double(2, 3, C, seed=1), torch.tensor([[True, False, True], [False, False, True]])
-    found = FeatureHint(taps="x")(s, t, mask=mask).item()
+    found = FeatureHint(feature_layers="x")(s, t, mask=mask).item()
     assert found == pytest.approx(float(((s - t)[mask] ** 2).sum()) / (3 * C) / 2, rel=1e-12)
     maps, pixels = double(2, C, 3, 3), torch.zeros(2, 3, dtype=torch.bool)
-    assert FeatureHint(taps="x")(maps, maps + 1, mask=pixels).item() == pytest.approx(0.5)
+    assert FeatureHint(feature_layers="x")(maps, maps + 1, mask=pixels).item() == pytest.approx(0.5)
 
 
 def test_a_review_pairs_each_stage_with_those_before_it() -> None:
     found = [("a", "x"), ("b", "y"), ("c", "z")]
-    assert FeatureHint(taps="?").pairs(found) == found
-    assert KnowledgeReview(taps="?").pairs(found) == [
+    assert FeatureHint(feature_layers="?").pairs(found) == found
+    assert KnowledgeReview(feature_layers="?").pairs(found) == [
         ("a", "x"), ("b", "x"), ("b", "y"), ("c", "x"), ("c", "y"), ("c", "z"),
     ]  # fmt: skip
 
 
 def test_attention_of_tokens_is_over_positions() -> None:
     s, t = double(2, 6, C), double(2, 6, C + 3, seed=1)
-    expected = AttentionTransfer(taps="x")(*(x.movedim(2, 1)[..., None] for x in (s, t)))
-    assert AttentionTransfer(taps="x")(s, t).item() == pytest.approx(expected.item(), rel=1e-12)
+    expected = AttentionTransfer(feature_layers="x")(*(x.movedim(2, 1)[..., None] for x in (s, t)))
+    assert AttentionTransfer(feature_layers="x")(s, t).item() == pytest.approx(expected.item(), rel=1e-12)
 
 
 def test_soft_targets_are_torch_s_divergence_to_the_last_bit() -> None:
@@ -290,13 +290,13 @@ def test_soft_targets_are_torch_s_divergence_to_the_last_bit() -> None:
 
 def test_maps_of_other_resolutions_are_compared_at_the_coarser() -> None:
     fine, coarse = double(2, C, 4, 6), double(2, C, 2, 3, seed=1)
-    expected = FeatureHint(taps="x")(F.avg_pool2d(fine, 2), coarse)
-    assert FeatureHint(taps="x")(fine, coarse).item() == pytest.approx(expected.item(), rel=1e-12)
+    expected = FeatureHint(feature_layers="x")(F.avg_pool2d(fine, 2), coarse)
+    assert FeatureHint(feature_layers="x")(fine, coarse).item() == pytest.approx(expected.item(), rel=1e-12)
 
 
 @given(st.floats(0.0, 1.0))
 def test_falling_is_the_other_way_round(progress: float) -> None:
-    assert Falling(Linear())(progress) == 1.0 - progress
+    assert Decreasing(Linear())(progress) == 1.0 - progress
 
 
 @pytest.mark.parametrize(

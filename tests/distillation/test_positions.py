@@ -182,7 +182,7 @@ class Astray(nn.Module):
 
 def test_hints_of_tokens_leave_the_padding_out() -> None:
     data, teacher = DataLoader(rows(), 50), Tagger(24)
-    hint = FeatureHint(taps={"body": "body"})
+    hint = FeatureHint(feature_layers={"body": "body"})
     found = []
     for padding in (0.0, 1.0):
         asked = Padded(teacher, padding)

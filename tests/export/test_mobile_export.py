@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_light.errors import LightningLightError, OrderError, ParityError, UnsupportedError
 from lightning_light.export import ExportReport, MobileExport, Tolerance, TorchScriptLite
 from lightning_light.surgery.checkpoint import load_from_checkpoint
-from lightning_light.surgery.journal import ledger_of
+from lightning_light.surgery.attachment import state_of
 from tests.export.nets import HOSTS, MODULES, NETS, Images, Lit, Sentences, batches, fit
 from tests.export.snapshots import snapshot
 from tests.surgery import runs
@@ -186,7 +186,7 @@ def test_best_checkpoint_of_an_earlier_structure(tmp_path: Path) -> None:
     )
     assert export.report is not None
     assert module.net.conv1.out_channels == 4
-    assert len(ledger_of(module).journal) == 1  # the copy went back, the live module did not
+    assert len(state_of(module).edit_log) == 1  # the copy went back, the live module did not
     assert export.report.params == sum(parameter.numel() for parameter in Plain().parameters())
     with torch.no_grad():
         expected = runs.Lit.load_from_checkpoint(wide).eval()(noise(3, 3, 8, 8))

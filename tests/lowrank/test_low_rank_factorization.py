@@ -35,7 +35,7 @@ from lightning_light.measure import count_cost
 from lightning_light.schedules import OneShot
 from lightning_light.structured import StructuredPruning
 from lightning_light.surgery.checkpoint import load_from_checkpoint
-from lightning_light.surgery.journal import attach, ledger_of
+from lightning_light.surgery.attachment import attach, state_of
 from lightning_light.surgery.manifest import KEY
 from tests.contract.bodies import Body, module_class
 from tests.contract.runs import differences, trainer
@@ -106,7 +106,7 @@ def test_what_is_logged_and_kept_says_rank_energy_and_error(tmp_path) -> None:
 
     module, logger = LIT(), CSVLogger(tmp_path)
     trainer(LowRankFactorization(MACs(0.5), start=0.5, round_to=1), logger=logger).fit(module)
-    (layer, fact), *_ = ledger_of(module).state["low_rank"]["layers"].items()
+    (layer, fact), *_ = state_of(module).state["low_rank"]["layers"].items()
     header = Path(logger.log_dir, "metrics.csv").read_text().partition("\n")[0]
     for quantity in ("rank", "energy_kept", "reconstruction_error"):
         assert f"low_rank/{quantity}/{layer}" in header
@@ -307,7 +307,7 @@ def test_each_head_of_an_attention_has_ranks_of_its_own(options) -> None:
     owned = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     assert sorted(owned) == sorted(id(parameter) for parameter in module.attention.parameters())
     twin = Net()
-    attach(twin).load(twin, {"state_dict": module.state_dict(), KEY: ledger_of(module).manifest(module)})
+    attach(twin).load(twin, {"state_dict": module.state_dict(), KEY: state_of(module).manifest(module)})
     twin.load_state_dict(module.state_dict())
     assert torch.equal(twin(*x), module(*x))
 
@@ -330,7 +330,7 @@ def test_a_nuclear_norm_makes_the_spectrum_fall_faster() -> None:
     for penalty in (None, NuclearNorm(0.05)):
         module = LIT()
         trainer(LowRankFactorization(ranks=RankRatio(0.25), start=1.0, round_to=1, penalty=penalty)).fit(module)
-        facts = ledger_of(module).state["low_rank"]["layers"].values()
+        facts = state_of(module).state["low_rank"]["layers"].values()
         energies[penalty] = sum(fact["energy_kept"] for fact in facts) / len(facts)
     assert energies[NuclearNorm(0.05)] > energies[None]
 

@@ -27,7 +27,7 @@ from lightning_light.errors import TargetError, UnsupportedError
 from lightning_light.measure import count_cost
 from lightning_light.monitors import CompressionMonitor
 from lightning_light.monitors.dashboard import add_histograms, read_layout
-from lightning_light.surgery.journal import ledger_of
+from lightning_light.surgery.attachment import state_of
 from tests.surgery.runs import HOSTS, MODULES, Events, Lit, Loader, same, trainer
 from tests.zoo import Boring
 
@@ -351,7 +351,7 @@ def test_two_monitors_give_the_hyper_parameters_back_too(board: TensorBoardLogge
     both = CompressionMonitor(), CompressionMonitor(table=False, layers="net.fc")
     trainer(Events(), *both, logger=board, max_epochs=1).fit(module, Loader())
     assert set(module.hparams_initial) == {"optimizer", "by_name", "early"}
-    assert {"compression_monitor", "compression_monitor#2"} <= set(ledger_of(module).state)
+    assert {"compression_monitor", "compression_monitor#2"} <= set(state_of(module).state)
 
 
 def test_a_method_after_it_in_the_list_is_seen_too(board: TensorBoardLogger) -> None:
@@ -367,18 +367,18 @@ def test_a_resumed_run_compares_with_the_dense_network(tmp_path: Path, capsys: A
     run = trainer(Events(cuts=(1,)), CompressionMonitor(), max_epochs=1)
     run.fit(module := Lit(), Loader())
     run.save_checkpoint(tmp_path / "last.ckpt")
-    dense = ledger_of(module).state["compression_monitor"]["before"]
+    dense = state_of(module).state["compression_monitor"]["before"]
     capsys.readouterr()
     resumed = Lit()
     board = TensorBoardLogger(tmp_path, name="resumed")
     options: dict[str, Any] = {"weights_only": True} if weights_only else {}
     second = trainer(Events(cuts=(1, 5)), CompressionMonitor(every_n_steps=1), max_epochs=2, logger=board)
     second.fit(resumed, Loader(), ckpt_path=tmp_path / "last.ckpt", **options)
-    assert ledger_of(resumed).state["compression_monitor"]["before"] == dense
+    assert state_of(resumed).state["compression_monitor"]["before"] == dense
     assert curve(board, "channels/net.conv1")[0] == (4, 4.0)
     assert curve(board, "params_remaining")[0][1] < 0.8
     assert "8 → 2" in capsys.readouterr().out
-    assert ledger_of(resumed).state["compression_monitor"]["history"]["steps"] == [0, 1, 5]
+    assert state_of(resumed).state["compression_monitor"]["history"]["steps"] == [0, 1, 5]
 
 
 def test_resuming_at_every_step_gives_the_same_history(tmp_path: Path) -> None:
@@ -389,7 +389,7 @@ def test_resuming_at_every_step_gives_the_same_history(tmp_path: Path) -> None:
         resumed = Lit()
         run = trainer(Events(cuts=(2, 6), factor_at=5), CompressionMonitor())
         run.fit(resumed, Loader(), ckpt_path=tmp_path / f"{step}.ckpt")
-        assert same(ledger_of(resumed).state, ledger_of(whole).state), step
+        assert same(state_of(resumed).state, state_of(whole).state), step
 
 
 def test_a_second_fit_goes_on_comparing_with_the_first_start(capsys: Any) -> None:
@@ -432,7 +432,7 @@ def test_the_learning_rate_finder_inside_fit_leaves_no_trace_in_the_history(boar
     trainer(finder, CompressionMonitor(every_n_steps=1), logger=board, enable_checkpointing=True,
             default_root_dir=board.root_dir).fit(module, Loader())  # fmt: skip
     assert [step for step, _ in curve(board, "params")][:3] == [0, 1, 2]
-    assert ledger_of(module).state["compression_monitor"]["history"]["steps"] == [0]
+    assert state_of(module).state["compression_monitor"]["history"]["steps"] == [0]
 
 
 # Unusual modules.
@@ -535,14 +535,14 @@ def test_its_repr_is_the_call_that_makes_it() -> None:
 
 
 def test_what_zeros_are_worth_is_reported(board: TensorBoardLogger, capsys: pytest.CaptureFixture[str]) -> None:
-    """Masks are read from the ledger, whoever put them there; two filters die at step 4, two more weights at step 8."""
+    """Masks are read from the compression_state, whoever put them there; two filters die at step 4, two more weights at step 8."""
 
     class Masks(pl.Callback):
         def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
             mask = torch.ones_like(pl_module.net.conv1.weight, dtype=torch.bool)
             mask[:2] = trainer.global_step < 4
             mask[2, 0, 0, :2] = trainer.global_step < 8
-            ledger_of(pl_module).state["some_method"] = {"masks": {"net.conv1.weight": mask}}
+            state_of(pl_module).state["some_method"] = {"masks": {"net.conv1.weight": mask}}
             self.mask = mask
 
         def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:

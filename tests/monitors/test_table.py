@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from lightning_light.measure import LayerRow, count_cost
-from lightning_light.monitors.pairs import pair_rows, remaining
+from lightning_light.monitors.layer_matching import match_layers, remaining
 from lightning_light.monitors.snapshot import Snapshot, matrix_layers, structure, take_snapshot
 from lightning_light.monitors.table import compression_markdown, compression_table, human_bytes, human_count
 from tests.zoo import ZOO, Net
@@ -108,18 +108,18 @@ def test_layers_that_multiply_are_those_with_matrices() -> None:
     ],
 )
 def test_rows_are_paired_by_name(before: list[str], after: list[str], pairs: list[tuple[str, int, int]]) -> None:
-    found = pair_rows([row(name) for name in before], [row(name) for name in after])
+    found = match_layers([row(name) for name in before], [row(name) for name in after])
     assert [(pair.name, len(pair.before), len(pair.after)) for pair in found] == pairs
 
 
 def test_what_remains_counts_channels_that_come_out_and_weights_that_are_not_zero() -> None:
-    (pair,) = pair_rows([row("a", out=8, params=100)], [row("a.0", out=2, params=20), row("a.1", out=6, params=40)])
+    (pair,) = match_layers([row("a", out=8, params=100)], [row("a.0", out=2, params=20), row("a.1", out=6, params=40)])
     assert remaining(pair) == (6 / 8, 60 / 100)
-    (pair,) = pair_rows([row("a", params=100)], [row("a", params=100, zeros=0.9)])
+    (pair,) = match_layers([row("a", params=100)], [row("a", params=100, zeros=0.9)])
     assert remaining(pair) == (1.0, pytest.approx(0.1))
-    (pair,) = pair_rows([row("a")], [])
+    (pair,) = match_layers([row("a")], [])
     assert remaining(pair) == (0.0, 0.0)
-    (pair,) = pair_rows([], [row("a")])
+    (pair,) = match_layers([], [row("a")])
     assert remaining(pair) == (1.0, 1.0)
 
 

@@ -35,7 +35,7 @@ from lightning_light.quantization.plan import Plan
 from lightning_light.quantization.rounding import integers, round_at_run_time, round_weight
 from lightning_light.quantization.rules import Grid, WeightRule
 from lightning_light.quantization.state import attach_from, begin
-from lightning_light.surgery.journal import ledger_of
+from lightning_light.surgery.attachment import state_of
 from tests.quantization.test_plan import calibrated, plan_of
 from tests.zoo import ZOO, noise
 
@@ -308,7 +308,7 @@ class Halved(Observer):
 
 def test_an_observer_of_the_users_own_is_found_again() -> None:
     net = quantize(ZOO["plain"]().eval(), [noise(2, 3, 8, 8)], Int8(observer=Halved(0.25)))
-    grids = ledger_of(net).state["quantization_aware_training"]["plan"]["grids"]
+    grids = state_of(net).state["quantization_aware_training"]["plan"]["grids"]
     assert {grid["observer"]["kind"] for grid in grids} == {f"{__name__}.Halved"}
     assert observer_of(grids[0]["observer"]) == Halved(0.25)
     with fake_quantized(net):

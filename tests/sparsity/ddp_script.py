@@ -22,8 +22,8 @@ from tests.sparsity.runs import Look, leaks, masks_of
 from tests.zoo import noise, tokens
 
 CASES: dict[str, Callable[[], Any]] = {
-    "taylor": lambda: ll.WeightPruning(ll.Sparsity(0.7), criterion=ll.Taylor(), evidence_batches=2, every_n_steps=2),
-    "wanda": lambda: ll.WeightPruning(ll.Sparsity(0.7), criterion=ll.Wanda(), evidence_batches=2, scope="local"),
+    "taylor": lambda: ll.WeightPruning(ll.Sparsity(0.7), criterion=ll.Taylor(), calibration_batches=2, every_n_steps=2),
+    "wanda": lambda: ll.WeightPruning(ll.Sparsity(0.7), criterion=ll.Wanda(), calibration_batches=2, scope="local"),
     "sr_ste": lambda: ll.WeightPruning(
         pattern=ll.NM(2, 4), targets=ll.Targets(exclude="features.stem"), sr_ste=2e-4, schedule=ll.OneShot()
     ),
@@ -75,7 +75,7 @@ def main(case: str, folder: Path) -> None:
     apart = [spread(list(module.parameters())), spread(list(masks.values()))]
     again = fit(case, folder / "again", str(folder / "e0.ckpt"))[1]
     resumed = all(torch.equal(a, b) for a, b in zip(again.parameters(), module.parameters(), strict=True))
-    zeros = ll.measure_zeros(module).sparsity
+    zeros = ll.measure_sparsity(module).sparsity
     found = {"apart": apart, "leak": worst, "resumed": resumed, "sparse": zeros > 0.4}
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
 

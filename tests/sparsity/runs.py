@@ -6,7 +6,7 @@ from typing import Any
 import lightning.pytorch
 import torch
 
-from lightning_light.surgery.journal import ledger_of
+from lightning_light.surgery.attachment import state_of
 from tests.contract.bodies import Body, module_class
 from tests.contract.runs import trainer
 
@@ -22,7 +22,7 @@ class Look(lightning.pytorch.Callback):
 
 
 def masks_of(module: Any, key: str = "weight_pruning") -> dict[str, torch.Tensor]:
-    return ledger_of(module).state.get(key, {}).get("masks", {})
+    return state_of(module).state.get(key, {}).get("masks", {})
 
 
 def fitted(*callbacks: Any, body: type[Body] = Body, look: Any = None, **options: Any) -> tuple[Any, Any]:

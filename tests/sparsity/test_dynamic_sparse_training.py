@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 import lightning_light as ll
 from lightning_light.errors import NoEffectWarning, UnsupportedError
-from lightning_light.surgery.journal import ledger_of
+from lightning_light.surgery.attachment import state_of
 from tests.contract.bodies import Body, FrozenBackbone, Momentum, module_class
 from tests.contract.runs import trainer
 from tests.sparsity.runs import fitted, leaks, masks_of
@@ -104,15 +104,15 @@ def test_rigl_grows_where_the_dense_gradient_of_the_step_before_was_largest() ->
 
 def test_an_accumulated_gradient_is_the_sum_of_its_window() -> None:
     _, module = fitted(sparse(every_n_steps=1), accumulate_grad_batches=2)
-    assert ledger_of(module).state[KEY]["updates"] == 5
-    assert "dense" not in ledger_of(module).state[KEY]
+    assert state_of(module).state[KEY]["updates"] == 5
+    assert "dense" not in state_of(module).state[KEY]
 
 
 def test_updates_end_where_they_should() -> None:
     _, module = fitted(sparse(every_n_steps=1, end=0.5))
-    assert ledger_of(module).state[KEY]["updates"] == 6
+    assert state_of(module).state[KEY]["updates"] == 6
     _, module = fitted(sparse(every_n_steps=1, start=1, end=2))
-    assert ledger_of(module).state[KEY]["updates"] == 4
+    assert state_of(module).state[KEY]["updates"] == 4
 
 
 def test_data_that_becomes_longer_sets_the_end_back() -> None:
@@ -124,7 +124,7 @@ def test_data_that_becomes_longer_sets_the_end_back() -> None:
     looked: list[int] = []
 
     def look(run: Any, module: Any) -> None:
-        looked.append(ledger_of(module).state[KEY].get("updates", 0))
+        looked.append(state_of(module).state[KEY].get("updates", 0))
 
     fitted(
         sparse(every_n_steps=1, end=0.25), body=Growing, look=look, max_epochs=2, reload_dataloaders_every_n_epochs=1

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_light.sparsity import NM, SET, Block, Column, Connections, Filter, Kernel, RigL, Row, SRigL, Unstructured
-from lightning_light.sparsity.keeper import Keeper
+from lightning_light.sparsity.mask_enforcer import MaskEnforcer
 from lightning_light.sparsity.plan import plan_masks
 from lightning_light.sparsity.scope import Scope
-from lightning_light.sparsity.straight_through import StraightThrough
+from lightning_light.sparsity.sr_ste import StraightThrough
 from lightning_light.sparsity.weights import Weight, find_weights
 from lightning_light.targets import Targets
 
@@ -45,20 +45,20 @@ class Run:
             parameter.data = torch.randn(parameter.shape, generator=self.generator)
         self.weights = find_weights(self.model, Targets(), "test")
         self.optimizer = OPTIMIZERS[optimizer](list(self.model.parameters()))
-        self.keeper = Keeper()
-        self.keeper.watch([self.optimizer])
+        self.enforcer = MaskEnforcer()
+        self.enforcer.watch([self.optimizer])
 
     def scores(self) -> dict[str, Tensor]:
         return {weight.name: weight.parameter.detach().square() for weight in self.weights}
 
     def mask(self, masks: dict[str, Tensor]) -> None:
-        self.keeper.hold(self.model, masks)
-        self.keeper.apply([self.optimizer])
+        self.enforcer.hold(self.model, masks)
+        self.enforcer.apply([self.optimizer])
 
     def step(self, before: Any = None) -> None:
         for parameter in self.model.parameters():
             parameter.grad = torch.randn(parameter.shape, generator=self.generator)
-        (before or self.keeper.before_step)(self.optimizer)
+        (before or self.enforcer.before_step)(self.optimizer)
         self.optimizer.step()
 
     def assert_tight(self, masks: dict[str, Tensor]) -> None:
@@ -129,7 +129,7 @@ def test_n_of_m(seed, shape, optimizer) -> None:
 def test_sr_ste(seed, shape, optimizer) -> None:
     run, pattern = Run(seed, optimizer), NM(*shape)
     through = StraightThrough(pattern, 2e-4)
-    run.keeper.release()
+    run.enforcer.release()
     through.watch([run.optimizer])
     dense = {weight.name: weight.parameter.detach().clone() for weight in run.weights}
     masks = plan_masks(run.weights, run.scores(), pattern=pattern, scope="global", amount=0.0, share=1.0, amounts={},

@@ -14,9 +14,9 @@ from torch import nn
 import lightning_light as ll
 from lightning_light.errors import NoEffectWarning, OrderError, TargetError, UnsupportedError
 from lightning_light.progress import steps_done
-from lightning_light.surgery.journal import ledger_of
+from lightning_light.surgery.attachment import state_of
 from lightning_light.surgery.manifest import KEY
-from lightning_light.surgery.mirrors import mirrors_of
+from lightning_light.surgery.averaged_models import averaged_models_of
 from tests.contract.bodies import Body, FrozenBackbone, Momentum, TwoOptimizers, module_class
 from tests.contract.runs import trainer
 from tests.sparsity.runs import Look, fitted, leaks, masks_of
@@ -29,7 +29,7 @@ def gradual(**options: Any) -> ll.WeightPruning:
     return ll.WeightPruning(**{"budget": ll.Sparsity(0.8), "schedule": SOON, "every_n_steps": 1, **options})
 
 
-def share_of_zeros(module: Any) -> float:
+def zero_fraction(module: Any) -> float:
     weights = [p.detach() for p in module.parameters() if p.ndim > 1]
     return sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
 
@@ -61,7 +61,7 @@ def test_weight_gradient_and_state_are_zero_after_every_step(name) -> None:
     seen: list[float] = []
     _, module = fitted(gradual(), body=Some, look=lambda t, m: seen.append(leaks(t, m, masks_of(m))))
     assert seen == [0.0] * 12
-    assert share_of_zeros(module) == pytest.approx(0.8, abs=1e-3)
+    assert zero_fraction(module) == pytest.approx(0.8, abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_it_holds_under_precision_accumulation_and_clipping(options) -> None:
 
     _, module = fitted(gradual(), body=Momentum, look=look, **options)
     assert max(seen) == 0.0
-    assert share_of_zeros(module) == pytest.approx(0.8, abs=1e-3)
+    assert zero_fraction(module) == pytest.approx(0.8, abs=1e-3)
 
 
 def test_clipping_sees_the_norm_of_what_is_left() -> None:
@@ -163,10 +163,10 @@ def test_the_state_dict_has_the_keys_and_hooks_it_had(tmp_path) -> None:
     run.save_checkpoint(tmp_path / "a.ckpt")
     checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
     fresh.load_state_dict(checkpoint["state_dict"])
-    assert share_of_zeros(fresh) == pytest.approx(0.8, abs=1e-3)
+    assert zero_fraction(fresh) == pytest.approx(0.8, abs=1e-3)
     assert all(mask.dtype == torch.bool for mask in checkpoint[KEY]["state"]["weight_pruning"]["masks"].values())
     assert not any(optimizer._optimizer_step_post_hooks for optimizer in run.optimizers)
-    assert share_of_zeros(copy.deepcopy(module)) == share_of_zeros(module)
+    assert zero_fraction(copy.deepcopy(module)) == zero_fraction(module)
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
@@ -176,8 +176,8 @@ def test_an_average_is_as_sparse(order) -> None:
     callbacks = [average, gradual()] if order == "before" else [gradual(), average]
 
     def look(run: Any, module: Any) -> None:
-        for mirror in mirrors_of(run, module):
-            parameters = dict(mirror.named_parameters())
+        for averaged_model in averaged_models_of(run, module):
+            parameters = dict(averaged_model.named_parameters())
             seen.append(
                 max([0.0, *(float((parameters[n].detach() * ~m).abs().max()) for n, m in masks_of(module).items())])
             )
@@ -185,7 +185,7 @@ def test_an_average_is_as_sparse(order) -> None:
     _, module = fitted(*callbacks, look=look)
     assert seen
     assert max(seen) == 0.0
-    assert share_of_zeros(module) == pytest.approx(0.8, abs=1e-3)
+    assert zero_fraction(module) == pytest.approx(0.8, abs=1e-3)
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
@@ -239,7 +239,7 @@ def test_sr_ste_is_the_papers_update() -> None:
         gradient = twin.head.weight.grad.clone()
         optimizer.step()
         dense = dense - 0.3 * (gradient + 0.5 * ~mask * dense)
-    shadow = ledger_of(module).state["weight_pruning"]["shadow"]["head.weight"]
+    shadow = state_of(module).state["weight_pruning"]["shadow"]["head.weight"]
     torch.testing.assert_close(shadow, dense, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(module.head.weight.detach(), dense * two_of_four(dense), rtol=1e-12, atol=1e-14)
 
@@ -249,7 +249,7 @@ def test_ac_dc_alternates_and_grows_from_zero() -> None:
     shares, first = [], {}
 
     def look(run: Any, module: Any) -> None:
-        shares.append(share_of_zeros(module))
+        shares.append(zero_fraction(module))
         first.setdefault(len(shares), masks_of(module))
 
     _, module = fitted(
@@ -258,14 +258,14 @@ def test_ac_dc_alternates_and_grows_from_zero() -> None:
     )  # fmt: skip
     sparse = [share > 0.4 for share in shares]
     assert sparse == [False] * 3 + [True] * 3 + [False] * 2 + [True] * 2 + [False] + [True]
-    assert share_of_zeros(module) == pytest.approx(0.5, abs=1e-3)
+    assert zero_fraction(module) == pytest.approx(0.5, abs=1e-3)
 
 
 def test_dense_sparse_dense_ends_dense() -> None:
     shares: list[float] = []
     fitted(
         ll.WeightPruning(ll.Sparsity(0.3), schedule=ll.DenseSparseDense(0.25, 0.75)),
-        look=lambda t, m: shares.append(share_of_zeros(m) if masks_of(m) else 0.0),
+        look=lambda t, m: shares.append(zero_fraction(m) if masks_of(m) else 0.0),
     )
     assert [round(share, 2) for share in shares] == [0.0] * 3 + [0.3] * 6 + [0.0] * 3
 
@@ -319,15 +319,15 @@ def test_movement_adds_up_weight_times_gradient() -> None:
     _, three = fitted(
         gradual(criterion=ll.Movement(), schedule=ll.OneShot(at=0.9)), body=Sums, max_epochs=1, max_steps=4
     )
-    found = ledger_of(three).state["weight_pruning"]["movement"]
+    found = state_of(three).state["weight_pruning"]["movement"]
     assert found.keys() == {name for name, p in three.named_parameters() if p.ndim > 1}
-    assert torch.equal(found["head.weight"], ledger_of(module).state["weight_pruning"]["movement"]["head.weight"])
+    assert torch.equal(found["head.weight"], state_of(module).state["weight_pruning"]["movement"]["head.weight"])
 
 
 def test_data_dependent_scores_see_the_dense_gradient() -> None:
     """Taylor on a network whose masks exist already still has evidence on everything."""
-    _, module = fitted(gradual(criterion=ll.Taylor(), evidence_batches=1), body=Momentum)
-    assert share_of_zeros(module) == pytest.approx(0.8, abs=1e-3)
+    _, module = fitted(gradual(criterion=ll.Taylor(), calibration_batches=1), body=Momentum)
+    assert zero_fraction(module) == pytest.approx(0.8, abs=1e-3)
 
 
 def test_wanda_is_weight_times_norm_of_its_input() -> None:
@@ -338,7 +338,7 @@ def test_wanda_is_weight_times_norm_of_its_input() -> None:
 
     seen: list[torch.Tensor] = []  # after each step
     pruning = ll.WeightPruning(
-        ll.Sparsity(0.5), criterion=ll.Wanda(), schedule=ll.OneShot(at=0.5), scope="local", evidence_batches=2
+        ll.Sparsity(0.5), criterion=ll.Wanda(), schedule=ll.OneShot(at=0.5), scope="local", calibration_batches=2
     )
     _, module = fitted(
         pruning, body=Linear, max_epochs=1, look=lambda t, m: seen.append(m.head.weight.detach().clone())
@@ -430,7 +430,7 @@ def test_a_layer_without_evidence_is_named() -> None:
             self.spare = nn.Linear(4, 4)
 
     with pytest.raises(UnsupportedError, match="on `spare`: expected grad from training, found none"):
-        fitted(gradual(criterion=ll.SNIP(), evidence_batches=1), body=Unused)
+        fitted(gradual(criterion=ll.SNIP(), calibration_batches=1), body=Unused)
 
 
 def test_torchs_own_masks_are_refused() -> None:
@@ -447,7 +447,7 @@ def test_nothing_to_do_is_said() -> None:
     with pytest.warns(NoEffectWarning, match=r"WeightPruning.*asks for less than one weight"):
         fitted(gradual(budget=ll.Sparsity(0.0)))
     with pytest.warns(NoEffectWarning, match="the run ended before a change"):
-        fitted(gradual(criterion=ll.Taylor(), evidence_batches=99))
+        fitted(gradual(criterion=ll.Taylor(), calibration_batches=99))
 
 
 def test_masks_that_are_loaded_after_the_last_change_go_on_to_the_budget() -> None:
@@ -471,7 +471,7 @@ def test_masks_that_are_loaded_after_the_last_change_go_on_to_the_budget() -> No
 def test_a_second_fit_keeps_what_is_zero() -> None:
     _, module = fitted(gradual())
     shares: list[float] = []
-    trainer(gradual(), Look(lambda t, m: shares.append(share_of_zeros(m)))).fit(module)
+    trainer(gradual(), Look(lambda t, m: shares.append(zero_fraction(m)))).fit(module)
     assert min(shares) == pytest.approx(0.8, abs=1e-3)
     with torch.no_grad():
         module.head.weight.fill_(1.0)

@@ -8,14 +8,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_light.budgets import MACs, Sparsity
-from lightning_light.coupling import couple_channels
+from lightning_light.dependency import trace_dependencies
 from lightning_light.criteria import Activation, Hessian, Taylor
 from lightning_light.errors import BudgetError, TargetError, UnsupportedError
 from lightning_light.events import event_points, points_done
 from lightning_light.schedules import Constant, Cubic, Linear, OneShot, Staircase, Window
-from lightning_light.structured import GroupLasso, GrowingRegularization, StructuredPruning, reestimate
+from lightning_light.structured import GroupLasso, GrowingRegularization, StructuredPruning, batch_norm
 from lightning_light.structured.gather import ActivationWatch, add_gradients, mean_evidence
-from lightning_light.structured.sparsity import add_penalty, group_norms
+from lightning_light.structured.regularization import add_penalty, group_norms
 from tests.contract.bodies import Body, module_class
 from tests.contract.runs import DEFAULT_HOST, module_of, shapes, trainer
 from tests.zoo import ZOO, noise
@@ -110,7 +110,7 @@ def test_evidence_of_the_steps_before_a_cut_decides(criterion, tmp_path) -> None
             seen.append({kind: dict(values) for kind, values in state.items()})
             return super()._decide(trainer, pl_module, *rest)
 
-    spy = Spy(amounts={"features.conv1": 0.5}, criterion=criterion, schedule=OneShot(at=0.5), evidence_batches=3)
+    spy = Spy(amounts={"features.conv1": 0.5}, criterion=criterion, schedule=OneShot(at=0.5), calibration_batches=3)
     trainer(spy).fit(module)
     assert len(seen) == 1
     kind = next(iter(criterion.needs))
@@ -127,7 +127,7 @@ def prepared() -> tuple[Any, Any]:
     net = ZOO["plain"]()
     for parameter in net.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    return net, [g for g in couple_channels(net, (noise(2, 3, 8, 8),)).groups if g.reason is None]
+    return net, [g for g in trace_dependencies(net, (noise(2, 3, 8, 8),)).groups if g.reason is None]
 
 
 def norms_by_hand(net: Any) -> Any:
@@ -175,10 +175,10 @@ def test_statistics_are_means_of_the_batches_to_come() -> None:
     layer = nn.Sequential(nn.BatchNorm1d(3, momentum=0.3), nn.BatchNorm1d(3, track_running_stats=False))
     batches = [torch.randn(8, 3) * 3 + 1 for _ in range(4)]
     layer(batches[0] + 100)
-    momenta = reestimate.begin(layer)
+    momenta = batch_norm.begin(layer)
     for batch in batches:
         layer[0](batch)
-    reestimate.restore(layer, momenta)
+    batch_norm.restore(layer, momenta)
     torch.testing.assert_close(layer[0].running_mean, torch.stack([batch.mean(0) for batch in batches]).mean(0))
     torch.testing.assert_close(layer[0].running_var, torch.stack([batch.var(0) for batch in batches]).mean(0))
     assert layer[0].momentum == 0.3
@@ -258,7 +258,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"budget": MACs(0.5), "round_to": 2.5}, "expected an integer >= 1"),
     ({"budget": MACs(0.5), "min_channels": 0}, "expected an integer >= 1"),
     ({"budget": MACs(0.5), "events": 0}, "expected an integer >= 1"),
-    ({"budget": MACs(0.5), "evidence_batches": 0}, "expected an integer >= 1"),
+    ({"budget": MACs(0.5), "calibration_batches": 0}, "expected an integer >= 1"),
     ({"budget": MACs(0.5), "reestimate_batch_norm": -1}, "expected an integer >= 0"),
     ({"amounts": {"conv": 1.0}}, "expected 0 <= amount < 1"),
     ({"amounts": {"conv": 40}}, "never percent"),

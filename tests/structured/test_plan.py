@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_light.budgets import Budget, Channels, Latency, MACs, Params, Size
-from lightning_light.coupling import couple_channels
+from lightning_light.dependency import trace_dependencies
 from lightning_light.criteria import Magnitude, Random, Taylor
 from lightning_light.errors import BudgetError, TargetError
 from lightning_light.measure.cost import count_cost
@@ -44,7 +44,7 @@ def cost(net: Net, budget: Budget) -> float:
 
 def widths(net: Net) -> dict[str, int]:
     args, kwargs = net.example
-    return {g.name: g.width for g in couple_channels(net, args, kwargs).groups if g.reason is None}
+    return {g.name: g.width for g in trace_dependencies(net, args, kwargs).groups if g.reason is None}
 
 
 @pytest.mark.parametrize("ranking", RANKINGS, ids=repr)
@@ -65,13 +65,13 @@ def test_one_channel_fewer_would_miss_the_budget(budget) -> None:
     before = copy.deepcopy(net)
     plan = pruned(net, budget, ranking=Global())
     args, kwargs = before.example
-    coupling = couple_channels(before, args, kwargs)
+    graph = trace_dependencies(before, args, kwargs)
     values = []
     for name, mask in plan.kept.items():
         for channel in (~mask).nonzero().reshape(-1).tolist():
             kept, larger = {**plan.kept, name: mask.clone()}, copy.deepcopy(before)
             kept[name][channel] = True
-            cut(larger, coupling.kept_positions(kept), attributes=coupling.attributes(larger, kept))
+            cut(larger, graph.kept_positions(kept), attributes=graph.attributes(larger, kept))
             values.append(float(sum(widths(larger).values())) if isinstance(budget, Channels) else cost(larger, budget))
     assert plan.after <= budget.goal(plan.before) < max(values), "with the channel that left last it is not met"
 
@@ -176,7 +176,7 @@ def test_local_takes_the_same_share_everywhere_and_global_takes_where_least_is_l
 def test_removal_order_is_fair_between_scopes() -> None:
     net = built("plain")
     args, kwargs = net.example
-    groups = [g for g in couple_channels(net, args, kwargs).groups if g.reason is None]
+    groups = [g for g in trace_dependencies(net, args, kwargs).groups if g.reason is None]
     scores = {group.name: torch.rand(group.width) for group in groups}
     original = {group.name: group.width for group in groups}
     numbers, channels = removal_order(groups, scores, [group.name for group in groups], original)
@@ -199,7 +199,7 @@ def test_isomorphic_compares_like_with_like() -> None:
             return self.fc(torch.cat([y, self.c(x[:, None]).mean(2)], 1))
 
     model = Twins()
-    groups = {g.name: g for g in couple_channels(model, (torch.randn(2, 4),)).groups if g.reason is None}
+    groups = {g.name: g for g in trace_dependencies(model, (torch.randn(2, 4),)).groups if g.reason is None}
     scopes = {name: Isomorphic().scope(group, model) for name, group in groups.items()}
     assert scopes["a"] == scopes["b"] != scopes["c"]
 

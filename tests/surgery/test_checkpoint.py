@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import (
 
 from lightning_light.errors import ManifestError
 from lightning_light.surgery.checkpoint import CompressibleMixin, load_from_checkpoint
-from lightning_light.surgery.journal import attach, ledger_of, release
+from lightning_light.surgery.attachment import attach, state_of, release
 from lightning_light.surgery.manifest import KEY
 from tests.surgery.runs import HOSTS, MODULES, Events, Lit, Loader, same, trainer
 from tests.zoo import noise
@@ -103,8 +103,8 @@ def test_a_plain_checkpoint_takes_a_compressed_module_back(run, tmp_path) -> Non
     plain.fit(Lit(), Loader())
     trainer(Events()).test(module, ckpt_path=plain.checkpoint_callback.best_model_path, verbose=False)
     assert module.net.conv1.out_channels == 8
-    assert ledger_of(module).journal == []
-    assert ledger_of(module).state == {"events": {}} or ledger_of(module).state == {}
+    assert state_of(module).edit_log == []
+    assert state_of(module).state == {"events": {}} or state_of(module).state == {}
 
 
 @pytest.mark.parametrize("average_first", [True, False])
@@ -156,17 +156,17 @@ def test_learning_rate_finder_inside_fit_keeps_the_parameters() -> None:
     held = {id(p) for group in fitted.optimizers[0].param_groups for p in group["params"]}
     assert held == {id(parameter) for parameter in module.parameters()}
     assert module.net.conv1.out_channels == 4
-    assert not ledger_of(module).resumed
+    assert not state_of(module).resumed
 
 
 def test_deep_copy_has_a_ledger_of_its_own(run) -> None:
     module, _, _ = run
     twin = copy.deepcopy(module)
     assert twin.on_save_checkpoint.__self__ is twin
-    assert ledger_of(twin) is not ledger_of(module)
+    assert state_of(twin) is not state_of(module)
     checkpoint: dict[str, Any] = {"state_dict": twin.state_dict()}
     twin.on_save_checkpoint(checkpoint)
-    assert json.loads(checkpoint[KEY]["journal"]) == ledger_of(module).journal
+    assert json.loads(checkpoint[KEY]["edit_log"]) == state_of(module).edit_log
     twin.on_load_checkpoint({"state_dict": weights(run[2] / "e0.ckpt"), KEY: _manifest(run[2] / "e0.ckpt")})
     assert (twin.net.conv1.out_channels, module.net.conv1.out_channels) == (8, 4)
 
@@ -179,7 +179,7 @@ def test_pickle_keeps_the_ledger(run) -> None:
     module, _, folder = run
     twin = pickle.loads(pickle.dumps(module))
     assert torch.equal(twin.eval()(X), module.eval()(X))
-    assert ledger_of(twin).journal == ledger_of(module).journal
+    assert state_of(twin).edit_log == state_of(module).edit_log
     trainer(Events()).test(twin, ckpt_path=folder / "e0.ckpt", verbose=False)
     assert twin.net.conv1.out_channels == 8
 
@@ -258,11 +258,11 @@ def test_a_hook_set_on_the_instance_is_kept() -> None:
 def test_a_bare_state_dict_gives_a_fresh_module_its_shapes(run, tmp_path) -> None:
     _, _, folder = run
     fresh = Lit()
-    ledger = attach(fresh)
+    compression_state = attach(fresh)
     state_dict = weights(folder / "e1.ckpt")
     assert str(fresh.load_state_dict(state_dict)) == "<All keys matched successfully>"
     assert (fresh.net.conv1.out_channels, fresh.net.conv2.in_channels, fresh.net.bn1.num_features) == (4, 4, 4)
-    assert ledger.journal[0]["op"] == "channels"
+    assert compression_state.edit_log[0]["op"] == "channels"
     checkpoint: dict[str, Any] = {"state_dict": fresh.state_dict()}
     fresh.on_save_checkpoint(checkpoint)
     other = Lit()
@@ -294,14 +294,14 @@ def test_a_state_dict_of_another_network_is_not_followed(run, change) -> None:
 
 
 def first(checkpoint: dict[str, Any], entry: dict[str, Any]) -> None:
-    """Put ``entry`` before the others in the journal."""
-    checkpoint[KEY]["journal"] = json.dumps([entry, *json.loads(checkpoint[KEY]["journal"])])
+    """Put ``entry`` before the others in the edit_log."""
+    checkpoint[KEY]["edit_log"] = json.dumps([entry, *json.loads(checkpoint[KEY]["edit_log"])])
 
 
 def contradict(checkpoint: dict[str, Any]) -> None:
-    journal = json.loads(checkpoint[KEY]["journal"])
-    journal[0]["attributes"]["net.conv1"]["out_channels"] = 3
-    checkpoint[KEY]["journal"] = json.dumps(journal)
+    edit_log = json.loads(checkpoint[KEY]["edit_log"])
+    edit_log[0]["attributes"]["net.conv1"]["out_channels"] = 3
+    checkpoint[KEY]["edit_log"] = json.dumps(edit_log)
 
 
 def channels(module: str, attribute: str) -> dict[str, Any]:
@@ -311,9 +311,9 @@ def channels(module: str, attribute: str) -> dict[str, Any]:
 DAMAGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "not a manifest": lambda c: c.update({KEY: ["channels"]}),
     "newer": lambda c: c[KEY].update(version=99),
-    "no journal": lambda c: c[KEY].pop("journal"),
-    "half a journal": lambda c: c[KEY].update(journal=c[KEY]["journal"][:20]),
-    "journal of another type": lambda c: c[KEY].update(journal="{}"),
+    "no edit_log": lambda c: c[KEY].pop("edit_log"),
+    "half a edit_log": lambda c: c[KEY].update(edit_log=c[KEY]["edit_log"][:20]),
+    "edit_log of another type": lambda c: c[KEY].update(edit_log="{}"),
     "state of another type": lambda c: c[KEY].update(state={"events": 1}),
     "unknown operation": lambda c: first(c, {"op": "of another package"}),
     "unknown module": lambda c: first(c, channels("net.none", "out_channels")),

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from lightning_light.errors import UnsupportedError
-from lightning_light.surgery.distributed import check_agreement, digest, reduce_mean, refuse_unsupported, tell
+from lightning_light.surgery.distributed import check_agreement, digest, reduce_mean, refuse_unsupported, log_rank_zero
 from tests.surgery.runs import HOSTS, Events, Lit, Loader, trainer
 
 ROOT = Path(__file__).parents[2]
@@ -111,7 +111,7 @@ def test_one_process_agrees_with_itself(host, caplog) -> None:
     assert torch.equal(mean, tensor)
     assert mean is not tensor
     with caplog.at_level(logging.INFO):
-        tell(run, "a line")
+        log_rank_zero(run, "a line")
     assert [(r.name, r.message) for r in caplog.records][-1:] == [(f"{host.__name__}.lightning_light", "a line")]
 
 

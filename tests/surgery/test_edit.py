@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer, RMSprop
 
-from lightning_light.coupling import Coupling, couple_channels
+from lightning_light.dependency import DependencyGraph, trace_dependencies
 from lightning_light.errors import SurgeryError, UnsupportedError
 from lightning_light.surgery.edit import cut, take, trial
 from tests.zoo import noise, tokens
@@ -100,11 +100,11 @@ def masks_of(model: nn.Module, kept: Mapping[str, Mapping[int, Tensor]]) -> dict
     return masks
 
 
-def decided(coupling: Coupling, seed: int) -> dict[str, Tensor]:
+def decided(graph: DependencyGraph, seed: int) -> dict[str, Tensor]:
     """A random mask for every group that may lose channels; at least one stays."""
     generator = torch.Generator().manual_seed(seed)
     kept = {}
-    for group in coupling.groups:
+    for group in graph.groups:
         if group.reason is None:
             mask = torch.rand(group.width, generator=generator) < 0.6
             mask[int(torch.randint(group.width, (1,), generator=generator))] = True
@@ -130,9 +130,9 @@ def twin_of(model: Small, optimizer: Optimizer, name: str) -> tuple[Small, Optim
 
 def plan(model: nn.Module, seed: int) -> tuple[dict[str, dict[int, Tensor]], dict[str, dict[str, Any]]]:
     reference = next(model.parameters())
-    coupling = couple_channels(model, (IMAGES[:2].to(reference.dtype),))
-    kept = decided(coupling, seed)
-    return coupling.kept_positions(kept), coupling.attributes(model, kept)
+    graph = trace_dependencies(model, (IMAGES[:2].to(reference.dtype),))
+    kept = decided(graph, seed)
+    return graph.kept_positions(kept), graph.attributes(model, kept)
 
 
 @pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
@@ -203,12 +203,12 @@ def test_a_graph_that_is_alive_does_not_remember_the_old_shape() -> None:
 
 def test_averaged_copies_are_cut_alike() -> None:
     model, _ = trained("sgd")
-    mirror = copy.deepcopy(model)
+    averaged_model = copy.deepcopy(model)
     kept, attributes = plan(model, 3)
-    cut(model, kept, attributes=attributes, mirrors=[mirror])
-    for (name, first), second in zip(model.state_dict().items(), mirror.state_dict().values(), strict=True):
+    cut(model, kept, attributes=attributes, averaged_models=[averaged_model])
+    for (name, first), second in zip(model.state_dict().items(), averaged_model.state_dict().values(), strict=True):
         assert torch.equal(first, second), name
-    assert mirror.conv1.out_channels == model.conv1.out_channels
+    assert averaged_model.conv1.out_channels == model.conv1.out_channels
 
 
 def everything(model: nn.Module, optimizer: Optimizer) -> list[Any]:
@@ -277,11 +277,11 @@ def test_state_of_unknown_shape_changes_nothing() -> None:
 def test_a_copy_of_another_structure_changes_nothing() -> None:
     model, made = trained("adamw")
     before = everything(model, made)
-    mirror = Small()
-    mirror.conv1 = nn.Conv2d(3, 4, 3)
+    averaged_model = Small()
+    averaged_model.conv1 = nn.Conv2d(3, 4, 3)
     kept, attributes = plan(model, 6)
     with pytest.raises(SurgeryError, match="averaged copy"):
-        cut(model, kept, attributes=attributes, optimizers=[made], mirrors=[mirror])
+        cut(model, kept, attributes=attributes, optimizers=[made], averaged_models=[averaged_model])
     assert unchanged(before, everything(model, made))
 
 

@@ -12,7 +12,7 @@ from lightning_light.errors import ManifestError, UnsupportedError
 from lightning_light.surgery.checkpoint import load_from_checkpoint
 from lightning_light.surgery.edit import cut
 from lightning_light.surgery.expand import expand_checkpoint
-from lightning_light.surgery.journal import attach
+from lightning_light.surgery.attachment import attach
 from lightning_light.surgery.manifest import KEY
 from tests.surgery.runs import Events, Lit, Loader, halve, trainer
 from tests.zoo import noise
@@ -66,7 +66,7 @@ class Normed(nn.Module):
 
 
 class Soft(nn.Module):
-    """Channels that share one sum, in code that no journal sees."""
+    """Channels that share one sum, in code that no edit_log sees."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,11 +77,11 @@ class Soft(nn.Module):
 
 
 def write(module: pl.LightningModule, path: Any, *cuts: dict[str, dict[int, Tensor]], **attributes: Any) -> None:
-    """What a run would: cuts, journal, checkpoint."""
-    ledger = attach(module)
+    """What a run would: cuts, edit_log, checkpoint."""
+    compression_state = attach(module)
     for kept in cuts:
         edit = cut(module, kept, attributes=attributes)
-        ledger.record(edit.entry(), kept=edit.kept)
+        compression_state.record(edit.entry(), kept=edit.kept)
     run = trainer()
     run.strategy.connect(module)
     run.save_checkpoint(path, weights_only=True)

@@ -1,4 +1,4 @@
-"""One module takes another's place, and optimizers, hooks, copies and the journal follow."""
+"""One module takes another's place, and optimizers, hooks, copies and the edit_log follow."""
 
 import copy
 from typing import Any
@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from lightning_light.errors import SurgeryError
-from lightning_light.surgery.operations import register_operation, replay_journal
+from lightning_light.surgery.operations import register_operation, replay_edits
 from lightning_light.surgery.replace import replace_module
 from tests.surgery.runs import two_factors
 from tests.zoo import Plain, noise
@@ -61,16 +61,16 @@ def test_a_module_takes_anothers_place() -> None:
 
 def test_averaged_copies_get_a_copy_and_keep_the_average_of_what_stays() -> None:
     net = Plain()
-    mirror = copy.deepcopy(net)
+    averaged_model = copy.deepcopy(net)
     with torch.no_grad():
-        mirror.fc.bias.fill_(7)
-    average = mirror.fc.bias
-    new, _, _ = factored(net, mirrors=[mirror])
-    assert mirror.fc is not new
-    assert mirror.fc[1].bias is average
-    assert torch.equal(mirror.fc[0].weight, new[0].weight)
-    assert mirror.fc[0].weight is not new[0].weight
-    assert [n for n, _ in mirror.named_parameters()] == [n for n, _ in net.named_parameters()]
+        averaged_model.fc.bias.fill_(7)
+    average = averaged_model.fc.bias
+    new, _, _ = factored(net, averaged_models=[averaged_model])
+    assert averaged_model.fc is not new
+    assert averaged_model.fc[1].bias is average
+    assert torch.equal(averaged_model.fc[0].weight, new[0].weight)
+    assert averaged_model.fc[0].weight is not new[0].weight
+    assert [n for n, _ in averaged_model.named_parameters()] == [n for n, _ in net.named_parameters()]
 
 
 def test_it_is_replaced_under_all_its_names() -> None:
@@ -104,7 +104,7 @@ def test_what_cannot_be_replaced_is_refused_and_nothing_changes() -> None:
     refused(net, "without an owner", optimizers=[optimizer])
     gone = {net.fc.weight: [], net.fc.bias: []}
     refused(net, "would never be trained", optimizers=[optimizer], parameters=gone)
-    refused(net, "expected the name of a module inside `Linear`", mirrors=[nn.Linear(1, 1)])
+    refused(net, "expected the name of a module inside `Linear`", averaged_models=[nn.Linear(1, 1)])
     parametrizations.weight_norm(net.conv1)
     refused(net, "parametrization", name="conv1")
 
@@ -124,6 +124,6 @@ def test_an_operation_has_one_meaning() -> None:
 def test_a_replay_leaves_the_random_numbers_alone() -> None:
     net = Plain()
     state = torch.random.get_rng_state()
-    replay_journal(net, [{"op": "tests/factor", "name": "fc", "rank": 2}])
+    replay_edits(net, [{"op": "tests/factor", "name": "fc", "rank": 2}])
     assert isinstance(net.fc, nn.Sequential)
     assert torch.equal(torch.random.get_rng_state(), state)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_light.surgery.journal import ledger_of
+from lightning_light.surgery.attachment import state_of
 from lightning_light.surgery.manifest import KEY
 from tests.surgery.runs import HOSTS, MODULES, Events, Lit, Loader, same, trainer
 
@@ -34,8 +34,8 @@ def whole_and_resumed(events: Any, make: Any, tmp_path: Path, host: Any, steps: 
         assert resumed.losses == whole.losses[step:], step
         assert same(resumed.state_dict(), whole.state_dict()), step
         assert same(second.optimizers[0].state_dict(), first.optimizers[0].state_dict()), step
-        assert same(ledger_of(resumed).state, ledger_of(whole).state), step
-        assert ledger_of(resumed).journal == ledger_of(whole).journal, step
+        assert same(state_of(resumed).state, state_of(whole).state), step
+        assert state_of(resumed).edit_log == state_of(whole).edit_log, step
 
 
 @pytest.mark.parametrize("hook", ["on_train_batch_start", "on_train_batch_end"])
@@ -88,7 +88,7 @@ def test_every_checkpoint_loads_weights_only_and_carries_the_ledger(tmp_path) ->
     weights = torch.load(tmp_path / "weights.ckpt", weights_only=True)
     assert "callbacks" not in weights
     assert weights[KEY]["state"]["events"]["done"] == ["cut2", "factor", "cut6"]
-    assert ledger_of(module).state["events"]["done"] == ["cut2", "factor", "cut6"]
+    assert state_of(module).state["events"]["done"] == ["cut2", "factor", "cut6"]
 
 
 def test_a_second_fit_goes_on_with_the_small_network() -> None:

@@ -111,7 +111,7 @@ def learn_rounding(
 ) -> Tensor:  # fmt: skip
     """The rounded weight ``s * q``: each ``q`` is next to ``weight / s``, above it or below.
 
-    Zeros stay zero, so that masks survive, and what is largest in its channel stays as it is, so that the scale that
+    SparsityReport stay zero, so that masks survive, and what is largest in its channel stays as it is, so that the scale that
     is taken from the result is the same to the last bit. If nearest rounding has the smaller error, that is the result.
 
     Args:

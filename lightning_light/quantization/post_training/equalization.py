@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_light.example_input import ExampleInput
-from lightning_light.measure.quiet import undisturbed
+from lightning_light.measure.isolation import isolated
 from lightning_light.quantization.operations import BATCH_NORM, HEAVY, kind_of
 from lightning_light.quantization.post_training.calls import Call, Parameters, batch_norm_gain, calls_of
 from lightning_light.quantization.record import Operation, record
@@ -69,7 +69,7 @@ def equalize(model: nn.Module, example: ExampleInput) -> int:
     Returns:
         How many pairs there were.
     """
-    with undisturbed(model):
+    with isolated(model):
         operations, calls = record(model, example.args, example.kwargs), calls_of(model, example)
     parameters = Parameters(model, calls)
     pairs = [_Weights(pair, calls, parameters) for pair in find_pairs(operations, calls, parameters)]

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_light.example_input import ExampleInput
 from lightning_light.measure.cost import count_cost
-from lightning_light.measure.quiet import undisturbed
+from lightning_light.measure.isolation import isolated
 from lightning_light.quantization.attachment import attach
 from lightning_light.quantization.operations import HEAVY
 from lightning_light.quantization.places import module_of
@@ -151,7 +151,7 @@ def measure_sensitivity(
             f"widths, found {len(layers)} convolution or linear layers."
         )
     found: dict[str, dict[int, float]] = {layer: {} for layer in layers}
-    with undisturbed(model):
+    with isolated(model):
         calls = calls_of(model, inputs[0])
         right = [_outputs(model, call) for call in inputs]
         _check_finite(right)

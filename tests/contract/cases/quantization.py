@@ -74,7 +74,7 @@ CASES += [
     Case(
         "quantization_chain",  # everything there is, one after the other, under a teacher with a projector
         lambda folder: [
-            KnowledgeDistillation(teacher=MENTOR, losses=[SoftTargets(), FeatureHint(taps="features.conv1")]),
+            KnowledgeDistillation(teacher=MENTOR, losses=[SoftTargets(), FeatureHint(feature_layers="features.conv1")]),
             StructuredPruning(Channels(0.75), schedule=OneShot(at=0.1)),
             WeightPruning(Sparsity(0.4), schedule=OneShot(at=0.25)),
             LowRankFactorization(MACs(0.8), start=0.4, round_to=2),

@@ -55,9 +55,9 @@ def case(name: str, budget: Any = None, *, full: bool = False, body: Any = None,
 
 CASES = [
     case("magnitude", MACs(0.5), full=True),
-    case("taylor", Params(0.5), criterion=Taylor(), ranking=Local(), evidence_batches=2, full=True),
-    case("hessian", MACs(0.6), criterion=Hessian(), ranking=Isomorphic(), evidence_batches=3),
-    case("activation", Channels(0.7), criterion=Activation(), evidence_batches=2, targets="features.conv*"),
+    case("taylor", Params(0.5), criterion=Taylor(), ranking=Local(), calibration_batches=2, full=True),
+    case("hessian", MACs(0.6), criterion=Hessian(), ranking=Isomorphic(), calibration_batches=3),
+    case("activation", Channels(0.7), criterion=Activation(), calibration_batches=2, targets="features.conv*"),
     case("batch_norm_scale", Size("9 kB"), criterion=BatchNormScale(), targets=Targets(exclude="features.last")),
     case("geometric_median", Channels(0.5), criterion=GeometricMedian(), round_to=2, body=Momentum),
     case("random", MACs(0.5), criterion=Random(), reduction="max", normalizer=None),
@@ -65,7 +65,7 @@ CASES = [
     case(
         "group_lasso",
         MACs(0.5),
-        sparsity_learning=GroupLasso(0.01),
+        regularizer=GroupLasso(0.01),
         reestimate_batch_norm=2,
         ranking=Global(),
         max_amount=0.8,
@@ -74,7 +74,7 @@ CASES = [
     case(
         "growing_regularization",
         Params(0.6),
-        sparsity_learning=GrowingRegularization(0.01),
+        regularizer=GrowingRegularization(0.01),
         schedule=OneShot(at=0.4),
         body=Momentum,
     ),

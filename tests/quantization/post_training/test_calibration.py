@@ -20,7 +20,7 @@ from lightning_light.quantization import (
     measure_sensitivity,
     quantize,
 )
-from lightning_light.surgery.journal import is_attached
+from lightning_light.surgery.attachment import has_state
 from tests.zoo import ZOO, noise
 
 X = noise(2, 3, 8, 8)
@@ -65,7 +65,7 @@ def test_wrong_batches(name, options) -> None:
         quantize(net, iter(()) if name == "exhausted" else batches, Int8(), **options)
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     assert all(module.training and not module._forward_pre_hooks for module in net.modules())
-    assert not is_attached(net)
+    assert not has_state(net)
 
 
 @pytest.mark.parametrize("recipe", [Int8(observer=MSE()), Int8(observer=Percentile()), LSQ(), PACT()], ids=str)

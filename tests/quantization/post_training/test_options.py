@@ -13,7 +13,7 @@ from lightning_light.errors import NoEffectWarning
 from lightning_light.quantization import LSQ, AdaRound, Binary, IntN, fake_quantized, quantize
 from lightning_light.quantization.rounding import integers
 from lightning_light.quantization.rules import WeightRule
-from lightning_light.surgery.journal import ledger_of
+from lightning_light.surgery.attachment import state_of
 from tests.quantization.post_training.test_equalization import MobileBlocks, trained
 from tests.zoo import ZOO, noise
 
@@ -142,7 +142,7 @@ def test_a_failure_at_any_time_leaves_the_module_as_it_was(at) -> None:
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert [module.training for module in net.modules()] == modes
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
-    assert not ledger_of(net).state
+    assert not state_of(net).state
 
 
 def test_layers_that_an_option_cannot_help_are_named() -> None:
@@ -168,7 +168,7 @@ def test_layers_that_an_option_cannot_help_are_named() -> None:
 def test_step_sizes_that_training_learns_begin_with_the_learned_rounding() -> None:
     net = residual()
     quantize(net, IMAGES, LSQ(weights=4, activations=8), rounding=AdaRound(steps=10))
-    state = ledger_of(net).state["quantization_aware_training"]
+    state = state_of(net).state["quantization_aware_training"]
     weight = net.get_submodule("conv2").weight
     step = state["learned"]["conv2|1|conv2d|1"]
     torch.testing.assert_close(step, weight.detach().abs().amax((1, 2, 3)) / 7)

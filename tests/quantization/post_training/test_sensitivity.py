@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_light.quantization import BitBudget, IntN, Sensitivity, measure_sensitivity, quantize
 from lightning_light.quantization.rounding import round_weight
-from lightning_light.surgery.journal import ledger_of
+from lightning_light.surgery.attachment import state_of
 from tests.quantization.post_training.test_equalization import MobileBlocks, trained
 from tests.zoo import ZOO, noise
 
@@ -74,6 +74,6 @@ def test_from_the_scan_to_a_quantized_network(name) -> None:
     budget = BitBudget(size=sum(scan.weights.values()) * 4 // 8)
     assert len(set(budget.solve(scan).values())) > 1
     quantize(net, batches, budget.recipe(scan, IntN(activations=8)))
-    weights = ledger_of(net).state["quantization_aware_training"]["plan"]["weights"]
+    weights = state_of(net).state["quantization_aware_training"]["plan"]["weights"]
     assert {key.split("|")[0]: rule["bits"] for key, rule in weights.items()} == budget.solve(scan)
     assert isinstance(scan, Sensitivity)

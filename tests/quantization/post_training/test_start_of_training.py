@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_light.quantization import LSQ, AdaRound, Int8, IntN, QuantizationAwareTraining, quantize
-from lightning_light.surgery.journal import ledger_of
+from lightning_light.surgery.attachment import state_of
 from tests.contract.runs import trainer
 from tests.quantization.test_quantization_aware_training import IMAGES, Diary, module
 
@@ -15,7 +15,7 @@ from tests.quantization.test_quantization_aware_training import IMAGES, Diary, m
 def test_training_goes_on_from_its_ranges(recipe) -> None:
     net = module()
     quantize(net, [IMAGES], recipe, rounding=AdaRound(steps=5), correct_bias=True)
-    found = ledger_of(net).state["quantization_aware_training"]
+    found = state_of(net).state["quantization_aware_training"]
     ranges, steps = found["ranges"].clone(), {name: value.clone() for name, value in found["learned"].items()}
     weight = net.features.conv1.weight.detach().clone()
     qat = QuantizationAwareTraining(recipe, start=0.0, freeze_observers=0.0)

@@ -1,0 +1,6 @@
+"""DependencyGraph: which channels of a network hang together, found by following every channel through one forward pass."""
+
+from lightning_light.dependency.groups import ChannelGroup, DependencyGraph, Member
+from lightning_light.dependency.verification import trace_dependencies
+
+__all__ = ["ChannelGroup", "DependencyGraph", "Member", "trace_dependencies"]

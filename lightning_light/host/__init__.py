@@ -1,0 +1,1 @@
+"""The host: everything that depends on Lightning's class trees and private names."""

@@ -1,0 +1,276 @@
+"""One compression_state a LightningModule: what has been done to its structure, and what every method remembers."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from lightning_light.errors import ManifestError, SurgeryError
+from lightning_light.surgery.attributes import implied_attributes
+from lightning_light.surgery.structure import PRIVATE_PREFIX, compare, apply_structure, copy_structure
+from lightning_light.surgery.data import set_data
+from lightning_light.surgery.manifest import KEY, Entry, Kept, Manifest, check_fingerprint, fingerprint_of, half_size
+from lightning_light.surgery.operations import is_registered, replay_edits
+from lightning_light.surgery.optimizer import order_parameters, orphans, parameter_order
+
+
+class CompressionState:
+    """The structural history of one module, from the network as it was built to the network as it is.
+
+    Attributes:
+        edit_log: the operations, in order; consecutive ``channels`` entries are one.
+        state: method name -> what it remembers, in plain types and tensors.
+        kept: tensor name -> dimension -> positions of the first network that are left; None when unknown.
+        resumed: whether the current ``fit`` goes on from a checkpoint.
+        wrapped: hooks that somebody else had set on the instance before.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.edit_log: list[Entry] = []
+        self.state: dict[str, dict[str, Any]] = {}
+        self.kept: Kept | None = {}
+        self.resumed = False
+        self.wrapped: dict[str, Any] = {}
+        self._order: list[list[list[str | None]]] = []
+        self._original = copy_structure(model)
+
+    def record(self, entry: Mapping[str, Any], *, kept: Mapping[str, Mapping[int, Tensor]] | None = None) -> None:
+        """Write down an operation that has just been done to the module.
+
+        Args:
+            entry: plain types; ``op`` is the name of a registered operation.
+            kept: for ``channels``: tensor name -> dimension -> positions that stayed. Without it the checkpoint
+                cannot be expanded to the first network.
+
+        Raises:
+            ValueError: the operation is unknown, or the entry is not plain: it could not be loaded.
+        """
+        if not is_registered(str(entry.get("op"))):
+            raise ValueError(f"`record({dict(entry)})`: expected the name of a registered operation under 'op'.")
+        plain: Entry = json.loads(json.dumps(entry))
+        if plain["op"] == "channels":
+            self._keep(kept)
+        if plain["op"] == "channels" and self.edit_log and self.edit_log[-1]["op"] == "channels":
+            for path, values in plain["attributes"].items():
+                self.edit_log[-1]["attributes"].setdefault(path, {}).update(values)
+        else:
+            self.edit_log.append(plain)
+
+    def twin(self) -> CompressionState:
+        """The same history, for an averaged copy of the module; what is written into one is not in the other."""
+        twin = CompressionState.__new__(CompressionState)
+        twin.__dict__.update(vars(self), wrapped={})
+        twin.edit_log, twin.state = copy.deepcopy(self.edit_log), copy.deepcopy(self.state)
+        twin.kept = None if self.kept is None else {name: dict(dims) for name, dims in self.kept.items()}
+        return twin
+
+    def manifest(self, model: nn.Module, optimizers: Iterable[Any] = ()) -> dict[str, Any]:
+        """What a checkpoint of ``model`` carries under the key ``lightning_light``."""
+        self._remember(model)
+        first = dict(self._original.named_buffers())
+        changed = {
+            name: buffer
+            for name, buffer in model.named_buffers()
+            if name in first and first[name].device.type != "meta" and first[name].shape != buffer.shape
+        }
+        return Manifest(
+            edit_log=self.edit_log,
+            state=self.state,
+            parameter_order=parameter_order(optimizers, model),
+            fingerprint=fingerprint_of(self._original, PRIVATE_PREFIX),
+            buffers=changed,
+            kept=self.kept,
+        ).encode()
+
+    def load(self, model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+        """Bring ``model`` to the structure of ``checkpoint``, forwards or backwards; the weights are loaded later.
+
+        Where the structure is the same already nothing is touched, so live optimizers keep their parameters.
+
+        Raises:
+            ManifestError: the manifest is damaged, or of another network. The model is untouched.
+        """
+        self._remember(model)
+        manifest = Manifest.decode(checkpoint[KEY]) if KEY in checkpoint else self._plain_manifest()
+        state_dict: Mapping[str, Any] = checkpoint.get("state_dict", {})
+        if manifest.edit_log or self.edit_log:
+            check_fingerprint(self._original, manifest.fingerprint, PRIVATE_PREFIX)
+            if manifest.edit_log != self.edit_log or _other_shapes(model, state_dict):
+                self._restructure(model, manifest, state_dict)
+        self.edit_log, self.state, self.kept = manifest.edit_log, copy.deepcopy(manifest.state), manifest.kept
+        self._order = manifest.parameter_order
+
+    def follow(self, model: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """Bring ``model`` to the shapes of a bare ``state_dict``, if those are its own, cut smaller.
+
+        Anything else is left as it is, for ``load_state_dict`` to report.
+        """
+        self._remember(model)
+        changed = _other_shapes(model, state_dict, prefix)
+        if not changed or any(f"{prefix}{name}" not in state_dict for name in _tensors(model)):
+            return
+        first = {f"{prefix}{name}": tensor for name, tensor in _tensors(self._original).items()}
+        if not all(_fits_into(state_dict[name], first.get(name)) for name in changed):
+            return
+        target, shapes = copy_structure(model), {name: state_dict[name] for name in changed}
+        _take_shapes(target, shapes, prefix)
+        current = copy_structure(model)
+        if not all(map(_go_together, current.modules(), target.modules())):
+            return
+        _imply_attributes(target)
+        attributes = compare(current, target).attributes
+        apply_structure(model, current, target)
+        self.record({"op": "channels", "attributes": attributes})
+
+    def reconcile(self, optimizers: list[Any], model: nn.Module, *, resuming: bool) -> int:
+        """Give ``optimizers`` the parameters that the checkpoint's optimizers had, by name, at the same places.
+
+        Needed where the order depends on names or on modules that have been replaced, and where the optimizers were
+        built before the Trainer and hold parameters that are no longer the module's. Their state, stored by
+        position, is loaded later.
+
+        Args:
+            optimizers: those of this run, in ``on_fit_start``.
+            model: the live module.
+            resuming: whether the Trainer is about to load their state.
+
+        Returns:
+            How many places were filled anew.
+
+        Raises:
+            ManifestError: the checkpoint's optimizers own a parameter that the module does not have.
+        """
+        self._remember(model)
+        order, self._order, self.resumed = self._order, [], resuming
+        if not order or not (resuming or orphans(optimizers, model)):
+            return 0
+        try:
+            return order_parameters(optimizers, model, order)
+        except SurgeryError as error:
+            raise ManifestError(str(error)) from error
+
+    def _remember(self, model: nn.Module) -> None:
+        """As long as nothing has been done, the network as it is is the network as it was built."""
+        if not self.edit_log:
+            self._original = copy_structure(model)
+
+    def _plain_manifest(self) -> Manifest:
+        """Of a checkpoint that was written without this package: the network as it was built."""
+        return Manifest(fingerprint=fingerprint_of(self._original, PRIVATE_PREFIX))
+
+    def _keep(self, kept: Mapping[str, Mapping[int, Tensor]] | None) -> None:
+        if kept is None or self.kept is None:
+            self.kept = None
+            return
+        for name, dims in kept.items():
+            before = self.kept.setdefault(name, {})
+            for dim, positions in dims.items():
+                new = half_size(positions)
+                before[dim] = before[dim][new.long()] if dim in before else new
+
+    def _restructure(self, model: nn.Module, manifest: Manifest, state_dict: Mapping[str, Any]) -> None:
+        current = replay_edits(copy_structure(self._original), self.edit_log)
+        target = replay_edits(copy_structure(self._original), manifest.edit_log)
+        difference = compare(current, target)
+        _check_complete(target, state_dict, difference.concerns)
+        _take_shapes(target, state_dict, "")
+        _take_buffers(target, manifest.buffers)
+        _check_attributes(target, {path for entry in manifest.edit_log for path in entry.get("attributes", {})})
+        apply_structure(model, current, target)
+
+
+def _other_shapes(model: nn.Module, state_dict: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Names of tensors whose shapes differ, under the names of ``state_dict``."""
+    live = {f"{prefix}{name}": tensor for name, tensor in _tensors(model).items()}
+    return [
+        name
+        for name, tensor in live.items()
+        if isinstance(state_dict.get(name), Tensor) and tensor.shape != state_dict[name].shape
+    ]
+
+
+def _fits_into(small: Tensor, large: Tensor | None) -> bool:
+    if large is None or small.ndim != large.ndim:
+        return False
+    return all(new <= old for new, old in zip(small.shape, large.shape, strict=True))
+
+
+def _go_together(before: nn.Module, after: nn.Module) -> bool:
+    """Whether the vectors of one layer that had one length still have one: a norm's weight, bias and statistics."""
+    lengths: dict[int, set[int]] = {}
+    for kind in ("_parameters", "_buffers"):
+        for name, old in getattr(before, kind).items():
+            if old is not None and not is_lazy(old) and old.ndim == 1:
+                lengths.setdefault(len(old), set()).add(len(getattr(after, kind)[name]))
+    return all(len(new) == 1 for new in lengths.values())
+
+
+def _tensors(structure: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers under all their names, tied ones too; not those that have no shape yet."""
+    return {
+        name: tensor
+        for path, module in structure.named_modules(remove_duplicate=False)
+        for kind in (module._parameters, module._buffers)
+        for own, tensor in kind.items()
+        if tensor is not None and own not in module._non_persistent_buffers_set and not is_lazy(tensor)
+        if not (name := f"{path}.{own}" if path else own).startswith(PRIVATE_PREFIX)
+    }
+
+
+def _check_complete(target: nn.Module, state_dict: Mapping[str, Any], concerns: Any) -> None:
+    """What an operation has changed can only come from the checkpoint."""
+    tensors = _tensors(target)
+    missing = [name for name in tensors if name not in state_dict and concerns(name.rpartition(".")[0])]
+    wrong = [
+        name
+        for name, tensor in tensors.items()
+        if isinstance(state_dict.get(name), Tensor) and state_dict[name].ndim != tensor.ndim
+    ]
+    if missing or wrong:
+        found = f"without {missing[:3]}" if missing else f"with another number of dimensions in {wrong[:3]}"
+        raise ManifestError(
+            f"The checkpoint's edit_log changes layers of `{type(target).__name__}` whose tensors its `state_dict` does "
+            f"not match: found one {found}. It is damaged, or tensors were taken out of it."
+        )
+
+
+def _take_shapes(structure: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> None:
+    for name, tensor in _tensors(structure).items():
+        wanted = state_dict.get(f"{prefix}{name}")
+        if isinstance(wanted, Tensor) and wanted.shape != tensor.shape:
+            set_data(tensor, torch.empty(wanted.shape, dtype=tensor.dtype, device="meta"))
+
+
+def _take_buffers(structure: nn.Module, buffers: Mapping[str, Tensor]) -> None:
+    for path, module in structure.named_modules():
+        for name in module._non_persistent_buffers_set:
+            value = buffers.get(f"{path}.{name}" if path else name)
+            if value is not None:
+                module._buffers[name] = value
+
+
+def _imply_attributes(structure: nn.Module) -> None:
+    for module in structure.modules():
+        for name, value in implied_attributes(module).items():
+            if getattr(module, name) != value:
+                setattr(module, name, value)
+
+
+def _check_attributes(structure: nn.Module, paths: set[str]) -> None:
+    """The edit_log and the shapes of the state dict say the same, or one of them is not what was written."""
+    for path, module in structure.named_modules():
+        if path not in paths or any(map(is_lazy, module.parameters(recurse=False))):
+            continue
+        implied = implied_attributes(module)
+        different = {name: (getattr(module, name), v) for name, v in implied.items() if getattr(module, name) != v}
+        if different:
+            raise ManifestError(
+                f"The checkpoint contradicts itself at `{path}` (attribute: edit_log, tensors): {different}. It is "
+                "damaged, or its tensors are of another step than its manifest."
+            )

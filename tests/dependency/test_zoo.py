@@ -1,0 +1,190 @@
+"""Every net of the zoo, both ways of cutting attention: what hangs together is found, and any channels may leave."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_light.dependency import ChannelGroup, DependencyGraph, trace_dependencies
+from lightning_light.surgery.edit import cut, trial
+from tests.zoo import ZOO, Net
+
+# A channel that is zero still counts in a mean over channels; a head of fewer positions has another temperature; a
+# weight that is divided by its norm grows when inputs leave.
+MIXES = {
+    "attention",
+    "convnext",
+    "encoder",
+    "fused_qkv",
+    "group_norm",
+    "tied_embedding",
+    "weight_norm",
+    "weight_norm_hook",
+}
+
+ROWS = [pytest.param(name, heads, id=f"{name}-{heads}") for name in ZOO for heads in ("dim", "head")]
+
+
+def built(name: str) -> tuple[Net, tuple[Any, ...], dict[str, Any]]:
+    torch.manual_seed(0)
+    net = ZOO[name]()
+    for module in net.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+            module.running_mean.normal_()
+    return net, *net.example
+
+
+def prunable(graph: DependencyGraph) -> list[ChannelGroup]:
+    return [group for group in graph.groups if group.reason is None]
+
+
+def random_masks(graph: DependencyGraph, seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    masks = {}
+    for group in prunable(graph):
+        masks[group.name] = torch.rand(group.width, generator=generator) < 0.5
+        masks[group.name][int(torch.randint(group.width, (1,), generator=generator))] = True
+    return masks
+
+
+def answers(net: nn.Module, args: Any, kwargs: Any) -> list[Tensor]:
+    with torch.no_grad():
+        out = net.eval()(*args, **kwargs)
+    return list(out.values()) if isinstance(out, dict) else [out]
+
+
+@torch.no_grad()
+def silence(net: nn.Module, graph: DependencyGraph, masks: dict[str, Tensor]) -> None:
+    """The channels that leave make zeros instead."""
+    parameters = dict(net.named_parameters())
+    for group in prunable(graph):
+        for member in group.members:
+            if member.role in {"out", "norm", "bias"} and member.tensor in parameters:
+                gone = member.index[~masks[group.name]].reshape(-1)
+                parameters[member.tensor].index_fill_(member.dim, gone, 0.0)
+
+
+@pytest.mark.parametrize(("name", "heads"), ROWS)
+def test_any_channels_may_leave_every_prunable_group(name, heads) -> None:
+    net, args, kwargs = built(name)
+    graph = trace_dependencies(net, args, kwargs, heads=heads)
+    assert prunable(graph), "every net of the zoo has something to prune"
+    before = answers(net, args, kwargs)
+    for seed in range(3):
+        masks = random_masks(graph, seed)
+        small, dense = copy.deepcopy(net), copy.deepcopy(net)
+        cut(small, graph.kept_positions(masks), attributes=graph.attributes(small, masks))
+        after = answers(small, args, kwargs)
+        assert [value.shape for value in after] == [value.shape for value in before]
+        assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in net.parameters())
+        silence(dense, graph, masks)
+        if name not in MIXES:
+            for value, expected in zip(after, answers(dense, args, kwargs), strict=True):
+                torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "heads"), ROWS)
+def test_a_cut_network_trains_and_is_traced_again(name, heads) -> None:
+    net, args, kwargs = built(name)
+    graph = trace_dependencies(net, args, kwargs, heads=heads)
+    masks = random_masks(graph, 7)
+    cut(net, graph.kept_positions(masks), attributes=graph.attributes(net, masks))
+    net.train()
+    out = net(*args, **kwargs)
+    sum(value.sum() for value in (out.values() if isinstance(out, dict) else [out])).backward()
+    assert all(p.grad is None or p.grad.shape == p.shape for p in net.parameters())
+    again = trace_dependencies(net, args, kwargs, heads=heads)
+    wide = {g.name: int(masks[g.name].sum()) for g in prunable(graph) if int(masks[g.name].sum()) > 1}
+    found = {group.name: group.width for group in prunable(again)}
+    assert {name: found.get(name) for name in wide} == wide, "names and widths are those that the cut has left"
+
+
+@pytest.mark.parametrize(("name", "heads"), ROWS)
+def test_what_is_known_after_a_cut_is_what_a_new_trace_finds(name, heads) -> None:
+    net, args, kwargs = built(name)
+    graph = trace_dependencies(net, args, kwargs, heads=heads)
+    masks = {
+        g.name: torch.arange(g.width) % 2 == 0 if g.width > 3 else torch.ones(g.width) > 0 for g in prunable(graph)
+    }
+    cut(net, graph.kept_positions(masks), attributes=graph.attributes(net, masks))
+    known, found = graph.after_pruning(masks), trace_dependencies(net, args, kwargs, heads=heads)
+    assert known.fits(net)
+    assert not graph.fits(net)
+    assert table(known) == table(found)
+
+
+def table(graph: DependencyGraph) -> dict[str, Any]:
+    return {
+        group.name: (group.width, sorted((m.tensor, m.dim, m.role, m.index.tolist()) for m in group.members))
+        for group in prunable(graph)
+    }
+
+
+@pytest.mark.parametrize("name", list(ZOO))
+def test_every_position_is_in_one_group_alone(name) -> None:
+    net, args, kwargs = built(name)
+    graph = trace_dependencies(net, args, kwargs)
+    places = [
+        (member.tensor, member.dim, position)
+        for group in graph.groups
+        for member in group.members
+        for position in member.index.reshape(-1).tolist()
+    ]
+    assert len(set(places)) == len(places)
+    assert len({group.name for group in graph.groups}) == len(graph.groups)
+
+
+@pytest.mark.parametrize("name", list(ZOO))
+def test_looking_leaves_no_mark(name) -> None:
+    net, args, kwargs = built(name)
+    net.train()
+    handle = net.register_forward_hook(lambda *_: None)
+    next(net.children()).eval()
+    next(net.parameters()).requires_grad_(False)
+    for parameter in net.parameters():
+        parameter.grad = torch.full_like(parameter, 2.0)
+    objects = [(n, id(t), t.data_ptr(), t.clone()) for n, t in [*net.named_parameters(), *net.named_buffers()]]
+    modes = {
+        n: (m.training, sorted(vars(m)), len(m._forward_hooks), len(m._forward_pre_hooks))
+        for n, m in net.named_modules()
+    }
+    grads, learning = [p.grad for p in net.parameters()], [p.requires_grad for p in net.parameters()]
+    random = torch.get_rng_state()
+    trace_dependencies(net, args, kwargs)
+    for (n, i, pointer, value), (m, tensor) in zip(
+        objects, [*net.named_parameters(), *net.named_buffers()], strict=True
+    ):
+        assert (n, i, pointer) == (m, id(tensor), tensor.data_ptr())
+        assert torch.equal(value, tensor)
+    assert modes == {
+        n: (m.training, sorted(vars(m)), len(m._forward_hooks), len(m._forward_pre_hooks))
+        for n, m in net.named_modules()
+    }
+    assert all(a is b.grad for a, b in zip(grads, net.parameters(), strict=True))
+    assert learning == [p.requires_grad for p in net.parameters()]
+    assert torch.equal(random, torch.get_rng_state())
+    assert torch.is_grad_enabled()
+    handle.remove()
+
+
+@pytest.mark.parametrize("name", list(ZOO))
+def test_the_same_network_is_always_sorted_in_the_same_way(name) -> None:
+    first, second = (trace_dependencies(net, args, kwargs) for net, args, kwargs in (built(name), built(name)))
+    assert table(first) == table(second)
+    with torch.no_grad():
+        net, args, kwargs = built(name)
+        for parameter in net.parameters():
+            parameter.normal_()
+        assert list(table(trace_dependencies(net, args, kwargs))) == list(table(first))
+
+
+def test_a_trial_of_everything_at_once_gives_the_shapes() -> None:
+    net, args, kwargs = built("residual")
+    graph = trace_dependencies(net, args, kwargs)
+    masks = random_masks(graph, 0)
+    with trial(net, graph.kept_positions(masks), graph.attributes(net, masks)):
+        assert answers(net, args, kwargs)[0].shape == (2, 5)
