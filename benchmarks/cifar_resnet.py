@@ -80,9 +80,16 @@ def theirs(net: nn.Module, ratio: float) -> nn.Module:
     """torch-pruning's pruner with global ranking, on a copy."""
     net = copy.deepcopy(net)
     pruner = tp.pruner.BasePruner(
-        net, EXAMPLE, importance=tp.importance.GroupMagnitudeImportance(p=2), global_pruning=True, pruning_ratio=ratio,
-        ignored_layers=[net.linear], max_pruning_ratio=0.9, in_channel_groups={}, out_channel_groups={},
-    )  # fmt: skip
+        net,
+        EXAMPLE,
+        importance=tp.importance.GroupMagnitudeImportance(p=2),
+        global_pruning=True,
+        pruning_ratio=ratio,
+        ignored_layers=[net.linear],
+        max_pruning_ratio=0.9,
+        in_channel_groups={},
+        out_channel_groups={},
+    )
     pruner.step()
     return net
 
@@ -129,9 +136,13 @@ def main() -> None:
     train = TensorDataset(*(tensor[: args.images] for tensor in data["train"].tensors))
     pruning = ll.StructuredPruning(budget, schedule=ll.Window(ll.Cubic(), start=0.0, end=0.4))
     trainer = L.Trainer(
-        max_epochs=args.epochs, callbacks=[pruning], logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+        max_epochs=args.epochs,
+        callbacks=[pruning],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
     started = time.perf_counter()
     trainer.fit(module, DataLoader(train, 128, shuffle=True, drop_last=True))
     minutes = (time.perf_counter() - started) / 60

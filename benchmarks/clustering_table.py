@@ -34,8 +34,11 @@ from lightning_light.clustering.kmeans import cluster
 
 LEARNING = {"centroids": CentroidTraining(), "straight_through": StraightThrough(), "dkm": DKM()}
 QUIET: dict[str, Any] = {
-    "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,
-}  # fmt: skip
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
 
 
 def clustered(net: nn.Module, clusters: int) -> nn.Module:

@@ -44,9 +44,14 @@ def theirs(net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
     makers = {group.name.partition("#")[0] for group in graph.groups if "output" in (group.reason or "")}
     example: Any = kwargs or (args if len(args) > 1 else args[0])
     pruner = tp.pruner.BasePruner(
-        net, example, importance=tp.importance.GroupMagnitudeImportance(p=2), pruning_ratio=0.5,
-        ignored_layers=[net.get_submodule(name) for name in makers], in_channel_groups={}, out_channel_groups={},
-    )  # fmt: skip
+        net,
+        example,
+        importance=tp.importance.GroupMagnitudeImportance(p=2),
+        pruning_ratio=0.5,
+        ignored_layers=[net.get_submodule(name) for name in makers],
+        in_channel_groups={},
+        out_channel_groups={},
+    )
     pruner.step()
 
 

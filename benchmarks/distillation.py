@@ -121,9 +121,14 @@ def fit(args: argparse.Namespace, student: Student, callbacks: list[Any], epochs
     labels = torch.arange(args.batch * args.steps) % 10
     data = TensorDataset(torch.randn(len(labels), 3, 32, 32, generator=torch.Generator().manual_seed(0)), labels)
     trainer = L.Trainer(
-        max_epochs=epochs, callbacks=callbacks, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, accelerator="cpu",
-    )  # fmt: skip
+        max_epochs=epochs,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+    )
     trainer.fit(student, DataLoader(data, args.batch))
 
 

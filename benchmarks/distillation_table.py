@@ -36,7 +36,10 @@ ROWS: dict[str, list[DistillationLoss]] = {
     "DKD": [DKD(beta=2.0, schedule=Window(Linear(), start=0.0, end=0.2))],
     "DIST": [DIST()],
     "SoftTargets + FeatureHint": [SoftTargets(), FeatureHint(feature_layers="blocks.2")],
-    "SoftTargets + KnowledgeReview": [SoftTargets(), KnowledgeReview(feature_layers=["blocks.0", "blocks.1", "blocks.2"])],
+    "SoftTargets + KnowledgeReview": [
+        SoftTargets(),
+        KnowledgeReview(feature_layers=["blocks.0", "blocks.1", "blocks.2"]),
+    ],
 }
 
 
@@ -56,9 +59,15 @@ def train(maker: Any, width: int, seed: int, callbacks: list[Any], data: Any, ep
     L.seed_everything(seed, verbose=False)
     module = maker(width)
     trainer = L.Trainer(
-        max_epochs=epochs, callbacks=callbacks, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, limit_val_batches=0, accelerator="cpu",
-    )  # fmt: skip
+        max_epochs=epochs,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        accelerator="cpu",
+    )
     trainer.fit(module, datamodule=data)
     (metrics,) = trainer.test(module, datamodule=data, verbose=False)
     return module, 100 * metrics["test_accuracy"]

@@ -44,19 +44,39 @@ from lightning_light.measure import measure_latency
 
 FAILURES = (LightningLightError, RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
 TORCHVISION: dict[str, dict[str, Any]] = {
-    "resnet18": {}, "resnet50": {}, "mobilenet_v2": {}, "mobilenet_v3_large": {}, "mobilenet_v3_small": {},
-    "efficientnet_b0": {}, "shufflenet_v2_x1_0": {}, "squeezenet1_1": {}, "densenet121": {},
+    "resnet18": {},
+    "resnet50": {},
+    "mobilenet_v2": {},
+    "mobilenet_v3_large": {},
+    "mobilenet_v3_small": {},
+    "efficientnet_b0": {},
+    "shufflenet_v2_x1_0": {},
+    "squeezenet1_1": {},
+    "densenet121": {},
     "googlenet": {"aux_logits": False, "init_weights": False},
     "inception_v3": {"aux_logits": False, "init_weights": False},
-    "regnet_y_400mf": {}, "convnext_tiny": {}, "vit_b_16": {}, "swin_t": {}, "mnasnet1_0": {},
-}  # fmt: skip
+    "regnet_y_400mf": {},
+    "convnext_tiny": {},
+    "vit_b_16": {},
+    "swin_t": {},
+    "mnasnet1_0": {},
+}
 TIMM = {
-    "mobilevit_s": "mobilevit_s", "ghostnet_100": "ghostnet_100", "repvgg_a0": "repvgg_a0",
-    "deit_tiny": "deit_tiny_patch16_224", "mixer_s32": "mixer_s32_224", "efficientnet_lite0": "efficientnet_lite0",
-    "mobilenetv4_small": "mobilenetv4_conv_small", "convnext_atto": "convnext_atto", "fbnetc_100": "fbnetc_100",
-    "edgenext_xxs": "edgenext_xx_small", "fastvit_t8": "fastvit_t8", "mobileone_s0": "mobileone_s0",
-    "levit_128s": "levit_128s", "rexnet_100": "rexnet_100",
-}  # fmt: skip
+    "mobilevit_s": "mobilevit_s",
+    "ghostnet_100": "ghostnet_100",
+    "repvgg_a0": "repvgg_a0",
+    "deit_tiny": "deit_tiny_patch16_224",
+    "mixer_s32": "mixer_s32_224",
+    "efficientnet_lite0": "efficientnet_lite0",
+    "mobilenetv4_small": "mobilenetv4_conv_small",
+    "convnext_atto": "convnext_atto",
+    "fbnetc_100": "fbnetc_100",
+    "edgenext_xxs": "edgenext_xx_small",
+    "fastvit_t8": "fastvit_t8",
+    "mobileone_s0": "mobileone_s0",
+    "levit_128s": "levit_128s",
+    "rexnet_100": "rexnet_100",
+}
 SIZES = {"inception_v3": 299, "timm:mobilevit_s": 256, "timm:fastvit_t8": 256}
 SMALL: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "lstm_tagger": (LSTMTagger, torch.randint(200, (1, 32))),
@@ -68,9 +88,11 @@ SMALL: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
 }
 NETWORKS = [*TORCHVISION, *(f"timm:{name}" for name in TIMM), *SMALL]
 RUNTIMES: dict[str, ll.Exporter] = {
-    "qnnpack": ll.TorchScriptLite(), "x86": ll.TorchScriptLite(), "ExecuTorch": ll.ExecuTorch(max_batch=1),
+    "qnnpack": ll.TorchScriptLite(),
+    "x86": ll.TorchScriptLite(),
+    "ExecuTorch": ll.ExecuTorch(max_batch=1),
     "ONNX": ll.ONNX(),
-}  # fmt: skip
+}
 
 
 class Randomly(LightningModule):
@@ -128,9 +150,15 @@ def trained(net: nn.Module, batches: list[Tensor], engine: str, folder: Path) ->
     ll.quantize(module, batches[:2], recipe)
     qat = ll.QuantizationAwareTraining(recipe, start=0.0, freeze_observers=0.0, freeze_batch_norm=1.0)
     trainer = Trainer(
-        max_epochs=1, callbacks=[qat], accelerator="cpu", logger=False, default_root_dir=folder,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+        max_epochs=1,
+        callbacks=[qat],
+        accelerator="cpu",
+        logger=False,
+        default_root_dir=folder,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
     trainer.fit(module.train(), DataLoader(batches[2:], batch_size=None))
     return module.eval()
 

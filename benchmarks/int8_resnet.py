@@ -21,9 +21,7 @@ import lightning_light as ll
 from lightning_light.example_input import ExampleInput
 from lightning_light.export.top1 import Labelled
 
-RUNTIMES: dict[str, ll.Exporter] = {
-    "lite": ll.TorchScriptLite(), "ExecuTorch": ll.ExecuTorch(), "ONNX": ll.ONNX()
-}  # fmt: skip
+RUNTIMES: dict[str, ll.Exporter] = {"lite": ll.TorchScriptLite(), "ExecuTorch": ll.ExecuTorch(), "ONNX": ll.ONNX()}
 
 
 def export(net: nn.Module, exporter: ll.Exporter, data: TensorDataset) -> ll.export.ExportReport:
@@ -31,9 +29,13 @@ def export(net: nn.Module, exporter: ll.Exporter, data: TensorDataset) -> ll.exp
     validation = [Labelled(ExampleInput((x,)), y) for x, y in zip(images.split(100), labels.split(100), strict=True)]
     with tempfile.TemporaryDirectory() as folder:
         return ll.export_model(
-            net, (images[:1],), f"{folder}/net{exporter.suffix}", exporter=exporter, validation=validation,
+            net,
+            (images[:1],),
+            f"{folder}/net{exporter.suffix}",
+            exporter=exporter,
+            validation=validation,
             batches=[asked.call for asked in validation[:3]],
-        )  # fmt: skip
+        )
 
 
 def rows(name: str, net: nn.Module, data: TensorDataset, runtimes: list[str], plain: dict[str, int]) -> None:

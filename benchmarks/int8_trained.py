@@ -43,11 +43,16 @@ class Inverted(nn.Module):
         wide = 4 * inputs
         self.skip = stride == 1 and inputs == outputs
         self.body = nn.Sequential(
-            nn.Conv2d(inputs, wide, 1, bias=False), nn.BatchNorm2d(wide), curve(),
-            nn.Conv2d(wide, wide, 3, stride, 1, groups=wide, bias=False), nn.BatchNorm2d(wide), curve(),
+            nn.Conv2d(inputs, wide, 1, bias=False),
+            nn.BatchNorm2d(wide),
+            curve(),
+            nn.Conv2d(wide, wide, 3, stride, 1, groups=wide, bias=False),
+            nn.BatchNorm2d(wide),
+            curve(),
             Squeeze(wide) if squeeze else nn.Identity(),
-            nn.Conv2d(wide, outputs, 1, bias=False), nn.BatchNorm2d(outputs),
-        )  # fmt: skip
+            nn.Conv2d(wide, outputs, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.body(x) if self.skip else self.body(x)
@@ -55,11 +60,17 @@ class Inverted(nn.Module):
 
 def mobile() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(1, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU6(),
-        Inverted(16, 24, 2, nn.ReLU6, False), Inverted(24, 24, 1, nn.ReLU6, False),
-        Inverted(24, 40, 2, nn.Hardswish, True), Inverted(40, 40, 1, nn.Hardswish, True),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(40, 10),
-    )  # fmt: skip
+        nn.Conv2d(1, 16, 3, 2, 1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU6(),
+        Inverted(16, 24, 2, nn.ReLU6, False),
+        Inverted(24, 24, 1, nn.ReLU6, False),
+        Inverted(24, 40, 2, nn.Hardswish, True),
+        Inverted(40, 40, 1, nn.Hardswish, True),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(40, 10),
+    )
 
 
 class RowTransformer(nn.Module):
@@ -118,9 +129,14 @@ def measure(name: str, engine: str, data: dict[str, TensorDataset], args: argpar
     module = Classifier(make(), lr)
     qat = ll.QuantizationAwareTraining(ll.Int8(engine=engine), start=0.5)
     trainer = L.Trainer(
-        max_epochs=args.epochs, callbacks=[qat], logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, accelerator="cpu",
-    )  # fmt: skip
+        max_epochs=args.epochs,
+        callbacks=[qat],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+    )
     trainer.fit(module, DataLoader(data["train"], 100, shuffle=True, drop_last=True))
     (found,) = trainer.test(module, DataLoader(data["test"], 500), verbose=False)
     print(f"{name}, {engine}: top-1 in the Trainer {found['top1']:.2%}", flush=True)

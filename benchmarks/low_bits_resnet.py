@@ -80,9 +80,12 @@ def trained_on(
     )
     look = LookAtFirst(args.observe, data["test"])
     quiet = {
-        "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
         "accelerator": "cpu",
-    }  # fmt: skip
+    }
     train = TensorDataset(*(tensor[: args.images] for tensor in data["train"].tensors))
     trainer = L.Trainer(max_epochs=args.epochs, callbacks=[qat, look], precision=args.precision, **quiet)
     trainer.fit(module, DataLoader(train, 128, shuffle=True, drop_last=True))

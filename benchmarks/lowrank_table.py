@@ -32,8 +32,11 @@ from lightning_light.measure import count_cost, measure_latency
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 QUIET: dict[str, Any] = {
-    "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,
-}  # fmt: skip
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
 
 
 def exported(net: nn.Module, example: Tensor) -> Callable[[], object]:
@@ -61,8 +64,13 @@ def row(name: str, right: list[float], net: nn.Module, dense: nn.Module, example
     """One line: accuracy over the seeds, cost, and time beside the dense network's, measured in turns."""
     before, after = speed(dense, net, example)
     mean, spread = statistics.mean(right), statistics.stdev(right) if len(right) > 1 else 0.0
-    cells = [f"{mean:.2%} ± {spread:.2%}" if len(right) > 1 else f"{mean:.2%}", f"{macs(net, example):.2f} M",
-             f"{sum(p.numel() for p in net.parameters()):,}", f"{after:.3f} ms", f"{after / before:.2f}"]  # fmt: skip
+    cells = [
+        f"{mean:.2%} ± {spread:.2%}" if len(right) > 1 else f"{mean:.2%}",
+        f"{macs(net, example):.2f} M",
+        f"{sum(p.numel() for p in net.parameters()):,}",
+        f"{after:.3f} ms",
+        f"{after / before:.2f}",
+    ]
     print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 

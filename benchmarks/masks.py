@@ -47,10 +47,17 @@ MALLOC = {-8: 1, -3: 1 << 30, -1: (1 << 31) - 1}  # glibc: M_ARENA_MAX, M_MMAP_T
 class Small(nn.Sequential):
     def __init__(self) -> None:
         super().__init__(
-            nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(4),
-            nn.Flatten(), nn.Linear(64 * 16, 10),
-        )  # fmt: skip
+            nn.Conv2d(3, 32, 3, padding=1),
+            nn.BatchNorm2d(32),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, 3, padding=1),
+            nn.BatchNorm2d(64),
+            nn.ReLU(),
+            nn.MaxPool2d(4),
+            nn.Flatten(),
+            nn.Linear(64 * 16, 10),
+        )
 
 
 class Block(nn.Module):
@@ -96,9 +103,14 @@ class Module(L.LightningModule):
 def lightnings(module: Module) -> L.Callback:
     layers = [(m, "weight") for m in module.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     return ModelPruning(
-        "l1_unstructured", layers, amount=0.8, use_global_unstructured=True, use_lottery_ticket_hypothesis=False,
-        apply_pruning=lambda epoch: epoch == 0, make_pruning_permanent=False,
-    )  # fmt: skip
+        "l1_unstructured",
+        layers,
+        amount=0.8,
+        use_global_unstructured=True,
+        use_lottery_ticket_hypothesis=False,
+        apply_pruning=lambda epoch: epoch == 0,
+        make_pruning_permanent=False,
+    )
 
 
 Way = Callable[[Module], list[L.Callback]]
@@ -168,10 +180,15 @@ def runs_of(ways: dict[str, Way], net: nn.Module, batch: int) -> dict[str, Turns
     def fit(build: Way, turns: Turns) -> None:
         module = Module(copy.deepcopy(net), data)
         trainer = L.Trainer(
-            max_epochs=2, callbacks=[*build(module), turns], accelerator="cpu", logger=False,
-            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+            max_epochs=2,
+            callbacks=[*build(module), turns],
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
             reload_dataloaders_every_n_epochs=1,
-        )  # fmt: skip
+        )
         trainer.fit(module)
 
     return {name: Turns(functools.partial(fit, build)) for name, build in ways.items()}
@@ -236,8 +253,11 @@ def measure_hooks(net: nn.Module, rounds: int) -> None:
     print("| way | a step without | it adds, lowest tenth | it adds, median |\n|---|---|---|---|")
     for name, pairs in found.items():
         low, low_without = (statistics.quantiles(seconds, n=10)[0] for seconds in zip(*pairs, strict=True))
-        print(f"| {name} | {1e6 * low_without:.0f} us | {1e6 * (low - low_without):.0f} us | "
-              f"{1e6 * statistics.median(own - without for own, without in pairs):.0f} us |", flush=True)  # fmt: skip
+        print(
+            f"| {name} | {1e6 * low_without:.0f} us | {1e6 * (low - low_without):.0f} us | "
+            f"{1e6 * statistics.median(own - without for own, without in pairs):.0f} us |",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -268,8 +288,11 @@ def main() -> None:
                 found[way] += pairs
         for way, pairs in found.items():
             low, middle, high = statistics.quantiles([100 * (own / none - 1) for own, none in pairs], n=4)
-            print(f"| {name} | {batch} | {way} | {1e3 * statistics.median(own for own, _ in pairs):.1f} ms | "
-                  f"{middle:+.1f} % [{low:+.1f}, {high:+.1f}] |", flush=True)  # fmt: skip
+            print(
+                f"| {name} | {batch} | {way} | {1e3 * statistics.median(own for own, _ in pairs):.1f} ms | "
+                f"{middle:+.1f} % [{low:+.1f}, {high:+.1f}] |",
+                flush=True,
+            )
         began = time.thread_time()
         ll.prune_weights(net, pruning=ll.WeightPruning(ll.Sparsity(0.8)))
         print(f"{name}: choosing all masks takes {1e3 * (time.thread_time() - began):.0f} ms")

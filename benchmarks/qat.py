@@ -64,9 +64,11 @@ def pt2e(net: nn.Module, x: Tensor) -> nn.Module:
     quantizer.set_global(x86_inductor_quantizer.get_default_x86_inductor_quantization_config(is_qat=True))
     exported = torch.export.export(net.train(), (x,)).module()
     prepared = quantize_pt2e.prepare_qat_pt2e(exported, quantizer)
-    return quantize_pt2e.move_exported_model_to_train(prepared) if hasattr(
-        quantize_pt2e, "move_exported_model_to_train"
-    ) else prepared  # fmt: skip
+    return (
+        quantize_pt2e.move_exported_model_to_train(prepared)
+        if hasattr(quantize_pt2e, "move_exported_model_to_train")
+        else prepared
+    )
 
 
 def step(net: nn.Module, x: Tensor, after_batch: Callable[[], None] | None) -> float:

@@ -66,8 +66,10 @@ def main() -> None:
         runs = [train(METHODS[name](seed), args, seed) for seed in range(args.seeds)]
         accuracies, zeros = [100 * accuracy for accuracy, _, _ in runs], runs[-1][1]
         spread = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
-        lines.append(f"| {name} | {statistics.mean(accuracies):.2f} ± {spread:.2f} | {zeros.sparsity:.2%} | "
-                     f"{zeros.bytes / 1e3:.0f} kB | {zeros.deflated / 1e3:.0f} kB |")  # fmt: skip
+        lines.append(
+            f"| {name} | {statistics.mean(accuracies):.2f} ± {spread:.2f} | {zeros.sparsity:.2%} | "
+            f"{zeros.bytes / 1e3:.0f} kB | {zeros.deflated / 1e3:.0f} kB |"
+        )
         print(lines[-1], [round(accuracy, 2) for accuracy in accuracies], flush=True)
     print("| method | test accuracy, % | zeros | tensors | compressed |\n|---|---|---|---|---|")
     print("\n".join(lines))

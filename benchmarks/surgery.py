@@ -47,9 +47,15 @@ def torch_pruning(name: str) -> tuple[float, float]:
     last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
     started = time.perf_counter()
     pruner = tp.pruner.BasePruner(
-        model, example, importance=tp.importance.GroupMagnitudeImportance(p=2), pruning_ratio=SHARE,
-        ignored_layers=[last], num_heads=heads_of(model), in_channel_groups={}, out_channel_groups={},
-    )  # fmt: skip
+        model,
+        example,
+        importance=tp.importance.GroupMagnitudeImportance(p=2),
+        pruning_ratio=SHARE,
+        ignored_layers=[last],
+        num_heads=heads_of(model),
+        in_channel_groups={},
+        out_channel_groups={},
+    )
     built = time.perf_counter()
     pruner.step()
     return built - started, time.perf_counter() - built

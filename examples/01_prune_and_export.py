@@ -74,9 +74,12 @@ def train(callbacks: list[L.Callback], export: ll.MobileExport, args: argparse.N
     (metrics,) = trainer.test(module, datamodule=data, verbose=False)
     cost, report = count_cost(module, (torch.zeros(1, 1, 28, 28),)), export.report
     return [
-        f"{metrics['test_accuracy']:.2%}", f"{cost.params:,}", f"{cost.macs / 1e6:.2f} M",
-        f"{report.bytes / 1e3:.0f} kB", f"{report.latency.median * 1e3:.3f} ms",
-    ]  # fmt: skip
+        f"{metrics['test_accuracy']:.2%}",
+        f"{cost.params:,}",
+        f"{cost.macs / 1e6:.2f} M",
+        f"{report.bytes / 1e3:.0f} kB",
+        f"{report.latency.median * 1e3:.3f} ms",
+    ]
 
 
 def main() -> None:

@@ -58,13 +58,21 @@ class Curve(L.Callback):
         self.points.append((trainer.global_step, ll.measure_sparsity(pl_module).sparsity, accuracy))
 
 
-def train(callbacks: list[L.Callback], args: argparse.Namespace, seed: int = 0) -> tuple[float, ll.SparsityReport, Curve]:
+def train(
+    callbacks: list[L.Callback], args: argparse.Namespace, seed: int = 0
+) -> tuple[float, ll.SparsityReport, Curve]:
     L.seed_everything(seed, verbose=False)
     module, data, curve = Classifier(), FashionMNIST(args.data), Curve()
     trainer = L.Trainer(
-        max_epochs=args.epochs, callbacks=[*callbacks, curve], default_root_dir=args.out, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
-    )  # fmt: skip
+        max_epochs=args.epochs,
+        callbacks=[*callbacks, curve],
+        default_root_dir=args.out,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
     trainer.fit(module, datamodule=data)
     (metrics,) = trainer.test(module, datamodule=data, verbose=False)
     return metrics["test_accuracy"], ll.measure_sparsity(module), curve

@@ -26,11 +26,23 @@ class Classifier(L.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.net = nn.Sequential(
-            nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(width, 2 * width, 3, padding=1), nn.BatchNorm2d(2 * width), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(2 * width, 4 * width, 3, padding=1), nn.BatchNorm2d(4 * width), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Flatten(), nn.Linear(36 * width, 128), nn.ReLU(), nn.Linear(128, 10),
-        )  # fmt: skip
+            nn.Conv2d(1, width, 3, padding=1),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(width, 2 * width, 3, padding=1),
+            nn.BatchNorm2d(2 * width),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(2 * width, 4 * width, 3, padding=1),
+            nn.BatchNorm2d(4 * width),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(36 * width, 128),
+            nn.ReLU(),
+            nn.Linear(128, 10),
+        )
         self.accuracy = MulticlassAccuracy(10, average="micro")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -53,17 +65,23 @@ def train(callbacks: list[L.Callback], name: str, args: argparse.Namespace) -> l
     module, data = Classifier(), FashionMNIST(args.data)
     export = ll.MobileExport(args.out / f"{name}.ptl")
     trainer = L.Trainer(
-        max_epochs=args.epochs, callbacks=[*callbacks, export], default_root_dir=args.out, logger=False,
+        max_epochs=args.epochs,
+        callbacks=[*callbacks, export],
+        default_root_dir=args.out,
+        logger=False,
         enable_checkpointing=False,
-    )  # fmt: skip
+    )
     trainer.fit(module, datamodule=data)
     (metrics,) = trainer.test(module, datamodule=data, verbose=False)
     cost, packed = count_cost(module, (torch.zeros(1, 1, 28, 28),)), args.out / f"{name}.llwc"
     save_clustered(module, packed)
     return [
-        f"{metrics['test_accuracy']:.2%}", f"{cost.params:,}", f"{cost.macs / 1e6:.2f} M",
-        f"{export.report.latency.median * 1e3:.3f} ms", f"{packed.stat().st_size / 1e3:.0f} kB",
-    ]  # fmt: skip
+        f"{metrics['test_accuracy']:.2%}",
+        f"{cost.params:,}",
+        f"{cost.macs / 1e6:.2f} M",
+        f"{export.report.latency.median * 1e3:.3f} ms",
+        f"{packed.stat().st_size / 1e3:.0f} kB",
+    ]
 
 
 def main() -> None:

@@ -51,12 +51,16 @@ def train(
     trainer.save_checkpoint(args.out / f"{name}.ckpt")
     rows = [
         [
-            name, type(export.exporter).__name__, f"{metrics['test_accuracy']:.2%}", f"{top1(export, data):.2%}",
-            f"{export.report.macs / 1e6:.2f} M", f"{export.report.bytes / 1e3:.0f} kB",
+            name,
+            type(export.exporter).__name__,
+            f"{metrics['test_accuracy']:.2%}",
+            f"{top1(export, data):.2%}",
+            f"{export.report.macs / 1e6:.2f} M",
+            f"{export.report.bytes / 1e3:.0f} kB",
             f"{export.report.latency.median * 1e3:.3f} ms",
         ]
         for export in exports
-    ]  # fmt: skip
+    ]
     return module, rows
 
 

@@ -15,12 +15,12 @@ from lightning_light.errors import NoEffectWarning
 from lightning_light.host.classes import Callback
 from lightning_light.int8 import Int8Weights
 from lightning_light.order import check_order
-from lightning_light.surgery.distributed import check_agreement, refuse_unsupported, rewrap, log_rank_zero
-from lightning_light.surgery.attachment import attach, has_state, state_of, record, release
-from lightning_light.surgery.state import CompressionState
+from lightning_light.surgery.attachment import attach, has_state, record, release, state_of
 from lightning_light.surgery.averaged_models import averaged_models_of
-from lightning_light.surgery.optimizer import check_optimizers
 from lightning_light.surgery.checkpoint_monitoring import reset_monitoring
+from lightning_light.surgery.distributed import check_agreement, log_rank_zero, refuse_unsupported, rewrap
+from lightning_light.surgery.optimizer import check_optimizers
+from lightning_light.surgery.state import CompressionState
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -30,7 +30,7 @@ __all__ = ["CompressionCallback"]
 
 
 class CompressionCallback(Callback):
-    """The base of every method: it says when, and keeps what must survive a checkpoint in the module's compression_state.
+    """Base class of every method: decides when to act and keeps its state in the module's compression state.
 
     A subclass names its `method` and `stage`, keeps its progress in `state`, changes the network only at
     ``on_train_batch_start``, and calls ``_after_surgery`` when it has changed shapes or modules. Not at
@@ -65,7 +65,7 @@ class CompressionCallback(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot work, and let the module's checkpoints carry the compression_state before one is loaded."""
+        """Refuse unsupported settings, and attach the compression state before a checkpoint is loaded."""
         if self.structural:
             refuse_unsupported(trainer, type(self).__name__)
         peers = _peers(trainer)
@@ -99,11 +99,11 @@ class CompressionCallback(Callback):
         return None
 
     def compression_state(self, pl_module: nn.Module) -> CompressionState:
-        """The module's compression_state: the edit_log of structural changes, and the state of every method."""
+        """The module's compression state: the edit log of structural changes, and the state of every method."""
         return state_of(pl_module) if has_state(pl_module) else attach(pl_module)
 
     def state(self, pl_module: nn.Module) -> dict[str, Any]:
-        """This method's part of the compression_state: plain types and tensors, in every checkpoint of the module.
+        """This method's part of the compression state: plain types and tensors, in every checkpoint of the module.
 
         Restored with the weights, also from a weights-only checkpoint. Ask for it anew in every hook: loading a
         checkpoint replaces it.
@@ -139,13 +139,13 @@ class CompressionCallback(Callback):
     ) -> None:
         """Let everything that refers to the network follow: checkpoints, averaged copies, DDP, compiled code.
 
-        Once for a whole event, on every rank, when the optimizers and the averaged copies (`averaged_models_of`) have been
-        changed along with the live module.
+        Call it once per event, on every rank, after the optimizers and the averaged models have been changed along with
+        the live module.
 
         Args:
             trainer: the Trainer.
             pl_module: the live module, changed.
-            entry: what the edit_log records: plain types under the name of a registered operation.
+            entry: what the edit log records: plain types under the name of a registered operation.
             summary: what has happened, for the log line.
             kept: for ``channels``: tensor name -> dimension -> positions that stayed.
         """

@@ -138,8 +138,10 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 def _is_a(module: nn.Module, kind: str) -> bool:
     """Whether the class of ``module``, or one it inherits from, is called ``kind``."""
-    return any(kind in (cls.__name__, f"{cls.__module__}.{cls.__qualname__}") or _is_alias(cls, kind)
-               for cls in type(module).__mro__)  # fmt: skip
+    return any(
+        kind in (cls.__name__, f"{cls.__module__}.{cls.__qualname__}") or _is_alias(cls, kind)
+        for cls in type(module).__mro__
+    )
 
 
 def _is_alias(cls: type, path: str) -> bool:

@@ -56,9 +56,14 @@ def main(name: str, folder: Path) -> None:
         ]
         module = Lit()
         run = host.Trainer(
-            max_epochs=3, accelerator="cpu", callbacks=callbacks, logger=host.loggers.CSVLogger(place),
-            enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1,
-        )  # fmt: skip
+            max_epochs=3,
+            accelerator="cpu",
+            callbacks=callbacks,
+            logger=host.loggers.CSVLogger(place),
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            log_every_n_steps=1,
+        )
         run.fit(module, data, data, ckpt_path=resume)
         return module, run
 

@@ -56,7 +56,12 @@ def main(folder: Path, kill_at: int) -> None:
     run.fit(module, ckpt_path=saved[-1] if saved else None)
     metrics = {name: float(value) for name, value in run.callback_metrics.items()}
     compression_state = state_of(module)
-    end = {**outcome(run, module), "metrics": metrics, "losses": module.losses, "compression_state": compression_state.state}
+    end = {
+        **outcome(run, module),
+        "metrics": metrics,
+        "losses": module.losses,
+        "compression_state": compression_state.state,
+    }
     torch.save({**end, "edit_log": compression_state.edit_log}, folder / "end.pt")
 
 

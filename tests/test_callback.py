@@ -55,7 +55,7 @@ class Watches(CompressionCallback):
 
 
 @pytest.mark.parametrize("host", HOSTS)
-def test_nothing_is_left_behind_but_the_wrappers_and_the_ledger(host) -> None:
+def test_nothing_is_left_behind_but_the_wrappers_and_the_compression_state(host) -> None:
     def inside(module: nn.Module) -> dict[str, Any]:
         return {
             f"{path}.{name}": (list(value) if isinstance(value, dict) else None)
@@ -69,7 +69,7 @@ def test_nothing_is_left_behind_but_the_wrappers_and_the_ledger(host) -> None:
     trainer(events, host=host, max_epochs=1).fit(after, Loader())
     added = {name: value for name, value in inside(after).items() if name not in inside(before)}
     added = {name for name in added if not name.startswith("net.fc")}
-    assert added == {"._lightning_light_ledger", ".on_save_checkpoint", ".on_load_checkpoint"}
+    assert added == {"._lightning_light_compression_state", ".on_save_checkpoint", ".on_load_checkpoint"}
     for name in ("_forward_hooks", "_forward_pre_hooks", "_load_state_dict_pre_hooks", "_backward_hooks"):
         assert not any(getattr(child, name) for child in after.modules())
     assert [child.training for child in after.modules()] == [True] * len(list(after.modules()))

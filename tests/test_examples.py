@@ -138,9 +138,13 @@ def test_the_yaml_twin_ends_with_the_same_weights(
     python = final_weights(out)
     data, epochs = (small, 2) if config == "prune" else ("small.npz", 5)
     run(
-        EXAMPLES / "cli.py", "fit", f"--config={EXAMPLES / 'configs' / config}.yaml", f"--data.data={data}",
-        f"--trainer.max_epochs={epochs}", folder=folder,
-    )  # fmt: skip
+        EXAMPLES / "cli.py",
+        "fit",
+        f"--config={EXAMPLES / 'configs' / config}.yaml",
+        f"--data.data={data}",
+        f"--trainer.max_epochs={epochs}",
+        folder=folder,
+    )
     assert len(list(out.glob("lightning_logs/version_*"))) == 3
     yaml = final_weights(out)
     assert python.keys() == yaml.keys()

@@ -239,7 +239,7 @@ class ReshapeFlatten(Net):
 
 
 class BatchNormFree(Net):
-    """No norm, no bias: the weights alone log_rank_zero what a channel is worth."""
+    """No norm, no bias: the weights alone show what a channel is worth."""
 
     def __init__(self) -> None:
         super().__init__()

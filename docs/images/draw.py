@@ -21,9 +21,11 @@ def main(run: Path) -> None:
     events = EventAccumulator(str(version)).Reload()
     curve = [(event.step, event.value) for event in events.Scalars("val_accuracy")]
     report_image(
-        History.from_plain(state["history"]), Path(__file__).with_name("prune_and_export.png"),
-        metrics={"validation accuracy": curve}, title="Fashion-MNIST: pruned to 40 % of its MACs in one fit",
-    )  # fmt: skip
+        History.from_plain(state["history"]),
+        Path(__file__).with_name("prune_and_export.png"),
+        metrics={"validation accuracy": curve},
+        title="Fashion-MNIST: pruned to 40 % of its MACs in one fit",
+    )
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ class WeightClustering(CompressionCallback):
     Huffman Coding". https://arxiv.org/abs/1510.00149
 
     The weights stay plain parameters, which hold their clustered values at every validation, checkpoint and export.
-    SparsityReport of a mask keep a centroid of their own; fake quantization of a clustered layer maps equal weights to equal
+    Masked weights keep a centroid at zero; fake quantization of a clustered layer maps equal weights to equal
     ones.
 
     Example:

@@ -18,7 +18,7 @@ class BatchNormScale(Criterion):
     """Score ``|gamma|``, the affine scale of the norm behind the channels; no other tensor counts.
 
     Liu et al., 2017, "Learning Efficient Convolutional Networks through Network Slimming". The paper trains with an
-    L1 penalty on ``gamma`` so that many of them shrink; without one, scales may differ too little to log_rank_zero.
+    L1 penalty on ``gamma`` so that many of them shrink; without one, scales may differ too little to rank.
     https://arxiv.org/abs/1708.06519
     """
 

@@ -1,4 +1,4 @@
-"""DependencyGraph: which channels of a network hang together, found by following every channel through one forward pass."""
+"""Dependency tracing: find coupled channels by following every channel through one forward pass."""
 
 from lightning_light.dependency.groups import ChannelGroup, DependencyGraph, Member
 from lightning_light.dependency.verification import trace_dependencies

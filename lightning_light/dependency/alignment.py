@@ -10,8 +10,18 @@ from lightning_light.dependency.trace import Tracer
 
 __all__ = ["misaligned"]
 
-_QUIET = {"clone", "contiguous", "_to_copy", "alias", "detach", "view", "_unsafe_view", "reshape", "_reshape_alias",
-          "expand"}  # fmt: skip
+_QUIET = {
+    "clone",
+    "contiguous",
+    "_to_copy",
+    "alias",
+    "detach",
+    "view",
+    "_unsafe_view",
+    "reshape",
+    "_reshape_alias",
+    "expand",
+}
 """What torch inserts or leaves out as strides are; it changes no channel that the next operation would not show."""
 
 

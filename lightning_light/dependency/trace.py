@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lightning_light.dependency.context import TraceContext, Tie
+from lightning_light.dependency.context import Tie, TraceContext
 from lightning_light.dependency.labels import LabelUnion
 from lightning_light.dependency.rules import RULES, elementwise, unknown
 from lightning_light.errors import TraceError
-from lightning_light.measure.isolation import unfused_kernels, uncompiled
+from lightning_light.measure.isolation import uncompiled, unfused_kernels
 
 __all__ = ["FORWARD_ERRORS", "Leaf", "Tracer", "leaf_tensors", "quiet", "trace"]
 

@@ -13,7 +13,7 @@ from lightning_light.distillation.features import (
 )
 from lightning_light.distillation.knowledge_distillation import KnowledgeDistillation
 from lightning_light.distillation.logits import DIST, DKD, LogitStandardization, SoftTargets
-from lightning_light.distillation.loss import DistillationLoss, Decreasing, FeatureLoss
+from lightning_light.distillation.loss import Decreasing, DistillationLoss, FeatureLoss
 from lightning_light.distillation.teachers import (
     CheckpointTeacher,
     FactoryTeacher,

@@ -52,7 +52,8 @@ def caches_of(
     if where == "memory":
         kept = state.setdefault("cache", {})
         return [
-            TeacherOutputCache(kept.setdefault(str(place), {}), None, half=half, teacher="") for place in range(len(teachers))
+            TeacherOutputCache(kept.setdefault(str(place), {}), None, half=half, teacher="")
+            for place in range(len(teachers))
         ]
     caches = []
     for place, teacher in enumerate(teachers):

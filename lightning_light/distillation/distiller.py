@@ -9,13 +9,13 @@ from typing import Any, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_light.distillation.step_patch import Call
 from lightning_light.distillation.cache import TeacherOutputCache, fingerprints
+from lightning_light.distillation.feature_layers import FeatureHooks, match_resolutions, pair_feature_layers
 from lightning_light.distillation.loss import DistillationLoss, FeatureLoss, pooled, rows
-from lightning_light.distillation.self_teacher import InModelTeacher
 from lightning_light.distillation.projectors import Projectors, channel_source
 from lightning_light.distillation.selectors import Selector, labels_of, select
-from lightning_light.distillation.feature_layers import FeatureHooks, match_resolutions, pair_feature_layers
+from lightning_light.distillation.self_teacher import InModelTeacher
+from lightning_light.distillation.step_patch import Call
 from lightning_light.distillation.teachers import Teacher
 from lightning_light.example_input import ExampleInput, tensors_in
 
@@ -51,7 +51,7 @@ class Distiller:
 
     Attributes:
         student: the module in which student feature_layers are looked up.
-        prefix: its path in the LightningModule, with a dot; what names in the edit_log begin with.
+        prefix: its path in the LightningModule, with a dot; what names in the edit log begin with.
         teachers: at work.
         factors: of the teachers.
         losses: the losses.
@@ -230,7 +230,8 @@ class Distiller:
             heard = self._listeners[0].seen.get(student), self._listeners[place + 1].seen.get(teacher)
             if heard[0] is None or heard[1] is None:
                 raise ValueError(
-                    f"`{type(loss).__name__}(feature_layers={feature_layers!r})`: expected `{student}` of the student and `{teacher}` of "
+                    f"`{type(loss).__name__}(feature_layers={feature_layers!r})`: expected `{student}` of the "
+                    f"student and `{teacher}` of "
                     "the teacher to be called in a forward pass and to return a tensor, found that "
                     f"{'the student' if heard[0] is None else 'the teacher'} does not. Tap another module."
                 )
@@ -247,9 +248,16 @@ class Distiller:
         return mine and f"{self.prefix}{mine}", other and f"{teacher.prefix}{other}"
 
     def _fitting(
-        self, loss: DistillationLoss, key: str, kind: str, student: Tensor, teacher: Tensor, tap: str | None = None,
-        source: str | None = None, target: str | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        self,
+        loss: DistillationLoss,
+        key: str,
+        kind: str,
+        student: Tensor,
+        teacher: Tensor,
+        tap: str | None = None,
+        source: str | None = None,
+        target: str | None = None,
+    ) -> tuple[Tensor, Tensor]:
         before = tuple(student.shape)
         projected = self.projectors(key, kind, student, teacher, source, target)
         if projected.ndim != teacher.ndim and teacher.ndim > 2 and projected.ndim == 2:
@@ -289,7 +297,8 @@ class Distiller:
     def _refuse_opaque(self, teacher: Teacher, loss: DistillationLoss) -> None:
         if teacher.is_opaque:
             raise ValueError(
-                f"`{type(loss).__name__}(feature_layers={getattr(loss, 'feature_layers', None)!r})`: expected a teacher made of modules, "
+                f"`{type(loss).__name__}(feature_layers={getattr(loss, 'feature_layers', None)!r})`: "
+                f"expected a teacher made of modules, "
                 f"found a `{type(teacher.module).__name__}`, whose inner features cannot be heard. Compare outputs, or "
                 "load the teacher from its checkpoint."
             )

@@ -34,13 +34,16 @@ def pair_feature_layers(feature_layers: Taps, student: nn.Module, teacher: nn.Mo
     if isinstance(feature_layers, Mapping):
         wanted = feature_layers
     else:
-        wanted = {path: path for path in ([feature_layers] if isinstance(feature_layers, str) else feature_layers or [])}
+        wanted = {
+            path: path for path in ([feature_layers] if isinstance(feature_layers, str) else feature_layers or [])
+        }
     pairs: list[tuple[str, str]] = []
     for mine, theirs in wanted.items():
         left, right = _matching(mine, student, "student"), _matching(theirs, teacher, "teacher")
         if len(left) != len(right):
             raise TargetError(
-                f"`feature_layers={{{mine!r}: {theirs!r}}}`: expected as many modules in the student as in the teacher, found "
+                f"`feature_layers={{{mine!r}: {theirs!r}}}`: expected as many modules in the student as "
+                "in the teacher, found "
                 f"{len(left)} ({', '.join(left)}) and {len(right)} ({', '.join(right)}). Name them one by one."
             )
         pairs += zip(left, right, strict=True)
@@ -67,8 +70,10 @@ def match_resolutions(
     pairs = [(path, last_teacher[size]) for size, path in last_student.items() if size in last_teacher]
     if not pairs:
         raise TargetError(
-            f"`feature_layers='auto'`: expected feature maps of one resolution in both networks, found {sorted(last_student)} in "
-            f"the student and {sorted(last_teacher)} in the teacher. Name the feature_layers: `feature_layers={{'layer3': 'layer3'}}`."
+            f"`feature_layers='auto'`: expected feature maps of one resolution in both networks, "
+            f"found {sorted(last_student)} in "
+            f"the student and {sorted(last_teacher)} in the teacher. Name them: "
+            f"`feature_layers={{'layer3': 'layer3'}}`."
         )
     return pairs
 

@@ -14,9 +14,16 @@ from typing_extensions import override
 from lightning_light.distillation.loss import FeatureLoss, check_positive, pooled, same_resolution
 
 __all__ = [
-    "RKD", "SRD", "AttentionTransfer", "ChannelWise", "ContrastiveHint", "FeatureHint", "KnowledgeReview",
-    "OutputRegression", "SimilarityPreserving",
-]  # fmt: skip
+    "RKD",
+    "SRD",
+    "AttentionTransfer",
+    "ChannelWise",
+    "ContrastiveHint",
+    "FeatureHint",
+    "KnowledgeReview",
+    "OutputRegression",
+    "SimilarityPreserving",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +55,7 @@ class FeatureHint(FeatureLoss):
 class KnowledgeReview(FeatureLoss):
     """Each stage of the student learns from the teacher's at its own depth and from all before it.
 
-    ``sum_i sum_(j <= i) D(r_ij(s_i), t_j)`` over the feature_layers in their order, with projectors r and the hierarchical
+    ``sum_i sum_(j <= i) D(r_ij(s_i), t_j)`` over the feature layers in order, with projectors r and the hierarchical
     context distance ``D(s, t) = (mse(s, t) + sum_k 2^-k mse(pool_k(s), pool_k(t))) / (1 + sum_k 2^-k)``, where
     ``pool_k`` averages to 4 x 4, 2 x 2 and 1 x 1 positions, where there are more. Chen et al., 2021, "Distilling
     Knowledge via Knowledge Review". https://arxiv.org/abs/2104.09044. The double sum itself, without the attention

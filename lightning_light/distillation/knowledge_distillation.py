@@ -12,22 +12,22 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_light.callback import CompressionCallback
-from lightning_light.distillation.step_patch import StudentHook, Wrapping, add_to
-from lightning_light.distillation.loss_balancing import gradient_factors
 from lightning_light.distillation.cache import TeacherOutputCache, caches_of
 from lightning_light.distillation.checks import check_arguments, check_exits, end_of, refuse_shared, samples_of
 from lightning_light.distillation.distiller import Distiller, Reading, Term, total_of
+from lightning_light.distillation.feature_layers import part_of
 from lightning_light.distillation.logits import SoftTargets
 from lightning_light.distillation.loss import DistillationLoss
-from lightning_light.distillation.self_teacher import InModelTeacher, copy_of_student, move_towards
+from lightning_light.distillation.loss_balancing import gradient_factors
 from lightning_light.distillation.projectors import Projectors, discard, owner_of
 from lightning_light.distillation.selectors import Selector
-from lightning_light.distillation.feature_layers import part_of
+from lightning_light.distillation.self_teacher import InModelTeacher, copy_of_student, move_towards
+from lightning_light.distillation.step_patch import StudentHook, Wrapping, add_to
 from lightning_light.distillation.teachers import LiveTeacher, SelfTeacher, Teacher, TeacherSource, as_source
 from lightning_light.order import Stage
 from lightning_light.progress import steps_done, training_progress
 from lightning_light.schedules import Schedule, resolve
-from lightning_light.surgery.distributed import reduce_mean, log_rank_zero
+from lightning_light.surgery.distributed import log_rank_zero, reduce_mean
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -173,9 +173,16 @@ class KnowledgeDistillation(CompressionCallback):
             refuse_shared(teacher, trainer.optimizers)
         weights = self.teacher_weights or [1.0 / len(teachers)] * len(teachers)
         self._distiller = Distiller(
-            base, f"{self.student}." if self.student else "", teachers, weights, self._losses, self._reading(),
-            self._projectors, self._caches(trainer, state, teachers), state.setdefault("feature_layers", {}),
-        )  # fmt: skip
+            base,
+            f"{self.student}." if self.student else "",
+            teachers,
+            weights,
+            self._losses,
+            self._reading(),
+            self._projectors,
+            self._caches(trainer, state, teachers),
+            state.setdefault("feature_layers", {}),
+        )
         self._distiller.listen()
         self._watch = StudentHook(self.student if self.student is not None else state.get("student"))
         self._watch.listen(pl_module)
@@ -254,8 +261,16 @@ class KnowledgeDistillation(CompressionCallback):
         self._batch, self._scalars, self._begun = None, {}, False
 
     def _reading(self) -> Reading:
-        return Reading(self.output, self.teacher_output, self.inputs, self.labels, self.mask, self.ignore_index,
-                       self.sample_index, self.fixed_views)  # fmt: skip
+        return Reading(
+            self.output,
+            self.teacher_output,
+            self.inputs,
+            self.labels,
+            self.mask,
+            self.ignore_index,
+            self.sample_index,
+            self.fixed_views,
+        )
 
     def _teacher(self, source: TeacherSource, pl_module: LightningModule, like: Tensor) -> Teacher:
         if isinstance(source, LiveTeacher):
@@ -310,9 +325,14 @@ class KnowledgeDistillation(CompressionCallback):
         return output if extra is None else add_to(output, extra)
 
     def _manual_backward(
-        self, trainer: Trainer, pl_module: LightningModule, original: Callable[..., Any], loss: Tensor, *args: Any,
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        original: Callable[..., Any],
+        loss: Tensor,
+        *args: Any,
         **kwargs: Any,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """The first backward after a call of the student takes the distillation losses with it."""
         shares = self._shares(trainer)
         extra = self._extra(trainer, pl_module, loss, shares) if any(shares) else None

@@ -89,7 +89,7 @@ class FeatureLoss(DistillationLoss):
     """Compares features from inside, or, without ``feature_layers``, the outputs.
 
     Args:
-        feature_layers: module paths, globs allowed, the same in student and teacher (``"layer3"``, ``["layer2", "layer3"]``),
+        feature_layers: module paths, globs allowed, equal in both networks (``"layer3"``, ``["layer2", "layer3"]``),
             or student path -> teacher path; ``"auto"`` pairs the last layers of each resolution. None: the outputs.
         projector: what brings the student's features to the teacher's width and is trained with the student:
             ``"conv"`` (1x1), ``"linear"`` (on averaged positions), ``"auto"`` (by the number of dimensions) or
@@ -126,7 +126,7 @@ class FeatureLoss(DistillationLoss):
         """
 
     def pairs(self, found: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-        """Which feature_layers are compared with which, given those that belong together: these, unless a loss says otherwise."""
+        """Pairs of feature layers to compare; a loss may override the given pairing."""
         return list(found)
 
     def _counts(self, features: Tensor, mask: Tensor) -> bool:

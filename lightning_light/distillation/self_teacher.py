@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from lightning_light.distillation.step_patch import Call, StudentHook
 from lightning_light.distillation.feature_layers import part_of
+from lightning_light.distillation.step_patch import Call, StudentHook
 from lightning_light.distillation.teachers import Teacher
 from lightning_light.surgery.attachment import attach
 from lightning_light.surgery.manifest import KEY

@@ -159,7 +159,7 @@ def _settle(model: nn.Module) -> None:
 
 
 def advice(call: str, model: Positional, error: BaseException) -> str:
-    """What to log_rank_zero whoever wrote the network."""
+    """The message for the author of the network."""
     name, text = type(model.model).__name__, str(error).strip()
     first = next(iter(text.splitlines()), type(error).__name__)
     if "data-dependent" in text or "DataDependent" in type(error).__name__:

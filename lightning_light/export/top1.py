@@ -33,7 +33,7 @@ class Top1:
 
     Attributes:
         samples: that were asked.
-        agreement: share of the answers in which file and model log_rank_zero the same class.
+        agreement: share of the answers in which file and model give the same class.
         model: share of the model's that are right; None if no labels are known.
         file: share of the file's that are right.
     """

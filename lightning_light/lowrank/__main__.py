@@ -43,10 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _class(given.module),
             given.checkpoint,
             given.out,
-            factorization=LowRankFactorization(**_what(given), form=given.form, round_to=given.round_to,
-                                               targets=given.targets),
+            factorization=LowRankFactorization(
+                **_what(given), form=given.form, round_to=given.round_to, targets=given.targets
+            ),
             args=None if given.input is None else (torch.zeros(given.input),),
-        )  # fmt: skip
+        )
     except (LightningLightError, ValueError, ImportError, AttributeError, OSError) as error:
         parser.error(str(error))
     lines = [*plan.lines(), f"{plan.quantity}: {plan.before:.6g} -> {plan.after:.6g}", f"written: {given.out}"]

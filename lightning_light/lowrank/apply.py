@@ -28,7 +28,7 @@ def apply_factors(
         averaged_models: averaged copies of ``model``.
 
     Returns:
-        The edit_log's entry.
+        The edit log's entry.
     """
     optimizers = list(optimizers)
     _open(model, plan, optimizers=optimizers, averaged_models=averaged_models)

@@ -1,4 +1,4 @@
-"""Layers of ``torch.nn`` in the place of one, and the edit_log's operation that replays them."""
+"""Layers of ``torch.nn`` in the place of one, and the edit log's operation that replays them."""
 
 from __future__ import annotations
 
@@ -108,9 +108,13 @@ def _embedding(old: Any, rank: int) -> list[Any]:
     table, last = _ends(old)
     width = last.embedding_dim if last is table else last.out_features
     words = nn.Embedding(
-        table.num_embeddings, rank, padding_idx=table.padding_idx, scale_grad_by_freq=table.scale_grad_by_freq,
-        sparse=table.sparse, device="meta",
-    )  # fmt: skip
+        table.num_embeddings,
+        rank,
+        padding_idx=table.padding_idx,
+        scale_grad_by_freq=table.scale_grad_by_freq,
+        sparse=table.sparse,
+        device="meta",
+    )
     return [words, nn.Linear(rank, width, bias=False, device="meta")]
 
 

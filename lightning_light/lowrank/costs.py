@@ -16,8 +16,8 @@ from lightning_light.lowrank.build import build_factors, compose
 from lightning_light.lowrank.layers import Layer
 from lightning_light.lowrank.spectra import Ranks, Spectrum
 from lightning_light.measure.cost import count_cost
-from lightning_light.measure.latency import measure_latency
 from lightning_light.measure.isolation import isolated
+from lightning_light.measure.latency import measure_latency
 from lightning_light.measure.size import tensor_bytes
 
 __all__ = ["LayerTimer", "OutputProbe", "quantity"]
@@ -33,8 +33,9 @@ def quantity(model: nn.Module, budget: Budget | None, example: ExampleInput) -> 
     if kind == "bytes":
         return float(tensor_bytes(model))
     with isolated(model):
-        return measure_latency(_synchronized(model, lambda: model(*example.args, **example.kwargs)),
-                               warmup=3, runs=20).median  # fmt: skip
+        return measure_latency(
+            _synchronized(model, lambda: model(*example.args, **example.kwargs)), warmup=3, runs=20
+        ).median
 
 
 class LayerTimer:

@@ -18,15 +18,23 @@ from lightning_light.lowrank.evidence import calibration_calls, from_batches
 from lightning_light.lowrank.layers import find_layers
 from lightning_light.lowrank.low_rank_factorization import LowRankFactorization
 from lightning_light.lowrank.plan import Plan
-from lightning_light.surgery.checkpoint import load_from_checkpoint
 from lightning_light.surgery.attachment import attach, has_state, release
+from lightning_light.surgery.checkpoint import load_from_checkpoint
 from lightning_light.surgery.manifest import KEY
 from lightning_light.targets import as_targets
 
 __all__ = ["factorize", "factorize_checkpoint"]
 
-_KEPT = ("epoch", "global_step", "pytorch-lightning_version", "hparams_name", "hyper_parameters", "hparams_type",
-         "datamodule_hparams_name", "datamodule_hyper_parameters")  # fmt: skip
+_KEPT = (
+    "epoch",
+    "global_step",
+    "pytorch-lightning_version",
+    "hparams_name",
+    "hyper_parameters",
+    "hparams_type",
+    "datamodule_hparams_name",
+    "datamodule_hyper_parameters",
+)
 
 
 def factorize(
@@ -71,9 +79,7 @@ def factorize(
     _check_data(factorization)
     example = ExampleInput(args, dict(kwargs or {}))
     names = list(as_targets(factorization.targets).select(model))
-    layers, reasons = find_layers(
-        model, example, names, form=factorization.form, blocks=factorization.blocks or {}
-    )  # fmt: skip
+    layers, reasons = find_layers(model, example, names, form=factorization.form, blocks=factorization.blocks or {})
     calls = calibration_calls(model, factorization.calibration, factorization.calibration_batches)
     needs = factorization.fit.needs
     evidence = from_batches(model, layers, needs, calls) if needs else {}

@@ -197,10 +197,18 @@ def _layer(name: str, module: nn.Module, calls: _Calls, form: str) -> Layer:
 def _inside(name: str, module: nn.Module, parts: int, calls: _Calls) -> list[Layer]:
     before, middle, after = calls.positions[module]
     return [
-        Layer(f"{name}.{part}", ("linear",), weight.detach()[None], None, (before, middle, after), name, parts,
-              (*calls.shapes[module][:-1], weight.shape[1]))
+        Layer(
+            f"{name}.{part}",
+            ("linear",),
+            weight.detach()[None],
+            None,
+            (before, middle, after),
+            name,
+            parts,
+            (*calls.shapes[module][:-1], weight.shape[1]),
+        )
         for part, weight in opened_weights(module, parts).items()
-    ]  # fmt: skip
+    ]
 
 
 def _forms(module: nn.Module, form: str) -> tuple[str, ...]:

@@ -34,9 +34,9 @@ from lightning_light.lowrank.regularize import RankPenalty, add_rank_penalty
 from lightning_light.order import Stage
 from lightning_light.progress import steps_done, steps_planned, training_progress
 from lightning_light.schedules import Linear, Schedule
-from lightning_light.surgery.distributed import broadcast, reduce_mean, log_rank_zero
-from lightning_light.surgery.stored_example import restore_or_capture_example, remember
 from lightning_light.surgery.averaged_models import averaged_models_of
+from lightning_light.surgery.distributed import broadcast, log_rank_zero, reduce_mean
+from lightning_light.surgery.stored_example import remember, restore_or_capture_example
 from lightning_light.targets import Targets, as_targets
 
 if TYPE_CHECKING:
@@ -123,9 +123,17 @@ class LowRankFactorization(CompressionCallback):
         penalty: RankPenalty | None = None,
         dry_run: bool = False,
     ) -> None:
-        check_arguments(budget, ranks, form=form, importance=importance, calibrated=calibration is not None,
-                        round_to=round_to, min_rank=min_rank, events=events,
-                        calibration_batches=calibration_batches)  # fmt: skip
+        check_arguments(
+            budget,
+            ranks,
+            form=form,
+            importance=importance,
+            calibrated=calibration is not None,
+            round_to=round_to,
+            min_rank=min_rank,
+            events=events,
+            calibration_batches=calibration_batches,
+        )
         check_moments(ranks, start, end, schedule)
         self.budget = budget
         self.start = start
@@ -229,19 +237,33 @@ class LowRankFactorization(CompressionCallback):
     # For functions that do the same without a Trainer.
 
     def plan(
-        self, model: nn.Module, layers: list[Layer], reasons: Mapping[str, str], *,
-        now: float, limit: float, evidence: Mapping[str, Any], calls: list[ExampleInput],
-    ) -> Plan:  # fmt: skip
+        self,
+        model: nn.Module,
+        layers: list[Layer],
+        reasons: Mapping[str, str],
+        *,
+        now: float,
+        limit: float,
+        evidence: Mapping[str, Any],
+        calls: list[ExampleInput],
+    ) -> Plan:
         """`plan_factors` with these arguments, and with the instruments that measure on ``model``."""
         by_output = self.importance == "output"
         probing = by_output or (self.ranks is not None and self.ranks.measures)
         weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
         return plan_factors(
-            layers, reasons, Options(self.fit, self.ranks, self.round_to, self.min_rank, self.faster_only),
-            budget=self.budget, now=now, limit=limit, evidence=evidence, timer=LayerTimer(model),
-            probe=OutputProbe(model, calls) if probing else None, by_output=by_output,
+            layers,
+            reasons,
+            Options(self.fit, self.ranks, self.round_to, self.min_rank, self.faster_only),
+            budget=self.budget,
+            now=now,
+            limit=limit,
+            evidence=evidence,
+            timer=LayerTimer(model),
+            probe=OutputProbe(model, calls) if probing else None,
+            by_output=by_output,
             bytes_each=weight.element_size(),
-        )  # fmt: skip
+        )
 
     # Private: the small questions the hooks ask.
 

@@ -162,9 +162,15 @@ def plan_factors(
 
 
 def _choose(
-    desk: _Desk, able: Mapping[str, Layer], fronts: Mapping[str, list[Choice]], budget: Budget | None, now: float,
-    limit: float, probe: Callable[[Layer, Spectrum, Ranks], float] | None, by_output: bool,
-) -> dict[str, Choice]:  # fmt: skip
+    desk: _Desk,
+    able: Mapping[str, Layer],
+    fronts: Mapping[str, list[Choice]],
+    budget: Budget | None,
+    now: float,
+    limit: float,
+    probe: Callable[[Layer, Spectrum, Ranks], float] | None,
+    by_output: bool,
+) -> dict[str, Choice]:
     if budget is None:
         return {name: desk.by_rule(layer, probe) for name, layer in able.items()}
     names = list(able)
@@ -254,9 +260,16 @@ class _Desk:
         """The factors themselves."""
         spectrum, dense = self.spectrum(layer, choice.form), self.as_it_is(layer)
         return Factored(
-            choice.form, choice.ranks, spectrum.full, choice.error, (dense.macs, choice.macs),
-            (dense.params, choice.params), spectrum.factors(choice.ranks), layer.owner, layer.blocks,
-        )  # fmt: skip
+            choice.form,
+            choice.ranks,
+            spectrum.full,
+            choice.error,
+            (dense.macs, choice.macs),
+            (dense.params, choice.params),
+            spectrum.factors(choice.ranks),
+            layer.owner,
+            layer.blocks,
+        )
 
     def _forms(self, layer: Layer) -> tuple[str, ...]:
         """With evidence only the forms that can use it: errors in different norms do not compare."""
@@ -290,15 +303,18 @@ class _Desk:
         grid: Any = layer.cost  # arithmetic alone, so of whole arrays too
         macs, params = grid("tucker2", (inputs, outputs))
         good = (macs < dense.macs) & (params < dense.params)
-        good &= (inputs <= outputs * feature_layers) & (outputs <= inputs * feature_layers)  # beyond that a rank adds nothing
+        good &= (inputs <= outputs * feature_layers) & (
+            outputs <= inputs * feature_layers
+        )  # beyond that a rank adds nothing
         errors = spectrum.shares().cpu().numpy()[inputs - 1, outputs - 1][good]
         cost = (macs if self._quantity in {"macs", "seconds"} else params)[good]
         order = cost.argsort(kind="stable")
         least = np.minimum.accumulate(np.concatenate([[math.inf], errors[order]]))
         order = order[errors[order] < least[:-1]]
         places = np.argwhere(good)[order].tolist()
-        columns = zip(places, *(column[good][order].tolist() for column in (macs, params)), errors[order].tolist(),
-                      strict=True)  # fmt: skip
+        columns = zip(
+            places, *(column[good][order].tolist() for column in (macs, params)), errors[order].tolist(), strict=True
+        )
         return [
             self._priced("tucker2", (steps[0][i], steps[1][o]), macs, params, error)
             for (i, o), macs, params, error in columns

@@ -191,8 +191,12 @@ def _free_energy(x: Tensor, alpha: float, bound: float) -> float:
     """Eq. 41 and 42, without the part in the logarithm of the variance."""
     large, small = x[x > bound], x[x <= bound].clamp_min(1e-300)
     tau = 0.5 * (large - (1 + alpha) + ((large - (1 + alpha)).square() - 4 * alpha).clamp_min(0.0).sqrt())
-    terms = [(small - small.log()).sum(), (large - tau).sum(), ((tau + 1) / large).log().sum(),
-             alpha * (tau / alpha + 1).log().sum()]  # fmt: skip
+    terms = [
+        (small - small.log()).sum(),
+        (large - tau).sum(),
+        ((tau + 1) / large).log().sum(),
+        alpha * (tau / alpha + 1).log().sum(),
+    ]
     return float(torch.stack(terms).sum())
 
 

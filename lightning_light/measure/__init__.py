@@ -1,8 +1,8 @@
 """Measure: what a model costs, how large it is, how long it takes."""
 
 from lightning_light.measure.cost import Cost, count_cost
-from lightning_light.measure.latency import Latency, measure_latency
 from lightning_light.measure.isolation import isolated
+from lightning_light.measure.latency import Latency, measure_latency
 from lightning_light.measure.layer_table import LayerRow, layer_table
 from lightning_light.measure.size import deflated_bytes, file_bytes, tensor_bytes
 from lightning_light.measure.sparsity_report import SparsityReport, measure_sparsity

@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_light.measure.isolation import unfused_kernels, isolated
+from lightning_light.measure.isolation import isolated, unfused_kernels
 
 __all__ = ["Cost", "count_cost", "count_params"]
 

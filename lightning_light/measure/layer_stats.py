@@ -1,4 +1,4 @@
-"""What methods know of single layers: plain numbers in a module's compression_state, where a monitor finds them."""
+"""What methods know of single layers: plain numbers in a module's compression state, where a monitor finds them."""
 
 from __future__ import annotations
 

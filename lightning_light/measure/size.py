@@ -18,7 +18,7 @@ _CHUNK = 1 << 20
 def tensor_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and of the buffers that a checkpoint keeps, each counted once.
 
-    SparsityReport count as any other value. Weights that a quantized kernel has packed are no tensors and do not count:
+    Zeros count as any other value. Weights that a quantized kernel has packed are no tensors and do not count:
     measure the exported file.
 
     Example:

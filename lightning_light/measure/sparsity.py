@@ -18,7 +18,7 @@ def facing(layer: nn.Module, weight: Tensor) -> Tensor:
 
 
 def zero_fraction(tensors: Iterable[Tensor]) -> float:
-    """SparsityReport of all ``tensors`` (or entries that are False) by their elements, in [0, 1]; 0 if there are none."""
+    """Fraction of zero (or False) elements over all ``tensors``, in [0, 1]; 0 if there are none."""
     elements = zeros = 0
     for tensor in tensors:
         elements += tensor.numel()

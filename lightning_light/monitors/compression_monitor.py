@@ -17,9 +17,9 @@ from lightning_light.host.classes import is_host
 from lightning_light.measure.layer_stats import layer_stats
 from lightning_light.measure.size import deflated_bytes
 from lightning_light.measure.sparsity import mask_churn
-from lightning_light.monitors.recorder import Recorder, CostCounter, is_countable
 from lightning_light.monitors.dashboard import add_heat_maps, add_histograms, add_layout
 from lightning_light.monitors.hparams import method_hparams
+from lightning_light.monitors.recorder import CostCounter, Recorder, is_countable
 from lightning_light.monitors.scalars import PREFIX, custom_layout, layer_scalars, total_scalars
 from lightning_light.monitors.table import compression_markdown, compression_table, human_bytes, human_count
 from lightning_light.order import Stage
@@ -243,7 +243,7 @@ class CompressionMonitor(CompressionCallback):
         return on_time or self._seen != self._signature(pl_module)
 
     def _signature(self, pl_module: LightningModule) -> tuple[Any, ...]:
-        """Changes with the structure, and costs little: parameters outlive a change of shape, the rest is journaled."""
+        """Return a cheap value that changes with the structure."""
         return len(self.compression_state(pl_module).edit_log), [parameter.shape for parameter in self._parameters]
 
     def _copy_masks(self, pl_module: LightningModule) -> dict[str, Tensor]:

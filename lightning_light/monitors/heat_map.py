@@ -22,11 +22,18 @@ Quantity = Literal["channels", "weights"]
 # ColorBrewer's YlGnBu (Brewer, 2002, https://colorbrewer2.org): one hue direction, safe for color-blind readers.
 _ANCHORS = torch.tensor(
     [
-        [255, 255, 217], [237, 248, 177], [199, 233, 180], [127, 205, 187], [65, 182, 196],
-        [29, 145, 192], [34, 94, 168], [37, 52, 148], [8, 29, 88],
+        [255, 255, 217],
+        [237, 248, 177],
+        [199, 233, 180],
+        [127, 205, 187],
+        [65, 182, 196],
+        [29, 145, 192],
+        [34, 94, 168],
+        [37, 52, 148],
+        [8, 29, 88],
     ],
     dtype=torch.float32,
-)  # fmt: skip
+)
 
 _PLOT_WIDTH, _MARGIN = 560, 16
 _ROW, _SMALLEST_ROW, _MOST_HEIGHT = 20, 3, 1600  # pixels

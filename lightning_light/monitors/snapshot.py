@@ -65,8 +65,10 @@ class Snapshot:
     def with_zeros_of(self, earlier: Snapshot) -> Snapshot:
         """The same model with the zeros that it had at an ``earlier`` moment."""
         had = {row.name: row for row in earlier.rows}
-        rows = (replace(row, zeros=had[row.name].zeros, dead=had[row.name].dead) if row.name in had else row
-                for row in self.rows)  # fmt: skip
+        rows = (
+            replace(row, zeros=had[row.name].zeros, dead=had[row.name].dead) if row.name in had else row
+            for row in self.rows
+        )
         return replace(self, rows=tuple(rows), zeros=earlier.zeros)
 
 

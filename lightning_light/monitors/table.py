@@ -143,19 +143,40 @@ def _share(value: float) -> str:
 _COLUMNS = (
     _Column("type", _kinds, lambda _: "", optional=True),
     _Column("channels", _width, lambda _: ""),
-    _Column("params", lambda rows: human_count(sum(row.params for row in rows)),
-            lambda model: human_count(model.params), lambda model: model.params),
-    _Column("MACs", lambda rows: human_count(sum(row.macs for row in rows)),
-            lambda model: _UNKNOWN if model.macs is None else human_count(model.macs), lambda model: model.macs),
-    _Column("zeros", lambda rows: _share(_mean(rows, [row.zeros for row in rows])),
-            lambda model: _share(model.zeros), optional=True),
-    _Column("dead", lambda rows: str(sum(row.dead for row in rows)),
-            lambda model: str(model.dead_filters), optional=True),
-    _Column("bits", lambda rows: f"{_mean(rows, [row.bits for row in rows]):.3g}",
-            lambda model: f"{model.bits:.3g}", optional=True),
-    _Column("size", lambda rows: human_bytes(sum(map(row_bytes, rows))),
-            lambda model: human_bytes(model.bytes), lambda model: model.bytes),
-)  # fmt: skip
+    _Column(
+        "params",
+        lambda rows: human_count(sum(row.params for row in rows)),
+        lambda model: human_count(model.params),
+        lambda model: model.params,
+    ),
+    _Column(
+        "MACs",
+        lambda rows: human_count(sum(row.macs for row in rows)),
+        lambda model: _UNKNOWN if model.macs is None else human_count(model.macs),
+        lambda model: model.macs,
+    ),
+    _Column(
+        "zeros",
+        lambda rows: _share(_mean(rows, [row.zeros for row in rows])),
+        lambda model: _share(model.zeros),
+        optional=True,
+    ),
+    _Column(
+        "dead", lambda rows: str(sum(row.dead for row in rows)), lambda model: str(model.dead_filters), optional=True
+    ),
+    _Column(
+        "bits",
+        lambda rows: f"{_mean(rows, [row.bits for row in rows]):.3g}",
+        lambda model: f"{model.bits:.3g}",
+        optional=True,
+    ),
+    _Column(
+        "size",
+        lambda rows: human_bytes(sum(map(row_bytes, rows))),
+        lambda model: human_bytes(model.bytes),
+        lambda model: model.bytes,
+    ),
+)
 _FACTS: dict[str, tuple[str, Callable[[float], str]]] = {
     "rank": ("rank", lambda value: f"{value:.0f}"),
     "energy_kept": ("energy kept", lambda value: _share(value)),
@@ -164,8 +185,9 @@ _FACTS: dict[str, tuple[str, Callable[[float], str]]] = {
     "weight_bits": ("weight bits", lambda value: f"{value:.3g}"),
     "activation_bits": ("activation bits", lambda value: f"{value:.3g}"),
 }  # what methods say of a layer as it is; there is no before
-_NUMBERS = frozenset([column.header for column in _COLUMNS if column.header != "type"]
-                     + [header for header, _ in _FACTS.values()])  # fmt: skip
+_NUMBERS = frozenset(
+    [column.header for column in _COLUMNS if column.header != "type"] + [header for header, _ in _FACTS.values()]
+)
 _LABELS = {"zeros": "share of zeros", "bits": "bits of a stored weight"}
 
 
@@ -222,7 +244,7 @@ def _lines(pairs: list[Pair], layers: Collection[str] | None) -> list[Pair]:
 
 
 def _is_idle(column: _Column, pairs: list[Pair], before: Snapshot, after: Snapshot) -> bool:
-    """Whether a column has nothing to log_rank_zero: it is the same in every line."""
+    """Whether a column has nothing to show: it is the same in every line."""
     if not column.optional or column.of_model(before) != column.of_model(after):
         return False
     return all(column.of_rows(pair.before) == column.of_rows(pair.after) for pair in pairs)

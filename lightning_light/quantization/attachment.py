@@ -248,9 +248,13 @@ class _Mode(TorchFunctionMode):
 
 
 def attach(
-    model: nn.Module, plan: Plan, ranges: Tensor, engine: str, learned: Mapping[str, Tensor] | None = None,
+    model: nn.Module,
+    plan: Plan,
+    ranges: Tensor,
+    engine: str,
+    learned: Mapping[str, Tensor] | None = None,
     at_least: int = 0,
-) -> Attachment:  # fmt: skip
+) -> Attachment:
     """Hook ``model``, and begin with plain numbers."""
     attachment = Attachment(plan, engine, learned)
     attachment.use(ranges, at_least)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_light.errors import NoEffectWarning
 from lightning_light.example_input import ExampleInput
-from lightning_light.measure.isolation import uncompiled, isolated
+from lightning_light.measure.isolation import isolated, uncompiled
 from lightning_light.quantization.attachment import Attachment
 from lightning_light.quantization.observers import MinMax, MovingAverage
 from lightning_light.quantization.parameters import first_values
@@ -35,9 +35,15 @@ __all__ = ["quantize"]
 
 
 def quantize(
-    model: nn.Module, calibration: Iterable[Any], recipe: Recipe, *, equalize: bool = False, correct_bias: bool = False,
-    rounding: AdaRound | None = None, progress_bar: bool = True,
-) -> nn.Module:  # fmt: skip
+    model: nn.Module,
+    calibration: Iterable[Any],
+    recipe: Recipe,
+    *,
+    equalize: bool = False,
+    correct_bias: bool = False,
+    rounding: AdaRound | None = None,
+    progress_bar: bool = True,
+) -> nn.Module:
     """Note the ranges of a trained network's numbers, so that it can be rounded and exported with few bits.
 
     There is no moving average, since the weights do not move: where the recipe says `MovingAverage` or `MinMax` a range

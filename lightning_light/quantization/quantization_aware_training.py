@@ -24,9 +24,9 @@ from lightning_light.quantization.rounding import merge
 from lightning_light.quantization.rules import Grid
 from lightning_light.quantization.state import attach_from, begin
 from lightning_light.schedules import Schedule, resolve
-from lightning_light.surgery.distributed import check_agreement, reduce_max, reduce_mean, log_rank_zero
-from lightning_light.surgery.stored_example import restore_or_capture_example, remember
 from lightning_light.surgery.checkpoint_monitoring import reset_monitoring
+from lightning_light.surgery.distributed import check_agreement, log_rank_zero, reduce_max, reduce_mean
+from lightning_light.surgery.stored_example import remember, restore_or_capture_example
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -95,8 +95,14 @@ class QuantizationAwareTraining(CompressionCallback):
         freeze_batch_norm: int | float = 0.95,
         ladder: Schedule | None = None,
     ) -> None:
-        check_moments(recipe, observe_batches, ladder, start=start, freeze_observers=freeze_observers,
-                      freeze_batch_norm=freeze_batch_norm)  # fmt: skip
+        check_moments(
+            recipe,
+            observe_batches,
+            ladder,
+            start=start,
+            freeze_observers=freeze_observers,
+            freeze_batch_norm=freeze_batch_norm,
+        )
         self.recipe = recipe
         self.start = start
         self.observe_batches = observe_batches
@@ -256,7 +262,9 @@ class QuantizationAwareTraining(CompressionCallback):
         if recipe == repr(self.recipe) and self._moments["start"] == 0.0:
             log_rank_zero(trainer, f"{self.method}: goes on from the ranges that `quantize` has found")
             return True
-        log_rank_zero(trainer, f"{self.method}: observes anew, since `quantize` was given {recipe}, or training starts later")
+        log_rank_zero(
+            trainer, f"{self.method}: observes anew, since `quantize` was given {recipe}, or training starts later"
+        )
         return False
 
     def _begin_to_round(self, trainer: Trainer, pl_module: LightningModule) -> None:

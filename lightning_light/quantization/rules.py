@@ -75,8 +75,13 @@ class Grid:
 
     def plain(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"positive": self.positive, "cap": self.cap, "bits": self.bits, "observer": self.observer.plain(),
-                "learned": self.learned}  # fmt: skip
+        return {
+            "positive": self.positive,
+            "cap": self.cap,
+            "bits": self.bits,
+            "observer": self.observer.plain(),
+            "learned": self.learned,
+        }
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Grid:

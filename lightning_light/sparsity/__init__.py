@@ -4,8 +4,8 @@ from lightning_light.sparsity.dead_filters import remove_dead_channels
 from lightning_light.sparsity.dynamic_sparse_training import DynamicSparseTraining
 from lightning_light.sparsity.functional import prune_weights
 from lightning_light.sparsity.growth import SET, Connections, DynamicMethod, RigL, SRigL, Static
-from lightning_light.sparsity.patterns import NM, Block, Column, Filter, Kernel, Pattern, Row, Unstructured
 from lightning_light.sparsity.mask_schedules import Alternating, DenseSparseDense, Rewinding
+from lightning_light.sparsity.patterns import NM, Block, Column, Filter, Kernel, Pattern, Row, Unstructured
 from lightning_light.sparsity.semi_structured import to_semi_structured
 from lightning_light.sparsity.weight_pruning import WeightPruning
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from lightning_light.budgets import Budget, Sparsity
 from lightning_light.schedules import Schedule
-from lightning_light.sparsity.patterns import NM, Pattern
 from lightning_light.sparsity.mask_schedules import Alternating, DenseSparseDense, Rewinding
+from lightning_light.sparsity.patterns import NM, Pattern
 from lightning_light.sparsity.scope import check_scope
 
 __all__ = ["check_counts", "check_pruning", "require_sparsity"]

@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_light.dependency import ChannelGroup, DependencyGraph, trace_dependencies
 from lightning_light.measure.isolation import isolated
-from lightning_light.surgery.edit import cut, take, trial
 from lightning_light.surgery.attachment import attach, has_state
+from lightning_light.surgery.edit import cut, take, trial
 
 __all__ = ["remove_dead_channels"]
 
@@ -57,8 +57,11 @@ def remove_dead_channels(
     kept = {g.name: keep for g in graph.groups if g.reason is None and not bool((keep := _alive(g, tensors)).all())}
     if exact:
         before = _outputs(model, args, kwargs)
-        kept = {name: keep for name, keep in kept.items()
-                if _holds(model, graph, {name: keep}, before, args, kwargs, tolerance)}  # fmt: skip
+        kept = {
+            name: keep
+            for name, keep in kept.items()
+            if _holds(model, graph, {name: keep}, before, args, kwargs, tolerance)
+        }
     if not kept:
         return {}
     positions = graph.kept_positions(kept)

@@ -196,12 +196,26 @@ class DynamicSparseTraining(MaskingCallback):
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The first masks: how many by the scope, which by the criterion."""
         scores = score_weights(
-            self._weights, self.criterion, sums={}, steps=0, movement={}, values={},
-            generator=torch.Generator().manual_seed(self.seed), reduce=lambda tensor: tensor,
-        )  # fmt: skip
+            self._weights,
+            self.criterion,
+            sums={},
+            steps=0,
+            movement={},
+            values={},
+            generator=torch.Generator().manual_seed(self.seed),
+            reduce=lambda tensor: tensor,
+        )
         amount = self.budget.goal(0.0)
-        masks = plan_masks(self._weights, scores, pattern=Unstructured(), scope=self.scope, amount=amount, share=1.0,
-                           amounts={}, current={})  # fmt: skip
+        masks = plan_masks(
+            self._weights,
+            scores,
+            pattern=Unstructured(),
+            scope=self.scope,
+            amount=amount,
+            share=1.0,
+            amounts={},
+            current={},
+        )
         if isinstance(self._moves, SRigL):
             masks = {
                 weight.name: weight.facing(

@@ -51,12 +51,24 @@ def prune_weights(model: nn.Module, *, pruning: WeightPruning) -> dict[str, Tens
         layers = as_targets(pattern).select(model)
         own |= {weight.name: amount for weight in weights if weight.layer in layers}
     scores = score_weights(
-        weights, pruning.criterion, sums={}, steps=0, movement={}, values={}, reduce=lambda tensor: tensor,
+        weights,
+        pruning.criterion,
+        sums={},
+        steps=0,
+        movement={},
+        values={},
+        reduce=lambda tensor: tensor,
         generator=torch.Generator().manual_seed(pruning.seed),
-    )  # fmt: skip
+    )
     masks = plan_masks(
-        weights, scores, pattern=pruning.pattern, scope=pruning.scope, share=1.0, amounts=own, current={},
+        weights,
+        scores,
+        pattern=pruning.pattern,
+        scope=pruning.scope,
+        share=1.0,
+        amounts=own,
+        current={},
         amount=0.0 if pruning.budget is None else pruning.budget.goal(0.0),
-    )  # fmt: skip
+    )
     mask_model(model, masks)
     return masks

@@ -151,9 +151,13 @@ def score_weights(
                 mean = mean / max(steps, 1)
             pieces[kind] = weight.facing(mean) if kind != "inputs" else mean
         evidence = Evidence(
-            weight.facing(value), generator=generator, grad=pieces.get("grad"), inputs=pieces.get("inputs"),
-            grad_squared=pieces.get("grad_squared"), movement=pieces.get("movement"),
-        )  # fmt: skip
+            weight.facing(value),
+            generator=generator,
+            grad=pieces.get("grad"),
+            inputs=pieces.get("inputs"),
+            grad_squared=pieces.get("grad_squared"),
+            movement=pieces.get("movement"),
+        )
         scores[weight.name] = weight.facing(criterion(evidence))
     return scores
 

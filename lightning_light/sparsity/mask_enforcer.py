@@ -13,10 +13,19 @@ from torch.utils.hooks import RemovableHandle
 __all__ = ["MaskEnforcer", "mask_model", "stepping"]
 
 # With a zero weight, a zero gradient and zero state these leave all three at zero. Others are masked after each step.
-_ELEMENTWISE = frozenset({
-    torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam,
-    torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.RMSprop, torch.optim.ASGD,
-})  # fmt: skip
+_ELEMENTWISE = frozenset(
+    {
+        torch.optim.SGD,
+        torch.optim.Adam,
+        torch.optim.AdamW,
+        torch.optim.NAdam,
+        torch.optim.RAdam,
+        torch.optim.Adagrad,
+        torch.optim.Adadelta,
+        torch.optim.RMSprop,
+        torch.optim.ASGD,
+    }
+)
 
 Pairs = tuple[list[nn.Parameter], list[Tensor]]
 

@@ -1,4 +1,4 @@
-"""What the callbacks of this wing share: masks in the compression_state, kept at zero, that follow the network."""
+"""What the callbacks of this wing share: masks in the compression state, kept at zero, that follow the network."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from lightning_light.order import Stage
 from lightning_light.progress import steps_done
 from lightning_light.sparsity.mask_enforcer import MaskEnforcer, mask_model
 from lightning_light.sparsity.weights import Weight, find_weights
-from lightning_light.surgery.distributed import broadcast, log_rank_zero
-from lightning_light.surgery.edit import take
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.checkpoint_monitoring import reset_monitoring
+from lightning_light.surgery.distributed import broadcast, log_rank_zero
+from lightning_light.surgery.edit import take
 from lightning_light.targets import Targets, as_targets
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ __all__ = ["MaskingCallback"]
 
 
 class MaskingCallback(CompressionCallback):
-    """Keeps masks beside the network: in the compression_state, never in the modules or under the user's ``state_dict`` keys."""
+    """Base of the masking methods: masks live in the compression state, never in the user's ``state_dict``."""
 
     stage: ClassVar[int] = Stage.MASKS
     structural: ClassVar[bool] = False
@@ -96,8 +96,11 @@ class MaskingCallback(CompressionCallback):
                 name: take(tensor, {dim: stays.long() for dim, stays in (kept or {}).get(name, {}).items()})
                 for name, tensor in holder[last].items()
             }
-            holder[last] = {name: t for name, t in entries.items() if shapes.get(name, t.shape) == t.shape
-                            and (name in shapes or key[1] == "origin")}  # fmt: skip
+            holder[last] = {
+                name: t
+                for name, t in entries.items()
+                if shapes.get(name, t.shape) == t.shape and (name in shapes or key[1] == "origin")
+            }
         self._weights = [weight for weight in self._find(pl_module) if weight.name in shapes]
         self._held = None
         self._hold(pl_module)
@@ -168,12 +171,15 @@ class MaskingCallback(CompressionCallback):
         dead = sum(zero_rows(weight.facing(masks[weight.name])) for weight in self._weights if weight.name in masks)
         for logger in trainer.loggers:
             named = {"sparsity": sparsity, "churn": churn, "dead_filters": float(dead)}
-            logger.log_metrics({f"{type(self).method}/{key}": value for key, value in named.items()},
-                               step=steps_done(trainer))  # fmt: skip
+            logger.log_metrics(
+                {f"{type(self).method}/{key}": value for key, value in named.items()}, step=steps_done(trainer)
+            )
         if restart:
             reset_monitoring(trainer)
-        log_rank_zero(trainer, f"{type(self).method}: sparsity {sparsity:.4f}, {churn:.4f} of the masks changed, "
-                      f"{dead} dead filters")  # fmt: skip
+        log_rank_zero(
+            trainer,
+            f"{type(self).method}: sparsity {sparsity:.4f}, {churn:.4f} of the masks changed, {dead} dead filters",
+        )
 
     def _refuse_overlap(self, trainer: Trainer, pl_module: LightningModule) -> None:
         mine = {weight.name for weight in self._weights}

@@ -19,14 +19,14 @@ from lightning_light.sparsity import rewind
 from lightning_light.sparsity.checks import check_pruning
 from lightning_light.sparsity.gather import InputWatch, add_gradients, add_movement, check_evidence, score_weights
 from lightning_light.sparsity.mask_enforcer import mask_model, stepping
+from lightning_light.sparsity.mask_schedules import Rewinding, act_window
 from lightning_light.sparsity.masking import MaskingCallback
 from lightning_light.sparsity.patterns import NM, Pattern, Unstructured
 from lightning_light.sparsity.plan import check_pattern, plan_masks
-from lightning_light.sparsity.mask_schedules import Rewinding, act_window
 from lightning_light.sparsity.scope import Scope
 from lightning_light.sparsity.sr_ste import StraightThrough
-from lightning_light.surgery.distributed import reduce_mean
 from lightning_light.surgery.averaged_models import averaged_models_of
+from lightning_light.surgery.distributed import reduce_mean
 from lightning_light.targets import Targets, as_targets
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ _SAME = 1e-9
 class WeightPruning(MaskingCallback):
     """Set the least important weights to zero, step by step, and keep them there.
 
-    Shapes stay. The masks live in the module's compression_state, so the module's own ``state_dict`` has the keys it always had.
-    A masked weight, its gradient and its optimizer state are exactly zero after every step. SparsityReport alone make nothing
+    Shapes stay. The masks live in the compression state, so the module's ``state_dict`` keeps its keys.
+    A masked weight, its gradient and its optimizer state are exactly zero after every step. Zeros alone make nothing
     smaller or faster: see `measure_sparsity` for what they are worth.
 
     Zhu & Gupta, 2017, "To prune, or not to prune: exploring the efficacy of pruning for model compression".
@@ -97,8 +97,16 @@ class WeightPruning(MaskingCallback):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        check_pruning(budget, pattern, scope, amounts, sr_ste, schedule, every_n_steps=every_n_steps,
-                      calibration_batches=calibration_batches)  # fmt: skip
+        check_pruning(
+            budget,
+            pattern,
+            scope,
+            amounts,
+            sr_ste,
+            schedule,
+            every_n_steps=every_n_steps,
+            calibration_batches=calibration_batches,
+        )
         self.budget = budget
         self.criterion = criterion
         self.schedule = schedule
@@ -295,17 +303,25 @@ class WeightPruning(MaskingCallback):
     ) -> dict[str, Tensor]:
         state = self.state(pl_module)
         scores = score_weights(
-            self._weights, self.criterion,
-            sums=state.get("gathered", {}), steps=state.get("seen", 0), movement=state.get("movement", {}),
-            values=state.get("shadow", {}), reduce=lambda tensor: reduce_mean(trainer, tensor),
+            self._weights,
+            self.criterion,
+            sums=state.get("gathered", {}),
+            steps=state.get("seen", 0),
+            movement=state.get("movement", {}),
+            values=state.get("shadow", {}),
+            reduce=lambda tensor: reduce_mean(trainer, tensor),
             generator=torch.Generator().manual_seed(self.seed * 1_000_003 + state.get("events", 0)),
-        )  # fmt: skip
+        )
         return plan_masks(
-            self._weights, scores, pattern=self.pattern, scope=self.scope, share=share,
+            self._weights,
+            scores,
+            pattern=self.pattern,
+            scope=self.scope,
+            share=share,
             amount=0.0 if self.budget is None else self.budget.at(0.0, share),
             amounts={name: share * amount for name, amount in self._own.items()},
             current={} if self._through is not None else current,
-        )  # fmt: skip
+        )
 
     def _train_through(self, pl_module: LightningModule) -> None:
         state = self.state(pl_module)

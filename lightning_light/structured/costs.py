@@ -11,8 +11,8 @@ from lightning_light.budgets import Budget
 from lightning_light.dependency import ChannelGroup, DependencyGraph
 from lightning_light.example_input import ExampleInput
 from lightning_light.measure.cost import count_cost
-from lightning_light.measure.latency import measure_latency
 from lightning_light.measure.isolation import isolated
+from lightning_light.measure.latency import measure_latency
 from lightning_light.measure.size import tensor_bytes
 from lightning_light.surgery.edit import trial
 
@@ -43,8 +43,14 @@ class Estimator:
     Products without weights (attention scores) are taken as constant; `exact` counts them.
     """
 
-    def __init__(self, model: nn.Module, graph: DependencyGraph, groups: Sequence[ChannelGroup], budget: Budget,
-                 example: ExampleInput) -> None:  # fmt: skip
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: DependencyGraph,
+        groups: Sequence[ChannelGroup],
+        budget: Budget,
+        example: ExampleInput,
+    ) -> None:
         self._model, self._graph, self.groups = model, graph, list(groups)
         self._budget, self._example = budget, example
         self._dims = _shrinking_dims(graph, self.groups)
@@ -112,7 +118,9 @@ def _worker(name: str, macs: Mapping[str, int]) -> str:
     return path
 
 
-def _shrinking_dims(graph: DependencyGraph, groups: Sequence[ChannelGroup]) -> dict[str, list[tuple[int, Tensor, Tensor]]]:
+def _shrinking_dims(
+    graph: DependencyGraph, groups: Sequence[ChannelGroup]
+) -> dict[str, list[tuple[int, Tensor, Tensor]]]:
     """Tensor -> for each dimension that may shrink: its size, the groups it holds, positions a channel of each."""
     found: dict[tuple[str, int], list[tuple[int, int]]] = {}
     for number, group in enumerate(groups):

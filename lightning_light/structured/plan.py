@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_light.budgets import Budget
-from lightning_light.dependency import ChannelGroup, DependencyGraph
 from lightning_light.criteria.evidence import Criterion
 from lightning_light.criteria.reduction import Normalizer, Reduction
+from lightning_light.dependency import ChannelGroup, DependencyGraph
 from lightning_light.errors import BudgetError
 from lightning_light.example_input import ExampleInput
 from lightning_light.structured.costs import Estimator, smallest
@@ -76,8 +76,11 @@ class Plan:
 
     def cuts(self) -> list[str]:
         """One line for each layer that loses channels."""
-        return [f"{name}: {mask.numel()} -> {int(mask.sum())} channels" for name, mask in self.kept.items()
-                if not mask.all()]  # fmt: skip
+        return [
+            f"{name}: {mask.numel()} -> {int(mask.sum())} channels"
+            for name, mask in self.kept.items()
+            if not mask.all()
+        ]
 
     def lines(self) -> list[str]:
         """One line a layer: what leaves, and why the others stay."""
@@ -118,8 +121,15 @@ def plan_channels(
     free, skipped = _candidates(model, graph, options.targets)
     if not free:
         return Plan(skipped=skipped)
-    scores = score_groups(model, free, options.criterion, gathered=gathered, reduction=options.reduction,
-                          normalizer=options.normalizer, generator=generator)  # fmt: skip
+    scores = score_groups(
+        model,
+        free,
+        options.criterion,
+        gathered=gathered,
+        reduction=options.reduction,
+        normalizer=options.normalizer,
+        generator=generator,
+    )
     floors, steps = _floors(free, options, original)
     amounts = _layer_amounts(model, options.amounts)
     widths = {
@@ -140,9 +150,18 @@ def plan_channels(
 class _Search:
     """The removal order, and how far to go down it."""
 
-    def __init__(self, ranked: Sequence[ChannelGroup], scores: Mapping[str, Tensor], options: Options,
-                 original: Mapping[str, int], floors: Mapping[str, int], steps: Mapping[str, int],
-                 fixed: Mapping[str, Tensor], estimator: Estimator, model: nn.Module) -> None:  # fmt: skip
+    def __init__(
+        self,
+        ranked: Sequence[ChannelGroup],
+        scores: Mapping[str, Tensor],
+        options: Options,
+        original: Mapping[str, int],
+        floors: Mapping[str, int],
+        steps: Mapping[str, int],
+        fixed: Mapping[str, Tensor],
+        estimator: Estimator,
+        model: nn.Module,
+    ) -> None:
         scopes = [options.ranking.scope(group, model) for group in ranked]
         self._order, _ = removal_order(ranked, scores, scopes, original)
         self._ranked, self._scores, self._fixed, self._estimator = ranked, scores, dict(fixed), estimator
@@ -209,13 +228,20 @@ class _Search:
         return self.masks(best), values[best]
 
 
-def _candidates(model: nn.Module, graph: DependencyGraph, targets: Targets) -> tuple[list[ChannelGroup], dict[str, str]]:
+def _candidates(
+    model: nn.Module, graph: DependencyGraph, targets: Targets
+) -> tuple[list[ChannelGroup], dict[str, str]]:
     """Groups that may lose channels, and why each other may not."""
     chosen = set(targets.select(model))
     free, skipped = [], {}
     for group in graph.groups:
-        makers = {m.tensor.partition(".parametrizations.")[0] if ".parametrizations." in m.tensor else
-                  m.tensor.rpartition(".")[0] for m in group.members if m.role == "out"}  # fmt: skip
+        makers = {
+            m.tensor.partition(".parametrizations.")[0]
+            if ".parametrizations." in m.tensor
+            else m.tensor.rpartition(".")[0]
+            for m in group.members
+            if m.role == "out"
+        }
         if not makers:
             continue
         if group.reason is not None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_light.dependency import ChannelGroup, Member
 from lightning_light.criteria.reduction import channel_scores
+from lightning_light.dependency import ChannelGroup, Member
 
 __all__ = ["GroupLasso", "GrowingRegularization", "SparsityRegularizer", "add_penalty", "group_norms"]
 
@@ -102,7 +102,9 @@ def group_norms(tensors: Mapping[str, Tensor], group: ChannelGroup) -> Tensor:
 
 
 @torch.no_grad()
-def add_penalty(model: nn.Module, groups: Sequence[ChannelGroup], learning: SparsityRegularizer, progress: float) -> None:
+def add_penalty(
+    model: nn.Module, groups: Sequence[ChannelGroup], learning: SparsityRegularizer, progress: float
+) -> None:
     """Add the penalty's gradient to every ``.grad`` that is there; see `SparsityRegularizer.factors`."""
     tensors = dict(model.named_parameters())
     for group in groups:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_light.dependency import ChannelGroup, Member
 from lightning_light.criteria.evidence import Criterion, Evidence
 from lightning_light.criteria.reduction import Normalizer, Reduction, channel_scores, combine, normalize
+from lightning_light.dependency import ChannelGroup, Member
 
 __all__ = ["Gathered", "score_groups"]
 

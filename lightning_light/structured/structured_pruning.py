@@ -10,10 +10,10 @@ from typing_extensions import override
 
 from lightning_light.budgets import Budget
 from lightning_light.callback import CompressionCallback
-from lightning_light.dependency import ChannelGroup, DependencyGraph, trace_dependencies
 from lightning_light.criteria.evidence import Criterion
 from lightning_light.criteria.magnitude import Magnitude
 from lightning_light.criteria.reduction import Normalizer, Reduction, check_names
+from lightning_light.dependency import ChannelGroup, DependencyGraph, trace_dependencies
 from lightning_light.errors import LightningLightError
 from lightning_light.events import event_points, points_done
 from lightning_light.example_input import Capture, ExampleInput
@@ -27,10 +27,10 @@ from lightning_light.structured.gather import ActivationWatch, add_gradients, me
 from lightning_light.structured.plan import Options, Plan, plan_channels
 from lightning_light.structured.ranking import Global, Ranking
 from lightning_light.structured.regularization import SparsityRegularizer, add_penalty
-from lightning_light.surgery.distributed import broadcast, reduce_mean, log_rank_zero
-from lightning_light.surgery.edit import cut
-from lightning_light.surgery.stored_example import restore_or_capture_example, remember
 from lightning_light.surgery.averaged_models import averaged_models_of
+from lightning_light.surgery.distributed import broadcast, log_rank_zero, reduce_mean
+from lightning_light.surgery.edit import cut
+from lightning_light.surgery.stored_example import remember, restore_or_capture_example
 from lightning_light.targets import Targets, as_targets
 
 if TYPE_CHECKING:
@@ -110,9 +110,17 @@ class StructuredPruning(CompressionCallback):
         reestimate_batch_norm: int = 0,
         dry_run: bool = False,
     ) -> None:
-        check_arguments(budget, amounts, heads, round_to=round_to, min_channels=min_channels, max_amount=max_amount,
-                        events=events, calibration_batches=calibration_batches,
-                        reestimate_batch_norm=reestimate_batch_norm)  # fmt: skip
+        check_arguments(
+            budget,
+            amounts,
+            heads,
+            round_to=round_to,
+            min_channels=min_channels,
+            max_amount=max_amount,
+            events=events,
+            calibration_batches=calibration_batches,
+            reestimate_batch_norm=reestimate_batch_norm,
+        )
         check_names("StructuredPruning", reduction=reduction, normalizer=normalizer)
         self.budget = budget
         self.criterion = criterion
@@ -274,8 +282,13 @@ class StructuredPruning(CompressionCallback):
             log_rank_zero(trainer, "\n".join([f"{self.method}: dry run, nothing is removed", *plan.lines()]))
         elif plan.removed:
             kept = graph.kept_positions(plan.kept)
-            edit = cut(pl_module, kept, attributes=graph.attributes(pl_module, plan.kept),
-                       optimizers=trainer.optimizers, averaged_models=averaged_models_of(trainer, pl_module))  # fmt: skip
+            edit = cut(
+                pl_module,
+                kept,
+                attributes=graph.attributes(pl_module, plan.kept),
+                optimizers=trainer.optimizers,
+                averaged_models=averaged_models_of(trainer, pl_module),
+            )
             state["removed"] = state.get("removed", 0) + plan.removed
             self._graph = graph.after_pruning(plan.kept)
             self._after_surgery(
@@ -294,18 +307,22 @@ class StructuredPruning(CompressionCallback):
         state = self.state(pl_module)
         gathered = mean_evidence(state.get("gathered", {}))
         state.setdefault("original", {group.name: group.width for group in graph.groups})
-        limit = (
-            0.0 if self.budget is None else self.budget.at(self._dense(trainer, pl_module, graph, example), share)
-        )
+        limit = 0.0 if self.budget is None else self.budget.at(self._dense(trainer, pl_module, graph, example), share)
         outcome: Plan | LightningLightError | None = None
         if trainer.is_global_zero:
             try:
                 outcome = plan_channels(
-                    pl_module, graph, self.options(), budget=self.budget,
-                    limit=limit, share=share, original=_widths(graph, state["original"]), example=example,
+                    pl_module,
+                    graph,
+                    self.options(),
+                    budget=self.budget,
+                    limit=limit,
+                    share=share,
+                    original=_widths(graph, state["original"]),
+                    example=example,
                     gathered=gathered,
                     generator=torch.Generator().manual_seed(state.get("events", 0)),
-                )  # fmt: skip
+                )
             except LightningLightError as error:
                 outcome = error
         outcome = broadcast(trainer, outcome)
@@ -314,7 +331,9 @@ class StructuredPruning(CompressionCallback):
         assert outcome is not None  # rank 0 has one
         return outcome
 
-    def _dense(self, trainer: Trainer, pl_module: LightningModule, graph: DependencyGraph, example: ExampleInput) -> float:
+    def _dense(
+        self, trainer: Trainer, pl_module: LightningModule, graph: DependencyGraph, example: ExampleInput
+    ) -> float:
         """What the budget counts, of the network as it was before the first cut of the first run."""
         assert self.budget is not None
         known: dict[str, float] = self.state(pl_module).setdefault("dense", {})
@@ -326,10 +345,16 @@ class StructuredPruning(CompressionCallback):
     def options(self) -> Options:
         """How channels are chosen, for `plan_channels`."""
         return Options(
-            criterion=self.criterion, ranking=self.ranking, targets=as_targets(self.targets),
-            amounts=self.amounts or {}, round_to=self.round_to, min_channels=self.min_channels,
-            max_amount=self.max_amount, reduction=self.reduction, normalizer=self.normalizer,
-        )  # fmt: skip
+            criterion=self.criterion,
+            ranking=self.ranking,
+            targets=as_targets(self.targets),
+            amounts=self.amounts or {},
+            round_to=self.round_to,
+            min_channels=self.min_channels,
+            max_amount=self.max_amount,
+            reduction=self.reduction,
+            normalizer=self.normalizer,
+        )
 
     def _summary(self, plan: Plan, *, first: bool) -> str:
         lines = "\n  ".join(plan.lines() if first else plan.cuts())

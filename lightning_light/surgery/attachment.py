@@ -1,4 +1,4 @@
-"""The edit_log's operations, and what puts it into a module's checkpoints.
+"""The edit log's operations, and what puts it into a module's checkpoints.
 
 Lightning loads the weights before any callback hears of the checkpoint, so the structure travels through the
 LightningModule's own ``on_save_checkpoint`` and ``on_load_checkpoint``, wrapped on the instance. They are bound
@@ -14,11 +14,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_light.surgery.structure import PRIVATE_PREFIX
-from lightning_light.surgery.state import CompressionState
-from lightning_light.surgery.manifest import KEY
 from lightning_light.surgery.averaged_models import averaged_models_of
+from lightning_light.surgery.manifest import KEY
 from lightning_light.surgery.operations import register_operation
+from lightning_light.surgery.state import CompressionState
+from lightning_light.surgery.structure import PRIVATE_PREFIX
 
 __all__ = ["CompressionState", "attach", "has_state", "state_of", "record", "register_operation", "release"]
 
@@ -27,7 +27,7 @@ _HOOK = f"{PRIVATE_PREFIX}_hook"
 
 
 def attach(module: nn.Module) -> CompressionState:
-    """The compression_state of ``module``, which from now on travels in its checkpoints; the same one at every call.
+    """The compression state of ``module``, which from now on travels in its checkpoints; the same one at every call.
 
     Args:
         module: a LightningModule, or any module whose state dicts shall be followed.
@@ -45,7 +45,9 @@ def attach(module: nn.Module) -> CompressionState:
     return compression_state
 
 
-def _wrap(module: nn.Module, compression_state: CompressionState, wrapper: Callable[[Any, dict[str, Any]], None]) -> None:
+def _wrap(
+    module: nn.Module, compression_state: CompressionState, wrapper: Callable[[Any, dict[str, Any]], None]
+) -> None:
     name = wrapper.__name__
     found = vars(module).get(name)
     function = getattr(found, "__func__", None)
@@ -62,7 +64,7 @@ def record(
     entry: Mapping[str, Any],
     kept: Mapping[str, Mapping[int, Tensor]] | None = None,
 ) -> None:
-    """Write an operation into the compression_state of ``module`` and of its averaged copies, which have one history.
+    """Write an operation into the compression state of ``module`` and of its averaged copies, which have one history.
 
     Args:
         module: the live module, changed.
@@ -78,18 +80,18 @@ def record(
 
 
 def state_of(module: nn.Module) -> CompressionState:
-    """The compression_state of ``module``, or an empty one that is nowhere kept: asking changes nothing."""
+    """The compression state of ``module``, or an empty one that is nowhere kept: asking changes nothing."""
     compression_state = vars(module).get(_STATE)
     return compression_state if isinstance(compression_state, CompressionState) else CompressionState(module)
 
 
 def has_state(module: nn.Module) -> bool:
-    """Whether ``module`` has a compression_state, so that its own hooks are wrapped."""
+    """Whether ``module`` has a compression state, so that its own hooks are wrapped."""
     return _STATE in vars(module)
 
 
 def release(module: nn.Module) -> None:
-    """Take back what `attach` did, but for the compression_state and the two wrappers that later checkpoints need."""
+    """Take back what `attach` did, but for the compression state and the two wrappers that later checkpoints need."""
     handle = vars(module).pop(_HOOK, None)
     if handle is not None:
         handle.remove()

@@ -80,7 +80,7 @@ class CompressibleMixin(_Base):
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the checkpoint's structure before its weights; during a run the compression_state does that already."""
+        """Take the checkpoint's structure before its weights; during a run the compression state does that already."""
         super().on_load_checkpoint(checkpoint)
         if not has_state(self):
             _restructure(self, checkpoint)

@@ -42,7 +42,9 @@ def reset_monitoring(trainer: Trainer) -> list[str]:
             _restart_plateau(config.scheduler)
             restarted.append(type(config.scheduler).__name__)
     if restarted:
-        log_rank_zero(trainer, f"The structure has changed: {', '.join(restarted)} compare from here on, not with before.")
+        log_rank_zero(
+            trainer, f"The structure has changed: {', '.join(restarted)} compare from here on, not with before."
+        )
     return restarted
 
 

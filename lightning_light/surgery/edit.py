@@ -38,7 +38,7 @@ class Edit:
     old_attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def entry(self) -> dict[str, Any]:
-        """The line for the edit_log: plain types only. Shapes are not in it, they follow the state dict."""
+        """The line for the edit log: plain types only. Shapes are not in it, they follow the state dict."""
         plain = {
             module: {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
             for module, values in self.attributes.items()
@@ -63,8 +63,8 @@ def cut(
 ) -> Edit:
     """Keep only the positions in ``kept`` (tensor name -> dimension -> ascending indices), in place.
 
-    Weights, gradients, optimizer state, buffers, the attributes that count channels, and the ``averaged_models`` are cut in one
-    go. Everything is read and checked before anything is written: after an error the model is what it was.
+    Weights, gradients, optimizer state, buffers, attributes that count channels, and the ``averaged_models`` are cut in
+    one go. Everything is read and checked before anything is written: after an error the model is what it was.
 
     Args:
         model: the live model.
@@ -151,7 +151,9 @@ def _check_attributes(model: nn.Module, attributes: Mapping[str, Mapping[str, An
             )
 
 
-def _check_averaged_models(tensors: Mapping[str, Tensor], copies: Sequence[Mapping[str, Tensor]], kept: Positions) -> None:
+def _check_averaged_models(
+    tensors: Mapping[str, Tensor], copies: Sequence[Mapping[str, Tensor]], kept: Positions
+) -> None:
     for copy in copies:
         for name in kept:
             if name not in copy or copy[name].shape != tensors[name].shape:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from lightning_light.errors import ManifestError, UnsupportedError
 from lightning_light.example_input import ExampleInput, tensors_in
-from lightning_light.surgery.structure import PRIVATE_PREFIX
 from lightning_light.surgery.attachment import attach, release
 from lightning_light.surgery.manifest import KEY, Kept, Manifest, check_fingerprint
+from lightning_light.surgery.structure import PRIVATE_PREFIX
 
 __all__ = ["expand_checkpoint"]
 
@@ -72,7 +72,7 @@ def _refuse(model: nn.Module, manifest: Manifest) -> Kept:
         )
     if manifest.kept is None:
         raise UnsupportedError(
-            "`expand_checkpoint`: expected a edit_log that knows where the removed channels were, found one that "
+            "`expand_checkpoint`: expected a edit log that knows where the removed channels were, found one that "
             "followed a bare state dict. Expand the checkpoint that those weights were taken from."
         )
     cut = {path for entry in manifest.edit_log for path in entry["attributes"]}

@@ -1,4 +1,4 @@
-"""The operations a edit_log is made of: how each is replayed on a structure, by name."""
+"""The operations a edit log is made of: how each is replayed on a structure, by name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def register_operation(name: str) -> Callable[[Replay], Replay]:
     """Register how the operation ``name`` is replayed when a checkpoint is loaded.
 
     The decorated function gets a structure (`copy_structure`: parameters on ``meta``, shapes not yet those of the
-    checkpoint) and the edit_log's entry, and does to modules and attributes what the operation did. It goes by
+    checkpoint) and the edit log's entry, and does to modules and attributes what the operation did. It goes by
     attributes such as ``in_features``, not by the shapes of tensors, which follow the state dict in the end. It must
     not change an attribute in place: the structure shares them with the live module.
 
@@ -48,7 +48,7 @@ def is_registered(name: str) -> bool:
 
 
 def replay_edits(structure: nn.Module, edit_log: list[dict[str, Any]]) -> nn.Module:
-    """Do to ``structure`` what the edit_log says, and return it.
+    """Do to ``structure`` what the edit log says, and return it.
 
     Raises:
         ManifestError: an operation is unknown, or does not fit the structure.
@@ -57,7 +57,7 @@ def replay_edits(structure: nn.Module, edit_log: list[dict[str, Any]]) -> nn.Mod
         replay = _OPERATIONS.get(entry["op"])
         if replay is None:
             raise ManifestError(
-                f"The checkpoint's edit_log has an operation {entry['op']!r}, expected one of {sorted(_OPERATIONS)}. "
+                f"The checkpoint's edit log has an operation {entry['op']!r}, expected one of {sorted(_OPERATIONS)}. "
                 "Import the module that registers it before loading."
             )
         try:
@@ -65,7 +65,7 @@ def replay_edits(structure: nn.Module, edit_log: list[dict[str, Any]]) -> nn.Mod
                 replay(structure, entry)
         except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
             raise ManifestError(
-                f"Entry {place} ({entry['op']!r}) of the checkpoint's edit_log does not fit "
+                f"Entry {place} ({entry['op']!r}) of the checkpoint's edit log does not fit "
                 f"`{type(structure).__name__}`: {type(error).__name__}: {error}."
             ) from error
     return structure

@@ -45,7 +45,7 @@ def replace_module(
         **details: what else the replay needs, in plain types.
 
     Returns:
-        The edit_log's entry: ``{"op": op, "name": name, **details}``.
+        The edit log's entry: ``{"op": op, "name": name, **details}``.
 
     Raises:
         SurgeryError: as `replace_modules`.
@@ -77,7 +77,7 @@ def replace_modules(
         averaged_models: averaged copies of ``model``, which get copies of the new modules.
 
     Raises:
-        SurgeryError: a module or a averaged_model's counterpart does not exist, is parametrized, or a parameter would be left
+        SurgeryError: a module or its averaged counterpart does not exist, is parametrized, or a parameter would be left
             in the optimizers without an owner, or in the model without an optimizer.
     """
     optimizers = [unwrap(optimizer) for optimizer in optimizers]

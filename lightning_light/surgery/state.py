@@ -13,11 +13,11 @@ from torch.nn.parameter import is_lazy
 
 from lightning_light.errors import ManifestError, SurgeryError
 from lightning_light.surgery.attributes import implied_attributes
-from lightning_light.surgery.structure import PRIVATE_PREFIX, compare, apply_structure, copy_structure
 from lightning_light.surgery.data import set_data
 from lightning_light.surgery.manifest import KEY, Entry, Kept, Manifest, check_fingerprint, fingerprint_of, half_size
 from lightning_light.surgery.operations import is_registered, replay_edits
 from lightning_light.surgery.optimizer import order_parameters, orphans, parameter_order
+from lightning_light.surgery.structure import PRIVATE_PREFIX, apply_structure, compare, copy_structure
 
 
 class CompressionState:
@@ -235,8 +235,8 @@ def _check_complete(target: nn.Module, state_dict: Mapping[str, Any], concerns: 
     if missing or wrong:
         found = f"without {missing[:3]}" if missing else f"with another number of dimensions in {wrong[:3]}"
         raise ManifestError(
-            f"The checkpoint's edit_log changes layers of `{type(target).__name__}` whose tensors its `state_dict` does "
-            f"not match: found one {found}. It is damaged, or tensors were taken out of it."
+            f"The checkpoint's edit log changes layers of `{type(target).__name__}` whose tensors its `state_dict` "
+            f"does not match: found one {found}. It is damaged, or tensors were taken out of it."
         )
 
 
@@ -263,7 +263,7 @@ def _imply_attributes(structure: nn.Module) -> None:
 
 
 def _check_attributes(structure: nn.Module, paths: set[str]) -> None:
-    """The edit_log and the shapes of the state dict say the same, or one of them is not what was written."""
+    """The edit log and the shapes of the state dict say the same, or one of them is not what was written."""
     for path, module in structure.named_modules():
         if path not in paths or any(map(is_lazy, module.parameters(recurse=False))):
             continue

@@ -1,6 +1,6 @@
 """The structure of a network without its weights, and how a live network is brought to another structure.
 
-A checkpoint's edit_log is never replayed on the live module. It is replayed on a copy that shares everything with it
+A checkpoint's edit log is never replayed on the live module. It is replayed on a copy that shares everything with it
 but the module tree and the tensors; when that has gone well, the live tree follows the copy: modules whose class is
 the same stay the same objects, and so do their parameters.
 """

@@ -6,8 +6,8 @@ import torch
 from lightning_light.export import ONNX, ExecuTorch, MobileExport, export_model, load_exported
 from lightning_light.export.torchscript_lite import TorchScriptLite
 from lightning_light.quantization import LSQ, Int8, Mixed, fake_quantized
-from lightning_light.surgery.checkpoint import load_from_checkpoint
 from lightning_light.surgery.attachment import state_of
+from lightning_light.surgery.checkpoint import load_from_checkpoint
 from tests.contract.runs import module_of, trainer, unless_refused
 from tests.contract.table import CASES
 

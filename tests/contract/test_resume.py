@@ -29,7 +29,11 @@ def fitted(case: Case, folder: Path, host: Any, *, resume: Path | None = None) -
     run.fit(module, ckpt_path=resume)
     assert_changed(case, module)
     compression_state = state_of(module)
-    return {**outcome(run, module), "compression_state": compression_state.state, "edit_log": compression_state.edit_log}, module.losses
+    return {
+        **outcome(run, module),
+        "compression_state": compression_state.state,
+        "edit_log": compression_state.edit_log,
+    }, module.losses
 
 
 def compare(case: Case, folder: Path, host: Any, files: list[str]) -> None:

@@ -12,9 +12,19 @@ from lightning_light.dependency import trace_dependencies
 from tests.zoo import ZOO
 
 NETS = [
-    "batch_norm_free", "chunk", "concat", "control_flow", "depthwise", "plain", "prelu", "reshape_flatten", "residual",
-    "squeeze_excite", "transposed", "unet",
-]  # fmt: skip
+    "batch_norm_free",
+    "chunk",
+    "concat",
+    "control_flow",
+    "depthwise",
+    "plain",
+    "prelu",
+    "reshape_flatten",
+    "residual",
+    "squeeze_excite",
+    "transposed",
+    "unet",
+]
 
 
 def tagged(model: nn.Module) -> nn.Module:

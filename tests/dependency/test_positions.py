@@ -159,8 +159,6 @@ class Projecting(nn.Module):
 
 def test_an_lstm_with_projections_stays_wider_inside() -> None:
     graph = trace_dependencies(Projecting(), (torch.randn(2, 4, 6),))
-    reason = next(
-        g.reason for g in graph.groups if any(m.tensor == "lstm.weight_hr_l0" and m.dim for m in g.members)
-    )
+    reason = next(g.reason for g in graph.groups if any(m.tensor == "lstm.weight_hr_l0" and m.dim for m in g.members))
     assert reason is not None
     assert "wider than its outputs" in reason

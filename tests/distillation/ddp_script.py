@@ -24,7 +24,7 @@ def apart(values: Tensor) -> float:
 
 
 def projected(module: Any) -> Tensor:
-    (kept,) = vars(module)["_lightning_light_ledger"].state["distillation"]["projectors"].values()
+    (kept,) = vars(module)["_lightning_light_compression_state"].state["distillation"]["projectors"].values()
     return kept["weight"].detach().flatten().clone()
 
 

@@ -29,8 +29,12 @@ def test_an_example_ends_with_its_table(name: str, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / f"{name}.py"), "--data=small.npz", "--epochs=2"],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()
     start = next(place for place, line in enumerate(lines) if "Before -> after" in line)

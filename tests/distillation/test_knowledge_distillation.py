@@ -364,15 +364,31 @@ class Grey(nn.Module):
 
 REFUSED: list[tuple[Any, type[Exception], str]] = [
     (lambda: distilled(FeatureHint(feature_layers="net.conv9")), TargetError, r"Nearest: .*'net.conv[12]'"),
-    (lambda: distilled(FeatureHint(feature_layers={"net.conv*": "conv1"})), TargetError, "as many modules in the student"),
-    (lambda: distilled(FeatureHint(feature_layers={"net.fc": "conv3"})), TargetError, r"of the teacher .*Nearest: 'conv"),
+    (
+        lambda: distilled(FeatureHint(feature_layers={"net.conv*": "conv1"})),
+        TargetError,
+        "as many modules in the student",
+    ),
+    (
+        lambda: distilled(FeatureHint(feature_layers={"net.fc": "conv3"})),
+        TargetError,
+        r"of the teacher .*Nearest: 'conv",
+    ),
     (lambda: distilled(teacher=nn.Sequential(nn.Flatten(), nn.Linear(192, 7))), ValueError, r"\(4, 5\) and \(4, 7\)"),
     (lambda: distilled(teacher=nn.Linear(3, 5)), ValueError, r"does not take \(\(4, 3, 8, 8\)\).*inputs="),
     (lambda: distilled(teacher=Grey()), ValueError, r"Its signature: missing a required argument: 'length'"),
     (lambda: distilled(output="logits"), ValueError, r"output='logits'\)`: expected to find a tensor, found"),
     (lambda: distilled(module=Silent()), ValueError, "expected `training_step` to call `Silent`"),
-    (lambda: distilled(FeatureHint(feature_layers="net.conv1"), teacher=Twin, cache="memory"), ValueError, "Leave `cache`"),
-    (lambda: distilled(FeatureHint(feature_layers={"net.conv1": "conv1"}, projector="none")), ValueError, "or, for features, a"),
+    (
+        lambda: distilled(FeatureHint(feature_layers="net.conv1"), teacher=Twin, cache="memory"),
+        ValueError,
+        "Leave `cache`",
+    ),
+    (
+        lambda: distilled(FeatureHint(feature_layers={"net.conv1": "conv1"}, projector="none")),
+        ValueError,
+        "or, for features, a",
+    ),
     (lambda: distilled(teacher=SelfTeacher(decay=0.5), cache="memory"), ValueError, r"found `SelfTeacher\(decay=0.5\)"),
     (lambda: distilled(teacher="nowhere.pt"), ValueError, "found no such file"),
     (lambda: distilled(teacher=lambda: 3), TypeError, "expected a function that returns a module"),

@@ -145,7 +145,11 @@ REFUSED: list[tuple[Any, type[Exception], str]] = [
     (lambda: live("second", student="nett"), TargetError, r"`KnowledgeDistillation\(student='nett'\)`.*Nearest: 'net"),
     (lambda: live("second", student="net", module=Silent()), ValueError, "expected `training_step` to call `second`"),
     (lambda: live("second", cache="memory"), ValueError, r"stays as it is, found `LiveTeacher\(path='second'\)`"),
-    (lambda: live("second", AttentionTransfer(feature_layers={"conv1": "conv9"}), student="net"), TargetError, "Nearest: 'conv"),
+    (
+        lambda: live("second", AttentionTransfer(feature_layers={"conv1": "conv9"}), student="net"),
+        TargetError,
+        "Nearest: 'conv",
+    ),
 ]
 
 

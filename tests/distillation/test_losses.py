@@ -272,8 +272,13 @@ def test_a_review_pairs_each_stage_with_those_before_it() -> None:
     found = [("a", "x"), ("b", "y"), ("c", "z")]
     assert FeatureHint(feature_layers="?").pairs(found) == found
     assert KnowledgeReview(feature_layers="?").pairs(found) == [
-        ("a", "x"), ("b", "x"), ("b", "y"), ("c", "x"), ("c", "y"), ("c", "z"),
-    ]  # fmt: skip
+        ("a", "x"),
+        ("b", "x"),
+        ("b", "y"),
+        ("c", "x"),
+        ("c", "y"),
+        ("c", "z"),
+    ]
 
 
 def test_attention_of_tokens_is_over_positions() -> None:

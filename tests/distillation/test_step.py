@@ -56,8 +56,12 @@ def test_equals_it_on_two_ranks_and_projectors_stay_equal(strategy: str, tmp_pat
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
     subprocess.run(
         [sys.executable, "-m", "tests.distillation.ddp_script", strategy, str(tmp_path)],
-        check=True, cwd=root, env=environment, timeout=240, capture_output=True,
-    )  # fmt: skip
+        check=True,
+        cwd=root,
+        env=environment,
+        timeout=240,
+        capture_output=True,
+    )
     for rank in range(2):
         found = json.loads((tmp_path / f"rank{rank}.json").read_text())
         assert all(found.pop(name) is True for name in ("learned", "resumed"))

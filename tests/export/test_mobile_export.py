@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_light.errors import LightningLightError, OrderError, ParityError, UnsupportedError
 from lightning_light.export import ExportReport, MobileExport, Tolerance, TorchScriptLite
-from lightning_light.surgery.checkpoint import load_from_checkpoint
 from lightning_light.surgery.attachment import state_of
+from lightning_light.surgery.checkpoint import load_from_checkpoint
 from tests.export.nets import HOSTS, MODULES, NETS, Images, Lit, Sentences, batches, fit
 from tests.export.snapshots import snapshot
 from tests.surgery import runs

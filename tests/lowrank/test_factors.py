@@ -110,8 +110,15 @@ GEOMETRIES = st.tuples(
 
 
 @settings(max_examples=30, deadline=None)
-@given(GEOMETRIES, WIDTHS, WIDTHS, st.sampled_from([1, 2, 3]), st.sampled_from(list(EXACT)), st.booleans(),
-       st.integers(0, 10**6))  # fmt: skip
+@given(
+    GEOMETRIES,
+    WIDTHS,
+    WIDTHS,
+    st.sampled_from([1, 2, 3]),
+    st.sampled_from(list(EXACT)),
+    st.booleans(),
+    st.integers(0, 10**6),
+)
 def test_every_geometry_at_full_rank_is_the_convolution(geometry, before, after, groups, dtype, bias, seed) -> None:
     torch.manual_seed(seed)
     pairs = [geometry[place : place + 2] for place in range(0, 8, 2)]

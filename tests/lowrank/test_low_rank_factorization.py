@@ -34,8 +34,8 @@ from lightning_light.lowrank.regularize import add_rank_penalty
 from lightning_light.measure import count_cost
 from lightning_light.schedules import OneShot
 from lightning_light.structured import StructuredPruning
-from lightning_light.surgery.checkpoint import load_from_checkpoint
 from lightning_light.surgery.attachment import attach, state_of
+from lightning_light.surgery.checkpoint import load_from_checkpoint
 from lightning_light.surgery.manifest import KEY
 from tests.contract.bodies import Body, module_class
 from tests.contract.runs import differences, trainer
@@ -298,9 +298,7 @@ def test_each_head_of_an_attention_has_ranks_of_its_own(options) -> None:
         query[8:16] = query[8:9]  # the second head's queries have rank one
     expected = module(*x)
     optimizer = torch.optim.AdamW(module.attention.parameters())
-    method = LowRankFactorization(
-        ranks=EnergyKept(0.999999), blocks={"attention": 2}, round_to=1, targets="attention"
-    )  # fmt: skip
+    method = LowRankFactorization(ranks=EnergyKept(0.999999), blocks={"attention": 2}, round_to=1, targets="attention")
     plan = factorize(module, x, factorization=method, optimizers=[optimizer])
     assert {name: found.ranks for name, found in plan.layers.items()} == {"attention.q_proj.blocks.1": (1,)}
     torch.testing.assert_close(module(*x), expected, rtol=1e-4, atol=1e-5)

@@ -39,9 +39,16 @@ def net() -> nn.Sequential:
     """Layers whose spectra differ: some are nearly of low rank, some are not."""
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 24, 3, padding=1), nn.ReLU(),
-        nn.Conv2d(24, 24, 3, stride=2, padding=1), nn.Flatten(), nn.Linear(24 * 16, 40), nn.ReLU(), nn.Linear(40, 30),
-    )  # fmt: skip
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 24, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(24, 24, 3, stride=2, padding=1),
+        nn.Flatten(),
+        nn.Linear(24 * 16, 40),
+        nn.ReLU(),
+        nn.Linear(40, 30),
+    )
     with torch.no_grad():
         for layer, decay in ((model[2], 0.5), (model[4], 0.95), (model[6], 0.8)):
             left, values, right = torch.linalg.svd(layer.weight.flatten(1), full_matrices=False)
@@ -63,9 +70,7 @@ def macs(model: nn.Module) -> float:
 def test_a_budget_is_hit_within_one_rank_step(form, round_to, remaining) -> None:
     model = net()
     dense = macs(model)
-    plan = factorize(
-        model, EXAMPLE, factorization=LowRankFactorization(MACs(remaining), form=form, round_to=round_to)
-    )  # fmt: skip
+    plan = factorize(model, EXAMPLE, factorization=LowRankFactorization(MACs(remaining), form=form, round_to=round_to))
     assert plan.before == dense
     assert plan.after == macs(model)  # what was planned is what is counted
     assert plan.after <= remaining * dense
@@ -213,12 +218,9 @@ def by_rank(layer: Layer, form: str, ranks: tuple[int, ...]) -> float:
 def test_a_budget_of_latency_counts_what_was_timed_and_leaves_what_is_not_faster() -> None:
     layers, reasons = find_layers(net(), ExampleInput(EXAMPLE), ["0", "2", "4", "6", "8"], form="channel", blocks={})
     options = Options(WeightSVD(), None, 4, 1, False)
-    plan = plan_factors(
-        layers, reasons, options, budget=Latency(4.0), now=6.0, limit=4.0, evidence={}, timer=by_rank
-    )  # fmt: skip
+    plan = plan_factors(layers, reasons, options, budget=Latency(4.0), now=6.0, limit=4.0, evidence={}, timer=by_rank)
     assert plan.skipped["8"] == "its factors do not run faster on this machine"
-    timed = sum(by_rank(layer, found.form, found.ranks) for layer in layers
-                if (found := plan.layers.get(layer.name)))  # fmt: skip
+    timed = sum(by_rank(layer, found.form, found.ranks) for layer in layers if (found := plan.layers.get(layer.name)))
     assert plan.after == pytest.approx(6.0 - len(plan.layers) + timed)
     assert 3.0 <= plan.after <= 4.0
 
@@ -241,8 +243,11 @@ def test_only_what_a_clock_says_is_faster_is_factored() -> None:
     assert re.search(r"\(linear, rank 1\) took \d+ us here, the layer itself \d+ us", plan.skipped["4"])
     layers, _ = find_layers(net(), ExampleInput(EXAMPLE), ["2", "6"], form="spatial", blocks={})
     timer = LayerTimer(net(), runs=2)
-    assert all(timer(layer, form, ranks) > 0 for layer, form in zip(layers, ("spatial", "linear"), strict=True)
-               for form, ranks in (("", ()), (form, (4,))))  # fmt: skip
+    assert all(
+        timer(layer, form, ranks) > 0
+        for layer, form in zip(layers, ("spatial", "linear"), strict=True)
+        for form, ranks in (("", ()), (form, (4,)))
+    )
 
 
 def test_a_layer_that_factors_represent_exactly_is_counted_as_it_was() -> None:

@@ -1,4 +1,4 @@
-"""SparsityReport are counted once, by one set of rules."""
+"""Zeros are counted once, by one set of rules."""
 
 import pytest
 import torch

@@ -208,8 +208,13 @@ def test_methods_join_the_users_hyper_parameters_and_leave_the_module_alone(boar
     run = trainer(Events(cuts=(2,)), CompressionMonitor(), logger=board)
     run.fit(module, Loader())
     assert hparams_page(board) == {
-        "optimizer", "by_name", "early", "events/cuts", "events/factor_at", "events/hook",
-    }  # fmt: skip
+        "optimizer",
+        "by_name",
+        "early",
+        "events/cuts",
+        "events/factor_at",
+        "events/hook",
+    }
     assert "events/cuts: (2,)" in Path(board.log_dir, "hparams.yaml").read_text()
     assert set(module.hparams) == set(module.hparams_initial) == {"optimizer", "by_name", "early"}
 
@@ -328,8 +333,15 @@ def test_it_leaves_nothing_on_the_module_and_no_look_behind() -> None:
     trainer(monitor, max_epochs=1).fit(module, Loader())
     assert not module._forward_pre_hooks
     assert {name for name in vars(monitor) if name.startswith("_")} <= {
-        "_key", "_count", "_chronicle", "_last_step", "_parameters", "_seen", "_borrowed", "_masks",
-    }  # fmt: skip
+        "_key",
+        "_count",
+        "_chronicle",
+        "_last_step",
+        "_parameters",
+        "_seen",
+        "_borrowed",
+        "_masks",
+    }
     assert not any(vars(monitor)[name] for name in ("_count", "_chronicle", "_parameters", "_borrowed", "_masks"))
     assert repr(pickle.loads(pickle.dumps(monitor))) == repr(monitor)
 
@@ -382,8 +394,9 @@ def test_a_resumed_run_compares_with_the_dense_network(tmp_path: Path, capsys: A
 
 
 def test_resuming_at_every_step_gives_the_same_history(tmp_path: Path) -> None:
-    every = pl.callbacks.ModelCheckpoint(tmp_path, "{step}", auto_insert_metric_name=False, save_top_k=-1,
-                                         every_n_train_steps=1)  # fmt: skip
+    every = pl.callbacks.ModelCheckpoint(
+        tmp_path, "{step}", auto_insert_metric_name=False, save_top_k=-1, every_n_train_steps=1
+    )
     trainer(Events(cuts=(2, 6), factor_at=5), CompressionMonitor(), every).fit(whole := Lit(), Loader())
     for step in range(1, 12):
         resumed = Lit()
@@ -429,8 +442,13 @@ def test_the_learning_rate_finder_inside_fit_leaves_no_trace_in_the_history(boar
 
     finder = pl.callbacks.LearningRateFinder(num_training_steps=4, early_stop_threshold=None)
     module = Rated()
-    trainer(finder, CompressionMonitor(every_n_steps=1), logger=board, enable_checkpointing=True,
-            default_root_dir=board.root_dir).fit(module, Loader())  # fmt: skip
+    trainer(
+        finder,
+        CompressionMonitor(every_n_steps=1),
+        logger=board,
+        enable_checkpointing=True,
+        default_root_dir=board.root_dir,
+    ).fit(module, Loader())
     assert [step for step, _ in curve(board, "params")][:3] == [0, 1, 2]
     assert state_of(module).state["compression_monitor"]["history"]["steps"] == [0]
 
@@ -535,7 +553,7 @@ def test_its_repr_is_the_call_that_makes_it() -> None:
 
 
 def test_what_zeros_are_worth_is_reported(board: TensorBoardLogger, capsys: pytest.CaptureFixture[str]) -> None:
-    """Masks are read from the compression_state, whoever put them there; two filters die at step 4, two more weights at step 8."""
+    """Masks are read from the compression state; two filters die at step 4, two more weights at step 8."""
 
     class Masks(pl.Callback):
         def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -555,8 +573,9 @@ def test_what_zeros_are_worth_is_reported(board: TensorBoardLogger, capsys: pyte
     total = sum(weight.numel() for weight in module.parameters() if weight.ndim > 1)
     churn = dict(curve(board, "churn"))
     assert {step: value for step, value in churn.items() if value} == {
-        4: pytest.approx(gone / layer.numel()), 8: pytest.approx(2 / layer.numel())
-    }  # fmt: skip
+        4: pytest.approx(gone / layer.numel()),
+        8: pytest.approx(2 / layer.numel()),
+    }
     assert [value for _, value in curve(board, "dead_filters")][-10:] == [0.0] * 2 + [2.0] * 8 or curve(
         board, "dead_filters"
     )

@@ -16,9 +16,12 @@ from tests.zoo import ZOO, Net
 
 def net(first: int = 16, second: int = 24) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(3, first, 3), nn.BatchNorm2d(first), nn.Conv2d(first, second, 3), nn.Flatten(),
+        nn.Conv2d(3, first, 3),
+        nn.BatchNorm2d(first),
+        nn.Conv2d(first, second, 3),
+        nn.Flatten(),
         nn.Linear(16 * second, 5),
-    )  # fmt: skip
+    )
 
 
 def snapshot(model: nn.Module) -> Snapshot:

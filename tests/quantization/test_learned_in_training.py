@@ -64,8 +64,13 @@ def learned_values(net: Any, recipe: Any, **options: Any) -> tuple[dict[str, Ten
     class Look(pl.Callback):
         def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
             if not first:
-                first.update({name: value.clone() for name, value in qat.state(pl_module).get("learned", {}).items()
-                              if qat.state(pl_module)["form"] == "rounded"})  # fmt: skip
+                first.update(
+                    {
+                        name: value.clone()
+                        for name, value in qat.state(pl_module).get("learned", {}).items()
+                        if qat.state(pl_module)["form"] == "rounded"
+                    }
+                )
 
     run = trainer(qat, Look())
     run.fit(net)

@@ -1,5 +1,6 @@
 """A fake-quantized module is one function: with and without gradients, in every layer that a hook looks at."""
 
+import inspect
 from typing import Any
 
 import pytest
@@ -11,9 +12,15 @@ from lightning_light.quantization import LSQ, PACT, Int8, IntN, Mixed, Recipe, T
 from tests.zoo import ZOO
 
 RECIPES: list[Recipe] = [
-    Int8(), Int8(engine="x86"), IntN(4, 4), LSQ(8, 8), LSQ(4, 4, offset=True), PACT(4, 8), Ternary(),
+    Int8(),
+    Int8(engine="x86"),
+    IntN(4, 4),
+    LSQ(8, 8),
+    LSQ(4, 4, offset=True),
+    PACT(4, 8),
+    Ternary(),
     Mixed(default=LSQ(), first=Int8(), last=Int8()),
-]  # fmt: skip
+]
 
 
 def outputs_of_layers(net: nn.Module, *args: Any, **kwargs: Any) -> dict[str, list[Tensor]]:
@@ -40,7 +47,7 @@ def calibrated(name: str, recipe: Recipe) -> tuple[nn.Module, tuple[Any, ...], d
     torch.manual_seed(0)
     net = ZOO[name]().eval()
     args, kwargs = net.example
-    quantize(net, [(*args, kwargs) if kwargs else args], recipe)
+    quantize(net, [dict(inspect.signature(net.forward).bind(*args, **kwargs).arguments)], recipe)
     return net, args, kwargs
 
 

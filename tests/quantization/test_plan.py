@@ -181,10 +181,18 @@ def test_a_sum_that_begins_with_zero_keeps_the_grid_of_what_is_added() -> None:
     assert [key.split("|")[2] for key in plan.outputs] == ["conv2d", "conv2d", "add", "conv2d", "add", "conv2d"]
 
 
-@pytest.mark.parametrize(("name", "other", "right"), [
-    ("add", 0, True), ("__radd__", 0.0, True), ("mul", 1, True), ("add", 1, False), ("mul", 0, False),
-    ("mul", np.ones(3), False), ("add", torch.zeros(3), False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "other", "right"),
+    [
+        ("add", 0, True),
+        ("__radd__", 0.0, True),
+        ("mul", 1, True),
+        ("add", 1, False),
+        ("mul", 0, False),
+        ("mul", np.ones(3), False),
+        ("add", torch.zeros(3), False),
+    ],
+)
 def test_only_a_plain_number_that_changes_nothing_leaves_a_grid_alone(name, other, right) -> None:
     assert moves(name, (torch.ones(3), other), {}) is right
 

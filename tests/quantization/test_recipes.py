@@ -40,11 +40,28 @@ from tests.quantization.test_plan import calibrated, plan_of
 from tests.zoo import ZOO, noise
 
 RECIPES = [
-    IntN(4, 8), IntN(2, 8), IntN(4, 4), IntN(4, None), IntN(8, 8, observer=AtRunTime()), Int8(per_channel=False),
-    Int8(observer=Percentile(0.99)), Int8(observer=MSE()), Int8(observer=MinMax()), Ternary(), Ternary(None), Binary(),
-    LSQ(), LSQ(8, 8), LSQ(8, 8, engine="x86"), LSQ(2, 4, offset=True), LSQ(4, None), PACT(), PACT(8, 8),
-    Mixed(default=LSQ(), first=Int8(), last=Int8()), Mixed({"conv*": IntN(4, 8)}, keep_float="fc"),
-]  # fmt: skip
+    IntN(4, 8),
+    IntN(2, 8),
+    IntN(4, 4),
+    IntN(4, None),
+    IntN(8, 8, observer=AtRunTime()),
+    Int8(per_channel=False),
+    Int8(observer=Percentile(0.99)),
+    Int8(observer=MSE()),
+    Int8(observer=MinMax()),
+    Ternary(),
+    Ternary(None),
+    Binary(),
+    LSQ(),
+    LSQ(8, 8),
+    LSQ(8, 8, engine="x86"),
+    LSQ(2, 4, offset=True),
+    LSQ(4, None),
+    PACT(),
+    PACT(8, 8),
+    Mixed(default=LSQ(), first=Int8(), last=Int8()),
+    Mixed({"conv*": IntN(4, 8)}, keep_float="fc"),
+]
 
 
 class TestWeights:
@@ -287,8 +304,11 @@ def test_bad_values_are_refused_where_they_are_written(make, sentence) -> None:
 
 def test_widths_are_those_of_the_engine() -> None:
     assert {engine: Int8(engine=engine).rule().weight.high for engine in ("qnnpack", "x86", "xnnpack", "onnx")} == {  # type: ignore[arg-type]
-        "qnnpack": 127, "x86": 63, "xnnpack": 127, "onnx": 127,
-    }  # fmt: skip
+        "qnnpack": 127,
+        "x86": 63,
+        "xnnpack": 127,
+        "onnx": 127,
+    }
     assert LSQ(8, 8, engine="x86").rule().weight == WeightRule(8, -63, 63, learned=True)
     assert math.isnan(
         float(calibrated(ZOO["plain"]().eval(), ExampleInput((noise(2, 3, 8, 8),)), Int8(observer=MinMax())).shares[0])

@@ -82,8 +82,16 @@ def test_gradual_pruning(seed, pattern, scope: Scope, optimizer, end) -> None:
     total = sum(weight.parameter.numel() for weight in run.weights)
     for step in range(1, STEPS + 1):
         amount, before = end * step / STEPS, masks
-        masks = plan_masks(run.weights, run.scores(), pattern=pattern, scope=scope, amount=amount, share=step / STEPS,
-                           amounts={}, current=before)  # fmt: skip
+        masks = plan_masks(
+            run.weights,
+            run.scores(),
+            pattern=pattern,
+            scope=scope,
+            amount=amount,
+            share=step / STEPS,
+            amounts={},
+            current=before,
+        )
         run.mask(masks)
         run.step()
         run.assert_tight(masks)
@@ -114,8 +122,16 @@ def test_n_of_m(seed, shape, optimizer) -> None:
     run, masks, pattern = Run(seed, optimizer), {}, NM(*shape)
     for step in range(STEPS):
         share = (step + 1) / STEPS
-        masks = plan_masks(run.weights, run.scores(), pattern=pattern, scope="global", amount=0.0, share=share,
-                           amounts={}, current=masks)  # fmt: skip
+        masks = plan_masks(
+            run.weights,
+            run.scores(),
+            pattern=pattern,
+            scope="global",
+            amount=0.0,
+            share=share,
+            amounts={},
+            current=masks,
+        )
         run.mask(masks)
         run.step()
         run.assert_tight(masks)
@@ -132,8 +148,9 @@ def test_sr_ste(seed, shape, optimizer) -> None:
     run.enforcer.release()
     through.watch([run.optimizer])
     dense = {weight.name: weight.parameter.detach().clone() for weight in run.weights}
-    masks = plan_masks(run.weights, run.scores(), pattern=pattern, scope="global", amount=0.0, share=1.0, amounts={},
-                       current={})  # fmt: skip
+    masks = plan_masks(
+        run.weights, run.scores(), pattern=pattern, scope="global", amount=0.0, share=1.0, amounts={}, current={}
+    )
     through.hold(run.weights, masks, dense, pattern.n)
     for _ in range(STEPS):
         run.step(before=through.before_step)
@@ -158,8 +175,13 @@ def test_dynamic_sparse_training(seed, method, optimizer, amount) -> None:
         run.assert_tight(masks)
         for weight in run.weights:
             before, gradient = masks[weight.name], torch.randn(weight.parameter.shape, generator=run.generator)
-            now = Connections(weight.facing(weight.parameter.detach()), weight.facing(before), weight.facing(gradient),
-                              first[weight.name], run.generator)  # fmt: skip
+            now = Connections(
+                weight.facing(weight.parameter.detach()),
+                weight.facing(before),
+                weight.facing(gradient),
+                first[weight.name],
+                run.generator,
+            )
             masks[weight.name] = weight.facing(method.move(now, method.fraction)).contiguous()
             if isinstance(method, SRigL):
                 fan_ins = weight.facing(masks[weight.name]).flatten(1).sum(dim=1)

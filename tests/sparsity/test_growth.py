@@ -93,9 +93,12 @@ def test_srigl_is_the_papers_algorithm(seed) -> None:
 
 
 @given(
-    seed=st.integers(0, 999), density=st.floats(0.02, 0.98), fraction=st.floats(0.0, 1.0), steps=st.integers(1, 4),
+    seed=st.integers(0, 999),
+    density=st.floats(0.02, 0.98),
+    fraction=st.floats(0.0, 1.0),
+    steps=st.integers(1, 4),
     kind=st.sampled_from([SET(), RigL(), Static()]),
-)  # fmt: skip
+)
 @settings(max_examples=80, deadline=None)
 def test_the_number_of_connections_never_changes(seed, density, fraction, steps, kind) -> None:
     weight, mask, gradient = layer((5, 4, 3, 3), density, seed)
@@ -106,9 +109,12 @@ def test_the_number_of_connections_never_changes(seed, density, fraction, steps,
 
 
 @given(
-    seed=st.integers(0, 999), kept=st.integers(6, 200), fraction=st.floats(0.0, 1.0), salient=st.floats(0.0, 1.0),
+    seed=st.integers(0, 999),
+    kept=st.integers(6, 200),
+    fraction=st.floats(0.0, 1.0),
+    salient=st.floats(0.0, 1.0),
     steps=st.integers(1, 5),
-)  # fmt: skip
+)
 @settings(max_examples=80, deadline=None)
 def test_the_fan_in_of_srigl_is_one_number_and_its_connections_never_grow(seed, kept, fraction, salient, steps) -> None:
     generator = torch.Generator().manual_seed(seed)

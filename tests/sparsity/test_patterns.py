@@ -25,9 +25,15 @@ def planned(model, *, pattern=SINGLE, scope="global", amount=0.5, current=None, 
     weights = find_weights(model, Targets(), "test")
     scores = {weight.name: weight.parameter.detach().square() for weight in weights}
     masks = plan_masks(
-        weights, scores, pattern=pattern, scope=scope, amount=amount, share=share,
-        amounts=amounts or {}, current=current or {},
-    )  # fmt: skip
+        weights,
+        scores,
+        pattern=pattern,
+        scope=scope,
+        amount=amount,
+        share=share,
+        amounts=amounts or {},
+        current=current or {},
+    )
     return weights, scores, masks
 
 

@@ -13,8 +13,8 @@ from lightning_light.errors import UnsupportedError
 from lightning_light.measure import deflated_bytes
 from lightning_light.order import Stage
 from lightning_light.progress import steps_done
-from lightning_light.surgery.edit import cut
 from lightning_light.surgery.averaged_models import averaged_models_of
+from lightning_light.surgery.edit import cut
 from tests.contract.bodies import Body, Momentum, module_class
 from tests.contract.runs import trainer
 from tests.sparsity.runs import Look, fitted, leaks, masks_of
@@ -77,7 +77,9 @@ class Cut(CompressionCallback):
             stay = torch.arange(0, 16, 2)
             names = ["conv1.weight", *(f"bn1.{name}" for name in ("weight", "bias", "running_mean", "running_var"))]
             kept = {**{f"features.{name}": {0: stay} for name in names}, "features.conv2.weight": {1: stay}}
-            edit = cut(pl_module, kept, optimizers=trainer.optimizers, averaged_models=averaged_models_of(trainer, pl_module))
+            edit = cut(
+                pl_module, kept, optimizers=trainer.optimizers, averaged_models=averaged_models_of(trainer, pl_module)
+            )
             self._after_surgery(trainer, pl_module, edit.entry(), "half", kept=kept)
 
 

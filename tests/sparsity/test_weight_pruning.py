@@ -15,8 +15,8 @@ import lightning_light as ll
 from lightning_light.errors import NoEffectWarning, OrderError, TargetError, UnsupportedError
 from lightning_light.progress import steps_done
 from lightning_light.surgery.attachment import state_of
-from lightning_light.surgery.manifest import KEY
 from lightning_light.surgery.averaged_models import averaged_models_of
+from lightning_light.surgery.manifest import KEY
 from tests.contract.bodies import Body, FrozenBackbone, Momentum, TwoOptimizers, module_class
 from tests.contract.runs import trainer
 from tests.sparsity.runs import Look, fitted, leaks, masks_of
@@ -253,9 +253,10 @@ def test_ac_dc_alternates_and_grows_from_zero() -> None:
         first.setdefault(len(shares), masks_of(module))
 
     _, module = fitted(
-        ll.WeightPruning(ll.Sparsity(0.5), schedule=ll.Alternating(phases=2, start=0.25, end=0.95)), body=Momentum,
+        ll.WeightPruning(ll.Sparsity(0.5), schedule=ll.Alternating(phases=2, start=0.25, end=0.95)),
+        body=Momentum,
         look=look,
-    )  # fmt: skip
+    )
     sparse = [share > 0.4 for share in shares]
     assert sparse == [False] * 3 + [True] * 3 + [False] * 2 + [True] * 2 + [False] + [True]
     assert zero_fraction(module) == pytest.approx(0.5, abs=1e-3)
@@ -401,9 +402,11 @@ def test_an_impossible_pattern_names_the_layer() -> None:
 
 def test_two_that_mask_one_weight_are_refused() -> None:
     refused(
-        OrderError, r"found 2 that both mask: \['features.conv1.weight'", gradual(targets="features.conv*"),
+        OrderError,
+        r"found 2 that both mask: \['features.conv1.weight'",
+        gradual(targets="features.conv*"),
         ll.DynamicSparseTraining(ll.Sparsity(0.5), targets=["features.conv*", "head"]),
-    )  # fmt: skip
+    )
 
 
 def test_two_on_different_layers_live_side_by_side() -> None:

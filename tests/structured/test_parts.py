@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_light.budgets import MACs, Sparsity
-from lightning_light.dependency import trace_dependencies
 from lightning_light.criteria import Activation, Hessian, Taylor
+from lightning_light.dependency import trace_dependencies
 from lightning_light.errors import BudgetError, TargetError, UnsupportedError
 from lightning_light.events import event_points, points_done
 from lightning_light.schedules import Constant, Cubic, Linear, OneShot, Staircase, Window

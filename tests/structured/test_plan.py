@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_light.budgets import Budget, Channels, Latency, MACs, Params, Size
-from lightning_light.dependency import trace_dependencies
 from lightning_light.criteria import Magnitude, Random, Taylor
+from lightning_light.dependency import trace_dependencies
 from lightning_light.errors import BudgetError, TargetError
 from lightning_light.measure.cost import count_cost
 from lightning_light.structured import Global, Isomorphic, Local, Ranking, StructuredPruning, prune_channels

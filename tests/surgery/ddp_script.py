@@ -20,9 +20,9 @@ from lightning_light.errors import RankMismatchError
 from lightning_light.example_input import capture
 from lightning_light.order import Stage
 from lightning_light.progress import steps_done
+from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.distributed import broadcast, check_agreement, reduce_mean
 from lightning_light.surgery.edit import cut
-from lightning_light.surgery.averaged_models import averaged_models_of
 from tests.surgery.runs import Lit, halve, trainer
 from tests.zoo import noise, tokens
 
@@ -70,7 +70,9 @@ class Cuts(CompressionCallback):
                 width = pl_module.get_parameter("net.conv1.weight").shape[0]
                 kept = {name: {d: (width - 1 - i).flip(0) for d, i in dims.items()} for name, dims in kept.items()}
             kept = kept if self.disagree else broadcast(trainer, kept)
-            edit = cut(pl_module, kept, optimizers=trainer.optimizers, averaged_models=averaged_models_of(trainer, pl_module))
+            edit = cut(
+                pl_module, kept, optimizers=trainer.optimizers, averaged_models=averaged_models_of(trainer, pl_module)
+            )
             self._after_surgery(trainer, pl_module, edit.entry(), f"cut at {steps_done(trainer)}", kept=edit.kept)
             self.wrapped.append(isinstance(trainer.strategy.model, nn.parallel.DistributedDataParallel))
 

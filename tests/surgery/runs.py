@@ -13,8 +13,8 @@ from typing_extensions import override
 from lightning_light.callback import CompressionCallback
 from lightning_light.order import Stage
 from lightning_light.progress import steps_done
-from lightning_light.surgery.edit import cut
 from lightning_light.surgery.averaged_models import averaged_models_of
+from lightning_light.surgery.edit import cut
 from lightning_light.surgery.operations import register_operation
 from lightning_light.surgery.replace import put_module, replace_module
 from tests.zoo import Plain, noise, tokens
@@ -137,7 +137,7 @@ def two_factors(old: Any, rank: int) -> nn.Sequential:
 
 
 class Events(CompressionCallback):
-    """Cuts channels and factors a layer at given steps; what it has done, and a tensor, are in the compression_state."""
+    """Cut channels and factor a layer at given steps; keep progress and a tensor in the compression state."""
 
     method = "events"
     stage = Stage.STRUCTURED
@@ -172,7 +172,10 @@ class Events(CompressionCallback):
     def _cut(self, trainer: Any, pl_module: Any) -> None:
         names = [f"net.{name}" for name in ("conv1", "bn1", "conv2")]
         edit = cut(
-            pl_module, halve(pl_module, *names), optimizers=trainer.optimizers, averaged_models=averaged_models_of(trainer, pl_module)
+            pl_module,
+            halve(pl_module, *names),
+            optimizers=trainer.optimizers,
+            averaged_models=averaged_models_of(trainer, pl_module),
         )
         self._after_surgery(trainer, pl_module, edit.entry(), "half of conv1 is gone", kept=edit.kept)
 

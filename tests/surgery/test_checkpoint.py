@@ -19,8 +19,8 @@ from lightning.pytorch.callbacks import (
 )
 
 from lightning_light.errors import ManifestError
+from lightning_light.surgery.attachment import attach, release, state_of
 from lightning_light.surgery.checkpoint import CompressibleMixin, load_from_checkpoint
-from lightning_light.surgery.attachment import attach, state_of, release
 from lightning_light.surgery.manifest import KEY
 from tests.surgery.runs import HOSTS, MODULES, Events, Lit, Loader, same, trainer
 from tests.zoo import noise
@@ -159,7 +159,7 @@ def test_learning_rate_finder_inside_fit_keeps_the_parameters() -> None:
     assert not state_of(module).resumed
 
 
-def test_deep_copy_has_a_ledger_of_its_own(run) -> None:
+def test_deep_copy_has_a_compression_state_of_its_own(run) -> None:
     module, _, _ = run
     twin = copy.deepcopy(module)
     assert twin.on_save_checkpoint.__self__ is twin
@@ -175,7 +175,7 @@ def _manifest(path: Path) -> dict[str, Any]:
     return torch.load(path, weights_only=True)[KEY]
 
 
-def test_pickle_keeps_the_ledger(run) -> None:
+def test_pickle_keeps_the_compression_state(run) -> None:
     module, _, folder = run
     twin = pickle.loads(pickle.dumps(module))
     assert torch.equal(twin.eval()(X), module.eval()(X))
@@ -266,8 +266,8 @@ def test_a_bare_state_dict_gives_a_fresh_module_its_shapes(run, tmp_path) -> Non
     checkpoint: dict[str, Any] = {"state_dict": fresh.state_dict()}
     fresh.on_save_checkpoint(checkpoint)
     other = Lit()
-    other_ledger = attach(other)
-    other_ledger.load(other, checkpoint)
+    other_state = attach(other)
+    other_state.load(other, checkpoint)
     assert other.net.conv1.out_channels == 4
     release(fresh)
     with pytest.raises(RuntimeError, match="size mismatch"):
@@ -312,7 +312,7 @@ DAMAGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "not a manifest": lambda c: c.update({KEY: ["channels"]}),
     "newer": lambda c: c[KEY].update(version=99),
     "no edit_log": lambda c: c[KEY].pop("edit_log"),
-    "half a edit_log": lambda c: c[KEY].update(edit_log=c[KEY]["edit_log"][:20]),
+    "half a edit log": lambda c: c[KEY].update(edit_log=c[KEY]["edit_log"][:20]),
     "edit_log of another type": lambda c: c[KEY].update(edit_log="{}"),
     "state of another type": lambda c: c[KEY].update(state={"events": 1}),
     "unknown operation": lambda c: first(c, {"op": "of another package"}),

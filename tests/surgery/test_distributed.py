@@ -16,7 +16,7 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from lightning_light.errors import UnsupportedError
-from lightning_light.surgery.distributed import check_agreement, digest, reduce_mean, refuse_unsupported, log_rank_zero
+from lightning_light.surgery.distributed import check_agreement, digest, log_rank_zero, reduce_mean, refuse_unsupported
 from tests.surgery.runs import HOSTS, Events, Lit, Loader, trainer
 
 ROOT = Path(__file__).parents[2]

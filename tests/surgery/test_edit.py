@@ -324,7 +324,7 @@ def test_a_trial_leaves_the_nodes_that_accumulate_gradients() -> None:
     assert sorted(seen) == sorted(name for name, _ in model.named_parameters())
 
 
-def test_an_entry_of_the_journal_is_plain() -> None:
+def test_an_entry_of_the_edit_log_is_plain() -> None:
     model, _ = trained("sgd")
     kept, attributes = plan(model, 1)
     entry = cut(model, kept, attributes=attributes).entry()

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_light.errors import ManifestError, UnsupportedError
+from lightning_light.surgery.attachment import attach
 from lightning_light.surgery.checkpoint import load_from_checkpoint
 from lightning_light.surgery.edit import cut
 from lightning_light.surgery.expand import expand_checkpoint
-from lightning_light.surgery.attachment import attach
 from lightning_light.surgery.manifest import KEY
 from tests.surgery.runs import Events, Lit, Loader, halve, trainer
 from tests.zoo import noise
@@ -150,7 +150,7 @@ def test_norms_over_channels_are_refused(norm, tmp_path) -> None:
     assert not (tmp_path / "large.ckpt").exists()
 
 
-def test_what_the_journal_cannot_see_is_found_by_running_both(tmp_path) -> None:
+def test_what_the_edit_log_cannot_see_is_found_by_running_both(tmp_path) -> None:
     half = stay(0, 1, 4, 5)
     kept = {"net.conv.weight": {0: half}, "net.conv.bias": {0: half}, "net.last.weight": {1: half}}
     write(Holds(Soft()), tmp_path / "small.ckpt", kept)

@@ -1,4 +1,4 @@
-"""One module takes another's place, and optimizers, hooks, copies and the edit_log follow."""
+"""One module takes another's place, and optimizers, hooks, copies and the edit log follow."""
 
 import copy
 from typing import Any

@@ -76,7 +76,7 @@ def test_it_holds_under_accumulation_and_other_precisions(options, tmp_path) -> 
         assert same(resumed.state_dict(), whole.state_dict()), step
 
 
-def test_every_checkpoint_loads_weights_only_and_carries_the_ledger(tmp_path) -> None:
+def test_every_checkpoint_loads_weights_only_and_carries_the_compression_state(tmp_path) -> None:
     run = trainer(Events(cuts=(2, 6), factor_at=5), every_step(HOSTS[0], tmp_path))
     run.fit(module := Lit(), Loader())
     run.save_checkpoint(tmp_path / "late.ckpt")

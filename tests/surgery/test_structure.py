@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from lightning_light.surgery.structure import PRIVATE_PREFIX, compare, apply_structure, copy_structure
+from lightning_light.surgery.attachment import attach, release, state_of
 from lightning_light.surgery.data import set_data
 from lightning_light.surgery.edit import cut
-from lightning_light.surgery.attachment import attach, state_of, release
 from lightning_light.surgery.manifest import Manifest
+from lightning_light.surgery.structure import PRIVATE_PREFIX, apply_structure, compare, copy_structure
 from tests.surgery.runs import Lit, halve, same, two_factors
 from tests.zoo import ZOO, noise
 
@@ -155,7 +155,7 @@ def test_lazy_layers_wait() -> None:
     release(module)
 
 
-def test_asking_for_a_ledger_changes_nothing() -> None:
+def test_asking_for_a_compression_state_changes_nothing() -> None:
     module = Lit()
     before = dict(vars(module))
     assert state_of(module).edit_log == []

@@ -14,8 +14,15 @@ from lightning_light.dependency.rules.table import elementwise, outputs_of, rule
 __all__: list[str] = []
 
 
-@rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
-      "miopen_batch_norm", "_batch_norm_no_update", "_batch_norm_with_update")  # fmt: skip
+@rule(
+    "native_batch_norm",
+    "_native_batch_norm_legit",
+    "_native_batch_norm_legit_no_training",
+    "cudnn_batch_norm",
+    "miopen_batch_norm",
+    "_batch_norm_no_update",
+    "_batch_norm_with_update",
+)
 def _batch_normed(t: TraceContext, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
     _normed(t, args[0], 1, args[1:5], "num_features", out)
 
@@ -47,11 +54,30 @@ def _normed(t: TraceContext, source: Tensor, dim: int, vectors: Sequence[Any], a
     t.give(outputs_of(out)[0], t.marks(source))
 
 
-@rule("max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool1d", "avg_pool2d", "avg_pool3d",
-      "adaptive_max_pool2d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "reflection_pad1d", "reflection_pad2d",
-      "replication_pad1d", "replication_pad2d", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",
-      "upsample_bilinear2d", "upsample_linear1d", "upsample_trilinear3d", "upsample_bicubic2d", "grid_sampler_2d",
-      "_upsample_bilinear2d_aa", "_upsample_nearest_exact2d")  # fmt: skip
+@rule(
+    "max_pool2d_with_indices",
+    "max_pool3d_with_indices",
+    "avg_pool1d",
+    "avg_pool2d",
+    "avg_pool3d",
+    "adaptive_max_pool2d",
+    "_adaptive_avg_pool2d",
+    "_adaptive_avg_pool3d",
+    "reflection_pad1d",
+    "reflection_pad2d",
+    "replication_pad1d",
+    "replication_pad2d",
+    "upsample_nearest1d",
+    "upsample_nearest2d",
+    "upsample_nearest3d",
+    "upsample_bilinear2d",
+    "upsample_linear1d",
+    "upsample_trilinear3d",
+    "upsample_bicubic2d",
+    "grid_sampler_2d",
+    "_upsample_bilinear2d_aa",
+    "_upsample_nearest_exact2d",
+)
 def _over_space(t: TraceContext, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
     """Space changes, channels pass."""
     channels = [mark for mark in t.marks(args[0]) if varying(mark) == (1,)]
@@ -62,8 +88,23 @@ def _over_space(t: TraceContext, name: str, args: Sequence[Any], kwargs: dict[st
         t.give(tensor, channels)
 
 
-@rule("mean", "sum", "var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm", "amax", "amin", "prod",
-      "logsumexp", "max", "min", "nansum")  # fmt: skip
+@rule(
+    "mean",
+    "sum",
+    "var",
+    "std",
+    "var_mean",
+    "std_mean",
+    "norm",
+    "linalg_vector_norm",
+    "amax",
+    "amin",
+    "prod",
+    "logsumexp",
+    "max",
+    "min",
+    "nansum",
+)
 def _reduced(t: TraceContext, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
     """A reduced dimension is consumed, the others pass."""
     if len(args) > 1 and isinstance(args[1], Tensor):
@@ -95,8 +136,23 @@ def _weight_normed(t: TraceContext, name: str, args: Sequence[Any], kwargs: dict
     elementwise(t, name, args[:2], {}, out[0])
 
 
-@rule("empty", "zeros", "ones", "full", "arange", "new_zeros", "new_empty", "new_ones", "new_full", "scalar_tensor",
-      "rand", "randn", "_local_scalar_dense", "linspace", "eye")  # fmt: skip
+@rule(
+    "empty",
+    "zeros",
+    "ones",
+    "full",
+    "arange",
+    "new_zeros",
+    "new_empty",
+    "new_ones",
+    "new_full",
+    "scalar_tensor",
+    "rand",
+    "randn",
+    "_local_scalar_dense",
+    "linspace",
+    "eye",
+)
 def _constant(t: TraceContext, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
     """A constant has no channels; but the first state of a recurrent layer follows its ``hidden_size``."""
     if t.in_recurrent_layer() and isinstance(out, Tensor) and out.dim() and out.shape[-1] > 1:

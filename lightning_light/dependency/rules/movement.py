@@ -15,15 +15,52 @@ from lightning_light.dependency.rules.table import Marks, outputs_of, rule
 __all__: list[str] = []
 
 _RESHAPES = {"view", "_unsafe_view", "reshape", "_reshape_alias"}
-_PICKS = {"slice", "split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "select", "unbind",
-          "unsafe_chunk", "index_select", "narrow", "diagonal"}  # fmt: skip
+_PICKS = {
+    "slice",
+    "split",
+    "split_with_sizes",
+    "unsafe_split",
+    "unsafe_split_with_sizes",
+    "select",
+    "unbind",
+    "unsafe_chunk",
+    "index_select",
+    "narrow",
+    "diagonal",
+}
 _FREE_OF_SIZE = {"transpose", "permute", "t", "unsqueeze", "transpose_", "t_", "unsqueeze_"}
 
 
-@rule("transpose", "permute", "t", "unsqueeze", "squeeze", "slice", "split", "split_with_sizes", "unsafe_split",
-      "unsafe_split_with_sizes", "select", "unbind", "unsafe_chunk", "view", "_unsafe_view", "reshape",
-      "_reshape_alias", "expand", "repeat", "flip", "roll", "index_select", "transpose_", "squeeze_", "unsqueeze_",
-      "t_", "diagonal", "narrow")  # fmt: skip
+@rule(
+    "transpose",
+    "permute",
+    "t",
+    "unsqueeze",
+    "squeeze",
+    "slice",
+    "split",
+    "split_with_sizes",
+    "unsafe_split",
+    "unsafe_split_with_sizes",
+    "select",
+    "unbind",
+    "unsafe_chunk",
+    "view",
+    "_unsafe_view",
+    "reshape",
+    "_reshape_alias",
+    "expand",
+    "repeat",
+    "flip",
+    "roll",
+    "index_select",
+    "transpose_",
+    "squeeze_",
+    "unsqueeze_",
+    "t_",
+    "diagonal",
+    "narrow",
+)
 def _moved(t: TraceContext, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
     """Carry the same movement out on every mark."""
     source, outputs = args[0], outputs_of(out)

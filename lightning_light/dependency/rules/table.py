@@ -45,10 +45,39 @@ def unknown(t: TraceContext, name: str, args: Sequence[Any], kwargs: dict[str, A
             t.book.protect(mark, f"goes through `{name}`, whose effect on channels is not known")
 
 
-@rule("detach", "alias", "clone", "_to_copy", "contiguous", "lift_fresh", "_softmax", "_log_softmax", "_safe_softmax",
-      "cumsum", "native_dropout", "zeros_like", "ones_like", "empty_like", "rand_like", "randn_like", "full_like",
-      "hardtanh", "hardtanh_", "hardswish", "hardswish_", "_prelu_kernel", "copy_", "softplus", "celu", "elu", "gelu",
-      "rrelu", "masked_fill", "masked_fill_", "bernoulli")  # fmt: skip
+@rule(
+    "detach",
+    "alias",
+    "clone",
+    "_to_copy",
+    "contiguous",
+    "lift_fresh",
+    "_softmax",
+    "_log_softmax",
+    "_safe_softmax",
+    "cumsum",
+    "native_dropout",
+    "zeros_like",
+    "ones_like",
+    "empty_like",
+    "rand_like",
+    "randn_like",
+    "full_like",
+    "hardtanh",
+    "hardtanh_",
+    "hardswish",
+    "hardswish_",
+    "_prelu_kernel",
+    "copy_",
+    "softplus",
+    "celu",
+    "elu",
+    "gelu",
+    "rrelu",
+    "masked_fill",
+    "masked_fill_",
+    "bernoulli",
+)
 def elementwise(t: TraceContext, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
     """Position meets position: marks on the same dimensions are the same channels."""
     output = outputs_of(out)[0]

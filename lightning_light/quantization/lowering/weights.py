@@ -51,9 +51,13 @@ class Weight:
 
 
 def folded(
-    args: Mapping[str, Any], norm: Mapping[str, Any] | None, rule: WeightRule, step: Tensor | None, reads: float,
+    args: Mapping[str, Any],
+    norm: Mapping[str, Any] | None,
+    rule: WeightRule,
+    step: Tensor | None,
+    reads: float,
     writes: float,
-) -> Weight:  # fmt: skip
+) -> Weight:
     """``q * s`` as in training, then ``s * g`` for a batch norm with gain ``g = gamma / sqrt(var + eps)``.
 
     The sum after it is ``beta + (bias - mean) * g``. All of it is computed in float64.

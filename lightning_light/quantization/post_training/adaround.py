@@ -106,12 +106,19 @@ def regularizer(h: Tensor, beta: float) -> Tensor:
 
 
 def learn_rounding(
-    weight: Tensor, largest: Tensor, limit: int, batches: Sequence[Batch], forward: Callable[[Tensor, Tensor], Tensor],
-    channels: int, settings: AdaRound, *, subsets: bool = True,
-) -> Tensor:  # fmt: skip
+    weight: Tensor,
+    largest: Tensor,
+    limit: int,
+    batches: Sequence[Batch],
+    forward: Callable[[Tensor, Tensor], Tensor],
+    channels: int,
+    settings: AdaRound,
+    *,
+    subsets: bool = True,
+) -> Tensor:
     """The rounded weight ``s * q``: each ``q`` is next to ``weight / s``, above it or below.
 
-    SparsityReport stay zero, so that masks survive, and what is largest in its channel stays as it is, so that the scale that
+    Zeros stay zero, so that masks survive, and what is largest in its channel stays as it is, so that the scale that
     is taken from the result is the same to the last bit. If nearest rounding has the smaller error, that is the result.
 
     Args:

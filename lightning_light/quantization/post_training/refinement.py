@@ -94,9 +94,15 @@ class Refinement:
         weight = layer.weight.detach().float()
         largest = weight.abs().amax(list(range(int(rule.per_channel), weight.dim())), keepdim=True)
         learned = learn_rounding(
-            weight, largest, rule.high, batches, layer.output, layer.call.channels, settings,
+            weight,
+            largest,
+            rule.high,
+            batches,
+            layer.output,
+            layer.call.channels,
+            settings,
             subsets=layer.takes_subsets,
-        )  # fmt: skip
+        )
         layer.weight.copy_(learned)
         if rule.learned:
             self.steps[layer.key] = integers(learned, replace(rule, learned=False))[1]

@@ -78,12 +78,15 @@ class Sensitivity:
         """One dict a layer and width, for a table or a plot: layer, bits, distance, weights, macs."""
         return [
             {
-                "layer": layer, "bits": bits, "distance": distance, "weights": self.weights[layer],
+                "layer": layer,
+                "bits": bits,
+                "distance": distance,
+                "weights": self.weights[layer],
                 "macs": self.macs.get(layer, 0),
             }
             for layer, found in self.distances.items()
             for bits, distance in found.items()
-        ]  # fmt: skip
+        ]
 
     def __str__(self) -> str:
         """A table: one line a layer, one column a width."""
@@ -101,9 +104,14 @@ class Sensitivity:
 
 @torch.no_grad()
 def measure_sensitivity(
-    model: nn.Module, calibration: Iterable[Any], *, bits: Sequence[int] = (2, 3, 4, 6, 8), distance: Distance = "kl",
-    engine: Engine = "qnnpack", progress_bar: bool = True,
-) -> Sensitivity:  # fmt: skip
+    model: nn.Module,
+    calibration: Iterable[Any],
+    *,
+    bits: Sequence[int] = (2, 3, 4, 6, 8),
+    distance: Distance = "kl",
+    engine: Engine = "qnnpack",
+    progress_bar: bool = True,
+) -> Sensitivity:
     """Round the weight of one layer at a time, and see how far the answers on the calibration batches move.
 
     The distance of ZeroQ: the mean of ``KL(softmax(y) || softmax(y_rounded))``, where the classes are the second
@@ -166,9 +174,10 @@ def measure_sensitivity(
     tensors = {layer: {calls[key].named["weight"] for key in sites if module_of(key) == layer} for layer in layers}
     cost = count_cost(model, inputs[0].args, inputs[0].kwargs).macs_by_module
     return Sensitivity(
-        found, {layer: sum(one.numel() for one in tensors[layer]) for layer in layers},
+        found,
+        {layer: sum(one.numel() for one in tensors[layer]) for layer in layers},
         {layer: cost.get(layer, 0) for layer in layers},
-    )  # fmt: skip
+    )
 
 
 def _check_finite(right: Sequence[list[Tensor]]) -> None:

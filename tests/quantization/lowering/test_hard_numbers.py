@@ -27,9 +27,13 @@ def exported(net: nn.Module, exporter: Exporter, folder: Path, images: Tensor = 
     quantize(net.eval(), [images], Int8())
     with fake_quantized(net):
         return export_model(
-            net, (images,), folder / f"net{exporter.suffix}", exporter=exporter, latency_runs=1,
+            net,
+            (images,),
+            folder / f"net{exporter.suffix}",
+            exporter=exporter,
+            latency_runs=1,
             **{"parity": Tolerance(steps=1.1), **options},
-        )  # fmt: skip
+        )
 
 
 def two_layers() -> nn.Sequential:

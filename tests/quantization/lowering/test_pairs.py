@@ -33,9 +33,15 @@ def exported(name: str, exporter: Exporter, folder: Path, **options: Any) -> Any
     args, kwargs = net.example
     attachment = calibrated(net, ExampleInput(args, kwargs))
     report = export_model(
-        net, args, folder / f"net{exporter.suffix}", kwargs=kwargs, exporter=exporter, parity=Tolerance(steps=3),
-        latency_runs=1, **options,
-    )  # fmt: skip
+        net,
+        args,
+        folder / f"net{exporter.suffix}",
+        kwargs=kwargs,
+        exporter=exporter,
+        parity=Tolerance(steps=3),
+        latency_runs=1,
+        **options,
+    )
     assert attachment.lowered is None
     assert attachment.form == "rounded"
     assert report.details["int8_layers"] == len(attachment.plan.weights)

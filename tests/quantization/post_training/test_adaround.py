@@ -84,9 +84,11 @@ def test_it_comes_close_to_the_best_of_all_roundings() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    seed=st.integers(0, 1000), high=st.sampled_from([1, 3, 7, 63, 127]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), per_channel=st.booleans(),
-)  # fmt: skip
+    seed=st.integers(0, 1000),
+    high=st.sampled_from([1, 3, 7, 63, 127]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    per_channel=st.booleans(),
+)
 def test_plain_rounding_gives_what_was_learned_to_the_last_bit(seed, high, dtype, per_channel) -> None:
     generator = torch.Generator().manual_seed(seed)
     weight = (torch.randn(5, 12, generator=generator) * torch.rand(5, 1, generator=generator)).to(dtype).float()

@@ -94,7 +94,7 @@ def test_every_observer_sees_what_is_no_number(recipe) -> None:
         (lambda: measure_sensitivity(ZOO["plain"](), [with_one(torch.nan)]), ValueError, "answers, found .* batch 0"),
         (lambda: measure_sensitivity(ZOO["plain"](), [X[:, 1:]]), ValueError, r"`measure_sensitivity\(.*stops it"),
     ],
-)  # fmt: skip
+)
 def test_wrong_arguments(call: Callable[[], Any], kind, message) -> None:
     with pytest.raises(kind, match=message):
         call()

@@ -88,9 +88,12 @@ def test_batch_norm_takes_the_scale_and_its_folded_weight_counts() -> None:
 
 def test_pairs_of_depthwise_grouped_and_flattened_layers() -> None:
     assert pairs_of(MobileBlocks()) == [
-        ("expand", "bn1", "depthwise", 1), ("depthwise", "bn2", "project", 1), ("project", "bn3", "grouped", 1),
-        ("grouped", None, "fc1", 9), ("fc1", None, "fc2", 1),
-    ]  # fmt: skip
+        ("expand", "bn1", "depthwise", 1),
+        ("depthwise", "bn2", "project", 1),
+        ("project", "bn3", "grouped", 1),
+        ("grouped", None, "fc1", 9),
+        ("fc1", None, "fc2", 1),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import lightning.pytorch
 import pytest
 import pytorch_lightning
 
-from lightning_light import hosts
+from lightning_light.host import classes
 from lightning_light.host.classes import Callback, host_class, is_host, loaded_hosts
 
 HOSTS = [lightning.pytorch, pytorch_lightning]
@@ -69,7 +69,7 @@ def test_host_class_refuses_strangers() -> None:
 
 def test_a_callback_is_one_of_lightning_pytorch() -> None:
     assert issubclass(Callback, lightning.pytorch.Callback)
-    assert Callback.__module__ == hosts.__name__
+    assert Callback.__module__ == classes.__name__
 
 
 CHECK = """
@@ -105,8 +105,14 @@ def test_either_trainer_calls_our_hooks(host) -> None:
     counter = Counter()
     module = importlib.import_module(f"{host.__name__}.demos.boring_classes").BoringModel()
     trainer = host.Trainer(
-        max_steps=3, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[counter], limit_val_batches=0,
-    )  # fmt: skip
+        max_steps=3,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[counter],
+        limit_val_batches=0,
+    )
     trainer.fit(module, module.train_dataloader())
     assert counter.calls == 3
