@@ -76,7 +76,7 @@ def trained_on(
     L.seed_everything(args.seed, verbose=False)
     module = OwnCrops(net.train().to(memory_format=torch.channels_last), args.lr)  # a Trainer leaves evaluation as is
     qat = ll.QuantizationAwareTraining(
-        recipe, observe_batches=args.observe, freeze_observers=args.freeze, freeze_batch_norm=args.freeze
+        recipe, calibration_batches=args.observe, freeze_observers=args.freeze, freeze_batch_norm=args.freeze
     )
     look = LookAtFirst(args.observe, data["test"])
     quiet = {
@@ -94,9 +94,9 @@ def trained_on(
     return module, found["top1"], look.top1
 
 
-def ends_at_eight(recipe: ll.Recipe) -> ll.Mixed:
+def ends_at_eight(recipe: ll.Recipe) -> ll.MixedPrecision:
     """The papers' convention."""
-    return ll.Mixed(default=recipe, first=ll.Int8(), last=ll.Int8())
+    return ll.MixedPrecision(default=recipe, first=ll.Int8(), last=ll.Int8())
 
 
 RECIPES = {

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_light.int8 import quantizers_of
+
 __all__ = ["detached_copy"]
 
 M = TypeVar("M", bound=nn.Module)
@@ -38,7 +40,7 @@ def detached_copy(model: M) -> M:
         >>> twin.training, twin[0].weight is model[0].weight, model.training
         (False, False, True)
     """
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {id(quantizer): quantizer for quantizer in quantizers_of(model)}
     for module in model.modules():
         for name, value in vars(module).items():
             _share(value, memo, hooks=name.endswith("_hooks"))

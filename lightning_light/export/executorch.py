@@ -22,12 +22,12 @@ from lightning_light.export.extras import check_pair, need, version_of
 from lightning_light.export.inputs import Positional
 from lightning_light.export.int8 import traced_int8
 from lightning_light.export.program import FAILURES, Program, advice, flat_tensors, quiet_torch
-from lightning_light.int8 import PairRules
+from lightning_light.int8 import QDQConstraints
 
 __all__ = ["ExecuTorch"]
 
 _PAIRS = (("1.4", "2.13"), ("1.5", "2.15"))  # releases of ExecuTorch, and of torch that they are built with
-_INT8 = PairRules(signed=True, join_on_one_grid=True)
+_INT8 = QDQConstraints("xnnpack", signed=True)
 _DELEGATE = "executorch_call_delegate"
 _PARTITIONER = "executorch.backends.xnnpack.partition.xnnpack_partitioner"
 

@@ -36,10 +36,10 @@ class Exporter(ABC):
         """
 
     def check_int8(self, weights: Int8Weights | None) -> None:  # noqa: B027  # most formats take what comes
-        """Refuse, before anything is trained, numbers that the format cannot hold.
+        """Refuse, before anything is trained, weights that the format cannot hold.
 
         Args:
-            weights: what they will be rounded to; None: nothing in the Trainer rounds them.
+            weights: how they will be quantized; None: nothing in the Trainer quantizes them.
 
         Raises:
             UnsupportedError: says what fits.
@@ -60,8 +60,8 @@ class Exporter(ABC):
             path: where to; the folder exists.
 
         Returns:
-            What the report shall say about the file, in plain types. If it computes with rounded numbers, as
-            ``output_scales`` the scale of each output's grid, 0.0 for none: differences are counted in them.
+            Details for the report, in plain types. Of an int8 file, ``output_scales`` has the scale of each output, 0.0
+            for a float output: differences are counted in them.
 
         Raises:
             TraceError: the format cannot express the model.

@@ -32,7 +32,7 @@ from lightning_light.export.replay import replayed
 from lightning_light.export.report import ExportReport
 from lightning_light.export.top1 import Labelled
 from lightning_light.host.classes import is_host
-from lightning_light.int8 import rounders_of
+from lightning_light.int8 import quantizers_of
 from lightning_light.order import Stage
 from lightning_light.surgery.distributed import broadcast, log_rank_zero
 
@@ -214,7 +214,7 @@ class MobileExport(CompressionCallback):
         callbacks = trainer.callbacks  # type: ignore[attr-defined]  # an attribute set by a connector
         told = [one.int8_weights() for one in callbacks if isinstance(one, CompressionCallback)]
         weights = next((found for found in told if found is not None), None)
-        if weights is not None or not rounders_of(pl_module):  # within `fake_quantized` nothing is known of them yet
+        if weights is not None or not quantizers_of(pl_module):  # within `fake_quantized` nothing is known of them yet
             self.exporter.check_int8(weights)
 
     def _let_go(self) -> None:

@@ -29,6 +29,7 @@ class CompressionState:
         kept: tensor name -> dimension -> positions of the first network that are left; None when unknown.
         resumed: whether the current ``fit`` goes on from a checkpoint.
         wrapped: hooks that somebody else had set on the instance before.
+        active: objects that are at work on the module now, such as a fake quantizer; never in a checkpoint.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -37,6 +38,7 @@ class CompressionState:
         self.kept: Kept | None = {}
         self.resumed = False
         self.wrapped: dict[str, Any] = {}
+        self.active: list[object] = []
         self._order: list[list[list[str | None]]] = []
         self._original = copy_structure(model)
 
@@ -65,7 +67,7 @@ class CompressionState:
     def twin(self) -> CompressionState:
         """The same history, for an averaged copy of the module; what is written into one is not in the other."""
         twin = CompressionState.__new__(CompressionState)
-        twin.__dict__.update(vars(self), wrapped={})
+        twin.__dict__.update(vars(self), wrapped={}, active=[])
         twin.edit_log, twin.state = copy.deepcopy(self.edit_log), copy.deepcopy(self.state)
         twin.kept = None if self.kept is None else {name: dict(dims) for name, dims in self.kept.items()}
         return twin

@@ -8,7 +8,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_light.quantization import LSQ, PACT, Int8, IntN, Mixed, Recipe, Ternary, fake_quantized, quantize
+from lightning_light.quantization import (
+    LSQ,
+    PACT,
+    Int8,
+    IntN,
+    MixedPrecision,
+    Recipe,
+    Ternary,
+    fake_quantized,
+    quantize,
+)
 from tests.zoo import ZOO
 
 RECIPES: list[Recipe] = [
@@ -19,7 +29,7 @@ RECIPES: list[Recipe] = [
     LSQ(4, 4, offset=True),
     PACT(4, 8),
     Ternary(),
-    Mixed(default=LSQ(), first=Int8(), last=Int8()),
+    MixedPrecision(default=LSQ(), first=Int8(), last=Int8()),
 ]
 
 
