@@ -206,7 +206,7 @@ TABLE: Final = (
     _entry("sigmoid", "sigmoid", "unary"),
     _entry("hardsigmoid", "hardsigmoid", "unary"),
     _entry("tanh", "tanh", "unary"),
-    _entry("hardswish", "hardswish hardswish_", "unary"),
+    _entry("hardswish", "hardswish hardswish_", "unary", kernel=lambda k: k.run("hardswish", k.call.input)),
     _entry("leaky_relu", "leaky_relu leaky_relu_", "unary"),
 )
 FLOAT: Final = Operator("float")

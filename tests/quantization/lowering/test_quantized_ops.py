@@ -158,6 +158,16 @@ def test_sums_of_scales_far_apart_stay_float(engine, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_hardswish_is_int8(engine, tmp_path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Hardswish(), nn.Conv2d(8, 4, 3)).eval()
+    images = 3 * noise(2, 3, 8, 8)
+    calibrated(net, ExampleInput((images,)), Int8(engine=engine))
+    report = exported(net, tmp_path, images, parity=Tolerance(steps=1.01))
+    assert report.details["int8_operations"]["quantized::hardswish"] == 1
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_a_file_is_a_quarter_and_takes_any_batch(engine, tmp_path) -> None:
     net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 256, 3), nn.ReLU(), nn.Conv2d(256, 64, 3)).eval()
     images = noise(2, 3, 8, 8)
