@@ -255,7 +255,7 @@ def test_an_engine_that_does_not_fit_is_refused_before_training(tmp_path) -> Non
 
     for callbacks, sentence in (
         ([QuantizationAwareTraining(Int8(), **STAGES), export()], r"found \[-127, 127\], for 'qnnpack'"),
-        ([export()], r"found none of its callbacks doing so.*for a float file write `TorchScriptLite\(\)`"),
+        ([export()], r"found no callback that does.*for a float file write `TorchScriptLite\(\)`"),
     ):
         net = module()
         with pytest.raises(UnsupportedError, match=sentence):
