@@ -19,6 +19,7 @@ from lightning_light.sparsity.mask_enforcer import MaskEnforcer, StepHooks, mask
 from lightning_light.sparsity.mask_state import cut_masks
 from lightning_light.sparsity.options import WeightPruningOptions
 from lightning_light.sparsity.weights import MaskableWeight
+from lightning_light.surgery.attachment import check_owners
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.checkpoint_monitoring import reset_monitoring
 from lightning_light.surgery.distributed import broadcast, log_rank_zero, refuse_sharding
@@ -73,6 +74,8 @@ class MaskingCallback(CompressionCallback):
         self._weights = self._plan(pl_module, masks)
         self._refuse_overlap(trainer)
         if not self.resumed(pl_module):
+            layers = [weight.layer for weight in self._weights]
+            check_owners(pl_module, layers, method=type(self).method, stage=self.stage)
             state.clear()
             state["masks"] = masks
             if not masks:
