@@ -189,11 +189,14 @@ class LowRankFactorization(CompressionCallback):
         self._check(trainer, pl_module)
 
     @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Place the events in the run; earlier, asking for its length would lose the position of a resumed loader."""
+        self._points = self._events.points(trainer.max_epochs, steps_planned(trainer))
+
+    @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Factorize if it is due: before the batch, so that no checkpoint pairs new weights with an old metric."""
         self._check(trainer, pl_module)
-        if not self._points:  # not in `on_fit_start`: loading data there would lose the position of a resumed loader
-            self._points = self._events.points(trainer.max_epochs, steps_planned(trainer))
         state = self.state(pl_module)
         due = Events.due(self._points, training_progress(trainer), steps_planned(trainer))
         if due > state.get("events", 0) and self._is_ready(pl_module):
