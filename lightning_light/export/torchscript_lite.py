@@ -1,4 +1,4 @@
-"""TorchScript for the lite interpreter: the ``.ptl`` files that PyTorch's mobile runtime runs."""
+"""Export to TorchScript for the lite interpreter, the ``.ptl`` files of PyTorch's mobile runtime."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _TORCH = os.path.dirname(torch.__file__)
 
 @dataclass(frozen=True)
 class TorchScriptLite(Exporter):
-    """Trace, freeze, save for the lite interpreter; int8 where the network's numbers are rounded.
+    """Export by trace and freeze for the lite interpreter; a quantized network gives an int8 file.
 
     Freezing makes every weight a constant, drops dropout and folds a batch norm into the convolution or linear layer
     before it. One that follows a transposed convolution, or comes before its convolution, stays; the report counts
@@ -112,7 +112,7 @@ class TorchScriptLite(Exporter):
     @override
     def load(self, path: Path) -> Callable[..., Any]:
         engine = _engine_of(path)
-        with quiet_deprecations(), _engine(engine):  # packs weights anew, for the engine that is set
+        with quiet_deprecations(), _engine(engine):  # packs the weights for the engine
             network = _runtime()._load_for_lite_interpreter(str(path))
 
         def run(*tensors: Any) -> Any:
@@ -156,14 +156,14 @@ def _written(
     packed: Sequence[Any] = (),
     notes: Mapping[str, str] | None = None,
 ) -> tuple[Any, dict[str, Any]]:
-    """Trace, freeze, save; gives the frozen network, and what is known of the file.
+    """Trace, freeze and save; return the frozen network and details of the file.
 
     Args:
         exporter: for messages.
         model: as in `Exporter.write`.
-        tensors: likewise.
-        path: likewise.
-        packed: weights that are no tensors, which the kernels of the network hold.
+        tensors: as in `Exporter.write`.
+        path: as in `Exporter.write`.
+        packed: weights that are not tensors, held by the kernels of the network.
         notes: written into the file, as ``extra/{name}``.
     """
     with quiet_deprecations(), plain_attention():
@@ -183,7 +183,7 @@ def _written(
 
 
 def _forget_places(graph: Any) -> None:
-    """Of every operation, the lines of code that called it: paths of this machine, of no use on another."""
+    """Remove from every operator the lines of code that called it, which have paths of this machine."""
     nowhere, blocks = graph.create("prim::Constant"), [graph]
     for block in blocks:
         for node in block.nodes():
@@ -192,13 +192,13 @@ def _forget_places(graph: Any) -> None:
 
 
 def _runtime() -> Any:
-    """Imported late: torch does not load it by itself, and a release that has dropped it is refused by `check`."""
+    """Import the runtime, which torch does not load by itself; `check` refuses a release without it."""
     return importlib.import_module("torch.jit.mobile")
 
 
 @contextmanager
 def quiet_deprecations() -> Iterator[None]:
-    """Silence torch's news that TorchScript is deprecated, and nothing else: whoever exports to it knows."""
+    """Silence torch's warnings that TorchScript is deprecated, and no others."""
     with ignored_warnings(*_DEPRECATIONS):  # a DeprecationWarning in some releases, a FutureWarning in others
         yield
 
@@ -207,10 +207,10 @@ def _named(packed: Sequence[Any]) -> dict[str, Any]:
     return {f"packed_{place}": weight for place, weight in enumerate(packed)}
 
 
-class _Opaque(nn.Module):
-    """Calls a model that the tracer cannot look into: it sees operations, and weights as constants.
+class _TracedCall(nn.Module):
+    """Hides the model's modules from the tracer, which records operators, and weights as constants.
 
-    Otherwise it would read every attribute and property of the user's modules; some raise (``trainer``).
+    It would read every attribute and property of the user's modules; some raise (``trainer``).
     """
 
     def __init__(self, model: nn.Module, packed: Sequence[Any] = ()) -> None:
@@ -229,11 +229,11 @@ class _Opaque(nn.Module):
 def _trace(
     exporter: TorchScriptLite, model: Positional, tensors: tuple[Any, ...], packed: Sequence[Any]
 ) -> tuple[Any, list[str]]:
-    """The trace, and the lines of code whose Python values it has made constants."""
+    """Return the trace, and the lines of code whose Python values became constants."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", TracerWarning)
         try:
-            traced = torch.jit.trace(_Opaque(model, packed).eval(), tensors, strict=False, check_trace=False)  # type: ignore[no-untyped-call]
+            traced = torch.jit.trace(_TracedCall(model, packed).eval(), tensors, strict=False, check_trace=False)  # type: ignore[no-untyped-call]
         except (RuntimeError, TypeError, ValueError) as error:
             raise TraceError(_advice(exporter, model, error)) from error
     lines = []

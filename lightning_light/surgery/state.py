@@ -15,9 +15,10 @@ from lightning_light.errors import ManifestError, SurgeryError
 from lightning_light.surgery.attributes import implied_attributes
 from lightning_light.surgery.data import set_data
 from lightning_light.surgery.manifest import KEY, Entry, Kept, Manifest, check_fingerprint, fingerprint_of, half_size
+from lightning_light.surgery.masks import drop_false_masks
 from lightning_light.surgery.operations import is_registered, replay_edits
 from lightning_light.surgery.optimizer import order_parameters, orphans, parameter_order
-from lightning_light.surgery.ownership import Claim, claims_on, refuse_owned
+from lightning_light.surgery.ownership import Claim, all_names, refuse_owned
 from lightning_light.surgery.structure import PRIVATE_PREFIX, apply_structure, compare, copy_structure
 
 if TYPE_CHECKING:
@@ -86,9 +87,9 @@ class CompressionState:
             UnsupportedError: a later method owns one of the layers and does not follow a change of it.
         """
         claim = Claim(method, int(stage), tuple(dict.fromkeys(layers)), follows_cuts)
-        for layer in claim.layers:
-            refuse_owned(self.owners(model, layer), [layer], method=method, stage=stage)
-        self.claims[method] = claim
+        if claim != self.claims.get(method):
+            refuse_owned(self.claims.values(), all_names(model, claim.layers), method=method, stage=stage)
+            self.claims[method] = claim
 
     def disclaim(self, method: str) -> None:
         """Give up the claim of ``method``, if it has one."""
@@ -96,7 +97,9 @@ class CompressionState:
 
     def owners(self, model: nn.Module, layer: str) -> list[Claim]:
         """Return the claims on the layer called ``layer``, under any of its names, earliest stage first."""
-        return claims_on(model, self.claims, layer)
+        names = all_names(model, [layer])
+        found = [claim for claim in self.claims.values() if any(map(claim.covers, names))]
+        return sorted(found, key=lambda claim: claim.stage)
 
     def reference(self, budget: Budget, measure: Callable[[], float], *, scope: str = "") -> float:
         """Return the value of the budget's quantity before any method changed the network.
@@ -125,6 +128,8 @@ class CompressionState:
     def manifest(self, model: nn.Module, optimizers: Iterable[Any] = ()) -> dict[str, Any]:
         """Return what a checkpoint of ``model`` holds under the key ``lightning_light``."""
         self._remember(model)
+        for method in drop_false_masks(model, self.state):
+            self.disclaim(method)
         first = dict(self._original.named_buffers())
         changed = {
             name: buffer

@@ -1,4 +1,4 @@
-"""What a method has made of a network can be exported, and the file answers as the network does."""
+"""Compressed networks can be exported, and the outputs of the file are those of the network."""
 
 import pytest
 import torch
@@ -41,8 +41,9 @@ def test_the_exported_int8_file_agrees(name, exporter, tmp_path) -> None:
     trainer(*case.build(tmp_path), export).fit(module_of(case))
     assert export.report is not None
     assert export.report.details["int8_layers"] > 0
-    assert max(export.report.parity.steps.values()) <= 3
-    assert export.report.top1 is not None
+    assert max(export.report.parity.quant_steps.values()) <= 3
+    assert export.report.evaluation is not None
+    assert export.report.evaluation.top1_agreement is not None
 
 
 @pytest.mark.slow

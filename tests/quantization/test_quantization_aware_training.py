@@ -199,7 +199,7 @@ def test_pruning_after_the_start_is_refused_with_the_right_order() -> None:
 
 
 def test_pruning_before_it_is_followed() -> None:
-    early = StructuredPruning(MACs(0.5), schedule=Window(Linear(), start=0.0, end=0.4), events=2)
+    early = StructuredPruning(MACs(0.5), schedule=Window(Linear(), start=0.0, end=0.4), every_n_steps=2)
     net = module()
     trainer(early, QuantizationAwareTraining(Int8(), **{**STAGES, "start": 0.5})).fit(net)
     assert net.features.conv1.weight.shape[0] < 16

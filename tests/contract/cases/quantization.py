@@ -66,7 +66,7 @@ CASES += [
         "quantization_after_pruning",
         lambda folder: [
             QuantizationAwareTraining(Int8(observer=MovingAverage(0.9)), **{**STAGES, "start": 0.4}),
-            StructuredPruning(Channels(0.5), schedule=Window(Linear(), start=0.0, end=0.3), events=2),
+            StructuredPruning(Channels(0.5), schedule=Window(Linear(), start=0.0, end=0.3), every_n_steps=2),
         ],
         tolerance=0.5,
         full=False,

@@ -72,7 +72,7 @@ def test_a_file_answers_as_the_module_in_every_bit(exporter: Exporter, made, siz
     net, images = made(), noise(8, 3, size, size)
     calibrated(net, ExampleInput((images,)), Int8(engine=engine))
     path = tmp_path / f"net{exporter.suffix}"
-    report = export_model(net, (images,), path, exporter=exporter, parity=Tolerance(steps=0.01), latency_runs=1)
+    report = export_model(net, (images,), path, exporter=exporter, parity=Tolerance(quant_steps=0.01), latency_runs=1)
     assert report.details["left_float"] == {}
     run = exporter.load(path)
     batches = [torch.randn(8, 3, size, size) for _ in range(4)]

@@ -97,7 +97,7 @@ def test_every_file_is_the_rounded_module(name, exporter, tmp_path) -> None:
     report = export_model(net, (x,), tmp_path / f"net{exporter.suffix}", exporter=exporter, batch="one", latency_runs=1)
     assert report.details["left_float"] == {}
     assert report.details["int8_layers"] == len(attachment.plan.weights)
-    assert max(report.parity.steps.values()) < 0.1
+    assert max(report.parity.quant_steps.values()) < 0.1
 
 
 def test_a_layer_that_reads_what_was_never_observed_stays_float(tmp_path) -> None:
@@ -108,4 +108,4 @@ def test_a_layer_that_reads_what_was_never_observed_stays_float(tmp_path) -> Non
     attachment.use(ranges)
     with pytest.warns(UserWarning, match="stay float: {'head': 'its input was never observed'}"):
         report = export_model(net, (x,), tmp_path / "net.pte", exporter=ExecuTorch(), batch="one", latency_runs=1)
-    assert max(report.parity.steps.values()) < 0.1
+    assert max(report.parity.quant_steps.values()) < 0.1

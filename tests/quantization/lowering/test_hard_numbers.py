@@ -32,7 +32,7 @@ def exported(net: nn.Module, exporter: Exporter, folder: Path, images: Tensor = 
             folder / f"net{exporter.suffix}",
             exporter=exporter,
             latency_runs=1,
-            **{"parity": Tolerance(steps=1.1), **options},
+            **{"parity": Tolerance(quant_steps=1.1), **options},
         )
 
 
@@ -124,7 +124,8 @@ OPERATIONS = {
 def test_only_what_keeps_a_grid_is_put_back_on_it(name, exporter, tmp_path) -> None:
     """No number is rounded in the file that is not rounded in the module."""
     report = exported(Between(OPERATIONS[name]), exporter, tmp_path)
-    assert report.parity.max_absolute <= 1e-6 if name != "mean over space" else report.parity.steps["output"] <= 1.01
+    steps = report.parity.quant_steps["output"]
+    assert report.parity.max_absolute <= 1e-6 if name != "mean over space" else steps <= 1.01
     assert report.details["int8_layers"] == 2
 
 
@@ -165,7 +166,7 @@ def test_an_output_of_one_number_has_no_steps(tmp_path) -> None:
             return super().forward(x), self.first(x).mean()
 
     report = exported(Both(lambda x: x), TorchScriptLite(), tmp_path, batch="as_given")
-    assert list(report.parity.steps) == ["output[0]"]
+    assert list(report.parity.quant_steps) == ["output[0]"]
 
 
 def test_a_weight_that_is_computed_belongs_to_its_layer(tmp_path) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from lightning_light.errors import UnsupportedError
@@ -55,7 +54,8 @@ def test_every_net_of_the_zoo_as_a_file(name, engine, tmp_path) -> None:
     args, kwargs = net.example
     attachment = calibrated(net, ExampleInput(args, kwargs), Int8(engine=engine))
     before = torch.backends.quantized.engine
-    report = export_model(net, args, tmp_path / "net.ptl", kwargs=kwargs, parity=Tolerance(steps=3), latency_runs=1)
+    example = ExampleInput(args, kwargs)
+    report = export_model(net, example, tmp_path / "net.ptl", parity=Tolerance(quant_steps=3), latency_runs=1)
     assert torch.backends.quantized.engine == before
     assert attachment.form == "rounded"
     details = report.details
@@ -130,7 +130,7 @@ def test_pools_with_options_that_kernels_ignore(pool, engine, tmp_path) -> None:
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), pool()).eval()
     images = noise(2, 3, 12, 12)
     calibrated(net, ExampleInput((images,)), Int8(engine=engine))
-    assert max(exported(net, tmp_path, images, parity=Tolerance(steps=1.01)).parity.steps.values()) <= 1.01
+    assert max(exported(net, tmp_path, images, parity=Tolerance(quant_steps=1.01)).parity.quant_steps.values()) <= 1.01
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -215,16 +215,12 @@ def test_a_trained_network_is_exported_when_the_fit_ends(tmp_path) -> None:
     assert export.report is not None
     assert export.report.details["int8_layers"] == 5
     assert not export.report.details["left_float"]
-    told = export.report.top1
-    assert told is not None
-    batches = module.val_dataloader().batches[:1]  # as the Trainer was told
-    assert told.samples == sum(len(images) for images, _ in batches)
-    with fake_quantized(module.eval()), torch.no_grad():
-        right = sum(int((module(images).argmax(1) == labels).sum()) for images, labels in batches)
-    assert told.model == right / told.samples
-    assert told.file is not None
-    assert 0.9 <= told.agreement <= 1.0
-    assert told.summary() in export.report.summary()
+    evaluation = export.report.evaluation
+    assert evaluation is not None
+    assert evaluation.batches == 1  # the Trainer's limit
+    assert evaluation.top1_agreement is not None
+    assert 0.9 <= evaluation.top1_agreement <= 1.0
+    assert evaluation.summary() in export.report.summary()
     assert type(export.report).read(f"{export.path}.json") == export.report
     images = module.val_dataloader().batches[0][0]
     with fake_quantized(module.eval()):
@@ -242,40 +238,8 @@ def test_classes_are_compared_in_the_precision_of_the_trainer(precision, tmp_pat
     trainer(qat, export, precision=precision).fit(module)
     assert export.report is not None
     assert export.report.inputs[0]["dtype"] == {"64-true": "float64", "bf16-true": "bfloat16"}[precision]
-    assert export.report.top1 is not None
-    assert export.report.top1.samples == 8
-
-
-class Counted(Body):
-    """Counts the calls of all its copies."""
-
-    calls = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        Counted.calls += 1
-        return super().forward(x)
-
-
-class Mark(Callback):
-    """How often it was called by the time that the callbacks before this one have ended their fit."""
-
-    calls = 0
-
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        self.calls = Counted.calls
-
-
-def test_for_the_classes_of_a_second_file_the_module_is_not_asked_again(tmp_path) -> None:
-    qat = QuantizationAwareTraining(Int8(observer=MovingAverage(0.5)), start=0.25, observe_batches=2)
-    first, second = (MobileExport(tmp_path / f"{name}.ptl", latency_runs=1) for name in ("first", "second"))
-    marks = [Mark(), Mark(), Mark()]
-    several = trainer(qat, marks[0], first, marks[1], second, marks[2], limit_val_batches=3)
-    several.fit(module_class(Counted, DEFAULT_HOST)())
-    assert first.report is not None
-    assert second.report is not None
-    assert first.report.top1 == second.report.top1 is not None
-    start, middle, end = (mark.calls for mark in marks)
-    assert middle - start == end - middle + 3
+    assert export.report.evaluation is not None
+    assert export.report.evaluation.batches > 0
 
 
 def test_plain_numbers_make_a_float_file_and_no_engine_fits_them(tmp_path) -> None:
@@ -284,7 +248,7 @@ def test_plain_numbers_make_a_float_file_and_no_engine_fits_them(tmp_path) -> No
     attachment.form = "plain"
     report = exported(net, tmp_path, images)
     assert "int8_layers" not in report.details
-    assert not report.parity.steps
+    assert not report.parity.quant_steps
     with pytest.raises(UnsupportedError, match=r"found plain numbers.*for a float file write `TorchScriptLite\(\)`"):
         exported(net, tmp_path, images, exporter=TorchScriptLite("qnnpack"))
     with pytest.raises(ValueError, match="or None for the recipe's"):
@@ -318,7 +282,7 @@ def test_channels_of_zeros_do_not_let_their_bias_overflow(tmp_path) -> None:
         net.bn1.weight[2] = 0.0  # type: ignore[union-attr, index, operator]
         net.bn1.bias.fill_(1.0)  # type: ignore[union-attr, operator]
     calibrated(net, ExampleInput((images,)))
-    assert exported(net, tmp_path, images, parity=Tolerance(steps=2)).parity.steps["output"] <= 1.0
+    assert exported(net, tmp_path, images, parity=Tolerance(quant_steps=2)).parity.quant_steps["output"] <= 1.0
 
 
 def test_an_output_without_a_grid_is_compared_in_steps_of_its_range(tmp_path) -> None:
@@ -327,7 +291,7 @@ def test_an_output_without_a_grid_is_compared_in_steps_of_its_range(tmp_path) ->
     with pytest.warns(UserWarning, match="stay float: {'fc'"):
         report = exported(net, tmp_path, images)
     assert report.details["output_scales"] == [0.0]
-    assert 0.0 <= report.parity.steps["output"] <= 8.0
+    assert 0.0 <= report.parity.quant_steps["output"] <= 8.0
 
 
 class TestQuantize:

@@ -34,11 +34,10 @@ def exported(name: str, exporter: Exporter, folder: Path, **options: Any) -> Any
     attachment = calibrated(net, ExampleInput(args, kwargs))
     report = export_model(
         net,
-        args,
+        ExampleInput(args, kwargs),
         folder / f"net{exporter.suffix}",
-        kwargs=kwargs,
         exporter=exporter,
-        parity=Tolerance(steps=3),
+        parity=Tolerance(quant_steps=3),
         latency_runs=1,
         **options,
     )

@@ -1,4 +1,4 @@
-"""What is trained along as a teacher: deeper exits, and two networks that teach each other."""
+"""Online distillation: deeper exits, and two networks that teach each other."""
 
 from typing import Any
 
@@ -8,7 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_light.budgets import Channels
-from lightning_light.distillation import AttentionTransfer, FeatureHint, KnowledgeDistillation, LiveTeacher, SoftTargets
+from lightning_light.distillation import (
+    AttentionTransfer,
+    FeatureHint,
+    KnowledgeDistillation,
+    OnlineTeacher,
+    SoftTargets,
+    TeacherCache,
+)
 from lightning_light.errors import TargetError
 from lightning_light.schedules import OneShot
 from lightning_light.structured import StructuredPruning
@@ -24,7 +31,7 @@ def by_hand(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 class Trained(Plain):
-    """What both have in common; ``teaching`` says whether ``training_step`` distils by itself."""
+    """Common steps; with ``teaching`` the distillation is written by hand in ``training_step``."""
 
     def __init__(self, teaching: bool = False, manual: bool = False) -> None:
         super().__init__(manual=manual)
@@ -64,8 +71,8 @@ class TwoExits(Trained):
         return {"early": self.exit(x.mean((2, 3))), "last": self.net.fc(F.relu(self.net.conv2(x)).mean((2, 3)))}
 
     def parts(self, batch: Any) -> tuple[Tensor, Tensor]:
-        said = self(batch[0])
-        return said["early"], said["last"]
+        outputs = self(batch[0])
+        return outputs["early"], outputs["last"]
 
     def taught(self, first: Tensor, second: Tensor) -> Tensor:
         return by_hand(first, second)
@@ -86,12 +93,12 @@ class Pair(Trained):
 
 
 def exits() -> list[Any]:
-    return [KnowledgeDistillation(teacher=LiveTeacher(), losses=[SOFT], output="early", teacher_output="last")]
+    return [KnowledgeDistillation(OnlineTeacher(), losses=[SOFT], output="early", teacher_output="last")]
 
 
 def mutual() -> list[Any]:
     ways = (("net", "second"), ("second", "net"))
-    return [KnowledgeDistillation(teacher=LiveTeacher(b), losses=[SOFT], student=a) for a, b in ways]
+    return [KnowledgeDistillation(OnlineTeacher(b), losses=[SOFT], student=a) for a, b in ways]
 
 
 HOW: dict[str, tuple[bool, dict[str, Any]]] = {
@@ -104,7 +111,7 @@ HOW: dict[str, tuple[bool, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("how", list(HOW))
 @pytest.mark.parametrize(("body", "make"), [(TwoExits, exits), (Pair, mutual)])
-def test_equals_what_one_writes_by_hand(body: Any, make: Any, how: str) -> None:
+def test_equals_hand_written_distillation(body: Any, make: Any, how: str) -> None:
     manual, options = HOW[how]
     expected = fitted(body(teaching=True, manual=manual), **options)
     found = fitted(body(manual=manual), *make(), **options)
@@ -112,15 +119,15 @@ def test_equals_what_one_writes_by_hand(body: Any, make: Any, how: str) -> None:
     assert not torch.equal(weights(fitted(body(manual=manual), **options)), weights(found))
 
 
-def test_it_learns_as_usual_and_nothing_stays_behind() -> None:
+def test_the_teacher_is_trained_and_hooks_are_removed() -> None:
     module = fitted(Pair(), *mutual())
     assert all(part.training for part in module.modules())
     assert all(parameter.requires_grad for parameter in module.parameters())
     assert not any(part._forward_hooks for part in module.modules())
 
 
-def test_projectors_between_two_layers_follow_both() -> None:
-    hint = KnowledgeDistillation(teacher=LiveTeacher(), losses=[FeatureHint(feature_layers={"net.bn1": "net.conv2"})])
+def test_projectors_between_two_layers_are_cut_with_both() -> None:
+    hint = KnowledgeDistillation(OnlineTeacher(), losses=[FeatureHint(feature_layers={"net.bn1": "net.conv2"})])
     pruned = fitted(Plain(), hint, StructuredPruning(Channels(0.5), schedule=OneShot(at=0.5)))
     (kept,) = hint.state(pruned)["projectors"].values()
     assert kept["weight"].shape[:2] == (pruned.net.conv2.out_channels, pruned.net.conv1.out_channels)
@@ -135,16 +142,20 @@ class Silent(Pair):
 
 
 def live(path: str | None, *losses: Any, module: Any = None, **options: Any) -> Any:
-    callback = KnowledgeDistillation(teacher=LiveTeacher(path), losses=list(losses) or None, **options)
+    callback = KnowledgeDistillation(OnlineTeacher(path), losses=list(losses) or None, **options)
     return fitted(module or Pair(), callback)
 
 
 REFUSED: list[tuple[Any, type[Exception], str]] = [
     (lambda: live(None), ValueError, "would be compared with itself"),
-    (lambda: live("secnd", student="net"), TargetError, r"`LiveTeacher\('secnd'\)`.*Nearest: 'second"),
+    (lambda: live("secnd", student="net"), TargetError, r"`OnlineTeacher\('secnd'\)`.*Nearest: 'second"),
     (lambda: live("second", student="nett"), TargetError, r"`KnowledgeDistillation\(student='nett'\)`.*Nearest: 'net"),
     (lambda: live("second", student="net", module=Silent()), ValueError, "expected `training_step` to call `second`"),
-    (lambda: live("second", cache="memory"), ValueError, r"stays as it is, found `LiveTeacher\(path='second'\)`"),
+    (
+        lambda: live("second", cache=TeacherCache()),
+        ValueError,
+        r"does not change, found `OnlineTeacher\(path='second'\)`",
+    ),
     (
         lambda: live("second", AttentionTransfer(feature_layers={"conv1": "conv9"}), student="net"),
         TargetError,
