@@ -16,11 +16,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning_light.criteria.collector import Gathered
 from nets import cifar_resnet
 from torch import Tensor, nn
 
 from lightning_light.budgets import MACs
+from lightning_light.criteria.collector import Gathered
 from lightning_light.example_input import ExampleInput
 from lightning_light.lowrank import FactorizationOptions, RankAllocation, factorize
 from lightning_light.lowrank.apply import apply_factors

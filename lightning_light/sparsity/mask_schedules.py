@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 from typing_extensions import override
 
@@ -43,7 +42,7 @@ class Alternating(Schedule):
         [0.0, 1.0, 0.0, 1.0, 0.0, 1.0]
     """
 
-    monotone: ClassVar[bool] = False
+    monotone = False
 
     phases: PositiveInt = 8
     start: Fraction = 0.1
@@ -83,7 +82,7 @@ class DenseSparseDense(Schedule):
         ValueError: unless ``0 <= start < end <= 1``.
     """
 
-    monotone: ClassVar[bool] = False
+    monotone = False
 
     start: Fraction = 1 / 3
     end: Fraction = 2 / 3

@@ -243,7 +243,7 @@ class WeightPruning(MaskingCallback):
         return max(target, reached) if self.schedule.monotone else target
 
     def _is_due(self, trainer: Trainer, state: Mapping[str, Any], ahead: int = 0) -> bool:
-        return abs(self._target(trainer, state, ahead) - state.get("fraction", 0.0)) > _SAME
+        return bool(abs(self._target(trainer, state, ahead) - state.get("fraction", 0.0)) > _SAME)
 
     def _is_ready(self) -> bool:
         """Whether the criterion's evidence has been gathered, of every kind."""

@@ -35,6 +35,7 @@ class CompressionState:
         references: quantity -> its value before any method changed the network.
         kept: tensor name -> dimension -> positions of the first network that are left; None when unknown.
         resumed: whether the current ``fit`` goes on from a checkpoint.
+        active: objects that act on the module now, such as a fake quantizer; never in a checkpoint.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -44,6 +45,7 @@ class CompressionState:
         self.references: dict[str, float] = {}
         self.kept: Kept | None = {}
         self.resumed = False
+        self.active: list[object] = []
         self._order: list[list[list[str | None]]] = []
         self._original = copy_structure(model)
 
@@ -120,7 +122,7 @@ class CompressionState:
     def averaged_copy(self) -> CompressionState:
         """Return the same history for an averaged copy of the module; later changes of one are not in the other."""
         copied = CompressionState.__new__(CompressionState)
-        copied.__dict__.update(vars(self), claims=dict(self.claims), references=dict(self.references))
+        copied.__dict__.update(vars(self), claims=dict(self.claims), references=dict(self.references), active=[])
         copied.edit_log, copied.state = copy.deepcopy(self.edit_log), copy.deepcopy(self.state)
         copied.kept = None if self.kept is None else {name: dict(dims) for name, dims in self.kept.items()}
         return copied

@@ -321,7 +321,7 @@ def test_pruned_then_clustered_then_quantized_keeps_sparsity_and_clusters(traini
     trainer(
         WeightPruning(Sparsity(0.5), schedule=OneShot(at=0.1)),
         WeightClustering(6, start=0.35, training=training),
-        QuantizationAwareTraining(Int8(observer=MovingAverage(0.9)), start=0.6, observe_batches=2),
+        QuantizationAwareTraining(Int8(observer=MovingAverage(0.9)), start=0.6, calibration_batches=2),
         Look(),
     ).fit(module)
     for name, mask, seen in zip(layers, zeros, rounded, strict=True):

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from lightning_light.criteria.collector import EvidenceCollector
 from torch import Tensor, nn
 
+from lightning_light.criteria.collector import EvidenceCollector
 from lightning_light.lowrank.build import build_factors, compose, dense_weight
 from lightning_light.lowrank.fits import ActivationSVD, FisherSVD, WhitenedSVD
 from lightning_light.lowrank.spectra import decompose

@@ -38,7 +38,7 @@ CASES += [
         lambda folder: [
             WeightPruning(Sparsity(0.5), schedule=OneShot(at=0.1)),
             WeightClustering(8, start=0.35, training=StraightThroughEstimator()),
-            QuantizationAwareTraining(Int8(observer=MovingAverage(0.9)), start=0.6, observe_batches=2),
+            QuantizationAwareTraining(Int8(observer=MovingAverage(0.9)), start=0.6, calibration_batches=2),
         ],
         structural=False,
         tolerance=0.5,  # after the run the module is float again, and the file is not

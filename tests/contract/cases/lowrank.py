@@ -61,7 +61,7 @@ CASES += [
         lambda folder: [
             StructuredPruning(MACs(0.7), schedule=OneShot(at=0.1)),
             LowRankFactorization(MACs(0.6), schedule=OneShot(at=0.35), allocation=RankAllocation(round_to=1)),
-            QuantizationAwareTraining(Int8(observer=MovingAverage(0.9)), start=0.6, observe_batches=2),
+            QuantizationAwareTraining(Int8(observer=MovingAverage(0.9)), start=0.6, calibration_batches=2),
         ],
         tolerance=0.5,  # after the run the module is float again, but the file is int8
         full=False,

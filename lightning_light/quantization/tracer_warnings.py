@@ -1,4 +1,4 @@
-"""Warnings: torch's news that int8 kernels are deprecated, and those that a tracer has for the user's code."""
+"""Attribute a tracer's warnings to the user's code, and silence torch's deprecation of quantized tensors."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ import torch.overrides
 
 from lightning_light.int8 import QUANTIZED_TENSORS_ARE_DEPRECATED
 
-__all__ = ["warnings_of_the_caller", "without_news"]
+__all__ = ["attributed_to_caller", "deprecation_silenced"]
 
-_OURS = str(Path(__file__).parent)
-_BETWEEN = (_OURS, torch.overrides.__file__, str(Path(warnings.__file__).with_name("contextlib.py")))
+_BETWEEN = (
+    str(Path(__file__).parent),
+    torch.overrides.__file__,
+    str(Path(warnings.__file__).with_name("contextlib.py")),
+)
 
 
 @contextmanager
-def without_news() -> Iterator[None]:
+def deprecation_silenced() -> Iterator[None]:
     """Silence that one deprecation, and nothing else."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", QUANTIZED_TENSORS_ARE_DEPRECATED)
@@ -27,8 +30,8 @@ def without_news() -> Iterator[None]:
 
 
 @contextmanager
-def warnings_of_the_caller() -> Iterator[None]:
-    """Warnings that name a line of this wing name the line that called the operation instead."""
+def attributed_to_caller() -> Iterator[None]:
+    """Let warnings that would name a line of this package name the line that called the operator instead."""
     frame = sys._getframe()
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_BETWEEN):
         frame = frame.f_back

@@ -1,4 +1,4 @@
-"""A progress bar for what takes minutes; nothing where nobody looks."""
+"""A progress bar, where there is a terminal."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import track
 
-__all__ = ["watched"]
+__all__ = ["with_progress_bar"]
 
 T = TypeVar("T")
 
 
-def watched(items: Iterable[T], total: int, description: str, *, shown: bool) -> Iterable[T]:
-    """``items``, with a bar that leaves the terminal when it is done."""
+def with_progress_bar(items: Iterable[T], total: int, description: str, *, shown: bool) -> Iterable[T]:
+    """``items``, with a bar that is removed when it is done."""
     console = Console(stderr=True)
     hidden = not (shown and console.is_terminal)
     return track(items, description, total=total, console=console, transient=True, disable=hidden)

@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_light.errors import BudgetError
 from lightning_light.quantization import BitBudget, Int8, IntN, Sensitivity
-from lightning_light.quantization.post_training import bits as solver
+from lightning_light.quantization.post_training import bit_allocation as solver
 
 WIDTHS = (2, 3, 4, 8)
 
@@ -84,12 +84,12 @@ def test_a_large_network_is_solved_by_a_thinned_front(monkeypatch) -> None:
 
 def test_the_recipe_has_a_width_for_each_layer_also_for_one_inside_another() -> None:
     scan = Sensitivity({"a": {2: 1.0, 4: 0.5}, "a.b": {2: 9.0, 4: 0.0}}, {"a": 80, "a.b": 80}, {})
-    base = IntN(weights=8, activations=None, engine="x86", keep_float=["head"])
+    base = IntN(weights=8, activations=None, engine="x86", exclude=["head"])
     recipe = BitBudget(size=60).recipe(scan, base)
     inner = nn.Linear(2, 2)
     inner.add_module("b", nn.Linear(2, 2))
     net = nn.ModuleDict({"a": inner, "head": nn.Linear(2, 2)})
-    rules = recipe.rules(net, ["a", "a.b", "head"])
+    rules = recipe.specs(net, ["a", "a.b", "head"])
     assert {layer: rule.weight.bits for layer, rule in rules.items()} == {"a": 2, "a.b": 4}
     assert recipe.engine == "x86"
 

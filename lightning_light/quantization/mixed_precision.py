@@ -1,4 +1,4 @@
-"""`Mixed`: a recipe for each layer."""
+"""`MixedPrecision`: a recipe per layer."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_light.quantization.recipes import Engine, Int8, Recipe
-from lightning_light.quantization.rules import LayerRule
+from lightning_light.quantization.specs import LayerSpec
 from lightning_light.targets import as_targets
 
-__all__ = ["Mixed"]
+__all__ = ["MixedPrecision"]
 
 
 @dataclass(frozen=True, repr=False)
-class Mixed(Recipe):
-    """One recipe for some layers, another for the rest: by name, or for the first and the last.
+class MixedPrecision(Recipe):
+    """Quantize layers by recipes of their own: by name, or the first and the last one.
 
     The first pattern of ``layers`` that names a layer decides; ``first`` and ``last`` go before all of them.
 
     Example:
         >>> from lightning_light.quantization import Int8, IntN
-        >>> Mixed({"layer1.*": Int8()}, default=IntN(weights=6))
-        Mixed(layers={'layer1.*': Int8()}, default=IntN(weights=6))
+        >>> MixedPrecision({"layer1.*": Int8()}, default=IntN(weights=6))
+        MixedPrecision(layers={'layer1.*': Int8()}, default=IntN(weights=6))
 
     Args:
         layers: pattern, as in `Targets` -> recipe.
         default: of the other layers.
         first: of the layer that is called first.
         last: of the layer that is called last.
-        keep_float: layers that stay float; the parts have none of their own.
+        exclude: layers that stay float; the parts have none of their own.
 
     Raises:
-        ValueError: a part has ``keep_float``, is mixed itself, or is for another engine than the others.
+        ValueError: a part has ``exclude``, is mixed itself, or is for another engine than the others.
         TypeError: a part is no recipe.
     """
 
@@ -48,29 +48,31 @@ class Mixed(Recipe):
         parts = [*self.layers.values(), self.default, *filter(None, (self.first, self.last))]
         for part in parts:
             if not isinstance(part, Recipe):
-                raise TypeError(f"`Mixed(...)`: expected recipes, found {part!r}. Write `Int8()`, for instance.")
-            if isinstance(part, Mixed) or part.keep_float is not None:
+                raise TypeError(
+                    f"`MixedPrecision(...)`: expected recipes, found {part!r}. Write `Int8()`, for instance."
+                )
+            if isinstance(part, MixedPrecision) or part.exclude is not None:
                 raise ValueError(
-                    f"`Mixed(...)` with {part!r}: expected recipes that are neither mixed nor keep layers float "
-                    "themselves. Write `Mixed(..., keep_float=...)`."
+                    f"`MixedPrecision(...)` with {part!r}: expected recipes that are neither mixed nor exclude layers "
+                    "themselves. Write `MixedPrecision(..., exclude=...)`."
                 )
         engines = sorted({part.engine for part in parts})
         if len(engines) > 1:
             raise ValueError(
-                f"`Mixed(...)`: expected recipes for one engine, found {engines}. A file is for one of them: give all "
-                "parts the same `engine=`."
+                f"`MixedPrecision(...)`: expected recipes for one engine, found {engines}. Give all parts "
+                "the same `engine=`."
             )
         object.__setattr__(self, "engine", engines[0])
 
     @override
-    def rule(self) -> LayerRule:
-        return self.default.rule()
+    def spec(self) -> LayerSpec:
+        return self.default.spec()
 
     @override
-    def rules(self, model: nn.Module, layers: Sequence[str]) -> dict[str, LayerRule]:
-        found = super().rules(model, layers)
+    def specs(self, model: nn.Module, layers: Sequence[str]) -> dict[str, LayerSpec]:
+        found = super().specs(model, layers)
         for pattern, recipe in reversed(list(self.layers.items())):
             named = as_targets(pattern).select(model)
-            found |= {layer: recipe.rule() for layer in layers if layer in named and layer in found}
+            found |= {layer: recipe.spec() for layer in layers if layer in named and layer in found}
         ends = [(layers[-1], self.last), (layers[0], self.first)] if layers else []
-        return found | {layer: end.rule() for layer, end in ends if end is not None and layer in found}
+        return found | {layer: end.spec() for layer, end in ends if end is not None and layer in found}

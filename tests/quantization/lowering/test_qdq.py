@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_leaves
 from lightning_light.errors import TraceError
 from lightning_light.example_input import ExampleInput
 from lightning_light.export import ONNX, ExecuTorch, Exporter, Tolerance, export_model
-from lightning_light.int8 import PairRules
-from lightning_light.quantization import AtRunTime, Int8, IntN, Recipe
-from tests.quantization.test_plan import calibrated
+from lightning_light.int8 import QDQConstraints
+from lightning_light.quantization import DynamicObserver, Int8, IntN, Recipe
+from tests.quantization.helpers import calibrated
 from tests.zoo import ZOO, noise
 
 FAST = {"plain"}
@@ -31,7 +31,7 @@ def exported(name: str, exporter: Exporter, folder: Path, **options: Any) -> Any
     torch.manual_seed(0)
     net = ZOO[name]().eval()
     args, kwargs = net.example
-    attachment = calibrated(net, ExampleInput(args, kwargs))
+    quantizer = calibrated(net, ExampleInput(args, kwargs))
     report = export_model(
         net,
         ExampleInput(args, kwargs),
@@ -41,26 +41,28 @@ def exported(name: str, exporter: Exporter, folder: Path, **options: Any) -> Any
         latency_runs=1,
         **options,
     )
-    assert attachment.lowered is None
-    assert attachment.form == "rounded"
-    assert report.details["int8_layers"] == len(attachment.plan.weights)
+    assert quantizer.lowering is None
+    assert quantizer.enabled
+    assert report.details["int8_layers"] == len(quantizer.plan.layers)
     assert report.details["left_float"] == {}
     return report
 
 
 @pytest.mark.parametrize("name", list(ZOO))
 def test_the_graph_is_the_rounded_module(name) -> None:
-    """In every bit, also where a batch norm is folded."""
+    """Up to one quantization step of the output, since a batch norm is folded into its layer."""
     torch.manual_seed(0)
     net = ZOO[name]().eval()
     args, kwargs = net.example
-    attachment = calibrated(net, ExampleInput(args, kwargs))
+    quantizer = calibrated(net, ExampleInput(args, kwargs))
     with torch.no_grad():
         expected = [leaf for leaf in tree_leaves(net(*args, **kwargs)) if isinstance(leaf, Tensor)]
-        with attachment.in_pairs(lambda: net(*args, **kwargs), PairRules(signed=True)):
+        with quantizer.qdq(lambda: net(*args, **kwargs), QDQConstraints("xnnpack", signed=True)) as lowered:
             found = [leaf for leaf in tree_leaves(net(*args, **kwargs)) if isinstance(leaf, Tensor)]
         again = [leaf for leaf in tree_leaves(net(*args, **kwargs)) if isinstance(leaf, Tensor)]
-    assert all(map(torch.equal, expected, found))
+    steps = tree_leaves(lowered.output_scales)
+    for right, one, step in zip(expected, found, steps, strict=True):
+        torch.testing.assert_close(one, right, rtol=1e-5, atol=1.01 * float(step) + 1e-5)
     assert all(map(torch.equal, expected, again))
 
 
@@ -101,10 +103,10 @@ def test_a_branch_on_values_is_refused_by_name(exporter, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("recipe", "reason"),
     [
-        (Int8(keep_float=["fc"]), "keep_float"),
-        (IntN(weights=4, activations=4), "no runtime has a kernel that reads numbers of 4 bits"),
-        (IntN(weights=8, activations=None), "only its weight is rounded"),
-        (IntN(weights=8, observer=AtRunTime()), "found at run time"),
+        (Int8(exclude=["fc"]), "excluded by the recipe"),
+        (IntN(weights=4, activations=4), "no runtime has a kernel for activations of 4 bits"),
+        (IntN(weights=8, activations=None), "only its weight is quantized"),
+        (IntN(weights=8, observer=DynamicObserver()), "quantized dynamically"),
     ],
     ids=str,
 )
@@ -120,9 +122,9 @@ def test_kernels_of_executorch_that_were_loaded_before_are_not_taken_for_the_ope
     """In a process that has run a float file."""
     code = (
         "import importlib, torch; importlib.import_module('executorch.kernels.quantized')\n"
-        "from lightning_light.quantization.lowering.pairs import check_pairs\n"
+        "from lightning_light.quantization.lowering.qdq import register_operations\n"
         "operation = torch.ops.quantized_decomposed.quantize_per_tensor\n"
-        "before = hasattr(operation, 'default'); check_pairs(); print(before, hasattr(operation, 'default'))"
+        "before = hasattr(operation, 'default'); register_operations(); print(before, hasattr(operation, 'default'))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.split() == ["False", "True"]
@@ -174,8 +176,8 @@ def test_an_operation_that_writes_into_its_input_is_followed() -> None:
             return self.second(x.mul_(2.0))
 
     net, images = Writes().eval(), noise(2, 3, 8, 8)
-    attachment = calibrated(net, ExampleInput((images,)))
+    quantizer = calibrated(net, ExampleInput((images,)))
     with torch.no_grad():
         right = net(images)
-        with attachment.in_pairs(lambda: net(images), PairRules(signed=False)):
+        with quantizer.qdq(lambda: net(images), QDQConstraints("xnnpack", signed=False)):
             torch.testing.assert_close(net(images), right)

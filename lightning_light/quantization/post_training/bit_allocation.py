@@ -1,4 +1,4 @@
-"""How many bits for which layer: solved, so that a size or a cost is kept and the answers move least."""
+"""Allocate bits to layers within a size or cost budget, with the smallest change of the outputs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_light.budgets import Size
 from lightning_light.errors import BudgetError
-from lightning_light.quantization.mixed import Mixed
+from lightning_light.quantization.mixed_precision import MixedPrecision
 from lightning_light.quantization.post_training.sensitivity import Sensitivity
 from lightning_light.quantization.recipes import IntN
 
@@ -22,11 +22,11 @@ _STATES = 20_000  # of the front; more are thinned out, the best of each interva
 
 @dataclass(frozen=True)
 class BitBudget:
-    """Bits for each layer, within a budget for the whole network.
+    """Allocate bits to each layer, within a budget for the whole network.
 
     Of all ways to give each layer one of the widths that keep the budget, it takes the one with the smallest sum of
-    measured distances, by dynamic programming over the Pareto front of cost and distance. Layers are taken to move the
-    answers independently of each other, as HAWQ and ZeroQ do.
+    measured distances, by dynamic programming over the Pareto front of cost and distance. Layers are assumed to change
+    the outputs independently of each other, as HAWQ and ZeroQ do.
 
     Dong et al., 2020, "HAWQ-V2: Hessian Aware trace-Weighted Quantization of Neural Networks".
     https://arxiv.org/abs/1911.03852
@@ -40,9 +40,9 @@ class BitBudget:
 
     Args:
         size: bytes of the weights of all layers with one, packed: ``"40 kB"``, or an int. Biases and normalizations
-            are not counted: they are not rounded.
-        bops: instead of it, the share of the bit operations (MACs times bits of the weight times bits of the
-            activation) that stays, of those with the widest width in all layers; in (0, 1].
+            are not counted: they are not quantized.
+        bops: instead of it, the remaining fraction of the bit operations (MACs times bits of the weight times bits of
+            the activation), of those with the widest width in all layers; in (0, 1].
         widths: that a layer may have; all that were measured by default.
 
     Raises:
@@ -61,9 +61,7 @@ class BitBudget:
         if self.size is not None:
             Size(self.size)
         if self.bops is not None and not 0.0 < self.bops <= 1.0:
-            raise ValueError(
-                f"`BitBudget(bops={self.bops})`: expected 0 < bops <= 1, the share that stays, never percent."
-            )
+            raise ValueError(f"`BitBudget(bops={self.bops})`: expected 0 < bops <= 1, the fraction that remains.")
         for width in self.widths or ():
             IntN(weights=width)
 
@@ -91,7 +89,7 @@ class BitBudget:
             raise BudgetError(self._too_small(costs, widths))
         return {layer: widths[choice] for layer, choice in zip(costs, _best(costs, losses, limit), strict=True)}
 
-    def recipe(self, scan: Sensitivity, base: IntN = IntN()) -> Mixed:
+    def recipe(self, scan: Sensitivity, base: IntN = IntN()) -> MixedPrecision:
         """``base`` with the bits that `solve` gives each layer's weight.
 
         Args:
@@ -102,11 +100,11 @@ class BitBudget:
             ValueError: as `solve`.
             BudgetError: as `solve`.
         """
-        plain = replace(base, keep_float=None)
+        plain = replace(base, exclude=None)
         solved = self.solve(scan)
         inner_first = sorted(solved, key=lambda layer: -layer.count("."))  # a pattern names what is inside, too
         layers = {f"re:{re.escape(layer)}": replace(plain, weights=solved[layer]) for layer in inner_first}
-        return Mixed(layers, default=plain, keep_float=base.keep_float)
+        return MixedPrecision(layers, default=plain, exclude=base.exclude)
 
     def _limit(self, costs: Mapping[str, Sequence[int]]) -> float:
         """In bits, or in MACs times bits."""
@@ -119,8 +117,8 @@ class BitBudget:
         least = sum(row[0] for row in costs.values())
         if self.size is not None:
             return f"`{self!r}`: with {widths[0]} bits in every layer the weights still take {-(-least // 8)} bytes."
-        share = least / sum(row[-1] for row in costs.values())
-        return f"`{self!r}`: with {widths[0]} bits in every layer {share:.3f} of the bit operations still stay."
+        remaining = least / sum(row[-1] for row in costs.values())
+        return f"`{self!r}`: with {widths[0]} bits in every layer {remaining:.3f} of the bit operations remain."
 
 
 def _best(costs: Mapping[str, Sequence[int]], losses: Mapping[str, Sequence[float]], limit: float) -> list[int]:

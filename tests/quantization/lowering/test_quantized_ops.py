@@ -17,11 +17,11 @@ from lightning_light.example_input import ExampleInput
 from lightning_light.export import MobileExport, Tolerance, TorchScriptLite, export_model
 from lightning_light.export.torchscript_lite import quiet_deprecations
 from lightning_light.quantization import Int8, MovingAverage, QuantizationAwareTraining, fake_quantized, quantize
-from lightning_light.quantization.lowering.on_kernels import Lowering
-from lightning_light.quantization.lowering.weights import Weight, in_one_place
+from lightning_light.quantization.lowering.quantized_ops import QuantizedOpsLowering
+from lightning_light.quantization.lowering.weights import QuantizedWeight, share_storage
 from tests.contract.bodies import Body, module_class
 from tests.contract.runs import DEFAULT_HOST, trainer
-from tests.quantization.test_plan import calibrated
+from tests.quantization.helpers import calibrated
 from tests.zoo import ZOO, noise
 
 ENGINES = [
@@ -52,17 +52,17 @@ def test_every_net_of_the_zoo_as_a_file(name, engine, tmp_path) -> None:
     torch.manual_seed(0)
     net = ZOO[name]().eval()
     args, kwargs = net.example
-    attachment = calibrated(net, ExampleInput(args, kwargs), Int8(engine=engine))
+    quantizer = calibrated(net, ExampleInput(args, kwargs), Int8(engine=engine))
     before = torch.backends.quantized.engine
     example = ExampleInput(args, kwargs)
     report = export_model(net, example, tmp_path / "net.ptl", parity=Tolerance(quant_steps=3), latency_runs=1)
     assert torch.backends.quantized.engine == before
-    assert attachment.form == "rounded"
+    assert quantizer.enabled
     details = report.details
     assert details["engine"] == engine
     left = ["up"] if engine == "x86" and name in {"transposed", "unet"} else []
     assert list(details["left_float"]) == left
-    assert details["int8_layers"] == len(attachment.plan.weights) - len(left)
+    assert details["int8_layers"] == len(quantizer.plan.layers) - len(left)
     heavy = sum(count for kind, count in details["int8_operations"].items() if "conv" in kind or "linear" in kind)
     assert heavy >= details["int8_layers"]
 
@@ -73,21 +73,21 @@ def test_the_defect_of_transposed_convolutions_on_x86_is_there_and_is_avoided(tm
     torch.manual_seed(0)
     net = ZOO["transposed"]().eval()
     args, kwargs = net.example
-    attachment = calibrated(net, ExampleInput(args, kwargs), Int8(engine="x86"))
+    quantizer = calibrated(net, ExampleInput(args, kwargs), Int8(engine="x86"))
     with pytest.warns(UserWarning, match="stay float: {'up': 'the x86 kernel of transposed"):
         report = exported(net, tmp_path, *args)
     assert report.parity.max_absolute == 0.0
     with torch.no_grad():
         right = net(*args)
-        lowering = Lowering(attachment, "qnnpack")  # which does not refuse it
+        lowering = QuantizedOpsLowering(quantizer, "qnnpack")  # which does not refuse it
         try:
             with kernels_of("x86"):
-                attachment.lowered = lowering
+                quantizer.lowering = lowering
                 net(*args)
                 lowering.build()
                 off = float((net(*args) - right).abs().max())
         finally:
-            attachment.lowered = None
+            quantizer.lowering = None
     assert off > 10 * report.details["output_scales"][0]
 
 
@@ -158,6 +158,16 @@ def test_sums_of_scales_far_apart_stay_float(engine, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_hardswish_is_int8(engine, tmp_path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Hardswish(), nn.Conv2d(8, 4, 3)).eval()
+    images = 3 * noise(2, 3, 8, 8)
+    calibrated(net, ExampleInput((images,)), Int8(engine=engine))
+    report = exported(net, tmp_path, images, parity=Tolerance(quant_steps=1.01))
+    assert report.details["int8_operations"]["quantized::hardswish"] == 1
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_a_file_is_a_quarter_and_takes_any_batch(engine, tmp_path) -> None:
     net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 256, 3), nn.ReLU(), nn.Conv2d(256, 64, 3)).eval()
     images = noise(2, 3, 8, 8)
@@ -190,25 +200,25 @@ def test_a_file_holds_each_weight_once_and_scales_and_biases_together(engine, tm
 
 def test_scales_of_channels_share_a_storage_and_what_there_is_of_biases() -> None:
     weights = {
-        "bare": Weight(torch.ones(2, 3), torch.tensor([1.0, 2.0]).double(), None),
-        "one scale": Weight(torch.ones(3, 3), torch.tensor(3.0).double(), torch.tensor([7.0, 8.0, 9.0])),
-        "both": Weight(torch.ones(2, 3), torch.tensor([4.0, 5.0]).double(), torch.tensor([1.0, 2.0])),
+        "bare": QuantizedWeight(torch.ones(2, 3), torch.tensor([1.0, 2.0]).double(), None),
+        "one scale": QuantizedWeight(torch.ones(3, 3), torch.tensor(3.0).double(), torch.tensor([7.0, 8.0, 9.0])),
+        "both": QuantizedWeight(torch.ones(2, 3), torch.tensor([4.0, 5.0]).double(), torch.tensor([1.0, 2.0])),
     }
-    placed = in_one_place(weights)
+    placed = share_storage(weights)
     assert list(placed) == list(weights)
     for name, weight in weights.items():
         assert placed[name].integers is weight.integers
         assert torch.equal(placed[name].scale, weight.scale)
-        assert torch.equal(placed[name].value(), weight.value())
+        assert torch.equal(placed[name].dequantized(), weight.dequantized())
     assert placed["bare"].bias is None
     assert placed["bare"].scale.untyped_storage().data_ptr() == placed["both"].scale.untyped_storage().data_ptr()
     assert placed["one scale"].bias.tolist() == [7.0, 8.0, 9.0]  # type: ignore[union-attr]
     assert placed["both"].bias.tolist() == [1.0, 2.0]  # type: ignore[union-attr]
-    assert in_one_place({}) == {}
+    assert share_storage({}) == {}
 
 
 def test_a_trained_network_is_exported_when_the_fit_ends(tmp_path) -> None:
-    stages: dict[str, Any] = {"start": 0.25, "observe_batches": 2, "freeze_observers": 0.75}
+    stages: dict[str, Any] = {"start": 0.25, "calibration_batches": 2, "freeze_observers": 0.75}
     module: Any = module_class(Body, DEFAULT_HOST)()
     export = MobileExport(tmp_path / "net.ptl", latency_runs=1)
     trainer(QuantizationAwareTraining(Int8(observer=MovingAverage(0.5)), **stages), export).fit(module)
@@ -234,7 +244,7 @@ def test_classes_are_compared_in_the_precision_of_the_trainer(precision, tmp_pat
     module: Any = module_class(Body, DEFAULT_HOST)()
     module.example_input_array = noise(2, 3, 8, 8)
     export = MobileExport(tmp_path / "net.ptl", latency_runs=1)
-    qat = QuantizationAwareTraining(Int8(), start=0.0, observe_batches=2)
+    qat = QuantizationAwareTraining(Int8(), start=0.0, calibration_batches=2)
     trainer(qat, export, precision=precision).fit(module)
     assert export.report is not None
     assert export.report.inputs[0]["dtype"] == {"64-true": "float64", "bf16-true": "bfloat16"}[precision]
@@ -244,12 +254,12 @@ def test_classes_are_compared_in_the_precision_of_the_trainer(precision, tmp_pat
 
 def test_plain_numbers_make_a_float_file_and_no_engine_fits_them(tmp_path) -> None:
     net, images = ZOO["plain"]().eval(), noise(2, 3, 8, 8)
-    attachment = calibrated(net, ExampleInput((images,)))
-    attachment.form = "plain"
+    quantizer = calibrated(net, ExampleInput((images,)))
+    quantizer.enabled = False
     report = exported(net, tmp_path, images)
     assert "int8_layers" not in report.details
     assert not report.parity.quant_steps
-    with pytest.raises(UnsupportedError, match=r"found plain numbers.*for a float file write `TorchScriptLite\(\)`"):
+    with pytest.raises(UnsupportedError, match=r"found a float one.*for a float file write `TorchScriptLite\(\)`"):
         exported(net, tmp_path, images, exporter=TorchScriptLite("qnnpack"))
     with pytest.raises(ValueError, match="or None for the recipe's"):
         TorchScriptLite("arm")  # type: ignore[arg-type]
@@ -258,10 +268,10 @@ def test_plain_numbers_make_a_float_file_and_no_engine_fits_them(tmp_path) -> No
 @pytest.mark.skipif(len(ENGINES) < 2, reason="this torch has the kernels of one engine")
 def test_an_engine_with_a_smaller_range_than_the_recipe_is_refused(tmp_path) -> None:
     net, images = ZOO["plain"]().eval(), noise(2, 3, 8, 8)
-    attachment = calibrated(net, ExampleInput((images,)))
-    with pytest.raises(UnsupportedError, match=r"found \[-127, 127\], by the rules of 'qnnpack'.*Int8\(engine='x86'\)"):
+    quantizer = calibrated(net, ExampleInput((images,)))
+    with pytest.raises(UnsupportedError, match=r"found \[-127, 127\], for 'qnnpack'.*Int8\(engine='x86'\)"):
         exported(net, tmp_path, images, exporter=TorchScriptLite("x86"))
-    attachment.let_go()
+    quantizer.detach()
     calibrated(net, ExampleInput((images,)), Int8(engine="x86"))
     assert exported(net, tmp_path, images, exporter=TorchScriptLite("qnnpack")).details["engine"] == "qnnpack"
 
@@ -287,7 +297,7 @@ def test_channels_of_zeros_do_not_let_their_bias_overflow(tmp_path) -> None:
 
 def test_an_output_without_a_grid_is_compared_in_steps_of_its_range(tmp_path) -> None:
     net, images = ZOO["plain"]().eval(), noise(2, 3, 8, 8)
-    calibrated(net, ExampleInput((images,)), Int8(keep_float=["fc"]))
+    calibrated(net, ExampleInput((images,)), Int8(exclude=["fc"]))
     with pytest.warns(UserWarning, match="stay float: {'fc'"):
         report = exported(net, tmp_path, images)
     assert report.details["output_scales"] == [0.0]
