@@ -4,7 +4,7 @@
 
 ``--data`` and ``--weights`` as in ``cifar_resnet.py``; training is that of ``low_bits_resnet.py``. Everything is
 measured on the whole test set; each file is run by its own runtime. One quantized module makes the files of qnnpack,
-ExecuTorch and ONNX Runtime; ``--engine x86`` makes that of x86, whose weights are rounded to a smaller range.
+ExecuTorch and ONNX Runtime; ``--engine x86`` makes that of x86, whose weights are quantized to a smaller range.
 """
 
 import argparse

@@ -46,10 +46,10 @@ class CompressionCallback(Callback):
     """
 
     method: ClassVar[str]
-    """Key of the method's state in a checkpoint, and prefix of what it logs: ``structured_pruning``."""
+    """Key of the method's state in a checkpoint, and prefix of its log keys: ``structured_pruning``."""
 
     stage: ClassVar[int]
-    """Where it stands in a chain of methods: one of `lightning_light.order.Stage`."""
+    """Position in a chain of methods: one of `lightning_light.order.Stage`."""
 
     structural: ClassVar[bool] = True
     """Whether shapes or modules change during a run, which some strategies and optimizers cannot follow."""
@@ -117,7 +117,7 @@ class CompressionCallback(Callback):
     def state(self, pl_module: nn.Module) -> dict[str, Any]:
         """This method's part of the compression state: plain types and tensors, in every checkpoint of the module.
 
-        Restored with the weights, also from a weights-only checkpoint. Ask for it anew in every hook: loading a
+        Restored with the weights, also from a weights-only checkpoint. Read it again in every hook: loading a
         checkpoint replaces it.
         """
         return self.compression_state(pl_module).state.setdefault(self._key or type(self).method, {})

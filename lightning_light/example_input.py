@@ -1,4 +1,4 @@
-"""What the network is called with: from the user's ``example_input_array``, else from the first real batch."""
+"""Example inputs: from the user's ``example_input_array``, else captured from the first training batch."""
 
 from __future__ import annotations
 
@@ -57,26 +57,26 @@ class ExampleInput:
 
     @property
     def samples(self) -> int:
-        """How many samples the call holds: the first dimension of its first tensor; 1 where there is none."""
+        """Return the number of samples: the first dimension of the first tensor; 1 without tensors."""
         return next((len(tensor) for tensor in tensors_in((self.args, self.kwargs)) if tensor.ndim), 1)
 
-    def small(self) -> ExampleInput:
-        """A detached copy with at most two samples, if all tensors agree on which dimension counts samples."""
+    def small(self, samples: int = _SAMPLES) -> ExampleInput:
+        """Return a detached copy with at most ``samples`` samples, if the first dimensions of all tensors agree."""
         sizes = {tensor.shape[0] if tensor.ndim else None for tensor in tensors_in((self.args, self.kwargs))}
-        samples = _SAMPLES if len(sizes) == 1 and None not in sizes else None
-        return ExampleInput(_copy(self.args, samples), _copy(self.kwargs, samples))
+        most = samples if len(sizes) == 1 and None not in sizes else None
+        return ExampleInput(_copy(self.args, most), _copy(self.kwargs, most))
 
     def to(self, model: nn.Module) -> ExampleInput:
-        """A copy on ``model``'s device, in its floating point type."""
+        """Return a copy on the device and in the floating-point type of ``model``."""
         reference = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
         return ExampleInput(_move(self.args, reference), _move(self.kwargs, reference))
 
 
 class Capture:
-    """The handle that `capture` returns; it has let go of the module as soon as it has an example.
+    """A hook that captures the example input of a module, and removes itself as soon as it has one.
 
     Attributes:
-        example: what was caught, or None as long as nothing was.
+        example: the captured call; None until there is one.
     """
 
     def __init__(self) -> None:
@@ -84,12 +84,12 @@ class Capture:
         self._handle: RemovableHandle | None = None
 
     def remove(self) -> None:
-        """Let go of the module; more than once does no harm."""
+        """Remove the hook. More than once does no harm."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
 
-    def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _capture(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if is_step_call(module) or not _is_training(module):
             return
         self.example = ExampleInput(args, kwargs).small()
@@ -97,15 +97,16 @@ class Capture:
 
 
 def capture(pl_module: nn.Module, module: nn.Module | None = None) -> Capture:
-    """Find out how ``module`` is called, without drawing a batch from the user's loader.
+    """Capture the example input of ``module`` without drawing a batch from the user's loader.
 
-    The module's ``example_input_array`` is taken at once. Without one, a forward pre-hook looks at the first call in
-    training: whatever the batch is made of, it has the right structure, device and type by then. A structure decision
-    must go by the example's shapes only: a resumed run sees another batch.
+    The module's ``example_input_array`` is used at once. Without one, a forward pre-hook captures the first call in
+    training, where the batch has its final structure, device and type. Decisions about the structure must depend on
+    the shapes alone, because a resumed run captures another batch.
 
     Args:
         pl_module: the LightningModule.
-        module: the part of it whose call is wanted, if not its own; its ``example_input_array`` is then of no use.
+        module: the submodule whose call is captured, if not ``pl_module`` itself; ``example_input_array`` is then
+            not used.
 
     Raises:
         LightningLightError: the steps of ``pl_module`` are compiled, and it has no ``example_input_array``.
@@ -117,11 +118,11 @@ def capture(pl_module: nn.Module, module: nn.Module | None = None) -> Capture:
         return found
     if compiled_methods(pl_module):
         raise LightningLightError(
-            f"`trainer.fit(torch.compile({type(pl_module).__name__}(...)))`: expected to see what the network is "
-            "called with, found steps that are compiled, where no hook can look, and no `example_input_array`. Set "
-            "that in the module, or compile the network in place: `module.compile()`."
+            f"`trainer.fit(torch.compile({type(pl_module).__name__}(...)))`: expected an example input, found "
+            "compiled steps, in which no hook can capture one, and no `example_input_array`. Set it in the module, or "
+            "compile the network in place: `module.compile()`."
         )
-    found._handle = (module or pl_module).register_forward_pre_hook(found._look, with_kwargs=True)
+    found._handle = (module or pl_module).register_forward_pre_hook(found._capture, with_kwargs=True)
     return found
 
 

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_light.host.modules import compiled_methods
 from lightning_light.host.patches import InstancePatch
+from lightning_light.warning_filters import ignored_warnings
 
 __all__ = ["isolated", "plain_execution", "uncompile", "uncompiled", "unfused_kernels"]
 
@@ -108,7 +109,8 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
     """Run compiled modules as they are written; see `uncompile`."""
     patches = uncompile(model)
     try:
-        yield
+        with ignored_warnings("Using `torch.compile.module.` when there are global hooks"):
+            yield
     finally:
         for patch in reversed(patches):
             patch.undo()

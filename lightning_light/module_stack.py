@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -70,9 +71,9 @@ class ModuleStack:
         return next((call for call in self.calls if call is not None), None)
 
     def watch(self, model: nn.Module) -> None:
-        """Hook every module of ``model`` until `remove`."""
+        """Hook every module of ``model`` until `remove`; a scripted module takes no hooks and counts as its caller."""
         for name, module in model.named_modules():
-            if not name.startswith(_PRIVATE_PREFIX):
+            if not name.startswith(_PRIVATE_PREFIX) and not isinstance(module, torch.jit.ScriptModule):
                 hooks = _Hooks(self, name)
                 before = module.register_forward_pre_hook(hooks.enter, prepend=True)
                 self._handles += [before, module.register_forward_hook(hooks.leave, always_call=True)]

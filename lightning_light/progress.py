@@ -1,4 +1,4 @@
-"""How far a Trainer has come: read from its state, so that a resumed run goes on where it was."""
+"""Compute the progress of a run from the state of the Trainer, so that a resumed run continues where it was."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["progress_at_step", "steps_done", "steps_planned", "training_progress
 
 
 def steps_planned(trainer: Trainer) -> int:
-    """Steps on the axis of `steps_done` that the run will have taken at its end.
+    """Estimate the value of `steps_done` at the end of the run.
 
-    With ``max_steps`` in manual optimization Lightning counts every optimizer's step, and how many a batch takes is
-    the user's code's to know: taken is the mean so far, and before the first batch one step an optimizer.
+    With ``max_steps`` in manual optimization, Lightning counts the steps of every optimizer. How many there are per
+    batch depends on the user's code: the estimate is their mean so far, and before the first batch one per optimizer.
 
     Raises:
         ValueError: the run has no planned end.
@@ -27,10 +27,10 @@ def steps_planned(trainer: Trainer) -> int:
 
 
 def training_progress(trainer: Trainer) -> float:
-    """Steps done / steps planned, in [0, 1]; 0 at the first batch, 1 after the last.
+    """Return steps done / steps planned, in [0, 1]: 0 at the first batch, 1 after the last.
 
     At the start of the last batch it is ``1 - 1 / planned``, so what must be complete within the run has to be due
-    before progress 1. In manual optimization with ``max_steps`` it is the greater share of the two limits.
+    before progress 1. In manual optimization with ``max_steps`` it is the larger fraction of the two limits.
 
     Raises:
         ValueError: the run has no planned end.
@@ -39,9 +39,9 @@ def training_progress(trainer: Trainer) -> float:
 
 
 def progress_at_step(trainer: Trainer, ahead: int = 0) -> float:
-    """`training_progress` ``ahead`` steps from now, where the start of the last step counts as the end of the run.
+    """Return `training_progress` ``ahead`` steps from now, and 1 at the start of the last step.
 
-    For what changes at the start of a step, of which none comes after the last.
+    For changes at the start of a step, of which there is none after the last.
 
     Raises:
         ValueError: the run has no planned end.
@@ -55,17 +55,17 @@ def progress_at_step(trainer: Trainer, ahead: int = 0) -> float:
 
 def _planned(trainer: Trainer, limits: tuple[float, float]) -> int:
     by_epochs, by_steps = limits
-    return max(1, math.ceil(min(by_epochs, by_steps / _steps_a_batch(trainer))))
+    return max(1, math.ceil(min(by_epochs, by_steps / _steps_per_batch(trainer))))
 
 
 def _progress(trainer: Trainer, limits: tuple[float, float]) -> float:
     by_epochs, by_steps = limits
-    counted = steps_done(trainer) if _one_step_a_batch(trainer) else trainer.global_step
+    counted = steps_done(trainer) if _counts_batches(trainer) else trainer.global_step
     return min(max(steps_done(trainer) / max(by_epochs, 1), counted / max(by_steps, 1)), 1.0)
 
 
 def _limits(trainer: Trainer) -> tuple[float, float]:
-    """The two ends of the run, either may be infinite: by epochs in batches that step, by steps of optimizers."""
+    """Return the limits of the run, either may be infinite: by epochs, in batches that step; by optimizer steps."""
     if trainer.train_dataloader is None:
         _ = trainer.estimated_stepping_batches  # loads the training data
     by_steps = math.inf if trainer.max_steps == -1 else float(trainer.max_steps)
@@ -75,14 +75,14 @@ def _limits(trainer: Trainer) -> tuple[float, float]:
     if math.isinf(by_epochs) and math.isinf(by_steps):
         raise ValueError(
             f"`Trainer(max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps})`: expected a run with a planned "
-            f"end, found {trainer.estimated_stepping_batches} steps and {trainer.num_training_batches} batches an "
+            f"end, found {trainer.estimated_stepping_batches} steps and {trainer.num_training_batches} batches per "
             "epoch. Set `max_steps`, or `max_epochs` together with data of known length or `limit_train_batches`."
         )
     return by_epochs, by_steps
 
 
 def _steps_by_epochs(trainer: Trainer, epochs: int) -> int:
-    """The last batch of an epoch always steps; a `GradientAccumulationScheduler` may change the count."""
+    """Count the batches that step; the last of an epoch always does, and a callback may schedule accumulation."""
     batches = int(trainer.num_training_batches)
     for callback in callbacks_of(trainer):
         if is_host(callback, "GradientAccumulationScheduler"):
@@ -91,13 +91,13 @@ def _steps_by_epochs(trainer: Trainer, epochs: int) -> int:
     return math.ceil(batches / trainer.accumulate_grad_batches) * epochs
 
 
-def _one_step_a_batch(trainer: Trainer) -> bool:
+def _counts_batches(trainer: Trainer) -> bool:
     module = trainer.lightning_module
     return module is None or module.automatic_optimization
 
 
-def _steps_a_batch(trainer: Trainer) -> float:
-    if _one_step_a_batch(trainer):
+def _steps_per_batch(trainer: Trainer) -> float:
+    if _counts_batches(trainer):
         return 1.0
     done = steps_done(trainer)
     return trainer.global_step / done if done and trainer.global_step else float(max(1, len(trainer.optimizers)))

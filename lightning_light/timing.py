@@ -62,7 +62,8 @@ class Events:
         points: list[tuple[float, float]] = []
         reached = 0.0
         for progress in self._grid(schedule, planned_steps) if changes is None else sorted(set(changes)):
-            fraction = schedule(progress)
+            after = progress if changes is None else min(progress + _SAME, 1.0)  # on the far side of a jump
+            fraction = schedule(after)
             if abs(fraction - reached) > _SAME:
                 points.append((progress, fraction))
                 reached = fraction

@@ -15,13 +15,16 @@ import math
 import numbers
 import types
 import typing
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any, Literal, Protocol, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from torch import nn
+from typing_extensions import override
 
 __all__ = [
+    "Constraint",
     "Fraction",
     "Moment",
     "NonNegativeFloat",
@@ -29,6 +32,7 @@ __all__ = [
     "OpenFraction",
     "PositiveFloat",
     "PositiveInt",
+    "Range",
     "annotations_of",
     "check_argument",
     "validated",
@@ -37,58 +41,63 @@ __all__ = [
 T = TypeVar("T", bound=Callable[..., Any])
 
 
-class Constraint(Protocol):
-    """What an annotation asks of a value beside its type."""
+class Constraint(ABC):
+    """What an annotation asks of a value beside its type: ``Annotated[float, Range(0.0, 1.0)]``."""
 
+    @abstractmethod
     def admits(self, value: Any) -> bool:
         """Whether ``value``, which has the right type, is within the constraint."""
 
+    @abstractmethod
     def expected(self, kind: str, name: str) -> str:
         """What is expected of the argument ``name`` of type ``kind``, for an error message."""
 
+    @abstractmethod
     def hint(self, name: str, value: Any) -> str:
         """How to correct ``value``; empty where there is nothing to add."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Range:
+class Range(Constraint):
     """A finite number between ``low`` and ``high``; ``above`` excludes ``low`` itself."""
 
     low: float
     high: float = math.inf
     above: bool = False
 
+    @override
     def admits(self, value: Any) -> bool:
-        """Whether ``value`` is in the range."""
-        return math.isfinite(value) and (self.low < value if self.above else self.low <= value) and value <= self.high
+        return bool(
+            abs(value) < math.inf and (self.low < value if self.above else self.low <= value) and value <= self.high
+        )
 
+    @override
     def expected(self, kind: str, name: str) -> str:
-        """``an integer >= 1``, ``a number > 0``, ``0 < remaining <= 1``."""
         if math.isinf(self.high):
             return f"{kind} {'>' if self.above else '>='} {self.low:g}"
         return f"{self.low:g} {'<' if self.above else '<='} {name} <= {self.high:g}"
 
+    @override
     def hint(self, name: str, value: Any) -> str:
-        """A percentage where a fraction belongs is the usual mistake."""
         if self.high == 1.0 and 1.0 < value <= 100.0:
             return f"It is a fraction, not a percentage: write `{_assigned(name, f'{value / 100:g}')}`."
         return ""
 
 
 @dataclasses.dataclass(frozen=True)
-class MomentRange:
+class MomentRange(Constraint):
     """An epoch (int >= 0) or a fraction of the run (float in [0, 1])."""
 
+    @override
     def admits(self, value: Any) -> bool:
-        """Whether ``value`` is a moment that some run has."""
         return value >= 0 if isinstance(value, int) else 0.0 <= value <= 1.0
 
+    @override
     def expected(self, kind: str, name: str) -> str:
-        """The two units."""
         return "an epoch (int >= 0) or a fraction of the run (float in [0, 1])"
 
+    @override
     def hint(self, name: str, value: Any) -> str:
-        """The two units side by side."""
         return f"For epoch 5 write `{_assigned(name, '5')}`, for the middle of the run `{_assigned(name, '0.5')}`."
 
 
@@ -141,21 +150,27 @@ def _checked(function: Callable[..., Any], owner: Any, name: str) -> Callable[..
     signature = inspect.signature(function)
     annotations = functools.cache(lambda: annotations_of(owner))  # at the first call: names may be defined later
 
-    @functools.wraps(function)
-    def checked(*args: Any, **kwargs: Any) -> Any:
+    def check(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inherited = isinstance(owner, type) and args and inspect.getattr_static(type(args[0]), "__init__") is checked
         call = type(args[0]).__name__ if inherited else name
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:
             raise TypeError(_wrong_arguments(call, signature, kwargs, str(error))) from None
+        expected = annotations()
         for parameter, value in _given(signature, bound):
-            if parameter.name in annotations():
+            if parameter.name in expected:
                 default = None if parameter.default is parameter.empty else parameter.default
-                check_argument(call, parameter.name, value, annotations()[parameter.name], default)
+                check_argument(call, parameter.name, value, expected[parameter.name], default)
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        check(args, kwargs)
         return function(*args, **kwargs)
 
-    return checked
+    # With the globals of `function`: jsonargparse resolves annotations in the globals of what it finds, not in those of
+    # `__wrapped__`, and a name of this module must not take the place of the user's.
+    checked = types.FunctionType(wrapper.__code__, function.__globals__, name, None, wrapper.__closure__)
+    return functools.update_wrapper(checked, function)
 
 
 def annotations_of(target: Any) -> dict[str, Any]:
@@ -224,7 +239,7 @@ def _conforms(value: Any, annotation: Any, *, constraints: bool = True) -> bool:
         base, *marks = get_args(annotation)
         if not _conforms(value, base, constraints=constraints):
             return False
-        return not constraints or all(mark.admits(value) for mark in marks if hasattr(mark, "admits"))
+        return not constraints or all(mark.admits(value) for mark in marks if isinstance(mark, Constraint))
     if origin in (typing.Union, types.UnionType):
         return any(_conforms(value, one, constraints=constraints) for one in get_args(annotation))
     if origin is Literal:
@@ -302,7 +317,7 @@ def _expected(annotation: Any, name: str) -> str:
     if origin is Annotated:
         base, *marks = arguments
         kind = _expected(base, name)
-        return next((mark.expected(kind, name) for mark in marks if hasattr(mark, "expected")), kind)
+        return next((mark.expected(kind, name) for mark in marks if isinstance(mark, Constraint)), kind)
     if origin in (typing.Union, types.UnionType):
         *first, last = dict.fromkeys(_expected(one, name) for one in arguments)
         return f"{', '.join(first)} or {last}" if first else last
@@ -355,7 +370,7 @@ def _range_hint(annotation: Any, name: str, value: Any) -> str:
     """How to correct a value out of range: the hint of the first constraint that its type falls under."""
     marks = [mark for one in _alternatives(annotation) for mark in getattr(one, "__metadata__", ())]
     if isinstance(value, int | float):
-        return next((hint for mark in marks if hasattr(mark, "hint") and (hint := mark.hint(name, value))), "")
+        return next((hint for mark in marks if isinstance(mark, Constraint) and (hint := mark.hint(name, value))), "")
     choices = [choice for one in _alternatives(annotation) if get_origin(one) is Literal for choice in get_args(one)]
     near = difflib.get_close_matches(str(value), [choice for choice in choices if isinstance(choice, str)], n=1)
     return f"Write `{_assigned(name, repr(near[0]))}`." if near else ""

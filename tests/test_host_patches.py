@@ -21,8 +21,8 @@ class Owner:
         return x * self.factor
 
 
-def plus(amount: int) -> Callable[..., Any]:
-    return lambda original, x: original(x) + amount
+def plus(term: int) -> Callable[..., Any]:
+    return lambda original, x: original(x) + term
 
 
 def test_a_patch_is_listed_and_undone() -> None:
@@ -44,14 +44,14 @@ def test_an_attribute_of_the_instance_is_put_back() -> None:
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 def test_wrapped_methods_can_be_undone_in_any_order(order: tuple[int, ...]) -> None:
-    owner, amounts = Owner(), [1, 2, 4]
-    patches = [wrap_method(owner, "scale", plus(amount)) for amount in amounts]
-    assert owner.scale(1) == 10 + sum(amounts)
+    owner, terms = Owner(), [1, 2, 4]
+    patches = [wrap_method(owner, "scale", plus(term)) for term in terms]
+    assert owner.scale(1) == 10 + sum(terms)
     assert owner.scale.__doc__ == "Return the product."
     for place in order:
         patches[place].undo()
-        amounts[place] = 0
-        assert owner.scale(1) == 10 + sum(amounts)
+        terms[place] = 0
+        assert owner.scale(1) == 10 + sum(terms)
     assert vars(owner) == {}
 
 

@@ -67,6 +67,14 @@ def test_jumps_are_events_wherever_they_are() -> None:
     assert Events(Constant(0.0)).points(None, 100) == []
 
 
+@given(at=st.floats(0.0, 1.0), start=st.floats(0.0, 0.9), length=st.floats(0.05, 0.1), steps=st.integers(1, 9))
+def test_no_jump_is_lost_to_rounding(at: float, start: float, length: float, steps: int) -> None:
+    window = (start, start + length)
+    assert [fraction for _, fraction in Events(Window(OneShot(at), *window)).points(None, 100)] == [1.0]
+    fractions = [fraction for _, fraction in Events(Window(Staircase(Linear(), steps), *window)).points(None, 100)]
+    assert fractions == [step / steps for step in range(1, steps + 1)]
+
+
 @given(
     planned=st.integers(1, 400),
     start=st.floats(0.0, 0.6),

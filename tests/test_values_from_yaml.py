@@ -24,7 +24,7 @@ from lightning_light.schedules import (
     Staircase,
     Window,
 )
-from lightning_light.targets import Targets
+from lightning_light.targets import Targets, TargetsLike
 
 
 class Method:
@@ -36,7 +36,7 @@ class Method:
         *,
         criterion: Criterion = Magnitude(),
         schedule: Schedule = Window(Cubic(), start=0.1, end=0.6),
-        targets: Targets | str | list[str] | None = None,
+        targets: TargetsLike = None,
         reduction: Reduction = "mean",
         normalizer: Normalizer | None = "mean",
     ) -> None:

@@ -6,10 +6,11 @@ is in checkpoints and a run that was interrupted while gathering continues bit f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +20,16 @@ from torch.utils._pytree import tree_map_only
 from lightning_light.criteria.evidence import Criterion, Evidence, GroupCriterion, full_precision
 from lightning_light.criteria.movement import Movement
 from lightning_light.errors import UnsupportedError
-from lightning_light.example_input import ExampleInput, tensors_in
+from lightning_light.example_input import ExampleInput
 from lightning_light.isolation import isolated
+from lightning_light.nested import tensors_in
 from lightning_light.surgery.edit import take
+from lightning_light.validation import PositiveInt, validated
 
 __all__ = [
     "KINDS",
     "EvidenceCollector",
+    "EvidenceStorage",
     "Gathered",
     "check_needs",
     "collect_evidence",
@@ -51,6 +55,32 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _CONVOLUTION = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding)
 _ATTENTION_INPUTS = ("query", "key", "value")
+
+
+class EvidenceSum(TypedDict):
+    """A running sum and how much was added."""
+
+    total: Tensor
+    count: Tensor
+
+
+class EvidenceStorage(TypedDict, total=False):
+    """What an `EvidenceCollector` keeps in its storage, for the schema of a method's state.
+
+    Attributes:
+        batches: the number of batches that count.
+        movement: parameter name -> movement.
+    """
+
+    batches: int
+    movement: dict[str, Tensor]
+    grad: dict[str, EvidenceSum]
+    grad_squared: dict[str, EvidenceSum]
+    activation: dict[str, EvidenceSum]
+    inputs: dict[str, EvidenceSum]
+    input_absolute: dict[str, EvidenceSum]
+    input_covariance: dict[str, EvidenceSum]
+
 
 Storage = dict[str, Any]
 Loss = Callable[[Any, Any], Tensor]
@@ -380,12 +410,13 @@ class EvidenceCollector:
         self._pending[kind, name] = new if seen is None else [a + b for a, b in zip(seen, new, strict=True)]
 
 
+@validated
 def collect_evidence(
     model: nn.Module,
     data: Iterable[Any],
     needs: frozenset[str],
     *,
-    batches: int,
+    batches: PositiveInt,
     loss: Loss | None = None,
     layers: Iterable[str] | None = None,
     accumulate: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
@@ -425,7 +456,7 @@ def collect_evidence(
         )
     storage: Storage = {}
     before = {parameter: parameter.grad for parameter in model.parameters()}
-    with isolated(model), torch.set_grad_enabled(gradients):
+    with isolated(model), _every_module_called(), torch.set_grad_enabled(gradients):
         collector = EvidenceCollector(model, layers, needs, storage, accumulate=accumulate)
         try:
             for index, batch in enumerate(islice(data, batches)):
@@ -547,6 +578,17 @@ def _attention_inputs(inputs: Mapping[str, Tensor], own: str, layer: str, weight
         return None
     rows = weight.shape[0] // len(found)
     return torch.cat([norms.reshape(1, -1).expand(rows, -1) for norms in found if norms is not None])
+
+
+@contextmanager
+def _every_module_called() -> Iterator[None]:
+    """Disable the fast path of transformer layers, which computes without calling the modules inside."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _training_step(model: nn.Module) -> Callable[..., Any] | None:

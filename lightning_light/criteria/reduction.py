@@ -1,4 +1,4 @@
-"""From scores of weights to scores of channels, from tensors to groups, from groups to one ranking."""
+"""Reduce scores of weights to scores of channels and of groups, and normalize them for one ranking."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
+
+from lightning_light.validation import validated
 
 __all__ = ["Normalizer", "Reduction", "channel_scores", "check_names", "combine", "normalize"]
 
@@ -26,7 +28,7 @@ def channel_scores(score: Tensor) -> Tensor:
 
 
 def check_names(call: str, *, reduction: str = "sum", normalizer: str | None = None) -> None:
-    """Refuse an unknown name where the user wrote it, before any training.
+    """Refuse an unknown name.
 
     Args:
         call: the callback or function, for the message.
@@ -45,14 +47,15 @@ def check_names(call: str, *, reduction: str = "sum", normalizer: str | None = N
             )
 
 
+@validated
 def combine(scores: Sequence[Tensor], reduction: Reduction) -> Tensor:
-    """One score a channel from those of all tensors that share the channels.
+    """Combine the scores of all tensors that share the channels into one score per channel.
 
     Fang et al., 2023, "DepGraph: Towards Any Structural Pruning", aggregates over a group in this way.
     https://arxiv.org/abs/2301.12900
 
     Args:
-        scores: tensors of one shape ``(channels,)``; the first belongs to the layer that makes the channels.
+        scores: tensors of one shape ``(channels,)``; the first belongs to the layer that produces the channels.
         reduction: ``"sum"``, ``"mean"``, ``"max"``, ``"prod"``, or ``"first"``: only the first counts.
 
     Raises:
@@ -62,11 +65,10 @@ def combine(scores: Sequence[Tensor], reduction: Reduction) -> Tensor:
         >>> combine([torch.tensor([1.0, 4.0]), torch.tensor([3.0, 0.0])], "mean")
         tensor([2., 2.])
     """
-    check_names("combine", reduction=reduction)
     if not scores:
         raise ValueError(
             f"`combine([], {reduction!r})`: expected the score of at least one tensor, found none. The criterion's "
-            "`roles` fit no tensor of this group; choose a criterion that reads other roles."
+            "`roles` match no tensor of this group; choose a criterion that reads other roles."
         )
     stacked = torch.stack(list(scores))
     if reduction == "first":
@@ -78,8 +80,9 @@ def combine(scores: Sequence[Tensor], reduction: Reduction) -> Tensor:
     return stacked.mean(dim=0) if reduction == "mean" else stacked.sum(dim=0)
 
 
+@validated
 def normalize(scores: Tensor, normalizer: Normalizer | None) -> Tensor:
-    """Make the scores of one group comparable with those of others.
+    """Normalize the scores of one group, so that they can be compared with those of others.
 
     ===================  ========================================================================
     ``None``             as they are
@@ -92,7 +95,7 @@ def normalize(scores: Tensor, normalizer: Normalizer | None) -> Tensor:
                          Magnitude-based Pruning", with ``s = w**2``. https://arxiv.org/abs/2010.07611
     ===================  ========================================================================
 
-    Where all scores are equal to zero they stay zero.
+    Scores that are all zero stay zero.
 
     Raises:
         ValueError: the name is not known.
@@ -103,7 +106,6 @@ def normalize(scores: Tensor, normalizer: Normalizer | None) -> Tensor:
         >>> normalize(torch.tensor([1.0, 3.0, 4.0]), "lamp")
         tensor([0.1250, 0.4286, 1.0000])
     """
-    check_names("normalize", normalizer=normalizer)
     if normalizer is None or not scores.numel():
         return scores
     if normalizer == "lamp":

@@ -1,4 +1,4 @@
-"""Whether every channel of a network that has lost some still arrives where it arrived before."""
+"""Check that every channel of a pruned network reaches the operations that it reached before."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import Tensor
 from lightning_light.dependency.labels import FIXED, LabelUnion, collapsed
 from lightning_light.dependency.trace import Tracer
 
-__all__ = ["misaligned"]
+__all__ = ["misalignment"]
 
-_QUIET = {
+_LAYOUT_OPS = {
     "clone",
     "contiguous",
     "_to_copy",
@@ -22,44 +22,52 @@ _QUIET = {
     "_reshape_alias",
     "expand",
 }
-"""What torch inserts or leaves out as strides are; it changes no channel that the next operation would not show."""
+"""Operations that torch inserts or omits depending on strides; a change would show at the next operation too."""
 
 
-def misaligned(before: Tracer, after: Tracer, gone: Tensor, lone: Tensor) -> str | None:
-    """What went wrong in the pass ``after``, traced with the labels of ``before`` without those in ``gone``.
+def misalignment(before: Tracer, after: Tracer, removed: Tensor, single: Tensor) -> str | None:
+    """Describe the first difference between two traced passes that removing channels must not cause, or return None.
 
-    Two channels that were apart may not meet, and every operation must see the channels that it saw, in their order.
-    The order is compared where both passes are the same operations. Nothing is compared where a channel in ``lone`` is
-    the last of its kind: a dimension of one position carries no mark.
+    Channels that were separate must stay separate, and every operation must read the channels that it read before, in
+    the same order. The order is compared where both passes run the same operations. Nothing is compared where
+    ``single`` is not empty, because a dimension of size one carries no labels.
+
+    Args:
+        before: the trace of the model as it is.
+        after: the trace of the pruned model, started with the labels of ``before`` without those in ``removed``.
+        removed: labels of the channels that were removed.
+        single: labels of channels that are the only ones left of their group.
     """
     if after.output_shapes != before.output_shapes:
         return f"the output's shape would change from {before.output_shapes} to {after.output_shapes}"
-    if lone.numel():
+    if single.numel():
         return None
-    known = torch.unique(torch.cat([torch.zeros(1).long(), *(before.book.roots(x.labels) for x in before.leaves)]))
-    if not torch.equal(after.book.roots(known), known):
-        return "channels would meet others than before"
-    stays = torch.zeros(max(before.book.parent.numel(), after.book.parent.numel()), dtype=torch.bool)
-    stays[known] = True
-    stays[gone] = False
-    old = [step for step in before.history if step[0] not in _QUIET]
-    new = [step for step in after.history if step[0] not in _QUIET]
+    known = torch.unique(torch.cat([torch.zeros(1).long(), *(before.union.roots(x.labels) for x in before.leaves)]))
+    if not torch.equal(after.union.roots(known), known):
+        return "channels would be combined with other channels than before"
+    remaining = torch.zeros(max(before.union.parent.numel(), after.union.parent.numel()), dtype=torch.bool)
+    remaining[known] = True
+    remaining[removed] = False
+    old = [step for step in before.history if step[0] not in _LAYOUT_OPS]
+    new = [step for step in after.history if step[0] not in _LAYOUT_OPS]
     if [name for name, _ in old] != [name for name, _ in new]:
         old, new = old[-1:], new[-1:]
     for (name, was), (_, now) in zip(old, new, strict=True):
         if len(was) != len(now):
             return f"`{name}` would give {len(now)} tensors instead of {len(was)}"
         for left, right in zip(was, now, strict=True):
-            if _orders(before.book, left, stays, name) != _orders(after.book, right, stays, name):
-                return f"`{name}` would take other channels than before"
+            if _channel_orders(before.union, left, remaining, name) != _channel_orders(
+                after.union, right, remaining, name
+            ):
+                return f"`{name}` would read other channels than before"
     return None
 
 
-def _orders(book: LabelUnion, marks: list[Tensor], stays: Tensor, name: str) -> set[tuple[int, ...]]:
-    """The channels that stay along every marked dimension, in order; a lone one only where it was picked."""
+def _channel_orders(union: LabelUnion, labels: list[Tensor], remaining: Tensor, name: str) -> set[tuple[int, ...]]:
+    """Return the remaining channels along every labelled dimension, in order; a single one only after a selection."""
     orders = set()
-    for mark in marks:
-        order = collapsed(book.roots(mark)).reshape(-1)
-        orders.add(tuple(order[stays[order]].tolist()))
-    least = 1 if name == "pick" else 2
+    for label in labels:
+        order = collapsed(union.roots(label)).reshape(-1)
+        orders.add(tuple(order[remaining[order]].tolist()))
+    least = 1 if name == "select" else 2
     return {order for order in orders if len(set(order) - {FIXED}) >= least}

@@ -1,4 +1,4 @@
-"""What is known of the channels while a model runs: the face that the rules see."""
+"""The state of a trace that rules read and change: the labels of tensors, and the module that is running."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lightning_light.dependency.labels import LabelUnion, varying
 from lightning_light.module_stack import ModuleStack
 
-__all__ = ["TraceContext", "Split", "Tie"]
+__all__ = ["SizeAttribute", "Split", "TraceContext"]
 
 HEAD_COUNTS = ("num_heads", "n_heads", "nheads", "n_head", "nhead", "heads", "num_attention_heads")
 HEAD_SIZES = ("head_dim", "dim_head", "d_head", "head_size", "attention_head_size", "d_k")
@@ -21,8 +21,14 @@ WIDTHS = ("embed_dim", "all_head_size", "inner_dim", "hidden_size", "d_model", "
 
 
 @dataclass(frozen=True)
-class Tie:
-    """An integer attribute of a module that counts channels: ``labels`` are those it counts."""
+class SizeAttribute:
+    """An integer attribute of a module that states a number of channels.
+
+    Attributes:
+        module: name of the module.
+        attribute: name of its attribute, such as ``num_features``.
+        labels: of the channels that it counts.
+    """
 
     module: str
     attribute: str
@@ -31,7 +37,13 @@ class Tie:
 
 @dataclass(frozen=True)
 class Split:
-    """A dimension that the user's code cut into parts (attention heads, shuffled groups), as it stood before."""
+    """A dimension that a reshape in the user's code split into parts, such as attention heads or groups.
+
+    Attributes:
+        module: name of the module that ran.
+        parts: labels, one row per part.
+        width: labels along the last dimension of the module's input.
+    """
 
     module: str
     parts: Tensor
@@ -40,124 +52,133 @@ class Split:
 
 @dataclass(eq=False)
 class TraceContext:
-    """Which tensors carry which labels, and what the code at hand does with them.
+    """The labels of every tensor, and what the traced code does with them.
+
+    A tensor has a list of label tensors of its own rank. Each has size one in every dimension along which it does not
+    vary, so an activation ``(N, C, H, W)`` has one of shape ``(1, C, 1, 1)`` and a weight ``(O, I, k, k)`` has two.
 
     Attributes:
-        heads: what leaves an attention: ``"head"`` (whole heads) or ``"dim"`` (the same position of every head).
-        book: which labels are one channel, and which must stay.
-        ties: attributes that count channels.
-        splits: dimensions that became heads or other parts.
-        parts: labels, shape ``(parts, size)``, that the code took apart in equal parts, perhaps by ``chunk``.
-        apart: labels that the code picked out of others by position.
-        history: every operation, and the marks of its outputs.
-        shape_before: of the first argument of the operation at hand, before it ran.
+        heads: what is removed from an attention: ``"head"`` (whole heads) or ``"dim"`` (the same position of every
+            head).
+        union: which labels stand for one channel, and which are protected.
+        size_attributes: module attributes that count channels.
+        splits: dimensions that a reshape split into heads or other parts.
+        parts: labels, shape ``(parts, size)``, that the code split into equal parts, perhaps by ``chunk``.
+        selected: labels that the code selected by position.
+        history: every operation, and the labels of its outputs.
+        shape_before: shape of the operation's first argument before it ran.
+        modules: the modules that are running.
     """
 
     heads: str = "dim"
-    book: LabelUnion = field(default_factory=LabelUnion)
-    ties: list[Tie] = field(default_factory=list)
+    union: LabelUnion = field(default_factory=LabelUnion)
+    size_attributes: list[SizeAttribute] = field(default_factory=list)
     splits: list[Split] = field(default_factory=list)
     parts: list[Tensor] = field(default_factory=list)
-    apart: list[Tensor] = field(default_factory=list)
+    selected: list[Tensor] = field(default_factory=list)
     history: list[tuple[str, list[list[Tensor]]]] = field(default_factory=list)
     shape_before: torch.Size = field(default_factory=torch.Size)
-    _marks: MutableMapping[Tensor, list[Tensor]] = field(default_factory=WeakIdKeyDictionary)
-    _counting: MutableMapping[Tensor, list[Tensor]] = field(default_factory=WeakIdKeyDictionary)
+    _labels: MutableMapping[Tensor, list[Tensor]] = field(default_factory=WeakIdKeyDictionary)
+    _indices: MutableMapping[Tensor, list[Tensor]] = field(default_factory=WeakIdKeyDictionary)
     modules: ModuleStack = field(default_factory=ModuleStack)
     _widths: list[Tensor | None] = field(default_factory=list)
     _function: Any = None
 
-    def marks(self, tensor: Tensor) -> list[Tensor]:
-        """The marks of ``tensor``, tidied; those that vary nowhere are dropped."""
-        tidy = [self.book.tidy(mark) for mark in self._marks.get(tensor, ())]
-        return [mark for mark in tidy if varying(mark)]
+    def labels_of(self, tensor: Tensor) -> list[Tensor]:
+        """Return the canonical labels of ``tensor``, without those that vary along no dimension."""
+        canonical = [self.union.canonical(label) for label in self._labels.get(tensor, ())]
+        return [label for label in canonical if varying(label)]
 
-    def give(self, tensor: Tensor, marks: Sequence[Tensor]) -> None:
-        """``tensor`` carries ``marks`` from now on."""
-        self._marks[tensor] = [mark for mark in marks if varying(mark)]
+    def set_labels(self, tensor: Tensor, labels: Sequence[Tensor]) -> None:
+        """Set the labels of ``tensor``."""
+        self._labels[tensor] = [label for label in labels if varying(label)]
 
     def along(self, tensor: Tensor, dim: int, reason: str = "", *, only: bool = False) -> Tensor | None:
-        """Labels along ``dim``, shape ``(size,)``; with ``reason``, what varies elsewhere is protected.
+        """Return the labels along ``dim``, shape ``(size,)``; None if there are none.
 
-        With ``only`` nothing is returned, and what varies along ``dim`` is protected instead.
+        Args:
+            tensor: any tensor.
+            dim: the dimension.
+            reason: protect the labels that vary along other dimensions, for this reason.
+            only: return None, and protect the labels that vary along ``dim`` instead.
         """
         found = None
-        for mark in self.marks(tensor):
-            if mark.shape[dim] == 1 or only:
-                if reason and (mark.shape[dim] > 1) == only:
-                    self.book.protect(mark, reason)
+        for label in self.labels_of(tensor):
+            if label.shape[dim] == 1 or only:
+                if reason and (label.shape[dim] > 1) == only:
+                    self.union.protect(label, reason)
                 continue
-            if len(varying(mark)) > 1:
-                self.book.protect(mark, "varies along two dimensions at once")
-            index = [slice(None) if d == dim % mark.dim() else 0 for d in range(mark.dim())]
-            found = mark[tuple(index)] if found is None else found
+            if len(varying(label)) > 1:
+                self.union.protect(label, "varies along two dimensions of one tensor")
+            index = [slice(None) if d == dim % label.dim() else 0 for d in range(label.dim())]
+            found = label[tuple(index)] if found is None else found
         return found
 
     def couple(self, left: Tensor | None, right: Tensor | None, reason: str) -> None:
-        """Merge two label vectors; where one side has none, the other must stay, for ``reason``."""
+        """Merge two label vectors; where one side has none, protect the other for ``reason``."""
         if left is not None and right is not None:
-            self.book.merge(left, right, reason)
+            self.union.merge(left, right, reason)
         elif left is not None or right is not None:
-            self.book.protect(left if left is not None else right, reason)  # type: ignore[arg-type]
+            self.union.protect(left if left is not None else right, reason)  # type: ignore[arg-type]
 
-    def give_indices(self, indices: Tensor, marks: Sequence[Tensor]) -> None:
-        """The values of ``indices`` are numbers of channels: whoever uses them holds ``marks`` in place."""
-        self._counting[indices] = list(marks)
+    def set_indices(self, indices: Tensor, labels: Sequence[Tensor]) -> None:
+        """Note that the values of ``indices`` are channel indices: an operation that reads them protects ``labels``."""
+        self._indices[indices] = list(labels)
 
-    def again(self, tensor: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """The operation at hand, on ``tensor`` in place of its first argument."""
+    def rerun(self, tensor: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Run the current operation on ``tensor`` in place of its first argument."""
         plain = [arg.cpu() if isinstance(arg, Tensor) else arg for arg in args]
         return self._function(tensor, *plain, **kwargs)
 
     def in_recurrent_layer(self) -> bool:
-        """Whether the operation at hand runs inside an ``nn.RNNBase``."""
+        """Check whether the current operation runs inside an ``nn.RNNBase``."""
         return isinstance(self._module, nn.RNNBase)
 
-    def splits_heads(self, mark: Tensor) -> bool:
-        """Whether the rows of ``mark`` are this module's attention heads, and whole heads are to leave."""
+    def splits_heads(self, label: Tensor) -> bool:
+        """Check whether whole heads are removed, and the rows of ``label`` are the attention heads of the module."""
         counts = [getattr(self._module, name, None) for name in HEAD_COUNTS]
-        return self.heads == "head" and any(type(count) is int and _counts(count, mark) for count in counts)
+        return self.heads == "head" and any(type(count) is int and _counts(count, label) for count in counts)
 
-    def tie(self, attribute: str, labels: Tensor | None) -> None:
-        """The module at hand counts ``labels`` in ``attribute``, if it has it."""
+    def note_attribute(self, attribute: str, labels: Tensor | None) -> None:
+        """Note that the running module counts ``labels`` in ``attribute``, if it has that."""
         call = self.modules.current
         if labels is not None and call is not None and hasattr(call.module, attribute):
             number = getattr(call.module, attribute)
-            once = type(number) is int and 1 < number < labels.numel()  # instance norm repeats them for every sample
-            self.ties.append(Tie(call.name, attribute, labels[:number] if once else labels))
+            once = type(number) is int and 1 < number < labels.numel()  # instance norm repeats them for each sample
+            self.size_attributes.append(SizeAttribute(call.name, attribute, labels[:number] if once else labels))
 
-    def note_split(self, mark: Tensor, dims: Sequence[int]) -> None:
-        """Remember how the user's code cut a dimension into parts."""
+    def note_split(self, label: Tensor, dims: Sequence[int]) -> None:
+        """Note how the user's code splits a dimension into parts."""
         if (call := self.modules.current) is not None:
-            self.splits.append(Split(call.name, mark.reshape([mark.shape[dim] for dim in dims]), self._widths[-1]))
+            self.splits.append(Split(call.name, label.reshape([label.shape[dim] for dim in dims]), self._widths[-1]))
 
-    def note_parts(self, mark: Tensor, dims: Sequence[int]) -> None:
-        """Tie the attributes that count the heads, or a head's positions."""
-        names, dim = (HEAD_COUNTS, dims[-2]) if mark.shape[dims[-2]] > 1 else (HEAD_SIZES, dims[-1])
-        if mark.shape[dim] > 1:
-            self._tie_by_name(names, mark)
+    def note_parts(self, label: Tensor, dims: Sequence[int]) -> None:
+        """Note the attributes that count the heads, or the positions of a head."""
+        names, dim = (HEAD_COUNTS, dims[-2]) if label.shape[dims[-2]] > 1 else (HEAD_SIZES, dims[-1])
+        if label.shape[dim] > 1:
+            self._note_attribute_named(names, label)
 
-    def note_merge(self, mark: Tensor) -> None:
-        """Tie the attribute that names a width, where a reshape writes one."""
-        if varying(mark):
-            self._tie_by_name(WIDTHS, mark)
+    def note_merge(self, label: Tensor) -> None:
+        """Note the attribute that states a width, where a reshape merges dimensions."""
+        if varying(label):
+            self._note_attribute_named(WIDTHS, label)
 
-    def _tie_by_name(self, names: Sequence[str], mark: Tensor) -> None:
+    def _note_attribute_named(self, names: Sequence[str], label: Tensor) -> None:
         for name in names:
             number = getattr(self._module, name, None)
-            if type(number) is int and _counts(number, mark):
-                self.tie(name, mark.reshape(-1)[:number])
+            if type(number) is int and _counts(number, label):
+                self.note_attribute(name, label.reshape(-1)[:number])
 
     @property
     def _module(self) -> nn.Module | None:
-        """The innermost module that is running."""
+        """Return the innermost module that is running."""
         call = self.modules.current
         return None if call is None else call.module
 
 
-def _counts(number: int, mark: Tensor) -> bool:
-    """Whether ``mark`` (one varying dimension) is ``number`` labels, perhaps repeated as a whole."""
-    flat = mark.reshape(-1)
+def _counts(number: int, label: Tensor) -> bool:
+    """Check whether ``label``, which varies along one dimension, is ``number`` labels, perhaps repeated as a whole."""
+    flat = label.reshape(-1)
     if not 1 < number <= flat.numel() or flat.numel() % number:
         return False
     return bool((flat.view(-1, number) == flat[:number]).all())

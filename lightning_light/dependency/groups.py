@@ -1,4 +1,4 @@
-"""Channel groups: which positions of which tensors are one channel, and which channels are alike."""
+"""Dependency groups: which positions of which tensors are one channel, and which channels have the same members."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_light.dependency.context import Tie
+from lightning_light.dependency.context import SizeAttribute
 from lightning_light.dependency.labels import FIXED
 from lightning_light.dependency.trace import Leaf, Tracer
 
@@ -20,14 +20,14 @@ __all__ = ["ChannelGroup", "DependencyGraph", "Member", "graph_of"]
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """One dimension of one tensor that loses positions when a channel of the group leaves.
+    """One dimension of one tensor that loses positions when a channel of the group is removed.
 
     Attributes:
         tensor: name of a parameter or buffer, as in ``named_parameters``.
-        dim: the dimension along which it is cut.
-        index: positions along ``dim``, shape ``(channels, positions a channel)``.
-        role: ``"out"`` the layer that makes the channels, ``"in"`` a layer that reads them, ``"norm"`` a norm's scale,
-            ``"bias"`` an added vector, ``"buffer"`` statistics.
+        dim: the dimension that is cut.
+        index: positions along ``dim``, shape ``(channels, positions per channel)``.
+        role: ``"out"`` for the layer that produces the channels, ``"in"`` for a layer that reads them, ``"norm"`` for
+            the scale of a norm, ``"bias"`` for an added vector, ``"buffer"`` for statistics.
     """
 
     tensor: str
@@ -38,14 +38,14 @@ class Member:
 
 @dataclass(frozen=True, eq=False)
 class ChannelGroup:
-    """Channels that hang together in the same way: all have the same members.
+    """Channels that are coupled in the same way: each has positions in the same members.
 
     Attributes:
-        name: the module that makes the channels.
-        width: how many channels there are.
-        members: where they live.
-        reason: why they must stay; ``None`` where they may be pruned.
-        roots: one label a channel, shape ``(width,)``.
+        name: of the module that produces the channels.
+        width: number of channels.
+        members: the tensors that hold them.
+        reason: why the channels are kept; None where they may be pruned.
+        roots: one label per channel, shape ``(width,)``.
     """
 
     name: str
@@ -57,22 +57,23 @@ class ChannelGroup:
 
 @dataclass(frozen=True, eq=False)
 class DependencyGraph:
-    """Everything a cut has to know of a model.
+    """The coupled channels of a model: what has to change together when channels are removed.
 
     Attributes:
-        groups: in the order in which the layers stand in the model.
-        ties: attributes that count channels.
-        shapes: of every parameter and buffer; tells whether the model is still the one that was traced.
+        groups: in the order of the layers in the model.
+        size_attributes: module attributes that count channels.
+        shapes: of every parameter and buffer when the model was traced.
     """
 
     groups: tuple[ChannelGroup, ...]
-    ties: tuple[Tie, ...]
+    size_attributes: tuple[SizeAttribute, ...]
     shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
 
     def kept_positions(self, kept: Mapping[str, Tensor]) -> dict[str, dict[int, Tensor]]:
-        """Group name -> boolean mask of the channels that stay; returns tensor -> dim -> positions that stay.
+        """Map tensor name -> dimension -> positions that are kept.
 
-        Groups that are not named stay whole.
+        Args:
+            kept: group name -> boolean mask of the channels that are kept; other groups are kept whole.
         """
         masks: dict[tuple[str, int], Tensor] = {}
         for group in self.groups:
@@ -81,54 +82,57 @@ class DependencyGraph:
                 continue
             for member in group.members:
                 size = self.shapes[member.tensor][member.dim]
-                stays = masks.setdefault((member.tensor, member.dim), torch.ones(size, dtype=torch.bool))
-                stays[member.index[~mask].reshape(-1)] = False
+                remaining = masks.setdefault((member.tensor, member.dim), torch.ones(size, dtype=torch.bool))
+                remaining[member.index[~mask].reshape(-1)] = False
         positions: dict[str, dict[int, Tensor]] = {}
-        for (tensor, dim), stays in masks.items():
-            positions.setdefault(tensor, {})[dim] = stays.nonzero().reshape(-1)
+        for (tensor, dim), remaining in masks.items():
+            positions.setdefault(tensor, {})[dim] = remaining.nonzero().reshape(-1)
         return positions
 
     def attributes(self, model: nn.Module, kept: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
-        """New values of the attributes that count channels, by module name."""
-        gone = self.gone(kept)
+        """Map module name -> attribute -> new value, for the attributes that count channels."""
+        removed = self.removed(kept)
         changes: dict[str, dict[str, Any]] = {}
-        for tie in self.ties if gone.numel() else ():
-            left = int((~torch.isin(tie.labels, gone)).sum())
-            if left != tie.labels.numel():
-                old = getattr(model.get_submodule(tie.module), tie.attribute)
+        for attribute in self.size_attributes if removed.numel() else ():
+            left = int((~torch.isin(attribute.labels, removed)).sum())
+            if left != attribute.labels.numel():
+                old = getattr(model.get_submodule(attribute.module), attribute.attribute)
                 new = (*old[:-1], left) if isinstance(old, tuple) else left
-                changes.setdefault(tie.module, {})[tie.attribute] = new
+                changes.setdefault(attribute.module, {})[attribute.attribute] = new
         return changes
 
     def after_pruning(self, kept: Mapping[str, Tensor]) -> DependencyGraph:
-        """The graph of the model after the cut ``kept``: nothing has to be traced again."""
-        positions, gone = self.kept_positions(kept), self.gone(kept)
+        """Return the graph of the model after the cut ``kept``, without tracing again."""
+        positions, removed = self.kept_positions(kept), self.removed(kept)
         shapes = {
             name: tuple(positions[name][d].numel() if d in positions.get(name, {}) else s for d, s in enumerate(shape))
             for name, shape in self.shapes.items()
         }
         tables = {
-            (tensor, dim): _renumbering(self.shapes[tensor][dim], stays)
+            (tensor, dim): _renumbering(self.shapes[tensor][dim], remaining)
             for tensor, dims in positions.items()
-            for dim, stays in dims.items()
+            for dim, remaining in dims.items()
         }
         groups = _in_order(self.shapes, [_after_pruning(group, kept.get(group.name), tables) for group in self.groups])
-        ties = tuple(replace(tie, labels=tie.labels[~torch.isin(tie.labels, gone)]) for tie in self.ties)
-        return DependencyGraph(groups, ties, shapes)
+        size_attributes = tuple(
+            replace(attribute, labels=attribute.labels[~torch.isin(attribute.labels, removed)])
+            for attribute in self.size_attributes
+        )
+        return DependencyGraph(groups, size_attributes, shapes)
 
     def fits(self, model: nn.Module) -> bool:
-        """Whether ``model`` still has the tensors and shapes that were traced."""
+        """Check whether ``model`` still has the tensors and shapes that were traced."""
         return dict(self.shapes) == _shapes(model)
 
-    def gone(self, kept: Mapping[str, Tensor]) -> Tensor:
-        """Labels of the channels that leave."""
+    def removed(self, kept: Mapping[str, Tensor]) -> Tensor:
+        """Return the labels of the channels that ``kept`` removes."""
         lost = [group.roots[~kept[group.name]] for group in self.groups if group.name in kept]
         return torch.cat(lost) if lost else torch.empty(0, dtype=torch.long)
 
 
-def _renumbering(size: int, stays: Tensor) -> Tensor:
+def _renumbering(size: int, remaining: Tensor) -> Tensor:
     table = torch.full((size,), -1)
-    table[stays] = torch.arange(stays.numel())
+    table[remaining] = torch.arange(remaining.numel())
     return table
 
 
@@ -142,7 +146,7 @@ def _after_pruning(group: ChannelGroup, mask: Tensor | None, tables: Mapping[tup
 
 
 def _in_order(tensors: Iterable[str], groups: Iterable[ChannelGroup]) -> tuple[ChannelGroup, ...]:
-    """As the layers stand in the model; groups of one layer by their first position in it."""
+    """Sort by the order of the layers in the model; groups of one layer by their first position in it."""
     order = {name: number for number, name in enumerate(tensors)}
     firsts = ((order[g.members[0].tensor], g.members[0].dim, int(g.members[0].index[0, 0]), g) for g in groups)
     return tuple(group for *_, group in sorted(firsts, key=lambda first: first[:3]))
@@ -153,24 +157,26 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def graph_of(model: nn.Module, tracer: Tracer) -> DependencyGraph:
-    """Sort the labels of a finished trace into groups of like channels."""
+    """Sort the labels of a finished trace into groups of channels that are coupled in the same way."""
     leaves = tracer.leaves
-    roots = [tracer.book.roots(leaf.labels) for leaf in leaves]
-    reasons = tracer.book.reasons()
-    picks = [torch.unique(tracer.book.roots(labels)) for labels in tracer.apart]
-    signature = _signatures([*roots, *picks], tracer.book.parent.numel(), reasons)
+    roots = [tracer.union.roots(leaf.labels) for leaf in leaves]
+    reasons = tracer.union.reasons()
+    selections = [torch.unique(tracer.union.roots(labels)) for labels in tracer.selected]
+    signature = _signatures([*roots, *selections], tracer.union.parent.numel(), reasons)
     by_signature: dict[int, list[tuple[Leaf, Tensor]]] = {}
     for leaf, root in zip(leaves, roots, strict=True):
         for value in torch.unique(signature[root]).tolist():
             by_signature.setdefault(value, []).append((leaf, root))
     groups = [_group(model, places, signature, value, reasons) for value, places in by_signature.items()]
-    ties = tuple(replace(tie, labels=tracer.book.roots(tie.labels)) for tie in tracer.ties)
+    size_attributes = tuple(
+        replace(attribute, labels=tracer.union.roots(attribute.labels)) for attribute in tracer.size_attributes
+    )
     shapes = _shapes(model)
-    return DependencyGraph(_named(_in_order(shapes, groups)), ties, shapes)
+    return DependencyGraph(_named(_in_order(shapes, groups)), size_attributes, shapes)
 
 
 def _signatures(roots: Sequence[Tensor], count: int, reasons: Mapping[int, str]) -> Tensor:
-    """One number a label: equal where two channels are in the same ``roots``, equally often, and protected alike."""
+    """Return a number per label: equal where two are in the same ``roots``, equally often, and equally protected."""
     generator = torch.Generator().manual_seed(0)
     signature = torch.zeros(count, dtype=torch.long)
     for root in roots:
@@ -201,13 +207,13 @@ def _group(
         members.append(Member(leaf.tensor, leaf.dim, index, _role(model, leaf)))
     sequence = torch.argsort(members[0].index[:, 0], stable=True)
     members = [replace(member, index=member.index[sequence]) for member in members]
-    maker = next((m for m in members if m.role == "out"), members[0])
-    name = maker.tensor.rpartition(".")[0] or maker.tensor
+    producer = next((m for m in members if m.role == "out"), members[0])
+    name = producer.tensor.rpartition(".")[0] or producer.tensor
     return ChannelGroup(name, channels.numel(), tuple(members), reasons.get(int(channels[0])), channels[sequence])
 
 
 def _role(model: nn.Module, leaf: Leaf) -> str:
-    """What the tensor does with its channels; see `Member.role`."""
+    """Return what the tensor does with its channels; see `Member`."""
     path, _, name = leaf.tensor.rpartition(".")
     module = model.get_submodule(path)
     tensor = getattr(module, name, None)
@@ -222,18 +228,20 @@ def _role(model: nn.Module, leaf: Leaf) -> str:
 
 
 def _named(groups: Sequence[ChannelGroup]) -> tuple[ChannelGroup, ...]:
-    """A name of its own for each: where a layer makes several groups, by what else hangs on the channels.
+    """Give each group a unique name: where a layer produces several groups, with a digest of their members.
 
     The name depends on the members alone, so that it is the same after a cut and after a resume.
     """
-    makers = Counter((group.name, group.reason is None) for group in groups)
+    producers = Counter((group.name, group.reason is None) for group in groups)
     named: dict[str, ChannelGroup] = {}
     for group in groups:
         places = sorted(f"{member.tensor}.{member.dim}.{member.index.shape[1]}" for member in group.members)
-        mark = hashlib.sha256(" ".join([str(group.reason), *places]).encode()).hexdigest()[:4]
-        alone = makers[group.name, group.reason is None] == 1 and (group.reason is None or not makers[group.name, True])
-        name = group.name if alone else f"{group.name}#{mark}"
-        twins = sum(other.partition("/")[0] == name for other in named)  # taken apart by position alone
-        name = f"{name}/{twins + 1}" if twins else name
+        digest = hashlib.sha256(" ".join([str(group.reason), *places]).encode()).hexdigest()[:4]
+        alone = producers[group.name, group.reason is None] == 1 and (
+            group.reason is None or not producers[group.name, True]
+        )
+        name = group.name if alone else f"{group.name}#{digest}"
+        others = sum(other.partition("/")[0] == name for other in named)  # that differ in position alone
+        name = f"{name}/{others + 1}" if others else name
         named[name] = replace(group, name=name)
     return tuple(named.values())

@@ -1,4 +1,4 @@
-"""Labels: one integer for every channel, and the book of which labels are one and the same channel."""
+"""Labels: one integer per channel, and a union-find over the labels that stand for the same channel."""
 
 from __future__ import annotations
 
@@ -10,48 +10,48 @@ from torch import Tensor
 __all__ = ["FIXED", "LabelUnion", "collapsed", "varying"]
 
 FIXED = 0
-"""The label of a position that no surgery may remove, for instance a zero that ``F.pad`` put there."""
+"""The label of a position that cannot be removed, for instance a zero that ``F.pad`` adds."""
 
 
-def varying(marks: Tensor) -> tuple[int, ...]:
-    """Dimensions along which ``marks`` is not broadcast."""
-    return tuple(dim for dim, size in enumerate(marks.shape) if size > 1)
+def varying(labels: Tensor) -> tuple[int, ...]:
+    """Return the dimensions along which ``labels`` is not broadcast."""
+    return tuple(dim for dim, size in enumerate(labels.shape) if size > 1)
 
 
-def collapsed(marks: Tensor) -> Tensor:
-    """``marks``, with every dimension along which they are all the same after_pruning to one."""
-    for dim in varying(marks):
-        first = marks.narrow(dim, 0, 1)
-        if torch.equal(first.expand_as(marks), marks):
-            marks = first
-    return marks
+def collapsed(labels: Tensor) -> Tensor:
+    """Reduce every dimension along which all labels are equal to size one."""
+    for dim in varying(labels):
+        first = labels.narrow(dim, 0, 1)
+        if torch.equal(first.expand_as(labels), labels):
+            labels = first
+    return labels
 
 
 @dataclass
 class LabelUnion:
-    """A union-find over labels, kept as one tensor so that whole vectors are merged at once.
+    """Union-find over labels, stored as one tensor so that whole vectors are merged at once.
 
     Attributes:
-        parent: label -> a label that it was merged with; a root points to itself.
-        protected: ``(labels, reason)`` pairs of channels that must stay.
+        parent: label -> a label that it was merged with; a root is its own parent.
+        protected: ``(labels, reason)`` pairs of channels that are kept.
     """
 
     parent: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.long))
     protected: list[tuple[Tensor, str]] = field(default_factory=list)
 
     def copy(self) -> LabelUnion:
-        """A book that may be written in without a change of this one."""
+        """Return a copy that can be changed independently."""
         return LabelUnion(self.parent.clone(), list(self.protected))
 
-    def fresh(self, count: int) -> Tensor:
-        """``count`` labels that nothing else has, shape ``(count,)``."""
+    def new(self, count: int) -> Tensor:
+        """Return ``count`` new labels, shape ``(count,)``."""
         start = self.parent.numel()
         labels = torch.arange(start, start + count)
         self.parent = torch.cat([self.parent, labels])
         return labels
 
     def roots(self, labels: Tensor) -> Tensor:
-        """The representative of every label; same shape."""
+        """Return the representative of every label, in the same shape."""
         roots = self.parent[labels]
         while True:
             above = self.parent[roots]
@@ -61,38 +61,38 @@ class LabelUnion:
         self.parent[labels] = roots
         return roots
 
-    def tidy(self, marks: Tensor) -> Tensor:
-        """Representatives, with every dimension along which they are all the same after_pruning to one."""
-        return collapsed(self.roots(marks))
+    def canonical(self, labels: Tensor) -> Tensor:
+        """Return the representatives, with every dimension along which they are all equal reduced to size one."""
+        return collapsed(self.roots(labels))
 
     def merge(self, left: Tensor, right: Tensor, reason: str = "") -> None:
-        """Make broadcast ``left`` and ``right`` the same channels, position by position.
+        """Couple ``left`` and ``right``, broadcast to one shape, position by position.
 
-        A label that meets `FIXED` is protected, with ``reason``.
+        A label that is coupled to `FIXED` is protected for ``reason``.
         """
         left, right = left + torch.zeros_like(right), right + torch.zeros_like(left)
         left, right = self.roots(left.reshape(-1)), self.roots(right.reshape(-1))
-        lone = (left == FIXED) != (right == FIXED)
-        if lone.any():
-            self.protect(torch.maximum(left[lone], right[lone]), reason or "tied to positions of fixed size")
+        single = (left == FIXED) != (right == FIXED)
+        if single.any():
+            self.protect(torch.maximum(left[single], right[single]), reason or "coupled to positions of fixed size")
         both = (left != FIXED) & (right != FIXED) & (left != right)
         left, right = left[both], right[both]
         while left.numel():
             high, low = torch.maximum(left, right), torch.minimum(left, right)
             self.parent.scatter_reduce_(0, high, low, "amin")
             left, right = self.roots(left), self.roots(right)
-            apart = left != right
-            left, right = left[apart], right[apart]
+            unequal = left != right
+            left, right = left[unequal], right[unequal]
 
-    def protect(self, marks: Tensor, reason: str) -> None:
-        """No channel in ``marks`` may leave; ``reason`` is what the user reads."""
-        labels = torch.unique(marks)
+    def protect(self, labels: Tensor, reason: str) -> None:
+        """Keep the channels in ``labels``, for a ``reason`` that is shown to the user."""
+        labels = torch.unique(labels)
         labels = labels[labels != FIXED]
         if labels.numel():
             self.protected.append((labels, reason))
 
     def reasons(self) -> dict[int, str]:
-        """Root label -> why it is protected (the first reason given)."""
+        """Map root label -> why it is protected: the first reason given."""
         found: dict[int, str] = {}
         for labels, reason in self.protected:
             for root in torch.unique(self.roots(labels)).tolist():

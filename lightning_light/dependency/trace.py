@@ -1,4 +1,4 @@
-"""Run a model once and watch where every channel goes."""
+"""Trace dependencies: follow the channels of a model through one forward pass."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import override
 
-from lightning_light.dependency.context import Tie, TraceContext
+from lightning_light.dependency.context import SizeAttribute, TraceContext
 from lightning_light.dependency.labels import LabelUnion
 from lightning_light.dependency.rules import RULES, elementwise, unknown
 from lightning_light.errors import TraceError
@@ -33,7 +33,7 @@ FORWARD_ERRORS = (
     AssertionError,
     ArithmeticError,
 )
-"""What a forward pass may raise on an input or a shape that it was not written for."""
+"""Errors of a forward pass on an input or a shape that it was not written for."""
 
 Known: TypeAlias = "Mapping[tuple[str, int], Tensor]"
 
@@ -49,11 +49,11 @@ class Leaf:
 
 @dataclass(eq=False)
 class Tracer(TraceContext, TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own signature
-    """Follows labels through ATen operations, and lets their rules keep the account.
+    """Follow labels through ATen operations by their rules.
 
     Attributes:
         leaves: the dimensions that were labelled.
-        output_shapes: of the network.
+        output_shapes: of the model.
     """
 
     leaves: list[Leaf] = field(default_factory=list)
@@ -71,48 +71,48 @@ class Tracer(TraceContext, TorchDispatchMode):  # type: ignore[no-untyped-call] 
         """Run the operation, then its rule."""
         kwargs = kwargs or {}
         self.shape_before = args[0].shape if args and isinstance(args[0], Tensor) else torch.Size()
-        before = self._marks.get(args[0]) if args and isinstance(args[0], Tensor) else None
+        before = self._labels.get(args[0]) if args and isinstance(args[0], Tensor) else None
         read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         self._used.update(self._names[x] for x in read if x in self._names)
-        for mark in (mark for x in read for mark in self._counting.get(x, ())):
-            self.book.protect(mark, "is chosen by its number, which other operations use")
+        for label in (label for x in read for label in self._indices.get(x, ())):
+            self.union.protect(label, "is selected by a computed index")
         out = function(*args, **kwargs)
         self._function = function
         name = function._schema.name.split("::")[1]
         found = RULES.get(name) or (elementwise if torch.Tag.pointwise in function.tags else unknown)
         if before is not None and args[0] is out:
-            self._marks[out] = before
+            self._labels[out] = before
         found(self, name, args, kwargs, out)
-        self.history.append((name, [self._marks.get(x, []) for x in tensors_in(out)]))
+        self.history.append((name, [self._labels.get(x, []) for x in tensors_in(out)]))
         return out
 
     def watch(self, model: nn.Module, known: Known | None = None) -> None:
-        """Label every dimension of every parameter and buffer of ``model``, anew or as ``known``."""
+        """Label every dimension of every parameter and buffer of ``model``, with new labels or those in ``known``."""
         named = [*model.named_parameters(), *model.named_buffers()]
         for name, tensor in named:
-            marks = []
+            own = []
             for dim, size in enumerate(tensor.shape if tensor.is_floating_point() else ()):
                 if size > 1:
-                    labels = self.book.fresh(size) if known is None else known[name, dim]
+                    labels = self.union.new(size) if known is None else known[name, dim]
                     self.leaves.append(Leaf(name, dim, labels))
-                    marks.append(labels.reshape([size if d == dim else 1 for d in range(tensor.dim())]))
-            self._marks[tensor] = marks
+                    own.append(labels.reshape([size if d == dim else 1 for d in range(tensor.dim())]))
+            self._labels[tensor] = own
             self._names[tensor] = name
         self.modules.watch(model)
 
     def after(self, positions: Mapping[str, Mapping[int, Tensor]]) -> tuple[LabelUnion, Known]:
-        """What to start a second trace with, when only ``positions`` of the tensors are left."""
+        """Return the labels to start a second trace with, when only ``positions`` of the tensors are left."""
         known = {}
         for leaf in self.leaves:
-            labels, kept = self.book.roots(leaf.labels), positions.get(leaf.tensor, {}).get(leaf.dim)
+            labels, kept = self.union.roots(leaf.labels), positions.get(leaf.tensor, {}).get(leaf.dim)
             known[leaf.tensor, leaf.dim] = labels if kept is None else labels[kept]
-        return LabelUnion(torch.arange(self.book.parent.numel())), known
+        return LabelUnion(torch.arange(self.union.parent.numel())), known
 
     def protect_unused(self) -> None:
-        """What no operation reads belongs to no layer that runs here."""
+        """Protect the parameters and buffers that no operation has read."""
         for leaf in self.leaves:
             if leaf.tensor not in self._used:
-                self.book.protect(leaf.labels, "is not used by the forward pass")
+                self.union.protect(leaf.labels, "is not used by the forward pass")
 
 
 def trace(
@@ -122,24 +122,24 @@ def trace(
     *,
     heads: str = "dim",
     known: Known | None = None,
-    book: LabelUnion | None = None,
+    union: LabelUnion | None = None,
 ) -> Tracer:
     """Follow every channel of ``model`` through one forward pass on ``args`` and ``kwargs``.
 
-    Everything is as before afterwards: modes, buffers, random state, gradients.
+    The model is left as it was: see `isolated`.
 
     Args:
         model: the module.
         args: positional arguments of one call.
         kwargs: keyword arguments of that call.
         heads: see `Tracer`.
-        known: labels to start from, where a trace before has given them.
-        book: to keep them in.
+        known: labels to start from, of an earlier trace.
+        union: the union-find that they belong to.
 
     Raises:
         TraceError: the forward pass fails.
     """
-    tracer = Tracer(heads=heads, book=book or LabelUnion())
+    tracer = Tracer(heads=heads, union=union or LabelUnion())
     with running(model):
         tracer.watch(model, known)
         try:
@@ -156,26 +156,26 @@ def trace(
     outputs = list(tensors_in(out, objects=True))
     tracer.output_shapes = [tuple(tensor.shape) for tensor in outputs]
     for tensor in outputs:
-        for mark in tracer.marks(tensor):
-            tracer.book.protect(mark, "makes the network's output")
-    tracer.history.append(("output", [tracer.marks(tensor) for tensor in outputs]))
+        for label in tracer.labels_of(tensor):
+            tracer.union.protect(label, "produces the model output")
+    tracer.history.append(("output", [tracer.labels_of(tensor) for tensor in outputs]))
     if known is None:
-        _tie_attention(model, tracer)
-        _keep_projections(model, tracer)
+        _couple_attention(model, tracer)
+        _protect_projections(model, tracer)
         tracer.protect_unused()
     return tracer
 
 
 @contextmanager
 def running(model: nn.Module) -> Iterator[None]:
-    """Isolate ``model``, and run it as the user wrote it: with its forward hooks, and every product visible."""
+    """Isolate ``model`` for a trace, which sees the user's forward hooks and every matrix product."""
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     with isolated(model, hooks=True), unfused_kernels(convolutions=not recurrent):
         yield
 
 
 class _Modules(ModuleStack):
-    """Keep for each running call which channels stand along the last dimension of its input."""
+    """Keep the labels along the last dimension of the input, for each running call."""
 
     def __init__(self, tracer: Tracer) -> None:
         super().__init__()
@@ -193,28 +193,28 @@ class _Modules(ModuleStack):
         self._tracer._widths.pop()
 
 
-def _tie_attention(model: nn.Module, tracer: Tracer) -> None:
-    """``nn.MultiheadAttention`` has one width inside and outside: a channel leaves the stream and the heads at once."""
+def _couple_attention(model: nn.Module, tracer: Tracer) -> None:
+    """Couple the inner and outer width of ``nn.MultiheadAttention``, which are one attribute."""
     labels = {(leaf.tensor, leaf.dim): leaf.labels for leaf in tracer.leaves}
     for name, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention):
             prefix = f"{name}." if name else ""
             stream = labels[f"{prefix}out_proj.weight", 0]
-            tracer.ties.append(Tie(name, "embed_dim", stream))
+            tracer.size_attributes.append(SizeAttribute(name, "embed_dim", stream))
             for weight in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
                 rows = labels.get((f"{prefix}{weight}", 0))
                 if rows is not None:
-                    tracer.book.merge(rows.view(-1, stream.numel()), stream)
-            tracer.book.merge(labels[f"{prefix}out_proj.weight", 1], stream)
+                    tracer.union.merge(rows.view(-1, stream.numel()), stream)
+            tracer.union.merge(labels[f"{prefix}out_proj.weight", 1], stream)
             queries = labels.get((f"{prefix}in_proj_weight", 1), labels.get((f"{prefix}q_proj_weight", 1)))
             if queries is not None:
-                tracer.book.merge(queries, stream)
+                tracer.union.merge(queries, stream)
 
 
-def _keep_projections(model: nn.Module, tracer: Tracer) -> None:
-    """An LSTM with projections must be wider inside than outside: torch tells the two apart by their sizes."""
+def _protect_projections(model: nn.Module, tracer: Tracer) -> None:
+    """Protect the inner width of an LSTM with projections: torch requires it to be larger than the outer one."""
     projecting = {name for name, m in model.named_modules() if isinstance(m, nn.RNNBase) and m.proj_size}
     for leaf in tracer.leaves:
         path, _, name = leaf.tensor.rpartition(".")
         if path in projecting and leaf.dim == 0 and name.startswith("weight_ih"):
-            tracer.book.protect(leaf.labels, "is projected inside its LSTM, which has to stay wider than its outputs")
+            tracer.union.protect(leaf.labels, "is projected inside an LSTM, which has to stay wider than its output")

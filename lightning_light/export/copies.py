@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_light.int8 import quantizers_of
 from lightning_light.isolation import uncompile
 
 __all__ = ["detached_copy"]
@@ -40,7 +41,7 @@ def detached_copy(model: M) -> M:
         >>> copied.training, copied[0].weight is model[0].weight, model.training
         (False, False, True)
     """
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {id(quantizer): quantizer for quantizer in quantizers_of(model)}
     for module in model.modules():
         for name, value in vars(module).items():
             _share(value, memo, hooks=name.endswith("_hooks"))

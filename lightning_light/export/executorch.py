@@ -21,13 +21,13 @@ from lightning_light.export.extras import check_pair, need, version_of
 from lightning_light.export.inputs import Positional
 from lightning_light.export.int8 import traced_int8
 from lightning_light.export.program import FAILURES, Program, advice, flat_tensors, quiet_torch
-from lightning_light.int8 import PairRules
+from lightning_light.int8 import QDQConstraints
 from lightning_light.warning_filters import ignored_warnings
 
 __all__ = ["ExecuTorch"]
 
 _PAIRS = (("1.4", "2.13"), ("1.5", "2.15"))  # releases of ExecuTorch, and of torch that they are built with
-_INT8 = PairRules(signed=True, join_on_one_grid=True, float_means=True, sums=(2.0**-10, 2.0**8))
+_INT8 = QDQConstraints("xnnpack", signed=True)
 _DELEGATE = "executorch_call_delegate"
 _PARTITIONER = "executorch.backends.xnnpack.partition.xnnpack_partitioner"
 
@@ -133,8 +133,7 @@ def _xnnpack(open_batch: bool) -> Any:
 
     Their kernel has scratch memory of four bytes for every number that it gives. It is planned for the batch of the
     first call, and when a larger one follows it is written past its end: alone among the kernels that have such memory,
-    this one does not ask for more. Computed in float, between two grids, a mean needs none. One that may end in a half
-    is written so in any case.
+    this one does not ask for more. Computed in float, between two grids, a mean needs none.
     """
     from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner

@@ -23,7 +23,7 @@ from lightning_light.export.report import ExportReport
 from lightning_light.export.validation import ValidationEvaluator
 from lightning_light.host.classes import is_host
 from lightning_light.host.trainer import callbacks_of
-from lightning_light.int8 import rounders_of
+from lightning_light.int8 import quantizers_of
 from lightning_light.measure.metrics import MetricLike, metrics_of
 from lightning_light.order import Stage
 from lightning_light.surgery.distributed import broadcast, log_rank_zero, refuse_sharding
@@ -209,7 +209,7 @@ class MobileExport(CompressionCallback):
         callbacks = callbacks_of(trainer)
         found = [one.int8_weights() for one in callbacks if isinstance(one, CompressionCallback)]
         weights = next((one for one in found if one is not None), None)
-        if weights is not None or not rounders_of(pl_module):  # within `fake_quantized` nothing is known of them yet
+        if weights is not None or not quantizers_of(pl_module):  # within `fake_quantized` nothing is known of them yet
             self._exporter.check_int8(weights)
 
     def _remove_hooks(self) -> None:

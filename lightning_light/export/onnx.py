@@ -19,12 +19,12 @@ from lightning_light.export.extras import check_pair, need, version_of
 from lightning_light.export.inputs import Positional
 from lightning_light.export.int8 import traced_int8
 from lightning_light.export.program import FAILURES, Program, advice, flat_tensors, quiet_torch
-from lightning_light.int8 import PairRules
+from lightning_light.int8 import QDQConstraints
 
 __all__ = ["ONNX"]
 
 _PAIRS = (("0.7", "2.13"), ("0.7", "2.15"))  # releases of onnxscript and torch that the tests have passed on
-_INT8 = PairRules(signed=False)
+_INT8 = QDQConstraints("onnxruntime", signed=False)
 _OPSETS = range(18, 24)
 _NUMPY_LACKS = frozenset({torch.bfloat16})
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning_light.export.evaluation import Evaluation, MetricComparison
 from lightning_light.export.parity import Parity, Tolerance
-from lightning_light.measure import Latency
+from lightning_light.measure import LatencyStats
 
 __all__ = ["ExportReport"]
 
@@ -45,7 +45,7 @@ class ExportReport:
     deflated_bytes: int
     params: int
     macs: int
-    latency: Latency
+    latency: LatencyStats
     parity: Parity
     parity_batches: int
     tolerance: Tolerance
@@ -63,7 +63,7 @@ class ExportReport:
     def read(cls, path: str | os.PathLike[str]) -> ExportReport:
         """Read a report that `write` has written."""
         found = json.loads(Path(path).read_text(encoding="utf-8"))
-        values = {"latency": Latency, "parity": Parity, "tolerance": Tolerance}
+        values = {"latency": LatencyStats, "parity": Parity, "tolerance": Tolerance}
         evaluation = None
         if (saved := found.get("evaluation")) is not None:
             metrics = {name: MetricComparison(**value) for name, value in saved["metrics"].items()}

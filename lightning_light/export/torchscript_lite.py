@@ -25,7 +25,7 @@ from lightning_light.errors import TraceError, UnsupportedError
 from lightning_light.export.attention import plain_attention
 from lightning_light.export.exporter import Exporter
 from lightning_light.export.inputs import Positional
-from lightning_light.export.int8 import described, rounder_of
+from lightning_light.export.int8 import describe, quantizer_of
 from lightning_light.int8 import QUANTIZED_TENSORS_ARE_DEPRECATED, Int8Weights
 from lightning_light.warning_filters import ignored_warnings
 
@@ -46,7 +46,7 @@ class TorchScriptLite(Exporter):
     those as ``batch_norms_left``. Python runs once, while tracing: a branch that depends on values keeps the side that
     the example took, and a warning names its line.
 
-    A network that computes with rounded numbers (in a Trainer with `QuantizationAwareTraining`, or within
+    A fake-quantized network (in a Trainer with `QuantizationAwareTraining`, or within
     `fake_quantized`) is traced as it runs on torch's int8 kernels; the report names the layers that have none.
 
     Args:
@@ -85,8 +85,8 @@ class TorchScriptLite(Exporter):
             weights.check(self.engine or "qnnpack")  # None is the recipe's, which its weights fit
         elif self.engine is not None:
             raise UnsupportedError(
-                f"`MobileExport(..., exporter={self})`: expected a Trainer that rounds numbers for int8 kernels, found "
-                "none of its callbacks doing so. Add `QuantizationAwareTraining(...)` before the export; for a float "
+                f"`MobileExport(..., exporter={self})`: expected a Trainer that quantizes for int8 kernels, found "
+                "no callback that does. Add `QuantizationAwareTraining(...)` before the export; for a float "
                 "file write `TorchScriptLite()`."
             )
 
@@ -96,18 +96,18 @@ class TorchScriptLite(Exporter):
 
     @override
     def write(self, model: Positional, tensors: tuple[Any, ...], path: Path) -> dict[str, Any]:
-        rounder = rounder_of(str(self), model.model)
-        if rounder is None:
+        quantizer = quantizer_of(str(self), model.model)
+        if quantizer is None:
             self._check_float(type(model.model).__name__)
             frozen, details = _written(self, model, tensors, path)
             left = frozen.inlined_graph.findAllNodes("aten::batch_norm", recurse=True)
             return {**details, "batch_norms_left": len(left)}
-        engine = self.engine or ("x86" if rounder.engine == "x86" else "qnnpack")  # the others' rules are qnnpack's
-        with rounder.on_kernels(lambda: model(*tensors), engine) as form:
-            frozen, details = _written(self, model, tensors, path, form.packed, {"engine": engine})
+        engine = self.engine or ("x86" if quantizer.engine == "x86" else "qnnpack")  # the others' rules are qnnpack's
+        with quantizer.quantized_ops(lambda: model(*tensors), engine) as lowered:
+            frozen, details = _written(self, model, tensors, path, lowered.packed, {"engine": engine})
         operations = Counter(node.kind() for node in frozen.inlined_graph.nodes())
         quantized = {kind: count for kind, count in operations.items() if kind.startswith("quantized::")}
-        return {**details, "engine": engine, **described(str(self), model, form), "int8_operations": quantized}
+        return {**details, "engine": engine, **describe(str(self), model, lowered), "int8_operations": quantized}
 
     @override
     def load(self, path: Path) -> Callable[..., Any]:
@@ -124,7 +124,7 @@ class TorchScriptLite(Exporter):
     def _check_float(self, name: str) -> None:
         if self.engine is not None:
             raise UnsupportedError(
-                f"`{self}` on `{name}`: expected a network whose numbers are rounded, found plain numbers. Train it "
+                f"`{self}` on `{name}`: expected a fake-quantized network, found a float one. Train it "
                 "with `QuantizationAwareTraining`, and export in the same Trainer or within "
                 "`with fake_quantized(module):`; for a float file write `TorchScriptLite()`."
             )

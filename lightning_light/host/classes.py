@@ -1,7 +1,7 @@
-"""Two hosts, one library: `lightning.pytorch` and `pytorch_lightning` are separate class trees of the same code.
+"""Support both class trees of Lightning: `lightning.pytorch` and `pytorch_lightning`.
 
-A project uses either, or, by way of its dependencies, both. `Callback` is a callback for each of them, and
-`is_host` asks "is this a `ModelCheckpoint`?" of whichever is loaded. No other file of the ground knows a host.
+They are separate classes of the same code. A project uses either or, through its dependencies, both. `Callback` is a
+callback of each, and `is_host` checks for a class of whichever is loaded.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SECTIONS = ("", ".callbacks", ".strategies", ".loggers", ".core.optimizer", ".p
 
 
 def loaded_hosts() -> tuple[str, ...]:
-    """The hosts that this process has imported, ``lightning.pytorch`` first.
+    """Return the hosts that this process has imported, ``lightning.pytorch`` first.
 
     >>> "lightning.pytorch" in loaded_hosts()
     True
@@ -31,14 +31,14 @@ def loaded_hosts() -> tuple[str, ...]:
 
 
 def is_host(obj: object, name: str) -> bool:
-    """Whether ``obj`` is an instance of the class called ``name``, in any host that is loaded.
+    """Check whether ``obj`` is an instance of the class ``name`` of any loaded host.
 
     Args:
         obj: anything.
         name: a class name (``"ModelCheckpoint"``), or its path below a host (``"callbacks.ModelCheckpoint"``).
 
     Raises:
-        ValueError: no loaded host has such a class; a typing mistake must not read as "no".
+        ValueError: no loaded host has such a class.
 
     Example:
         >>> from lightning.pytorch.callbacks import ModelCheckpoint
@@ -49,11 +49,11 @@ def is_host(obj: object, name: str) -> bool:
 
 
 def host_class(near: object, name: str) -> type:
-    """The class called ``name`` from the host that ``near`` belongs to.
+    """Return the class ``name`` of the host that ``near`` belongs to.
 
     Args:
         near: a Trainer, LightningModule, callback or strategy, of the user or of Lightning.
-        name: a class name, or its path below the host; ``"fabric."`` in front leads to that host's Fabric.
+        name: a class name, or its path below the host; with the prefix ``"fabric."`` of that host's Fabric.
 
     Raises:
         ValueError: ``near`` belongs to no host, or its host has no such class.
@@ -82,7 +82,7 @@ def _host_of(near: object) -> str | None:
     return None
 
 
-@functools.cache  # asked for in every step
+@functools.cache  # called in every step
 def _classes(roots: tuple[str, ...], name: str) -> tuple[type, ...]:
     classes = tuple([found for root in roots if (found := _find(root, name)) is not None])
     if not classes:
@@ -117,7 +117,7 @@ def _module(name: str) -> object:
 
 
 def _callback_class() -> type:
-    """A subclass of the Callback of every host that is loaded; `lightning.pytorch` is loaded if it is installed."""
+    """Return a subclass of the Callback of every loaded host; loads `lightning.pytorch` if it is installed."""
     for root in _FABRIC:
         installed = root in sys.modules or importlib.util.find_spec(root.partition(".")[0]) is not None
         if installed and not (root == "pytorch_lightning" and loaded_hosts()):

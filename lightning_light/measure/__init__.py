@@ -1,14 +1,14 @@
-"""Measure: what a model costs, how large it is, how long it takes."""
+"""Measure MACs, parameters, size, latency, and sparsity."""
 
 from lightning_light.measure.cost import Cost, count_cost
-from lightning_light.measure.latency import Latency, measure_latency
+from lightning_light.measure.latency import LatencyStats, measure_latency
 from lightning_light.measure.layer_table import LayerRow, layer_table
 from lightning_light.measure.size import deflated_bytes, file_bytes, tensor_bytes
 from lightning_light.measure.sparsity_report import SparsityReport, measure_sparsity
 
 __all__ = [
     "Cost",
-    "Latency",
+    "LatencyStats",
     "LayerRow",
     "SparsityReport",
     "count_cost",

@@ -1,4 +1,4 @@
-"""What one forward pass costs: multiply-accumulates and parameters, in total and a module."""
+"""Count the multiply-accumulates (MACs) and parameters of a model, in total and per module."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ __all__ = ["Cost", "count_cost", "count_params"]
 
 @dataclass(frozen=True)
 class Cost:
-    """Multiply-accumulates of one forward pass, and parameters.
+    """MACs of one forward pass, and parameters.
 
     Attributes:
-        macs: of the whole batch that was given; give a batch of one for the cost of one sample.
-        params: elements of all parameters, each counted once however often it is shared.
-        macs_by_module: by name, what ran in the module itself and in none below it; sums to ``macs``.
-        params_by_module: by name, what the module itself holds and no earlier one did; sums to ``params``.
+        macs: of the whole batch that was given; give a batch of one for the cost per sample.
+        params: elements of all parameters; shared ones count once.
+        macs_by_module: by name, those that ran in the module itself and not in a submodule; sums to ``macs``.
+        params_by_module: by name, those that the module itself holds and no earlier one; sums to ``params``.
     """
 
     macs: int
@@ -42,13 +42,13 @@ class Cost:
 def count_cost(
     model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, *, shapes_only: bool = True
 ) -> Cost:
-    """Count the multiply-accumulates of ``model(*args, **kwargs)`` in evaluation mode.
+    """Count the MACs of ``model(*args, **kwargs)`` in evaluation mode, and the parameters.
 
-    Counted are convolutions (transposed, grouped), matrix products in whatever form (linear layers, attention,
-    ``einsum``, recurrent layers) and bilinear layers, half of what `torch.utils.flop_counter` finds. Not counted:
-    additions of a bias, activations, softmax, norms, pooling, embeddings, the gates of recurrent layers apart from
-    their products, and custom or quantized kernels. A causal or padded attention counts in full, and zeros count as
-    any other weight. A module that runs twice counts twice.
+    Counted are convolutions (transposed and grouped too), matrix products in any form (linear layers, attention,
+    ``einsum``, recurrent layers) and bilinear layers: half of what `torch.utils.flop_counter` finds. Not counted are
+    bias additions, activations, softmax, norms, pooling, embeddings, elementwise operations of recurrent layers, and
+    custom or quantized kernels. Causal or padded attention counts in full, and so do weights that are zero. A module
+    that runs twice counts twice.
 
     The model is left as found: see `isolated`. Its forward hooks do not run.
 
@@ -56,8 +56,8 @@ def count_cost(
         model: on any device; its ``forward`` is called once or twice.
         args: positional inputs of ``forward``.
         kwargs: keyword inputs of ``forward``.
-        shapes_only: pass only shapes through the model, nothing is computed. Where that fails, because the way
-            through the model depends on values, or an operator knows no shapes, the model is run on the data.
+        shapes_only: propagate only shapes, without computing. Where that fails, because control flow depends on
+            values or an operator has no shape function, the model runs on the data.
 
     Raises:
         ValueError: a parameter has no shape yet (lazy layers).
@@ -76,7 +76,7 @@ def count_cost(
 
 
 def count_params(model: nn.Module) -> Cost:
-    """The parameters alone: nothing is run, and there are no products.
+    """Count the parameters alone, without running the model.
 
     Raises:
         ValueError: a parameter has no shape yet (lazy layers).
@@ -153,7 +153,7 @@ class _FlopsByModule(ModuleStack):
         self._assigned = total
 
 
-# Products that torch's own table leaves out. An operator's formula sees shapes in place of tensors.
+# Products that are not in torch's own table. The formula of an operator gets shapes in place of tensors.
 
 
 def _matrix_vector(matrix: Sequence[int], *_: object, **__: object) -> int:
@@ -167,7 +167,7 @@ def _add_matrix_vector(_: object, matrix: Sequence[int], *__: object, **___: obj
 def _bilinear(
     left: Sequence[int], weight: Sequence[int], right: Sequence[int], *_: object, out_shape: Sequence[int], **__: object
 ) -> int:
-    """Every output needs every pair of inputs: a product for the pair, one for the weight."""
+    """Count two products per output and pair of inputs: one for the pair, one for the weight."""
     return 2 * math.prod(out_shape) * left[-1] * right[-1]
 
 

@@ -1,4 +1,4 @@
-"""How long one call takes, on this machine, now."""
+"""Time the calls of a function on this machine."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Latency", "measure_latency", "torch_threads"]
+__all__ = ["LatencyStats", "measure_latency", "torch_threads"]
 
 
 @dataclass(frozen=True)
-class Latency:
-    """Wall-clock seconds of one call, over many.
+class LatencyStats:
+    """Wall-clock seconds per call, over many calls.
 
     Attributes:
-        median: half of the calls were faster.
-        p10: a tenth of the calls were faster.
-        p90: nine tenths of the calls were faster; far above ``median`` the machine was busy.
-        runs: calls that were timed.
-        threads: of torch's own kernels during the calls; another runtime has its own setting.
+        median: the median.
+        p10: the 10th percentile.
+        p90: the 90th percentile; far above ``median`` if the machine was busy.
+        runs: number of timed calls.
+        threads: number of threads of torch's own kernels during the calls; another runtime has its own setting.
     """
 
     median: float
@@ -33,14 +33,14 @@ class Latency:
 
 def measure_latency(
     run: Callable[[], object], *, warmup: int = 10, runs: int = 50, threads: int | None = None
-) -> Latency:
-    """Time ``run()``, one call after the other.
+) -> LatencyStats:
+    """Time ``runs`` calls of ``run()``, one after the other.
 
     Args:
-        run: does the whole work before it returns; on a GPU it ends with ``torch.cuda.synchronize()``.
-        warmup: calls before the clock starts (caches, allocations, lazy initialization).
-        runs: calls that are timed.
-        threads: for torch's kernels, put back afterwards; None leaves them as they are.
+        run: does all its work before it returns; on a GPU it ends with ``torch.cuda.synchronize()``.
+        warmup: untimed calls before (caches, allocations, lazy initialization).
+        runs: timed calls.
+        threads: number of threads for torch's kernels, restored afterwards; None leaves it as it is.
 
     Raises:
         ValueError: ``warmup`` is negative, or ``runs`` or ``threads`` below 1.
@@ -53,14 +53,14 @@ def measure_latency(
     if warmup < 0 or runs < 1 or (threads is not None and threads < 1):
         raise ValueError(
             f"`measure_latency(warmup={warmup}, runs={runs}, threads={threads})`: expected warmup >= 0, runs >= 1 and "
-            "threads >= 1 or None. Usual are `warmup=10, runs=50, threads=1`."
+            "threads >= 1 or None. Use, for instance, `warmup=10, runs=50, threads=1`."
         )
     with torch_threads(threads):
         for _ in range(warmup):
             run()
         seconds = sorted(_timed(run) for _ in range(runs))
         used = torch.get_num_threads()
-    return Latency(_quantile(seconds, 0.5), _quantile(seconds, 0.1), _quantile(seconds, 0.9), runs, used)
+    return LatencyStats(_quantile(seconds, 0.5), _quantile(seconds, 0.1), _quantile(seconds, 0.9), runs, used)
 
 
 def _timed(run: Callable[[], object]) -> float:
@@ -69,9 +69,9 @@ def _timed(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _quantile(ascending: list[float], share: float) -> float:
-    """Linear between the two nearest values, as `numpy.quantile`."""
-    position = share * (len(ascending) - 1)
+def _quantile(ascending: list[float], q: float) -> float:
+    """Interpolate linearly between the two nearest values, as `numpy.quantile` does."""
+    position = q * (len(ascending) - 1)
     below = int(position)
     above = min(below + 1, len(ascending) - 1)
     return ascending[below] + (position - below) * (ascending[above] - ascending[below])
@@ -79,7 +79,7 @@ def _quantile(ascending: list[float], share: float) -> float:
 
 @contextmanager
 def torch_threads(count: int | None) -> Iterator[None]:
-    """As many threads for torch's kernels, for a while; None leaves them as they are."""
+    """Use ``count`` threads for torch's kernels inside; None leaves the number as it is."""
     before = torch.get_num_threads()
     try:
         if count is not None:

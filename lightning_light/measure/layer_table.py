@@ -1,4 +1,4 @@
-"""One row a layer: what a table before and after compression is made of."""
+"""Tabulate the cost, sparsity and bit width of a model, with one row per layer."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lightning_light.measure.cost import Cost
-from lightning_light.measure.sparsity import dead_outputs, zero_fraction
+from lightning_light.measure.sparsity import dead_filters, zero_fraction
 
-__all__ = ["LayerRow", "effective_macs", "layer_table", "layer_weights", "matrices"]
+__all__ = ["LayerRow", "effective_macs", "layer_table", "layer_weights", "weight_matrices"]
 
-# attributes of torch.nn's layers that say how many channels go in and come out
+# attributes of torch.nn's layers that state their numbers of input and output channels
 _WIDTHS = (
     ("in_channels", "out_channels"),
     ("in_features", "out_features"),
@@ -29,18 +29,18 @@ _WIDTHS = (
 
 @dataclass(frozen=True)
 class LayerRow:
-    """What one layer is and costs.
+    """The cost of one layer.
 
     Attributes:
-        name: its path in the model; empty for the model itself.
-        type: its class name.
-        channels_in: None where the layer does not say.
-        channels_out: None where the layer does not say.
-        params: elements of its own parameters.
-        macs: multiply-accumulates that ran in the layer itself.
-        zeros: share of zeros among its weights (biases are left out), in [0, 1].
-        bits: mean width of a weight's data type; a method that stores fewer bits replaces it.
-        dead: outputs that have no weight left.
+        name: path in the model; empty for the model itself.
+        type: class name.
+        channels_in: number of input channels; None where the layer does not state it.
+        channels_out: number of output channels; None where the layer does not state it.
+        params: elements of the layer's own parameters.
+        macs: MACs that ran in the layer itself.
+        sparsity: fraction of its weights (not biases) that is zero, in [0, 1].
+        bits: mean bit width of the data type of its weights.
+        dead_filters: outputs whose weights are all zero.
     """
 
     name: str
@@ -49,18 +49,18 @@ class LayerRow:
     channels_out: int | None
     params: int
     macs: int
-    zeros: float
+    sparsity: float
     bits: float
-    dead: int = 0
+    dead_filters: int = 0
 
 
 def layer_table(model: nn.Module, cost: Cost) -> list[LayerRow]:
-    """A row for each module that holds parameters of its own or in which products ran, in the model's order.
+    """Return a row for each module that has parameters of its own or MACs, in the model's order.
 
-    What the parametrizations of a layer hold and cost counts for the layer.
+    Parameters and MACs of parametrizations count for the layer.
 
     Args:
-        model: as it is now.
+        model: any module.
         cost: from `count_cost` on the same model.
 
     Example:
@@ -81,11 +81,11 @@ def layer_table(model: nn.Module, cost: Cost) -> list[LayerRow]:
 
 
 def _by_layer(counts: dict[str, int]) -> dict[str, int]:
-    folded: dict[str, int] = {}
+    merged: dict[str, int] = {}
     for name, count in counts.items():
         layer = "" if name.startswith("parametrizations.") else name.partition(".parametrizations.")[0]
-        folded[layer] = folded.get(layer, 0) + count
-    return folded
+        merged[layer] = merged.get(layer, 0) + count
+    return merged
 
 
 def _row(name: str, module: nn.Module, macs: int, params: int) -> LayerRow:
@@ -100,9 +100,9 @@ def _row(name: str, module: nn.Module, macs: int, params: int) -> LayerRow:
         channels_out=channels_out,
         params=params,
         macs=macs,
-        zeros=zero_fraction(weights),
+        sparsity=zero_fraction(weights),
         bits=bits / elements if elements else 0.0,
-        dead=dead_outputs(module, weights),
+        dead_filters=dead_filters(module, weights),
     )
 
 
@@ -117,29 +117,29 @@ def _widths(module: nn.Module) -> tuple[int | None, int | None]:
 
 
 def _weights(module: nn.Module) -> list[Tensor]:
-    """The layer's own weights; biases only if there is nothing else."""
+    """Return the layer's own weights; biases only if it has no weights."""
     return [weight.detach() for weight in layer_weights(module) or module.parameters(recurse=False)]
 
 
 def layer_weights(module: nn.Module) -> list[Tensor]:
-    """The weights that ``module`` itself computes with: through parametrizations, without biases.
+    """Return the weights that ``module`` itself computes with: parametrized ones as computed, without biases.
 
-    Read them inside `isolated`: without gradients, and in evaluation mode.
+    Call it inside `isolated`, without gradients and in evaluation mode.
     """
     if isinstance(module, parametrize.ParametrizationList):
-        return []  # its originals are counted as the weight that they make
+        return []  # its originals count as the weight that is computed from them
     own = dict(module.named_parameters(recurse=False))
     if parametrize.is_parametrized(module):
         own |= {name: getattr(module, name) for name in module.parametrizations}  # type: ignore[union-attr]  # a ModuleDict
     return [weight for name, weight in own.items() if "bias" not in name]
 
 
-def matrices(model: nn.Module) -> Iterator[Tensor]:
-    """Every weight of two or more axes that ``model`` computes with, shared ones once."""
+def weight_matrices(model: nn.Module) -> Iterator[Tensor]:
+    """Yield every weight of two or more dimensions that ``model`` computes with; shared ones once."""
     weights = dict.fromkeys(weight for module in model.modules() for weight in layer_weights(module))
     return (weight for weight in weights if weight.ndim > 1)
 
 
 def effective_macs(rows: Iterable[LayerRow]) -> int:
-    """Multiply-accumulates whose weight is not zero. Only a kernel that skips zeros saves the others."""
-    return round(sum(row.macs * (1.0 - row.zeros) for row in rows))
+    """Count the MACs whose weight is nonzero. Only kernels that skip zeros save the others."""
+    return round(sum(row.macs * (1.0 - row.sparsity) for row in rows))

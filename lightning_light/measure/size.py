@@ -1,4 +1,4 @@
-"""How large a model is: as tensors in memory, as a file, and as a file after compression for download."""
+"""Measure the size of a model: as tensors, as a file, and as a file after lossless compression."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _CHUNK = 1 << 20
 
 
 def tensor_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and of the buffers that a checkpoint keeps, each counted once.
+    """Count the bytes of all parameters and persistent buffers, each once.
 
-    Zeros count as any other value. Weights that a quantized kernel has packed are no tensors and do not count:
-    measure the exported file.
+    Zeros count as any other value. Packed weights of quantized kernels are not tensors and do not count: measure the
+    exported file.
 
     Example:
         >>> tensor_bytes(nn.Linear(10, 10)), tensor_bytes(nn.Linear(10, 10, dtype=torch.float16))
@@ -29,7 +29,7 @@ def tensor_bytes(model: nn.Module) -> int:
 
 
 def file_bytes(path: str | os.PathLike[str]) -> int:
-    """Bytes of a file, or of all files below a folder.
+    """Count the bytes of a file, or of all files below a folder.
 
     Raises:
         FileNotFoundError: there is no such path.
@@ -38,12 +38,12 @@ def file_bytes(path: str | os.PathLike[str]) -> int:
 
 
 def deflated_bytes(source: str | os.PathLike[str] | nn.Module) -> int:
-    """Bytes after lossless compression (DEFLATE, as in a zip or an app package): the size of a download.
+    """Count the bytes after lossless compression (DEFLATE, as in a zip or an app package): the download size.
 
-    Here zeros and repeated values do pay, which `tensor_bytes` and `file_bytes` do not show.
+    Zeros and repeated values reduce it, unlike `tensor_bytes` and `file_bytes`.
 
     Args:
-        source: a file or folder, or a model, of which the stored tensors are taken.
+        source: a file or folder, or a model, whose parameters and persistent buffers are compressed.
 
     Raises:
         FileNotFoundError: there is no such path.

@@ -1,4 +1,4 @@
-"""Counting zeros: how many there are, which outputs they have left without a weight, how masks move."""
+"""Count zeros, dead filters, and changes of masks."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-__all__ = ["dead_outputs", "facing", "mask_churn", "zero_fraction", "zero_rows"]
+__all__ = ["dead_filters", "mask_churn", "output_first", "zero_fraction", "zero_rows"]
 
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-def facing(layer: nn.Module, weight: Tensor) -> Tensor:
-    """A weight of ``layer`` as ``(out, in, *kernel)``; its own inverse. Transposed convolutions store it otherwise."""
+def output_first(layer: nn.Module, weight: Tensor) -> Tensor:
+    """View a weight of ``layer`` as ``(out, in, *kernel)``: swap the first two dimensions of transposed convolutions.
+
+    The function is its own inverse.
+    """
     return weight.transpose(0, 1) if isinstance(layer, _TRANSPOSED) else weight
 
 
 def zero_fraction(tensors: Iterable[Tensor]) -> float:
-    """Fraction of zero (or False) elements over all ``tensors``, in [0, 1]; 0 if there are none."""
+    """Return the fraction of elements of all ``tensors`` that is zero or False, in [0, 1]; 0 without elements."""
     elements = zeros = 0
     for tensor in tensors:
         elements += tensor.numel()
@@ -27,21 +30,21 @@ def zero_fraction(tensors: Iterable[Tensor]) -> float:
 
 
 def zero_rows(tensor: Tensor) -> int:
-    """How many entries along the first axis hold nothing but zeros (or False)."""
+    """Count the entries along the first dimension that are all zero or False."""
     return int((tensor.reshape(len(tensor), -1) == 0).all(dim=1).sum())
 
 
-def dead_outputs(layer: nn.Module, weights: Iterable[Tensor]) -> int:
-    """How many outputs of ``layer`` have no weight left; a table of vectors has no outputs in this sense."""
+def dead_filters(layer: nn.Module, weights: Iterable[Tensor]) -> int:
+    """Count the outputs of ``layer`` whose weights are all zero; 0 for embeddings."""
     if isinstance(layer, _TABLES):
         return 0
-    return sum(zero_rows(facing(layer, weight)) for weight in weights if weight.ndim > 1)
+    return sum(zero_rows(output_first(layer, weight)) for weight in weights if weight.ndim > 1)
 
 
 def mask_churn(before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> float:
-    """Share of mask entries that are not what they were. A mask that is missing on one side leaves everything.
+    """Return the fraction of mask entries that has changed. A missing mask counts as one that keeps everything.
 
-    Masks that have another shape by now, because channels left, are not compared.
+    Masks whose shapes differ, because channels were removed, are not compared.
 
     Example:
         >>> import torch
@@ -55,7 +58,7 @@ def mask_churn(before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> float
             continue
         if old is None or new is None:
             only = new if old is None else old
-            assert only is not None  # the name is of one of the two
+            assert only is not None  # the name is in one of the two
             changed += only.numel() - int(only.count_nonzero())
         else:
             only = new

@@ -1,4 +1,4 @@
-"""What zeros are worth: where they are, the products they spare, and what a file of them weighs."""
+"""Report sparsity: zeros per layer, dead filters, effective MACs, and compressed size."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_light.isolation import isolated
 from lightning_light.measure.cost import Cost, count_params
-from lightning_light.measure.layer_table import LayerRow, effective_macs, layer_table, matrices
+from lightning_light.measure.layer_table import LayerRow, effective_macs, layer_table, weight_matrices
 from lightning_light.measure.size import deflated_bytes, tensor_bytes
 from lightning_light.measure.sparsity import zero_fraction
 
@@ -17,16 +17,16 @@ __all__ = ["SparsityReport", "measure_sparsity"]
 
 @dataclass(frozen=True)
 class SparsityReport:
-    """What the zeros of a network are worth.
+    """The sparsity of a network and what it saves.
 
     Attributes:
-        layers: one row a layer; ``zeros`` is its share, ``dead`` its outputs without a weight.
-        sparsity: share of zeros among all weights of two or more axes.
-        dead_filters: outputs without weights, of all layers. `remove_dead_channels` takes out those it safely can.
-        macs: multiply-accumulates, dense; None if they were not counted.
-        effective_macs: those whose weight is not zero. Only a kernel that skips zeros saves the rest.
-        bytes: of the stored tensors; zeros count as any other value.
-        deflated: bytes after lossless compression (DEFLATE): what a download or an app package takes.
+        layers: one row per layer.
+        sparsity: fraction of zeros among all weights of two or more dimensions.
+        dead_filters: outputs whose weights are all zero, of all layers. `remove_dead_channels` removes those it can.
+        macs: MACs of the dense network; None if they were not counted.
+        effective_macs: MACs whose weight is nonzero. Only kernels that skip zeros save the rest.
+        bytes: of parameters and persistent buffers; zeros count as any other value.
+        deflated: bytes after lossless compression (DEFLATE), as in a download or an app package.
     """
 
     layers: tuple[LayerRow, ...]
@@ -39,11 +39,11 @@ class SparsityReport:
 
 
 def measure_sparsity(model: nn.Module, cost: Cost | None = None) -> SparsityReport:
-    """Count the zeros of ``model`` and what they save. The model stays as it is.
+    """Measure the sparsity of ``model`` and what it saves.
 
     Args:
         model: on any device.
-        cost: from `count_cost` on the same model; without it nothing is known of MACs.
+        cost: from `count_cost` on the same model; without it MACs are not reported.
 
     Example:
         >>> layer = nn.Linear(64, 64)
@@ -53,13 +53,13 @@ def measure_sparsity(model: nn.Module, cost: Cost | None = None) -> SparsityRepo
         >>> sparse.sparsity, sparse.dead_filters, sparse.deflated < 0.4 * dense.deflated
         (0.75, 48, True)
     """
-    with isolated(model):  # a parametrization may otherwise move on when its weight is read
+    with isolated(model):  # reading a parametrized weight may change its state
         rows = tuple(layer_table(model, cost or count_params(model)))
-        sparsity = zero_fraction(matrices(model))
+        sparsity = zero_fraction(weight_matrices(model))
     return SparsityReport(
         layers=rows,
         sparsity=sparsity,
-        dead_filters=sum(row.dead for row in rows),
+        dead_filters=sum(row.dead_filters for row in rows),
         macs=None if cost is None else cost.macs,
         effective_macs=None if cost is None else effective_macs(rows),
         bytes=tensor_bytes(model),

@@ -1,4 +1,4 @@
-"""Monitors: watch a network shrink, and change nothing."""
+"""Monitor a compression run: curves, tables, pictures. A monitor changes nothing in the network."""
 
 from lightning_light.monitors.compression_monitor import CompressionMonitor
 from lightning_light.monitors.heat_map import heat_map

@@ -1,4 +1,4 @@
-"""`CompressionMonitor`: watches a network shrink, changes nothing."""
+"""Log the cost of a network while it is compressed, and print a table of its layers at the end."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ __all__ = ["CompressionMonitor"]
 
 
 class CompressionMonitor(CompressionCallback):
-    """Log what a network costs while it is compressed, and print what has become of every layer at the end.
+    """Log the cost of a network while it is compressed, and print a table of every layer before and after.
 
-    Every logger gets the totals (``compression/params``, ``macs``, ``bytes``, ``sparsity``, ``bits``), what remains of
-    them (``compression/macs_remaining``, ...), what zeros are worth (``effective_macs``, ``dead_filters``, ``churn`` of
-    masks), and the same for every layer (``compression/channels/<layer>``, ...), on Lightning's own axis; and what
-    methods know of a layer: its rank, the energy kept, the bits it takes in a coded file.
-    TensorBoard gets more: histograms of weights, a heat map of layers over time, a layout of its Custom Scalars page,
-    and the table. The totals are also in ``trainer.callback_metrics``.
+    Every logger gets the totals (``compression/params``, ``macs``, ``bytes``, ``sparsity``, ``bits``), their remaining
+    fractions (``compression/macs_remaining``, ...), the effect of sparsity (``effective_macs``, ``dead_filters``,
+    ``churn`` of masks), and the same per layer (``compression/channels/<layer>``, ...), at Lightning's own steps; and
+    the numbers of the methods per layer, such as its rank, the energy kept, and the bits per weight in a coded file.
+    TensorBoard also gets histograms of weights, a heat map of the layers, a layout for its Custom Scalars page, and
+    the table. The totals are in ``trainer.callback_metrics`` too.
 
-    "Before" is the network as the first fit found it; it is in every checkpoint, so a resumed run compares with the
-    same. The run itself is the same to the last bit with and without the monitor. MACs are those of one sample.
+    "Before" is the network at the start of the first fit; it is in every checkpoint, so a resumed run compares with
+    the same. The run is equal to the last bit with and without the monitor. MACs are per sample.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -63,28 +63,27 @@ class CompressionMonitor(CompressionCallback):
         tensor(1.)
 
     Args:
-        every_n_steps: optimizer steps between two looks; None: the Trainer's ``log_every_n_steps``. A change of
-            structure is always looked at.
+        every_n_steps: optimizer steps between two records; None: the Trainer's ``log_every_n_steps``. Structural
+            changes are always recorded.
         layers: which layers have curves, histograms and a line of their own: names or patterns as in `Targets`; None:
-            all that have a weight of two or more dimensions. Lines and curves of a layer that is replaced are those of
-            its replacement.
+            all that have a weight of two or more dimensions. A layer that is replaced is followed by its replacement.
         per_layer: log curves of each layer, not only of the whole network.
-        histograms: log the distribution of each layer's weights, once an epoch, to TensorBoard.
-        heat_map: log a picture of layers over time, once an epoch, to TensorBoard.
+        histograms: log histograms of each layer's weights to TensorBoard, once per epoch.
+        heat_map: log a heat map of the layers to TensorBoard, once per epoch.
         layout: add a ``compression`` section to TensorBoard's Custom Scalars, beside the user's.
-        hparams: add the arguments of every compression method to the hyper-parameters that the loggers get.
-        deflate: at the end, measure what the stored tensors weigh after lossless compression.
+        hparams: add the arguments of every compression method to the hyper-parameters of the loggers.
+        deflate: at the end, measure the size of the parameters and buffers after lossless compression.
         progress_bar: show the remaining MACs and the sparsity in the progress bar.
-        table: print the table, before → after, at the end of fit.
+        table: print the table of every layer before and after at the end of fit.
 
     Attributes:
-        before: after a fit, the network as the first fit found it.
-        after: after a fit, the network as it is.
-        history: after a fit, what remained of each layer from moment to moment.
+        before: after a fit, the network at the start of the first fit.
+        after: after a fit, the network at its end.
+        history: after a fit, the remaining fraction of each layer over the steps.
 
     Raises:
         ValueError: ``every_n_steps`` is below 1.
-        TargetError: ``layers`` names no layer of the model.
+        TargetError: ``layers`` matches no layer of the model.
         UnsupportedError: the strategy shards the parameters.
     """
 
@@ -92,12 +91,12 @@ class CompressionMonitor(CompressionCallback):
     stage: ClassVar[int] = Stage.MONITORS
     structural: ClassVar[bool] = False
 
-    _count: CostCounter | None = None
-    _chronicle: Recorder | None = None
-    _last_step: int | None = None  # at which we looked
-    _masks: Mapping[str, Tensor] | None = None  # copies, as they were at the last look
+    _cost_counter: CostCounter | None = None
+    _recorder: Recorder | None = None
+    _last_step: int | None = None  # of the last record
+    _masks: Mapping[str, Tensor] | None = None  # copies, of the last record
     _parameters: tuple[nn.Parameter, ...] = ()
-    _seen: tuple[Any, ...] = ()
+    _last_signature: tuple[Any, ...] = ()
     _hparams_patch: InstancePatch | None = None
 
     def __init__(
@@ -134,7 +133,7 @@ class CompressionMonitor(CompressionCallback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a strategy under which a process sees only its share of the parameters."""
+        """Refuse a strategy that shards the parameters."""
         super().setup(trainer, pl_module, stage)
         refuse_sharding(
             trainer,
@@ -145,19 +144,19 @@ class CompressionMonitor(CompressionCallback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the network before anything is done to it, and add our hyper-parameters to the user's."""
+        """Record the network before it is compressed, and add the methods' arguments to the hyper-parameters."""
         super().on_fit_start(trainer, pl_module)
-        self._forget()
+        self._reset()
         self.before = self.after = self.history = None
-        self._count = CostCounter(capture(pl_module))
+        self._cost_counter = CostCounter(capture(pl_module))
         if is_countable(pl_module):
-            self._chronicle = self._begin(pl_module)
+            self._recorder = self._start_recorder(pl_module)
         if self.hparams and trainer.is_global_zero:
             self._add_hparams(trainer, pl_module)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the user's hyper-parameters back: Lightning has logged them by now."""
+        """Restore the user's hyper-parameters, which Lightning has logged by now."""
         self._remove_hparams()
         self._last_step = None
         self._masks = self._copy_masks(pl_module)
@@ -166,10 +165,10 @@ class CompressionMonitor(CompressionCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Look, if a look is due or the structure has changed: every method has acted by now."""
+        """Record the network if that is due or the structure has changed; every method has acted by now."""
         if not self._is_due(trainer, pl_module):
             return
-        recorder = self._look(trainer, pl_module)
+        recorder = self._record(trainer, pl_module)
         self._log_scalars(trainer, recorder, self._churn(pl_module))
         self._log_metrics(pl_module, recorder)
         if self.layout and self._last_step is None:
@@ -179,61 +178,63 @@ class CompressionMonitor(CompressionCallback):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw."""
-        if self._chronicle is not None:
-            self._draw(trainer, pl_module, self._chronicle)
+        """Write histograms and heat maps."""
+        if self._recorder is not None:
+            self._draw(trainer, pl_module, self._recorder)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look once more, for what a checkpoint saved after the run remembers."""
-        if self._chronicle is not None:
-            self._look(trainer, pl_module)
+        """Record the network for a checkpoint that is saved after the run."""
+        if self._recorder is not None:
+            self._record(trainer, pl_module)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Show the result: here, because other callbacks have exported and converted in ``on_fit_end``."""
+        """Report the result, after other callbacks have exported and converted in ``on_fit_end``."""
         super().teardown(trainer, pl_module, stage)
         self._remove_hparams()
-        if stage == "fit" and self._chronicle is not None:
-            self._conclude(trainer, pl_module, self._chronicle)
-        self._forget()
+        if stage == "fit" and self._recorder is not None:
+            self._report(trainer, pl_module, self._recorder)
+        self._reset()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Let go of the module: there will be no teardown."""
+        """Release the module: there will be no teardown."""
         self._remove_hparams()
-        self._forget()
+        self._reset()
 
-    # Private: when to look, and at what.
+    # Private: when to record, and what.
 
-    def _forget(self) -> None:
-        if self._count is not None:
-            self._count.captured.remove()
-        self._count = self._chronicle = self._last_step = self._masks = None
-        self._parameters, self._seen = (), ()
+    def _reset(self) -> None:
+        if self._cost_counter is not None:
+            self._cost_counter.captured.remove()
+        self._cost_counter = self._recorder = self._last_step = self._masks = None
+        self._parameters, self._last_signature = (), ()
 
-    def _begin(self, pl_module: LightningModule) -> Recorder:
-        """Take up what a checkpoint remembers, or begin."""
+    def _start_recorder(self, pl_module: LightningModule) -> Recorder:
+        """Restore the recorder of a checkpoint, or start one."""
         layers = None if self.layers is None else list(as_targets(self.layers).select(pl_module))
-        assert self._count is not None
-        cost, state = self._count(pl_module), self.state(pl_module)
+        assert self._cost_counter is not None
+        cost, state = self._cost_counter(pl_module), self.state(pl_module)
         if "before" in state:
             return Recorder.from_plain(state, pl_module, cost)
         recorder = Recorder(pl_module, cost, layers=layers)
         state.update(recorder.plain())
         return recorder
 
-    def _look(self, trainer: Trainer, pl_module: LightningModule) -> Recorder:
-        if self._chronicle is None:  # the first forward pass has given lazy layers their shapes
-            self._chronicle = self._begin(pl_module)
-        assert self._count is not None
-        self._chronicle.look(pl_module, self._count(pl_module), steps_done(trainer), self._facts(pl_module))
-        self.state(pl_module).update(self._chronicle.plain())
+    def _record(self, trainer: Trainer, pl_module: LightningModule) -> Recorder:
+        if self._recorder is None:  # lazy layers have shapes after the first forward pass
+            self._recorder = self._start_recorder(pl_module)
+        assert self._cost_counter is not None
+        self._recorder.update(
+            pl_module, self._cost_counter(pl_module), steps_done(trainer), self._layer_stats(pl_module)
+        )
+        self.state(pl_module).update(self._recorder.plain())
         self._parameters = tuple(pl_module.parameters())
-        self._seen = self._signature(pl_module)
-        return self._chronicle
+        self._last_signature = self._signature(pl_module)
+        return self._recorder
 
-    def _facts(self, pl_module: LightningModule) -> dict[str, dict[str, float]]:
+    def _layer_stats(self, pl_module: LightningModule) -> dict[str, dict[str, float]]:
         return layer_stats(self.compression_state(pl_module).state)
 
     def _is_due(self, trainer: Trainer, pl_module: LightningModule) -> bool:
@@ -242,26 +243,26 @@ class CompressionMonitor(CompressionCallback):
             return True
         every = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
         on_time = every > 0 and step % every == 0 and step != self._last_step
-        return on_time or self._seen != self._signature(pl_module)
+        return on_time or self._last_signature != self._signature(pl_module)
 
     def _signature(self, pl_module: LightningModule) -> tuple[Any, ...]:
         """Return a cheap value that changes with the structure."""
         return len(self.compression_state(pl_module).edit_log), [parameter.shape for parameter in self._parameters]
 
     def _copy_masks(self, pl_module: LightningModule) -> dict[str, Tensor]:
-        """Of every method that has some: they are in the compression_state."""
-        held = [state.get("masks", {}) for state in self.compression_state(pl_module).state.values()]
-        return {name: mask.clone() for masks in held for name, mask in masks.items()}
+        """Copy the masks of every method from the compression state."""
+        masks_of_methods = [state.get("masks", {}) for state in self.compression_state(pl_module).state.values()]
+        return {name: mask.clone() for masks in masks_of_methods for name, mask in masks.items()}
 
     def _churn(self, pl_module: LightningModule) -> dict[str, float]:
-        """What share of all masks has changed since the last look; nothing where there are none."""
+        """Return the fraction of mask entries that has changed since the last record; nothing without masks."""
         before, self._masks = self._masks or {}, self._copy_masks(pl_module)
         return {f"{PREFIX}/churn": mask_churn(before, self._masks)} if before or self._masks else {}
 
-    # Private: where it goes.
+    # Private: where it is written.
 
     def _log_scalars(self, trainer: Trainer, recorder: Recorder, churn: Mapping[str, float]) -> None:
-        """To every logger, on the axis that Lightning itself uses, so not through ``self.log`` and its intervals."""
+        """Log to every logger at Lightning's own steps, not through ``self.log`` and its intervals."""
         if not trainer.is_global_zero:
             return
         scalars = {**total_scalars(recorder.now, recorder.before), **churn}
@@ -271,7 +272,7 @@ class CompressionMonitor(CompressionCallback):
             logger.log_metrics(scalars, step=steps_done(trainer))
 
     def _log_metrics(self, pl_module: LightningModule, recorder: Recorder) -> None:
-        """To other callbacks (``ModelCheckpoint(monitor="compression/macs_remaining")``) and the progress bar."""
+        """Log for other callbacks (``ModelCheckpoint(monitor="compression/macs_remaining")``) and the progress bar."""
         remaining = "params_remaining" if recorder.before.macs is None else "macs_remaining"
         shown = {f"{PREFIX}/sparsity", f"{PREFIX}/{remaining}"} if self.progress_bar else set()
         for name, value in total_scalars(recorder.now, recorder.before).items():
@@ -284,9 +285,9 @@ class CompressionMonitor(CompressionCallback):
             if self.heat_map:
                 add_heat_maps(writer, recorder.history, steps_done(trainer))
 
-    def _conclude(self, trainer: Trainer, pl_module: LightningModule, recorder: Recorder) -> None:
-        cost = None if self._count is None else self._count(pl_module)
-        recorder.look(pl_module, cost, steps_done(trainer), self._facts(pl_module))
+    def _report(self, trainer: Trainer, pl_module: LightningModule, recorder: Recorder) -> None:
+        cost = None if self._cost_counter is None else self._cost_counter(pl_module)
+        recorder.update(pl_module, cost, steps_done(trainer), self._layer_stats(pl_module))
         if self.deflate and trainer.is_global_zero:
             recorder.now = replace(recorder.now, deflated=deflated_bytes(pl_module))
         self._log_scalars(trainer, recorder, self._churn(pl_module))
@@ -301,14 +302,14 @@ class CompressionMonitor(CompressionCallback):
             _print(compression_table(before, now, layers=layers, notes=notes))
 
     def _tensorboards(self, trainer: Trainer) -> list[tuple[Any, str]]:
-        """The writer and the folder of each TensorBoard logger; on one process only."""
+        """Return the writer and the folder of each TensorBoard logger, on rank 0 only."""
         loggers: list[Any] = trainer.loggers if trainer.is_global_zero else []
         return [(each.experiment, each.log_dir) for each in loggers if is_host(each, "loggers.TensorBoardLogger")]
 
-    # Private: hyper-parameters. TensorBoard keeps the first record of a run, so there must be one for user and methods.
+    # Private: hyper-parameters. TensorBoard keeps only the first ones of a run, so all have to be logged at once.
 
     def _add_hparams(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put ours beside the user's until Lightning has logged them; what a checkpoint stores is another copy."""
+        """Add the methods' arguments to the user's hyper-parameters until Lightning has logged them."""
         methods = method_hparams(callbacks_of(trainer))
         if not methods:
             return
@@ -336,13 +337,13 @@ def _print(table: Table) -> None:
 
 
 def _notes(trainer: Trainer, now: Snapshot) -> list[str]:
-    """Lines below the table: what zeros spare, what was exported, as the callback that did it says, what is unknown."""
+    """Return the lines below the table: exported files, effective MACs, compressed size, and what is unknown."""
     reports: list[Any] = [getattr(callback, "report", None) for callback in callbacks_of(trainer)]
     notes = [f"exported: {report.summary()}" for report in reports if callable(getattr(report, "summary", None))]
-    if now.zeros and now.effective_macs is not None:
-        notes.append(f"MACs whose weight is not zero: {human_count(now.effective_macs)}")
+    if now.sparsity and now.effective_macs is not None:
+        notes.append(f"effective MACs (nonzero weights): {human_count(now.effective_macs)}")
     if now.deflated is not None:
         notes.append(f"size after compression (DEFLATE): {human_bytes(now.deflated)}")
     if now.macs is None:
-        notes.append("MACs are not known: `forward` was not called. Set the module's `example_input_array`.")
+        notes.append("MACs are unknown: `forward` was not called. Set the module's `example_input_array`.")
     return notes

@@ -1,4 +1,4 @@
-"""What only TensorBoard shows: histograms, pictures, text, and a layout for its Custom Scalars page."""
+"""Write to TensorBoard what other loggers cannot show: histograms, heat maps, and a Custom Scalars layout."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_light.isolation import isolated
 from lightning_light.measure.layer_table import layer_weights
 from lightning_light.monitors.heat_map import Quantity, heat_map
 from lightning_light.monitors.history import History
-from lightning_light.monitors.layer_matching import belongs
+from lightning_light.monitors.layer_matching import is_within
 from lightning_light.monitors.scalars import PREFIX
 
 if TYPE_CHECKING:
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 __all__ = ["add_heat_maps", "add_histograms", "add_layout", "read_layout"]
 
 _BINS = 64
-_MOST_COUNTED = 1 << 24  # `histc` counts in float32
+_MAX_COUNTED = 1 << 24  # `histc` counts in float32
 
 Layout = Mapping[str, Mapping[str, list[Any]]]
 
 
 def add_histograms(writer: SummaryWriter, model: nn.Module, layers: Collection[str], step: int) -> None:
-    """The distribution of each layer's finite weights, under ``compression/weights/<layer>``."""
+    """Write a histogram of each layer's finite weights, under ``compression/weights/<layer>``."""
     with isolated(model):
         for name, module in model.named_modules():
             tensors = [weight.reshape(-1).float().cpu() for weight in layer_weights(module)]
-            if not tensors or not belongs(name, layers):
+            if not tensors or not is_within(name, layers):
                 continue
             values = torch.cat(tensors)
             values = values[values.isfinite()]
@@ -44,10 +44,10 @@ def add_histograms(writer: SummaryWriter, model: nn.Module, layers: Collection[s
 
 
 def _histogram(values: Tensor) -> dict[str, Any]:
-    """In bins of equal width: ``SummaryWriter.add_histogram`` takes seconds for what is here a fraction of one."""
+    """Count in bins of equal width, which takes a fraction of the time of ``SummaryWriter.add_histogram``."""
     low, high = (end.item() for end in values.aminmax())
     upper = high if high > low else low + max(abs(low), 1.0) * 1e-6
-    parts = torch.split(values, _MOST_COUNTED)
+    parts = torch.split(values, _MAX_COUNTED)
     counts = sum((torch.histc(part, _BINS, low, upper).long() for part in parts), torch.zeros(_BINS, dtype=torch.long))
     return {
         "min": low,
@@ -61,18 +61,18 @@ def _histogram(values: Tensor) -> dict[str, Any]:
 
 
 def add_heat_maps(writer: SummaryWriter, history: History, step: int) -> None:
-    """Layers over time: channels left and weights left, each once it is no longer all of them."""
+    """Write heat maps of the remaining channels and weights, each as soon as some are removed."""
     pictures: dict[Quantity, Sequence[Sequence[float]]] = {"channels": history.channels, "weights": history.weights}
     for quantity, columns in pictures.items():
-        if any(share != 1.0 for column in columns for share in column):
+        if any(fraction != 1.0 for column in columns for fraction in column):
             writer.add_image(f"{PREFIX}/heat_map/{quantity}", heat_map(history, quantity), step, dataformats="HWC")
 
 
 def add_layout(writer: SummaryWriter, folder: str | os.PathLike[str], layout: Layout) -> None:
-    """Add ``layout`` to what the run has on its Custom Scalars page.
+    """Add ``layout`` to the Custom Scalars layout of a run.
 
-    TensorBoard shows the last layout of a run, so what is there already, the user's or our own of an earlier fit, is
-    read from the run's files and written again with ours.
+    TensorBoard shows the last layout of a run, so the existing one, of the user or of an earlier fit, is read from the
+    run's files and written again with ``layout``.
     """
     writer.flush()
     found = read_layout(folder)
@@ -82,7 +82,7 @@ def add_layout(writer: SummaryWriter, folder: str | os.PathLike[str], layout: La
 
 
 def read_layout(folder: str | os.PathLike[str]) -> dict[str, dict[str, list[Any]]]:
-    """The layout that a run's event files hold, as ``SummaryWriter.add_custom_scalars`` takes it; empty if none."""
+    """Read the layout from a run's event files, as ``SummaryWriter.add_custom_scalars`` takes it; empty if none."""
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader  # type: ignore[import-untyped]
     from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[import-untyped]
     from tensorboard.plugins.custom_scalar import layout_pb2, metadata  # type: ignore[import-untyped]

@@ -1,4 +1,4 @@
-"""A picture of layers over time, drawn without a plotting library: the darker, the more is left."""
+"""Draw a heat map of what remains of each layer over the steps of a run, with Pillow."""
 
 from __future__ import annotations
 
@@ -12,47 +12,34 @@ from torch import Tensor
 from lightning_light.monitors.history import History
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from PIL.ImageDraw import ImageDraw
     from PIL.ImageFont import FreeTypeFont, ImageFont
 
-__all__ = ["Quantity", "colors", "heat_map", "short_names"]
+__all__ = ["Quantity", "colored", "heat_map", "short_names"]
 
 Quantity = Literal["channels", "weights"]
 
-# ColorBrewer's YlGnBu (Brewer, 2002, https://colorbrewer2.org): one hue direction, safe for color-blind readers.
-_ANCHORS = torch.tensor(
-    [
-        [255, 255, 217],
-        [237, 248, 177],
-        [199, 233, 180],
-        [127, 205, 187],
-        [65, 182, 196],
-        [29, 145, 192],
-        [34, 94, 168],
-        [37, 52, 148],
-        [8, 29, 88],
-    ],
-    dtype=torch.float32,
-)
+# From ColorBrewer's YlGnBu (Brewer, 2002, https://colorbrewer2.org), which is safe for color-blind readers.
+_COLORS = ("#ffffd9", "#41b6c4", "#081d58")  # of the fractions 0, 0.5 and 1
 
 _PLOT_WIDTH, _MARGIN = 560, 16
-_ROW, _SMALLEST_ROW, _MOST_HEIGHT = 20, 3, 1600  # pixels
+_ROW, _MIN_ROW, _MAX_HEIGHT = 20, 3, 1600  # pixels
 _FONT, _TITLE = 13, 16
 _INK, _FAINT = (34, 34, 34), (120, 120, 120)
 _TITLES = {
-    "channels": "Output channels left in each layer",
-    "weights": "Weights left in each layer (neither cut nor zero)",
+    "channels": "Remaining output channels of each layer",
+    "weights": "Remaining weights of each layer (neither removed nor zero)",
 }
 
 
 def heat_map(history: History, quantity: Quantity = "channels") -> Tensor:
-    """An image of shape ``(height, width, 3)``, 8 bits: a row a layer, training steps from left to right.
+    """Return an image of shape ``(height, width, 3)`` in 8 bits: a row per layer, training steps from left to right.
 
-    Each row ends with what is left of its layer now; a scale is at the bottom. Drawn with Pillow, which TensorBoard
-    needs for any image.
+    Each row ends with the remaining fraction of its layer at the last step; a scale is at the bottom.
 
     Args:
-        history: at least one moment of at least one layer.
+        history: at least one step of at least one layer.
         quantity: what is shown.
 
     Raises:
@@ -69,11 +56,11 @@ def heat_map(history: History, quantity: Quantity = "channels") -> Tensor:
 
     if not history.layers or not history.steps:
         raise ValueError(
-            f"`heat_map` of {len(history.layers)} layers at {len(history.steps)} moments: expected at least one of "
-            "each. Look at the model first: `history.extended(step, before, now)`."
+            f"`heat_map` of {len(history.layers)} layers at {len(history.steps)} steps: expected at least one of "
+            "each. Record a step first: `history.extended(step, before, now)`."
         )
     font, title_font = _font(_FONT), _font(_TITLE)
-    row = max(_SMALLEST_ROW, min(_ROW, _MOST_HEIGHT // len(history.layers)))
+    row = max(_MIN_ROW, min(_ROW, _MAX_HEIGHT // len(history.layers)))
     labels = short_names(history.layers)
     left = _MARGIN + round(max(font.getlength(label) for label in labels)) + 8
     top, bottom = _MARGIN + 2 * _TITLE, row * len(history.layers)
@@ -82,50 +69,46 @@ def heat_map(history: History, quantity: Quantity = "channels") -> Tensor:
     draw = ImageDraw.Draw(picture)
     columns = history.channels if quantity == "channels" else history.weights
     draw.text((left, _MARGIN), _TITLES[quantity], fill=_INK, font=title_font)
-    picture.paste(Image.fromarray(_cells(history, columns, row).numpy()), (left, top))
+    picture.paste(colored(_by_pixel(history, columns), bottom), (left, top))
     _draw_rows(draw, labels, columns[-1], (left, top, row), font)
     _draw_axis(draw, history, (left, top + bottom), font)
     _draw_scale(picture, draw, (left, top + bottom + 52), font)
     return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).reshape(size[1], size[0], 3)
 
 
-def colors(shares: Tensor) -> Tensor:
-    """RGB in 8 bits for shares in [0, 1], one more axis at the end: pale for 0, dark for 1.
+def colored(fractions: Tensor, height: int) -> Image:
+    """Draw fractions in [0, 1], shape ``(rows, width)``, as an image of ``height``: pale for 0, dark for 1."""
+    from PIL import Image, ImageOps
 
-    Example:
-        >>> colors(torch.tensor([0.0, 1.0])).tolist()
-        [[255, 255, 217], [8, 29, 88]]
-    """
-    place = shares.clamp(0, 1) * (len(_ANCHORS) - 1)
-    lower = place.floor().long().clamp(max=len(_ANCHORS) - 2)
-    weight = (place - lower).unsqueeze(-1)
-    return ((1 - weight) * _ANCHORS[lower] + weight * _ANCHORS[lower + 1]).round().to(torch.uint8)
+    gray = Image.fromarray((fractions.clamp(0, 1) * 255).round().to(torch.uint8).numpy())
+    low, middle, high = _COLORS
+    return ImageOps.colorize(gray, low, high, middle).resize((gray.width, height), Image.Resampling.NEAREST)
 
 
-def _cells(history: History, columns: Sequence[Sequence[float]], row: int) -> Tensor:
-    """The colored field: each column as wide as it lasted."""
+def _by_pixel(history: History, columns: Sequence[Sequence[float]]) -> Tensor:
+    """Return the fractions of each layer per pixel, shape ``(layers, pixels)``: each column as wide as it lasted."""
     steps = torch.tensor(history.steps)
-    at = torch.linspace(history.steps[0], max(history.end, history.steps[0] + 1), _PLOT_WIDTH)
-    index = (torch.searchsorted(steps, at, right=True) - 1).clamp(min=0)
-    field = colors(torch.tensor(columns).T[:, index]).repeat_interleave(row, dim=0)
-    if row > 2 * _SMALLEST_ROW:
-        field[row - 1 :: row] = 255  # a hair of white between layers
-    return field.contiguous()
+    pixels = torch.linspace(history.steps[0], max(history.end, history.steps[0] + 1), _PLOT_WIDTH)
+    index = (torch.searchsorted(steps, pixels, right=True) - 1).clamp(min=0)
+    return torch.tensor(columns).T[:, index]
 
 
-def short_names(layers: Sequence[str], most: int = 40) -> list[str]:
-    """Names without the part that all share, long ones without their middle."""
+def short_names(layers: Sequence[str], longest: int = 40) -> list[str]:
+    """Shorten names: without the part that all share, and long ones without their middle."""
     parents = [layer.split(".")[:-1] for layer in layers]
     shared = sum(1 for _ in takewhile(lambda parts: len(set(parts)) == 1, zip(*parents, strict=False)))
     names = [".".join(layer.split(".")[shared:]) or "model" for layer in layers]
-    return [name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-most // 2 :]}" for name in names]
+    return [name if len(name) <= longest else f"{name[: longest // 2 - 1]}…{name[-longest // 2 :]}" for name in names]
 
 
 def _draw_rows(
     draw: ImageDraw, labels: Sequence[str], now: Sequence[float], place: tuple[int, int, int], font: _Font
 ) -> None:
     left, top, row = place
-    every = -(-(_FONT + 1) // row)  # where rows are low, only some have their name
+    every = -(-(_FONT + 1) // row)  # label only some rows where rows are low
+    if row > 2 * _MIN_ROW:
+        for below in range(top + row, top + row * len(labels) + 1, row):
+            draw.line((left, below - 1, left + _PLOT_WIDTH - 1, below - 1), fill="white")
     for index in range(0, len(labels), every):
         middle = top + index * row + row // 2
         draw.text((left - 8, middle), labels[index], fill=_INK, font=font, anchor="rm")
@@ -135,24 +118,20 @@ def _draw_rows(
 def _draw_axis(draw: ImageDraw, history: History, place: tuple[int, int], font: _Font) -> None:
     left, top = place
     first, last = history.steps[0], max(history.end, history.steps[0] + 1)
-    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-        x = left + round(share * (_PLOT_WIDTH - 1))
+    for fraction in (0.0, 0.25, 0.5, 0.75, 1.0):
+        x = left + round(fraction * (_PLOT_WIDTH - 1))
         draw.line((x, top, x, top + 4), fill=_FAINT)
-        draw.text((x, top + 6), f"{first + share * (last - first):,.0f}", fill=_FAINT, font=font, anchor="mt")
+        draw.text((x, top + 6), f"{first + fraction * (last - first):,.0f}", fill=_FAINT, font=font, anchor="mt")
     draw.text((left + _PLOT_WIDTH / 2, top + 22), "training step", fill=_FAINT, font=font, anchor="mt")
 
 
-def _draw_scale(picture: object, draw: ImageDraw, place: tuple[int, int], font: _Font) -> None:
-    from PIL import Image
-
-    assert isinstance(picture, Image.Image)
+def _draw_scale(picture: Image, draw: ImageDraw, place: tuple[int, int], font: _Font) -> None:
     left, top = place
     width = _PLOT_WIDTH // 3
-    bar = colors(torch.linspace(0, 1, width)).expand(10, width, 3).contiguous()
-    picture.paste(Image.fromarray(bar.numpy()), (left, top))
+    picture.paste(colored(torch.linspace(0, 1, width).unsqueeze(0), 10), (left, top))
     draw.rectangle((left, top, left + width - 1, top + 9), outline=_FAINT)
-    for share, text in ((0.0, "0%"), (0.5, "50%"), (1.0, "100% left")):
-        draw.text((left + share * width, top + 14), text, fill=_FAINT, font=font, anchor="mt")
+    for fraction, text in ((0.0, "0%"), (0.5, "50%"), (1.0, "100% remaining")):
+        draw.text((left + fraction * width, top + 14), text, fill=_FAINT, font=font, anchor="mt")
 
 
 def _font(size: int) -> _Font:

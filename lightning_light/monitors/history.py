@@ -1,4 +1,4 @@
-"""How a model shrank: one column a moment at which something was different from the moment before."""
+"""Record what remains of each layer during a run, with one column per change."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lightning_light.monitors.layer_matching import belongs, match_layers, remaining
+from lightning_light.monitors.layer_matching import is_within, match_layers, remaining
 from lightning_light.monitors.snapshot import Snapshot
 
 __all__ = ["History"]
 
-_MOST_COLUMNS = 256  # more than a picture can show
+_MAX_COLUMNS = 256  # a picture shows no more
 
 
 @dataclass(frozen=True)
 class History:
-    """What remains of each layer over time, as shares of what it was.
+    """The remaining fraction of each layer over the steps of a run.
 
     Attributes:
         layers: names, in the model's order.
-        steps: when each column begins.
-        channels: a column a moment: for each layer, the share of its output channels that is left.
-        weights: the same of its parameters that are not zero.
-        totals: what remains of the whole model in each column: ``params``, ``bytes``, ``macs`` (if known).
-        end: the last step that was looked at.
+        steps: the step at which each column begins.
+        channels: per column, the remaining fraction of each layer's output channels.
+        weights: per column, the remaining fraction of each layer's nonzero parameters.
+        totals: per column, the remaining fraction of the model's ``params``, ``bytes``, and ``macs`` (if known).
+        end: the last recorded step.
     """
 
     layers: tuple[str, ...] = ()
@@ -36,15 +36,15 @@ class History:
 
     @classmethod
     def of(cls, before: Snapshot, layers: Collection[str]) -> History:
-        """An empty history of ``layers`` (names; what lies inside a name belongs to it)."""
-        return cls(layers=tuple(row.name for row in before.rows if belongs(row.name, layers)))
+        """Return an empty history of ``layers``: names of layers, or of modules that contain them."""
+        return cls(layers=tuple(row.name for row in before.rows if is_within(row.name, layers)))
 
     def extended(self, step: int, before: Snapshot, now: Snapshot) -> History:
-        """The history with one more moment; the same columns if nothing has changed since the last."""
-        shares = {row.name: remaining(pair) for pair in match_layers(before.rows, now.rows) for row in pair.before}
-        channels, weights = zip(*((0.0, 0.0), *(shares[name] for name in self.layers)), strict=True)
-        channels = tuple(round(share, 4) for share in channels[1:])
-        weights = tuple(round(share, 4) for share in weights[1:])
+        """Return the history with one more step; with the same columns if nothing has changed since the last."""
+        fractions = {row.name: remaining(pair) for pair in match_layers(before.rows, now.rows) for row in pair.before}
+        channels, weights = zip(*((0.0, 0.0), *(fractions[name] for name in self.layers)), strict=True)
+        channels = tuple(round(fraction, 4) for fraction in channels[1:])
+        weights = tuple(round(fraction, 4) for fraction in weights[1:])
         totals = _totals(before, now)
         if self.steps and (channels, weights, totals) == (self.channels[-1], self.weights[-1], self.totals[-1]):
             return replace(self, end=step)
@@ -58,7 +58,7 @@ class History:
         )._thinned()
 
     def plain(self) -> dict[str, Any]:
-        """In plain types, for a checkpoint."""
+        """Return plain types, for a checkpoint."""
         return {
             "layers": list(self.layers),
             "steps": list(self.steps),
@@ -70,7 +70,7 @@ class History:
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> History:
-        """What `plain` gave."""
+        """Restore what `plain` returned."""
         return cls(
             layers=tuple(plain["layers"]),
             steps=tuple(plain["steps"]),
@@ -81,9 +81,9 @@ class History:
         )
 
     def _thinned(self) -> History:
-        """Every other column, once there are too many; the first and the last stay."""
+        """Drop every other column where there are too many, and keep the first and the last."""
         count = len(self.steps)
-        if count <= _MOST_COLUMNS:
+        if count <= _MAX_COLUMNS:
             return self
         kept = [index for index in range(count) if index % 2 == 0 or index == count - 1]
         return replace(

@@ -1,4 +1,4 @@
-"""How the run was compressed, among its hyper-parameters: in the one record that every logger keeps."""
+"""Collect the arguments of the compression methods as hyper-parameters for loggers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["method_hparams"]
 
 
 def method_hparams(callbacks: Iterable[object]) -> dict[str, Any]:
-    """The arguments of every method in the list but monitors, as ``<method>/<argument>``; by ``repr`` if not plain."""
+    """Return the arguments of every method except monitors, as ``<method>/<argument>``; their ``repr`` if not plain."""
     return {
         f"{type(callback).method}/{name}": _plain(getattr(callback, name))
         for callback in callbacks

@@ -1,4 +1,4 @@
-"""Which rows after belong to which rows before: a layer may have become several, and several may have become one."""
+"""Match the layers of a network before and after compression, where one may have been replaced by several."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 from lightning_light.measure.layer_table import LayerRow
 
-__all__ = ["Pair", "belongs", "match_layers", "remaining"]
+__all__ = ["LayerPair", "is_within", "match_layers", "remaining"]
 
 
 @dataclass(frozen=True)
-class Pair:
-    """One place in a network, before and after. Either side may be empty: a layer can come, and it can go.
+class LayerPair:
+    """The layers at one path of a network, before and after; empty on one side if a layer was added or removed.
 
     Attributes:
-        name: the path of the place.
-        before: the layers that stood there.
-        after: the layers that stand there.
+        name: the path.
+        before: the layers at it before.
+        after: the layers at it after.
     """
 
     name: str
@@ -25,8 +25,8 @@ class Pair:
     after: tuple[LayerRow, ...]
 
 
-def match_layers(before: Sequence[LayerRow], after: Sequence[LayerRow]) -> list[Pair]:
-    """Pair rows by name; ``conv.0`` and ``conv.1`` are what a ``conv`` was replaced by, and the other way round.
+def match_layers(before: Sequence[LayerRow], after: Sequence[LayerRow]) -> list[LayerPair]:
+    """Pair rows by name; ``conv.0`` and ``conv.1`` are paired with a ``conv`` that they replace or that replaces them.
 
     Example:
         >>> from lightning_light.measure import count_cost, layer_table
@@ -40,21 +40,21 @@ def match_layers(before: Sequence[LayerRow], after: Sequence[LayerRow]) -> list[
     left, right = {row.name for row in before}, {row.name for row in after}
     sides: dict[str, tuple[list[LayerRow], list[LayerRow]]] = {}
     for row in before:
-        sides.setdefault(_place(row.name, own=left, other=right), ([], []))[0].append(row)
+        sides.setdefault(_paired_path(row.name, own=left, other=right), ([], []))[0].append(row)
     for row in after:
-        sides.setdefault(_place(row.name, own=right, other=left), ([], []))[1].append(row)
-    return [Pair(name, tuple(old), tuple(new)) for name, (old, new) in sides.items()]
+        sides.setdefault(_paired_path(row.name, own=right, other=left), ([], []))[1].append(row)
+    return [LayerPair(name, tuple(old), tuple(new)) for name, (old, new) in sides.items()]
 
 
-def belongs(name: str, places: Iterable[str]) -> bool:
-    """Whether the layer ``name`` is one of ``places`` or lies inside one."""
-    return any(name == place or name.startswith(place + ".") for place in places)
+def is_within(name: str, paths: Iterable[str]) -> bool:
+    """Check whether the layer ``name`` is at one of ``paths`` or below one."""
+    return any(name == path or name.startswith(path + ".") for path in paths)
 
 
-def remaining(pair: Pair) -> tuple[float, float]:
-    """(channels, weights that are not zero) that ``pair`` still has, as shares of what it had; 1.0 where it had none.
+def remaining(pair: LayerPair) -> tuple[float, float]:
+    """Return the remaining fractions of (output channels, nonzero weights) of ``pair``; 1.0 where it had none.
 
-    The channels are those that come out of the place, so of its last layer that says how many.
+    The output channels are those of the last layer that states how many it has.
     """
     if not pair.after:
         return 0.0, 0.0
@@ -63,8 +63,8 @@ def remaining(pair: Pair) -> tuple[float, float]:
     return has / had if had and has is not None else 1.0, kept / dense if dense else 1.0
 
 
-def _place(name: str, *, own: set[str], other: set[str]) -> str:
-    """The name under which a row is paired: the shortest of its own and its parents' that only the other side has."""
+def _paired_path(name: str, *, own: set[str], other: set[str]) -> str:
+    """Return the path under which a row is paired: its own, or of its parents the shortest that only ``other`` has."""
     if name in other:
         return name
     parts = name.split(".")
@@ -77,4 +77,4 @@ def _channels(rows: tuple[LayerRow, ...]) -> int | None:
 
 
 def _nonzero(rows: tuple[LayerRow, ...]) -> float:
-    return sum(row.params * (1.0 - row.zeros) for row in rows)
+    return sum(row.params * (1.0 - row.sparsity) for row in rows)

@@ -1,4 +1,4 @@
-"""One picture of a whole run, for a README or a talk. Needs matplotlib: ``pip install lightning-light[examples]``."""
+"""Draw one picture of a whole run. Needs matplotlib: ``pip install lightning-light[examples]``."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def report_image(
     title: str = "",
     dpi: int = 160,
 ) -> None:
-    """Draw what remains of the model, what it still achieves, and below it every layer, on one axis of steps.
+    """Draw the remaining costs and the metrics of a run, and below them a heat map of the layers.
 
     Args:
-        history: of a run: ``monitor.history`` when it has ended.
-        path: of the picture; its ending says the format.
+        history: ``monitor.history`` after the run.
+        path: of the picture; its suffix selects the format.
         metrics: name -> (step, value in [0, 1]), drawn beside the costs: ``{"test accuracy": [(100, 0.81), ...]}``.
-        title: above it all.
+        title: of the picture.
         dpi: dots per inch of a picture that is 8 inches wide.
 
     Raises:
@@ -46,7 +46,7 @@ def report_image(
 
     if not history.layers or not history.steps:
         raise ValueError(
-            f"`report_image` of {len(history.layers)} layers at {len(history.steps)} moments: expected at least one "
+            f"`report_image` of {len(history.layers)} layers at {len(history.steps)} steps: expected at least one "
             "of each. Take the history of a run with a `CompressionMonitor`."
         )
     rows = max(1.2, 0.2 * len(history.layers))
@@ -60,16 +60,16 @@ def report_image(
 
 
 def _draw_curves(axes: Axes, history: History, metrics: Mapping[str, Curve]) -> None:
-    """Costs as the steps that they are; metrics as lines with a dot at each measurement."""
+    """Draw costs as step functions, and metrics as lines with a dot at each measurement."""
     steps = [*history.steps, _end(history)]
     for key, color in _COLORS.items():
-        shares = [total[key] for total in history.totals if key in total]
-        if len(shares) == len(history.totals):
-            axes.step(steps, [*shares, shares[-1]], where="post", color=color, linewidth=2, label=_NAMES[key])
+        fractions = [total[key] for total in history.totals if key in total]
+        if len(fractions) == len(history.totals):
+            axes.step(steps, [*fractions, fractions[-1]], where="post", color=color, linewidth=2, label=_NAMES[key])
     for color, (name, curve) in zip(_METRIC_COLORS * len(metrics), metrics.items(), strict=False):
         axes.plot(*zip(*curve, strict=True), color=color, marker="o", markersize=4, linewidth=1.5, label=name)
     axes.set_ylim(0, 1.04)
-    axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    axes.yaxis.set_major_formatter(lambda fraction, _: f"{fraction:.0%}")
     axes.grid(axis="y", color="#e5e5e5")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -88,10 +88,10 @@ def _draw_layers(axes: Axes, history: History) -> None:
     axes.tick_params(axis="y", length=0, labelsize=8)
     axes.invert_yaxis()
     axes.spines[:].set_visible(False)
-    axes.set_title(f"{kind} left in each layer", loc="left", fontsize=10)
+    axes.set_title(f"remaining {kind} of each layer", loc="left", fontsize=10)
     axes.set_xlabel("training step")
-    for row, share in enumerate(shown[-1]):
-        axes.annotate(f"{share:.0%}", (1.01, row + 0.5), xycoords=("axes fraction", "data"), va="center", fontsize=8)
+    for row, fraction in enumerate(shown[-1]):
+        axes.annotate(f"{fraction:.0%}", (1.01, row + 0.5), xycoords=("axes fraction", "data"), va="center", fontsize=8)
 
 
 def _end(history: History) -> int:

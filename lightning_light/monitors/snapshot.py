@@ -1,4 +1,4 @@
-"""What a model is at one moment: its layers, its totals; and how two such moments belong together."""
+"""Take a snapshot of a model: the cost, sparsity and bit width of its layers, and its totals."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from lightning_light.isolation import isolated
 from lightning_light.measure.cost import Cost, count_params
-from lightning_light.measure.layer_table import LayerRow, effective_macs, layer_table, layer_weights, matrices
+from lightning_light.measure.layer_table import LayerRow, effective_macs, layer_table, layer_weights, weight_matrices
 from lightning_light.measure.size import tensor_bytes
 from lightning_light.measure.sparsity import zero_fraction
 
@@ -20,67 +20,69 @@ __all__ = ["Snapshot", "matrix_layers", "row_bytes", "structure", "take_snapshot
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A model at one moment.
+    """The layers and totals of a model at one step.
 
     Attributes:
-        rows: one a layer, in the model's order.
-        params: elements of all parameters, shared ones once.
-        macs: multiply-accumulates of one forward pass; None if the model was not run.
-        bytes: of all parameters and of the buffers that a checkpoint keeps.
-        zeros: share of zeros among all weights of two or more axes, in [0, 1].
-        bits: mean width of a weight.
-        facts: layer -> quantity -> what a method knows of it, as `layer_stats` gives it.
-        deflated: bytes after lossless compression; None if that was not measured.
+        rows: one per layer, in the model's order.
+        params: elements of all parameters; shared ones count once.
+        macs: MACs of one forward pass; None if they were not counted.
+        bytes: of all parameters and persistent buffers.
+        sparsity: fraction of zeros among all weights of two or more dimensions, in [0, 1].
+        bits: mean bit width per weight.
+        stats: layer -> quantity -> number of a method, from `layer_stats`.
+        deflated: bytes after lossless compression; None if they were not measured.
     """
 
     rows: tuple[LayerRow, ...]
     params: int
     macs: int | None
     bytes: int
-    zeros: float
+    sparsity: float
     bits: float
-    facts: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    stats: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     deflated: int | None = None
 
     @property
     def dead_filters(self) -> int:
-        """Outputs that have no weight left, of all layers."""
-        return sum(row.dead for row in self.rows)
+        """Count the outputs whose weights are all zero, of all layers."""
+        return sum(row.dead_filters for row in self.rows)
 
     @property
     def effective_macs(self) -> int | None:
-        """Multiply-accumulates whose weight is not zero; None if the model was not run."""
+        """Count the MACs whose weight is nonzero; None if MACs were not counted."""
         return None if self.macs is None else effective_macs(self.rows)
 
     def plain(self) -> dict[str, Any]:
-        """In plain types, for a checkpoint."""
-        facts = {name: dict(numbers) for name, numbers in self.facts.items()}
-        return {**vars(self), "rows": [list(astuple(row)) for row in self.rows], "facts": facts}
+        """Return plain types, for a checkpoint."""
+        stats = {name: dict(numbers) for name, numbers in self.stats.items()}
+        return {**vars(self), "rows": [list(astuple(row)) for row in self.rows], "stats": stats}
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> Snapshot:
-        """What `plain` gave."""
+        """Restore what `plain` returned."""
         return cls(**{**plain, "rows": tuple(LayerRow(*row) for row in plain["rows"])})
 
-    def with_zeros_of(self, earlier: Snapshot) -> Snapshot:
-        """The same model with the zeros that it had at an ``earlier`` moment."""
+    def with_sparsity_of(self, earlier: Snapshot) -> Snapshot:
+        """Return this snapshot with the sparsity of an ``earlier`` one of the same structure."""
         had = {row.name: row for row in earlier.rows}
         rows = (
-            replace(row, zeros=had[row.name].zeros, dead=had[row.name].dead) if row.name in had else row
+            replace(row, sparsity=had[row.name].sparsity, dead_filters=had[row.name].dead_filters)
+            if row.name in had
+            else row
             for row in self.rows
         )
-        return replace(self, rows=tuple(rows), zeros=earlier.zeros)
+        return replace(self, rows=tuple(rows), sparsity=earlier.sparsity)
 
 
 def take_snapshot(
-    model: nn.Module, cost: Cost | None = None, facts: Mapping[str, Mapping[str, float]] | None = None
+    model: nn.Module, cost: Cost | None = None, stats: Mapping[str, Mapping[str, float]] | None = None
 ) -> Snapshot:
-    """Look at ``model`` as it is now, and leave it as it is.
+    """Take a snapshot of ``model``, which is left as it is.
 
     Args:
         model: on any device, in any mode.
-        cost: from `count_cost` on a model of the same structure; without it nothing is known of MACs.
-        facts: what methods know of its layers.
+        cost: from `count_cost` on a model of the same structure; without it MACs are not reported.
+        stats: per-layer numbers of the methods, from `layer_stats`.
 
     Example:
         >>> from lightning_light.measure import count_cost
@@ -90,25 +92,25 @@ def take_snapshot(
         (58, 48, 232)
     """
     known = cost or count_params(model)
-    with isolated(model):  # a parametrization may otherwise move on when its weight is read
+    with isolated(model):  # reading a parametrized weight may change its state
         rows = layer_table(model, _with_parametrized(model, known))
-        zeros = zero_fraction(matrices(model))
+        sparsity = zero_fraction(weight_matrices(model))
         weights = dict.fromkeys(weight for module in model.modules() for weight in layer_weights(module))
         elements = sum(weight.numel() for weight in weights)
         bits = sum(8 * weight.element_size() * weight.numel() for weight in weights)
     return Snapshot(
-        rows=tuple(_folded(rows)),
+        rows=tuple(_merged(rows)),
         params=known.params,
         macs=None if cost is None else cost.macs,
         bytes=tensor_bytes(model),
-        zeros=zeros,
+        sparsity=sparsity,
         bits=bits / elements if elements else 0.0,
-        facts=facts or {},
+        stats=stats or {},
     )
 
 
 def matrix_layers(model: nn.Module) -> list[str]:
-    """Names of the layers that multiply: with a weight of two or more axes, so no norms."""
+    """List the layers that have a weight of two or more dimensions."""
     with isolated(model):
         return [
             name for name, module in model.named_modules() if any(weight.ndim > 1 for weight in layer_weights(module))
@@ -116,9 +118,9 @@ def matrix_layers(model: nn.Module) -> list[str]:
 
 
 def structure(model: nn.Module) -> int:
-    """A number that changes when a module, a shape or a number format does; weights alone do not change it.
+    """Return a hash of modules, shapes and data types, which does not depend on the values of weights.
 
-    Equal within one process only.
+    Comparable within one process only.
     """
     modules = tuple((name, type(module)) for name, module in model.named_modules())
     tensors = tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in model.named_parameters())
@@ -126,24 +128,24 @@ def structure(model: nn.Module) -> int:
 
 
 def row_bytes(row: LayerRow) -> int:
-    """Bytes of a layer's own parameters, by the width of its weights."""
+    """Return the bytes of a layer's own parameters, at the bit width of its weights."""
     return round(row.params * row.bits / 8)
 
 
 def _with_parametrized(model: nn.Module, cost: Cost) -> Cost:
-    """``cost`` with an entry for every parametrized layer, even one that holds nothing of its own any more."""
+    """Return ``cost`` with an entry for every parametrized layer, even one without parameters of its own."""
     layers = {name: 0 for name, module in model.named_modules() if parametrize.is_parametrized(module)}
     return replace(cost, params_by_module=layers | cost.params_by_module)
 
 
-def _folded(rows: list[LayerRow]) -> list[LayerRow]:
-    """A parametrized layer is one layer: what its parametrizations hold is counted as its own."""
-    folded: dict[str, LayerRow] = {}
+def _merged(rows: list[LayerRow]) -> list[LayerRow]:
+    """Merge the rows of parametrizations into the row of the layer that has them."""
+    merged: dict[str, LayerRow] = {}
     for row in rows:
         owner = row.name.partition(".parametrizations.")[0]
-        if owner in folded:
-            first = folded[owner]
-            folded[owner] = replace(first, params=first.params + row.params, macs=first.macs + row.macs)
+        if owner in merged:
+            first = merged[owner]
+            merged[owner] = replace(first, params=first.params + row.params, macs=first.macs + row.macs)
         else:
-            folded[owner] = replace(row, type=row.type.removeprefix("Parametrized"))
-    return list(folded.values())
+            merged[owner] = replace(row, type=row.type.removeprefix("Parametrized"))
+    return list(merged.values())

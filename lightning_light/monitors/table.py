@@ -1,4 +1,4 @@
-"""Before -> after, layer by layer: for a terminal, and as markdown for loggers that show text."""
+"""Format a table of every layer before and after compression, for a terminal and as Markdown."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_light.measure.layer_table import LayerRow
-from lightning_light.monitors.layer_matching import Pair, belongs, match_layers
+from lightning_light.monitors.layer_matching import LayerPair, is_within, match_layers
 from lightning_light.monitors.snapshot import Snapshot, row_bytes
 
 __all__ = ["compression_markdown", "compression_table", "human_bytes", "human_count"]
@@ -27,14 +27,14 @@ def compression_table(
     notes: Sequence[str] = (),
     title: str | None = "Compression: before → after",
 ) -> Table:
-    """A table of what every layer, and the model, was and is. A column in which nothing changed is told below it.
+    """Return a table of every layer and the model before and after. Unchanged quantities are listed below it.
 
     Args:
         before: the dense model.
-        after: the compressed one.
-        layers: names of the layers that get a line, all by default; the others share one line.
+        after: the compressed model.
+        layers: names of the layers with a line of their own, all by default; the others share one line.
         notes: more lines below the table.
-        title: above the table.
+        title: of the table.
 
     Example:
         >>> from rich.console import Console
@@ -49,8 +49,8 @@ def compression_table(
           total                36 → 18   144B → 72B
           remaining              50.0%        50.0%
         <BLANKLINE>
-        share of zeros: 0%, unchanged
-        bits of a stored weight: 32, unchanged
+        sparsity: 0%, unchanged
+        bits per weight: 32, unchanged
     """
     sheet = _sheet(before, after, layers)
     table = Table(
@@ -73,7 +73,7 @@ def compression_table(
 def compression_markdown(
     before: Snapshot, after: Snapshot, *, layers: Collection[str] | None = None, notes: Sequence[str] = ()
 ) -> str:
-    """The same table in markdown."""
+    """Return the table of `compression_table` as Markdown."""
     sheet = _sheet(before, after, layers)
     ruler = ["---:" if header in _NUMBERS else "---" for header in sheet.headers]
     totals = [[f"**{cell}**" if cell else "" for cell in line] for line in sheet.totals]
@@ -82,7 +82,7 @@ def compression_markdown(
 
 
 def human_count(value: float) -> str:
-    """Three digits and a prefix, without a space in which a narrow table would break the line.
+    """Format a number with three digits and a prefix, without a space, where a narrow table would break the line.
 
     Example:
         >>> human_count(999), human_count(1234), human_count(56_780_000)
@@ -95,7 +95,7 @@ def human_count(value: float) -> str:
 
 
 def human_bytes(value: float) -> str:
-    """Bytes with a decimal prefix, as files are listed and as `Size` reads them.
+    """Format bytes with a decimal prefix, as `Size` reads them.
 
     Example:
         >>> human_bytes(820), human_bytes(1_630_000)
@@ -104,7 +104,7 @@ def human_bytes(value: float) -> str:
     return f"{human_count(value)}B"
 
 
-# What the columns say: of a layer, and of the whole model.
+# Columns: how to format a quantity of layers, and of the whole model.
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,8 @@ class _Column:
     header: str
     of_rows: Callable[[_Rows], str]
     of_model: Callable[[Snapshot], str]
-    amount: Callable[[Snapshot], float | None] | None = None  # of which a share can remain
-    optional: bool = False  # told in one line where it is the same everywhere
+    amount: Callable[[Snapshot], float | None] | None = None  # of which a fraction can remain
+    optional: bool = False  # listed in one line where it is unchanged
 
 
 def _width(rows: _Rows) -> str:
@@ -127,14 +127,14 @@ def _kinds(rows: _Rows) -> str:
 
 
 def _mean(rows: _Rows, values: Sequence[float]) -> float:
-    """Of a share or a width over several layers, by their parameters."""
+    """Return the mean over several layers, weighted by their parameters."""
     weights = [row.params for row in rows]
     total = sum(weights)
     return sum(value * weight for value, weight in zip(values, weights, strict=True)) / total if total else 0.0
 
 
-def _share(value: float) -> str:
-    """A share in percent; what is not quite all or nothing is not rounded to it."""
+def _percent(value: float) -> str:
+    """Format a fraction in percent; only exactly 0 and 1 are shown as 0% and 100%."""
     percent = 100 * value
     digits = 0 if percent in (0.0, 100.0) else 1
     return f"{min(max(percent, 0.1), 99.9) if 0 < percent < 100 else percent:.{digits}f}%"
@@ -156,13 +156,16 @@ _COLUMNS = (
         lambda model: model.macs,
     ),
     _Column(
-        "zeros",
-        lambda rows: _share(_mean(rows, [row.zeros for row in rows])),
-        lambda model: _share(model.zeros),
+        "sparsity",
+        lambda rows: _percent(_mean(rows, [row.sparsity for row in rows])),
+        lambda model: _percent(model.sparsity),
         optional=True,
     ),
     _Column(
-        "dead", lambda rows: str(sum(row.dead for row in rows)), lambda model: str(model.dead_filters), optional=True
+        "dead filters",
+        lambda rows: str(sum(row.dead_filters for row in rows)),
+        lambda model: str(model.dead_filters),
+        optional=True,
     ),
     _Column(
         "bits",
@@ -177,21 +180,21 @@ _COLUMNS = (
         lambda model: model.bytes,
     ),
 )
-_FACTS: dict[str, tuple[str, Callable[[float], str]]] = {
+_STATS: dict[str, tuple[str, Callable[[float], str]]] = {
     "rank": ("rank", lambda value: f"{value:.0f}"),
-    "energy_kept": ("energy kept", lambda value: _share(value)),
+    "energy_kept": ("energy kept", lambda value: _percent(value)),
     "reconstruction_error": ("error", lambda value: f"{value:.3g}"),
     "coded_bits": ("coded bits", lambda value: f"{value:.3g}"),
     "weight_bits": ("weight bits", lambda value: f"{value:.3g}"),
     "activation_bits": ("activation bits", lambda value: f"{value:.3g}"),
-}  # what methods say of a layer as it is; there is no before
+}  # numbers of the methods, which have no value before
 _NUMBERS = frozenset(
-    [column.header for column in _COLUMNS if column.header != "type"] + [header for header, _ in _FACTS.values()]
+    [column.header for column in _COLUMNS if column.header != "type"] + [header for header, _ in _STATS.values()]
 )
-_LABELS = {"zeros": "share of zeros", "bits": "bits of a stored weight"}
+_LABELS = {"sparsity": "sparsity", "bits": "bits per weight"}
 
 
-# The sheet: headers and cells, before it is decided how they are shown.
+# The cells of the table, independent of the format.
 
 
 @dataclass(frozen=True)
@@ -204,38 +207,38 @@ class _Sheet:
 
 def _sheet(before: Snapshot, after: Snapshot, layers: Collection[str] | None) -> _Sheet:
     pairs = _lines(match_layers(before.rows, after.rows), layers)
-    columns = [column for column in _COLUMNS if not _is_idle(column, pairs, before, after)]
+    columns = [column for column in _COLUMNS if not _is_unchanged(column, pairs, before, after)]
     if before.macs is None and after.macs is None:
         columns = [column for column in columns if column.header != "MACs"]
-    facts = [key for key in _FACTS if any(key in numbers for numbers in after.facts.values())]
-    idle = [column for column in _COLUMNS if column not in columns and column.header in _LABELS]
+    stats = [key for key in _STATS if any(key in numbers for numbers in after.stats.values())]
+    unchanged = [column for column in _COLUMNS if column not in columns and column.header in _LABELS]
     return _Sheet(
-        headers=["layer", *(column.header for column in columns), *(_FACTS[key][0] for key in facts)],
+        headers=["layer", *(column.header for column in columns), *(_STATS[key][0] for key in stats)],
         lines=[
-            [pair.name, *(_cell(column, pair) for column in columns), *(_fact(key, pair, after) for key in facts)]
+            [pair.name, *(_cell(column, pair) for column in columns), *(_stat(key, pair, after) for key in stats)]
             for pair in pairs
         ],
         totals=[
             [
                 "total",
                 *(_change(column.of_model(before), column.of_model(after)) for column in columns),
-                *_blank(facts),
+                *_blank(stats),
             ],
-            ["remaining", *(_remaining(column, before, after) for column in columns), *_blank(facts)],
+            ["remaining", *(_remaining(column, before, after) for column in columns), *_blank(stats)],
         ],
-        constants=[f"{_LABELS[column.header]}: {column.of_model(after)}, unchanged" for column in idle],
+        constants=[f"{_LABELS[column.header]}: {column.of_model(after)}, unchanged" for column in unchanged],
     )
 
 
-def _lines(pairs: list[Pair], layers: Collection[str] | None) -> list[Pair]:
-    """A pair a line; the layers that get none are one pair together."""
+def _lines(pairs: list[LayerPair], layers: Collection[str] | None) -> list[LayerPair]:
+    """Return one pair per line; the layers without a line of their own share one."""
     if layers is None:
-        return [Pair(pair.name or "(model)", pair.before, pair.after) for pair in pairs]
-    shown = [pair for pair in pairs if belongs(pair.name, layers)]
+        return [LayerPair(pair.name or "(model)", pair.before, pair.after) for pair in pairs]
+    shown = [pair for pair in pairs if is_within(pair.name, layers)]
     rest = [pair for pair in pairs if pair not in shown]
     if not rest:
         return shown
-    others = Pair(
+    others = LayerPair(
         f"({len(rest)} other{'s' if len(rest) > 1 else ''})",
         tuple(row for pair in rest for row in pair.before),
         tuple(row for pair in rest for row in pair.after),
@@ -243,28 +246,28 @@ def _lines(pairs: list[Pair], layers: Collection[str] | None) -> list[Pair]:
     return [*shown, others]
 
 
-def _is_idle(column: _Column, pairs: list[Pair], before: Snapshot, after: Snapshot) -> bool:
-    """Whether a column has nothing to show: it is the same in every line."""
+def _is_unchanged(column: _Column, pairs: list[LayerPair], before: Snapshot, after: Snapshot) -> bool:
+    """Check whether an optional column is unchanged in every line."""
     if not column.optional or column.of_model(before) != column.of_model(after):
         return False
     return all(column.of_rows(pair.before) == column.of_rows(pair.after) for pair in pairs)
 
 
-def _cell(column: _Column, pair: Pair) -> str:
+def _cell(column: _Column, pair: LayerPair) -> str:
     if len(pair.before) > 1 and len(pair.after) > 1 and column.header in ("type", "channels"):
-        return ""  # of several layers together
+        return ""  # several layers in one line
     old = column.of_rows(pair.before) if pair.before else "none"
     new = column.of_rows(pair.after) if pair.after else "none"
     return "" if column.header == "type" and old == new else _change(old, new)
 
 
-def _fact(key: str, pair: Pair, now: Snapshot) -> str:
-    """Of the place itself, else the mean over the layers that stand there, by their parameters."""
-    shown = _FACTS[key][1]
-    if key in now.facts.get(pair.name, {}):
-        return shown(now.facts[pair.name][key])
-    known = tuple(row for row in pair.after if key in now.facts.get(row.name, {}))
-    return shown(_mean(known, [now.facts[row.name][key] for row in known])) if known else ""
+def _stat(key: str, pair: LayerPair, now: Snapshot) -> str:
+    """Format a number of the layer itself, else the mean over the layers that replaced it, by their parameters."""
+    shown = _STATS[key][1]
+    if key in now.stats.get(pair.name, {}):
+        return shown(now.stats[pair.name][key])
+    known = tuple(row for row in pair.after if key in now.stats.get(row.name, {}))
+    return shown(_mean(known, [now.stats[row.name][key] for row in known])) if known else ""
 
 
 def _blank(columns: Sequence[str]) -> list[str]:
@@ -279,10 +282,10 @@ def _remaining(column: _Column, before: Snapshot, after: Snapshot) -> str:
     if column.amount is None:
         return ""
     had, has = column.amount(before), column.amount(after)
-    return _share(has / had) if had and has is not None else ""
+    return _percent(has / had) if had and has is not None else ""
 
 
 def _styled(cell: str) -> Text:
-    """What has changed stands out, what has not steps back."""
+    """Highlight a value that has changed, and dim what it was."""
     old, arrow, new = cell.partition(" → ")
     return Text.assemble((old, "dim"), (arrow, "dim"), (new, "green")) if arrow else Text(cell)

@@ -1,4 +1,4 @@
-"""Loading a compressed network without a Trainer."""
+"""Load a compressed network without a Trainer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _PATCHING = threading.RLock()
 
 
 def load_from_checkpoint(cls: type[Module], path: str | Path, **kwargs: Any) -> Module:
-    """Rebuild a compressed network: ``cls.load_from_checkpoint``, which alone knows only the first structure.
+    """Load a compressed network: ``cls.load_from_checkpoint``, which alone builds the uncompressed structure.
 
     Hyper-parameters, ``map_location``, ``strict`` and the rest are Lightning's own; the class is left as it was.
 
@@ -46,7 +46,7 @@ def load_from_checkpoint(cls: type[Module], path: str | Path, **kwargs: Any) -> 
 
 @contextmanager
 def _restructuring(cls: type[Any]) -> Iterator[None]:
-    """Within, instances of ``cls`` take the checkpoint's structure before its weights, as the mixin's do."""
+    """Let instances of ``cls`` take the checkpoint's structure before its weights, inside the block."""
     if issubclass(cls, CompressibleMixin):
         yield
         return
@@ -69,7 +69,7 @@ def _restructuring(cls: type[Any]) -> Iterator[None]:
 
 
 class CompressibleMixin(_Base):
-    """Lets plain ``MyModule.load_from_checkpoint(path)`` rebuild a compressed network.
+    """Let plain ``MyModule.load_from_checkpoint(path)`` rebuild a compressed network.
 
     Not needed for training, nor for `load_from_checkpoint` of this package.
 

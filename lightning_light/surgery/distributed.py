@@ -1,4 +1,4 @@
-"""Several processes change one network: each at the same step, in the same way, or none at all."""
+"""Keep the ranks of a distributed run identical: refusals, broadcasts, reductions, and comparison by digest."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def refuse_sharding(trainer: Trainer, method: str, reason: str, remedy: str) -> 
 
 
 def refuse_unsupported(trainer: Trainer, method: str) -> None:
-    """Refuse, before anything is trained, what cannot follow a change of structure in the middle of a run.
+    """Refuse strategies, launchers and precision plugins that cannot follow a structural change during a run.
 
     Args:
         trainer: the Trainer, in ``setup`` or later.
@@ -52,8 +52,8 @@ def refuse_unsupported(trainer: Trainer, method: str) -> None:
 
     Raises:
         UnsupportedError: the strategy shards or owns the parameters (FSDP, ModelParallel, DeepSpeed), the launcher
-            carries the weights back to a process with the old shapes (spawn, fork, notebook), or the precision plugin
-            replaces layers. Says the way round.
+            loads the weights into a process with the old shapes (spawn, fork, notebook), or the precision plugin
+            replaces layers. The message says what to do instead.
     """
     refuse_sharding(
         trainer,
@@ -76,19 +76,19 @@ def refuse_unsupported(trainer: Trainer, method: str) -> None:
 
 
 def broadcast(trainer: Trainer, decision: T) -> T:
-    """What rank 0 decided, on every rank."""
+    """Return the value of rank 0 on every rank."""
     return trainer.strategy.broadcast(decision, src=0)
 
 
 def reduce_mean(trainer: Trainer, tensor: Tensor) -> Tensor:
-    """The mean of ``tensor`` over all ranks, as a new tensor."""
+    """Return the mean of ``tensor`` over all ranks, as a new tensor."""
     mean = trainer.strategy.reduce(tensor.detach().clone(), reduce_op="mean")
     assert isinstance(mean, Tensor)  # a tensor in, a tensor out
     return mean
 
 
 def reduce_max(trainer: Trainer, tensor: Tensor) -> Tensor:
-    """The largest of each number of ``tensor`` over all ranks, as a new tensor."""
+    """Return the elementwise maximum of ``tensor`` over all ranks, as a new tensor."""
     largest = trainer.strategy.reduce(tensor.detach().clone(), reduce_op="max")
     assert isinstance(largest, Tensor)  # a tensor in, a tensor out
     return largest
@@ -121,7 +121,7 @@ def check_agreement(trainer: Trainer, what: str, value: Any) -> None:
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of plain types and tensors; equal values, equal digests, on every machine."""
+    """Return the SHA-256 of plain types and tensors, equal for equal values on every machine."""
     found = hashlib.sha256()
     for piece in _pieces(value):
         found.update(piece)
@@ -146,9 +146,9 @@ def _pieces(value: Any) -> Iterator[bytes]:
         yield json.dumps(value).encode()
 
 
-def log_rank_zero(trainer: Trainer, sentence: str) -> None:
-    """Log one line on rank 0, through the host's logger, so that it is seen where Lightning's lines are seen."""
+def log_rank_zero(trainer: Trainer, sentence: str, level: int = logging.INFO) -> None:
+    """Log one line on rank 0 through the host's logger, beside Lightning's own."""
     if trainer.is_global_zero:
         modules = [cls.__module__ for cls in type(trainer).__mro__]
         host = next((host for host in loaded_hosts() if any(name.startswith(f"{host}.") for name in modules)), "")
-        logging.getLogger(f"{host}.lightning_light".lstrip(".")).info(sentence)
+        logging.getLogger(f"{host}.lightning_light".lstrip(".")).log(level, sentence)

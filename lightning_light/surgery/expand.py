@@ -1,4 +1,4 @@
-"""A compressed checkpoint, padded with zeros until the original class loads it."""
+"""Expand a compressed checkpoint with zeros, so that the original class loads it."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ _COUPLED = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.Sof
 
 
 def expand_checkpoint(path: str | Path, out: str | Path, model: nn.Module, *, example_input: Any = None) -> None:
-    """Write a checkpoint that the original, uncompressed class loads, and that answers as the compressed network.
+    """Write a checkpoint that the original, uncompressed class loads and that computes what the compressed one does.
 
-    Channels that were removed come back as zeros, at their old places. For people who need the old shapes: the file
-    is as large and as slow as the original. It has weights and hyper-parameters, no optimizer state.
+    Removed channels are zeros, at their original positions. For those who need the original shapes: the file is as
+    large and as slow as the original. It has weights and hyper-parameters, no optimizer state.
 
     Args:
         path: a checkpoint of a network whose channels were pruned.
         out: the file to write.
         model: the network as it was built, of the original class; not changed.
-        example_input: if given, or if the model has an ``example_input_array``, both networks are run on it and have
-            to agree before anything is written.
+        example_input: if given, or if the model has an ``example_input_array``, the outputs of both networks on it are
+            compared before anything is written.
 
     Raises:
         ManifestError: the checkpoint has no manifest, or is of another network.
-        UnsupportedError: zeros would change the answer (channels of a LayerNorm or GroupNorm were removed), or layers
-            were replaced, or the removed channels' places are not known.
+        UnsupportedError: zeros would change the output (channels of a LayerNorm or GroupNorm were removed), or layers
+            were replaced, or the positions of the removed channels are not known.
     """
     checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     if KEY not in checkpoint:
@@ -64,7 +64,7 @@ def expand_checkpoint(path: str | Path, out: str | Path, model: nn.Module, *, ex
 
 
 def _refuse(model: nn.Module, manifest: Manifest) -> Kept:
-    """The positions that are left, if padding with zeros is right."""
+    """Return the positions that are left; refuse where padding with zeros would be wrong."""
     other = sorted({str(entry["op"]) for entry in manifest.edit_log} - {"channels"})
     if other:
         raise UnsupportedError(
@@ -73,8 +73,8 @@ def _refuse(model: nn.Module, manifest: Manifest) -> Kept:
         )
     if manifest.kept is None:
         raise UnsupportedError(
-            "`expand_checkpoint`: expected a edit log that knows where the removed channels were, found one that "
-            "followed a bare state dict. Expand the checkpoint that those weights were taken from."
+            "`expand_checkpoint`: expected an edit log with the positions of the removed channels, found one made "
+            "from a bare state dict. Expand the checkpoint that those weights were taken from."
         )
     cut = {path for entry in manifest.edit_log for path in entry["attributes"]}
     cut |= {name.rpartition(".")[0] for name in manifest.kept}
@@ -96,7 +96,7 @@ def _is_coupled(module: nn.Module, manifest: Manifest) -> bool:
 
 
 def _first_names(model: nn.Module) -> dict[str, str]:
-    """Every name of a tied tensor -> the name it goes by in a cut."""
+    """Return, for every name of a tied tensor, the name that a cut uses."""
     first: dict[int, str] = {}
     named = [
         *model.named_parameters(remove_duplicate=False),
@@ -114,8 +114,8 @@ def _pad(name: str, tensor: Any, shape: tuple[int, ...] | None, kept: Mapping[in
         tensor = tensor.new_full(size, neutral).index_copy(dim, positions.long(), tensor)
     if tuple(tensor.shape) != shape:
         raise ManifestError(
-            f"`expand_checkpoint`: `{name}` is known to come back as {tuple(tensor.shape)}, expected {shape}. The "
-            "checkpoint is damaged, or its tensors are of another step than its manifest."
+            f"`expand_checkpoint`: expected `{name}` to have shape {shape} after expansion, found "
+            f"{tuple(tensor.shape)}. The checkpoint is damaged, or its tensors are of another step than its manifest."
         )
     return tensor
 
@@ -129,12 +129,13 @@ def _compare(
     small.load_state_dict(checkpoint["state_dict"])
     large.load_state_dict(expanded)
     with torch.no_grad():
-        answers = [net.eval()(*example.to(net).args, **example.to(net).kwargs) for net in (small, large)]
-    for wanted, found in zip(*map(tensors_in, answers), strict=True):
+        outputs = [net.eval()(*example.to(net).args, **example.to(net).kwargs) for net in (small, large)]
+    for wanted, found in zip(*map(tensors_in, outputs), strict=True):
         if wanted.shape != found.shape or not torch.allclose(wanted, found, rtol=1e-3, atol=1e-4):
             raise UnsupportedError(
-                f"`expand_checkpoint`: expected the expanded `{type(model).__name__}` to answer as the compressed one, "
-                f"found shapes {tuple(found.shape)} and {tuple(wanted.shape)}, and answers not within rounding. "
+                f"`expand_checkpoint`: expected the expanded `{type(model).__name__}` to compute what the "
+                f"compressed one does, found outputs that differ by more than rounding (shapes {tuple(found.shape)} "
+                f"and {tuple(wanted.shape)}). "
                 "Something in its `forward` couples channels; load the small network with "
                 "`lightning_light.load_from_checkpoint`."
             )

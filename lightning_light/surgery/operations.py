@@ -1,4 +1,4 @@
-"""The operations a edit log is made of: how each is replayed on a structure, by name."""
+"""Register the operations of the edit log, and replay them on a structure."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def register_operation(name: str) -> Callable[[Replay], Replay]:
     """Register how the operation ``name`` is replayed when a checkpoint is loaded.
 
     The decorated function gets a structure (`copy_structure`: parameters on ``meta``, shapes not yet those of the
-    checkpoint) and the edit log's entry, and does to modules and attributes what the operation did. It goes by
-    attributes such as ``in_features``, not by the shapes of tensors, which follow the state dict in the end. It must
-    not change an attribute in place: the structure shares them with the live module.
+    checkpoint) and the edit log's entry, and changes modules and attributes as the operation did. It reads attributes
+    such as ``in_features``, not the shapes of tensors, which are taken from the state dict afterwards. It must not
+    change an attribute in place: the structure shares them with the live module.
 
     Raises:
         ValueError: the name is taken by another function.
@@ -48,7 +48,7 @@ def is_registered(name: str) -> bool:
 
 
 def replay_edits(structure: nn.Module, edit_log: list[dict[str, Any]]) -> nn.Module:
-    """Do to ``structure`` what the edit log says, and return it.
+    """Apply the edit log to ``structure``, and return it.
 
     Raises:
         ManifestError: an operation is unknown, or does not fit the structure.
@@ -61,7 +61,7 @@ def replay_edits(structure: nn.Module, edit_log: list[dict[str, Any]]) -> nn.Mod
                 "Import the module that registers it before loading."
             )
         try:
-            with torch.random.fork_rng(devices=[]):  # a new layer draws its first weights, which nobody will see
+            with torch.random.fork_rng(devices=[]):  # a new layer draws initial weights, which are replaced
                 replay(structure, entry)
         except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
             raise ManifestError(
@@ -77,5 +77,5 @@ def replay_channels(model: nn.Module, entry: Mapping[str, Any]) -> None:
     for path, values in entry["attributes"].items():
         module = model.get_submodule(path)
         for name, value in values.items():
-            old = getattr(module, name)  # an attribute that is not there is a damaged edit_log
+            old = getattr(module, name)  # a missing attribute is a damaged edit log
             setattr(module, name, tuple(value) if isinstance(value, list) and not isinstance(old, list) else value)

@@ -1,4 +1,4 @@
-"""What an optimizer remembers of a parameter follows the parameter: cut with it, or dropped with it."""
+"""Let optimizer state follow its parameters: it is cut with them, or dropped with them."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -16,7 +16,7 @@ Layout = tuple[int | None, ...]
 
 
 def unwrap(optimizer: Any) -> Optimizer:
-    """The torch optimizer inside Lightning's ``LightningOptimizer``, or ``optimizer`` itself."""
+    """Return the torch optimizer inside Lightning's ``LightningOptimizer``, or ``optimizer`` itself."""
     return cast(Optimizer, optimizer.optimizer if is_host(optimizer, "LightningOptimizer") else optimizer)
 
 
@@ -83,10 +83,10 @@ def replace_parameters(
     replacements: Mapping[nn.Parameter, Sequence[nn.Parameter]],
     names: Mapping[nn.Parameter, str] | None = None,
 ) -> int:
-    """Put the new parameters at the old one's place: same group, same position, no state yet.
+    """Replace parameters in optimizers: same group, same position, no state yet.
 
-    The place decides learning rate and weight decay, and the number of groups is what a checkpoint is checked
-    against. The old state is dropped: the new tensors are in other units.
+    The group sets learning rate and weight decay, and checkpoints are checked against the number of groups. The old
+    state is dropped: the new tensors have another scale.
 
     Args:
         optimizers: torch optimizers, or Lightning's wrappers.
@@ -94,7 +94,7 @@ def replace_parameters(
         names: for optimizers made from ``named_parameters()``, the names of the new ones.
 
     Returns:
-        How many places were filled anew.
+        The number of entries that were replaced.
     """
     filled = 0
     for optimizer in map(unwrap, optimizers):
@@ -106,7 +106,7 @@ def replace_parameters(
 
 
 def parameter_order(optimizers: Iterable[Any], model: nn.Module) -> list[list[list[str | None]]]:
-    """Names of the parameters, for each optimizer and group, in order; None for one that is not the model's."""
+    """Return the names of the parameters by optimizer and group, in order; None for one that is not the model's."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return [
         [[names.get(id(parameter)) for parameter in group["params"]] for group in optimizer.param_groups]
@@ -115,7 +115,7 @@ def parameter_order(optimizers: Iterable[Any], model: nn.Module) -> list[list[li
 
 
 def order_parameters(optimizers: Sequence[Any], model: nn.Module, order: list[list[list[str | None]]]) -> int:
-    """Give every group the parameters that ``order`` names, so that state stored by position finds its owner.
+    """Give every group the parameters that ``order`` names, so that state stored by position belongs to them.
 
     Args:
         optimizers: those of this run, whose state is not loaded yet.
@@ -123,7 +123,7 @@ def order_parameters(optimizers: Sequence[Any], model: nn.Module, order: list[li
         order: `parameter_order` of the run that wrote the checkpoint.
 
     Returns:
-        How many places were filled anew. Optimizers or groups that differ in number are left to Lightning's error.
+        The number of entries that were replaced. Where optimizers or groups differ in number, Lightning raises.
 
     Raises:
         SurgeryError: ``order`` names a parameter that the model does not have.
@@ -142,10 +142,10 @@ def order_parameters(optimizers: Sequence[Any], model: nn.Module, order: list[li
 
 
 def adopt(group: dict[str, Any], parameter: nn.Parameter, name: str) -> None:
-    """Let an optimizer train a parameter that is not the model's, from now on.
+    """Add a parameter that is not the model's to an optimizer.
 
-    As the last of a group that there is: a new group would be unknown to learning rate schedulers. Who does this before
-    the optimizer's state is loaded, in the same order, finds that state restored.
+    It becomes the last of an existing group: learning rate schedulers would not know a new one. Added in the same order
+    before the optimizer's state is loaded, it has its state restored.
 
     Args:
         group: of the optimizer.
@@ -158,7 +158,7 @@ def adopt(group: dict[str, Any], parameter: nn.Parameter, name: str) -> None:
 
 
 def disown(optimizer: Any, parameter: nn.Parameter) -> None:
-    """Take a parameter, and its state, out of an optimizer, if it has it."""
+    """Remove a parameter and its state from an optimizer, if it has it."""
     optimizer = unwrap(optimizer)
     for group in optimizer.param_groups:
         for place in [place for place, held in enumerate(group["params"]) if held is parameter]:
@@ -169,7 +169,7 @@ def disown(optimizer: Any, parameter: nn.Parameter) -> None:
 
 
 def orphans(optimizers: Iterable[Any], model: nn.Module) -> int:
-    """How many of the optimizers' parameters are not the model's."""
+    """Count the optimizers' parameters that are not the model's."""
     owned = {id(parameter) for parameter in model.parameters()}
     return sum(id(parameter) not in owned for parameter in _parameters(optimizers))
 
@@ -250,7 +250,7 @@ def _fill_group(group: dict[str, Any], names: list[str | None], parameters: Mapp
     others = iter([parameter for parameter in group["params"] if id(parameter) not in owned])
     wanted = [next(others, None) if name is None else parameters[name] for name in names]
     if any(parameter is None for parameter in wanted):
-        return 0  # fewer parameters that are not the model's than there were: Lightning's own check says so
+        return 0  # fewer parameters that are not the model's than before: Lightning's own check reports it
     filled = sum(old is not new for old, new in zip(group["params"], wanted, strict=False))
     group["params"] = wanted
     if "param_names" in group:

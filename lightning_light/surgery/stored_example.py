@@ -1,4 +1,4 @@
-"""How the network is called, remembered: a run that is resumed where something is due has seen no batch yet."""
+"""Store the example input in the compression state: a resumed run may need it before its first batch."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import nn
 from lightning_light.example_input import Capture, ExampleInput, capture
 from lightning_light.surgery.manifest import plain_copy
 
-__all__ = ["restore_or_capture_example", "remember"]
+__all__ = ["restore_or_capture_example", "store_example"]
 
 _KEY = "example"
 
 
 def restore_or_capture_example(pl_module: nn.Module, state: dict[str, Any]) -> Capture:
-    """As `capture`; without an ``example_input_array`` the call that an earlier part of the run has remembered.
+    """Capture an example input, or restore the one that was stored before the run was interrupted.
 
     Args:
         pl_module: the LightningModule.
-        state: the method's part of the compression_state.
+        state: the method's state.
     """
     found = capture(pl_module)
     if found.example is None and state.get(_KEY):
@@ -28,11 +28,11 @@ def restore_or_capture_example(pl_module: nn.Module, state: dict[str, Any]) -> C
     return found
 
 
-def remember(state: dict[str, Any], found: Capture | None) -> None:
-    """Put the call into ``state`` as soon as it is known; one that no weights-only checkpoint holds is waited for."""
+def store_example(state: dict[str, Any], found: Capture | None) -> None:
+    """Store the example input in ``state``, if it is known and can be part of a weights-only checkpoint."""
     if _KEY in state or found is None or found.example is None:
         return
     try:
         state[_KEY] = plain_copy({"args": found.example.args, "kwargs": found.example.kwargs}, _KEY)
-    except TypeError:  # it holds an object of the user's own
+    except TypeError:  # it contains other objects
         state[_KEY] = {}

@@ -1,8 +1,8 @@
-"""The structure of a network without its weights, and how a live network is brought to another structure.
+"""Copy the structure of a network without its weights, and bring a live network to another structure.
 
-A checkpoint's edit log is never replayed on the live module. It is replayed on a copy that shares everything with it
-but the module tree and the tensors; when that has gone well, the live tree follows the copy: modules whose class is
-the same stay the same objects, and so do their parameters.
+A checkpoint's edit log is never replayed on the live module, but on a copy that shares everything with it except the
+module tree and the tensors. If that succeeds, the live tree follows the copy: modules whose class is the same stay the
+same objects, and so do their parameters.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from lightning_light.host.patches import patches_of
 from lightning_light.surgery.data import set_data
 
 PRIVATE_PREFIX = "_lightning_light"
-"""Names of ours on the user's module, and of children that a method adds for training only: no part of a structure."""
+"""Prefix of attributes and training-only children that this package adds: they are not part of a structure."""
 
 _PLAIN = (int, float, bool, str, type(None), torch.Size)
 
 
 def copy_structure(model: nn.Module) -> nn.Module:
-    """A module tree like ``model``'s, of the same classes, with parameters and persistent buffers on ``meta``.
+    """Return a module tree of the same classes as ``model``'s, with parameters and persistent buffers on ``meta``.
 
-    Attributes are shared, not copied: no user's object has to be copyable, none is held twice. Shared modules and
-    tied parameters stay shared. Buffers that no state dict has keep their values.
+    Other attributes are shared, not copied, so the user's objects need not be copyable. Shared modules and tied
+    parameters stay shared. Non-persistent buffers keep their values.
     """
     return _Copier().module(model, root=True)
 
@@ -57,13 +57,13 @@ class _Copier:
         transient = set(original._non_persistent_buffers_set)
         copy.__dict__.update(shared)
         copy.__dict__["_non_persistent_buffers_set"] = transient
-        copy.__dict__["_parameters"] = {name: self._tensor(p) for name, p in _ours_out(original._parameters)}
+        copy.__dict__["_parameters"] = {name: self._tensor(p) for name, p in _without_ours(original._parameters)}
         copy.__dict__["_buffers"] = {
             name: b.detach() if name in transient and b is not None else self._tensor(b)
-            for name, b in _ours_out(original._buffers)
+            for name, b in _without_ours(original._buffers)
         }
         copy.__dict__["_modules"] = {
-            name: None if child is None else self.module(child) for name, child in _ours_out(original._modules)
+            name: None if child is None else self.module(child) for name, child in _without_ours(original._modules)
         }
 
     def _tensor(self, original: Tensor | None) -> Tensor | None:
@@ -78,18 +78,18 @@ class _Copier:
         return self._tensors[id(original)]
 
 
-def _ours_out(named: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _without_ours(named: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     return ((name, value) for name, value in named.items() if not name.startswith(PRIVATE_PREFIX))
 
 
 @dataclass(frozen=True)
 class Difference:
-    """What tells two structures apart.
+    """The difference between two structures.
 
     Attributes:
         attributes: module name -> attribute -> value in the second structure.
         removed: module name -> attributes that only the first one has.
-        replaced: names of modules that are of another class, or only in the second structure.
+        replaced: names of modules whose class differs, or that only the second one has.
     """
 
     attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -97,13 +97,13 @@ class Difference:
     replaced: list[str] = field(default_factory=list)
 
     def concerns(self, module: str) -> bool:
-        """Whether ``module``, or one that it is part of, is not the same in both."""
+        """Check whether ``module``, or one that contains it, differs."""
         inside = any(not name or module == name or module.startswith(f"{name}.") for name in self.replaced)
         return inside or module in self.attributes or module in self.removed
 
 
 def compare(current: nn.Module, target: nn.Module) -> Difference:
-    """Walk two structures side by side; modules of one class are compared by their plain attributes."""
+    """Compare two structures module by module; modules of the same class by their plain attributes."""
     difference = Difference()
     for name, first, second in _pairs(current, target):
         if type(first) is not type(second):
@@ -122,7 +122,7 @@ def compare(current: nn.Module, target: nn.Module) -> Difference:
 def _pairs(
     current: nn.Module | None, target: nn.Module, name: str = "", seen: set[int] | None = None
 ) -> Iterator[tuple[str, nn.Module | None, nn.Module]]:
-    """Modules at the same path of both trees; below modules of different classes nothing corresponds."""
+    """Yield the modules at the same path of both trees, but none below modules of different classes."""
     seen = set() if seen is None else seen
     if id(target) in seen:
         return
@@ -151,25 +151,25 @@ def _same(first: Any, second: Any) -> bool:
 def apply_structure(live: nn.Module, current: nn.Module, target: nn.Module) -> None:
     """Bring ``live`` from the structure ``current`` to the structure ``target``.
 
-    What both structures agree on is left alone, so what the user or another callback has added to the live module
-    stays. Tensors of another shape are empty afterwards, and new ones are: a state dict is about to be loaded.
+    What is equal in both is left alone, so additions of the user or another callback to the live module are kept.
+    New tensors, and those whose shape changes, are uninitialized afterwards: a state dict is about to be loaded.
 
     Args:
         live: the network to change; nothing is validated here.
-        current: what ``live`` is like, as a structure of its own.
-        target: what it shall be like. It is used up: its modules become part of ``live`` where they are new.
+        current: a copy of its structure.
+        target: the structure to reach. Its new modules become part of ``live``, so it must not be used afterwards.
     """
-    _Conformer(live).run(current, target)
+    _Applier(live).run(current, target)
 
 
-class _Conformer:
+class _Applier:
     def __init__(self, live: nn.Module) -> None:
         self._live = live
         reference = next((p for p in live.parameters() if p.is_floating_point() and not is_lazy(p)), None)
         self._device = torch.device("cpu") if reference is None else reference.device
         floats = {p.dtype for p in live.parameters() if p.is_floating_point()}
         self._dtype = floats.pop() if len(floats) == 1 else None  # a network of one precision stays of that one
-        self._modules: dict[int, nn.Module] = {}  # of the target -> of the live tree
+        self._modules: dict[int, nn.Module] = {}  # target -> live
         self._tensors: dict[int, Tensor] = {}
         self._taken: set[int] = set()
 
@@ -223,7 +223,7 @@ class _Conformer:
         children = {
             key: self._module(child, live.training)
             for key, child in target._modules.items()
-            if key in have or key not in had  # else taken away by the user, and both structures agree on it
+            if key in have or key not in had  # else removed by the user, and in both structures
         }
         _update(have, had, children)
 
@@ -241,7 +241,7 @@ class _Conformer:
         return live
 
     def _new_tensor(self, wanted: Tensor) -> Tensor:
-        """On the live network's device; with values only where no state dict will bring them."""
+        """Create a tensor on the live network's device, with values only if it is not part of a state dict."""
         dtype = self._dtype if self._dtype is not None and wanted.is_floating_point() else wanted.dtype
         if wanted.device.type == "meta":
             data = torch.empty_like(wanted.detach(), dtype=dtype, device=self._device)
@@ -254,7 +254,7 @@ class _Conformer:
         return new
 
     def _module(self, target: nn.Module | None, training: bool) -> nn.Module | None:
-        """The live module that stands for ``target``, or ``target`` itself, given tensors of its own."""
+        """Return the live module that corresponds to ``target``, or ``target`` itself with new tensors."""
         if target is None or id(target) in self._modules or isinstance(target, torch.jit.ScriptModule):
             return None if target is None else self._modules.get(id(target), target)
         self._modules[id(target)] = target
@@ -268,7 +268,7 @@ class _Conformer:
 
 
 def _update(live: dict[str, Any], current: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Make ``live`` hold ``wanted``, in that order, and after it what is in neither structure."""
+    """Make ``live`` equal to ``wanted``, in that order, followed by entries that are in neither structure."""
     extra = {key: value for key, value in live.items() if key not in wanted and key not in current}
     after = {**wanted, **extra}
     if list(live) == list(after) and all(live[key] is value for key, value in after.items()):

@@ -160,6 +160,15 @@ def test_inputs_of_an_attention() -> None:
         )
 
 
+def test_modules_inside_a_transformer_layer_are_seen() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    gathered = collect_evidence(layer, [torch.randn(2, 3, 8)], frozenset({"inputs", "activation"}), batches=1)
+    for name in ("linear1", "linear2", "self_attn:query"):
+        assert gathered.get("inputs", name) is not None
+    assert gathered.get("activation", "norm1").shape == (8,)
+
+
 def test_patches_multiplied_with_the_kernel_are_the_convolution(net: Net) -> None:
     x, conv = batches(1)[0][0], net.conv
     rows = input_rows(conv, x)

@@ -1,4 +1,4 @@
-"""Where torch-pruning follows a network as well, its groups are ours, position by position."""
+"""Compare the groups with torch-pruning's, position by position, where it can trace the network too."""
 
 import copy
 from typing import Any
@@ -65,7 +65,7 @@ def theirs(net: nn.Module, layer: str, channels: list[int], args: Any) -> dict[s
 
 @pytest.mark.filterwarnings("ignore")  # torch-pruning's own
 @pytest.mark.parametrize("name", NETS)
-def test_the_same_positions_leave(name) -> None:
+def test_the_same_positions_are_removed(name) -> None:
     net = ZOO[name]()
     args, kwargs = net.example
     graph = trace_dependencies(net, args, kwargs)

@@ -1,4 +1,4 @@
-"""Code that picks channels by their position: nothing may move to another reader when channels leave."""
+"""Code that selects channels by position: every operation reads the same channels after a cut."""
 
 import copy
 from collections.abc import Callable
@@ -30,17 +30,17 @@ class Picking(nn.Module):
         return self.fc(self.last(self.step(self, self.stem(x))).mean((2, 3)))
 
 
-def halves(net: Picking, x: Tensor) -> Tensor:
+def two_parts(net: Picking, x: Tensor) -> Tensor:
     left, right = x.chunk(2, dim=1)
     return torch.cat([net.left(left), net.right(right)], dim=1)
 
 
-def halves_by_slices(net: Picking, x: Tensor) -> Tensor:
+def two_parts_by_slices(net: Picking, x: Tensor) -> Tensor:
     half = x.shape[1] // 2
     return net.left(x[:, :half]) + net.right(x[:, half:])
 
 
-def halves_kept(net: Picking, x: Tensor) -> Tensor:
+def two_parts_kept(net: Picking, x: Tensor) -> Tensor:
     left, right = x.chunk(2, dim=1)
     return torch.cat([left, right, net.left(right)], dim=1)
 
@@ -57,9 +57,9 @@ def shifted(net: Picking, x: Tensor) -> Tensor:
 
 PICKS: dict[str, tuple[Step, int]] = {
     "buffer": (lambda net, x: x.index_select(1, net.chosen), 5),
-    "chunk": (halves, 12),
-    "chunk kept": (halves_kept, 22),
-    "half": (halves_by_slices, 6),
+    "chunk": (two_parts, 12),
+    "chunk kept": (two_parts_kept, 22),
+    "half": (two_parts_by_slices, 6),
     "mean of a slice": (lambda net, x: x * x[:, 4:8].mean(1, keepdim=True), 16),
     "number": (lambda net, x: net.table(x.mean((2, 3)).max(1).indices)[:, :, None, None], 5),
     "one": (lambda net, x: x * x[:, 3:4], 16),
@@ -110,19 +110,19 @@ def test_the_cut_network_is_the_dense_one_without_the_channels(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", ["chunk", "chunk kept", "half", "gated"])
-def test_halves_lose_the_same_positions(name: str) -> None:
+def test_both_parts_of_a_chunk_lose_the_same_positions(name: str) -> None:
     net, x = build(name)
     stem = next(group for group in free_groups(trace_dependencies(net, (x,))) if group.name.startswith("stem"))
     assert next(m for m in stem.members if m.tensor == "stem.weight").index.tolist() == [[i, i + 8] for i in range(8)]
 
 
-def test_channels_that_nothing_picks_are_free_where_their_neighbours_stay() -> None:
+def test_unselected_channels_are_prunable_where_selected_ones_are_protected() -> None:
     net, x = build("shift")
     sizes = [group.width for group in free_groups(trace_dependencies(net, (x,))) if group.name.startswith("stem")]
     assert sizes == [8]
 
 
-def test_groups_that_differ_in_how_often_they_are_read_have_names_of_their_own() -> None:
+def test_groups_that_are_read_differently_have_unique_names() -> None:
     net, x = build("one")
     names = [group.name for group in trace_dependencies(net, (x,)).groups]
     assert len(names) == len(set(names))
@@ -161,4 +161,4 @@ def test_an_lstm_with_projections_stays_wider_inside() -> None:
     graph = trace_dependencies(Projecting(), (torch.randn(2, 4, 6),))
     reason = next(g.reason for g in graph.groups if any(m.tensor == "lstm.weight_hr_l0" and m.dim for m in g.members))
     assert reason is not None
-    assert "wider than its outputs" in reason
+    assert "wider than its output" in reason

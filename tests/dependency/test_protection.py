@@ -1,4 +1,4 @@
-"""What must stay stays, and the reason is a sentence's end that a user understands."""
+"""Protected channels, and the reasons that are shown to the user."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ def test_the_network_output_is_protected(name) -> None:
     net = ZOO[name]()
     args, kwargs = net.example
     graph = trace_dependencies(net, args, kwargs)
-    assert any(group.reason == "makes the network's output" for group in graph.groups)
+    assert any(group.reason == "produces the model output" for group in graph.groups)
 
 
 class Literal(nn.Module):
@@ -45,10 +45,10 @@ class Literal(nn.Module):
         return self.fc(F.relu(self.free(x)))
 
 
-def test_a_size_that_is_written_in_the_code_protects() -> None:
+def test_a_size_fixed_in_the_code_protects_its_channels() -> None:
     model = Literal()
     found = groups_of(model, torch.randn(2, 5))
-    assert "a size is fixed in the code" in str(found["hidden"].reason)
+    assert "is read by code with a fixed size" in str(found["hidden"].reason)
     assert found["free"].reason is None
     assert found["free"].width == 9
 
@@ -92,7 +92,7 @@ def test_attention_as_wide_as_its_input_shrinks_with_it() -> None:
     assert model.embed.out_features == attention.q.in_features == attention.q.out_features < 12
 
 
-def test_attention_that_is_written_out_in_a_larger_forward_stays() -> None:
+def test_attention_written_out_in_a_larger_forward_is_protected() -> None:
     class Inline(Around):
         def forward(self, x: Tensor) -> Tensor:
             return self.fc(WidthTied.forward(self.attention, F.relu(self.embed(x))).mean(1))
@@ -127,14 +127,14 @@ class Unknown(nn.Module):
     ],
     ids=["sort", "rfft", "cummax", "pinv"],
 )
-def test_what_goes_through_an_unknown_operation_stays(operation) -> None:
+def test_an_operation_without_a_rule_protects_its_input(operation) -> None:
     model = Unknown(operation)
     found = groups_of(model, torch.randn(2, 4))
     assert found["first"].reason
     assert found["second"].reason is None
 
 
-def test_a_fixed_constant_holds_its_partner() -> None:
+def test_a_constant_protects_what_it_is_added_to() -> None:
     model = Unknown(lambda x: x + torch.arange(8.0))
     assert "fixed size" in reason(model, "first", torch.randn(2, 4))
 
@@ -151,20 +151,20 @@ def test_the_input_is_never_pruned() -> None:
     assert "fixed size" in reason(Skip(), "first", torch.randn(2, 4))
 
 
-def test_zero_padding_holds_what_it_is_added_to() -> None:
+def test_zero_padding_protects_what_it_is_added_to() -> None:
     net = ZOO["padded_shortcut"]()
     found = {g.name: g.reason for g in trace_dependencies(net, *net.example).groups}
     assert any(reason == "is added to zero-padded channels" for reason in found.values())
     assert any(reason is None for reason in found.values())
 
 
-def test_layers_that_do_not_run_stay() -> None:
+def test_layers_that_do_not_run_are_protected() -> None:
     net = ZOO["control_flow"]()
     found = {g.name: g.reason for g in trace_dependencies(net, *net.example).groups}
     assert "is not used by the forward pass" in {reason for name, reason in found.items() if name.startswith("narrow")}
 
 
-def test_outputs_in_plain_objects_are_seen() -> None:
+def test_outputs_in_plain_objects_are_protected() -> None:
     class Output:
         def __init__(self, logits: Tensor) -> None:
             self.logits = logits
@@ -178,12 +178,12 @@ def test_outputs_in_plain_objects_are_seen() -> None:
             return Output(self.fc(F.relu(self.first(x))))
 
     found = groups_of(Wrapped(), torch.randn(2, 4))
-    assert found["fc"].reason == "makes the network's output"
+    assert found["fc"].reason == "produces the model output"
     assert found["first"].reason is None
 
 
 @pytest.mark.parametrize("args", [(torch.randn(2, 7),), (), (torch.randn(2, 3, 8, 8), 1), ("text",)])
-def test_an_input_that_does_not_fit_is_one_sentence(args) -> None:
+def test_an_input_that_does_not_fit_is_a_trace_error(args) -> None:
     with pytest.raises(
         TraceError, match=r"(?s)`Plain` does not run on the example input: .* Expected one forward pass"
     ):
@@ -223,7 +223,7 @@ def test_positions_of_every_head_are_channels_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("heads", ["dim", "head"])
-def test_multihead_attention_keeps_its_attributes_in_step(heads) -> None:
+def test_attributes_of_multihead_attention_follow_a_cut(heads) -> None:
     net = ZOO["attention"]()
     args, kwargs = net.example
     graph = trace_dependencies(net, args, kwargs, heads=heads)

@@ -1,4 +1,4 @@
-"""Every net of the zoo, both ways of cutting attention: what hangs together is found, and any channels may leave."""
+"""Every network of the zoo: coupled channels are found, and any of them can be removed."""
 
 import copy
 from typing import Any
@@ -69,7 +69,7 @@ def silence(net: nn.Module, graph: DependencyGraph, masks: dict[str, Tensor]) ->
 
 
 @pytest.mark.parametrize(("name", "heads"), ROWS)
-def test_any_channels_may_leave_every_prunable_group(name, heads) -> None:
+def test_any_channels_of_a_prunable_group_can_be_removed(name, heads) -> None:
     net, args, kwargs = built(name)
     graph = trace_dependencies(net, args, kwargs, heads=heads)
     assert prunable(graph), "every net of the zoo has something to prune"
@@ -104,7 +104,7 @@ def test_a_cut_network_trains_and_is_traced_again(name, heads) -> None:
 
 
 @pytest.mark.parametrize(("name", "heads"), ROWS)
-def test_what_is_known_after_a_cut_is_what_a_new_trace_finds(name, heads) -> None:
+def test_the_graph_after_a_cut_equals_a_new_trace(name, heads) -> None:
     net, args, kwargs = built(name)
     graph = trace_dependencies(net, args, kwargs, heads=heads)
     masks = {
@@ -139,7 +139,7 @@ def test_every_position_is_in_one_group_alone(name) -> None:
 
 
 @pytest.mark.parametrize("name", list(ZOO))
-def test_looking_leaves_no_mark(name) -> None:
+def test_tracing_changes_nothing(name) -> None:
     net, args, kwargs = built(name)
     net.train()
     handle = net.register_forward_hook(lambda *_: None)
@@ -172,7 +172,7 @@ def test_looking_leaves_no_mark(name) -> None:
 
 
 @pytest.mark.parametrize("name", list(ZOO))
-def test_the_same_network_is_always_sorted_in_the_same_way(name) -> None:
+def test_tracing_is_deterministic(name) -> None:
     first, second = (trace_dependencies(net, args, kwargs) for net, args, kwargs in (built(name), built(name)))
     assert table(first) == table(second)
     with torch.no_grad():
@@ -182,7 +182,7 @@ def test_the_same_network_is_always_sorted_in_the_same_way(name) -> None:
         assert list(table(trace_dependencies(net, args, kwargs))) == list(table(first))
 
 
-def test_a_trial_of_everything_at_once_gives_the_shapes() -> None:
+def test_a_trial_cut_of_every_group_gives_the_shapes() -> None:
     net, args, kwargs = built("residual")
     graph = trace_dependencies(net, args, kwargs)
     masks = random_masks(graph, 0)

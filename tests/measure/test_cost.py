@@ -1,4 +1,4 @@
-"""Multiply-accumulates against counts made by hand."""
+"""Compare MACs with counts made by hand."""
 
 import random
 from typing import Any
@@ -100,14 +100,14 @@ def test_transformer_encoder(shapes_only: bool) -> None:
 
 
 @ON_SHAPES_AND_DATA
-def test_products_belong_to_the_module_that_runs_them(shapes_only: bool) -> None:
+def test_macs_count_for_the_module_that_runs_them(shapes_only: bool) -> None:
     cost = count_cost(Functional(), (torch.zeros(2, 4),), shapes_only=shapes_only)
     assert cost.macs_by_module == {"": 2 * 6 * 3, "inner.0": 2 * 4 * 6}
     assert cost.params_by_module == {"": 18, "inner.0": 30}
     assert (cost.macs, cost.params) == (84, 48)
 
 
-def test_a_shared_layer_costs_each_time_and_is_held_once() -> None:
+def test_a_shared_layer_counts_macs_per_call_and_parameters_once() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -153,13 +153,13 @@ class ByValue(nn.Module):
         return self.large(x) if (self.small(x) * 0 + x.sum()).sum() > 0 else self.small(x)
 
 
-def test_where_values_decide_the_model_is_run() -> None:
+def test_the_model_runs_where_control_flow_depends_on_values() -> None:
     model = ByValue()
     assert macs(model, torch.ones(1, 3)) == 6 + 60
     assert macs(model, -torch.ones(1, 3)) == 6 + 6
 
 
-def test_a_model_that_fails_says_why() -> None:
+def test_an_error_of_the_model_is_raised() -> None:
     with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
         count_cost(nn.Linear(3, 2), (torch.zeros(1, 4),))
 

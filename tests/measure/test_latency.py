@@ -20,14 +20,14 @@ def test_a_call_that_sleeps_takes_that_long() -> None:
     assert latency.median >= 0.01
 
 
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("q", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("count", [1, 2, 7, 50])
-def test_quantiles_are_those_of_numpy(share: float, count: int) -> None:
+def test_quantiles_are_those_of_numpy(q: float, count: int) -> None:
     values = sorted(np.random.default_rng(0).random(count).tolist())
-    assert _quantile(values, share) == pytest.approx(np.quantile(values, share))
+    assert _quantile(values, q) == pytest.approx(np.quantile(values, q))
 
 
-def test_threads_are_put_back() -> None:
+def test_threads_are_restored() -> None:
     before = torch.get_num_threads()
     seen = []
     latency = measure_latency(lambda: seen.append(torch.get_num_threads()), warmup=0, runs=1, threads=before + 1)
@@ -37,7 +37,7 @@ def test_threads_are_put_back() -> None:
     assert measure_latency(lambda: None, runs=1).threads == before
 
 
-def test_threads_are_put_back_after_a_failure() -> None:
+def test_threads_are_restored_after_a_failure() -> None:
     before = torch.get_num_threads()
     with pytest.raises(ZeroDivisionError):
         measure_latency(lambda: 1 / 0, threads=before + 1)
@@ -45,6 +45,6 @@ def test_threads_are_put_back_after_a_failure() -> None:
 
 
 @pytest.mark.parametrize("arguments", [{"runs": 0}, {"warmup": -1}, {"threads": 0}])
-def test_what_cannot_be_measured_is_refused(arguments: dict[str, int]) -> None:
+def test_arguments_out_of_range_are_refused(arguments: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=r"`measure_latency\(.*\)`: expected warmup >= 0, runs >= 1"):
         measure_latency(lambda: None, **arguments)

@@ -8,7 +8,7 @@ def rows(model: nn.Module, *args: torch.Tensor):
     return {row.name: row for row in layer_table(model, count_cost(model, args))}
 
 
-def test_one_row_a_layer_in_the_models_order() -> None:
+def test_one_row_per_layer_in_the_models_order() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 9, 2))
     table = rows(model, torch.zeros(1, 3, 5, 5))
     assert [(row.name, row.type, row.channels_in, row.channels_out) for row in table.values()] == [
@@ -28,16 +28,16 @@ def test_rows_add_up_to_the_cost() -> None:
     assert sum(row.macs for row in table) == cost.macs
 
 
-def test_zeros_are_those_of_weights_not_of_biases() -> None:
+def test_sparsity_is_that_of_weights_without_biases() -> None:
     model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5))
     with torch.no_grad():
         model[0].weight[:, :2] = 0.0
     table = rows(model, torch.zeros(1, 4))
-    assert table["0"].zeros == 0.5
-    assert table["1"].zeros == 0.0  # its bias is all zeros, as every fresh norm's
+    assert table["0"].sparsity == 0.5
+    assert table["1"].sparsity == 0.0  # its bias is all zeros, as every fresh norm's
 
 
-def test_zeros_behind_a_parametrization_count() -> None:
+def test_sparsity_of_a_parametrized_weight() -> None:
     class Mask(nn.Module):
         def forward(self, weight: torch.Tensor) -> torch.Tensor:
             return weight * torch.tensor([1.0, 0.0, 0.0, 0.0])
@@ -46,7 +46,7 @@ def test_zeros_behind_a_parametrization_count() -> None:
     nn.utils.parametrize.register_parametrization(model[0], "weight", Mask())
     table = rows(model, torch.zeros(1, 4))
     assert table.keys() == {"0"}
-    assert (table["0"].zeros, table["0"].params, table["0"].macs) == (0.75, 25, 20)
+    assert (table["0"].sparsity, table["0"].params, table["0"].macs) == (0.75, 25, 20)
 
 
 def test_a_model_that_is_one_parametrized_layer() -> None:

@@ -18,7 +18,7 @@ def test_tensor_bytes_count_what_a_checkpoint_keeps() -> None:
     assert tensor_bytes(model) == kept
 
 
-def test_tied_tensors_are_held_once() -> None:
+def test_tied_tensors_count_once() -> None:
     model = nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 10))
     model[1].weight = model[0].weight
     assert tensor_bytes(model) == 4 * 120
@@ -52,7 +52,7 @@ def test_deflated_bytes_of_a_file(tmp_path: Path) -> None:
     assert deflated_bytes(tmp_path) < 3_010_000
 
 
-def test_zeros_pay_only_when_deflated() -> None:
+def test_zeros_reduce_only_the_deflated_size() -> None:
     torch.manual_seed(0)
     model = nn.Linear(200, 200)
     dense = deflated_bytes(model)

@@ -1,4 +1,4 @@
-"""Zeros are counted once, by one set of rules."""
+"""Count zeros, dead filters, and changes of masks."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def test_zeros_are_counted_by_hand() -> None:
         model[0].weight[:2] = 0.0
         model[3].weight[:, : 4 * 64] = 0.0
     found = measure_sparsity(model, count_cost(model, (noise(1, 3, 8, 8),)))
-    rows = [(layer.name, layer.zeros, layer.dead) for layer in found.layers]
+    rows = [(layer.name, layer.sparsity, layer.dead_filters) for layer in found.layers]
     assert rows == [("0", 0.25, 2), ("1", 0.0, 0), ("3", 0.5, 0)]
     assert found.macs == 8 * 27 * 64 + 512 * 10
     assert found.effective_macs == round(0.75 * 8 * 27 * 64 + 0.5 * 512 * 10)
@@ -25,11 +25,11 @@ def test_zeros_are_counted_by_hand() -> None:
     assert measure_sparsity(model).effective_macs is None
 
 
-def test_outputs_are_those_of_the_layer() -> None:
+def test_dead_filters_of_transposed_layers_and_tables() -> None:
     turned, table = nn.ConvTranspose2d(4, 6, 3), nn.Embedding(5, 3, padding_idx=0)  # row 0 is zero by design
     with torch.no_grad():
         turned.weight[:, :2] = 0.0  # stored (in, out, ...)
-    assert [row.dead for row in measure_sparsity(nn.Sequential(turned, table)).layers] == [2, 0]
+    assert [row.dead_filters for row in measure_sparsity(nn.Sequential(turned, table)).layers] == [2, 0]
 
 
 def test_masks_are_compared_entry_by_entry() -> None:

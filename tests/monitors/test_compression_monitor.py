@@ -1,4 +1,4 @@
-"""A real Trainer, watched: what the loggers got is read back from their files."""
+"""Run real Trainers, and read the logged values back from files."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_every_logger_gets_the_same(tmp_path: Path) -> None:
     assert from_csv == curve(loggers[0], "params")
 
 
-def test_two_optimizers_in_manual_optimization_are_on_lightnings_own_axis(board: TensorBoardLogger) -> None:
+def test_two_optimizers_in_manual_optimization_are_logged_at_lightnings_own_steps(board: TensorBoardLogger) -> None:
     class Two(Boring):
         def __init__(self) -> None:
             super().__init__()
@@ -140,7 +140,7 @@ def test_a_histogram_of_equal_weights_has_all_of_them(board: TensorBoardLogger) 
     assert (event.histogram_value.min, event.histogram_value.max) == (0.0, 0.0)
 
 
-def test_what_is_switched_off_is_not_there(board: TensorBoardLogger, capsys: Any) -> None:
+def test_outputs_can_be_switched_off(board: TensorBoardLogger, capsys: Any) -> None:
     off = dict.fromkeys(("per_layer", "histograms", "heat_map", "layout", "hparams", "progress_bar", "table"), False)
     run = trainer(Events(cuts=(2,)), CompressionMonitor(**off), logger=board)
     run.fit(Lit(), Loader())
@@ -167,7 +167,7 @@ def test_the_users_layout_stays_and_ours_is_written_once(board: TensorBoardLogge
     trainer(CompressionMonitor(), logger=board, max_epochs=1).fit(module, Loader())
     layout = read_layout(board.log_dir)
     assert {title: layout[title] for title in theirs} == theirs
-    assert "what remains" in layout["compression"]
+    assert "remaining" in layout["compression"]
     assert served(board) == {"mine", "compression"}
     again = trainer(CompressionMonitor(), logger=board, max_epochs=1)
     again.fit(module, Loader())
@@ -260,7 +260,7 @@ def test_the_table_is_printed_at_the_end(capsys: Any) -> None:
     assert out.count("Compression: before → after") == 1
 
 
-def test_what_was_found_stays_on_the_callback() -> None:
+def test_results_are_attributes_of_the_callback() -> None:
     module, monitor = Lit(), CompressionMonitor(table=False)
     dense = sum(parameter.numel() for parameter in module.parameters())
     trainer(Events(cuts=(2,)), monitor).fit(module, Loader())
@@ -271,7 +271,7 @@ def test_what_was_found_stays_on_the_callback() -> None:
     assert monitor.after.params == sum(parameter.numel() for parameter in module.parameters()) < dense
 
 
-def test_the_table_tells_what_was_exported_wherever_the_exporter_stands(capsys: Any) -> None:
+def test_the_table_lists_exported_files_wherever_the_exporter_is_in_the_list(capsys: Any) -> None:
     class Report:
         def summary(self) -> str:
             return "model.ptl: 12.3 kB"
@@ -327,22 +327,24 @@ def test_a_run_is_the_same_with_and_without_it_bit_for_bit(board: TensorBoardLog
     assert watched.training == alone.training
 
 
-def test_it_leaves_nothing_on_the_module_and_no_look_behind() -> None:
+def test_it_leaves_nothing_on_the_module() -> None:
     module = Lit()
     monitor = CompressionMonitor()
     trainer(monitor, max_epochs=1).fit(module, Loader())
     assert not module._forward_pre_hooks
     assert {name for name in vars(monitor) if name.startswith("_")} <= {
         "_key",
-        "_count",
-        "_chronicle",
+        "_cost_counter",
+        "_recorder",
         "_last_step",
         "_parameters",
-        "_seen",
+        "_last_signature",
         "_hparams_patch",
         "_masks",
     }
-    assert not any(vars(monitor)[name] for name in ("_count", "_chronicle", "_parameters", "_hparams_patch", "_masks"))
+    assert not any(
+        vars(monitor)[name] for name in ("_cost_counter", "_recorder", "_parameters", "_hparams_patch", "_masks")
+    )
     assert repr(pickle.loads(pickle.dumps(monitor))) == repr(monitor)
 
 
@@ -358,7 +360,7 @@ def test_a_run_that_fails_early_leaves_hyper_parameters_and_hooks_as_they_were()
     assert not module._forward_pre_hooks
 
 
-def test_two_monitors_give_the_hyper_parameters_back_too(board: TensorBoardLogger) -> None:
+def test_two_monitors_restore_the_hyper_parameters(board: TensorBoardLogger) -> None:
     module = Lit()
     both = CompressionMonitor(), CompressionMonitor(table=False, layers="net.fc")
     trainer(Events(), *both, logger=board, max_epochs=1).fit(module, Loader())
@@ -366,7 +368,7 @@ def test_two_monitors_give_the_hyper_parameters_back_too(board: TensorBoardLogge
     assert {"compression_monitor", "compression_monitor#2"} <= set(state_of(module).state)
 
 
-def test_a_method_after_it_in_the_list_is_seen_too(board: TensorBoardLogger) -> None:
+def test_a_method_after_it_in_the_list_is_recorded(board: TensorBoardLogger) -> None:
     trainer(CompressionMonitor(every_n_steps=100), Events(cuts=(3,)), logger=board).fit(Lit(), Loader())
     assert [step for step, _ in curve(board, "params")] == [0, 3, 12]
 
@@ -414,7 +416,7 @@ def test_a_second_fit_goes_on_comparing_with_the_first_start(capsys: Any) -> Non
 
 
 @pytest.mark.parametrize("stage", ["validate", "test"])
-def test_it_is_silent_where_nothing_is_fitted(stage: str, board: TensorBoardLogger, capsys: Any) -> None:
+def test_it_logs_nothing_outside_of_fit(stage: str, board: TensorBoardLogger, capsys: Any) -> None:
     getattr(trainer(CompressionMonitor(), logger=board), stage)(Lit(), Loader(), verbose=False)
     assert capsys.readouterr().out == ""
     assert not [tag for tag in read(board).Tags()["scalars"] if tag.startswith("compression")]
@@ -456,7 +458,7 @@ def test_the_learning_rate_finder_inside_fit_leaves_no_trace_in_the_history(boar
 # Unusual modules.
 
 
-def test_lazy_layers_are_looked_at_once_they_have_shapes(board: TensorBoardLogger) -> None:
+def test_lazy_layers_are_recorded_once_they_have_shapes(board: TensorBoardLogger) -> None:
     class Lazy(Boring):
         def __init__(self) -> None:
             super().__init__()
@@ -469,7 +471,7 @@ def test_lazy_layers_are_looked_at_once_they_have_shapes(board: TensorBoardLogge
     assert curve(board, "params")[0] == (0, 1885.0)
 
 
-def test_layers_made_in_configure_model_are_seen(board: TensorBoardLogger) -> None:
+def test_layers_of_configure_model_are_recorded(board: TensorBoardLogger) -> None:
     class Late(Boring):
         def configure_model(self) -> None:
             if not hasattr(self, "late"):
@@ -479,7 +481,7 @@ def test_layers_made_in_configure_model_are_seen(board: TensorBoardLogger) -> No
     assert curve(board, "channels/late")[0] == (0, 2.0)
 
 
-def test_a_module_that_is_never_called_has_no_macs_and_says_so(board: TensorBoardLogger, capsys: Any) -> None:
+def test_a_module_that_is_never_called_has_no_macs(board: TensorBoardLogger, capsys: Any) -> None:
     class Inner(Boring):
         def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
             return F.cross_entropy(self.net(batch[0]), batch[1])
@@ -488,7 +490,7 @@ def test_a_module_that_is_never_called_has_no_macs_and_says_so(board: TensorBoar
     run.fit(Inner(), Boring.data(), Boring.data())
     assert "compression/macs" not in read(board).Tags()["scalars"]
     assert "compression/params_remaining" in run.progress_bar_metrics
-    assert "MACs are not known" in capsys.readouterr().out
+    assert "MACs are unknown" in capsys.readouterr().out
 
 
 def test_an_example_input_that_does_not_fit_ends_the_count_and_not_the_run() -> None:
@@ -500,7 +502,7 @@ def test_an_example_input_that_does_not_fit_ends_the_count_and_not_the_run() -> 
     assert run.global_step == 4
 
 
-def test_macs_are_those_of_one_sample(board: TensorBoardLogger) -> None:
+def test_macs_are_per_sample(board: TensorBoardLogger) -> None:
     module = Boring()
     module.example_input_array = torch.zeros(16, 3, 8, 8)
     trainer(CompressionMonitor(), logger=board, max_epochs=1).fit(module, Boring.data(), Boring.data())
@@ -545,14 +547,14 @@ def test_a_strategy_that_shards_is_refused() -> None:
         run.fit(Lit(), Loader())
 
 
-def test_its_repr_is_the_call_that_makes_it() -> None:
+def test_its_repr_is_its_constructor_call() -> None:
     monitor = CompressionMonitor(every_n_steps=7, layers=["net.*"], table=False)
     assert repr(monitor) == "CompressionMonitor(every_n_steps=7, layers=['net.*'], table=False)"
     assert vars(eval(repr(monitor))) == vars(monitor)
     assert copy.deepcopy(monitor).layers == ["net.*"]
 
 
-def test_what_zeros_are_worth_is_reported(board: TensorBoardLogger, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_effect_of_sparsity_is_reported(board: TensorBoardLogger, capsys: pytest.CaptureFixture[str]) -> None:
     """Masks are read from the compression state; two filters die at step 4, two more weights at step 8."""
 
     class Masks(pl.Callback):
@@ -582,13 +584,13 @@ def test_what_zeros_are_worth_is_reported(board: TensorBoardLogger, capsys: pyte
     assert monitor.after is not None
     assert monitor.before is not None
     assert (monitor.before.dead_filters, monitor.after.dead_filters) == (0, 2)
-    assert monitor.after.zeros == pytest.approx((gone + 2) / total)
+    assert monitor.after.sparsity == pytest.approx((gone + 2) / total)
     dense = count_cost(module, (torch.zeros(1, 3, 8, 8),))
     zeros = (gone + 2) / layer.numel()
     assert monitor.after.effective_macs == round(dense.macs - zeros * dense.macs_by_module["net.conv1"])
     assert curve(board, "effective_macs")[-1][1] == monitor.after.effective_macs
     assert curve(board, "deflated_bytes")[-1][1] == monitor.after.deflated
     printed = capsys.readouterr().out
-    assert "MACs whose weight is not zero" in printed
+    assert "effective MACs (nonzero weights)" in printed
     assert "size after compression (DEFLATE)" in printed
     assert "0 → 2" in printed

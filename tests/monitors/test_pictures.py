@@ -1,11 +1,13 @@
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
-from lightning_light.monitors.heat_map import colors, heat_map, short_names
+from lightning_light.monitors.heat_map import colored, heat_map, short_names
 from lightning_light.monitors.history import History
 from lightning_light.monitors.report_image import report_image
 from lightning_light.monitors.snapshot import take_snapshot
@@ -19,6 +21,11 @@ def grown(moments: int) -> History:
         now = take_snapshot(net(first=max(1, 16 - moment)))
         history = history.extended(10 * moment, before, now)
     return history
+
+
+def pixels(fractions: Tensor) -> Tensor:
+    """Return the colors of ``fractions``, with a dimension of red, green and blue at the end."""
+    return torch.from_numpy(np.array(colored(fractions, len(fractions)))).float()
 
 
 def test_a_history_has_a_column_for_every_change() -> None:
@@ -42,7 +49,7 @@ def test_a_long_history_stays_short_and_keeps_its_ends() -> None:
     before = take_snapshot(net())
     history = History.of(before, ["0"])
     for step in range(1000):
-        row = dataclasses.replace(before.rows[0], zeros=step / 1000)
+        row = dataclasses.replace(before.rows[0], sparsity=step / 1000)
         history = history.extended(step, before, dataclasses.replace(before, rows=(row, *before.rows[1:])))
     assert 128 <= len(history.steps) <= 256
     assert (history.steps[0], history.steps[-1], history.end) == (0, 999, 999)
@@ -59,11 +66,11 @@ def test_a_heat_map_is_an_image_that_pillow_reads_back(quantity: str, moments: i
         assert read.size == (image.shape[1], image.shape[0])
 
 
-def test_a_layer_fades_as_its_channels_leave() -> None:
+def test_a_layer_fades_as_its_channels_are_removed() -> None:
     image = heat_map(grown(moments=13)).float()
     row = image[48 + 5]  # the first layer's, below the title
     field = row[(row != 255).any(dim=1)]
-    dark, pale = colors(torch.tensor([1.0, 4 / 16])).float()
+    dark, pale = pixels(torch.tensor([[1.0, 4 / 16]]))[0]
     assert (row == dark).all(dim=1).any()
     assert (row == pale).all(dim=1).any()
     assert field.sum() > 0
@@ -79,12 +86,12 @@ def test_hundreds_of_layers_still_fit_on_a_page() -> None:
 
 
 def test_an_empty_history_is_no_picture() -> None:
-    with pytest.raises(ValueError, match=r"0 layers at 0 moments: expected at least one"):
+    with pytest.raises(ValueError, match=r"0 layers at 0 steps: expected at least one"):
         heat_map(History())
 
 
-def test_colors_go_from_pale_to_dark_without_a_step_back() -> None:
-    brightness = colors(torch.linspace(0, 1, 101)).float() @ torch.tensor([0.299, 0.587, 0.114])
+def test_brightness_falls_with_the_fraction() -> None:
+    brightness = pixels(torch.linspace(0, 1, 101).unsqueeze(0))[0] @ torch.tensor([0.299, 0.587, 0.114])
     assert (brightness.diff() < 0).all()
 
 
@@ -108,5 +115,5 @@ def test_a_report_is_one_picture_of_costs_metrics_and_layers(tmp_path: Path) -> 
     report_image(grown(moments=12), tmp_path / "report.png", metrics=accuracy, title="Pruned", dpi=60)
     with Image.open(tmp_path / "report.png") as read:
         assert read.width == 480
-    with pytest.raises(ValueError, match=r"`report_image` of 0 layers at 0 moments"):
+    with pytest.raises(ValueError, match=r"`report_image` of 0 layers at 0 steps"):
         report_image(History(), tmp_path / "none.png")

@@ -34,8 +34,8 @@ def text(before: Snapshot, after: Snapshot, width: int = 120, **options: object)
     return console.export_text()
 
 
-def row(name: str, *, kind: str = "Linear", out: int | None = 4, params: int = 8, zeros: float = 0.0) -> LayerRow:
-    return LayerRow(name, kind, 2, out, params, 8, zeros, 32.0)
+def row(name: str, *, kind: str = "Linear", out: int | None = 4, params: int = 8, sparsity: float = 0.0) -> LayerRow:
+    return LayerRow(name, kind, 2, out, params, 8, sparsity, 32.0)
 
 
 @pytest.mark.parametrize("make", ZOO.values(), ids=ZOO)
@@ -54,22 +54,22 @@ def test_a_snapshot_adds_up_and_changes_nothing(make: Callable[[], Net]) -> None
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
-def test_without_a_forward_pass_all_but_the_macs_is_known() -> None:
+def test_only_the_macs_need_a_forward_pass() -> None:
     model = net()
     blind, full = take_snapshot(model), snapshot(model)
     assert blind.macs is None
-    assert (blind.params, blind.bytes, blind.zeros) == (full.params, full.bytes, full.zeros)
+    assert (blind.params, blind.bytes, blind.sparsity) == (full.params, full.bytes, full.sparsity)
     assert "MACs" not in text(blind, blind)
 
 
-def test_zeros_are_those_the_layer_computes_with() -> None:
+def test_sparsity_is_that_of_parametrized_weights() -> None:
     model = nn.Sequential(nn.Linear(10, 10))
     parametrizations.spectral_norm(model[0])
     with torch.no_grad():
         model[0].parametrizations.weight.original[:5] = 0.0
     vectors = model[0].parametrizations.weight[0]._u.clone()
     found = take_snapshot(model.train())
-    assert found.zeros == pytest.approx(0.5)
+    assert found.sparsity == pytest.approx(0.5)
     assert [(line.name, line.type, line.params) for line in found.rows] == [("0", "Linear", 110)]
     assert torch.equal(model[0].parametrizations.weight[0]._u, vectors)  # reading a weight in training would move it on
 
@@ -79,7 +79,7 @@ def test_weights_shared_by_two_layers_count_once() -> None:
     model[1].weight = model[0].weight
     with torch.no_grad():
         model[0].weight.zero_()
-    assert take_snapshot(model).zeros == pytest.approx(0.5)
+    assert take_snapshot(model).sparsity == pytest.approx(0.5)
 
 
 def test_structure_changes_with_shapes_classes_and_formats_only() -> None:
@@ -94,7 +94,7 @@ def test_structure_changes_with_shapes_classes_and_formats_only() -> None:
     assert structure(model) != first
 
 
-def test_layers_that_multiply_are_those_with_matrices() -> None:
+def test_matrix_layers_have_a_weight_of_two_dimensions() -> None:
     assert matrix_layers(net()) == ["0", "2", "4"]
     assert matrix_layers(ZOO["weight_norm"]()) == matrix_layers(ZOO["plain"]())
 
@@ -115,10 +115,10 @@ def test_rows_are_paired_by_name(before: list[str], after: list[str], pairs: lis
     assert [(pair.name, len(pair.before), len(pair.after)) for pair in found] == pairs
 
 
-def test_what_remains_counts_channels_that_come_out_and_weights_that_are_not_zero() -> None:
+def test_remaining_counts_output_channels_and_nonzero_weights() -> None:
     (pair,) = match_layers([row("a", out=8, params=100)], [row("a.0", out=2, params=20), row("a.1", out=6, params=40)])
     assert remaining(pair) == (6 / 8, 60 / 100)
-    (pair,) = match_layers([row("a", params=100)], [row("a", params=100, zeros=0.9)])
+    (pair,) = match_layers([row("a", params=100)], [row("a", params=100, sparsity=0.9)])
     assert remaining(pair) == (1.0, pytest.approx(0.1))
     (pair,) = match_layers([row("a")], [])
     assert remaining(pair) == (0.0, 0.0)
@@ -126,7 +126,7 @@ def test_what_remains_counts_channels_that_come_out_and_weights_that_are_not_zer
     assert remaining(pair) == (1.0, 1.0)
 
 
-def test_the_table_tells_before_and_after_of_every_layer() -> None:
+def test_the_table_lists_every_layer_before_and_after() -> None:
     before, after = snapshot(net()), snapshot(net(first=6, second=9))
     shown = text(before, after)
     assert "16 → 6" in shown
@@ -134,11 +134,11 @@ def test_the_table_tells_before_and_after_of_every_layer() -> None:
     assert f"{human_count(before.macs or 0)} → {human_count(after.macs or 0)}" in shown
     assert f"{human_bytes(before.bytes)} → {human_bytes(after.bytes)}" in shown
     assert f"{after.params / before.params:.1%}" in shown
-    assert "share of zeros: 0%, unchanged" in shown
-    assert "bits of a stored weight: 32, unchanged" in shown
+    assert "sparsity: 0%, unchanged" in shown
+    assert "bits per weight: 32, unchanged" in shown
 
 
-def test_columns_of_zeros_bits_and_types_appear_when_they_have_something_to_tell() -> None:
+def test_columns_of_sparsity_bits_and_types_appear_when_they_change() -> None:
     before = snapshot(model := net())
     prune.l1_unstructured(model[2], "weight", 0.9)
     prune.remove(model[2], "weight")

@@ -47,7 +47,7 @@ class RankedLit(Lit):
 
 
 class Cuts(CompressionCallback):
-    """Halves a layer twice, by what rank 0 sees; or, when it shall disagree, by what each rank sees."""
+    """Cut half of a layer twice, by what rank 0 sees; or, when it shall disagree, by what each rank sees."""
 
     method, stage = "cuts", Stage.STRUCTURED
 

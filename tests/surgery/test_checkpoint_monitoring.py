@@ -1,4 +1,4 @@
-"""After a change of structure the race for the best checkpoint starts anew."""
+"""After a structural change the best checkpoint is selected again."""
 
 import math
 from typing import Any

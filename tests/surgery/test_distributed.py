@@ -58,7 +58,7 @@ def refusal(**options: Any) -> str:
 
 
 @pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork", "ddp_notebook"])
-def test_launchers_that_carry_weights_back_are_refused(strategy) -> None:
+def test_launchers_that_return_weights_are_refused(strategy) -> None:
     sentence = refusal(accelerator="cpu", devices=2, strategy=strategy)
     assert "`StructuredPruning` with processes started by '" in sentence
     assert "Use `strategy='ddp'` in a script; in a notebook, one device." in sentence
@@ -87,7 +87,7 @@ def processes(monkeypatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("processes")
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
-def test_the_refusal_comes_in_setup() -> None:
+def test_the_refusal_is_raised_in_setup() -> None:
     module = Lit()
     with pytest.raises(UnsupportedError, match="`Events` with `ModelParallelStrategy`"):
         trainer(Events(), strategy=ModelParallelStrategy(1, 1)).fit(module, Loader())
@@ -115,7 +115,7 @@ def test_one_process_agrees_with_itself(host, caplog) -> None:
     assert [(r.name, r.message) for r in caplog.records][-1:] == [(f"{host.__name__}.lightning_light", "a line")]
 
 
-def test_digests_tell_values_apart_and_nothing_else() -> None:
+def test_digests_differ_where_values_differ() -> None:
     values = [
         None,
         1,

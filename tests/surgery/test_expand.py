@@ -1,4 +1,4 @@
-"""A compressed checkpoint comes back as the original class, with the same answers, or is refused."""
+"""A compressed checkpoint is loaded by the original class, with the same outputs, or is refused."""
 
 from typing import Any
 
@@ -154,7 +154,7 @@ def test_what_the_edit_log_cannot_see_is_found_by_running_both(tmp_path) -> None
     half = stay(0, 1, 4, 5)
     kept = {"net.conv.weight": {0: half}, "net.conv.bias": {0: half}, "net.last.weight": {1: half}}
     write(Holds(Soft()), tmp_path / "small.ckpt", kept)
-    with pytest.raises(UnsupportedError, match="answers not within rounding"):
+    with pytest.raises(UnsupportedError, match="differ by more than rounding"):
         expand_checkpoint(tmp_path / "small.ckpt", tmp_path / "large.ckpt", Holds(Soft()), example_input=X)
     assert not (tmp_path / "large.ckpt").exists()
 
@@ -174,7 +174,7 @@ def test_other_operations_unknown_places_and_other_networks_are_refused(tmp_path
     attach(bare)
     bare.load_state_dict(source.state_dict())
     write(bare, tmp_path / "bare.ckpt")
-    with pytest.raises(UnsupportedError, match="followed a bare state dict"):
+    with pytest.raises(UnsupportedError, match="made from a bare state dict"):
         expand_checkpoint(tmp_path / "bare.ckpt", tmp_path / "x", Lit())
 
     torch.save({"state_dict": {}}, tmp_path / "plain.ckpt")
@@ -183,7 +183,7 @@ def test_other_operations_unknown_places_and_other_networks_are_refused(tmp_path
     checkpoint = torch.load(tmp_path / "bare.ckpt", weights_only=True)
     checkpoint[KEY]["kept"] = {}
     torch.save(checkpoint, tmp_path / "damaged.ckpt")
-    with pytest.raises(ManifestError, match="is known to come back as"):
+    with pytest.raises(ManifestError, match="after expansion, found"):
         expand_checkpoint(tmp_path / "damaged.ckpt", tmp_path / "x", Lit())
 
 

@@ -61,7 +61,7 @@ def test_every_net_of_the_zoo_has_a_structure_equal_to_itself(name) -> None:
     assert same(dict(before), dict(net.state_dict()))
 
 
-def test_ties_and_hidden_buffers_come_back() -> None:
+def test_ties_and_non_persistent_buffers_are_restored() -> None:
     model = Odd()
     pristine = copy_structure(model)
     changed = copy_structure(pristine)
@@ -82,7 +82,7 @@ def test_ties_and_hidden_buffers_come_back() -> None:
     assert model.load_state_dict(Odd().state_dict())
 
 
-def test_what_the_user_added_stays() -> None:
+def test_additions_of_the_user_are_kept() -> None:
     model = Odd()
     pristine = copy_structure(model)
     model.register_buffer("mine", torch.ones(1))
@@ -97,7 +97,7 @@ def test_what_the_user_added_stays() -> None:
     assert "weight" not in model.first._parameters
 
 
-def test_children_of_ours_are_no_part_of_the_structure() -> None:
+def test_private_children_are_not_part_of_the_structure() -> None:
     module = Lit()
     module.add_module(f"{PRIVATE_PREFIX}_projector", nn.Linear(2, 2))
     compression_state = attach(module)
@@ -123,7 +123,7 @@ def test_new_tensors_are_of_the_networks_type(dtype) -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
 
 
-def test_hidden_buffers_that_were_cut_travel_in_the_manifest() -> None:
+def test_non_persistent_buffers_that_were_cut_are_in_the_manifest() -> None:
     class Scaled(Lit):
         def __init__(self) -> None:
             super().__init__()
@@ -142,7 +142,7 @@ def test_hidden_buffers_that_were_cut_travel_in_the_manifest() -> None:
     assert fresh.scale.tolist() == [0, 1, 2, 3, 4]
 
 
-def test_lazy_layers_wait() -> None:
+def test_lazy_layers_are_copied_as_they_are() -> None:
     class Lazy(Lit):
         def __init__(self) -> None:
             super().__init__()
@@ -156,7 +156,7 @@ def test_lazy_layers_wait() -> None:
     release(module)
 
 
-def test_asking_for_a_compression_state_changes_nothing() -> None:
+def test_reading_a_compression_state_changes_nothing() -> None:
     module = Lit()
     before = dict(vars(module))
     assert state_of(module).edit_log == []
@@ -247,7 +247,7 @@ def test_the_memory_layout_survives_cuts_and_loads() -> None:
     assert moment.stride() == module.net.conv2.weight.stride()
 
 
-def test_reading_the_state_after_a_run_attaches_nothing_anew() -> None:
+def test_reading_the_state_after_a_run_attaches_nothing() -> None:
     module = Lit()
     attach(module)
     release(module)

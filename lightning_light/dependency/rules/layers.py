@@ -1,4 +1,4 @@
-"""Normalizations, pooling, reductions and constants."""
+"""Rules for normalization, pooling, reductions, and constants."""
 
 from __future__ import annotations
 
@@ -23,35 +23,37 @@ __all__: list[str] = []
     "_batch_norm_no_update",
     "_batch_norm_with_update",
 )
-def _batch_normed(t: TraceContext, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
-    _normed(t, args[0], 1, args[1:5], "num_features", out)
+def _batch_norm(context: TraceContext, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+    _norm(context, args[0], 1, args[1:5], "num_features", out)
 
 
 @rule("native_layer_norm", "_fused_rms_norm")
-def _layer_normed(t: TraceContext, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+def _layer_norm(context: TraceContext, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
     if len(args[1]) > 1:
-        return unknown(t, name, args, kwargs, out)
-    return _normed(t, args[0], args[0].dim() - 1, args[2:4], "normalized_shape", out)
+        return unknown(context, name, args, kwargs, out)
+    return _norm(context, args[0], args[0].dim() - 1, args[2:4], "normalized_shape", out)
 
 
 @rule("native_group_norm")
-def _group_normed(t: TraceContext, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
-    """Groups stay, and the same positions leave each."""
-    channels = t.along(args[0], 1)
+def _group_norm(context: TraceContext, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+    """Couple the same position of every group; the number of groups is kept."""
+    channels = context.along(args[0], 1)
     if channels is not None:
         parts = channels.view(args[6], -1)
-        t.book.merge(parts, parts[:1])
-    _normed(t, args[0], 1, args[1:3], "num_channels", out)
+        context.union.merge(parts, parts[:1])
+    _norm(context, args[0], 1, args[1:3], "num_channels", out)
 
 
-def _normed(t: TraceContext, source: Tensor, dim: int, vectors: Sequence[Any], attribute: str, out: Any) -> None:
-    """Scale, shift and statistics are the source's channels."""
-    channels = t.along(source, dim)
+def _norm(context: TraceContext, source: Tensor, dim: int, vectors: Sequence[Any], attribute: str, out: Any) -> None:
+    """Couple scale, shift and statistics with the channels of the input."""
+    channels = context.along(source, dim)
     for vector in vectors:
         if isinstance(vector, Tensor) and vector.numel() > 1:
-            t.couple(channels, t.along(vector, 0), "normalizes a tensor of fixed size (for instance the input)")
-    t.tie(attribute, channels)
-    t.give(outputs_of(out)[0], t.marks(source))
+            context.couple(
+                channels, context.along(vector, 0), "normalizes a tensor of fixed size (for instance the model input)"
+            )
+    context.note_attribute(attribute, channels)
+    context.set_labels(outputs_of(out)[0], context.labels_of(source))
 
 
 @rule(
@@ -78,14 +80,14 @@ def _normed(t: TraceContext, source: Tensor, dim: int, vectors: Sequence[Any], a
     "_upsample_bilinear2d_aa",
     "_upsample_nearest_exact2d",
 )
-def _over_space(t: TraceContext, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
-    """Space changes, channels pass."""
-    channels = [mark for mark in t.marks(args[0]) if varying(mark) == (1,)]
-    for mark in t.marks(args[0]):
-        if varying(mark) != (1,):
-            t.book.protect(mark, f"`{name}` mixes it over space")
+def _spatial(context: TraceContext, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+    """Pass channels through; spatial dimensions change."""
+    channels = [label for label in context.labels_of(args[0]) if varying(label) == (1,)]
+    for label in context.labels_of(args[0]):
+        if varying(label) != (1,):
+            context.union.protect(label, f"is mixed over spatial positions by `{name}`")
     for tensor in outputs_of(out):
-        t.give(tensor, channels)
+        context.set_labels(tensor, channels)
 
 
 @rule(
@@ -105,20 +107,20 @@ def _over_space(t: TraceContext, name: str, args: Sequence[Any], kwargs: dict[st
     "min",
     "nansum",
 )
-def _reduced(t: TraceContext, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
-    """A reduced dimension is consumed, the others pass."""
+def _reduction(context: TraceContext, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+    """Drop the labels of a reduced dimension, and pass the others through."""
     if len(args) > 1 and isinstance(args[1], Tensor):
-        return elementwise(t, name, args, kwargs, out)
+        return elementwise(context, name, args, kwargs, out)
     source = args[0]
     dims = _reduced_dims(name, args, kwargs, source.dim())
     for tensor in outputs_of(out):
         kept = []
-        for mark in t.marks(source):
-            if not set(varying(mark)) & set(dims):
-                kept.append(mark if tensor.dim() == source.dim() else mark.squeeze(tuple(dims)))
+        for label in context.labels_of(source):
+            if not set(varying(label)) & set(dims):
+                kept.append(label if tensor.dim() == source.dim() else label.squeeze(tuple(dims)))
             elif not tensor.is_floating_point():
-                t.give_indices(tensor, [mark])
-        t.give(tensor, kept)
+                context.set_indices(tensor, [label])
+        context.set_labels(tensor, kept)
     return None
 
 
@@ -131,9 +133,9 @@ def _reduced_dims(name: str, args: Sequence[Any], kwargs: dict[str, Any], rank: 
 
 
 @rule("_weight_norm_interface")
-def _weight_normed(t: TraceContext, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
-    """``g * v / |v|``: direction and length have the same channels."""
-    elementwise(t, name, args[:2], {}, out[0])
+def _weight_norm(context: TraceContext, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+    """Couple direction and length of ``g * v / |v|``."""
+    elementwise(context, name, args[:2], {}, out[0])
 
 
 @rule(
@@ -153,7 +155,7 @@ def _weight_normed(t: TraceContext, name: str, args: Sequence[Any], kwargs: dict
     "linspace",
     "eye",
 )
-def _constant(t: TraceContext, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
-    """A constant has no channels; but the first state of a recurrent layer follows its ``hidden_size``."""
-    if t.in_recurrent_layer() and isinstance(out, Tensor) and out.dim() and out.shape[-1] > 1:
-        t.give(out, [t.book.fresh(out.shape[-1]).reshape((1,) * (out.dim() - 1) + (-1,))])
+def _constant(context: TraceContext, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+    """Give a constant no labels, except for the first state of a recurrent layer, which follows ``hidden_size``."""
+    if context.in_recurrent_layer() and isinstance(out, Tensor) and out.dim() and out.shape[-1] > 1:
+        context.set_labels(out, [context.union.new(out.shape[-1]).reshape((1,) * (out.dim() - 1) + (-1,))])

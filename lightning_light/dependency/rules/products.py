@@ -1,4 +1,4 @@
-"""Matrix products and convolutions: where channels are read, and where they are made."""
+"""Rules for matrix products, convolutions and embeddings, which read channels and produce new ones."""
 
 from __future__ import annotations
 
@@ -9,116 +9,125 @@ from torch import Tensor
 
 from lightning_light.dependency.context import TraceContext
 from lightning_light.dependency.labels import varying
-from lightning_light.dependency.rules.table import FIXED_OPERAND, Marks, elementwise, rule
+from lightning_light.dependency.rules.table import FIXED_OPERAND, Labels, elementwise, rule
 
 __all__: list[str] = []
 
-_INPUT = "reads a tensor of fixed size (for instance the network's input)"
+_INPUT = "reads a tensor of fixed size (for instance the model input)"
 
 
 @rule("mm", "bmm", "addmm", "baddbmm")
-def _product(t: TraceContext, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
-    """The contracted dimension is one set of channels; rows, columns and batches pass through."""
+def _matrix_product(context: TraceContext, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+    """Couple both operands along the contracted dimension; rows, columns and batches pass through."""
     left, right = args[-2:] if name in {"mm", "bmm"} else args[1:3]
-    read_left, made_left = _by_contraction(t, t.marks(left), -1)
-    read_right, made_right = _by_contraction(t, [mark.transpose(-1, -2) for mark in t.marks(right)], -1)
-    _contract(t, read_left, read_right)
-    made = made_left + [mark.transpose(-1, -2) for mark in made_right]
-    batches = _batches(t, (read_left + made_left, left), (read_right + made_right, right))
-    t.give(out, [mark for mark in made if varying(mark)[-1:] and varying(mark)[-1] >= mark.dim() - 2] + batches)
+    read_left, produced_left = _by_contraction(context, context.labels_of(left), -1)
+    read_right, produced_right = _by_contraction(
+        context, [label.transpose(-1, -2) for label in context.labels_of(right)], -1
+    )
+    _contract(context, read_left, read_right)
+    produced = produced_left + [label.transpose(-1, -2) for label in produced_right]
+    batches = _batches(context, (read_left + produced_left, left), (read_right + produced_right, right))
+    context.set_labels(
+        out, [label for label in produced if varying(label)[-1:] and varying(label)[-1] >= label.dim() - 2] + batches
+    )
     if name in {"addmm", "baddbmm"}:
-        elementwise(t, name, [args[0], out], {}, out)
+        elementwise(context, name, [args[0], out], {}, out)
 
 
-def _by_contraction(t: TraceContext, marks: Marks, dim: int) -> tuple[Marks, Marks]:
-    """Split ``marks`` into those that vary along the contracted dimension (the last), and the others."""
-    read: Marks = []
-    made: Marks = []
-    for mark in marks:
-        if mark.shape[-1] > 1 and mark.shape[-2] > 1:
-            t.book.protect(mark, "varies along both dimensions of a matrix product")
-        (read if mark.shape[-1] > 1 else made).append(mark)
-    return read, made
+def _by_contraction(context: TraceContext, labels: Labels, dim: int) -> tuple[Labels, Labels]:
+    """Split ``labels`` into those that vary along the contracted dimension (the last), and the others."""
+    read: Labels = []
+    produced: Labels = []
+    for label in labels:
+        if label.shape[-1] > 1 and label.shape[-2] > 1:
+            context.union.protect(label, "varies along both dimensions of a matrix product")
+        (read if label.shape[-1] > 1 else produced).append(label)
+    return read, produced
 
 
-def _contract(t: TraceContext, lefts: Marks, rights: Marks) -> None:
-    for marks, others in ((lefts, rights), (rights, lefts)):
-        for mark in marks if not others else []:
-            t.book.protect(mark, _INPUT)
+def _contract(context: TraceContext, lefts: Labels, rights: Labels) -> None:
+    for labels, others in ((lefts, rights), (rights, lefts)):
+        for label in labels if not others else []:
+            context.union.protect(label, _INPUT)
     for left in lefts:
         for right in rights:
-            t.book.merge(left, right, _INPUT)
+            context.union.merge(left, right, _INPUT)
 
 
-def _batches(t: TraceContext, left: tuple[Marks, Tensor], right: tuple[Marks, Tensor]) -> Marks:
-    """A batch dimension that carries channels (heads) is the same on both sides."""
-    found: list[Marks] = []
-    for marks, _ in (left, right):
-        found.append([mark for mark in marks if mark.dim() > 2 and mark.shape[0] > 1 and len(varying(mark)) == 1])
+def _batches(context: TraceContext, left: tuple[Labels, Tensor], right: tuple[Labels, Tensor]) -> Labels:
+    """Couple the batch dimensions of both operands where they carry channels, such as heads."""
+    found: list[Labels] = []
+    for labels, _ in (left, right):
+        found.append([label for label in labels if label.dim() > 2 and label.shape[0] > 1 and len(varying(label)) == 1])
     for own, others, other in ((found[0], found[1], right[1]), (found[1], found[0], left[1])):
-        for mark in own:
+        for label in own:
             if not others and other.shape[0] > 1:
-                t.book.protect(mark, FIXED_OPERAND)
+                context.union.protect(label, FIXED_OPERAND)
             for twin in others:
-                t.book.merge(mark, twin)
+                context.union.merge(label, twin)
     return (found[0] + found[1])[:1]
 
 
 @rule("convolution", "_convolution")
-def _convolved(t: TraceContext, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
-    """Rows of the weight make channels, columns read them; grouped and depthwise ones have their own arithmetic."""
+def _convolution(context: TraceContext, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+    """Couple the input with the weight's columns, and the output with its rows; per group where there are groups."""
     source, weight, bias, transposed, groups = args[0], args[1], args[2], args[6], args[8]
     for dim in range(2, weight.dim()):
-        t.along(weight, dim, "is a kernel's size", only=True)
-    channels = t.along(source, 1, "varies over space")
-    reads, makes = t.along(weight, 0 if transposed else 1), t.along(weight, 1 if transposed else 0)
+        context.along(weight, dim, "is a kernel dimension", only=True)
+    channels = context.along(source, 1, "varies over spatial positions")
+    reads, produces = context.along(weight, 0 if transposed else 1), context.along(weight, 1 if transposed else 0)
     if groups == 1:
-        t.couple(channels, reads, _INPUT)
+        context.couple(channels, reads, _INPUT)
     elif weight.shape[0 if transposed else 1] == (groups if transposed else 1):
-        makes = _depthwise(t, channels, reads if transposed else makes, out.shape[1] // groups, transposed)
+        produces = _depthwise(context, channels, reads if transposed else produces, out.shape[1] // groups, transposed)
     else:
-        makes = _grouped(t, channels, reads, makes, groups, transposed)
-    if makes is not None:
+        produces = _grouped(context, channels, reads, produces, groups, transposed)
+    if produces is not None:
         if bias is not None:
-            t.couple(t.along(bias, 0), makes, _INPUT)
-        t.give(out, [makes.reshape((1, -1) + (1,) * (out.dim() - 2))])
+            context.couple(context.along(bias, 0), produces, _INPUT)
+        context.set_labels(out, [produces.reshape((1, -1) + (1,) * (out.dim() - 2))])
 
 
 def _depthwise(
-    t: TraceContext, channels: Tensor | None, rows: Tensor | None, multiplier: int, transposed: bool
+    context: TraceContext, channels: Tensor | None, rows: Tensor | None, multiplier: int, transposed: bool
 ) -> Tensor | None:
-    """A depthwise filter leaves with the channel it reads; its ``multiplier`` outputs leave together."""
+    """Couple a depthwise filter with the channel that it reads, and its ``multiplier`` outputs with each other."""
     if rows is None:
         return None
-    made = rows.repeat_interleave(multiplier) if transposed else rows
-    by_input = made.view(-1, multiplier)
-    t.book.merge(by_input, by_input[:, :1])
-    t.couple(channels, by_input[:, 0], _INPUT)
-    return made
+    produced = rows.repeat_interleave(multiplier) if transposed else rows
+    by_input = produced.view(-1, multiplier)
+    context.union.merge(by_input, by_input[:, :1])
+    context.couple(channels, by_input[:, 0], _INPUT)
+    return produced
 
 
 def _grouped(
-    t: TraceContext, channels: Tensor | None, reads: Tensor | None, makes: Tensor | None, groups: int, transposed: bool
+    context: TraceContext,
+    channels: Tensor | None,
+    reads: Tensor | None,
+    produces: Tensor | None,
+    groups: int,
+    transposed: bool,
 ) -> Tensor | None:
-    """The same positions leave every group."""
+    """Couple the same position of every group."""
     parts = None if channels is None else channels.view(groups, -1)
     if parts is not None:
-        t.book.merge(parts, parts[:1])
+        context.union.merge(parts, parts[:1])
     if reads is not None:
         reads = reads.view(groups if transposed else 1, -1)
-        t.book.merge(reads, reads[:1])
-        t.couple(None if parts is None else parts[0], reads[0], _INPUT)
-    if makes is None:
+        context.union.merge(reads, reads[:1])
+        context.couple(None if parts is None else parts[0], reads[0], _INPUT)
+    if produces is None:
         return None
-    makes = makes.repeat(groups) if transposed else makes
-    t.book.merge(makes.view(groups, -1), makes.view(groups, -1)[:1])
-    return makes
+    produces = produces.repeat(groups) if transposed else produces
+    context.union.merge(produces.view(groups, -1), produces.view(groups, -1)[:1])
+    return produces
 
 
 @rule("embedding")
-def _embedded(t: TraceContext, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
-    """A table's columns are channels, its rows are the vocabulary."""
-    t.along(args[0], 0, "is an entry of an embedding's vocabulary", only=True)
-    columns = t.along(args[0], 1)
+def _embedding(context: TraceContext, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+    """Take the columns of the table as channels; its rows are kept."""
+    context.along(args[0], 0, "is a row of an embedding table", only=True)
+    columns = context.along(args[0], 1)
     if columns is not None:
-        t.give(out, [columns.reshape((1,) * (out.dim() - 1) + (-1,))])
+        context.set_labels(out, [columns.reshape((1,) * (out.dim() - 1) + (-1,))])

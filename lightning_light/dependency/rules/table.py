@@ -1,4 +1,4 @@
-"""The table that rules register in, and the two rules that need no table: elementwise and unknown."""
+"""The table of rules by operation, and the two rules for operations that are not in it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 from lightning_light.dependency.context import TraceContext
 from lightning_light.dependency.labels import varying
 
-__all__ = ["RULES", "Marks", "Rule", "elementwise", "outputs_of", "rule", "unknown"]
+__all__ = ["RULES", "Labels", "Rule", "elementwise", "outputs_of", "rule", "unknown"]
 
-Marks: TypeAlias = list[Tensor]
+Labels: TypeAlias = list[Tensor]
 Rule: TypeAlias = "Callable[[TraceContext, str, Sequence[Any], dict[str, Any], Any], None]"
 RULES: dict[str, Rule] = {}
 
-FIXED_OPERAND = "meets a tensor of fixed size (an input, or a constant made in `forward`)"
+FIXED_OPERAND = "is combined with a tensor of fixed size (an input, or a constant created in `forward`)"
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -30,7 +30,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def outputs_of(out: Any) -> list[Tensor]:
-    """The tensors of an operation's result, in order."""
+    """List the tensors of an operation's result, in order."""
     return [item for item in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(item, Tensor)]
 
 
@@ -38,11 +38,11 @@ def _tensors(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
     return [tensor for value in [*args, *kwargs.values()] for tensor in outputs_of(value)]
 
 
-def unknown(t: TraceContext, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
-    """An operation without a rule: its inputs' channels stay, its output has none."""
+def unknown(context: TraceContext, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+    """Protect the channels of the inputs, and give the output none: the rule for operations without a rule."""
     for tensor in _tensors(args, kwargs):
-        for mark in t.marks(tensor):
-            t.book.protect(mark, f"goes through `{name}`, whose effect on channels is not known")
+        for label in context.labels_of(tensor):
+            context.union.protect(label, f"passes through `{name}`, which has no tracing rule")
 
 
 @rule(
@@ -78,39 +78,41 @@ def unknown(t: TraceContext, name: str, args: Sequence[Any], kwargs: dict[str, A
     "masked_fill_",
     "bernoulli",
 )
-def elementwise(t: TraceContext, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
-    """Position meets position: marks on the same dimensions are the same channels."""
+def elementwise(context: TraceContext, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+    """Couple the labels of all operands position by position."""
     output = outputs_of(out)[0]
     rank = output.dim()
     inputs = [tensor for tensor in _tensors(args, kwargs) if tensor.dim() <= rank]
-    kept: Marks = []
+    kept: Labels = []
     for tensor in inputs:
-        for mark in t.marks(tensor):
-            padded = mark.reshape((1,) * (rank - mark.dim()) + tuple(mark.shape))
-            _protect_where_fixed(t, padded, tensor, inputs, rank)
-            kept = _met(t, kept, padded)
-    t.give(output, kept)
+        for label in context.labels_of(tensor):
+            padded = label.reshape((1,) * (rank - label.dim()) + tuple(label.shape))
+            _protect_where_fixed(context, padded, tensor, inputs, rank)
+            kept = _merged_with(context, kept, padded)
+    context.set_labels(output, kept)
 
 
-def _met(t: TraceContext, kept: Marks, mark: Tensor) -> Marks:
-    """Merge ``mark`` with those that share a dimension; of nested ones the larger is kept."""
-    dims = set(varying(mark))
+def _merged_with(context: TraceContext, kept: Labels, label: Tensor) -> Labels:
+    """Merge ``label`` with those that share a dimension; of two where one covers the other, keep the larger."""
+    dims = set(varying(label))
     for other in kept:
         if dims & set(varying(other)):
-            t.book.merge(other, mark, "is added to zero-padded channels")
+            context.union.merge(other, label, "is added to zero-padded channels")
     if any(dims <= set(varying(other)) for other in kept):
         return kept
-    return [other for other in kept if not set(varying(other)) < dims] + [mark]
+    return [other for other in kept if not set(varying(other)) < dims] + [label]
 
 
-def _protect_where_fixed(t: TraceContext, mark: Tensor, owner: Tensor, inputs: Sequence[Tensor], rank: int) -> None:
-    """An operand of full size that has no channel of its own to lose holds ``mark`` in place."""
+def _protect_where_fixed(
+    context: TraceContext, label: Tensor, owner: Tensor, inputs: Sequence[Tensor], rank: int
+) -> None:
+    """Protect ``label`` where another operand has full size and no channels of its own that could be removed."""
     for other in inputs:
         if other is owner:
             continue
         missing = rank - other.dim()
         shape = (1,) * missing + tuple(other.shape)
-        covered = {dim + missing for own in t.marks(other) for dim in varying(own)}
+        covered = {dim + missing for own in context.labels_of(other) for dim in varying(own)}
         strides = (0,) * missing + other.stride()  # 0: expanded from size one, to the size that the others have
-        if any(shape[dim] > 1 and strides[dim] and dim not in covered for dim in varying(mark)):
-            t.book.protect(mark, FIXED_OPERAND)
+        if any(shape[dim] > 1 and strides[dim] and dim not in covered for dim in varying(label)):
+            context.union.protect(label, FIXED_OPERAND)

@@ -90,9 +90,13 @@ def masking() -> Any:
 
 
 def rounding() -> Any:
-    """The student's layers are observed, then rounded."""
+    """The student's layers are observed, then fake-quantized."""
     return QuantizationAwareTraining(
-        Int8(observer=MovingAverage(0.9)), start=0.1, observe_batches=2, freeze_observers=0.7, freeze_batch_norm=0.75
+        Int8(observer=MovingAverage(0.9)),
+        start=0.1,
+        calibration_batches=2,
+        freeze_observers=0.7,
+        freeze_batch_norm=0.75,
     )
 
 

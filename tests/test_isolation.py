@@ -1,0 +1,123 @@
+"""A model that runs in isolation is left as it was."""
+
+import random
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.utilities.compile import from_compiled
+from torch import Tensor, nn
+
+from lightning_light.host.patches import patches_of, wrap_method
+from lightning_light.isolation import isolated, uncompile, uncompiled
+
+
+class Restless(nn.Module):
+    """Changes buffers, attributes and every random generator when it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(2)
+        self.register_buffer("calls", torch.zeros(()))
+        self.last: float | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.last = random.random() + float(np.random.rand()) + float(torch.rand(()))
+        return self.norm(x)
+
+
+def states() -> list[Any]:
+    return [random.getstate(), np.random.get_state()[1].tolist(), torch.random.get_rng_state().tolist()]
+
+
+@pytest.mark.parametrize("hooks", [False, True])
+def test_nothing_is_left_behind(hooks: bool) -> None:
+    model, calls = Restless().train(), []
+    model.norm.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    before, tensors = states(), {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.autocast("cpu"), isolated(model, hooks=hooks):
+        assert model(torch.randn(4, 2)).dtype == torch.float32
+        assert not model.training
+        assert float(model.calls) == 1
+        model.norm.register_forward_hook(lambda *_: None).remove()
+    assert calls == [False] * hooks
+    assert states() == before
+    assert all(torch.equal(value, tensors[name]) for name, value in model.state_dict().items())
+    assert model.training
+    assert model.norm.training
+    assert model.last is None
+    assert len(model.norm._forward_hooks) == 1
+
+
+def test_inference_mode_is_off_inside() -> None:
+    model = nn.Linear(2, 2)
+    with torch.inference_mode(), isolated(model):
+        assert not model(torch.ones(1, 2)).is_inference()
+
+
+class Two(pl.LightningModule):
+    """Returns its input, plus what is wrapped around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Identity()
+
+    def forward(self, x: int) -> int:
+        return x
+
+    def training_step(self, x: int) -> int:
+        return self(x)
+
+
+class Double(nn.Module):
+    """A module that is compiled."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def compiled(kind: str) -> tuple[nn.Module, list[str]]:
+    """Return a module, and what it appends to when compiled code of it is about to run."""
+    runs: list[str] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        runs.append(kind)
+        return graph.forward
+
+    model: nn.Module = nn.Sequential(Double())
+    if kind == "in_place":
+        model[0].compile(backend=backend)  # type: ignore[operator]
+    elif kind == "child":
+        model = nn.Sequential(torch.compile(Double(), backend=backend))  # type: ignore[arg-type]
+    return model, runs
+
+
+@pytest.mark.parametrize("kind", ["in_place", "child"])
+def test_compiled_modules_run_as_written(kind: str) -> None:
+    model, runs = compiled(kind)
+    with uncompiled(model):
+        model(torch.ones(1))
+        assert runs == []
+    assert not any(patches_of(module) for module in model.modules())
+    model(torch.ones(1))
+    assert runs == [kind]
+
+
+def test_a_lightning_module_that_a_trainer_gets_compiled_runs_as_written_beneath_our_wrappers() -> None:
+    module = Two()
+    written = module.training_step
+    from_compiled(torch.compile(module, backend="eager"))  # type: ignore[arg-type]
+    compiled_step = module.training_step
+    wrapped = wrap_method(module, "training_step", lambda original, x: original(x) + 1)
+    patches = uncompile(module)
+    assert wrapped.original == written
+    assert module.training_step(1) == 2
+    for patch in patches:
+        patch.undo()
+    assert wrapped.original is compiled_step
+    wrapped.undo()
+    assert module.training_step is compiled_step
+    assert patches_of(module) == []
