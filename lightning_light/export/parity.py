@@ -21,29 +21,28 @@ _STEPS = 255
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far an answer may be off: ``|file - model| <= absolute + relative * |model|`` in every element.
+    """How far an output may be off: ``|file - model| <= absolute + relative * |model|`` in every element.
 
-    The defaults leave room for the other order of float32 sums in a folded network, and for nothing else. In an int8
-    file that other order can send a number to the next step of its grid, and that the next layer's number likewise:
-    there ``steps * step`` is allowed on top, where ``step`` is the scale of the output's grid; for an output without
-    one, the range of the model's answers over 255.
+    The defaults allow for the order of float32 sums only. For int8 files they add ``quant_steps`` quantization steps
+    of the output, because a difference of one step can propagate through the layers: ``quant_steps * scale``, or, for a
+    float output, the range of the model's output over 255.
 
     Example:
         >>> Tolerance(absolute=1e-3)
-        Tolerance(absolute=0.001, relative=0.0001, steps=8.0)
+        Tolerance(absolute=0.001, relative=0.0001, quant_steps=8.0)
 
     Args:
         absolute: of any file.
-        relative: likewise.
-        steps: of an int8 file, on top.
+        relative: of any file.
+        quant_steps: of an int8 file, on top.
     """
 
     absolute: float = 1e-4
     relative: float = 1e-4
-    steps: float = 8.0
+    quant_steps: float = 8.0
 
     def __post_init__(self) -> None:
-        if not (self.absolute >= 0.0 and self.relative >= 0.0 and self.steps >= 0.0):
+        if not (self.absolute >= 0.0 and self.relative >= 0.0 and self.quant_steps >= 0.0):
             raise ValueError(f"`{self}`: expected three numbers >= 0. Usual is `Tolerance(absolute=1e-4)`.")
 
 
@@ -56,8 +55,8 @@ class Parity:
         max_relative: the largest ``max |file - model| / max |model|`` of any output of any batch.
         batches: calls that were compared.
         samples: samples in them.
-        steps: of an int8 file: the largest ``|file - model|`` of each output in units of its step, as in `Tolerance`;
-            an output that is one number in all has none.
+        steps: of an int8 file: the largest ``|file - model|`` of each output in quantization steps, as in `Tolerance`;
+            an output that is a single number has none.
     """
 
     max_absolute: float
@@ -81,7 +80,7 @@ def compare(
         file: what is asked.
         calls: number of samples, and what both are called with.
         tolerance: how far an element may be off.
-        scales: of an int8 file: of each output's grid, 0.0 for none.
+        scales: of an int8 file: of each output, 0.0 for a float output.
 
     Raises:
         ParityError: an element is further off, is NaN in one of the two only, or the outputs have other shapes.
@@ -122,7 +121,7 @@ def _check_output(name: str, right: Tensor, asked: Tensor, tolerance: Tolerance,
     right, asked = right.detach().double().cpu(), asked.detach().double().cpu()
     same = (right == asked) | (right.isnan() & asked.isnan())
     off = torch.where(same, 0.0, (asked - right).abs())
-    allowed = tolerance.absolute + tolerance.relative * right.abs() + tolerance.steps * step
+    allowed = tolerance.absolute + tolerance.relative * right.abs() + tolerance.quant_steps * step
     wrong = ~same & ~(right.isfinite() & (off <= allowed))  # nothing is near to infinity, and a NaN is never within
     if wrong.any():
         worst = int(torch.where(wrong, off.nan_to_num(nan=math.inf) - allowed.nan_to_num(), -math.inf).argmax())
@@ -132,7 +131,7 @@ def _check_output(name: str, right: Tensor, asked: Tensor, tolerance: Tolerance,
             f"{asked.flatten()[worst]:.6g} in the file, {right.flatten()[worst]:.6g} in the model. The usual causes: "
             "a branch or loop that depends on values, random numbers in `forward`, or a state that it changes. For "
             "rounding alone, of half precision for instance, allow more: `parity=Tolerance(absolute=...)`"
-            + (f", of int8 `parity=Tolerance(steps=...)`: one is {step:.3g} here." if step else ".")
+            + (f", of int8 `parity=Tolerance(quant_steps=...)`: one is {step:.3g} here." if step else ".")
         )
     return float(off.max()) if off.numel() else 0.0
 

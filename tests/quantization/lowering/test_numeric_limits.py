@@ -32,7 +32,7 @@ def exported(net: nn.Module, exporter: Exporter, folder: Path, images: Tensor = 
             folder / f"net{exporter.suffix}",
             exporter=exporter,
             latency_runs=1,
-            **{"parity": Tolerance(steps=1.1), **options},
+            **{"parity": Tolerance(quant_steps=1.1), **options},
         )
 
 

@@ -38,7 +38,7 @@ def exported(name: str, exporter: Exporter, folder: Path, **options: Any) -> Any
         folder / f"net{exporter.suffix}",
         kwargs=kwargs,
         exporter=exporter,
-        parity=Tolerance(steps=3),
+        parity=Tolerance(quant_steps=3),
         latency_runs=1,
         **options,
     )

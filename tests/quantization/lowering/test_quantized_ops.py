@@ -55,7 +55,8 @@ def test_every_net_of_the_zoo_as_a_file(name, engine, tmp_path) -> None:
     args, kwargs = net.example
     quantizer = calibrated(net, ExampleInput(args, kwargs), Int8(engine=engine))
     before = torch.backends.quantized.engine
-    report = export_model(net, args, tmp_path / "net.ptl", kwargs=kwargs, parity=Tolerance(steps=3), latency_runs=1)
+    options = {"kwargs": kwargs, "parity": Tolerance(quant_steps=3), "latency_runs": 1}
+    report = export_model(net, args, tmp_path / "net.ptl", **options)
     assert torch.backends.quantized.engine == before
     assert quantizer.enabled
     details = report.details
@@ -130,7 +131,7 @@ def test_pools_with_options_that_kernels_ignore(pool, engine, tmp_path) -> None:
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), pool()).eval()
     images = noise(2, 3, 12, 12)
     calibrated(net, ExampleInput((images,)), Int8(engine=engine))
-    assert max(exported(net, tmp_path, images, parity=Tolerance(steps=1.01)).parity.steps.values()) <= 1.01
+    assert max(exported(net, tmp_path, images, parity=Tolerance(quant_steps=1.01)).parity.steps.values()) <= 1.01
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -163,7 +164,7 @@ def test_hardswish_is_int8(engine, tmp_path) -> None:
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Hardswish(), nn.Conv2d(8, 4, 3)).eval()
     images = 3 * noise(2, 3, 8, 8)
     calibrated(net, ExampleInput((images,)), Int8(engine=engine))
-    report = exported(net, tmp_path, images, parity=Tolerance(steps=1.01))
+    report = exported(net, tmp_path, images, parity=Tolerance(quant_steps=1.01))
     assert report.details["int8_operations"]["quantized::hardswish"] == 1
 
 
@@ -328,7 +329,7 @@ def test_channels_of_zeros_do_not_let_their_bias_overflow(tmp_path) -> None:
         net.bn1.weight[2] = 0.0  # type: ignore[union-attr, index, operator]
         net.bn1.bias.fill_(1.0)  # type: ignore[union-attr, operator]
     calibrated(net, ExampleInput((images,)))
-    assert exported(net, tmp_path, images, parity=Tolerance(steps=2)).parity.steps["output"] <= 1.0
+    assert exported(net, tmp_path, images, parity=Tolerance(quant_steps=2)).parity.steps["output"] <= 1.0
 
 
 def test_an_output_without_a_grid_is_compared_in_steps_of_its_range(tmp_path) -> None:
