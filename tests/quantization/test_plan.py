@@ -17,12 +17,11 @@ from lightning_light.quantization.operators import is_view
 from lightning_light.quantization.plan import FusedOps, QuantizationPlan
 from lightning_light.quantization.recipes import Int8
 from lightning_light.quantization.specs import WeightSpec
-from tests.quantization.helpers import calibrated, decibels, plan_of
+from tests.quantization.helpers import calibrated, decibels, in_turn, plan_of
 from tests.zoo import ZOO, noise
 
 
-@pytest.mark.parametrize("name", list(ZOO))
-@pytest.mark.parametrize("engine", ["qnnpack", "x86"])
+@pytest.mark.parametrize(("name", "engine"), in_turn(list(ZOO), ["qnnpack", "x86"]))
 def test_every_net_of_the_zoo_is_quantized_and_stays_close(name, engine) -> None:
     torch.manual_seed(0)
     net = ZOO[name]().eval()
