@@ -1,4 +1,4 @@
-"""Whether a file answers as the model does."""
+"""Compare the outputs of an exported file with those of the model."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ def compare(
     """Compare all outputs of ``model`` and ``file``, however they are nested.
 
     Args:
-        model: what is right.
-        file: what is asked.
+        model: the reference.
+        file: the exported file.
         calls: number of samples, and what both are called with.
         tolerance: how far an element may be off.
         scales: of an int8 file: of each output, 0.0 for a float output.
