@@ -323,6 +323,7 @@ class QuantizationAwareTraining(CompressionCallback):
         state, example = self.state(pl_module), self._capture.example.to(pl_module)
         plan = begin(state, pl_module, example, self.recipe)
         check_agreement(trainer, "the plan of `QuantizationAwareTraining`", state["plan"])
+        self.claim(pl_module, plan.bits_of_layers())
         self._attach(pl_module)
         left = plan.left_float or "none"
         log_rank_zero(trainer, f"{self.method}: observing {len(plan.layers)} layers; left in float: {left}")
