@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_light.example_input import ExampleInput, tensors_in
+from lightning_light.example_input import ExampleInput
 from lightning_light.isolation import isolated
+from lightning_light.nested import tensors_in
 from lightning_light.quantization.op_calls import ModuleCallStack, OpCall, OpId, OpMode
 from lightning_light.quantization.operators import FLOAT, INPUT, INTEGER, Operator, is_view, operator_of
 

@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_light.errors import UnsupportedError
-from lightning_light.example_input import ExampleInput, tensors_in
+from lightning_light.example_input import ExampleInput
 from lightning_light.int8 import quantizers_of
+from lightning_light.nested import tensors_in
 
 __all__ = ["calls_from", "check_calibration", "explained", "first_of"]
 
