@@ -175,11 +175,12 @@ class DynamicSparseTraining(MaskingCallback):
 
     def _is_due(self, trainer: Trainer, state: Mapping[str, Any], ahead: int = 0) -> bool:
         """Whether an update is due, counted from the plan of the run as it was at the last one."""
-        planned = steps_planned(trainer)
-        if isinstance(self._rule, Static) or steps_done(trainer) + ahead >= planned:
+        if isinstance(self._rule, Static):
             return False
-        reached = state["fraction"] if state["planned_steps"] == planned else self._fraction_due(trainer, ahead - 1)
-        return self._fraction_due(trainer, ahead) > reached + _SAME
+        due = self._fraction_due(trainer, ahead)
+        same_plan = state["planned_steps"] == self._planned_steps
+        reached = state["fraction"] if same_plan else self._fraction_due(trainer, ahead - 1)
+        return due > reached + _SAME and steps_done(trainer) + ahead < self._planned_steps
 
     def _is_ready(self, state: Mapping[str, Any]) -> bool:
         gradients = state.get("per_weight", {}).get("gradients", {})

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_light.budgets import Sparsity
+from lightning_light.budgets import Budget, Sparsity
 from lightning_light.criteria.collector import Gathered, collect_evidence
 from lightning_light.criteria.evidence import Criterion
 from lightning_light.criteria.movement import Movement
@@ -79,6 +79,11 @@ def prune_weights(
         >>> int(layer.weight.count_nonzero()), int(masks["weight"].sum())
         (16, 16)
     """
+    if isinstance(example_inputs, Budget):
+        raise TypeError(
+            f"`prune_weights(model, {example_inputs!r})`: expected the budget after the example inputs, found it in "
+            f"their place. Write `prune_weights(model, None, {example_inputs!r})`."
+        )
     options = WeightPruningOptions(budget, criterion, pattern, scope, targets, remaining, calibration_batches, seed)
     options.check("prune_weights")
     plan = plan_pruning("prune_weights", model, options)

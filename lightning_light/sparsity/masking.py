@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from torch import Tensor
 from typing_extensions import override
@@ -34,6 +35,15 @@ if TYPE_CHECKING:
 __all__ = ["MaskingCallback"]
 
 
+class _Known(NamedTuple):
+    """The fraction that is due from step ``start`` until before ``stop`` of one epoch."""
+
+    epoch: int
+    start: int
+    stop: float
+    fraction: float
+
+
 class MaskingCallback(CompressionCallback):
     """Base class of the methods that mask weights.
 
@@ -51,6 +61,7 @@ class MaskingCallback(CompressionCallback):
         self._events = events
         self._points: list[tuple[float, float]] = []
         self._planned_steps = 0
+        self._known: _Known | None = None
         self._run_plan: PruningPlan | None = None
         self._step_hooks: StepHooks | None = None
 
@@ -115,7 +126,7 @@ class MaskingCallback(CompressionCallback):
         """Remove the hooks, and the references to the network."""
         if self._step_hooks is not None:
             self._step_hooks.release()
-        self._step_hooks, self._run_plan = None, None
+        self._step_hooks, self._run_plan, self._known = None, None, None
         super().teardown(trainer, pl_module, stage)
 
     @override
@@ -150,12 +161,24 @@ class MaskingCallback(CompressionCallback):
         return masks
 
     def _fraction_due(self, trainer: Trainer, ahead: int = 0) -> float:
-        """The fraction of the way to the budget that is due ``ahead`` steps from now."""
+        """The fraction of the way to the budget that is due ``ahead`` steps from now.
+
+        It is asked at every step and changes at few, so a value is kept for the steps that it certainly holds for.
+        """
+        step, known = steps_done(trainer) + ahead, self._known
+        if known is not None and known.epoch == trainer.current_epoch and known.start <= step < known.stop:
+            return known.fraction
         planned = steps_planned(trainer)
         if planned != self._planned_steps:
             self._points, self._planned_steps = self._events.points(trainer.max_epochs, planned), planned
-        due = self._events.due(self._points, progress_at_step(trainer, ahead), planned)
-        return self._points[due - 1][1] if due else 0.0
+        progress = progress_at_step(trainer, ahead)
+        due = self._events.due(self._points, progress, planned)
+        fraction = self._points[due - 1][1] if due else 0.0
+        if trainer.lightning_module.automatic_optimization:  # else the length of the run is an estimate
+            following = self._points[due][0] if due < len(self._points) else math.inf
+            steps = max((following - progress) * planned / 2, 1.0)
+            self._known = _Known(trainer.current_epoch, step, step + steps, fraction)
+        return fraction
 
     def _set_masks(self, trainer: Trainer, pl_module: LightningModule, masks: dict[str, Tensor]) -> float:
         """Replace the masks on every rank, and mask weights and averaged copies.

@@ -160,7 +160,7 @@ class WeightPruning(MaskingCallback):
         state = self.state(pl_module)
         self._store_origin(trainer, pl_module)
         fraction = self._target(trainer, state)
-        if self._is_due(trainer, state) and (fraction == 0.0 or self._is_ready()):
+        if abs(fraction - state.get("fraction", 0.0)) > _SAME and (fraction == 0.0 or self._is_ready()):
             self._prune(trainer, pl_module, fraction)
         self._collector.begin_batch(
             self._needs_batches and self._is_due(trainer, state, ahead=self.options.calibration_batches)
@@ -227,8 +227,10 @@ class WeightPruning(MaskingCallback):
 
     def _store_origin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Store the weights to rewind to, once, at their moment."""
+        if not isinstance(self.schedule, Rewinding):
+            return
         state = self.state(pl_module)
-        if not isinstance(self.schedule, Rewinding) or "events" in state or "origin" in state.get("per_weight", {}):
+        if "events" in state or "origin" in state.get("per_weight", {}):
             return
         if progress_at_step(trainer) + _SAME >= self.schedule.rewind_to:
             state.setdefault("per_weight", {})["origin"] = store_weights(pl_module)

@@ -176,6 +176,11 @@ def test_one_shot_without_a_trainer() -> None:
         ll.prune_weights(model, None, ll.Sparsity(0.5), criterion=ll.Taylor())
 
 
+def test_a_budget_in_the_place_of_the_example_inputs_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"Write `prune_weights\(model, None, Sparsity\(amount=0.5\)\)`"):
+        ll.prune_weights(nn.Linear(4, 4), ll.Sparsity(0.5))
+
+
 @pytest.mark.parametrize(
     "criterion",
     [
