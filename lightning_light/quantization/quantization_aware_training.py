@@ -271,6 +271,7 @@ class QuantizationAwareTraining(CompressionCallback):
         assert quantizer is not None
         state["enabled"] = quantizer.enabled = True
         state["layers"] = quantizer.plan.bits_of_layers(state["min_bits"])
+        self.claim(pl_module, state["layers"])
         state["learned"] |= initial_values(quantizer.activations, quantizer.qparams)
         self._learn(trainer, pl_module)
         reset_monitoring(trainer)  # else "best" is the float network

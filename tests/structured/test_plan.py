@@ -8,8 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch_pruning as tp
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from lightning_light.budgets import Budget, Channels, Latency, MACs, Params, Size
