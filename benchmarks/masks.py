@@ -116,12 +116,12 @@ Way = Callable[[Module], list[L.Callback]]
 WAYS: dict[str, Way] = {
     "none again": lambda module: [],
     "WeightPruning": lambda module: [ll.WeightPruning(ll.Sparsity(0.8), schedule=ll.OneShot())],
-    "DynamicSparseTraining": lambda module: [ll.DynamicSparseTraining(ll.Sparsity(0.8), method=ll.Static())],
+    "DynamicSparseTraining": lambda module: [ll.DynamicSparseTraining(ll.Sparsity(0.8), method=ll.sparsity.Static())],
     "ModelPruning": lambda module: [lightnings(module)],
 }
 BETWEEN: dict[str, Way] = {
     "WeightPruning, between two changes": lambda module: [
-        ll.WeightPruning(ll.Sparsity(0.8), schedule=ll.DenseSparseDense(0.0, 1.0))
+        ll.WeightPruning(ll.Sparsity(0.8), schedule=ll.sparsity.DenseSparseDense(0.0, 1.0))
     ],
     "DynamicSparseTraining, between two moves": lambda module: [
         ll.DynamicSparseTraining(ll.Sparsity(0.8), method=ll.RigL(), every_n_steps=1000)

@@ -60,7 +60,7 @@ class Curve(L.Callback):
 
 def train(
     callbacks: list[L.Callback], args: argparse.Namespace, seed: int = 0
-) -> tuple[float, ll.SparsityReport, Curve]:
+) -> tuple[float, ll.measure.SparsityReport, Curve]:
     L.seed_everything(seed, verbose=False)
     module, data, curve = Classifier(), FashionMNIST(args.data), Curve()
     trainer = L.Trainer(

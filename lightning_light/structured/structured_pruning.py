@@ -226,6 +226,11 @@ class StructuredPruning(CompressionCallback):
             state["inputs"] = [*state.get("inputs", []), *self._recorder.take()][-self.calibration_batches :]
 
     @override
+    def before_surgery(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the unchanged network before another method changes it."""
+        self._plan_run(trainer, pl_module)
+
+    @override
     def on_surgery(
         self, trainer: Trainer, pl_module: LightningModule, kept: Mapping[str, Mapping[int, Tensor]] | None
     ) -> None:
@@ -346,6 +351,7 @@ class StructuredPruning(CompressionCallback):
         assert self._graph is not None
         state, graph = self.state(pl_module), self._graph
         kept, averaged_models = graph.kept_positions(plan.kept), averaged_models_of(trainer, pl_module)
+        self._before_surgery(trainer, pl_module)
         before = self._statistics(trainer, pl_module) if last else {}
         edit = cut(
             pl_module,

@@ -64,7 +64,7 @@ REACHABLE = {
     "clustering": 8,
     "quantization": Int8(),
 }
-OWNED = ["structured", "weights", "dynamic", "low_rank"]  # methods that come before clustering
+EARLIER = ["structured", "weights", "dynamic", "low_rank"]  # than clustering and quantization
 
 by_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=list(SCHEDULES))
 
@@ -125,13 +125,24 @@ def test_targets_that_match_nothing_change_nothing(method, schedule) -> None:
 
 @by_schedule
 def test_excluded_layers_that_do_not_exist_change_nothing(schedule) -> None:
-    method = METHODS["quantization"](Int8(keep_float="nothing"), schedule)
+    method = METHODS["quantization"](Int8(exclude="nothing"), schedule)
     assert_refused_unchanged(method, TargetError, LIT())
 
 
-@by_schedule
-@pytest.mark.parametrize("method", OWNED)
-def test_layers_of_a_later_method_change_nothing(method, schedule) -> None:
+def clustered() -> Any:
     module = LIT()
     trainer(WeightClustering(8, start=0.5), max_epochs=1).fit(module)
-    assert_refused_unchanged(METHODS[method](REACHABLE[method], schedule), UnsupportedError, module)
+    return module
+
+
+def quantized() -> Any:
+    module = LIT()
+    trainer(QuantizationAwareTraining(Int8(), calibration_batches=2), max_epochs=1).fit(module)
+    return module
+
+
+@by_schedule
+@pytest.mark.parametrize("later", [clustered, quantized])
+@pytest.mark.parametrize("method", EARLIER)
+def test_layers_of_a_later_method_change_nothing(method, later, schedule) -> None:
+    assert_refused_unchanged(METHODS[method](REACHABLE[method], schedule), UnsupportedError, later())
