@@ -1,10 +1,10 @@
-"""Which networks can be pruned: the zoo of the tests, one trap each, by torch-pruning and by this package.
+"""Count the networks that torch-pruning and this package can prune: the small networks of the tests, one trap each.
 
     python benchmarks/coverage.py
 
-Half of the channels of every prunable layer leave. A network counts as pruned if it still runs, gives outputs of the
-same shape, and has fewer parameters; that it is also the right network is what tests/graph checks. torch-pruning is
-told which layers make the output, and nothing else.
+Half of the channels of every prunable layer are removed. A network counts as pruned if it still runs, gives outputs of
+the same shape, and has fewer parameters; that it is also the right network is what tests/dependency checks.
+torch-pruning is given the layers that produce the output, and nothing else.
 """
 
 import copy
@@ -21,7 +21,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import lightning_light as ll
 from lightning_light.dependency import trace_dependencies
+from lightning_light.example_input import ExampleInput
 from lightning_light.nested import tensors_in
+from lightning_light.structured import Local, Widths
 from tests.zoo import ZOO
 
 BREAKS = (RuntimeError, ValueError, IndexError, AssertionError, AttributeError, TypeError, KeyError, ZeroDivisionError)
@@ -57,8 +59,8 @@ def theirs(net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
 
 def ours(net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """This package, half of all channels that may leave."""
-    pruning = ll.StructuredPruning(ll.Channels(0.5), ranking=ll.Local(), min_channels=1)
-    ll.prune_channels(net, args, kwargs, pruning=pruning)
+    example = ExampleInput(args, kwargs)
+    ll.prune_channels(net, example, ll.Channels(0.5), ranking=Local(), widths=Widths(min_channels=1))
 
 
 def verdict(name: str, prune: Any) -> str:
@@ -72,10 +74,10 @@ def verdict(name: str, prune: Any) -> str:
         prune(net, args, kwargs)
         found = shapes(net, args, kwargs)
     except BREAKS as error:
-        return f"breaks: {str(error).splitlines()[0][:70]}" if str(error) else f"breaks: {type(error).__name__}"
+        return f"fails: {str(error).splitlines()[0][:70]}" if str(error) else f"fails: {type(error).__name__}"
     if found != expected:
         return f"outputs change from {expected} to {found}"
-    return "nothing leaves" if size(net) == before else f"{size(net) / before:.2f} of the parameters"
+    return "nothing is removed" if size(net) == before else f"{size(net) / before:.2f} of the parameters"
 
 
 def main() -> None:

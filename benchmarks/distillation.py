@@ -12,7 +12,7 @@ rounds, with quartiles:
 
 glibc gives pages back after each step and asks for them in the next one. What that costs depends on what else the
 machine does, and is more where a step holds more: on a busy machine up to a sixth of the step, also by hand. So the
-program starts itself anew with an allocator that keeps its pages; ``--default-malloc`` leaves it as it is.
+program restarts itself with an allocator that keeps its pages; ``--default-malloc`` does not.
 
 Then the peak of memory: bytes that torch's allocator holds more than at the beginning of a step, as its profiler counts
 them, at the most within the step; the ratios are of the same ways.
@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_light.distillation import KnowledgeDistillation
+from lightning_light.distillation import KnowledgeDistillation, TeacherCache
 
 KEEPING = {
     "MALLOC_ARENA_MAX": "1",  # one for all threads
@@ -142,9 +142,9 @@ def ways(args: argparse.Namespace, teacher: nn.Module) -> dict[str, Callable[[],
     """A student and its callbacks, for each way to train it."""
     return {
         "alone": lambda: (Student(args.student), []),
-        "step": lambda: (Student(args.student), [KnowledgeDistillation(teacher=teacher)]),
+        "step": lambda: (Student(args.student), [KnowledgeDistillation(teacher)]),
         "by hand": lambda: (Student(args.student, teacher), []),
-        "cached": lambda: (Student(args.student), [KnowledgeDistillation(teacher=teacher, cache="memory")]),
+        "cached": lambda: (Student(args.student), [KnowledgeDistillation(teacher, cache=TeacherCache())]),
     }
 
 

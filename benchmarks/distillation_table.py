@@ -90,7 +90,7 @@ def main() -> None:
         losses = ROWS[name]
         found = []
         for seed in range(args.seeds):
-            callbacks = [KnowledgeDistillation(teacher=teacher, losses=losses)] if losses else []
+            callbacks = [KnowledgeDistillation(teacher, losses=losses)] if losses else []
             found.append(train(distill.Classifier, args.student, seed, callbacks, data, args.epochs)[1])
         spread = statistics.stdev(found) if len(found) > 1 else 0.0
         values = ", ".join(f"{value:.2f}" for value in found)

@@ -41,7 +41,7 @@ def written(name: str, net: nn.Module, x: Tensor, folder: Path) -> tuple[ll.expo
         return ll.export_model(net, (x,), path, **options), exporter.load(path)
     ll.quantize(net, [torch.randn(2, *x.shape[1:]) for _ in range(2)], ll.Int8(engine=engine))
     with ll.fake_quantized(net):
-        return ll.export_model(net, (x,), path, parity=ll.Tolerance(steps=255), **options), exporter.load(path)
+        return ll.export_model(net, (x,), path, parity=ll.Tolerance(quant_steps=255), **options), exporter.load(path)
 
 
 def timed(run: Callable[..., Any], x: Tensor) -> float:

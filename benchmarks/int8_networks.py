@@ -2,14 +2,14 @@
 
     python benchmarks/int8_networks.py --out int8_networks.json [--only resnet18 unet] [--seeds 0 1 2] [--table]
 
-Ranges are those of two batches of two samples; a Trainer trains with rounded numbers on two of four. Then, on one
-random input, signal-to-noise ratios in decibels: the rounded module against float, the graph of quantize and dequantize
-operations against the module, each file against the module, against that graph, and against float. ``exact`` is
+Ranges are those of two batches of two samples; a Trainer trains fake-quantized on two of four. Then, on one
+random input, signal-to-noise ratios in decibels: the fake-quantized module against float, the QDQ
+graph against the module, each file against the module, against that graph, and against float. ``exact`` is
 equality of every number. The networks of torchvision and timm need those packages; what cannot be imported is left
 out, and said.
 
-A deep network with random weights makes much of one number that falls on the other side of a half: a ratio is as
-random as the weights, so the table has the mean over the seeds.
+Deep networks with random weights amplify differences of one quantization step: a ratio is as random as the weights,
+so the table has the mean over the seeds.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from lightning_light.errors import LightningLightError
 from lightning_light.example_input import ExampleInput
 from lightning_light.export.copies import detached_copy
 from lightning_light.export.inputs import Positional
-from lightning_light.int8 import PairRules, rounders_of
+from lightning_light.int8 import QDQConstraints, quantizers_of
 from lightning_light.measure import measure_latency
 
 FAILURES = (LightningLightError, RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
@@ -144,7 +144,7 @@ def warmed(net: nn.Module, example: Tensor) -> nn.Module:
 
 
 def trained(net: nn.Module, batches: list[Tensor], engine: str, folder: Path) -> Randomly:
-    """Ranges from the first two batches, then training with rounded numbers on the others."""
+    """Ranges from the first two batches, then training fake-quantized on the others."""
     recipe = ll.Int8(engine=engine)
     module = Randomly(copy.deepcopy(net))
     ll.quantize(module, batches[:2], recipe)
@@ -188,7 +188,7 @@ def measure(name: str, seed: int, runtimes: list[str], folder: Path) -> dict[str
             plain = model(x)
         with ll.fake_quantized(model), torch.no_grad():
             module = model(x)
-            with rounders_of(model)[0].in_pairs(lambda model=model: model(x), PairRules(signed=True)):
+            with quantizers_of(model)[0].qdq(lambda model=model: model(x), QDQConstraints("xnnpack", signed=True)):
                 graph = model(x)
             if engine == "qnnpack":
                 row |= {"module": decibels(plain, module), "graph": decibels(module, graph)}

@@ -4,7 +4,7 @@
 
 ``--data`` and ``--weights`` as in ``cifar_resnet.py``; training is that of ``low_bits_resnet.py``. Everything is
 measured on the whole test set; each file is run by its own runtime. One quantized module makes the files of qnnpack,
-ExecuTorch and ONNX Runtime; ``--engine x86`` makes that of x86, whose weights are rounded to a smaller range.
+ExecuTorch and ONNX Runtime; ``--engine x86`` makes that of x86, whose weights are quantized to a smaller range.
 """
 
 import argparse
@@ -16,25 +16,25 @@ from cifar_resnet import read
 from low_bits_resnet import trained, trained_on, training_options
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
 
 import lightning_light as ll
-from lightning_light.example_input import ExampleInput
-from lightning_light.export.top1 import Labelled
 
 RUNTIMES: dict[str, ll.Exporter] = {"lite": ll.TorchScriptLite(), "ExecuTorch": ll.ExecuTorch(), "ONNX": ll.ONNX()}
 
 
 def export(net: nn.Module, exporter: ll.Exporter, data: TensorDataset) -> ll.export.ExportReport:
     images, labels = data.tensors
-    validation = [Labelled(ExampleInput((x,)), y) for x, y in zip(images.split(100), labels.split(100), strict=True)]
+    batches = list(zip(images.split(100), labels.split(100), strict=True))
+    accuracy = MulticlassAccuracy(int(labels.max()) + 1, average="micro")
     with tempfile.TemporaryDirectory() as folder:
         return ll.export_model(
             net,
             (images[:1],),
             f"{folder}/net{exporter.suffix}",
             exporter=exporter,
-            validation=validation,
-            batches=[asked.call for asked in validation[:3]],
+            data=batches,
+            metrics=accuracy,
         )
 
 
@@ -42,16 +42,19 @@ def rows(name: str, net: nn.Module, data: TensorDataset, runtimes: list[str], pl
     """One line for every file."""
     for runtime in runtimes:
         report = export(net, RUNTIMES[runtime], data)
-        if report.top1 is None or report.top1.model is None or report.top1.file is None:
+        assert report.evaluation is not None
+        accuracy = report.evaluation.metrics["MulticlassAccuracy"]
+        if "output_scales" not in report.details:
             plain[runtime] = report.bytes
             print(
                 f"{name:15} {runtime:10} {report.bytes / 1e3:.0f} kB {report.latency.median * 1e3:.3f} ms", flush=True
             )
             continue
         print(
-            f"{name:15} {runtime:10} top-1 module {report.top1.model:.2%} file {report.top1.file:.2%}",
-            f"agree {report.top1.agreement:.2%}  {report.bytes / 1e3:.0f} kB ({report.bytes / plain[runtime]:.2f})",
-            f"{report.latency.median * 1e3:.3f} ms  off by {report.parity.steps} steps",
+            f"{name:15} {runtime:10} top-1 module {accuracy.model:.2%} file {accuracy.file:.2%}",
+            f"agreement {report.evaluation.top1_agreement:.2%}",
+            f"{report.bytes / 1e3:.0f} kB ({report.bytes / plain[runtime]:.2f})",
+            f"{report.latency.median * 1e3:.3f} ms  differs by {report.parity.quant_steps} quantization steps",
             flush=True,
         )
 

@@ -1,11 +1,11 @@
-"""Two small networks trained with int8 rounding on Fashion-MNIST: top-1 in the Trainer, of the module, of each file.
+"""Two small networks trained for int8 on Fashion-MNIST: top-1 in the Trainer, of the module, of each file.
 
     python benchmarks/int8_trained.py --data fashion_mnist.npz
 
 ``mobile`` has inverted residuals: depthwise convolutions, ReLU6, hardswish, squeeze and excitation. ``transformer``
 reads an image as 28 rows. ``--data`` is an archive with ``x_train`` (n, 28, 28), ``y_train``, ``x_test``, ``y_test`` as
-bytes. Numbers are rounded in the second half of the run; everything is measured on the whole test set, each file by its
-own runtime. The x86 kernels round weights to a smaller range: their file is that of a training of its own.
+bytes. Fake quantization is on in the second half of the run; everything is measured on the whole test set, each file by
+its own runtime. The x86 kernels need weights in a smaller range: their file is that of a training of its own.
 """
 
 import argparse

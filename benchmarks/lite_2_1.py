@@ -29,6 +29,7 @@ def leaves(value):
 
 def write(folder: Path) -> None:
     import lightning_light as ll
+    from lightning_light.example_input import ExampleInput
     from tests.zoo import ZOO
 
     for name in sorted(ZOO):
@@ -38,11 +39,11 @@ def write(folder: Path) -> None:
             args, kwargs = net.example
             path = folder / f"{name}.{form}.ptl"
             if form == "float":
-                report = ll.export_model(net, args, path, kwargs=kwargs, latency_runs=1)
+                report = ll.export_model(net, ExampleInput(args, kwargs), path, latency_runs=1)
             else:
                 ll.quantize(net, [args or kwargs], ll.Int8(engine=form))
                 with ll.fake_quantized(net):
-                    report = ll.export_model(net, args, path, kwargs=kwargs, latency_runs=1)
+                    report = ll.export_model(net, ExampleInput(args, kwargs), path, latency_runs=1)
             inputs = [value for value in (*args, *kwargs.values()) if not isinstance(value, (bool, int, float))]
             answer = leaves(ll.TorchScriptLite().load(path)(*inputs))
             scales = report.details.get("output_scales", [0.0] * len(answer))

@@ -37,7 +37,7 @@ class OwnCrops(Classifier):
 
 
 class LookAtFirst(L.Callback):
-    """Top-1 when rounding has just begun."""
+    """Top-1 when fake quantization has just begun."""
 
     def __init__(self, after: int, data: TensorDataset) -> None:
         self.after, self.data, self.top1 = after, data, ""
@@ -53,7 +53,7 @@ def training_options(parser: argparse.ArgumentParser, epochs: int) -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--depth", type=int, default=20)
-    parser.add_argument("--epochs", type=int, default=epochs, help="of training with rounding")
+    parser.add_argument("--epochs", type=int, default=epochs, help="of training with fake quantization")
     parser.add_argument("--images", type=int, default=50_000, help="training images an epoch")
     parser.add_argument("--lr", type=float, default=0.001)
     parser.add_argument("--freeze", type=float, default=0.9, help="observers and batch norms, from this share on")
@@ -72,11 +72,11 @@ def trained(args: argparse.Namespace) -> CIFARResNet:
 def trained_on(
     net: CIFARResNet, recipe: ll.Recipe, data: dict[str, TensorDataset], args: argparse.Namespace
 ) -> tuple[OwnCrops, float, str]:
-    """Trained with rounding: the module, the Trainer's top-1 of all test images, and what it was at first."""
+    """Trained with fake quantization: the module, the Trainer's top-1 of all test images, and what it was at first."""
     L.seed_everything(args.seed, verbose=False)
     module = OwnCrops(net.train().to(memory_format=torch.channels_last), args.lr)  # a Trainer leaves evaluation as is
     qat = ll.QuantizationAwareTraining(
-        recipe, observe_batches=args.observe, freeze_observers=args.freeze, freeze_batch_norm=args.freeze
+        recipe, calibration_batches=args.observe, freeze_observers=args.freeze, freeze_batch_norm=args.freeze
     )
     look = LookAtFirst(args.observe, data["test"])
     quiet = {
@@ -94,9 +94,9 @@ def trained_on(
     return module, found["top1"], look.top1
 
 
-def ends_at_eight(recipe: ll.Recipe) -> ll.Mixed:
+def ends_at_eight(recipe: ll.Recipe) -> ll.MixedPrecision:
     """The papers' convention."""
-    return ll.Mixed(default=recipe, first=ll.Int8(), last=ll.Int8())
+    return ll.MixedPrecision(default=recipe, first=ll.Int8(), last=ll.Int8())
 
 
 RECIPES = {

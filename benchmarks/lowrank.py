@@ -1,10 +1,10 @@
-"""Time of a conversion beside the time of ``torch.linalg.svd`` on the same matrices, in turns in one process.
+"""Compare the time of a factorization with ``torch.linalg.svd`` of the same matrices, alternating in one process.
 
     python benchmarks/lowrank.py
 
-The matrices are those that a form lowers the rank of; for Tucker-2 both unfoldings. A conversion decomposes, chooses
-ranks under a budget, builds the layers and puts them into the network; the last column has what `factorize` does
-besides, two forward passes that find the layers and count them.
+The matrices are those whose rank a form lowers; for Tucker-2 both unfoldings. A conversion decomposes the weights,
+chooses ranks under a budget, builds the layers and puts them into the network. The last column adds what `factorize`
+does besides: two forward passes that find the layers and count their cost.
 """
 
 import argparse
@@ -20,18 +20,21 @@ from nets import cifar_resnet
 from torch import Tensor, nn
 
 from lightning_light.budgets import MACs
+from lightning_light.criteria.collector import Gathered
 from lightning_light.example_input import ExampleInput
-from lightning_light.lowrank import LowRankFactorization, factorize
+from lightning_light.lowrank import FactorizationOptions, RankAllocation, factorize
 from lightning_light.lowrank.apply import apply_factors
 from lightning_light.lowrank.build import dense_weight
-from lightning_light.lowrank.functional import make_plan
+from lightning_light.lowrank.functional import plan_layers
 from lightning_light.lowrank.layers import find_layers
+from lightning_light.lowrank.measurement import price_of
+from lightning_light.lowrank.plan import Goal
 from lightning_light.lowrank.spectra import matricize
 from lightning_light.measure import count_cost
 
 
 def wide() -> nn.Module:
-    """Layers as wide as an ImageNet network's."""
+    """Make layers as wide as those of an ImageNet network."""
     convolutions = [nn.Conv2d(a, b, 3, padding=1) for a, b in ((128, 256), (256, 256), (256, 512))]
     return nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 1000))
 
@@ -44,7 +47,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 def matrices(net: nn.Module, form: str) -> list[Tensor]:
-    """What the conversion has to decompose."""
+    """Return the matrices that the conversion decomposes."""
     found = []
     for layer in net.modules():
         if isinstance(layer, nn.Linear):
@@ -62,9 +65,10 @@ def decompose_all(given: list[Tensor]) -> None:
         torch.linalg.svd(matrix, full_matrices=False)
 
 
-def convert(net: nn.Module, layers: Any, reasons: Any, method: LowRankFactorization, dense: float) -> None:
-    plan = make_plan(net, method, layers, reasons, dense, 0.5 * dense, {}, [])
-    apply_factors(net, plan)
+def convert(net: nn.Module, layers: Any, reasons: Any, options: FactorizationOptions, dense: float) -> None:
+    budget = MACs(0.5)
+    goal = Goal(budget, dense, limit=0.5 * dense, final=0.5 * dense, price=price_of(budget, net))
+    apply_factors(net, plan_layers(net, layers, reasons, goal, options, gathered=Gathered()))
 
 
 def seconds(run: Callable[[], Any]) -> float:
@@ -83,17 +87,17 @@ def main() -> None:
     for name, (make, shape) in NETS.items():
         for form in ("channel", "spatial", "tucker2"):
             net, example = make(), (torch.zeros(shape),)
-            method, names = (
-                LowRankFactorization(MACs(0.5), form=form, round_to=4),
-                [name for name, _ in net.named_modules()],
-            )
+            options = FactorizationOptions(form=form, allocation=RankAllocation(round_to=4))
+            names = [name for name, _ in net.named_modules()]
             dense, turns = count_cost(net, example).macs, []
             for _ in range(args.turns):
                 fresh, given = copy.deepcopy(net), matrices(net, form)
                 plain = seconds(partial(decompose_all, given))
-                layers, reasons = find_layers(fresh, ExampleInput(example), names, form=form, blocks={})
-                ours = seconds(partial(convert, fresh, layers, reasons, method, dense))
-                whole = seconds(partial(factorize, copy.deepcopy(net), example, factorization=method))
+                layers, reasons = find_layers(fresh, ExampleInput(example), names, form=form, split={})
+                ours = seconds(partial(convert, fresh, layers, reasons, options, dense))
+                whole = seconds(
+                    partial(factorize, copy.deepcopy(net), example, MACs(0.5), form=form, allocation=options.allocation)
+                )
                 turns.append((ours, plain, whole))
             best = [min(times) * 1e3 for times in zip(*turns, strict=True)]
             ratio = statistics.median(ours / plain for ours, plain, _ in turns)

@@ -1,4 +1,4 @@
-"""Half of the multiply-accumulates by factorization: accuracy, and the latency of the exported file beside the dense.
+"""Factorize to half of the multiply-accumulates: accuracy, and latency of the exported file relative to the dense one.
 
     python benchmarks/lowrank_table.py cnn
     python benchmarks/lowrank_table.py resnet --data cifar10.npz --weights resnet20_cifar10.pt
@@ -27,8 +27,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_light.budgets import MACs
 from lightning_light.export import TorchScriptLite, export_model
-from lightning_light.lowrank import LowRankFactorization, WhitenedSVD, factorize
+from lightning_light.lowrank import LowRankFactorization, RankAllocation, WhitenedSVD, factorize
 from lightning_light.measure import count_cost, measure_latency
+from lightning_light.schedules import OneShot
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 QUIET: dict[str, Any] = {
@@ -40,7 +41,7 @@ QUIET: dict[str, Any] = {
 
 
 def exported(net: nn.Module, example: Tensor) -> Callable[[], object]:
-    """One run of the exported file."""
+    """Return a call of the exported file."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "net.ptl"
         export_model(net, (example,), path, latency_runs=1)
@@ -49,7 +50,7 @@ def exported(net: nn.Module, example: Tensor) -> Callable[[], object]:
 
 
 def speed(dense: nn.Module, other: nn.Module, example: Tensor) -> tuple[float, float]:
-    """Milliseconds of both exported files: the best of twelve turns each, so that what else runs hardly counts."""
+    """Return milliseconds of both exported files: the best of twelve alternating turns, against other load."""
     runs = [exported(net, example) for net in (dense, other)]
     turns = [[measure_latency(run, warmup=3, runs=15, threads=1).p10 for run in runs] for _ in range(12)]
     first, second = (min(turn[place] for turn in turns) * 1e3 for place in (0, 1))
@@ -61,7 +62,7 @@ def macs(net: nn.Module, example: Tensor) -> float:
 
 
 def row(name: str, right: list[float], net: nn.Module, dense: nn.Module, example: Tensor) -> None:
-    """One line: accuracy over the seeds, cost, and time beside the dense network's, measured in turns."""
+    """Print accuracy over the seeds, cost, and latency relative to the dense network."""
     before, after = speed(dense, net, example)
     mean, spread = statistics.mean(right), statistics.stdev(right) if len(right) > 1 else 0.0
     cells = [
@@ -93,17 +94,14 @@ def resnet(args: argparse.Namespace) -> None:
 def one_shot(net: nn.Module, data: dict[str, TensorDataset], example: Tensor, args: argparse.Namespace) -> None:
     row("dense", [accuracy(net, data["test"])], net, net, example)
     calibration = DataLoader(TensorDataset(data["train"].tensors[0][:1024]), 128)
+    allocation = RankAllocation(round_to=args.round_to)
     for form in ("channel", "spatial", "tucker2", "auto"):
-        factored = copy.deepcopy(net).eval()
-        budget = LowRankFactorization(MACs(args.remaining), form=form, round_to=args.round_to)
-        factorize(factored, (example,), factorization=budget)
-        row(f"one shot, `form={form!r}`", [accuracy(factored, data["test"])], factored, net, example)
-    factored = copy.deepcopy(net).eval()
-    budget = LowRankFactorization(
-        MACs(args.remaining), fit=WhitenedSVD(), calibration=calibration, round_to=args.round_to
-    )
-    factorize(factored, (example,), factorization=budget)
-    row("one shot, `fit=WhitenedSVD()`", [accuracy(factored, data["test"])], factored, net, example)
+        factorized = copy.deepcopy(net).eval()
+        factorize(factorized, example, MACs(args.remaining), form=form, allocation=allocation)
+        row(f"one shot, `form={form!r}`", [accuracy(factorized, data["test"])], factorized, net, example)
+    factorized = copy.deepcopy(net).eval()
+    factorize(factorized, example, MACs(args.remaining), fit=WhitenedSVD(), data=calibration, allocation=allocation)
+    row("one shot, `fit=WhitenedSVD()`", [accuracy(factorized, data["test"])], factorized, net, example)
 
 
 def fine_tuned(net: nn.Module, data: dict[str, TensorDataset], example: Tensor, args: argparse.Namespace) -> None:
@@ -112,7 +110,9 @@ def fine_tuned(net: nn.Module, data: dict[str, TensorDataset], example: Tensor, 
     for seed in range(args.seeds):
         L.seed_everything(seed, verbose=False)
         module = Classifier(copy.deepcopy(net), args.lr).train().to(memory_format=torch.channels_last)
-        method = LowRankFactorization(MACs(args.remaining), form=args.form, round_to=args.round_to)
+        method = LowRankFactorization(
+            MACs(args.remaining), form=args.form, allocation=RankAllocation(round_to=args.round_to)
+        )
         trainer = L.Trainer(max_epochs=args.epochs, callbacks=[method], precision=args.precision, **QUIET)
         trainer.fit(module, DataLoader(train, 128, shuffle=True, drop_last=True))
         right.append(accuracy(module.net, data["test"]))
@@ -121,7 +121,7 @@ def fine_tuned(net: nn.Module, data: dict[str, TensorDataset], example: Tensor, 
 
 
 def example_module(name: str) -> Any:
-    """A file of ``examples/``, as a module."""
+    """Import a file of ``examples/`` as a module."""
     spec = importlib.util.spec_from_file_location(name.partition("_")[2], EXAMPLES / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -137,8 +137,13 @@ def cnn(args: argparse.Namespace) -> None:
     settings: dict[str, Callable[[], list[Any]]] = {
         "dense": list,
         **{
-            f"factored at half of the run, `form={form!r}`": lambda form=form: [
-                LowRankFactorization(MACs(args.remaining), start=0.5, form=form, round_to=args.round_to)
+            f"factorized at half of the run, `form={form!r}`": lambda form=form: [
+                LowRankFactorization(
+                    MACs(args.remaining),
+                    schedule=OneShot(at=0.5),
+                    form=form,
+                    allocation=RankAllocation(round_to=args.round_to),
+                )
             ]
             for form in args.forms
         },
@@ -165,13 +170,13 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=20)
     parser.add_argument("--remaining", type=float, default=0.5)
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--images", type=int, default=10_000, help="training images an epoch")
+    parser.add_argument("--images", type=int, default=10_000, help="training images per epoch")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--lr", type=float, default=0.02)
-    parser.add_argument("--precision", default="32-true", help="of the resnet's fine-tuning, as Lightning has it")
+    parser.add_argument("--precision", default="32-true", help="precision of the fine-tuning, as in Lightning")
     parser.add_argument("--form", default="auto")
-    parser.add_argument("--forms", nargs="+", default=["auto", "spatial"], help="of the cnn's rows")
-    parser.add_argument("--parts", nargs="+", default=["one_shot", "tuned"], help="of the resnet's table")
+    parser.add_argument("--forms", nargs="+", default=["auto", "spatial"], help="for the rows of the cnn")
+    parser.add_argument("--parts", nargs="+", default=["one_shot", "tuned"], help="of the table of the resnet")
     parser.add_argument("--round_to", type=int, default=4)
     args = parser.parse_args()
     torch.set_num_threads(1)

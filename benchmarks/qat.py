@@ -1,11 +1,11 @@
-"""What a training step costs with rounding in it: ours, FX's `prepare_qat_fx`, PT2E's `prepare_qat_pt2e`, and float.
+"""Cost of a training step with fake quantization: ours, FX's `prepare_qat_fx`, PT2E's `prepare_qat_pt2e`, and float.
 
     python benchmarks/qat.py --rounds 30
 
 All ways train copies of one network in one process, a step of each in turn; a round's overhead is a way's time over the
-float step of the same round, less one. Observers observe and numbers are rounded in all of them, as for most of a run.
+float step of the same round, less one. Observers observe and tensors are fake-quantized in all.
 
-Then what an evaluated batch costs, computed in whole numbers as the runtimes do: its time over the float one.
+Then what a validation batch costs: its time over the forward pass of a training batch, both fake-quantized.
 """
 
 import argparse
@@ -25,9 +25,9 @@ from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer
 
 import lightning_light as ll
 from lightning_light.example_input import ExampleInput
-from lightning_light.int8 import rounders_of
-from lightning_light.quantization.rounding import merge
-from lightning_light.quantization.state import attach_from, begin
+from lightning_light.quantization.checkpoint_state import attach_fake_quantizer, begin
+from lightning_light.quantization.fake_quantize import merge_ranges
+from lightning_light.quantization.range_observer import RangeObserver
 
 SHAPES = {"resnet20": (3, 32, 32), "perceptron": (256,)}
 
@@ -42,17 +42,17 @@ def ours(net: nn.Module, x: Tensor) -> Callable[[], None]:
     """What `QuantizationAwareTraining` does at the end of a batch; its hooks do the rest."""
     state = {}
     begin(state, net, ExampleInput((x[:2],)), ll.Int8())
-    attachment = attach_from(net, state)
+    quantizer = attach_fake_quantizer(net, state)
+    observer = quantizer.observer = RangeObserver(quantizer.activations)
 
     def after_batch() -> None:
-        seen = attachment.observed(torch.device("cpu"))
-        state["ranges"] = merge(state["ranges"], seen, attachment.shares)
-        attachment.use(state["ranges"])
+        seen = observer.take(torch.device("cpu"))
+        state["ranges"] = merge_ranges(state["ranges"], seen, observer.momentum)
+        quantizer.update(state["ranges"])
 
-    attachment.observing = True
     net(x)
     after_batch()
-    attachment.form = "rounded"
+    quantizer.enabled = True
     return after_batch
 
 
@@ -83,17 +83,18 @@ def step(net: nn.Module, x: Tensor, after_batch: Callable[[], None] | None) -> f
     return taken
 
 
-def evaluation(net: nn.Module, rounding: nn.Module, x: Tensor, rounds: int) -> list[float]:
-    """Of each round: the time of an evaluated batch with rounded numbers, over the float one."""
-    times: list[list[float]] = []
-    for _ in range(rounds + 3):
-        times.append([])
-        for one in (net.eval(), rounding.eval()):
-            started = time.perf_counter()
-            with torch.no_grad():
-                one(x)
-            times[-1].append(time.perf_counter() - started)
-    return [ours / plain for plain, ours in times[3:]]
+def evaluation(net: nn.Module, x: Tensor, rounds: int) -> list[float]:
+    """Of each round: the time of a validation batch over the forward pass of a training batch."""
+    ratios = []
+    for turn in range(rounds + 3):
+        started = time.perf_counter()
+        net.train()(x)
+        between = time.perf_counter()
+        with torch.no_grad():
+            net.eval()(x)
+        if turn >= 3:
+            ratios.append((time.perf_counter() - between) / (between - started))
+    return ratios
 
 
 def main() -> None:
@@ -107,10 +108,10 @@ def main() -> None:
     for name in args.nets:
         torch.manual_seed(0)
         base, x = network(name).train(), torch.randn(args.batch, *SHAPES[name])
-        rounding = copy.deepcopy(base)
+        quantized = copy.deepcopy(base)
         ways = {
             "float": (base, None),
-            "ours": (rounding, ours(rounding, x)),
+            "ours": (quantized, ours(quantized, x)),
             "FX": (fx(copy.deepcopy(base), x), None),
             "PT2E": (pt2e(copy.deepcopy(base), x), None),
         }
@@ -129,11 +130,8 @@ def main() -> None:
         ratios = [min(a, b) / c for a, b, c in zip(over["FX"], over["PT2E"], over["ours"], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
         print(f"the better peer's overhead over ours, of each round: {middle:.2f} ({low:.2f} to {high:.2f})")
-        rounder = rounders_of(rounding)[0]
-        for words, rounder.in_whole_numbers in (("as the runtimes do", True), ("as it trains", False)):
-            rounder.observing = False
-            low, middle, high = statistics.quantiles(evaluation(base, rounding, x, args.rounds), n=4)
-            print(f"an evaluated batch, computed {words}, over the float one: {middle:.2f} ({low:.2f} to {high:.2f})")
+        low, middle, high = statistics.quantiles(evaluation(quantized, x, args.rounds), n=4)
+        print(f"a validation batch over the forward pass of a training batch: {middle:.2f} ({low:.2f} to {high:.2f})")
         print(flush=True)
 
 

@@ -1,11 +1,11 @@
-"""One pruning event with optimizer hand-over, against torch-pruning's own ``step()`` without one; one process.
+"""Time one pruning event with its optimizer state against torch-pruning's own ``step()`` without one.
 
     python benchmarks/surgery.py [--nets ResNet-18 ...] [--rounds 5] [--threads 1]
 
-Both remove 30 % of every layer's channels by L2 norm, from a network whose dependencies are known: torch-pruning's
-graph and our graph are built before the clock starts, and their times stand in columns of their own. Ours also
-slices the gradients and both moments of AdamW; torch-pruning slices the gradients and leaves the optimizer behind. The
-rounds alternate; a ratio is that of the medians.
+Both remove 30 % of every layer's channels by L2 norm, from a network whose dependencies are known: both graphs
+are built before the measurement, and their times are in columns of their own. Ours also slices the gradients and both
+moments of AdamW; torch-pruning slices the gradients and leaves the optimizer as it was. The rounds alternate; a ratio
+is that of the medians.
 """
 
 import argparse
@@ -20,12 +20,13 @@ from torch import nn
 
 import lightning_light as ll
 from lightning_light.dependency import trace_dependencies
+from lightning_light.structured import Local
 
-SHARE = 0.3
+FRACTION = 0.3
 
 
 def prepared(name: str) -> tuple[nn.Module, torch.optim.Optimizer, torch.Tensor]:
-    """A network after one step of AdamW: gradients and two moments a weight."""
+    """A network after one step of AdamW: gradients and two moments per weight."""
     torch.manual_seed(0)
     model, example = NETS[name](), torch.randn(2, 3, 224, 224)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
@@ -36,7 +37,7 @@ def prepared(name: str) -> tuple[nn.Module, torch.optim.Optimizer, torch.Tensor]
 
 
 def heads_of(model: nn.Module) -> dict[nn.Module, int]:
-    """What torch-pruning has to be told of attention."""
+    """The attention layers, which torch-pruning has to be given."""
     layers = ("query", "key", "value")
     return {getattr(m, n): m.heads for m in model.modules() if hasattr(m, "heads") for n in layers}
 
@@ -50,7 +51,7 @@ def torch_pruning(name: str) -> tuple[float, float]:
         model,
         example,
         importance=tp.importance.GroupMagnitudeImportance(p=2),
-        pruning_ratio=SHARE,
+        pruning_ratio=FRACTION,
         ignored_layers=[last],
         num_heads=heads_of(model),
         in_channel_groups={},
@@ -62,13 +63,13 @@ def torch_pruning(name: str) -> tuple[float, float]:
 
 
 def ours(name: str) -> tuple[float, float]:
-    """Seconds to find the coupled channels, and of the event with its optimizer."""
+    """Seconds to trace the dependencies, and of the event with its optimizer."""
     model, optimizer, example = prepared(name)
-    pruning = ll.StructuredPruning(ll.Channels(1.0 - SHARE), ranking=ll.Local())
     started = time.perf_counter()
     graph = trace_dependencies(model, (example,))
     traced = time.perf_counter()
-    ll.prune_channels(model, (example,), pruning=pruning, optimizers=[optimizer], graph=graph)
+    budget = ll.Channels(1.0 - FRACTION)
+    ll.prune_channels(model, example, budget, ranking=Local(), optimizers=[optimizer], graph=graph)
     return traced - started, time.perf_counter() - traced
 
 

@@ -1,6 +1,6 @@
-"""Train a small residual network, prune it to 40 % of its MACs while it goes on training, export it for a phone.
+"""Train a small residual network, prune it to 40 % of its MACs during training, and export it for a phone.
 
-The Lightning module is written as for any training: it knows nothing of compression. Two minutes on two CPU cores.
+The LightningModule is written as for any training: it has no code for compression. Two minutes on two CPU cores.
 """
 
 import argparse
@@ -64,7 +64,7 @@ class Classifier(L.LightningModule):
 
 
 def train(callbacks: list[L.Callback], export: ll.MobileExport, args: argparse.Namespace) -> list[str]:
-    """One row of the table: what the trained network and its exported file measure."""
+    """Train and export one network; return its row of the table."""
     L.seed_everything(0, verbose=False)
     module, data = Classifier(), FashionMNIST(args.data)
     trainer = L.Trainer(

@@ -1,6 +1,6 @@
-"""Prune a trained network to 30 % of its MACs, alone and with the network as it was for a teacher.
+"""Prune a trained network to 30 % of its MACs, alone and with the unpruned network as its teacher.
 
-``teacher="self"``: what the network knew before channels left helps it to recover. Three minutes on two CPU cores.
+``teacher="self"`` distills from a copy of the network made before the first cut. Three minutes on two CPU cores.
 """
 
 import argparse
@@ -22,7 +22,7 @@ Classifier = importlib.import_module("03_distill").Classifier
 
 
 def train(module: L.LightningModule, callbacks: list[L.Callback], epochs: int, args: argparse.Namespace) -> list[str]:
-    """Train ``module``; its row of the table."""
+    """Train ``module``; return its row of the table."""
     L.seed_everything(args.seed, verbose=False)
     data = FashionMNIST(args.data)
     trainer = L.Trainer(

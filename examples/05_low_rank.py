@@ -1,6 +1,6 @@
-"""Train a small network, factor it to half of its MACs in the middle of the run, share its weights' values, export it.
+"""Train a small network, factorize it to half of its MACs during the run, cluster its weights, and export it.
 
-The log says which layers became factors, of which form and rank, and why the others stayed. Two minutes on two cores.
+Prints for every layer the form and the rank of its factors, or why it stays dense. Two minutes on two cores.
 """
 
 import argparse
@@ -17,8 +17,9 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import lightning_light as ll
 from lightning_light.clustering import WeightClustering, save_clustered
-from lightning_light.lowrank import LowRankFactorization
+from lightning_light.lowrank import LowRankFactorization, RankAllocation
 from lightning_light.measure import count_cost
+from lightning_light.schedules import OneShot
 
 
 class Classifier(L.LightningModule):
@@ -60,7 +61,7 @@ class Classifier(L.LightningModule):
 
 
 def train(callbacks: list[L.Callback], name: str, args: argparse.Namespace) -> list[str]:
-    """One row of the table."""
+    """Train once and return one row of the table."""
     L.seed_everything(0, verbose=False)
     module, data = Classifier(), FashionMNIST(args.data)
     export = ll.MobileExport(args.out / f"{name}.ptl")
@@ -92,10 +93,11 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
 
-    factors = LowRankFactorization(ll.MACs(0.5), start=0.4, round_to=4)
+    factors = LowRankFactorization(ll.MACs(0.5), schedule=OneShot(at=0.4), allocation=RankAllocation(round_to=4))
     table = Table("", "test accuracy", "parameters", "MACs", "latency", "packed file", title="Before -> after")
     table.add_row("dense", *train([], "dense", args))
-    table.add_row("factored", *train([factors], "factored", args))
+    table.add_row("factorized", *train([factors], "factorized", args))
+    Console().print("\n".join(factors.last_plan.lines()))
     table.add_row("and clustered", *train([factors, WeightClustering(16, start=0.7)], "clustered", args))
     Console().print(table)
 

@@ -77,7 +77,7 @@ def main() -> None:
     chain = [
         ll.KnowledgeDistillation(teacher=dense, losses=[ll.SoftTargets(temperature=4.0)]),
         ll.StructuredPruning(ll.MACs(0.4), schedule=ll.Window(ll.Cubic(), start=0.1, end=0.5)),
-        ll.QuantizationAwareTraining(ll.Int8(engine=args.engine), start=0.7, observe_batches=8),
+        ll.QuantizationAwareTraining(ll.Int8(engine=args.engine), start=0.7, calibration_batches=8),
         ll.CompressionMonitor(),
     ]
     _, after = train("int8", chain, exporters, args)

@@ -1,7 +1,4 @@
-"""What the ground knows of int8: that something rounds numbers in a network, and how a runtime is told to do the same.
-
-An exporter asks for one of two forms, and traces; it does not have to know who has put the rounding there.
-"""
+"""The interface between quantizers and exporters: what a fake-quantized network offers, and what a runtime asks for."""
 
 from __future__ import annotations
 
@@ -14,120 +11,121 @@ from typing import Any
 from torch import nn
 
 from lightning_light.errors import UnsupportedError
+from lightning_light.surgery.attachment import has_state, state_of
 
-__all__ = ["QUANTIZED_TENSORS_ARE_DEPRECATED", "Int8Form", "Int8Weights", "PairRules", "RoundsNumbers", "rounders_of"]
+__all__ = [
+    "QUANTIZED_TENSORS_ARE_DEPRECATED",
+    "Int8Weights",
+    "LoweredModel",
+    "QDQConstraints",
+    "Quantizer",
+    "quantizers_of",
+]
 
 QUANTIZED_TENSORS_ARE_DEPRECATED = r"torch\.quantize_per_tensor, torch\.quantize_per_channel"
-"""How torch's news begins that its int8 kernels will leave; whoever exports to them knows."""
+"""How torch's deprecation warning of its int8 kernels begins."""
 
 _LIMITS = {"x86": 63}  # without VNNI two products have to fit into 16 bits
 
 
 @dataclass(frozen=True)
 class Int8Weights:
-    """What weights are rounded to, as far as it is known before training.
+    """How weights are quantized, as far as it is known before training.
 
     Attributes:
-        engine: by whose rules.
-        widest: the largest whole number of those of eight bits; 0 if there are none.
+        engine: for whose kernels.
+        quant_max: of the weights of eight bits; 0 if there are none.
     """
 
     engine: str
-    widest: int
+    quant_max: int
 
     def check(self, engine: str) -> None:
         """Refuse the int8 kernels of an engine with a smaller range.
 
         Raises:
-            UnsupportedError: says for which engine to train.
+            UnsupportedError: names the engine to train for.
         """
         limit = _LIMITS.get(engine, 127)
-        if self.widest > limit:
+        if self.quant_max > limit:
             raise UnsupportedError(
-                f"`TorchScriptLite(engine={engine!r})`: expected weights that are rounded to [-{limit}, {limit}], "
-                f"found [-{self.widest}, {self.widest}], by the rules of {self.engine!r}: sums would overflow. Train "
-                f"with `Int8(engine={engine!r})`, or write `TorchScriptLite(engine='qnnpack')`."
+                f"`TorchScriptLite(engine={engine!r})`: expected weights quantized to [-{limit}, {limit}], found "
+                f"[-{self.quant_max}, {self.quant_max}], for {self.engine!r}: sums would overflow. Train with "
+                f"`Int8(engine={engine!r})`, or write `TorchScriptLite(engine='qnnpack')`."
             )
 
 
 @dataclass
-class Int8Form:
-    """A network in a form that a runtime computes in int8.
+class LoweredModel:
+    """A network that computes with the int8 operators of a runtime.
 
     Attributes:
         packed: packed weights, which a tracer has to know.
-        scales: the network's outputs, each tensor replaced by the scale of its grid: a scalar, 0 for none.
+        output_scales: the network's outputs, each tensor replaced by its scale: a scalar, 0 for a float output.
         layers: how many layers with a weight are int8.
         left_float: layers whose weights stay float, with the reason.
         modules: paths of the modules that int8 layers belong to.
     """
 
     packed: list[Any] = field(default_factory=list)
-    scales: Any = None
+    output_scales: Any = None
     layers: int = 0
     left_float: dict[str, str] = field(default_factory=dict)
     modules: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
-class PairRules:
-    """What a runtime asks of a graph of quantize and dequantize operations.
+class QDQConstraints:
+    """What a runtime asks of a QDQ graph.
 
     Attributes:
-        signed: whether numbers are in [-128, 127], else in [0, 255].
-        join_on_one_grid: whether what is concatenated has to be on the grid of the result.
-        float_means: whether it takes means in float, of numbers on a grid.
-        sums: the scale of an operand over that of the sum, at least and below, or None for any.
+        runtime: its name in the op table: ``xnnpack`` or ``onnxruntime``.
+        signed: whether activations are int8, in [-128, 127]; else uint8, in [0, 255].
     """
 
+    runtime: str
     signed: bool
-    join_on_one_grid: bool = False
-    float_means: bool = False
-    sums: tuple[float, float] | None = None
 
 
-class RoundsNumbers(ABC):
-    """Owns forward hooks of a network, and rounds numbers in it.
+class Quantizer(ABC):
+    """Fake-quantizes a network through forward hooks.
 
     Attributes:
-        engine: whose int8 kernels it rounds for.
+        engine: for whose int8 kernels.
+        enabled: whether it does so now; before, it may only observe.
     """
 
     engine: str
-
-    @property
-    @abstractmethod
-    def is_rounding(self) -> bool:
-        """Whether it does so now; before, it may only have watched."""
+    enabled: bool
 
     @abstractmethod
-    def on_kernels(self, call: Callable[[], Any], engine: str) -> AbstractContextManager[Int8Form]:
-        """Inside, a forward pass runs on torch's int8 kernels where it rounded.
+    def quantized_ops(self, call: Callable[[], Any], engine: str) -> AbstractContextManager[LoweredModel]:
+        """Inside, a forward pass runs on torch's int8 kernels where it was fake-quantized.
 
         Args:
             call: one forward pass in evaluation mode; from it weights and statistics are taken as they are now.
             engine: torch's name of the kernels.
 
         Raises:
-            UnsupportedError: numbers were rounded for an engine with a wider range.
+            UnsupportedError: weights were quantized for an engine with a wider range.
         """
 
     @abstractmethod
-    def in_pairs(self, call: Callable[[], Any], rules: PairRules) -> AbstractContextManager[Int8Form]:
-        """Inside, a forward pass writes each rounding as a quantize and a dequantize operation, weights as int8.
+    def qdq(self, call: Callable[[], Any], constraints: QDQConstraints) -> AbstractContextManager[LoweredModel]:
+        """Inside, a forward pass quantizes by a quantize and a dequantize operation, with weights in int8.
 
         Args:
             call: as above.
-            rules: what the runtime asks for.
+            constraints: of the runtime.
         """
 
 
-def rounders_of(model: nn.Module) -> list[RoundsNumbers]:
-    """Who rounds numbers in ``model``: found by its hooks."""
-    found: dict[int, RoundsNumbers] = {}
-    for module in model.modules():
-        for hook in module._forward_pre_hooks.values():
-            owner = getattr(getattr(hook, "__self__", None), "frames", None)
-            if isinstance(owner, RoundsNumbers):
-                found[id(owner)] = owner
-    return list(found.values())
+def quantizers_of(model: nn.Module) -> list[Quantizer]:
+    """The quantizers that are at work on ``model``, from the compression state of its modules."""
+    return [
+        active
+        for module in model.modules()
+        if has_state(module)
+        for active in state_of(module).active
+        if isinstance(active, Quantizer)
+    ]

@@ -47,9 +47,8 @@ def main(folder: Path, kill_at: int) -> None:
         criterion=Taylor(),
         calibration_batches=2,
         schedule=Window(Linear(), start=0.1, end=0.75),
-        events=3,
+        every_n_steps=3,
         regularizer=GroupLasso(0.01),
-        reestimate_batch_norm=2,
     )
     saving = ModelCheckpoint(folder, "step={step}", auto_insert_metric_name=False, save_top_k=-1, every_n_train_steps=1)
     run = trainer(pruning, CompressionMonitor(table=False), saving, Kill(kill_at))

@@ -39,6 +39,7 @@ DEPENDENCIES = HOSTS | {
     "lightning_light",
     "numpy",
     "rich",
+    "safetensors",
     "tensorboard",
     "torch",
     "torch_pruning",

@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
+from typing_extensions import override
 
+from lightning_light.budgets import Params
 from lightning_light.callback import CompressionCallback
 from lightning_light.errors import NoEffectWarning, OrderError, UnsupportedError
 from lightning_light.host.patches import patches_of
@@ -242,3 +245,53 @@ def test_a_callback_is_copied_and_saved_whole() -> None:
     file.seek(0)
     assert torch.load(file, weights_only=False).cuts == (2,)
     assert "state_dict" not in vars(CompressionCallback)
+
+
+class Owns(Events):
+    """Claims a layer at step 1, as a quantization would, and measures before each change."""
+
+    method, stage = "owns", Stage.QUANTIZATION
+
+    @override
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == 1:
+            self.claim(pl_module, ["net.conv1"])
+
+    @override
+    def before_surgery(self, trainer: Any, pl_module: Any) -> None:
+        state = self.compression_state(pl_module)
+        state.reference(Params(0.5), lambda: float(sum(p.numel() for p in pl_module.parameters())))
+
+
+class CutsAfterAsking(Events):
+    """Lets the others measure before it cuts."""
+
+    @override
+    def _cut(self, trainer: Any, pl_module: Any) -> None:
+        self._before_surgery(trainer, pl_module)
+        super()._cut(trainer, pl_module)
+
+
+def test_a_layer_that_a_later_method_has_claimed_is_not_cut(tmp_path) -> None:
+    saves = ModelCheckpoint(tmp_path, "{step}", auto_insert_metric_name=False, save_top_k=-1, every_n_train_steps=2)
+    module = Lit()
+    width = module.net.conv1.out_channels
+    with pytest.raises(UnsupportedError, match=r"on `net.conv1`: .* `owns` owns"):
+        trainer(Events(cuts=(3,)), Owns(), saves).fit(module, Loader())
+    assert module.net.conv1.out_channels == width
+    resumed = Lit()
+    with pytest.raises(UnsupportedError, match=r"on `net.conv1`: .* `owns` owns"):
+        trainer(Events(cuts=(3,)), Owns()).fit(resumed, Loader(), ckpt_path=tmp_path / "2.ckpt")
+    owner = Owns()
+    trainer(Events(cuts=(0,)), owner).fit(fresh := Lit(), Loader())
+    assert fresh.net.conv1.out_channels < width
+    owner.disclaim(fresh)
+    assert not owner.compression_state(fresh).claims
+
+
+def test_what_others_compare_with_is_measured_before_the_first_change() -> None:
+    module, owner = Lit(), Owns()
+    dense = sum(parameter.numel() for parameter in module.parameters())
+    trainer(CutsAfterAsking(cuts=(0, 5)), owner, max_steps=1).fit(module, Loader())
+    assert sum(parameter.numel() for parameter in module.parameters()) < dense
+    assert owner.compression_state(module).references == {"params": dense}

@@ -76,6 +76,26 @@ def test_evaluation_without_a_trainer_is_not_looked_at() -> None:
     assert found.example is not None
 
 
+@pytest.mark.parametrize(
+    ("value", "args", "kwargs"),
+    [
+        (3, (3,), {}),
+        ([1, 2], ([1, 2],), {}),
+        ((1, 2), (1, 2), {}),
+        ({"x": 1}, (), {"x": 1}),
+        (ExampleInput((1,), {"y": 2}), (1,), {"y": 2}),
+    ],
+)
+def test_example_inputs_are_read_as_an_example_input_array(value: Any, args: Any, kwargs: Any) -> None:
+    found = ExampleInput.of(value)
+    assert (found.args, found.kwargs) == (args, kwargs)
+
+
+def test_no_example_input_is_refused() -> None:
+    with pytest.raises(TypeError, match="expected a tensor, a tuple of positional arguments, a dict"):
+        ExampleInput.of(None)
+
+
 def test_any_structure_of_arguments() -> None:
     args = ({"a": noise(4, 3), "b": [noise(4), "text", None]}, Pair(noise(4, 2), 1.5))
     small = ExampleInput(args, {"mask": torch.ones(4, dtype=torch.bool)}).small()

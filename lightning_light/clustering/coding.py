@@ -1,4 +1,4 @@
-"""Huffman codes: how few bits the places in a codebook take, and those bits themselves."""
+"""Huffman coding of codebook indices."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 __all__ = ["code_lengths", "decode", "encode", "entropy"]
 
 LONGEST = 16
-"""Of a code, in bits, so that a table of all windows of that many bits can decode it."""
+"""Largest length of a code in bits, so that one lookup table can decode it."""
 
 Symbols = NDArray[np.int64]
 
 
 def entropy(counts: Sequence[int]) -> float:
-    """Bits a symbol that no code without memory can go below.
+    """Compute the entropy in bits per symbol: the lower bound of a memoryless code.
 
     Example:
         >>> entropy([1, 1, 2])
@@ -29,7 +29,7 @@ def entropy(counts: Sequence[int]) -> float:
 
 
 def code_lengths(counts: Sequence[int]) -> list[int]:
-    """Length of each symbol's Huffman code, at most 16; 0 for symbols that do not occur.
+    """Compute the length of each symbol's Huffman code, at most 16; 0 for symbols that do not occur.
 
     Huffman, 1952, "A Method for the Construction of Minimum-Redundancy Codes".
 
@@ -46,7 +46,7 @@ def code_lengths(counts: Sequence[int]) -> list[int]:
 
 
 def encode(symbols: Symbols, lengths: Sequence[int]) -> bytes:
-    """The symbols' canonical codes, one after the other, the first bit highest; padded by zeros to whole bytes."""
+    """Concatenate the symbols' canonical codes, the first bit highest, padded to whole bytes."""
     codes = np.array(_canonical(lengths), dtype=np.int64)
     sizes = np.array(lengths, dtype=np.int64)[symbols]
     ends = np.cumsum(sizes)
@@ -59,7 +59,7 @@ def encode(symbols: Symbols, lengths: Sequence[int]) -> bytes:
 
 
 def decode(data: bytes, lengths: Sequence[int], count: int) -> Symbols:
-    """What `encode` was given: ``count`` symbols.
+    """Decode ``count`` symbols from the result of `encode`.
 
     Raises:
         ValueError: the bits end before that.
@@ -79,7 +79,7 @@ def decode(data: bytes, lengths: Sequence[int], count: int) -> Symbols:
         symbols.append(found[position])
         position += steps[position]
         if position > last:
-            raise ValueError("The bits of a tensor end before its last weight: the file is cut off.")
+            raise ValueError("Expected a code for every weight, found the end of the data: the file is damaged.")
     return np.array(symbols, dtype=np.int64)
 
 
@@ -98,7 +98,7 @@ def _lengths(counts: Sequence[int]) -> list[int]:
 
 
 def _canonical(lengths: Sequence[int]) -> list[int]:
-    """Codes of these lengths, ascending by length and then by symbol."""
+    """Assign the codes of these lengths, ascending by length and then by symbol."""
     codes, code, before = [0] * len(lengths), 0, 0
     for length, symbol in sorted((length, symbol) for symbol, length in enumerate(lengths) if length):
         code <<= length - before

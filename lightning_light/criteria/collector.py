@@ -24,6 +24,7 @@ from lightning_light.example_input import ExampleInput
 from lightning_light.isolation import isolated
 from lightning_light.nested import tensors_in
 from lightning_light.surgery.edit import take
+from lightning_light.validation import PositiveInt, validated
 
 __all__ = [
     "KINDS",
@@ -409,12 +410,13 @@ class EvidenceCollector:
         self._pending[kind, name] = new if seen is None else [a + b for a, b in zip(seen, new, strict=True)]
 
 
+@validated
 def collect_evidence(
     model: nn.Module,
     data: Iterable[Any],
     needs: frozenset[str],
     *,
-    batches: int,
+    batches: PositiveInt,
     loss: Loss | None = None,
     layers: Iterable[str] | None = None,
     accumulate: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,

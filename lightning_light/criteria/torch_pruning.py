@@ -6,13 +6,14 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_light.criteria.evidence import GroupCriterion
+from lightning_light.validation import validated
 
 if TYPE_CHECKING:
     from lightning_light.criteria.collector import Gathered
@@ -26,6 +27,7 @@ _EVIDENCE = {"mean": "grad", "squared": "grad_squared"}
 _LAYERS = ("CONV", "DEPTHWISE_CONV", "LINEAR", "BN", "LN", "GN", "IN", "PRELU", "EMBED", "PARAMETER")
 
 
+@validated
 @dataclass(frozen=True, repr=False)
 class FromTorchPruning(GroupCriterion):
     """Score coupled channels with an importance of torch-pruning, or with a subclass of your own.
@@ -67,10 +69,6 @@ class FromTorchPruning(GroupCriterion):
                 f"`FromTorchPruning({name})`: expected an instance of `torch_pruning.importance.Importance`, found "
                 f"{'a class' if is_class else type(self.importance).__name__}. Write for instance "
                 "`FromTorchPruning(tp.importance.GroupMagnitudeImportance(p=1))`."
-            )
-        if self.gradients not in get_args(Gradients):
-            raise ValueError(
-                f"`FromTorchPruning(gradients={self.gradients!r})`: expected one of {list(get_args(Gradients))}."
             )
 
     @property

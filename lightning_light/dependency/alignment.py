@@ -45,9 +45,9 @@ def misalignment(before: Tracer, after: Tracer, removed: Tensor, single: Tensor)
     known = torch.unique(torch.cat([torch.zeros(1).long(), *(before.union.roots(x.labels) for x in before.leaves)]))
     if not torch.equal(after.union.roots(known), known):
         return "channels would be combined with other channels than before"
-    stays = torch.zeros(max(before.union.parent.numel(), after.union.parent.numel()), dtype=torch.bool)
-    stays[known] = True
-    stays[removed] = False
+    remaining = torch.zeros(max(before.union.parent.numel(), after.union.parent.numel()), dtype=torch.bool)
+    remaining[known] = True
+    remaining[removed] = False
     old = [step for step in before.history if step[0] not in _LAYOUT_OPS]
     new = [step for step in after.history if step[0] not in _LAYOUT_OPS]
     if [name for name, _ in old] != [name for name, _ in new]:
@@ -56,16 +56,18 @@ def misalignment(before: Tracer, after: Tracer, removed: Tensor, single: Tensor)
         if len(was) != len(now):
             return f"`{name}` would give {len(now)} tensors instead of {len(was)}"
         for left, right in zip(was, now, strict=True):
-            if _channel_orders(before.union, left, stays, name) != _channel_orders(after.union, right, stays, name):
+            if _channel_orders(before.union, left, remaining, name) != _channel_orders(
+                after.union, right, remaining, name
+            ):
                 return f"`{name}` would read other channels than before"
     return None
 
 
-def _channel_orders(union: LabelUnion, labels: list[Tensor], stays: Tensor, name: str) -> set[tuple[int, ...]]:
+def _channel_orders(union: LabelUnion, labels: list[Tensor], remaining: Tensor, name: str) -> set[tuple[int, ...]]:
     """Return the remaining channels along every labelled dimension, in order; a single one only after a selection."""
     orders = set()
     for label in labels:
         order = collapsed(union.roots(label)).reshape(-1)
-        orders.add(tuple(order[stays[order]].tolist()))
+        orders.add(tuple(order[remaining[order]].tolist()))
     least = 1 if name == "select" else 2
     return {order for order in orders if len(set(order) - {FIXED}) >= least}

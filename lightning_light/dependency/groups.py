@@ -82,11 +82,11 @@ class DependencyGraph:
                 continue
             for member in group.members:
                 size = self.shapes[member.tensor][member.dim]
-                stays = masks.setdefault((member.tensor, member.dim), torch.ones(size, dtype=torch.bool))
-                stays[member.index[~mask].reshape(-1)] = False
+                remaining = masks.setdefault((member.tensor, member.dim), torch.ones(size, dtype=torch.bool))
+                remaining[member.index[~mask].reshape(-1)] = False
         positions: dict[str, dict[int, Tensor]] = {}
-        for (tensor, dim), stays in masks.items():
-            positions.setdefault(tensor, {})[dim] = stays.nonzero().reshape(-1)
+        for (tensor, dim), remaining in masks.items():
+            positions.setdefault(tensor, {})[dim] = remaining.nonzero().reshape(-1)
         return positions
 
     def attributes(self, model: nn.Module, kept: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
@@ -109,9 +109,9 @@ class DependencyGraph:
             for name, shape in self.shapes.items()
         }
         tables = {
-            (tensor, dim): _renumbering(self.shapes[tensor][dim], stays)
+            (tensor, dim): _renumbering(self.shapes[tensor][dim], remaining)
             for tensor, dims in positions.items()
-            for dim, stays in dims.items()
+            for dim, remaining in dims.items()
         }
         groups = _in_order(self.shapes, [_after_pruning(group, kept.get(group.name), tables) for group in self.groups])
         size_attributes = tuple(
@@ -130,9 +130,9 @@ class DependencyGraph:
         return torch.cat(lost) if lost else torch.empty(0, dtype=torch.long)
 
 
-def _renumbering(size: int, stays: Tensor) -> Tensor:
+def _renumbering(size: int, remaining: Tensor) -> Tensor:
     table = torch.full((size,), -1)
-    table[stays] = torch.arange(stays.numel())
+    table[remaining] = torch.arange(remaining.numel())
     return table
 
 

@@ -116,12 +116,12 @@ def _patterns(groups: Sequence[ChannelGroup]) -> Iterator[Kept]:
     """Yield cuts of different channels and numbers of channels: a size fixed in the code fits only one of them."""
     generator = torch.Generator().manual_seed(0)
     many, few = [g for g in groups if g.width > _TOO_FEW], [g for g in groups if g.width <= _TOO_FEW]
-    for chosen, share in [*itertools.product((many, many[::2], many[1::2]), (0.5, 0.0)), (few, 0.0)]:
+    for chosen, fraction in [*itertools.product((many, many[::2], many[1::2]), (0.5, 0.0)), (few, 0.0)]:
         kept = {}
         for group in chosen:
-            most = max(1, min(group.width - 2, int(group.width * share)))
+            most = max(1, min(group.width - 2, int(group.width * fraction)))
             count = int(torch.randint(1, most + 1, (1,), generator=generator))
-            removed = torch.randperm(group.width, generator=generator)[:count] if share else torch.zeros(1).long()
+            removed = torch.randperm(group.width, generator=generator)[:count] if fraction else torch.zeros(1).long()
             kept[group.name] = torch.ones(group.width, dtype=torch.bool).index_fill(0, removed, False)
         if kept:
             yield kept

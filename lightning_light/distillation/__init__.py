@@ -1,5 +1,7 @@
-"""A teacher: the network learns from what another one says, and from what it sees on the way."""
+"""Knowledge distillation: losses over outputs and features of a teacher."""
 
+from lightning_light.distillation.batch_fields import BatchFields
+from lightning_light.distillation.cache import TeacherCache
 from lightning_light.distillation.features import (
     RKD,
     SRD,
@@ -15,16 +17,19 @@ from lightning_light.distillation.knowledge_distillation import KnowledgeDistill
 from lightning_light.distillation.logits import DIST, DKD, LogitStandardization, SoftTargets
 from lightning_light.distillation.loss import Decreasing, DistillationLoss, FeatureLoss
 from lightning_light.distillation.teachers import (
+    BuiltTeacher,
     CheckpointTeacher,
     FactoryTeacher,
     FileTeacher,
-    LiveTeacher,
+    OnlineTeacher,
     SelfTeacher,
     TeacherSource,
 )
 
 __all__ = [  # plain order, capitals or not
     "AttentionTransfer",
+    "BatchFields",
+    "BuiltTeacher",
     "ChannelWise",
     "CheckpointTeacher",
     "ContrastiveHint",
@@ -38,13 +43,14 @@ __all__ = [  # plain order, capitals or not
     "FileTeacher",
     "KnowledgeDistillation",
     "KnowledgeReview",
-    "LiveTeacher",
     "LogitStandardization",
+    "OnlineTeacher",
     "OutputRegression",
     "RKD",
     "SRD",
     "SelfTeacher",
     "SimilarityPreserving",
     "SoftTargets",
+    "TeacherCache",
     "TeacherSource",
 ]

@@ -1,10 +1,11 @@
-"""The teacher's answers, kept by sample: from the second epoch on it costs nothing."""
+"""Cache the teacher's outputs by sample, so that they are computed in the first epoch only."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,88 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_light.example_input import ExampleInput
 from lightning_light.nested import tensors_in
+from lightning_light.selectors import Selector, select
 from lightning_light.surgery.distributed import digest
+from lightning_light.validation import validated
 
-__all__ = ["TeacherOutputCache", "caches_of", "fingerprints"]
+__all__ = ["CachedOutputs", "OutputStore", "TeacherCache", "fingerprints", "samples_of", "stores_of"]
 
 _FIRST_ROWS = 1024
 
 
-def fingerprints(inputs: Any, samples: int) -> list[int]:
-    """A 63-bit number for each sample of what a teacher is given: the same content, the same number.
+@validated
+@dataclass(frozen=True)
+class TeacherCache:
+    """Store the teacher's outputs by sample; from the second epoch on the teacher is not called.
 
     Args:
-        inputs: nest of tensors; those with ``samples`` rows count.
+        location: ``"memory"``, or the path of files, which later runs with the same teacher read.
+        sample_index: which part of a batch numbers its samples; without it a sample is identified by a hash of its
+            content.
+        fixed_views: whether the stored output of a sample is used although its content has changed (augmentation).
+        half_precision: whether outputs are stored in half precision.
+
+    Example:
+        >>> TeacherCache("runs/teacher", sample_index=2)
+        TeacherCache(location='runs/teacher', sample_index=2, fixed_views=False, half_precision=False)
+    """
+
+    location: str = "memory"
+    sample_index: Selector = None
+    fixed_views: bool = False
+    half_precision: bool = False
+
+
+class CachedOutputs:
+    """Reads a teacher's outputs from its store, or computes and stores them.
+
+    Args:
+        options: what the user has set.
+        store: of this teacher.
+        samples: returns how many samples the data has, once it is loaded; None if it is not known.
+    """
+
+    def __init__(self, options: TeacherCache, store: OutputStore, samples: Callable[[], int | None]) -> None:
+        self._options, self._store, self._samples = options, store, samples
+
+    def outputs(self, inputs: ExampleInput, batch: Any, compute: Callable[[], Tensor]) -> Tensor:
+        """Return the teacher's outputs for a batch, on the CPU.
+
+        Args:
+            inputs: of the teacher.
+            batch: as ``training_step`` gets it.
+            compute: calls the teacher.
+
+        Raises:
+            ValueError: the samples are augmented, so that stored outputs belong to other views.
+        """
+        index, fixed = self._options.sample_index, self._options.fixed_views
+        samples = len(next(tensors_in((inputs.args, inputs.kwargs))))
+        identified = index is not None and fixed
+        hashes = [0] * samples if identified else fingerprints((inputs.args, inputs.kwargs), samples)
+        call = f"TeacherCache(sample_index={index!r})"
+        keys = hashes if index is None else select(batch, index, call).reshape(-1).tolist()
+        found = self._store.read(keys, None if fixed else hashes)
+        if found is None:
+            found = self._store.write(keys, hashes, compute())
+        available = self._samples() if index is None else None
+        if available is not None and len(self._store) > available:
+            raise ValueError(
+                f"`KnowledgeDistillation(cache={self._options})`: expected at most {available} different inputs, "
+                f"one per sample of the data, found {len(self._store)}: the samples are augmented, so that no stored "
+                "output is ever used. Augment without randomness, or remove `cache`; `TeacherCache(sample_index=..., "
+                "fixed_views=True)` uses the outputs of each sample's first view."
+            )
+        return found
+
+
+def fingerprints(inputs: Any, samples: int) -> list[int]:
+    """Hash each sample of a teacher's inputs to a 63-bit number.
+
+    Args:
+        inputs: nested tensors; those with ``samples`` rows are hashed.
         samples: how many.
     """
     hashes = [hashlib.sha1(usedforsecurity=False) for _ in range(samples)]  # the fastest that processors help with
@@ -37,102 +107,106 @@ def fingerprints(inputs: Any, samples: int) -> list[int]:
     return [int.from_bytes(found.digest()[:8], "little") >> 1 for found in hashes]
 
 
-def caches_of(
-    where: str, half: bool, teachers: Sequence[nn.Module], state: dict[str, Any], rank: int | None
-) -> list[TeacherOutputCache]:
-    """A cache for each teacher.
+def samples_of(trainer: Any) -> int | None:
+    """Return the number of training samples, if the dataset has a length."""
+    dataset = getattr(trainer.train_dataloader, "dataset", None)
+    return len(dataset) if isinstance(dataset, Sized) else None
+
+
+def stores_of(
+    options: TeacherCache, teachers: Sequence[nn.Module], state: dict[str, Any], rank: int | None
+) -> list[OutputStore]:
+    """Open a store per teacher.
 
     Args:
-        where: ``"memory"``, or the path of files.
-        half: whether to store half precision.
+        options: location and precision.
         teachers: the teachers.
-        state: of the method; remembers what is in memory.
-        rank: of this process, whose files are its own; None if there is one process.
+        state: of the method; holds the rows of a store in memory.
+        rank: of this process, which has its own files; None if there is one process.
     """
-    if where == "memory":
-        kept = state.setdefault("cache", {})
+    half = options.half_precision
+    if options.location == "memory":
+        rows = state.setdefault("cache", {})
         return [
-            TeacherOutputCache(kept.setdefault(str(place), {}), None, half=half, teacher="")
-            for place in range(len(teachers))
+            OutputStore(rows.setdefault(str(number), {}), None, half=half, teacher="")
+            for number in range(len(teachers))
         ]
-    caches = []
-    for place, teacher in enumerate(teachers):
-        path = Path(f"{where}{f'.{place}' if place else ''}{'' if rank is None else f'.rank{rank}'}")
-        name = f"{digest(dict(teacher.state_dict()))} half={half}"
-        caches.append(TeacherOutputCache(None, path, half=half, teacher=name))
-    return caches
+    stores = []
+    for number, teacher in enumerate(teachers):
+        path = Path(f"{options.location}{f'.{number}' if number else ''}{'' if rank is None else f'.rank{rank}'}")
+        stores.append(OutputStore(None, path, half=half, teacher=f"{digest(dict(teacher.state_dict()))} half={half}"))
+    return stores
 
 
-class TeacherOutputCache:
-    """Rows of answers by key, in memory or in files.
+class OutputStore:
+    """Rows of a teacher's outputs by key, in memory or in files.
 
-    What is read back is what was stored, half precision and all, also in the step that stores it: so a run that was
-    interrupted, and finds the cache fuller or emptier than it was, goes on as it would have.
+    A row is always returned as it was stored, in half precision if so, also in the step that stores it. An interrupted
+    run therefore continues bit for bit, whatever the store contains when it is resumed.
 
     Args:
-        state: where an in-memory cache is remembered: part of the method's state; None for a cache in files.
-        path: of the files, ``<path>.json``, ``<path>.keys`` and ``<path>.rows``; None for memory.
+        state: holds the rows in memory, as part of the method's state; None for a store in files.
+        path: of the files ``<path>.json``, ``<path>.keys`` and ``<path>.rows``; None for memory.
         half: whether to store half precision.
-        teacher: fingerprint of the teacher; files of another teacher are refused.
+        teacher: digest of the teacher; files of another teacher are refused.
     """
 
     def __init__(self, state: dict[str, Any] | None, path: Path | None, *, half: bool, teacher: str) -> None:
         self._state, self._path, self._half, self._teacher = state, path, half, teacher
-        self._places: dict[int, int] = {}
+        self._positions: dict[int, int] = {}
         self._keys = torch.empty(0, 2, dtype=torch.int64)  # of each row: key, fingerprint
         self._rows: Tensor | None = None
         if state:
-            self._adopt(state["keys"], state["rows"])
+            self._fill(state["keys"], state["rows"])
         elif path is not None and self._file("json").exists():
             self._open()
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._positions)
 
-    def get(self, keys: list[int], checks: list[int] | None) -> Tensor | None:
-        """The stored answers of these samples; None unless there are all.
+    def read(self, keys: list[int], hashes: list[int] | None) -> Tensor | None:
+        """Return the stored outputs of these samples, or None unless all of them are stored.
 
         Args:
             keys: of the samples.
-            checks: fingerprints of what the teacher would see, compared with those of what it saw.
+            hashes: of the teacher's inputs, compared with those at the time of storing; None for no comparison.
 
         Raises:
-            ValueError: a sample looks different from when it was stored.
+            ValueError: the content of a sample has changed since.
         """
-        if self._rows is None or any(key not in self._places for key in keys):
+        if self._rows is None or any(key not in self._positions for key in keys):
             return None
-        places = [self._places[key] for key in keys]
-        if checks is not None and self._keys[places, 1].tolist() != checks:
+        positions = [self._positions[key] for key in keys]
+        if hashes is not None and self._keys[positions, 1].tolist() != hashes:
             raise ValueError(
-                "`KnowledgeDistillation(cache=...)`: expected every sample to look the same in each epoch, found one "
-                "that does not: it is augmented, and the teacher's stored answer belongs to another view. Augment "
-                "without randomness, drop `cache`, or, if the answers shall be those of the first view, say "
-                "`fixed_views=True`."
+                "`KnowledgeDistillation(cache=...)`: expected the same content of every sample in each epoch, found a "
+                "sample with another content: it is augmented, and the stored output belongs to another view. Augment "
+                "without randomness, remove `cache`, or, to use the outputs of the first view, write "
+                "`TeacherCache(fixed_views=True)`."
             )
-        return self._rows[torch.tensor(places)]
+        return self._rows[torch.tensor(positions)]
 
-    def put(self, keys: list[int], checks: list[int], answers: Tensor) -> Tensor:
-        """Store the answers of samples that are not stored yet; returns those of all as they are read back."""
-        stored = answers.detach().to("cpu", torch.float16 if self._half else answers.dtype)
-        new = {key: place for place, key in enumerate(keys) if key not in self._places}
+    def write(self, keys: list[int], hashes: list[int], outputs: Tensor) -> Tensor:
+        """Store the outputs of samples that are not stored yet, and return those of all samples as stored."""
+        stored = outputs.detach().to("cpu", torch.float16 if self._half else outputs.dtype)
+        new = {key: position for position, key in enumerate(keys) if key not in self._positions}
         if new:
-            start = len(self._places)
+            start = len(self._positions)
             self._reserve(start + len(new), stored)
             assert self._rows is not None
-            for row, (key, place) in enumerate(new.items(), start):
-                self._rows[row] = stored[place]
-                self._keys[row] = torch.tensor([key, checks[place]])
-                self._places[key] = row
-            self._remember(start)
-        return self.recall(keys)
+            for row, (key, position) in enumerate(new.items(), start):
+                self._rows[row] = stored[position]
+                self._keys[row] = torch.tensor([key, hashes[position]])
+                self._positions[key] = row
+            self._save(start)
+        return self._stored(keys)
 
-    def recall(self, keys: Iterable[int]) -> Tensor:
-        """The stored answers of samples that are stored."""
+    def _stored(self, keys: Iterable[int]) -> Tensor:
         assert self._rows is not None
-        return self._rows[torch.tensor([self._places[key] for key in keys])]
+        return self._rows[torch.tensor([self._positions[key] for key in keys])]
 
-    def _adopt(self, keys: Tensor, rows: Tensor) -> None:
-        self._places = {key: place for place, key in enumerate(keys[:, 0].tolist())}
+    def _fill(self, keys: Tensor, rows: Tensor) -> None:
+        self._positions = {key: position for position, key in enumerate(keys[:, 0].tolist())}
         self._keys, self._rows = keys.clone(), rows[: len(keys)]
 
     def _reserve(self, count: int, like: Tensor) -> None:
@@ -151,8 +225,8 @@ class TeacherOutputCache:
         if rows is not None:
             self._rows[:have] = rows
 
-    def _remember(self, start: int) -> None:
-        count = len(self._places)
+    def _save(self, start: int) -> None:
+        count = len(self._positions)
         if self._path is not None:
             with self._file("keys").open("ab") as file:
                 self._keys[start:count].numpy().tofile(file)
@@ -182,9 +256,9 @@ class TeacherOutputCache:
         header = json.loads(self._file("json").read_text())
         if header["teacher"] != self._teacher:
             raise ValueError(
-                f"`KnowledgeDistillation(cache={str(self._path)!r})`: expected answers of this teacher, found those of "
-                "another one. Delete the files, or give another path."
+                f"`TeacherCache({str(self._path)!r})`: expected outputs of this teacher, found those of another one. "
+                "Delete the files, or give another path."
             )
         keys = torch.from_numpy(np.fromfile(self._file("keys"), np.int64).reshape(-1, 2))
         dtype = getattr(torch, header["dtype"].removeprefix("torch."))
-        self._adopt(keys, self._mapped(max(len(keys), 1), tuple(header["shape"]), dtype))
+        self._fill(keys, self._mapped(max(len(keys), 1), tuple(header["shape"]), dtype))

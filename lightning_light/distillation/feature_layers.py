@@ -1,4 +1,4 @@
-"""Taps: features are taken where they come out of a module, found by its path."""
+"""Feature layers: pair modules of student and teacher by path or resolution, and record their outputs."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_light.distillation.loss import Taps
+from lightning_light.distillation.loss import FeatureLayers
 from lightning_light.errors import TargetError
 from lightning_light.nested import tensors_in
 
-__all__ = ["FeatureHooks", "match_resolutions", "pair_feature_layers", "part_of"]
+__all__ = ["FeatureHooks", "match_resolutions", "module_at", "pair_feature_layers"]
 
 
-def pair_feature_layers(feature_layers: Taps, student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]:
-    """Paths in student and teacher that belong together, in the student's order.
+def pair_feature_layers(feature_layers: FeatureLayers, student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]:
+    """Pair the paths of feature layers in student and teacher, in the student's order.
 
-    A glob stands for the modules whose whole path it matches, where a ``*`` does not cross a dot. On both sides it
-    must match as many, which are then paired in order.
+    A glob selects the modules whose whole path it matches, where a ``*`` does not cross a dot. It must match equally
+    many modules in both networks, which are paired in order.
 
     Raises:
         TargetError: a path names no module, or the two sides match different numbers. Prints the nearest names.
@@ -30,21 +30,13 @@ def pair_feature_layers(feature_layers: Taps, student: nn.Module, teacher: nn.Mo
         >>> pair_feature_layers("[02]", *(nn.Sequential(nn.ReLU(), nn.Tanh(), nn.ReLU()) for _ in range(2)))
         [('0', '0'), ('2', '2')]
     """
-    wanted: Mapping[str, str]
-    if isinstance(feature_layers, Mapping):
-        wanted = feature_layers
-    else:
-        wanted = {
-            path: path for path in ([feature_layers] if isinstance(feature_layers, str) else feature_layers or [])
-        }
     pairs: list[tuple[str, str]] = []
-    for mine, theirs in wanted.items():
+    for mine, theirs in _as_mapping(feature_layers).items():
         left, right = _matching(mine, student, "student"), _matching(theirs, teacher, "teacher")
         if len(left) != len(right):
             raise TargetError(
-                f"`feature_layers={{{mine!r}: {theirs!r}}}`: expected as many modules in the student as "
-                "in the teacher, found "
-                f"{len(left)} ({', '.join(left)}) and {len(right)} ({', '.join(right)}). Name them one by one."
+                f"`feature_layers={{{mine!r}: {theirs!r}}}`: expected equally many modules in student and teacher, "
+                f"found {len(left)} ({', '.join(left)}) and {len(right)} ({', '.join(right)}). Name them one by one."
             )
         pairs += zip(left, right, strict=True)
     return pairs
@@ -53,11 +45,11 @@ def pair_feature_layers(feature_layers: Taps, student: nn.Module, teacher: nn.Mo
 def match_resolutions(
     student: Mapping[str, tuple[int, ...]], teacher: Mapping[str, tuple[int, ...]]
 ) -> list[tuple[str, str]]:
-    """For each resolution that both have feature maps of, the last module that gives one, in student and teacher.
+    """Pair, for each resolution of feature maps in both networks, the last module of each with such an output.
 
     Args:
         student: module path -> shape of its output, in the order of the calls; only those of four dimensions count.
-        teacher: likewise.
+        teacher: the same of the teacher.
 
     Example:
         >>> shapes = {"stem": (2, 8, 16, 16), "layer1": (2, 8, 16, 16), "layer2": (2, 16, 8, 8), "fc": (2, 10)}
@@ -70,51 +62,56 @@ def match_resolutions(
     pairs = [(path, last_teacher[size]) for size, path in last_student.items() if size in last_teacher]
     if not pairs:
         raise TargetError(
-            f"`feature_layers='auto'`: expected feature maps of one resolution in both networks, "
-            f"found {sorted(last_student)} in "
-            f"the student and {sorted(last_teacher)} in the teacher. Name them: "
-            f"`feature_layers={{'layer3': 'layer3'}}`."
+            f"`feature_layers='auto'`: expected feature maps of one resolution in both networks, found resolutions "
+            f"{sorted(last_student)} in the student and {sorted(last_teacher)} in the teacher. Name the layers: "
+            "`feature_layers={'layer3': 'layer3'}`."
         )
     return pairs
 
 
 class FeatureHooks:
-    """Forward hooks that keep the latest output of modules while it is switched on.
+    """Forward hooks that keep the latest output of modules, while they are enabled.
 
     Attributes:
-        on: whether outputs are kept.
-        seen: module path -> output, as a tensor, in the order of the calls.
+        enabled: whether outputs are kept.
+        features: module path -> output, as a tensor, in the order of the calls.
     """
 
     def __init__(self) -> None:
-        self.on = False
-        self.seen: dict[str, Tensor] = {}
+        self.enabled = False
+        self.features: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
 
-    def listen(self, model: nn.Module, paths: Iterable[str] | None) -> None:
-        """Listen to the modules at ``paths`` as they are now, or to all, and to no others."""
+    def register(self, model: nn.Module, paths: Iterable[str] | None) -> None:
+        """Hook the modules at ``paths``, or all of them, and no others."""
         self.remove()
         for path, module in model.named_modules() if paths is None else [(p, model.get_submodule(p)) for p in paths]:
             self._handles.append(module.register_forward_hook(self._hook(path)))
 
     def remove(self) -> None:
-        """Leave no hook behind."""
+        """Remove the hooks and forget the features."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self.seen.clear()
+        self.features.clear()
 
     def _hook(self, path: str) -> Any:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
-            if self.on and (tensor := next(tensors_in(output), None)) is not None:
-                self.seen.pop(path, None)  # the latest call is the last
-                self.seen[path] = tensor
+            if self.enabled and (tensor := next(tensors_in(output), None)) is not None:
+                self.features.pop(path, None)  # keeps the order of the latest calls
+                self.features[path] = tensor
 
         return keep
 
 
+def _as_mapping(feature_layers: FeatureLayers) -> Mapping[str, str]:
+    if isinstance(feature_layers, Mapping):
+        return feature_layers
+    return {path: path for path in ([feature_layers] if isinstance(feature_layers, str) else feature_layers or [])}
+
+
 def _matching(pattern: str, model: nn.Module, who: str) -> list[str]:
-    paths = {path.replace("_orig_mod.", ""): path for path, _ in model.named_modules()}  # compiled: as it was written
+    paths = {path.replace("_orig_mod.", ""): path for path, _ in model.named_modules()}  # the names before compilation
     known = [name for name in paths if name]
     depth = pattern.count(".")
     found = [paths[name] for name in known if name.count(".") == depth and fnmatch.fnmatchcase(name, pattern)]
@@ -123,13 +120,13 @@ def _matching(pattern: str, model: nn.Module, who: str) -> list[str]:
     raise _unknown(f"`feature_layers={pattern!r}`", f"a module of the {who} (`{type(model).__name__}`)", pattern, known)
 
 
-def part_of(pl_module: nn.Module, path: str, call: str) -> nn.Module:
-    """The module at ``path``.
+def module_at(pl_module: nn.Module, path: str, call: str) -> nn.Module:
+    """Return the module at ``path``.
 
     Args:
         pl_module: the LightningModule.
-        path: of a part of it; empty for itself.
-        call: what the user has written, for the sentence.
+        path: of a part of it; empty for the LightningModule itself.
+        call: the argument as the user wrote it, for the message.
 
     Raises:
         TargetError: there is none. Prints the nearest names.

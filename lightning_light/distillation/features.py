@@ -1,4 +1,4 @@
-"""Losses over features: what the teacher sees on the way to its answer."""
+"""Distillation losses over features of inner layers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_light.distillation.loss import FeatureLoss, check_positive, pooled, same_resolution
+from lightning_light.distillation.loss import FeatureLoss, pooled, same_resolution
+from lightning_light.validation import NonNegativeFloat, PositiveFloat, validated
 
 __all__ = [
     "RKD",
@@ -26,17 +27,18 @@ __all__ = [
 ]
 
 
+@validated
 @dataclass(frozen=True, kw_only=True)
 class FeatureHint(FeatureLoss):
-    """The teacher's features as targets, through a trained projector r: ``mean((t - r(s))^2) / 2``.
+    """Regress the teacher's features (hints) through a trained projector r: ``mean((t - r(s))^2) / 2``.
 
     Romero et al., 2015, "FitNets: Hints for Thin Deep Nets", eq. 3 (there a sum). https://arxiv.org/abs/1412.6550
 
     Args:
         feature_layers: see `FeatureLoss`.
-        projector: likewise.
+        projector: see `FeatureLoss`.
         weight: see `DistillationLoss`.
-        schedule: likewise.
+        schedule: see `DistillationLoss`.
     """
 
     projector: Literal["auto", "conv", "linear", "none"] = "auto"
@@ -47,25 +49,26 @@ class FeatureHint(FeatureLoss):
         return F.mse_loss(student, teacher, reduction="sum") / max(student.numel(), 1) / 2
 
     @override
-    def _counts(self, features: Tensor, mask: Tensor) -> bool:
+    def _applies(self, features: Tensor, mask: Tensor) -> bool:
         return features.ndim == 3 and mask.shape == features.shape[:2]
 
 
+@validated
 @dataclass(frozen=True, kw_only=True)
 class KnowledgeReview(FeatureLoss):
-    """Each stage of the student learns from the teacher's at its own depth and from all before it.
+    """Distill each stage of the student from the teacher's stages of the same depth and of all depths before it.
 
     ``sum_i sum_(j <= i) D(r_ij(s_i), t_j)`` over the feature layers in order, with projectors r and the hierarchical
     context distance ``D(s, t) = (mse(s, t) + sum_k 2^-k mse(pool_k(s), pool_k(t))) / (1 + sum_k 2^-k)``, where
-    ``pool_k`` averages to 4 x 4, 2 x 2 and 1 x 1 positions, where there are more. Chen et al., 2021, "Distilling
-    Knowledge via Knowledge Review". https://arxiv.org/abs/2104.09044. The double sum itself, without the attention
-    based fusion that saves most of its terms.
+    ``pool_k`` averages to 4 x 4, 2 x 2 and 1 x 1 positions, where the map is larger. Chen et al., 2021, "Distilling
+    Knowledge via Knowledge Review". https://arxiv.org/abs/2104.09044. This is the double sum, without the
+    attention based fusion that avoids most of its terms.
 
     Args:
         feature_layers: see `FeatureLoss`; at least two, from the input to the output.
-        projector: likewise.
+        projector: see `FeatureLoss`.
         weight: see `DistillationLoss`.
-        schedule: likewise.
+        schedule: see `DistillationLoss`.
     """
 
     projector: Literal["auto", "conv", "linear", "none"] = "auto"
@@ -86,9 +89,10 @@ class KnowledgeReview(FeatureLoss):
         return total / shares
 
 
+@validated
 @dataclass(frozen=True, kw_only=True)
 class SRD(FeatureLoss):
-    """Normalized features through a linear projector, and a distance that does not mind a few large differences.
+    """Compare batch-normalized features through a linear projector by the logarithm of a power sum.
 
     ``log(sum(|bn(r(s)) - bn(t)|^exponent))`` over batch and channels, with a batch normalization without weights.
     Miles & Mikolajczyk, 2024, "Understanding the Role of the Projector in Knowledge Distillation".
@@ -97,12 +101,12 @@ class SRD(FeatureLoss):
     Args:
         exponent: of the absolute difference.
         feature_layers: see `FeatureLoss`; feature maps are averaged over positions.
-        projector: likewise.
+        projector: see `FeatureLoss`.
         weight: see `DistillationLoss`.
-        schedule: likewise.
+        schedule: see `DistillationLoss`.
     """
 
-    exponent: float = 4.0
+    exponent: PositiveFloat = 4.0
     projector: Literal["auto", "conv", "linear", "none"] = "linear"
 
     @override
@@ -111,22 +115,24 @@ class SRD(FeatureLoss):
         return torch.log((s - t).abs().pow(self.exponent).sum())
 
 
+@validated
 @dataclass(frozen=True, kw_only=True)
 class AttentionTransfer(FeatureLoss):
-    """Where to look: ``mean((Q_s - Q_t)^2)``, with ``Q`` the sum of ``|a|^p`` over channels, normalized to length 1.
+    """Compare spatial attention maps: ``mean((Q_s - Q_t)^2)``.
 
-    Zagoruyko & Komodakis, 2017, "Paying More Attention to Attention". https://arxiv.org/abs/1612.03928. The mean
-    square is the authors' code's; the paper writes a norm.
+    ``Q`` is the sum of ``|a|^p`` over channels, normalized to length 1. Zagoruyko & Komodakis, 2017, "Paying More
+    Attention to Attention". https://arxiv.org/abs/1612.03928. The mean square is that of the authors' code; the paper
+    has a norm.
 
     Args:
         p: the power of an activation.
         feature_layers: see `FeatureLoss`; widths may differ without a projector.
-        projector: likewise.
-        weight: see `DistillationLoss`; the authors take 1000 for each tap.
-        schedule: likewise.
+        projector: see `FeatureLoss`.
+        weight: see `DistillationLoss`; the authors use 1000 per feature layer.
+        schedule: see `DistillationLoss`.
     """
 
-    p: float = 2.0
+    p: PositiveFloat = 2.0
 
     same_width: ClassVar[bool] = False
 
@@ -139,17 +145,19 @@ class AttentionTransfer(FeatureLoss):
         return F.mse_loss(s, t)
 
 
+@validated
 @dataclass(frozen=True, kw_only=True)
 class SimilarityPreserving(FeatureLoss):
-    """Which samples look alike: ``||G_s - G_t||_F^2 / b^2``, with ``G = A A^T``, its rows normalized to length 1.
+    """Compare similarities between the samples of a batch: ``||G_s - G_t||_F^2 / b^2``.
 
-    Tung & Mori, 2019, "Similarity-Preserving Knowledge Distillation". https://arxiv.org/abs/1907.09682
+    ``G = A A^T``, with rows normalized to length 1. Tung & Mori, 2019, "Similarity-Preserving Knowledge Distillation".
+    https://arxiv.org/abs/1907.09682
 
     Args:
         feature_layers: see `FeatureLoss`; widths and resolutions may differ without a projector.
-        projector: likewise.
-        weight: see `DistillationLoss`; the authors take 3000.
-        schedule: likewise.
+        projector: see `FeatureLoss`.
+        weight: see `DistillationLoss`; the authors use 3000.
+        schedule: see `DistillationLoss`.
     """
 
     same_width: ClassVar[bool] = False
@@ -160,9 +168,12 @@ class SimilarityPreserving(FeatureLoss):
         return (s - t).square().sum() / len(s) ** 2
 
 
+@validated
 @dataclass(frozen=True, kw_only=True)
 class RKD(FeatureLoss):
-    """Distances between samples and angles of their triplets, by Huber's loss; each relative to the batch's mean.
+    """Compare distances between samples and angles of their triplets, by Huber's loss.
+
+    Distances are relative to the mean distance of the batch.
 
     Park et al., 2019, "Relational Knowledge Distillation". https://arxiv.org/abs/1904.05068
 
@@ -170,13 +181,13 @@ class RKD(FeatureLoss):
         distance: weight of the distances; 0 leaves them out.
         angle: weight of the angles; 0 leaves them out. They take memory with the batch to the third power.
         feature_layers: see `FeatureLoss`; widths may differ without a projector.
-        projector: likewise.
+        projector: see `FeatureLoss`.
         weight: see `DistillationLoss`.
-        schedule: likewise.
+        schedule: see `DistillationLoss`.
     """
 
-    distance: float = 25.0
-    angle: float = 50.0
+    distance: NonNegativeFloat = 25.0
+    angle: NonNegativeFloat = 50.0
 
     same_width: ClassVar[bool] = False
 
@@ -189,9 +200,10 @@ class RKD(FeatureLoss):
         return total + self.angle * F.smooth_l1_loss(_angles(s), _angles(t)) if self.angle else total
 
 
+@validated
 @dataclass(frozen=True, kw_only=True)
 class ContrastiveHint(FeatureLoss):
-    """Tell the teacher's view of a sample from its views of the other samples in the batch.
+    """Contrast the teacher's features of a sample with its features of the other samples of the batch.
 
     ``-mean_i log(exp(s_i . t_i / T) / sum_j exp(s_i . t_j / T))`` of projected features, averaged over positions and
     normalized to length 1: the objective of Tian et al., 2020, "Contrastive Representation Distillation"
@@ -201,18 +213,13 @@ class ContrastiveHint(FeatureLoss):
     Args:
         temperature: T.
         feature_layers: see `FeatureLoss`.
-        projector: likewise.
+        projector: see `FeatureLoss`.
         weight: see `DistillationLoss`.
-        schedule: likewise.
+        schedule: see `DistillationLoss`.
     """
 
-    temperature: float = 0.1
+    temperature: PositiveFloat = 0.1
     projector: Literal["auto", "conv", "linear", "none"] = "linear"
-
-    @override
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, temperature=self.temperature)
 
     @override
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -220,27 +227,24 @@ class ContrastiveHint(FeatureLoss):
         return F.cross_entropy(s @ t.T / self.temperature, torch.arange(len(s), device=s.device))
 
 
+@validated
 @dataclass(frozen=True, kw_only=True)
 class ChannelWise(FeatureLoss):
-    """For dense prediction: where each channel is active, ``T^2 / C * sum_c KL(softmax(t_c / T) || softmax(s_c / T))``.
+    """Compare the spatial distribution of each channel, for dense prediction.
 
-    The softmax runs over positions; the mean over samples is taken. Shu et al., 2021, "Channel-wise Knowledge
-    Distillation for Dense Prediction". https://arxiv.org/abs/2011.13256
+    ``T^2 / C * sum_c KL(softmax(t_c / T) || softmax(s_c / T))``. The softmax runs over positions; the mean over samples
+    is taken. Shu et al., 2021, "Channel-wise Knowledge Distillation for Dense Prediction".
+    https://arxiv.org/abs/2011.13256
 
     Args:
         temperature: T.
         feature_layers: see `FeatureLoss`; without feature_layers the outputs ``(N, C, H, W)``.
-        projector: likewise.
+        projector: see `FeatureLoss`.
         weight: see `DistillationLoss`.
-        schedule: likewise.
+        schedule: see `DistillationLoss`.
     """
 
-    temperature: float = 4.0
-
-    @override
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, temperature=self.temperature)
+    temperature: PositiveFloat = 4.0
 
     @override
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -249,27 +253,22 @@ class ChannelWise(FeatureLoss):
         return divergence * self.temperature * self.temperature / (s.shape[0] * s.shape[1])
 
 
+@validated
 @dataclass(frozen=True, kw_only=True)
 class OutputRegression(FeatureLoss):
-    """The teacher's numbers as targets: for regression, boxes, logits. Mean over all elements that count.
+    """Regress the teacher's outputs (regression values, boxes, logits); mean over all elements that count.
 
     Ba & Caruana, 2014, "Do Deep Nets Really Need to be Deep?", eq. 2. https://arxiv.org/abs/1312.6184
 
     Args:
         distance: ``"mse"``, ``"l1"`` or ``"smooth_l1"``.
         feature_layers: see `FeatureLoss`.
-        projector: likewise.
+        projector: see `FeatureLoss`.
         weight: see `DistillationLoss`.
-        schedule: likewise.
+        schedule: see `DistillationLoss`.
     """
 
     distance: Literal["mse", "l1", "smooth_l1"] = "mse"
-
-    @override
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.distance not in ("mse", "l1", "smooth_l1"):
-            raise ValueError(f"`OutputRegression(distance={self.distance!r})`: expected 'mse', 'l1' or 'smooth_l1'.")
 
     @override
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -278,12 +277,12 @@ class OutputRegression(FeatureLoss):
         return total / max(student.numel(), 1)
 
     @override
-    def _counts(self, features: Tensor, mask: Tensor) -> bool:
+    def _applies(self, features: Tensor, mask: Tensor) -> bool:
         return mask.shape == features.shape[: mask.ndim]
 
 
 def _distances(x: Tensor) -> Tensor:
-    """Between all pairs, relative to the mean distance of different samples."""
+    """Distances between all pairs, relative to the mean distance of different samples."""
     gaps = x[:, None] - x[None]
     squared = gaps.square().sum(dim=2)
     same = torch.eye(len(x), dtype=torch.bool, device=x.device)

@@ -1,4 +1,4 @@
-"""Losses over classes: what the teacher thinks of the answers that are not right."""
+"""Distillation losses over logits."""
 
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_light.distillation.loss import DistillationLoss, check_positive, kullback_leibler, rows
+from lightning_light.distillation.loss import DistillationLoss, kullback_leibler, rows
+from lightning_light.validation import NonNegativeFloat, PositiveFloat, validated
 
 __all__ = ["DIST", "DKD", "LogitStandardization", "SoftTargets"]
 
 
+@validated
 @dataclass(frozen=True, kw_only=True)
 class SoftTargets(DistillationLoss):
-    """The teacher's softened probabilities as targets: ``T^2 * KL(softmax(t / T) || softmax(s / T))``.
+    """Match the teacher's softened probabilities: ``T^2 * KL(softmax(t / T) || softmax(s / T))``.
 
     Hinton et al., 2015, "Distilling the Knowledge in a Neural Network". https://arxiv.org/abs/1503.02531
 
     Args:
-        temperature: T; higher tells more of the unlikely classes.
+        temperature: T; a higher one gives more weight to the unlikely classes.
         class_dim: which dimension counts classes: -1 for ``(N, C)`` and tokens ``(N, T, C)``, 1 for ``(N, C, H, W)``.
         weight: see `DistillationLoss`.
-        schedule: likewise.
+        schedule: see `DistillationLoss`.
 
     Example:
         >>> loss = SoftTargets(temperature=2.0)
@@ -33,13 +35,8 @@ class SoftTargets(DistillationLoss):
         True
     """
 
-    temperature: float = 4.0
+    temperature: PositiveFloat = 4.0
     class_dim: int = -1
-
-    @override
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, temperature=self.temperature)
 
     @override
     def __call__(
@@ -51,54 +48,58 @@ class SoftTargets(DistillationLoss):
         return self.compare(s, t, labels)
 
     def compare(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
-        """A scalar.
+        """Compute the loss, a scalar.
 
         Args:
             student: logits ``(positions, classes)``, of the positions that count.
-            teacher: likewise.
+            teacher: logits of the teacher, of the same shape.
             labels: of these positions, for losses that need them.
         """
         return kullback_leibler(student, teacher, self.temperature)
 
 
+@validated
 @dataclass(frozen=True, kw_only=True)
 class LogitStandardization(SoftTargets):
-    """Soft targets of logits that are standardized first: ``(z - mean(z)) / std(z)`` over the classes of each.
+    """Match softened probabilities of standardized logits: ``(z - mean(z)) / std(z)`` over the classes of each.
 
-    The student need not match the teacher's range, only the relations. Sun et al., 2024, "Logit Standardization in
-    Knowledge Distillation". https://arxiv.org/abs/2403.01427. The standard deviation divides by the number of classes.
+    The student has to match the relations of the teacher's logits, not their range. Sun et al., 2024, "Logit
+    Standardization in Knowledge Distillation". https://arxiv.org/abs/2403.01427. The standard deviation divides by the
+    number of classes.
 
     Args:
         temperature: see `SoftTargets`.
-        class_dim: likewise.
-        weight: see `DistillationLoss`; the authors take 9 for CIFAR.
-        schedule: likewise.
+        class_dim: see `SoftTargets`.
+        weight: see `DistillationLoss`; the authors use 9 for CIFAR.
+        schedule: see `DistillationLoss`.
     """
 
-    temperature: float = 2.0
+    temperature: PositiveFloat = 2.0
 
     @override
     def compare(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
         return kullback_leibler(_standardized(student), _standardized(teacher), self.temperature)
 
 
+@validated
 @dataclass(frozen=True, kw_only=True)
 class DKD(SoftTargets):
-    """Soft targets in two parts: ``T^2 * (alpha * KL(target or not) + beta * KL(among the other classes))``.
+    """Match target-class and non-target-class probabilities separately.
 
-    Zhao et al., 2022, "Decoupled Knowledge Distillation". https://arxiv.org/abs/2203.08679
+    ``T^2 * (alpha * KL(target or not) + beta * KL(among the other classes))``. Zhao et al., 2022, "Decoupled Knowledge
+    Distillation". https://arxiv.org/abs/2203.08679
 
     Args:
-        alpha: weight of "how sure of the label".
-        beta: weight of "which other class rather".
+        alpha: weight of the target-class part.
+        beta: weight of the non-target-class part.
         temperature: see `SoftTargets`.
-        class_dim: likewise.
+        class_dim: see `SoftTargets`.
         weight: see `DistillationLoss`. The authors let it rise over 20 epochs: ``schedule=Window(Linear(), 0, 20)``.
-        schedule: likewise.
+        schedule: see `DistillationLoss`.
     """
 
-    alpha: float = 1.0
-    beta: float = 8.0
+    alpha: NonNegativeFloat = 1.0
+    beta: NonNegativeFloat = 8.0
 
     needs_labels: ClassVar[bool] = True
 
@@ -114,9 +115,10 @@ class DKD(SoftTargets):
         return (self.alpha * target + self.beta * other) / count * self.temperature * self.temperature
 
 
+@validated
 @dataclass(frozen=True, kw_only=True)
 class DIST(SoftTargets):
-    """Correlation rather than equality, among classes and among samples; for teachers much stronger than the student.
+    """Maximize the correlation with the teacher's probabilities over classes and over samples, for strong teachers.
 
     ``T^2 * (beta * (1 - mean_i pearson(p_i, q_i)) + gamma * (1 - mean_c pearson(p_:c, q_:c)))`` of the softened
     probabilities p and q. Huang et al., 2022, "Knowledge Distillation from A Stronger Teacher".
@@ -124,16 +126,16 @@ class DIST(SoftTargets):
 
     Args:
         beta: weight of the correlation over the classes of a sample.
-        gamma: weight of the correlation over the samples of a class; sees the batch of this process.
+        gamma: weight of the correlation over the samples of a class; uses the batch of this process.
         temperature: see `SoftTargets`.
-        class_dim: likewise.
+        class_dim: see `SoftTargets`.
         weight: see `DistillationLoss`.
-        schedule: likewise.
+        schedule: see `DistillationLoss`.
     """
 
-    beta: float = 1.0
-    gamma: float = 1.0
-    temperature: float = 1.0
+    beta: NonNegativeFloat = 1.0
+    gamma: NonNegativeFloat = 1.0
+    temperature: PositiveFloat = 1.0
 
     @override
     def compare(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a distillation loss is: a frozen value that compares what the student says with what the teacher says."""
+"""Base classes of distillation losses: frozen values that compare outputs or features of student and teacher."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_light.schedules import Constant, Schedule
+from lightning_light.validation import NonNegativeFloat, validated
 
-__all__ = ["DistillationLoss", "Decreasing", "FeatureLoss", "Taps"]
+__all__ = ["DistillationLoss", "Decreasing", "FeatureLayers", "FeatureLoss"]
 
-Taps = str | list[str] | dict[str, str] | None
-"""Where features are taken: one path or several, the same in student and teacher, or student path -> teacher path."""
+FeatureLayers = str | list[str] | dict[str, str] | None
+"""Paths of modules: one or several, equal in student and teacher, or student path -> teacher path."""
 
 
+@validated
 @dataclass(frozen=True)
 class Decreasing(Schedule):
-    """The other way round, for a loss that fades out: ``1 - schedule(progress)``.
+    """Reverse a schedule, for a loss that fades out: ``1 - schedule(progress)``.
 
     Args:
-        schedule: how fast it falls.
+        schedule: the rising schedule.
 
     Example:
         >>> from lightning_light.schedules import Linear
@@ -41,113 +43,104 @@ class Decreasing(Schedule):
         return 1.0 - self.schedule(progress)
 
 
+@validated
 @dataclass(frozen=True, kw_only=True)
 class DistillationLoss(ABC):
-    """Compares outputs of student and teacher; added to the task's loss times ``weight * schedule(progress)``.
+    """Compare student and teacher; the loss is added to the task's loss times ``weight * schedule(progress)``.
 
     Args:
-        weight: its factor, not negative.
-        schedule: progress -> share of ``weight``.
+        weight: factor of the loss, >= 0.
+        schedule: progress -> factor of ``weight`` in [0, 1].
     """
 
-    weight: float = 1.0
+    weight: NonNegativeFloat = 1.0
     schedule: Schedule = Constant()
 
     needs_labels: ClassVar[bool] = False
     """Whether it reads the labels of the batch."""
 
     same_width: ClassVar[bool] = True
-    """Whether student and teacher, projected, must have as many classes or channels."""
-
-    def __post_init__(self) -> None:
-        if not self.weight >= 0.0:
-            raise ValueError(
-                f"`{type(self).__name__}(weight={self.weight})`: expected a weight >= 0. To leave it out, drop it."
-            )
+    """Whether the student's (projected) and the teacher's tensor must have equally many classes or channels."""
 
     @property
     def name(self) -> str:
-        """The key of its curve: ``soft_targets`` for `SoftTargets`."""
+        """Key of the logged loss: ``soft_targets`` for `SoftTargets`."""
         return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(self).__name__).lower()
+
+    @property
+    def compares_outputs(self) -> bool:
+        """Whether the outputs of student and teacher are compared, not features of inner layers."""
+        return True
 
     @abstractmethod
     def __call__(
         self, student: Tensor, teacher: Tensor, *, labels: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        """A scalar.
+        """Compute the loss, a scalar.
 
         Args:
-            student: what the student says, with its graph.
-            teacher: what the teacher says, of the same shape unless the loss says otherwise.
+            student: output or features of the student, with their graph.
+            teacher: output or features of the teacher, of the same shape unless `same_width` is False.
             labels: of each position, for losses that need them.
-            mask: which positions count; all, if None.
+            mask: which positions count; None for all.
         """
 
 
+@validated
 @dataclass(frozen=True, kw_only=True)
 class FeatureLoss(DistillationLoss):
-    """Compares features from inside, or, without ``feature_layers``, the outputs.
+    """Compare features of inner layers or, without ``feature_layers``, the outputs.
 
     Args:
         feature_layers: module paths, globs allowed, equal in both networks (``"layer3"``, ``["layer2", "layer3"]``),
             or student path -> teacher path; ``"auto"`` pairs the last layers of each resolution. None: the outputs.
-        projector: what brings the student's features to the teacher's width and is trained with the student:
+        projector: layer that maps the student's features to the teacher's width and is trained with the student:
             ``"conv"`` (1x1), ``"linear"`` (on averaged positions), ``"auto"`` (by the number of dimensions) or
             ``"none"``.
     """
 
-    feature_layers: Taps = None
+    feature_layers: FeatureLayers = None
     projector: Literal["auto", "conv", "linear", "none"] = "none"
 
+    @property
     @override
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.projector not in ("auto", "conv", "linear", "none"):
-            raise ValueError(
-                f"`{type(self).__name__}(projector={self.projector!r})`: expected 'auto', 'conv', 'linear' or 'none'."
-            )
+    def compares_outputs(self) -> bool:
+        return self.feature_layers is None
 
     @override
     def __call__(
         self, student: Tensor, teacher: Tensor, *, labels: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
         student, teacher = exact(student), exact(teacher)
-        if mask is not None and self._counts(student, mask):
+        if mask is not None and self._applies(student, mask):
             student, teacher = student[mask.bool()], teacher[mask.bool()]
         return self.compare(student, teacher)
 
     @abstractmethod
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """A scalar: how far the student's features, projected, are from the teacher's.
+        """Compute the distance of the student's projected features to the teacher's, a scalar.
 
         Args:
-            student: in single precision at least, as the teacher's.
-            teacher: the teacher's.
+            student: features in single precision at least.
+            teacher: features in single precision at least.
         """
 
     def pairs(self, found: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-        """Pairs of feature layers to compare; a loss may override the given pairing."""
+        """Return the pairs of feature layers to compare; a loss may override the given pairing."""
         return list(found)
 
-    def _counts(self, features: Tensor, mask: Tensor) -> bool:
-        """Whether only the positions of ``mask`` are compared."""
+    def _applies(self, features: Tensor, mask: Tensor) -> bool:
+        """Whether ``mask`` selects positions of ``features``."""
         return False
 
 
-def check_positive(loss: object, **values: float) -> None:
-    """Refuse temperatures and the like that are not above zero."""
-    for name, value in values.items():
-        if not value > 0.0:
-            raise ValueError(f"`{type(loss).__name__}({name}={value})`: expected a number above 0.")
-
-
 def exact(tensor: Tensor) -> Tensor:
-    """In single precision at least: a softmax in half precision loses the small probabilities it is about."""
+    """Convert to single precision at least: a softmax in half precision loses small probabilities."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def rows(tensor: Tensor, class_dim: int, mask: Tensor | None = None) -> Tensor:
-    """``tensor`` as ``(positions, classes)``, those of ``mask`` only."""
+    """Reshape to ``(positions, classes)``, with the positions of ``mask`` only."""
     flat = exact(tensor).movedim(class_dim, -1).reshape(-1, tensor.shape[class_dim])
     return flat if mask is None else flat[mask.reshape(-1).bool()]
 
@@ -160,7 +153,7 @@ def kullback_leibler(student: Tensor, teacher: Tensor, temperature: float) -> Te
 
 
 def same_resolution(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Two feature maps at the coarser of their resolutions, by averaging; other features as they are."""
+    """Average two feature maps to the coarser of their resolutions; other features are returned as they are."""
     if student.ndim != 4 or teacher.ndim != 4 or student.shape[2:] == teacher.shape[2:]:
         return student, teacher
     size = min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3])
@@ -168,7 +161,7 @@ def same_resolution(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pooled(features: Tensor) -> Tensor:
-    """``(N, C, *positions)`` or ``(N, T, C)`` averaged over positions to ``(N, C)``."""
+    """Average ``(N, C, *positions)`` or ``(N, T, C)`` over positions to ``(N, C)``."""
     if features.ndim == 3:
         return features.mean(dim=1)
     return features.flatten(2).mean(dim=2) if features.ndim > 3 else features

@@ -1,7 +1,7 @@
-"""Projectors: small layers between the student's features and the teacher's, trained with the student.
+"""Projectors: small layers from the student's features to the teacher's width, trained with the student.
 
-They are no part of the LightningModule: its state dict, its averaged copies and DDP's buckets do not know them. Their
-weights are in the method's state, so that checkpoints have them, and their optimizer is the student's.
+They are not part of the LightningModule: not in its state dict, its averaged copies or DDP's buckets. Their weights are
+in the method's state, so that checkpoints contain them, and they are trained by the student's optimizer.
 """
 
 from __future__ import annotations
@@ -21,38 +21,38 @@ __all__ = ["Projectors", "channel_source", "discard", "owner_of"]
 
 
 class Projectors:
-    """All projectors of a run, by key; made when the first features are seen.
+    """All projectors of a run, by key; created when the first features are seen.
 
     Args:
-        state: where their weights are remembered: part of the method's state, changed in place.
-        optimizer: of the student, whose first group is given their parameters; None if there is none.
-        seed: of their first weights.
+        state: their weights, as part of the method's state, changed in place.
+        optimizer: of the student; their parameters are added to its first group. None if there is none.
+        seed: of their initial weights.
         like: a parameter of the student, whose device and type they take.
     """
 
     def __init__(self, state: dict[str, Any], optimizer: Any, seed: int, like: Tensor) -> None:
         self._state, self._optimizer, self._seed, self._like = state, optimizer, seed, like
         self.layers = nn.ModuleDict()
-        for key, kept in state.items():
-            outputs, inputs = kept["weight"].shape[:2]
-            layer: Any = _layer(kept["kind"], inputs, outputs).to(like.device, like.dtype)
+        for key, entry in state.items():
+            outputs, inputs = entry["weight"].shape[:2]
+            layer: Any = _layer(entry["kind"], inputs, outputs).to(like.device, like.dtype)
             with torch.no_grad():
-                layer.weight.copy_(kept["weight"])
-            self._own(key, layer, kept)
+                layer.weight.copy_(entry["weight"])
+            self._own(key, layer, entry)
 
     def __call__(
         self, key: str, kind: str, student: Tensor, teacher: Tensor, source: str | None, target: str | None = None
     ) -> Tensor:
-        """``student`` at ``teacher``'s width.
+        """Project ``student`` to the width of ``teacher``.
 
         Args:
-            key: which projector; made if there is none yet, anew if the width is another and nobody said which
-                channels stayed.
+            key: of the projector; it is created at first use, and again if the width has changed without a call of
+                `follow`.
             kind: ``"auto"``, ``"conv"``, ``"linear"`` or ``"none"``.
             student: features with their graph.
             teacher: the features that they are compared with.
             source: name of the tensor whose first dimension counts the student's channels, if known.
-            target: likewise of a teacher whose channels leave along with the student's.
+            target: the same for a teacher whose channels are removed along with the student's.
         """
         kind = {"auto": "conv" if student.ndim == 4 else "positions"}.get(kind, kind)
         if kind == "none":
@@ -68,60 +68,66 @@ class Projectors:
         return projected
 
     def follow(self, kept: Mapping[str, Mapping[int, Tensor]]) -> None:
-        """Channels have left the student: so do the projectors' columns and rows, and their optimizer's state."""
-        for key, remembered in self._state.items():
+        """Remove the columns and rows of removed channels, and the optimizer's state of them.
+
+        Args:
+            kept: tensor name -> dimension -> positions that stayed.
+        """
+        for key, entry in self._state.items():
             layer: Any = self.layers[key]
-            stay = {dim: kept.get(remembered[end], {}).get(0) for dim, end in ((1, "source"), (0, "target"))}
+            remaining = {dim: kept.get(entry[end], {}).get(0) for dim, end in ((1, "source"), (0, "target"))}
             fewer = {
-                dim: where for dim, where in stay.items() if where is not None and len(where) < layer.weight.shape[dim]
+                dim: where
+                for dim, where in remaining.items()
+                if where is not None and len(where) < layer.weight.shape[dim]
             }
             if fewer:
                 cut(self.layers, {f"{key}.weight": fewer}, optimizers=[self._optimizer])
-                remembered["weight"] = layer.weight.detach()
+                entry["weight"] = layer.weight.detach()
 
     def parameters(self) -> Iterable[nn.Parameter]:
-        """Of all projectors."""
+        """Parameters of all projectors."""
         return self.layers.parameters()
 
-    def _make(self, key: str, inputs: int, outputs: int, remembered: dict[str, Any]) -> nn.Module:
+    def _make(self, key: str, inputs: int, outputs: int, entry: dict[str, Any]) -> nn.Module:
         if key in self.layers:
             disown(self._optimizer, self.layers[key].get_parameter("weight"))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed + len(self.layers))
-            layer = _layer(remembered["kind"], inputs, outputs).to(self._like.device, self._like.dtype)
-        self._own(key, layer, remembered)
+            layer = _layer(entry["kind"], inputs, outputs).to(self._like.device, self._like.dtype)
+        self._own(key, layer, entry)
         return layer
 
-    def _own(self, key: str, layer: Any, remembered: dict[str, Any]) -> None:
+    def _own(self, key: str, layer: Any, entry: dict[str, Any]) -> None:
         if self._optimizer is None or isinstance(self._optimizer, torch.optim.LBFGS):
             raise UnsupportedError(
                 f"`KnowledgeDistillation` with a projector and {type(self._optimizer).__name__}: expected an optimizer "
-                "of the student that takes parameters during a run, found none. Use `projector='none'`, or `AdamW`."
+                "of the student that accepts parameters during a run, found none. Use `projector='none'`, or `AdamW`."
             )
         self.layers[key] = layer
-        self._state[key] = {**remembered, "weight": layer.weight.detach()}
+        self._state[key] = {**entry, "weight": layer.weight.detach()}
         adopt(self._optimizer.param_groups[0], layer.weight, f"distillation.{key}.weight")
 
 
 def discard(projectors: Projectors, optimizers: Iterable[Any]) -> None:
-    """Take the parameters back from the optimizers, if they have them."""
+    """Remove the projectors' parameters from the optimizers."""
     for optimizer in map(unwrap, optimizers):
         for parameter in projectors.parameters():
             disown(optimizer, parameter)
 
 
 def owner_of(student: nn.Module, optimizers: Sequence[Any]) -> Any:
-    """The optimizer that changes the student: the first that has one of its parameters."""
-    mine = {id(parameter) for parameter in student.parameters()}
+    """Return the student's optimizer: the first that has one of its parameters."""
+    ours = {id(parameter) for parameter in student.parameters()}
     for optimizer in map(unwrap, optimizers):
-        if any(id(parameter) in mine for group in optimizer.param_groups for parameter in group["params"]):
+        if any(id(parameter) in ours for group in optimizer.param_groups for parameter in group["params"]):
             return optimizer
     return None
 
 
-def channel_source(model: nn.Module, tap: str, width: int) -> str | None:
-    """The name of the tensor that counts the channels coming out of ``tap``: the last of that width up to its end."""
-    end = [name for name, _ in model.named_modules() if name == tap or name.startswith(f"{tap}.")][-1]
+def channel_source(model: nn.Module, layer: str, width: int) -> str | None:
+    """Name the tensor whose first dimension counts the output channels of ``layer``: the last one of that width."""
+    end = [name for name, _ in model.named_modules() if name == layer or name.startswith(f"{layer}.")][-1]
     found = None
     for path, module in model.named_modules():
         weight = getattr(module, "weight", None)

@@ -1,93 +1,22 @@
-"""How distillation gets into a training step that does not know of it, and out again.
+"""Add the distillation losses to the loss that the patched ``training_step`` returns.
 
-``training_step`` is wrapped on the instance, so the term is added inside autocast and before Lightning divides by the
-accumulated batches: to the last bit what hand-written code does, also under DDP and with a scaler. In manual
-optimization the loss is met in ``manual_backward``, before it is scaled.
+The losses are added inside autocast and before Lightning divides by the number of accumulated batches, bit for bit as
+hand-written distillation does, also under DDP and with a gradient scaler. In manual optimization they are added in
+``manual_backward``, before the loss is scaled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
-__all__ = ["Call", "StudentHook", "add_to"]
+__all__ = ["add_to_loss"]
 
 
-@dataclass(frozen=True, eq=False)
-class Call:
-    """One call of the student: what it got, and what it said."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    output: Any
-
-
-class StudentHook:
-    """Keeps the latest call of the student that has a graph, while it is switched on.
-
-    Attributes:
-        on: whether calls are kept.
-        path: of the student inside the LightningModule; None as long as it is not known whether ``training_step``
-            calls the LightningModule itself or a part of it.
-        called: paths of the candidates that were called.
-    """
-
-    def __init__(self, path: str | None) -> None:
-        self.on = False
-        self.path = path
-        self.called: dict[str, Call] = {}
-        self._handles: list[RemovableHandle] = []
-
-    def listen(self, pl_module: nn.Module) -> None:
-        """Hook the student; if it is not known yet, the LightningModule and its children."""
-        self.remove()
-        if self.path is not None:
-            candidates = {self.path: pl_module.get_submodule(self.path)}
-        else:
-            children = {
-                name: child for name, child in pl_module.named_children() if any(True for _ in child.parameters())
-            }
-            candidates = {"": pl_module, **children}
-        for name, module in candidates.items():
-            self._handles.append(module.register_forward_hook(self._hook(name), with_kwargs=True))
-
-    def take(self) -> Call | None:
-        """The call that is distilled; afterwards nothing is held, so that its graph can go."""
-        called = dict(self.called)
-        self.called.clear()
-        if self.path is None and "" in called:
-            self.path = ""
-        elif self.path is None and len(called) == 1:
-            (self.path,) = called
-        elif self.path is None and called:
-            raise ValueError(
-                f"`KnowledgeDistillation(student=None)`: expected `training_step` to call the LightningModule or one "
-                f"part of it, found calls of {', '.join(map(repr, called))}. Name one: `student='...'`."
-            )
-        return None if self.path is None else called.get(self.path)
-
-    def remove(self) -> None:
-        """Leave no hook behind."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self.called.clear()
-
-    def _hook(self, name: str) -> Callable[..., None]:
-        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if self.on and torch.is_grad_enabled():
-                self.called[name] = Call(args, kwargs, output)
-
-        return keep
-
-
-def add_to(output: Any, extra: Tensor) -> Any:
-    """What ``training_step`` returned, with ``extra`` added to its loss; the user's dict stays as it is."""
+def add_to_loss(output: Any, extra: Tensor) -> Any:
+    """Return what ``training_step`` returned, with ``extra`` added to its loss; a dict of the user's is not changed."""
     if isinstance(output, Mapping):
         return {**output, "loss": output["loss"] + extra}
     return output + extra

@@ -1,4 +1,4 @@
-"""Attention as plain operations, while a network is written to a file."""
+"""Export attention as plain operators."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["plain_attention"]
 
 @contextmanager
 def plain_attention() -> Iterator[None]:
-    """Write attention as plain operations: its fused form is not in every mobile runtime."""
+    """Disable fused attention, which not every mobile runtime has, so that it is exported as plain operators."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

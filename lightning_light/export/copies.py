@@ -1,4 +1,4 @@
-"""A copy of a module that can be taken apart: whatever happens to it, the live one does not notice."""
+"""Copy a module for export, so that the live one is not changed."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_light.int8 import quantizers_of
 from lightning_light.isolation import uncompile
 
 __all__ = ["detached_copy"]
@@ -31,27 +32,27 @@ _NOT_OF_THE_NETWORK = (
 def detached_copy(model: M) -> M:
     """Copy ``model`` on the CPU, in evaluation mode, without gradients and without ``torch.compile``.
 
-    What belongs to the network is copied, hooks that take part in the forward pass included. What only hangs on it
-    (Trainer, loggers, datasets, optimizers, the owners of hooks, and attributes that cannot be copied) is shared.
+    The network is copied, with the hooks that are part of its forward pass. Objects that it only refers to (Trainer,
+    loggers, datasets, optimizers, the owners of hooks, and attributes that cannot be copied) are shared.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
-        >>> twin = detached_copy(model)
-        >>> twin.training, twin[0].weight is model[0].weight, model.training
+        >>> copied = detached_copy(model)
+        >>> copied.training, copied[0].weight is model[0].weight, model.training
         (False, False, True)
     """
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {id(quantizer): quantizer for quantizer in quantizers_of(model)}
     for module in model.modules():
         for name, value in vars(module).items():
             _share(value, memo, hooks=name.endswith("_hooks"))
-    twin = _uncompiled(_deepcopy(model, memo))
-    return twin.cpu().eval().requires_grad_(False)
+    copied = _uncompiled(_deepcopy(model, memo))
+    return copied.cpu().eval().requires_grad_(False)
 
 
 def _deepcopy(model: M, memo: dict[int, Any]) -> M:
     try:
         return copy.deepcopy(model, dict(memo))
-    except (TypeError, RuntimeError):  # a lock, a file, a connection: find out which attribute it is
+    except (TypeError, RuntimeError):  # an attribute that cannot be copied: a lock, a file, a connection
         memo |= {id(value): value for value in _uncopyable(model, memo)}
         return copy.deepcopy(model, memo)
 
@@ -68,7 +69,7 @@ def _uncopyable(model: nn.Module, memo: dict[int, Any]) -> Iterator[object]:
 
 
 def _share(value: object, memo: dict[int, Any], *, hooks: bool) -> None:
-    """Tell deepcopy, through its memo, what it shall not copy."""
+    """Add to deepcopy's memo what is not to be copied."""
     if isinstance(value, Tensor):
         if not value.is_leaf:  # deepcopy refuses it: a loss kept for later, a weight made by a hook
             memo[id(value)] = value.detach().clone()

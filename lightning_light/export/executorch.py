@@ -1,4 +1,4 @@
-"""ExecuTorch: PyTorch's runtime for phones and smaller, successor of the lite interpreter."""
+"""Export to ExecuTorch, PyTorch's runtime for phones and microcontrollers."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ from lightning_light.export.extras import check_pair, need, version_of
 from lightning_light.export.inputs import Positional
 from lightning_light.export.int8 import traced_int8
 from lightning_light.export.program import FAILURES, Program, advice, flat_tensors, quiet_torch
-from lightning_light.int8 import PairRules
+from lightning_light.int8 import QDQConstraints
 from lightning_light.warning_filters import ignored_warnings
 
 __all__ = ["ExecuTorch"]
 
 _PAIRS = (("1.4", "2.13"), ("1.5", "2.15"))  # releases of ExecuTorch, and of torch that they are built with
-_INT8 = PairRules(signed=True, join_on_one_grid=True, float_means=True, sums=(2.0**-10, 2.0**8))
+_INT8 = QDQConstraints("xnnpack", signed=True)
 _DELEGATE = "executorch_call_delegate"
 _PARTITIONER = "executorch.backends.xnnpack.partition.xnnpack_partitioner"
 
 
 @dataclass(frozen=True)
 class ExecuTorch(Exporter):
-    """`torch.export`, then ExecuTorch's lowering; run by ExecuTorch itself, through its Python bindings.
+    """Export by `torch.export` and ExecuTorch's lowering; the file is run by ExecuTorch's Python bindings.
 
-    With ``partitioner='xnnpack'`` XNNPACK runs what it can (whole convolutional networks, batch norms folded), and
-    portable kernels the rest: the report counts both. Memory is planned when the file is written, for the largest
-    batch: export for ``batch='one'`` where one sample is all that a device sees. Needs
+    With ``partitioner='xnnpack'`` XNNPACK runs the operators it supports (whole convolutional networks, batch norms
+    folded), and portable kernels the rest: the report counts both. Memory is planned when the file is written, for the
+    largest batch: export for ``batch='one'`` where a device runs one sample at a time. Needs
     ``pip install lightning-light[executorch]``.
 
     Args:
-        partitioner: ``xnnpack``, or None for portable kernels alone, which are slow and run on any processor.
-        max_batch: samples in a batch, at most, in files that are exported for ``batch='any'``.
+        partitioner: ``xnnpack``, or None for portable kernels only, which are slow and run on any processor.
+        max_batch: largest batch of files that are exported for ``batch='any'``.
 
     Note:
-        ExecuTorch has one pool of threads in a process. To load a file gives it as many as torch has.
+        ExecuTorch has one thread pool per process. Loading a file sets its size to torch's number of threads.
     """
 
     suffix: ClassVar[str] = ".pte"
@@ -103,19 +103,19 @@ class ExecuTorch(Exporter):
             return _Method(path)
 
     def _check_planned(self, plan: Any) -> None:
-        """Its passes build sizes in: the example's, or 15, below which torch has another kernel for convolutions."""
+        """Check the planned batch: its passes may fix the example's size, or 15, a limit of a convolution kernel."""
         inputs = [plan.values[place].val for place in plan.inputs]
         planned = min((value.sizes[0] for value in inputs if value.shape_dynamism.value), default=self.max_batch)
         if planned < self.max_batch:
             raise UnsupportedError(
                 f"`{self}`: expected memory for batches of {self.max_batch}, found that ExecuTorch plans it for "
-                f"{planned} of this network, because a size, in `forward` or by the runtime, was built in. Write "
-                f"`ExecuTorch(max_batch={planned})`, with which `load_exported` asks for larger batches in parts, or "
-                "promise one sample at a time with `batch='one'`."
+                f"{planned} of this network, because a size, in `forward` or in the runtime, became a constant. Write "
+                f"`ExecuTorch(max_batch={planned})`, with which `load_exported` runs larger batches in parts, or "
+                "export for one sample at a time with `batch='one'`."
             )
 
     def _lowered(self, program: Program, open_batch: bool) -> tuple[int, list[str], Any]:
-        """How many parts are delegated, what is not, and the program to be written."""
+        """Return the number of delegated parts, the operators that are not delegated, and the lowered program."""
         _portable_kernels_of_int8()
         with _quiet_bindings(), quiet_torch():
             from executorch.exir import to_edge_transform_and_lower
@@ -133,8 +133,7 @@ def _xnnpack(open_batch: bool) -> Any:
 
     Their kernel has scratch memory of four bytes for every number that it gives. It is planned for the batch of the
     first call, and when a larger one follows it is written past its end: alone among the kernels that have such memory,
-    this one does not ask for more. Computed in float, between two grids, a mean needs none. One that may end in a half
-    is written so in any case.
+    this one does not ask for more. Computed in float, between two grids, a mean needs none.
     """
     from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
@@ -146,7 +145,7 @@ def _xnnpack(open_batch: bool) -> Any:
 
 
 class _Refusing:
-    """Turns what ExecuTorch's passes raise, bare ``Exception`` among it, into a sentence.
+    """Turns the exceptions of ExecuTorch's passes, bare ``Exception`` included, into a `TraceError`.
 
     Raises:
         TraceError: on the way out.
@@ -164,7 +163,7 @@ class _Refusing:
 
 
 def _make_contiguous(model: nn.Module) -> None:
-    """Its passes find their way by strides, and lose it in networks that were put into channels-last order."""
+    """Make all tensors contiguous: ExecuTorch's passes do not support channels-last strides."""
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = _contiguous(tensor.data)
 
@@ -174,14 +173,14 @@ def _contiguous(tensor: Tensor) -> Tensor:
 
 
 def _unknown_operation() -> type[Exception]:
-    """What the lowering raises for an operation that ExecuTorch does not know: no kind of error that others are."""
+    """Return the exception of the lowering for an unknown operator, which has no public base class."""
     from torch._export.verifier import SpecViolationError
 
     return SpecViolationError
 
 
 def _write_strides(graph: torch.fx.Graph) -> None:
-    """Write the stride of a pool that leaves it out, which is the kernel's size: XNNPACK's partitioner looks for it."""
+    """Add the default stride of pools, the kernel's size, which XNNPACK's partitioner requires."""
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.max_pool2d.default):
         if len(node.args) == 2:
             node.args = (*node.args, node.args[1])
@@ -192,7 +191,7 @@ def _called(graph: torch.fx.Graph) -> list[str]:
 
 
 class _Method:
-    """A file in the runtime."""
+    """A loaded file."""
 
     _loaded: ClassVar[weakref.WeakSet[_Method]] = weakref.WeakSet()
 
@@ -206,8 +205,8 @@ class _Method:
             self._method = self._program.load_method("forward")
         except RuntimeError as error:
             raise TraceError(
-                f"`ExecuTorch`: expected a file that its runtime loads, found that it does not: {error}. It says on "
-                "the standard error which operation it cannot prepare: write that otherwise, or use another runtime."
+                f"`ExecuTorch`: expected a file that its runtime loads, found that it does not: {error}. The "
+                "standard error names the operator it cannot prepare: replace it, or use another runtime."
             ) from error
         self._loaded.add(self)
 
@@ -229,14 +228,14 @@ def _set_threads(count: int, in_use: bool) -> None:
     if in_use:  # XNNPACK holds on to the pool that it was loaded with
         raise UnsupportedError(
             f"A file of `ExecuTorch()` with {count} threads: expected no other file to be loaded in this process, or "
-            f"one with as many threads, found one with {found}. Let go of it first (`del`), or use {found}."
+            f"one with as many threads, found one with {found}. Delete it first (`del`), or use {found}."
         )
     portable_lib._unsafe_reset_threadpool(count)
 
 
 @contextmanager
 def _quiet_bindings() -> Iterator[None]:
-    """Silence ExecuTorch's news about itself: an experimental interface, and old ways to read its own files."""
+    """Silence ExecuTorch's warnings about its experimental interface and its own deprecated calls."""
     with ignored_warnings(
         "This API is experimental",
         r"\w+ is deprecated. Use files\(\) instead",

@@ -1,4 +1,4 @@
-"""What a file format has to offer: write a file, and run it in the runtime that will run it on the device."""
+"""Base class of file formats: write a file, and run it in the runtime of the device."""
 
 from __future__ import annotations
 
@@ -14,54 +14,54 @@ __all__ = ["Exporter"]
 
 
 class Exporter(ABC):
-    """One file format and its runtime. A frozen value: everything it needs to know is in its fields.
+    """One file format and its runtime; a frozen dataclass, whose fields are the format's options.
 
-    A new format is one file with one subclass; comparison, measures and the report are not its business.
+    A new format is one file with one subclass; comparison, metrics, latency and the report are done by `export_model`.
     """
 
     suffix: ClassVar[str]
-    """What a path of this format ends in: ``.ptl``."""
+    """Suffix of a path of this format: ``.ptl``."""
 
     @property
     def largest_batch(self) -> int | None:
-        """The largest batch that its files run with, if they are exported for ``batch='any'``; None: there is none."""
+        """The largest batch of a file that is exported for ``batch='any'``; None for no limit."""
         return None
 
     @abstractmethod
     def check(self) -> None:
-        """Refuse, before anything is trained, if the format or its runtime is not installed.
+        """Check, before anything is trained, that the format and its runtime are installed.
 
         Raises:
-            UnsupportedError: names what is missing and what takes its place.
+            UnsupportedError: names the missing package.
         """
 
     def check_int8(self, weights: Int8Weights | None) -> None:  # noqa: B027  # most formats take what comes
-        """Refuse, before anything is trained, numbers that the format cannot hold.
+        """Check, before anything is trained, that the format supports the int8 weights.
 
         Args:
-            weights: what they will be rounded to; None: nothing in the Trainer rounds them.
+            weights: the quantization of the weights; None: nothing in the Trainer quantizes them.
 
         Raises:
-            UnsupportedError: says what fits.
+            UnsupportedError: names a supported quantization.
         """
 
     @abstractmethod
     def runtime(self) -> str:
-        """The runtime that `load` uses and its version; times hold for it alone."""
+        """Name the runtime that `load` uses, with its version."""
 
     @abstractmethod
     def write(self, model: Positional, tensors: tuple[Any, ...], path: Path) -> dict[str, Any]:
         """Write ``model`` to ``path``.
 
         Args:
-            model: a copy on the CPU in evaluation mode that this call may change; ``model.batched`` tells in which
-                tensors the first dimension has to stay open.
+            model: a copy on the CPU in evaluation mode that this call may change; ``model.batched`` marks the tensors
+                whose first dimension, the batch, is dynamic.
             tensors: an example call of ``model``, one sample.
-            path: where to; the folder exists.
+            path: of the file; the folder exists.
 
         Returns:
-            What the report shall say about the file, in plain types. If it computes with rounded numbers, as
-            ``output_scales`` the scale of each output's grid, 0.0 for none: differences are counted in them.
+            Details for the report, in plain types. Of an int8 file ``output_scales``, the quantization scale of each
+            output, 0.0 where it is not quantized: differences are counted in them.
 
         Raises:
             TraceError: the format cannot express the model.
@@ -69,7 +69,7 @@ class Exporter(ABC):
 
     @abstractmethod
     def load(self, path: Path) -> Callable[..., Any]:
-        """The written file, run by its runtime: positional tensors in, the model's outputs out.
+        """Load a written file in its runtime, as a function from positional tensors to the model's outputs.
 
-        Outputs may come as a flat list, dicts in the order of their keys. The runtime uses as many threads as torch.
+        Outputs may be a flat list, with dicts in the order of their keys. The runtime uses as many threads as torch.
         """

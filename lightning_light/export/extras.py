@@ -1,4 +1,4 @@
-"""Packages that only an extra brings: whether they are here, and whether they go with this torch."""
+"""Check that the packages of an extra are installed and compatible with this torch."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["check_pair", "need", "version_of"]
 
 
 def need(call: str, extra: str, *packages: str) -> None:
-    """Import ``packages``, so that what is missing or broken shows before anything is trained.
+    """Import ``packages``, so that a missing or broken one is found before anything is trained.
 
     Raises:
-        UnsupportedError: names the package and the extra that brings it.
+        UnsupportedError: names the package and its extra.
 
     Example:
         >>> need("Paper()", "paper", "json", "no_such_package")
@@ -40,7 +40,7 @@ def need(call: str, extra: str, *packages: str) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """What other packages' modules warn of while they are imported is not the user's affair."""
+    """Silence warnings and logs of other packages during their import."""
     before = logging.root.manager.disable
     logging.disable(max(before, logging.WARNING))
     try:
@@ -52,19 +52,19 @@ def _quiet() -> Iterator[None]:
 
 
 def version_of(package: str) -> str:
-    """The installed version, without importing anything."""
+    """Return the installed version, without importing the package."""
     return importlib.metadata.version(package)
 
 
 def check_pair(call: str, package: str, version: str, torch: str, pairs: Sequence[tuple[str, str]]) -> None:
-    """Refuse a release of ``package`` that was not made for this torch.
+    """Check that the release of ``package`` was built for this torch.
 
     Args:
         call: the exporter, as the user wrote it.
         package: name of the package.
         version: its version.
         torch: torch's version.
-        pairs: releases of the package and of torch that go together, each as ``major.minor``; the oldest first.
+        pairs: compatible releases of the package and of torch, each as ``major.minor``; the oldest first.
 
     Raises:
         UnsupportedError: names both versions, and a pair that works.

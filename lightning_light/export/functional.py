@@ -1,20 +1,25 @@
-"""Write a file, run the file, compare, measure: all of an export that needs no Trainer."""
+"""Export a model to a file, and verify the file: parity with the model, metrics, latency, size."""
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
 
+from lightning_light.criteria.collector import example_of_batch
 from lightning_light.errors import ParityError
 from lightning_light.example_input import ExampleInput
 from lightning_light.export.copies import detached_copy
+from lightning_light.export.evaluation import DataEvaluator, Evaluator, MetricInputs
 from lightning_light.export.exporter import Exporter
+from lightning_light.export.formats import exporter_of
 from lightning_light.export.inputs import (
     Positional,
     batch_size,
@@ -24,99 +29,161 @@ from lightning_light.export.inputs import (
     first_samples,
     in_order,
     samples,
-    sliced,
     tripled,
 )
-from lightning_light.export.parity import Parity, Tolerance, compare
+from lightning_light.export.networks import ExportedNetwork, ReferenceNetwork
+from lightning_light.export.parity import Parity, Tolerance, compare_outputs
 from lightning_light.export.report import ExportReport
-from lightning_light.export.top1 import Labelled, compare_top1
-from lightning_light.export.torchscript_lite import TorchScriptLite
 from lightning_light.isolation import plain_execution
 from lightning_light.measure import count_cost, deflated_bytes, file_bytes, measure_latency
 from lightning_light.measure.latency import torch_threads
+from lightning_light.measure.metrics import MetricLike
+from lightning_light.validation import PositiveInt, validated
 
-__all__ = ["Batch", "check_options", "export_model"]
+__all__ = ["Batch", "ExportOptions", "export_model", "export_verified"]
 
 Batch = Literal["any", "one", "as_given"]
 
-# The defaults of the function and of the callback.
-EXPORTER: Exporter = TorchScriptLite()
-PARITY = Tolerance()
-BATCH: Batch = "any"
-LATENCY_RUNS = 50
-LATENCY_THREADS = 1
-
+_PARITY_BATCHES = 4
 _SAMPLES = 8  # of each batch, where samples are compared one at a time
 
 
+@validated
+@dataclass(frozen=True)
+class ExportOptions:
+    """Options of `export_model` and `MobileExport`, and their defaults.
+
+    Args:
+        exporter: file format and runtime; None to choose by the suffix of the path.
+        parity: maximum difference of an output of the file to the model's.
+        batch: ``any``: exported from one sample and verified with other batch sizes; ``one``: verified with one sample
+            at a time; ``as_given``: the inputs have no batch dimension, or keep exactly their shapes.
+        latency_runs: timed calls of the file, after a warm-up.
+        latency_threads: threads of the runtime in them.
+    """
+
+    exporter: Exporter | None = None
+    parity: Tolerance = Tolerance()
+    batch: Batch = "any"
+    latency_runs: PositiveInt = 50
+    latency_threads: PositiveInt = 1
+
+    def for_path(self, path: str | os.PathLike[str]) -> Exporter:
+        """Check the options, and return the exporter for ``path``.
+
+        Raises:
+            ValueError: an argument is out of range, or does not fit the path.
+        """
+        exporter = exporter_of(path, self.exporter)
+        if self.batch == "any" and exporter.largest_batch == 1:
+            raise ValueError(
+                f"`batch='any'` with `exporter={exporter}`: expected an exporter whose files run with other batch "
+                "sizes, found one for one sample at a time. Write `batch='one'`."
+            )
+        return exporter
+
+
+@validated
 def export_model(
     model: nn.Module,
-    args: tuple[Any, ...],
+    example_inputs: Any,
     path: str | os.PathLike[str],
     *,
-    kwargs: Mapping[str, Any] | None = None,
-    exporter: Exporter = EXPORTER,
-    parity: Tolerance = PARITY,
-    batches: Sequence[ExampleInput] = (),
-    validation: Iterable[Labelled] = (),
-    batch: Batch = BATCH,
-    latency_runs: int = LATENCY_RUNS,
-    latency_threads: int = LATENCY_THREADS,
+    exporter: Exporter | None = ExportOptions.exporter,
+    data: Iterable[Any] = (),
+    metrics: MetricLike | None = None,
+    metric_inputs: MetricInputs | None = None,
+    parity: Tolerance = ExportOptions.parity,
+    batch: Batch = ExportOptions.batch,
+    latency_runs: PositiveInt = ExportOptions.latency_runs,
+    latency_threads: PositiveInt = ExportOptions.latency_threads,
 ) -> ExportReport:
-    """Export a copy of ``model``, and vouch for the file.
+    """Export a copy of ``model`` to a file, and verify the file in its runtime.
 
-    The file is written beside its final place, loaded by its own runtime, compared with the model, timed, and only
-    then given its name; an older file of that name stays if anything fails. A report goes to ``{path}.json``.
-    ``model`` is as before: modes, buffers, gradients, hooks, device. So are the generators of torch, NumPy and Python.
+    The file is written beside its final place, loaded by its own runtime, compared with the model, evaluated, timed,
+    and only then renamed; an older file of that name stays if anything fails. A report is written to ``{path}.json``.
+    ``model`` is not changed: modes, buffers, gradients, hooks, device; nor are the random number generators of torch,
+    NumPy and Python.
 
     Args:
         model: on any device, in any mode.
-        args: an example of the positional inputs, the batch first.
-        path: where the file goes; ends in the exporter's suffix.
-        kwargs: an example of the keyword inputs. What is no tensor becomes part of the file; tensors become positional
-            inputs, in the order of the signature of ``forward``.
-        exporter: file format and runtime.
-        parity: how far an answer may be off.
-        batches: real inputs to compare on, besides the example.
-        validation: calls and labels to compare the classes of an int8 file on; of a float file they are the model's.
-            It is asked for them one by one, and not at all without need.
-        batch: ``any``: exported from one sample, and held to run with other batch sizes; ``one``: to run with one
-            sample at a time; ``as_given``: the inputs have no batch dimension, or shall keep exactly their shapes.
-        latency_runs: calls of the file that are timed, after a warm-up.
-        latency_threads: of the runtime in them.
+        example_inputs: a tensor, a tuple of positional inputs, a dict of keyword inputs, or an `ExampleInput` with
+            both; the batch is the first dimension. What is not a tensor becomes a constant of the file; tensors become
+            positional inputs, in the order of the signature of ``forward``.
+        path: of the file; its suffix ``.ptl``, ``.pte`` or ``.onnx`` chooses the exporter.
+        exporter: file format and runtime, if not the default for the suffix.
+        data: batches ``(inputs, target)`` or inputs alone. The first four are compared in every output; all with a
+            target are evaluated.
+        metrics: a metric or collection of torchmetrics, updated with (outputs, target), for the model and for the file.
+        metric_inputs: (outputs, batch) -> arguments of the metrics' ``update``, if they are others.
+        parity: see `ExportOptions`.
+        batch: see `ExportOptions`.
+        latency_runs: see `ExportOptions`.
+        latency_threads: see `ExportOptions`.
 
     Raises:
         TraceError: the format cannot express the model.
-        ParityError: the file answers differently, or fails.
+        ParityError: the outputs of the file differ from the model's, or the file does not run.
         UnsupportedError: the format or its runtime is not installed.
 
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     report = export_model(model, (torch.randn(4, 3, 8, 8),), f"{folder}/model.ptl", latency_runs=5)
+        ...     report = export_model(model, torch.randn(4, 3, 8, 8), f"{folder}/model.ptl", latency_runs=5)
         >>> report.inputs, report.macs, report.details["batch_norms_left"]
         ([{'name': 'input', 'shape': [1, 3, 8, 8], 'dtype': 'float32'}], 18944, 0)
     """
-    check_options(path, exporter, batch, latency_runs, latency_threads)
+    batches = iter(data)
+    compared = list(itertools.islice(batches, _PARITY_BATCHES))
+    evaluator = DataEvaluator(model, itertools.chain(compared, batches), metrics, metric_inputs) if compared else None
+    options = ExportOptions(exporter, parity, batch, latency_runs, latency_threads)
+    calls = [example_of_batch(one, model) for one in compared]
+    return export_verified(model, ExampleInput.of(example_inputs), path, options, calls, lambda details: evaluator)
+
+
+def export_verified(
+    model: nn.Module,
+    example: ExampleInput,
+    path: str | os.PathLike[str],
+    options: ExportOptions,
+    calls: Sequence[ExampleInput],
+    evaluator: Callable[[dict[str, Any]], Evaluator | None],
+) -> ExportReport:
+    """Export and verify, as `export_model` does.
+
+    Args:
+        model: see `export_model`.
+        example: an example call.
+        path: see `export_model`.
+        options: all options.
+        calls: real calls to compare the outputs of.
+        evaluator: details of the written file -> what computes its metrics; None for no metrics.
+    """
+    exporter = options.for_path(path)
     exporter.check()
     with plain_execution(), _unfinished(Path(path)) as part:
-        given = cloned(ExampleInput(args, dict(kwargs or {})))
-        example = given if batch == "as_given" else first_sample(given)
-        right = Positional(detached_copy(model), example)
-        tensors = right.tensors(example)
-        copy = Positional(detached_copy(model), example, batched(given) if batch == "any" else None)
-        details = exporter.write(copy, right.tensors(cloned(example)), part)
-        with torch_threads(latency_threads):
+        given = cloned(example)
+        example = given if options.batch == "as_given" else first_sample(given)
+        reference = Positional(detached_copy(model), example)
+        tensors = reference.tensors(example)
+        copy = Positional(detached_copy(model), example, batched(given) if options.batch == "any" else None)
+        details = exporter.write(copy, reference.tensors(cloned(example)), part)
+        with torch_threads(options.latency_threads):
             run = exporter.load(part)
-        fitting = [call for call in batches if right.fits(call) and (batch != "as_given" or _alike(call, example))]
-        calls = _calls([given, *fitting], batch, exporter.largest_batch)
-        found = _compare(right, run, calls, parity, details.get("output_scales"))
-        asked = _asked(validation, right, batch, exporter.largest_batch) if "output_scales" in details else ()
-        top1 = compare_top1(
-            lambda call: right(*right.tensors(cloned(call))), lambda call: run(*right.tensors(cloned(call))), asked
-        )
-        latency = measure_latency(lambda: run(*tensors), runs=latency_runs, threads=latency_threads)
-        cost = count_cost(right.model, example.args, example.kwargs)
+        fitting = [
+            call for call in calls if reference.fits(call) and (options.batch != "as_given" or _alike(call, example))
+        ]
+        compared = _calls([given, *fitting], options.batch, exporter.largest_batch)
+        parity = _compare(reference, run, compared, options.parity, details.get("output_scales"))
+        metrics = evaluator(details)
+        evaluation = None
+        if metrics is not None:
+            limit = None if options.batch == "as_given" else 1 if options.batch == "one" else exporter.largest_batch
+            structure = reference(*reference.tensors(cloned(example)))
+            file = ExportedNetwork(reference, run, structure, limit, str(path))
+            evaluation = metrics(ReferenceNetwork(reference), file, reference)
+        latency = measure_latency(lambda: run(*tensors), runs=options.latency_runs, threads=options.latency_threads)
+        cost = count_cost(reference.model, example.args, example.kwargs)
         report = ExportReport(
             file=str(path),
             exporter=repr(exporter),
@@ -126,56 +193,17 @@ def export_model(
             params=cost.params,
             macs=cost.macs,
             latency=latency,
-            parity=found,
+            parity=parity,
             parity_batches=len(fitting),
-            top1=top1,
-            tolerance=parity,
-            inputs=_described(right, tensors),
-            built_in={name: repr(value) for name, value in right.constants.items()},
-            batch=batch,
+            tolerance=options.parity,
+            inputs=_described(reference, tensors),
+            built_in={name: repr(value) for name, value in reference.constants.items()},
+            batch=options.batch,
             details=details,
+            evaluation=evaluation,
         )
     report.write(f"{path}.json")
     return report
-
-
-def check_options(path: str | os.PathLike[str], exporter: Exporter, batch: str, runs: int, threads: int) -> None:
-    """Refuse wrong arguments, of the function and of the callback alike.
-
-    Raises:
-        ValueError: says which, and what was expected.
-    """
-    if Path(path).suffix != exporter.suffix:
-        raise ValueError(
-            f"`{str(path)!r}` with `exporter={exporter}`: expected a path that ends in {exporter.suffix!r}, found "
-            f"{Path(path).suffix!r}. Write {str(Path(path).with_suffix(exporter.suffix))!r}."
-        )
-    if batch not in get_args(Batch):
-        raise ValueError(f"`batch={batch!r}`: expected one of {list(get_args(Batch))}. Usual is 'any'.")
-    if batch == "any" and exporter.largest_batch == 1:
-        raise ValueError(
-            f"`batch='any'` with `exporter={exporter}`: expected an exporter whose files run with other batch sizes, "
-            "found one for one sample at a time. Write `batch='one'`."
-        )
-    if runs < 1 or threads < 1:
-        raise ValueError(f"`latency_runs={runs}, latency_threads={threads}`: expected two integers >= 1.")
-
-
-def _asked(
-    validation: Iterable[Labelled], right: Positional, batch: Batch, largest: int | None
-) -> Iterator[tuple[Labelled, list[ExampleInput], list[ExampleInput]]]:
-    """What fits, whole as the model takes it, and in parts as the file does."""
-    for asked in validation:
-        size = batch_size(asked.call)
-        if size is None or not right.fits(asked.call):
-            continue
-        part = 1 if batch == "one" else (largest or size) if batch == "any" else size
-        parts = (
-            [asked.call]
-            if part >= size
-            else [sliced(asked.call, start, start + part) for start in range(0, size, part)]
-        )
-        yield asked, parts if batch == "one" else [asked.call], parts
 
 
 def _alike(call: ExampleInput, example: ExampleInput) -> bool:
@@ -187,7 +215,7 @@ def _alike(call: ExampleInput, example: ExampleInput) -> bool:
 
 
 def _calls(given: list[ExampleInput], batch: Batch, largest: int | None) -> list[ExampleInput]:
-    """What is compared: whole batches, at least one of one sample and one of several; or samples."""
+    """Select the compared calls: whole batches, at least one of one sample and one of several; or single samples."""
     if batch == "as_given":
         return given
     if batch == "one":
@@ -201,38 +229,38 @@ def _calls(given: list[ExampleInput], batch: Batch, largest: int | None) -> list
 
 
 def _compare(
-    right: Positional,
+    reference: Positional,
     run: Callable[..., Any],
     calls: list[ExampleInput],
     tolerance: Tolerance,
     scales: list[float] | None,
 ) -> Parity:
-    def ask(call: ExampleInput) -> Any:
+    def run_file(call: ExampleInput) -> Any:
         try:
-            return run(*right.tensors(cloned(call)))
+            return run(*reference.tensors(cloned(call)))
         except (RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ParityError(
-                f"The exported file, asked for {batch_size(call)} samples: expected it to run as the model does, found "
-                f"{type(error).__name__}: {reason}. It was exported from one sample, and a size, in `forward` or by "
-                "the runtime, was built in: use tensor operations (`x.flatten(1)`, `x.shape[0]` without `int(...)`), "
-                "or promise one sample at a time with `batch='one'`; inputs without a batch dimension need "
+                f"The exported file, run on {batch_size(call)} samples: expected it to run as the model does, found "
+                f"{type(error).__name__}: {reason}. It was exported from one sample, and a size became a constant, in "
+                "`forward` or in the runtime: use tensor operations (`x.flatten(1)`, `x.shape[0]` without `int(...)`), "
+                "or export for one sample at a time with `batch='one'`; inputs without a batch dimension need "
                 "`batch='as_given'`."
             ) from error
 
-    return compare(
-        lambda call: right(*right.tensors(cloned(call))),
-        ask,
+    return compare_outputs(
+        lambda call: reference(*reference.tensors(cloned(call))),
+        run_file,
         [(batch_size(call) or 1, call) for call in calls],
         tolerance,
         scales,
     )
 
 
-def _described(right: Positional, tensors: tuple[Any, ...]) -> list[dict[str, Any]]:
+def _described(reference: Positional, tensors: tuple[Any, ...]) -> list[dict[str, Any]]:
     return [
         {"name": name + keystr(place), "shape": list(leaf.shape), "dtype": str(leaf.dtype).removeprefix("torch.")}
-        for name, value in zip(right.names, tensors, strict=True)
+        for name, value in zip(reference.names, tensors, strict=True)
         for place, leaf in tree_flatten_with_path(in_order(value))[0]
         if isinstance(leaf, Tensor)
     ]
@@ -240,7 +268,7 @@ def _described(right: Positional, tensors: tuple[Any, ...]) -> list[dict[str, An
 
 @contextmanager
 def _unfinished(path: Path) -> Iterator[Path]:
-    """A place beside ``path``; what is there moves to ``path`` if all goes well, and is removed if not."""
+    """Yield a temporary path beside ``path``; the file is renamed to ``path``, or removed after an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     try:

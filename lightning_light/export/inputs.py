@@ -1,4 +1,4 @@
-"""What a forward pass is called with, and the same call by position, which is all that a runtime understands."""
+"""Calls of a network: their batches, and their tensors by position, as runtimes take them."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ __all__ = [
 
 
 def batch_size(call: ExampleInput) -> int | None:
-    """The first dimension of the first tensor that has one; None where there is no such tensor."""
+    """Return the first dimension of the first tensor that has one; None if there is no such tensor."""
     shaped = (leaf for leaf in tree_leaves((call.args, call.kwargs)) if _is_batched(leaf))
     first = next(shaped, None)
     return None if first is None else len(first)
 
 
 def first_sample(call: ExampleInput) -> ExampleInput:
-    """A batch of one.
+    """Return the first sample, as a batch of one.
 
     Example:
         >>> call = first_sample(ExampleInput((torch.zeros(4, 3),), {"scale": torch.zeros(()), "flip": True}))
@@ -47,34 +47,34 @@ def first_sample(call: ExampleInput) -> ExampleInput:
 
 
 def first_samples(call: ExampleInput, limit: int | None) -> ExampleInput:
-    """At most ``limit`` samples; all of them for None."""
+    """Return at most ``limit`` samples; all of them for None."""
     return call if limit is None else _batched(call, lambda tensor: tensor[:limit])
 
 
 def samples(call: ExampleInput, limit: int) -> list[ExampleInput]:
-    """The first samples, each as a batch of one."""
+    """Return the first samples, each as a batch of one."""
     count = min(batch_size(call) or 0, limit)
     return [_batched(call, lambda tensor, at=place: tensor[at : at + 1]) for place in range(count)]  # type: ignore[misc]
 
 
 def sliced(call: ExampleInput, start: int, stop: int) -> ExampleInput:
-    """The samples from ``start`` to before ``stop``."""
+    """Return the samples from ``start`` to before ``stop``."""
     return _batched(call, lambda tensor: tensor[start:stop])
 
 
 def tripled(call: ExampleInput) -> ExampleInput:
-    """Three times the batch, so that a size that was built in shows."""
+    """Repeat the batch three times, to find a batch size that has become a constant."""
     return _batched(call, lambda tensor: torch.cat([tensor, tensor, tensor]))
 
 
 def cloned(call: ExampleInput) -> ExampleInput:
-    """Own tensors on the CPU, outside inference mode: a forward pass may write into what it is given."""
+    """Clone the tensors on the CPU, outside inference mode: a forward pass may write into its inputs."""
     with torch.inference_mode(False):
         return _mapped(call, lambda leaf: leaf.detach().cpu().clone() if isinstance(leaf, Tensor) else leaf)
 
 
 def batched(call: ExampleInput) -> ExampleInput:
-    """The same call with True in place of each tensor that has the batch as first dimension, else False.
+    """Replace each tensor by whether its first dimension is the batch.
 
     Example:
         >>> batched(ExampleInput((torch.zeros(4, 3),), {"scale": torch.zeros(()), "flip": True}))
@@ -85,7 +85,7 @@ def batched(call: ExampleInput) -> ExampleInput:
 
 
 def in_order(value: Any) -> Any:
-    """Dicts sorted by their keys, however deep: the order in which a runtime takes and gives tensors.
+    """Sort nested dicts by their keys: the order in which a runtime takes and returns tensors.
 
     Example:
         >>> in_order([{"b": 1, "a": (2, 3)}])
@@ -97,7 +97,7 @@ def in_order(value: Any) -> Any:
 
 
 def _batched(call: ExampleInput, change: Callable[[Tensor], Tensor]) -> ExampleInput:
-    """Change the tensors that have the batch as first dimension; others (a table, a scale) stay whole."""
+    """Change the tensors whose first dimension is the batch; others (a table, a scale) are not changed."""
     size = batch_size(call)
     return _mapped(call, lambda leaf: change(leaf) if _is_batched(leaf) and len(leaf) == size else leaf)
 
@@ -111,14 +111,14 @@ def _is_batched(leaf: object) -> bool:
 
 
 class Positional(nn.Module):
-    """A module whose forward takes the tensors of an example call, by position; everything else is built in.
+    """A module whose forward takes the tensors of an example call by position; other arguments are constants.
 
-    Runtimes take positional inputs, and a flag or a None is no input for them.
+    Runtimes take tensors by position, and no flags or None.
 
     Attributes:
         names: of the positional inputs.
-        constants: arguments that hold no tensor.
-        batched: for each positional input, in its structure, whether a tensor has the batch, of any size, first.
+        constants: arguments without tensors.
+        batched: for each positional input, in its structure, whether the first dimension is a dynamic batch.
 
     Example:
         >>> class Scaled(nn.Module):
@@ -158,7 +158,7 @@ class Positional(nn.Module):
         return list(named) == self._order and all(map(_has_tensor, self._pick(named))) and constants == self.constants
 
     def tensors(self, call: ExampleInput) -> tuple[Any, ...]:
-        """The positional form of a call that `fits`."""
+        """Return the positional inputs of a call that `fits`."""
         return self._pick(self._named(call))
 
     def _pick(self, named: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -176,7 +176,7 @@ class Positional(nn.Module):
             ) from error
 
     def _named(self, call: ExampleInput) -> dict[str, Any]:
-        """Every argument under a name, in the order of the signature, however the caller passed it."""
+        """Return all arguments by name, in the order of the signature."""
         bound = self._bound(call)
         names = [name for name, kind in self._signature.parameters.items() if kind.kind <= kind.POSITIONAL_OR_KEYWORD]
         names += [f"argument {place}" for place in range(len(names), len(bound.args))]

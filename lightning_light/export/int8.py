@@ -1,4 +1,4 @@
-"""What all formats do with a network whose numbers are rounded: it is written as int8."""
+"""What all formats do with a fake-quantized network: it is written as int8."""
 
 from __future__ import annotations
 
@@ -11,67 +11,72 @@ from torch import nn
 from lightning_light.errors import UnsupportedError
 from lightning_light.export.inputs import Positional
 from lightning_light.export.program import Program, flat_tensors, traced
-from lightning_light.int8 import Int8Form, PairRules, RoundsNumbers, rounders_of
+from lightning_light.int8 import LoweredModel, QDQConstraints, Quantizer, quantizers_of
 
-__all__ = ["described", "rounder_of", "traced_int8"]
+__all__ = ["describe", "quantizer_of", "traced_int8"]
 
 
-def rounder_of(call: str, model: nn.Module) -> RoundsNumbers | None:
-    """Who rounds numbers in ``model`` now; None if they are plain ones, which make a float file.
+def quantizer_of(call: str, model: nn.Module) -> Quantizer | None:
+    """The quantizer at work on ``model``; None if it computes in float, which makes a float file.
 
     Raises:
         UnsupportedError: there are several.
     """
-    found = [rounder for rounder in rounders_of(model) if rounder.is_rounding]
+    found = [quantizer for quantizer in quantizers_of(model) if quantizer.enabled]
     if len(found) > 1:
         raise UnsupportedError(
-            f"`{call}` on `{type(model).__name__}`: expected numbers to be rounded once, found {len(found)} callbacks "
-            "or contexts that round them. Leave `fake_quantized` while a Trainer with `QuantizationAwareTraining` is "
-            "at work."
+            f"`{call}` on `{type(model).__name__}`: expected a network that is fake-quantized once, found {len(found)} "
+            "callbacks or contexts that do so. Leave `fake_quantized` while a Trainer with "
+            "`QuantizationAwareTraining` is at work."
         )
     return found[0] if found else None
 
 
 def traced_int8(
-    call: str, model: Positional, tensors: tuple[Any, ...], rules: PairRules, *, largest: int | None = None
+    call: str,
+    model: Positional,
+    tensors: tuple[Any, ...],
+    constraints: QDQConstraints,
+    *,
+    largest: int | None = None,
 ) -> tuple[Program, dict[str, Any]]:
-    """As `traced`, with quantize and dequantize operations where numbers are rounded; and what the report says of it.
+    """As `traced`, as a QDQ graph where the network is fake-quantized; and details for the report.
 
     Args:
         call: the exporter, as the user wrote it.
         model: a copy in evaluation mode.
         tensors: an example call, one sample.
-        rules: what the runtime asks of such a graph.
+        constraints: of the runtime.
         largest: samples in a batch, at most.
 
     Raises:
         TraceError: as `traced`.
     """
-    rounder = rounder_of(call, model.model)
-    if rounder is None:
+    quantizer = quantizer_of(call, model.model)
+    if quantizer is None:
         return traced(call, model, tensors, largest=largest), {}
-    with rounder.in_pairs(lambda: model(*tensors), rules) as form:
+    with quantizer.qdq(lambda: model(*tensors), constraints) as lowered:
         program = traced(call, model, tensors, largest=largest)
-    return program, described(call, model, form)
+    return program, describe(call, model, lowered)
 
 
-def described(call: str, model: Positional, form: Int8Form) -> dict[str, Any]:
-    """For the report; and a warning that names the layers that stay float."""
-    if form.left_float:
+def describe(call: str, model: Positional, lowered: LoweredModel) -> dict[str, Any]:
+    """Details for the report; warns of layers that stay float, by name."""
+    if lowered.left_float:
         warnings.warn(
-            f"`{call}` on `{type(model.model).__name__}`: layers that stay float: {form.left_float}.", stacklevel=3
+            f"`{call}` on `{type(model.model).__name__}`: layers that stay float: {lowered.left_float}.", stacklevel=3
         )
     return {
-        "int8_layers": form.layers,
-        "left_float": form.left_float,
-        "never_int8": _never_int8(model.model, form),
-        "output_scales": [float(scale) for scale in flat_tensors(form.scales)],
+        "int8_layers": lowered.layers,
+        "left_float": lowered.left_float,
+        "never_int8": _never_int8(model.model, lowered),
+        "output_scales": [float(scale) for scale in flat_tensors(lowered.output_scales)],
     }
 
 
-def _never_int8(model: nn.Module, form: Int8Form) -> dict[str, str]:
+def _never_int8(model: nn.Module, lowered: LoweredModel) -> dict[str, str]:
     """Modules with a weight that int8 is not for (embeddings, recurrent layers, fused attention), and their types."""
-    done = {*form.modules, *form.left_float}
+    done = {*lowered.modules, *lowered.left_float}
     return {
         name: type(model.get_submodule(name)).__name__
         for name in dict.fromkeys(path.partition(".parametrizations")[0] for path in _with_weights(model))

@@ -1,11 +1,10 @@
-"""The trained network as a file for the device, when the fit ends."""
+"""`MobileExport`: export the trained network to a file for the device at the end of ``fit``."""
 
 from __future__ import annotations
 
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -15,48 +14,41 @@ from lightning_light.callback import CompressionCallback
 from lightning_light.errors import LightningLightError
 from lightning_light.example_input import Capture, ExampleInput, capture
 from lightning_light.export.copies import detached_copy
+from lightning_light.export.evaluation import Evaluator, MetricInputs
 from lightning_light.export.exporter import Exporter
-from lightning_light.export.functional import (
-    BATCH,
-    EXPORTER,
-    LATENCY_RUNS,
-    LATENCY_THREADS,
-    PARITY,
-    Batch,
-    check_options,
-    export_model,
-)
+from lightning_light.export.functional import Batch, ExportOptions, export_verified
 from lightning_light.export.parity import Tolerance
 from lightning_light.export.recorder import Recorder
-from lightning_light.export.replay import replayed
 from lightning_light.export.report import ExportReport
-from lightning_light.export.top1 import Labelled
+from lightning_light.export.validation import ValidationEvaluator
 from lightning_light.host.classes import is_host
-from lightning_light.int8 import rounders_of
+from lightning_light.host.trainer import callbacks_of
+from lightning_light.int8 import quantizers_of
+from lightning_light.measure.metrics import MetricLike, metrics_of
 from lightning_light.order import Stage
 from lightning_light.surgery.distributed import broadcast, log_rank_zero, refuse_sharding
+from lightning_light.validation import NonNegativeInt, PositiveInt, validated
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
-    from torch import Tensor
 
 __all__ = ["MobileExport"]
 
-_BATCHES = 4
+_PARITY_BATCHES = 4
 
 
+@validated
 class MobileExport(CompressionCallback):
-    """Write the trained network to a file, run the file in its real runtime, and compare, when ``fit`` ends.
+    """Export the trained network to a file when ``fit`` ends, and verify the file in its real runtime.
 
-    A copy is exported: the live module stays as it is. The file is compared on batches of the last validation, as
-    ``forward`` received them, timed on one sample, and described by a report, in ``{path}.json`` and as ``report``.
-    If it does not answer as the module does, the run ends with an error, and the module is in a checkpoint.
+    A copy is exported; the live module is not changed. The outputs of the file are compared with the module's on
+    batches of the last validation, as ``forward`` received them, its metrics are computed over the validation set, and
+    it is timed on one sample. The report is written to ``{path}.json`` and kept as ``report``. If the outputs differ by
+    more than ``parity``, the run ends with an error, and the module is saved in a checkpoint.
 
-    One for each runtime: a Trainer may have several, which write one after the other; when one fails, its error names
-    the files that are there and those that have not been tried.
-
-    With several processes the first one exports, and all fail if it fails. With ``fast_dev_run`` all of this is done
-    in a temporary folder.
+    A Trainer may have one callback per runtime; they export one after the other. When one fails, its error names the
+    files that were written and those that were not. With several processes the first one exports, and all fail if it
+    fails. With ``fast_dev_run`` everything happens in a temporary folder.
 
     Example:
         >>> import os, tempfile
@@ -72,28 +64,30 @@ class MobileExport(CompressionCallback):
         (['model.ptl', 'model.ptl.json'], True)
 
     Args:
-        path: where the file goes; ends in the exporter's suffix.
-        exporter: file format and runtime.
-        parity: how far an answer of the file may be off.
-        checkpoint: which weights: the ``last``, or the ``best`` of the first ``ModelCheckpoint``.
-        batch: ``any``: exported from one sample, and held to run with other batch sizes; ``one``: to run with one
-            sample at a time; ``as_given``: the inputs have no batch dimension, or shall keep exactly their shapes.
-        top1: of an int8 file: ask it for the classes of the whole validation set, and the module too, on this
-            machine's CPU. Where batches are pairs of inputs and labels, accuracies are reported besides.
-        latency_runs: calls of the file that are timed, after a warm-up.
-        latency_threads: of the runtime in them.
+        path: of the file; its suffix ``.ptl``, ``.pte`` or ``.onnx`` chooses the exporter.
+        exporter: file format and runtime, if not the default for the suffix.
+        parity: maximum difference of an output of the file to the module's.
+        checkpoint: which weights: ``last``, or the ``best`` of the first ``ModelCheckpoint``.
+        batch: ``any``: exported from one sample and verified with other batch sizes; ``one``: verified with one sample
+            at a time; ``as_given``: the inputs have no batch dimension, or keep exactly their shapes.
+        metrics: a metric or collection of torchmetrics, computed for the file and for the module over the validation
+            set; by default those that the module holds as attributes and updates in ``validation_step``.
+        metric_inputs: (outputs of the module, batch) -> arguments of the given metrics' ``update``; by default the
+            outputs and the batch's labels.
+        metric_batches: validation batches for the metrics, at most; None for all, 0 for no metrics.
+        latency_runs: timed calls of the file, after a warm-up.
+        latency_threads: threads of the runtime in them.
 
     Raises:
-        ValueError: an argument is wrong, two exports have one path, or there is no ``ModelCheckpoint`` to take the
-            best from.
+        ValueError: an argument is wrong, two exports have one path, or there is no ``ModelCheckpoint`` for ``best``.
         UnsupportedError: the format is not installed, or the strategy shards the network.
         TraceError: at the end of ``fit``: the format cannot express the network.
-        ParityError: at the end of ``fit``: the file answers differently.
+        ParityError: at the end of ``fit``: the outputs of the file differ.
 
     Note:
-        The input of ``forward`` is seen in the run: an example in the module's ``example_input_array`` or the first
-        training batch, real ones in validation. A module whose steps do not call ``self(...)`` needs an
-        ``example_input_array``, and is compared on that alone.
+        The inputs of ``forward`` are recorded in the run: an example in ``example_input_array`` or the first training
+        batch, real ones in validation. A module whose steps do not call ``self(...)`` needs an ``example_input_array``,
+        is compared on that alone, and has no metrics.
     """
 
     method: ClassVar[str] = "mobile_export"
@@ -104,29 +98,31 @@ class MobileExport(CompressionCallback):
         self,
         path: str | os.PathLike[str],
         *,
-        exporter: Exporter = EXPORTER,
-        parity: Tolerance = PARITY,
+        exporter: Exporter | None = ExportOptions.exporter,
+        parity: Tolerance = ExportOptions.parity,
         checkpoint: Literal["last", "best"] = "last",
-        batch: Batch = BATCH,
-        top1: bool = True,
-        latency_runs: int = LATENCY_RUNS,
-        latency_threads: int = LATENCY_THREADS,
+        batch: Batch = ExportOptions.batch,
+        metrics: MetricLike | None = None,
+        metric_inputs: MetricInputs | None = None,
+        metric_batches: NonNegativeInt | None = None,
+        latency_runs: PositiveInt = ExportOptions.latency_runs,
+        latency_threads: PositiveInt = ExportOptions.latency_threads,
     ) -> None:
-        check_options(path, exporter, batch, latency_runs, latency_threads)
-        if checkpoint not in ("last", "best"):
-            raise ValueError(f"`MobileExport(checkpoint={checkpoint!r})`: expected 'last' or 'best'.")
+        self._options = ExportOptions(exporter, parity, batch, latency_runs, latency_threads)
+        self._exporter = self._options.for_path(path)
         self.path = path
         self.exporter = exporter
         self.parity = parity
         self.checkpoint = checkpoint
         self.batch = batch
-        self.top1 = top1
+        self.metrics = metrics
+        self.metric_inputs = metric_inputs
+        self.metric_batches = metric_batches
         self.latency_runs = latency_runs
         self.latency_threads = latency_threads
         self.report: ExportReport | None = None
         self._capture = Capture()
-        self._recorder = Recorder(limit=_BATCHES)
-        self._told: dict[int, Tensor] = {}  # number of a validation batch -> the module's classes
+        self._recorder = Recorder(limit=_PARITY_BATCHES)
 
     # Lightning's hooks, in the order a run meets them.
 
@@ -137,7 +133,7 @@ class MobileExport(CompressionCallback):
         if stage != "fit":
             return
         self._refuse_shared_path(trainer)
-        self.exporter.check()
+        self._exporter.check()
         self._check_int8(trainer, pl_module)
         refuse_sharding(
             trainer,
@@ -150,27 +146,27 @@ class MobileExport(CompressionCallback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look out for an example of what ``forward`` is called with."""
+        """Start to capture an example of the inputs of ``forward``."""
         super().on_fit_start(trainer, pl_module)
-        self.report, self._recorder, self._told = None, Recorder(limit=_BATCHES), {}
+        self.report, self._recorder = None, Recorder(limit=_PARITY_BATCHES)
         if trainer.is_global_zero:
             self._capture = capture(pl_module)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the first inputs of the validation: the last one's are compared on."""
+        """Record the first inputs of each validation; those of the last one are compared."""
         if trainer.is_global_zero and trainer.state.fn == "fit":
-            self._recorder.watch(pl_module)
+            self._recorder.start(pl_module)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look away while training goes on."""
+        """Stop the recording while training goes on."""
         self._recorder.stop()
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Export: by now averaged weights are in place and the last checkpoint is written."""
-        self._let_go()
+        """Export, after averaged weights are in place and the last checkpoint is written."""
+        self._remove_hooks()
         try:
             if trainer.is_global_zero:
                 self.report = self._export(trainer, pl_module)
@@ -180,20 +176,20 @@ class MobileExport(CompressionCallback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave no hook behind, whatever happened."""
-        self._let_go()
+        """Remove the hooks after an error."""
+        self._remove_hooks()
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget the batches."""
+        """Remove the hooks and free the recorded batches."""
         super().teardown(trainer, pl_module, stage)
-        self._let_go()
-        self._capture, self._recorder, self._told = Capture(), Recorder(limit=_BATCHES), {}
+        self._remove_hooks()
+        self._capture, self._recorder = Capture(), Recorder(limit=_PARITY_BATCHES)
 
-    # Private: the small questions the hooks ask.
+    # Private: checks in `setup`.
 
     def _refuse_shared_path(self, trainer: Trainer) -> None:
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # an attribute set by a connector
+        callbacks = callbacks_of(trainer)
         paths = [Path(one.path).absolute() for one in callbacks if isinstance(one, MobileExport)]
         if paths.count(Path(self.path).absolute()) > 1:
             raise ValueError(
@@ -202,21 +198,21 @@ class MobileExport(CompressionCallback):
             )
 
     def _others(self, trainer: Trainer) -> str:
-        """What has become of the Trainer's other exports when this one has failed."""
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # an attribute set by a connector
+        """Name the files of the Trainer's other exports: written before this one failed, or not written."""
+        callbacks = callbacks_of(trainer)
         exports = [one for one in callbacks if isinstance(one, MobileExport)]
         place = exports.index(self)
-        parts = (("Written before", exports[:place]), ("Not tried after it", exports[place + 1 :]))
+        parts = (("Written before", exports[:place]), ("Not exported after it", exports[place + 1 :]))
         return "".join(f" {what}: {', '.join(repr(str(one.path)) for one in some)}." for what, some in parts if some)
 
     def _check_int8(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # an attribute set by a connector
-        told = [one.int8_weights() for one in callbacks if isinstance(one, CompressionCallback)]
-        weights = next((found for found in told if found is not None), None)
-        if weights is not None or not rounders_of(pl_module):  # within `fake_quantized` nothing is known of them yet
-            self.exporter.check_int8(weights)
+        callbacks = callbacks_of(trainer)
+        found = [one.int8_weights() for one in callbacks if isinstance(one, CompressionCallback)]
+        weights = next((one for one in found if one is not None), None)
+        if weights is not None or not quantizers_of(pl_module):  # within `fake_quantized` nothing is known of them yet
+            self._exporter.check_int8(weights)
 
-    def _let_go(self) -> None:
+    def _remove_hooks(self) -> None:
         self._capture.remove()
         self._recorder.stop()
 
@@ -228,35 +224,16 @@ class MobileExport(CompressionCallback):
         return self._write(trainer, module, self.path)
 
     def _write(self, trainer: Trainer, module: LightningModule, path: str | os.PathLike[str]) -> ExportReport:
-        example = self._example(trainer, module)
-        return export_model(
-            module,
-            example.args,
-            path,
-            kwargs=example.kwargs,
-            exporter=self.exporter,
-            parity=self.parity,
-            batches=self._recorder.calls,
-            validation=self._validation(trainer) if self.top1 else (),
-            batch=self.batch,
-            latency_runs=self.latency_runs,
-            latency_threads=self.latency_threads,
-        )
+        example, calls = self._example(trainer, module), self._recorder.calls
 
-    def _validation(self, trainer: Trainer) -> Iterator[Labelled]:
-        """The validation once more; what the module has told an export before this one is known."""
-        told = self._told_to_all(trainer)
-        for place, asked in enumerate(replayed(trainer, next(iter(self._recorder.calls), None))):
-            asked.told = told.get(place)
-            yield asked
-            if asked.told is not None:
-                told[place] = asked.told
+        def evaluator(details: dict[str, Any]) -> Evaluator | None:
+            is_int8 = "output_scales" in details
+            wanted = is_int8 or self.metrics is not None or bool(metrics_of(module))
+            if self.metric_batches == 0 or not wanted or not (calls or self.metrics):
+                return None
+            return ValidationEvaluator(trainer, module, self.metrics, self.metric_inputs, self.metric_batches)
 
-    def _told_to_all(self, trainer: Trainer) -> dict[int, Tensor]:
-        """Kept by the first of those exports that ask the same weights in the same way."""
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # an attribute set by a connector
-        exports = [one for one in callbacks if isinstance(one, MobileExport)]
-        return next(one._told for one in exports if (one.checkpoint, one.batch) == (self.checkpoint, self.batch))
+        return export_verified(module, example, path, self._options, calls, evaluator)
 
     def _example(self, trainer: Trainer, module: LightningModule) -> ExampleInput:
         if (found := self._capture.example) is not None:
@@ -265,13 +242,13 @@ class MobileExport(CompressionCallback):
         if self._recorder.calls:
             return self._recorder.calls[0]
         raise LightningLightError(
-            f"`MobileExport({str(self.path)!r})` on `{type(module).__name__}`: expected to see what `forward` is "
-            "called with; found no `example_input_array`, and no step that calls `self(...)`. Set the first in the "
+            f"`MobileExport({str(self.path)!r})` on `{type(module).__name__}`: expected an example of the inputs of "
+            "`forward`, found no `example_input_array`, and no step that calls `self(...)`. Set the first in the "
             "module, or call `export_model(module, (x,), path)` now."
         )
 
     def _conclude(self, trainer: Trainer, error: BaseException | None) -> None:
-        """Every rank learns how it went. If it went wrong, the trained network is saved, then all of them fail."""
+        """Broadcast the outcome; after an error save the trained network, then fail on every process."""
         found = None if error is None else f"{type(error).__name__}: {error}"
         failure = broadcast(trainer, found)
         if failure is None or not isinstance(error, Exception | None):
@@ -280,7 +257,7 @@ class MobileExport(CompressionCallback):
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             rescue = f"{self.path}.ckpt"
             trainer.save_checkpoint(rescue)
-            saved = f" Nothing is lost: the trained network is in {rescue!r}.{self._others(trainer)}"
+            saved = f" The trained network is saved in {rescue!r}.{self._others(trainer)}"
         if isinstance(error, LightningLightError):
             raise type(error)(f"{error}{saved}") from error
         raise LightningLightError(
@@ -289,7 +266,7 @@ class MobileExport(CompressionCallback):
 
 
 def _best_of(trainer: Trainer) -> Any:
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # an attribute set by a connector
+    callbacks = callbacks_of(trainer)
     found = next((callback for callback in callbacks if is_host(callback, "ModelCheckpoint")), None)
     if found is None:
         raise ValueError(
@@ -300,7 +277,7 @@ def _best_of(trainer: Trainer) -> Any:
 
 
 def _restored(trainer: Trainer, pl_module: LightningModule) -> LightningModule:
-    """A copy with the best checkpoint's structure and weights, by the way that the Trainer would load it."""
+    """Copy the module and load the best checkpoint's structure and weights into the copy, as the Trainer does."""
     path = _best_of(trainer).best_model_path
     if not path:
         raise LightningLightError(

@@ -1,4 +1,4 @@
-"""ONNX: the files that ONNX Runtime, and many a vendor's converter, reads."""
+"""Export to ONNX, for ONNX Runtime and vendors' converters."""
 
 from __future__ import annotations
 
@@ -19,26 +19,27 @@ from lightning_light.export.extras import check_pair, need, version_of
 from lightning_light.export.inputs import Positional
 from lightning_light.export.int8 import traced_int8
 from lightning_light.export.program import FAILURES, Program, advice, flat_tensors, quiet_torch
-from lightning_light.int8 import PairRules
+from lightning_light.int8 import QDQConstraints
 
 __all__ = ["ONNX"]
 
 _PAIRS = (("0.7", "2.13"), ("0.7", "2.15"))  # releases of onnxscript and torch that the tests have passed on
-_INT8 = PairRules(signed=False)
+_INT8 = QDQConstraints("onnxruntime", signed=False)
 _OPSETS = range(18, 24)
 _NUMPY_LACKS = frozenset({torch.bfloat16})
 
 
 @dataclass(frozen=True)
 class ONNX(Exporter):
-    """`torch.export`, then onnxscript's translation; run by ONNX Runtime on the CPU.
+    """Export by `torch.export` and onnxscript; the file is run by ONNX Runtime on the CPU.
 
-    One file, weights included. Inputs are named as the arguments of ``forward``, outputs as the keys of the dict that
-    it returns. ONNX Runtime folds batch norms when it loads the file. Needs ``pip install lightning-light[onnx]``.
+    One file, weights included. Inputs have the names of the arguments of ``forward``, outputs those of the keys of the
+    dict that it returns. ONNX Runtime folds batch norms when it loads the file. Needs
+    ``pip install lightning-light[onnx]``.
 
     Args:
         opset: version of ONNX's operators; older readers need a lower one.
-        dynamic_batch: whether files that are exported for ``batch='any'`` leave the batch size open; without it,
+        dynamic_batch: whether files that are exported for ``batch='any'`` have a dynamic batch size; without it,
             export for ``batch='one'``.
     """
 
@@ -106,7 +107,7 @@ class ONNX(Exporter):
 
 
 class _Session:
-    """A file in ONNX Runtime."""
+    """A loaded file."""
 
     def __init__(self, path: Path) -> None:
         import onnxruntime
@@ -148,7 +149,7 @@ def _check_types(call: str, model: Positional, program: Program) -> None:
 
 
 def _name_batch(model: Any) -> None:
-    """Call the open size ``batch``, which is how a reader of the file meets it."""
+    """Name the dynamic dimension ``batch``."""
     import onnx_ir
 
     values = [*model.graph.inputs, *(value for node in model.graph.all_nodes() for value in node.outputs)]
@@ -160,7 +161,7 @@ def _name_batch(model: Any) -> None:
 
 
 def _name_apart(model: Any) -> None:
-    """Give way to the names of inputs and outputs, which are the user's: ``mean`` is an operation's result, too."""
+    """Rename inner values that have the name of an input or output."""
     ends = [*model.graph.inputs, *model.graph.outputs]
     taken, kept = {value.name for value in ends}, {id(value) for value in ends}
     for node in model.graph.all_nodes():
@@ -170,7 +171,7 @@ def _name_apart(model: Any) -> None:
 
 
 def _without_traces(model: Any) -> None:
-    """Drop what the translation notes of each operation: lines of the user's code with their paths, half of a file."""
+    """Remove the metadata of each operator: lines of the user's code with their paths, half of a file."""
     for node in model.graph.all_nodes():
         node.metadata_props.clear()
     for value in [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]:
@@ -182,7 +183,7 @@ def _without_traces(model: Any) -> None:
 
 @contextmanager
 def _quiet_registry() -> Iterator[None]:
-    """Without the news that torchvision's operators are not there for the taking."""
+    """Silence the log that torchvision's operators are not registered."""
     logger = logging.getLogger("torch.onnx._internal.exporter._registration")
     before = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Whether a file answers as the model does."""
+"""Compare the outputs of an exported file with those of the model."""
 
 from __future__ import annotations
 
@@ -13,61 +13,58 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from lightning_light.errors import ParityError
 from lightning_light.export.inputs import in_order
+from lightning_light.validation import NonNegativeFloat, validated
 
-__all__ = ["Parity", "Tolerance", "compare"]
+__all__ = ["Parity", "Tolerance", "compare_outputs"]
 
-_STEPS = 255
+_QUANTIZATION_STEPS = 255
 
 
+@validated
 @dataclass(frozen=True)
 class Tolerance:
-    """How far an answer may be off: ``|file - model| <= absolute + relative * |model|`` in every element.
+    """Maximum difference of an output: ``|file - model| <= absolute + relative * |model|`` in every element.
 
-    The defaults leave room for the other order of float32 sums in a folded network, and for nothing else. In an int8
-    file that other order can send a number to the next step of its grid, and that the next layer's number likewise:
-    there ``steps * step`` is allowed on top, where ``step`` is the scale of the output's grid; for an output without
-    one, the range of the model's answers over 255.
+    The defaults allow for the summation order of float32 in a folded network only. An int8 file may additionally differ
+    by ``quant_steps`` quantization steps of the output, because a difference of one step in one layer can propagate. A
+    step is the output's scale or, for an output that is not quantized, the range of the model's output over 255.
 
     Example:
         >>> Tolerance(absolute=1e-3)
-        Tolerance(absolute=0.001, relative=0.0001, steps=8.0)
+        Tolerance(absolute=0.001, relative=0.0001, quant_steps=8.0)
 
     Args:
-        absolute: of any file.
-        relative: likewise.
-        steps: of an int8 file, on top.
+        absolute: absolute difference.
+        relative: difference relative to the model's output.
+        quant_steps: quantization steps of the output, in int8 files.
     """
 
-    absolute: float = 1e-4
-    relative: float = 1e-4
-    steps: float = 8.0
-
-    def __post_init__(self) -> None:
-        if not (self.absolute >= 0.0 and self.relative >= 0.0 and self.steps >= 0.0):
-            raise ValueError(f"`{self}`: expected three numbers >= 0. Usual is `Tolerance(absolute=1e-4)`.")
+    absolute: NonNegativeFloat = 1e-4
+    relative: NonNegativeFloat = 1e-4
+    quant_steps: NonNegativeFloat = 8.0
 
 
 @dataclass(frozen=True)
 class Parity:
-    """How close a file came to the model.
+    """Differences between a file and the model.
 
     Attributes:
         max_absolute: the largest ``|file - model|`` of any element of any output.
         max_relative: the largest ``max |file - model| / max |model|`` of any output of any batch.
-        batches: calls that were compared.
-        samples: samples in them.
-        steps: of an int8 file: the largest ``|file - model|`` of each output in units of its step, as in `Tolerance`;
-            an output that is one number in all has none.
+        batches: number of compared calls.
+        samples: number of samples in them.
+        quant_steps: of an int8 file: output -> the largest ``|file - model|`` in quantization steps, see `Tolerance`;
+            constant outputs are left out.
     """
 
     max_absolute: float
     max_relative: float
     batches: int
     samples: int
-    steps: dict[str, float] = field(default_factory=dict)
+    quant_steps: dict[str, float] = field(default_factory=dict)
 
 
-def compare(
+def compare_outputs(
     model: Callable[[Any], Any],
     file: Callable[[Any], Any],
     calls: Iterable[tuple[int, Any]],
@@ -77,14 +74,14 @@ def compare(
     """Compare all outputs of ``model`` and ``file``, however they are nested.
 
     Args:
-        model: what is right.
-        file: what is asked.
-        calls: number of samples, and what both are called with.
-        tolerance: how far an element may be off.
-        scales: of an int8 file: of each output's grid, 0.0 for none.
+        model: the reference.
+        file: the exported file.
+        calls: number of samples, and the argument of both.
+        tolerance: maximum difference.
+        scales: of an int8 file: of each output, 0.0 where it is not quantized.
 
     Raises:
-        ParityError: an element is further off, is NaN in one of the two only, or the outputs have other shapes.
+        ParityError: an element differs by more, is NaN in one of the two only, or the outputs have other shapes.
     """
     absolute = relative = 0.0
     batches = samples = 0
@@ -92,9 +89,9 @@ def compare(
     for size, call in calls:
         expected, found = _outputs(model(call)), _outputs(file(call))
         _check_structure(expected, found)
-        for place, ((name, right), (_, asked)) in enumerate(zip(expected, found, strict=True)):
-            step = 0.0 if scales is None else scales[place] or _range(right) / _STEPS
-            off = _check_output(name, right, asked, tolerance, step, batches)
+        for place, ((name, right), (_, output)) in enumerate(zip(expected, found, strict=True)):
+            step = 0.0 if scales is None else scales[place] or _range(right) / _QUANTIZATION_STEPS
+            off = _check_output(name, right, output, tolerance, step, batches)
             absolute, relative = max(absolute, off), max(relative, off / max(_largest(right), 1e-30))
             if step:
                 steps[name] = max(steps.get(name, 0.0), off / step)
@@ -112,27 +109,27 @@ def _check_structure(expected: list[tuple[str, Tensor]], found: list[tuple[str, 
     if shapes[0] != shapes[1]:
         raise ParityError(
             f"The exported file and the model: expected outputs of shapes {shapes[0]}, found {shapes[1]}. "
-            "A shape that depends on the input was built in while tracing: compute it with tensor operations "
+            "A shape that depends on the input was made a constant by tracing: compute it with tensor operations "
             "(`x.flatten(1)` in place of `x.view(int(n), -1)`)."
         )
 
 
-def _check_output(name: str, right: Tensor, asked: Tensor, tolerance: Tolerance, step: float, batch: int) -> float:
-    """The largest difference; an error if it is one too many."""
-    right, asked = right.detach().double().cpu(), asked.detach().double().cpu()
-    same = (right == asked) | (right.isnan() & asked.isnan())
-    off = torch.where(same, 0.0, (asked - right).abs())
-    allowed = tolerance.absolute + tolerance.relative * right.abs() + tolerance.steps * step
-    wrong = ~same & ~(right.isfinite() & (off <= allowed))  # nothing is near to infinity, and a NaN is never within
+def _check_output(name: str, right: Tensor, output: Tensor, tolerance: Tolerance, step: float, batch: int) -> float:
+    """Return the largest difference; raise if it is above the tolerance."""
+    right, output = right.detach().double().cpu(), output.detach().double().cpu()
+    same = (right == output) | (right.isnan() & output.isnan())
+    off = torch.where(same, 0.0, (output - right).abs())
+    allowed = tolerance.absolute + tolerance.relative * right.abs() + tolerance.quant_steps * step
+    wrong = ~same & ~(right.isfinite() & (off <= allowed))  # infinity and NaN have to be equal
     if wrong.any():
         worst = int(torch.where(wrong, off.nan_to_num(nan=math.inf) - allowed.nan_to_num(), -math.inf).argmax())
         raise ParityError(
-            f"`parity={tolerance}`: expected the exported file to answer as the model does, found "
-            f"{int(wrong.sum())} of {right.numel()} elements of {name} further off in batch {batch}; the worst is "
-            f"{asked.flatten()[worst]:.6g} in the file, {right.flatten()[worst]:.6g} in the model. The usual causes: "
-            "a branch or loop that depends on values, random numbers in `forward`, or a state that it changes. For "
-            "rounding alone, of half precision for instance, allow more: `parity=Tolerance(absolute=...)`"
-            + (f", of int8 `parity=Tolerance(steps=...)`: one is {step:.3g} here." if step else ".")
+            f"`parity={tolerance}`: expected the exported file to compute the outputs of the model, found "
+            f"{int(wrong.sum())} of {right.numel()} elements of {name} outside the tolerance in batch {batch}; the "
+            f"worst is {output.flatten()[worst]:.6g} in the file, {right.flatten()[worst]:.6g} in the model. The usual "
+            "causes: a branch or loop that depends on values, random numbers in `forward`, or a state that it changes. "
+            "For rounding errors, of half precision for instance, allow more: `parity=Tolerance(absolute=...)`"
+            + (f", of int8 `parity=Tolerance(quant_steps=...)`: a step is {step:.3g} here." if step else ".")
         )
     return float(off.max()) if off.numel() else 0.0
 

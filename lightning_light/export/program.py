@@ -1,4 +1,4 @@
-"""A network as a graph of tensors: what the formats that are built on `torch.export` have in common."""
+"""Trace a network with `torch.export`, for the formats that are built on it."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from lightning_light.warning_filters import ignored_warnings
 __all__ = ["Flat", "Program", "flat_tensors", "quiet_torch", "traced"]
 
 FAILURES = (RuntimeError, TypeError, ValueError, AssertionError, AttributeError, LookupError)
-"""What `torch.export`, and what is built on it, raise for a network that they cannot express."""
+"""Exceptions of `torch.export`, and of formats built on it, for a network that they cannot express."""
 
 
 def flat_tensors(value: Any) -> list[Tensor]:
-    """The tensors in a nest of tuples, lists and dicts, one after the other, dicts in the order of their keys.
+    """Return the tensors in nested tuples, lists and dicts, dicts in the order of their keys.
 
     Example:
         >>> flat_tensors(({"b": torch.tensor(1), "a": torch.tensor(2)}, "flag", [torch.tensor(3)]))
@@ -37,12 +37,12 @@ def flat_tensors(value: Any) -> list[Tensor]:
 
 
 class Flat(nn.Module):
-    """A module that takes tensors only, one after the other, and gives them likewise: `flat_tensors` of both.
+    """A module whose inputs and outputs are flat sequences of tensors: `flat_tensors` of the model's.
 
     Attributes:
-        inputs: a name for each tensor that it takes: ``x``, ``record_image``.
-        outputs: a name for each that it gives: ``output``, ``logits`` of a dict.
-        batched: whether the first dimension of an input has to stay open.
+        inputs: name of each input tensor: ``x``, ``record_image``.
+        outputs: name of each output tensor: ``output``, ``logits`` of a dict.
+        batched: whether the first dimension of an input is a dynamic batch.
     """
 
     def __init__(self, model: Positional, tensors: tuple[Any, ...]) -> None:
@@ -73,7 +73,7 @@ class Flat(nn.Module):
         return tuple(flat_tensors(self.model(*tree_unflatten(leaves, self._spec))))
 
     def _tried(self) -> list[str]:
-        """Call the module once, for the names of what it gives, and to see whether it writes to what it takes."""
+        """Call the module once, to name its outputs and to find out whether it writes to its inputs."""
         given = cloned(ExampleInput(tuple(self._leaves))).args
         versions = [given[place]._version for place in self._places]
         found = tree_flatten_with_path(in_order(self.model(*tree_unflatten(list(given), self._spec))))[0]
@@ -88,7 +88,7 @@ class Flat(nn.Module):
 
 
 def _unique(paths: list[str], otherwise: str = "") -> list[str]:
-    """Names that every language can write: ``extra['a']`` -> ``extra_a``, ``[0]`` -> ``output_0``."""
+    """Names that are valid identifiers: ``extra['a']`` -> ``extra_a``, ``[0]`` -> ``output_0``."""
     names: list[str] = []
     for path in paths:
         name = re.sub(r"\W+", "_", path).strip("_")
@@ -99,13 +99,13 @@ def _unique(paths: list[str], otherwise: str = "") -> list[str]:
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """A network as `torch.export` sees it.
+    """A network traced by `torch.export`.
 
     Attributes:
         graph: the exported program.
-        inputs: a name for each tensor that it takes.
-        outputs: a name for each tensor that it gives.
-        example: what it was traced with.
+        inputs: name of each input tensor.
+        outputs: name of each output tensor.
+        example: inputs of the trace.
     """
 
     graph: torch.export.ExportedProgram
@@ -115,7 +115,7 @@ class Program:
 
 
 def traced(call: str, model: Positional, tensors: tuple[Any, ...], *, largest: int | None = None) -> Program:
-    """Trace ``model`` by `torch.export`, with an open batch size where ``model.batched`` says so.
+    """Trace ``model`` by `torch.export`, with a dynamic batch size where ``model.batched`` marks it.
 
     Args:
         call: the exporter, as the user wrote it.
@@ -145,7 +145,7 @@ def traced(call: str, model: Positional, tensors: tuple[Any, ...], *, largest: i
 
 
 def _settle(model: nn.Module) -> None:
-    """Make each parametrized tensor the plain tensor that it is worth now, so that a runtime sees a constant.
+    """Replace each parametrized tensor by its present value, which becomes a constant of the file.
 
     `torch.nn.utils.parametrize` would take the property off the class, which the live module shares.
     """
@@ -159,12 +159,12 @@ def _settle(model: nn.Module) -> None:
 
 
 def advice(call: str, model: Positional, error: BaseException) -> str:
-    """The message for the author of the network."""
+    """Write the message for the author of the network."""
     name, text = type(model.model).__name__, str(error).strip()
     first = next(iter(text.splitlines()), type(error).__name__)
     if "data-dependent" in text or "DataDependent" in type(error).__name__:
         return (
-            f"`{call}` on `{name}`: expected a forward whose course does not depend on values of tensors, found a "
+            f"`{call}` on `{name}`: expected a forward without control flow that depends on values of tensors, found a "
             f"branch, a loop or a size that does. {first} Write it with tensor operations (`torch.where`), or use "
             "`TorchScriptLite()`, which keeps the side that the example takes."
         )
@@ -172,8 +172,8 @@ def advice(call: str, model: Positional, error: BaseException) -> str:
         "batch" in text and ("Constraints violated" in text or "specializ" in text)
     ):
         return (
-            f"`{call}` on `{name}`: expected a forward that takes any batch size, found one with a size built in. "
-            "Use `x.flatten(1)` and `x.shape[0]` without `int(...)`, or promise one sample at a time with "
+            f"`{call}` on `{name}`: expected a forward that takes any batch size, found one with a constant size. "
+            "Use `x.flatten(1)` and `x.shape[0]` without `int(...)`, or export for one sample at a time with "
             f"`batch='one'`; inputs without a batch dimension need `batch='as_given'`. {first}"
         )
     return (
@@ -185,7 +185,7 @@ def advice(call: str, model: Positional, error: BaseException) -> str:
 
 @contextmanager
 def quiet_torch() -> Iterator[None]:
-    """Silence what torch warns of its own code while it exports, and nothing else."""
+    """Silence warnings of torch about its own code during the export, and no others."""
     with ignored_warnings(
         r"`isinstance\(treespec, LeafSpec\)`",
         r"(?s)The tensor attributes? .* assigned during export",

@@ -1,4 +1,4 @@
-"""What the user's steps really pass to ``forward``, seen from a hook: no loader is touched, no random number drawn."""
+"""Record the inputs of ``forward`` during validation, by a hook: no loader is iterated, no random number drawn."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ __all__ = ["Recorder"]
 
 
 class Recorder:
-    """Keeps copies of the first ``limit`` inputs of a module's ``forward`` while it is watching.
+    """Keeps copies of the first ``limit`` inputs of a module's ``forward``.
 
     Example:
         >>> recorder = Recorder(limit=2)
-        >>> recorder.watch(model)
+        >>> recorder.start(model)
         >>> outputs = [model(torch.full((1, 3, 8, 8), float(value))) for value in range(3)]
         >>> recorder.stop()
         >>> [float(call.args[0].mean()) for call in recorder.calls]
@@ -34,14 +34,14 @@ class Recorder:
         self._recording: list[ExampleInput] = []
         self._handle: RemovableHandle | None = None
 
-    def watch(self, module: nn.Module) -> None:
-        """Begin anew; until `stop`, the inputs of the last time stay."""
+    def start(self, module: nn.Module) -> None:
+        """Start a new recording; until `stop`, ``calls`` has the inputs of the last one."""
         self.stop()
         self._recording = []
         self._handle = module.register_forward_pre_hook(self._record, with_kwargs=True, prepend=True)
 
     def stop(self) -> None:
-        """Remove the hook. If it has seen nothing, what an earlier time has seen is kept."""
+        """Remove the hook; without new inputs those of the last recording are kept."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None

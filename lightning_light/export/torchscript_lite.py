@@ -1,4 +1,4 @@
-"""TorchScript for the lite interpreter: the ``.ptl`` files that PyTorch's mobile runtime runs."""
+"""Export to TorchScript for the lite interpreter, the ``.ptl`` files of PyTorch's mobile runtime."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lightning_light.errors import TraceError, UnsupportedError
 from lightning_light.export.attention import plain_attention
 from lightning_light.export.exporter import Exporter
 from lightning_light.export.inputs import Positional
-from lightning_light.export.int8 import described, rounder_of
+from lightning_light.export.int8 import describe, quantizer_of
 from lightning_light.int8 import QUANTIZED_TENSORS_ARE_DEPRECATED, Int8Weights
 from lightning_light.warning_filters import ignored_warnings
 
@@ -39,14 +39,14 @@ _TORCH = os.path.dirname(torch.__file__)
 
 @dataclass(frozen=True)
 class TorchScriptLite(Exporter):
-    """Trace, freeze, save for the lite interpreter; int8 where the network's numbers are rounded.
+    """Export by trace and freeze for the lite interpreter; a quantized network gives an int8 file.
 
     Freezing makes every weight a constant, drops dropout and folds a batch norm into the convolution or linear layer
     before it. One that follows a transposed convolution, or comes before its convolution, stays; the report counts
     those as ``batch_norms_left``. Python runs once, while tracing: a branch that depends on values keeps the side that
     the example took, and a warning names its line.
 
-    A network that computes with rounded numbers (in a Trainer with `QuantizationAwareTraining`, or within
+    A fake-quantized network (in a Trainer with `QuantizationAwareTraining`, or within
     `fake_quantized`) is traced as it runs on torch's int8 kernels; the report names the layers that have none.
 
     Args:
@@ -85,8 +85,8 @@ class TorchScriptLite(Exporter):
             weights.check(self.engine or "qnnpack")  # None is the recipe's, which its weights fit
         elif self.engine is not None:
             raise UnsupportedError(
-                f"`MobileExport(..., exporter={self})`: expected a Trainer that rounds numbers for int8 kernels, found "
-                "none of its callbacks doing so. Add `QuantizationAwareTraining(...)` before the export; for a float "
+                f"`MobileExport(..., exporter={self})`: expected a Trainer that quantizes for int8 kernels, found "
+                "no callback that does. Add `QuantizationAwareTraining(...)` before the export; for a float "
                 "file write `TorchScriptLite()`."
             )
 
@@ -96,23 +96,23 @@ class TorchScriptLite(Exporter):
 
     @override
     def write(self, model: Positional, tensors: tuple[Any, ...], path: Path) -> dict[str, Any]:
-        rounder = rounder_of(str(self), model.model)
-        if rounder is None:
+        quantizer = quantizer_of(str(self), model.model)
+        if quantizer is None:
             self._check_float(type(model.model).__name__)
             frozen, details = _written(self, model, tensors, path)
             left = frozen.inlined_graph.findAllNodes("aten::batch_norm", recurse=True)
             return {**details, "batch_norms_left": len(left)}
-        engine = self.engine or ("x86" if rounder.engine == "x86" else "qnnpack")  # the others' rules are qnnpack's
-        with rounder.on_kernels(lambda: model(*tensors), engine) as form:
-            frozen, details = _written(self, model, tensors, path, form.packed, {"engine": engine})
+        engine = self.engine or ("x86" if quantizer.engine == "x86" else "qnnpack")  # the others' rules are qnnpack's
+        with quantizer.quantized_ops(lambda: model(*tensors), engine) as lowered:
+            frozen, details = _written(self, model, tensors, path, lowered.packed, {"engine": engine})
         operations = Counter(node.kind() for node in frozen.inlined_graph.nodes())
         quantized = {kind: count for kind, count in operations.items() if kind.startswith("quantized::")}
-        return {**details, "engine": engine, **described(str(self), model, form), "int8_operations": quantized}
+        return {**details, "engine": engine, **describe(str(self), model, lowered), "int8_operations": quantized}
 
     @override
     def load(self, path: Path) -> Callable[..., Any]:
         engine = _engine_of(path)
-        with quiet_deprecations(), _engine(engine):  # packs weights anew, for the engine that is set
+        with quiet_deprecations(), _engine(engine):  # packs the weights for the engine
             network = _runtime()._load_for_lite_interpreter(str(path))
 
         def run(*tensors: Any) -> Any:
@@ -124,7 +124,7 @@ class TorchScriptLite(Exporter):
     def _check_float(self, name: str) -> None:
         if self.engine is not None:
             raise UnsupportedError(
-                f"`{self}` on `{name}`: expected a network whose numbers are rounded, found plain numbers. Train it "
+                f"`{self}` on `{name}`: expected a fake-quantized network, found a float one. Train it "
                 "with `QuantizationAwareTraining`, and export in the same Trainer or within "
                 "`with fake_quantized(module):`; for a float file write `TorchScriptLite()`."
             )
@@ -156,14 +156,14 @@ def _written(
     packed: Sequence[Any] = (),
     notes: Mapping[str, str] | None = None,
 ) -> tuple[Any, dict[str, Any]]:
-    """Trace, freeze, save; gives the frozen network, and what is known of the file.
+    """Trace, freeze and save; return the frozen network and details of the file.
 
     Args:
         exporter: for messages.
         model: as in `Exporter.write`.
-        tensors: likewise.
-        path: likewise.
-        packed: weights that are no tensors, which the kernels of the network hold.
+        tensors: as in `Exporter.write`.
+        path: as in `Exporter.write`.
+        packed: weights that are not tensors, held by the kernels of the network.
         notes: written into the file, as ``extra/{name}``.
     """
     with quiet_deprecations(), plain_attention():
@@ -183,7 +183,7 @@ def _written(
 
 
 def _forget_places(graph: Any) -> None:
-    """Of every operation, the lines of code that called it: paths of this machine, of no use on another."""
+    """Remove from every operator the lines of code that called it, which have paths of this machine."""
     nowhere, blocks = graph.create("prim::Constant"), [graph]
     for block in blocks:
         for node in block.nodes():
@@ -192,13 +192,13 @@ def _forget_places(graph: Any) -> None:
 
 
 def _runtime() -> Any:
-    """Imported late: torch does not load it by itself, and a release that has dropped it is refused by `check`."""
+    """Import the runtime, which torch does not load by itself; `check` refuses a release without it."""
     return importlib.import_module("torch.jit.mobile")
 
 
 @contextmanager
 def quiet_deprecations() -> Iterator[None]:
-    """Silence torch's news that TorchScript is deprecated, and nothing else: whoever exports to it knows."""
+    """Silence torch's warnings that TorchScript is deprecated, and no others."""
     with ignored_warnings(*_DEPRECATIONS):  # a DeprecationWarning in some releases, a FutureWarning in others
         yield
 
@@ -207,10 +207,10 @@ def _named(packed: Sequence[Any]) -> dict[str, Any]:
     return {f"packed_{place}": weight for place, weight in enumerate(packed)}
 
 
-class _Opaque(nn.Module):
-    """Calls a model that the tracer cannot look into: it sees operations, and weights as constants.
+class _TracedCall(nn.Module):
+    """Hides the model's modules from the tracer, which records operators, and weights as constants.
 
-    Otherwise it would read every attribute and property of the user's modules; some raise (``trainer``).
+    It would read every attribute and property of the user's modules; some raise (``trainer``).
     """
 
     def __init__(self, model: nn.Module, packed: Sequence[Any] = ()) -> None:
@@ -229,11 +229,11 @@ class _Opaque(nn.Module):
 def _trace(
     exporter: TorchScriptLite, model: Positional, tensors: tuple[Any, ...], packed: Sequence[Any]
 ) -> tuple[Any, list[str]]:
-    """The trace, and the lines of code whose Python values it has made constants."""
+    """Return the trace, and the lines of code whose Python values became constants."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", TracerWarning)
         try:
-            traced = torch.jit.trace(_Opaque(model, packed).eval(), tensors, strict=False, check_trace=False)  # type: ignore[no-untyped-call]
+            traced = torch.jit.trace(_TracedCall(model, packed).eval(), tensors, strict=False, check_trace=False)  # type: ignore[no-untyped-call]
         except (RuntimeError, TypeError, ValueError) as error:
             raise TraceError(_advice(exporter, model, error)) from error
     lines = []

@@ -1,25 +1,30 @@
-"""Low rank: layers become factors, with ranks chosen for a budget, and training goes on."""
+"""Low-rank factorization: replace layers by factors whose ranks fit a budget."""
 
 from lightning_light.lowrank.apply import balance_factors
 from lightning_light.lowrank.fits import ActivationSVD, FisherSVD, Fit, WeightSVD, WhitenedSVD
 from lightning_light.lowrank.functional import factorize, factorize_checkpoint
 from lightning_light.lowrank.low_rank_factorization import LowRankFactorization
-from lightning_light.lowrank.ranks import EVBMF, EnergyKept, OutputChange, RankRatio, RankRule
-from lightning_light.lowrank.regularize import NuclearNorm, Orthogonality, RankPenalty
+from lightning_light.lowrank.options import FactorizationOptions, RankAllocation
+from lightning_light.lowrank.plan import FactorizationPlan
+from lightning_light.lowrank.ranks import EVBMF, OutputChange, RankRatio, RankRule, RetainedEnergy
+from lightning_light.lowrank.regularize import NuclearNorm, Orthogonality, RankRegularizer
 
 __all__ = [  # plain order, capitals or not
     "ActivationSVD",
     "EVBMF",
-    "EnergyKept",
+    "FactorizationOptions",
+    "FactorizationPlan",
     "FisherSVD",
     "Fit",
     "LowRankFactorization",
     "NuclearNorm",
     "Orthogonality",
     "OutputChange",
-    "RankPenalty",
+    "RankAllocation",
     "RankRatio",
+    "RankRegularizer",
     "RankRule",
+    "RetainedEnergy",
     "WeightSVD",
     "WhitenedSVD",
     "balance_factors",

@@ -1,4 +1,4 @@
-"""Convert a finished checkpoint: ``python -m lightning_light.lowrank package.module:MyModule in.ckpt out.ckpt``."""
+"""Factorize a finished checkpoint: ``python -m lightning_light.lowrank package.module:MyModule in.ckpt out.ckpt``."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from typing import Any
 
 import torch
 
-from lightning_light.budgets import MACs, Params
+from lightning_light.budgets import Budget, MACs, Params
 from lightning_light.errors import LightningLightError
 from lightning_light.lowrank.functional import factorize_checkpoint
-from lightning_light.lowrank.low_rank_factorization import LowRankFactorization
-from lightning_light.lowrank.ranks import EVBMF, EnergyKept, RankRatio
+from lightning_light.lowrank.options import FactorizationOptions, RankAllocation
+from lightning_light.lowrank.ranks import EVBMF, RankRatio, RankRule, RetainedEnergy
 
 __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Read the command line, convert, print what each layer has become."""
+    """Parse the command line, factorize the checkpoint, and print the plan."""
     parser = argparse.ArgumentParser("python -m lightning_light.lowrank", description=__doc__)
-    parser.add_argument("module", help="the LightningModule's class, as package.module:MyModule")
+    parser.add_argument("module", help="class of the LightningModule, as package.module:MyModule")
     parser.add_argument("checkpoint", help="a finished checkpoint")
-    parser.add_argument("out", help="where the new checkpoint goes")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--macs", type=float, help="share of the multiply-accumulates that stays")
-    what.add_argument("--params", type=float, help="share of the parameters that stays")
-    what.add_argument("--energy", type=float, help="share of each layer's energy that is kept")
-    what.add_argument("--ratio", type=float, help="share of each layer's full rank")
-    what.add_argument("--evbmf", action="store_true", help="ranks that stand out from noise")
-    parser.add_argument("--form", choices=["auto", "channel", "spatial", "tucker2"], default="auto")
-    parser.add_argument("--round_to", type=int, default=8)
+    parser.add_argument("out", help="path of the new checkpoint")
+    goal = parser.add_mutually_exclusive_group(required=True)
+    goal.add_argument("--macs", type=float, help="fraction of the multiply-accumulates that stays")
+    goal.add_argument("--params", type=float, help="fraction of the parameters that stays")
+    goal.add_argument("--energy", type=float, help="fraction of each layer's energy that is retained")
+    goal.add_argument("--ratio", type=float, help="fraction of each layer's full rank")
+    goal.add_argument("--evbmf", action="store_true", help="ranks above the noise level of each layer")
+    parser.add_argument("--form", choices=["auto", "channel", "spatial", "tucker2"], default=FactorizationOptions.form)
+    parser.add_argument("--round_to", type=int, default=RankAllocation.round_to)
     parser.add_argument("--targets", nargs="+", help="patterns of layers; all by default")
     parser.add_argument(
         "--input", type=_shape, help="shape of one batch, as 1,3,32,32; `example_input_array` by default"
@@ -43,25 +43,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _class(given.module),
             given.checkpoint,
             given.out,
-            factorization=LowRankFactorization(
-                **_what(given), form=given.form, round_to=given.round_to, targets=given.targets
-            ),
-            args=None if given.input is None else (torch.zeros(given.input),),
+            _budget(given),
+            example_inputs=None if given.input is None else torch.zeros(given.input),
+            form=given.form,
+            targets=given.targets,
+            allocation=RankAllocation(round_to=given.round_to),
         )
     except (LightningLightError, ValueError, ImportError, AttributeError, OSError) as error:
         parser.error(str(error))
-    lines = [*plan.lines(), f"{plan.quantity}: {plan.before:.6g} -> {plan.after:.6g}", f"written: {given.out}"]
-    sys.stdout.write("\n".join(lines) + "\n")
+    sys.stdout.write("\n".join([*plan.lines(), plan.summary(), f"written: {given.out}"]) + "\n")
 
 
-def _what(given: argparse.Namespace) -> dict[str, Any]:
+def _budget(given: argparse.Namespace) -> Budget | RankRule:
     if given.macs is not None:
-        return {"budget": MACs(given.macs)}
+        return MACs(given.macs)
     if given.params is not None:
-        return {"budget": Params(given.params)}
+        return Params(given.params)
     if given.energy is not None:
-        return {"ranks": EnergyKept(given.energy)}
-    return {"ranks": EVBMF() if given.evbmf else RankRatio(given.ratio)}
+        return RetainedEnergy(given.energy)
+    return EVBMF() if given.evbmf else RankRatio(given.ratio)
 
 
 def _class(path: str) -> Any:

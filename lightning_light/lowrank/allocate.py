@@ -1,4 +1,4 @@
-"""Ranks under one budget for the whole network: the least error for the cost."""
+"""Allocate ranks to all layers under one budget: the smallest total error for the cost."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ __all__ = ["Choice", "allocate", "frontier"]
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to have a layer.
+    """One form and rank of a layer, or the layer as it is.
 
     Attributes:
         form: ``""`` for the layer as it is.
         ranks: within a group.
-        macs: for one sample.
-        params: weights of the factors; a bias is counted by neither.
-        cost: in the budget's own quantity.
-        error: share of the layer's energy that is lost, in [0, 1].
+        macs: per sample.
+        params: weights of the factors; neither count includes the bias.
+        cost: in the quantity of the budget.
+        error: fraction of the layer's energy that is lost, in [0, 1].
     """
 
     form: str
@@ -31,7 +31,7 @@ class Choice:
 
 
 def frontier(choices: Sequence[Choice]) -> list[Choice]:
-    """Only those that no other beats in both cost and error: ascending in cost, descending in error."""
+    """Return the Pareto-optimal choices: ascending in cost, descending in error."""
     best: list[Choice] = []
     for choice in sorted(choices, key=lambda choice: (choice.cost, choice.error)):
         if not best or choice.error < best[-1].error:
@@ -42,19 +42,19 @@ def frontier(choices: Sequence[Choice]) -> list[Choice]:
 def allocate(
     fronts: Sequence[Sequence[Choice]], limit: float, weights: Sequence[float] | None = None
 ) -> list[Choice] | None:
-    """One choice a layer, so that the costs add up to at most ``limit`` and the errors to little.
+    """Choose one of its choices for every layer, with a total cost of at most ``limit`` and a small total error.
 
-    All layers start at their dearest choice. Again and again, the one goes down its convex hull that loses the least
-    error for the cost it saves; on the hulls' corners nothing is better (the greedy solution of the continuous knapsack
-    problem). In the end what is left of the limit is spent: layers go up again, by single choices, while any fits.
+    All layers start at their most expensive choice. The layer that adds the least error per saved cost moves down its
+    lower convex hull, until the limit is met; on the corners of the hulls this is optimal (the greedy solution of the
+    continuous knapsack problem). Then layers move up again by single choices while any fits the limit.
 
     Args:
-        fronts: for each layer its choices, as `frontier` gives them.
+        fronts: the choices of each layer, as `frontier` returns them.
         limit: of the sum of costs.
-        weights: what an error of each layer counts; all alike by default.
+        weights: of the errors of each layer; equal by default.
 
     Returns:
-        The choices, or None where even the cheapest cost too much.
+        The choices, or None if even the cheapest exceed the limit.
 
     Example:
         >>> front = [Choice("svd", (rank,), 0, 0, cost=10.0 * rank, error=0.5**rank) for rank in (1, 2, 3)]
@@ -88,7 +88,7 @@ def _offer(moves: list[tuple[float, int]], layer: int, front: Sequence[Choice], 
 
 
 def _hull(front: Sequence[Choice]) -> list[int]:
-    """Places of the lower convex hull of (cost, error), ascending in cost."""
+    """Return the positions of the lower convex hull of (cost, error), ascending in cost."""
     hull: list[int] = []
     for place, choice in enumerate(front):
         while len(hull) > 1 and _is_above(front[hull[-2]], front[hull[-1]], choice):
@@ -98,7 +98,7 @@ def _hull(front: Sequence[Choice]) -> list[int]:
 
 
 def _is_above(left: Choice, middle: Choice, right: Choice) -> bool:
-    """Whether ``middle`` lies on or above the line from ``left`` to ``right``."""
+    """Check whether ``middle`` lies on or above the line from ``left`` to ``right``."""
     rise = (right.error - left.error) * (middle.cost - left.cost)
     return (middle.error - left.error) * (right.cost - left.cost) >= rise
 

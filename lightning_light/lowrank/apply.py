@@ -1,4 +1,4 @@
-"""Do what a plan says: modules, optimizers and averaged copies follow."""
+"""Apply a factorization plan: modules, optimizers and averaged models follow."""
 
 from __future__ import annotations
 
@@ -7,53 +7,82 @@ from typing import Any
 
 from torch import nn
 
-from lightning_light.lowrank.attention import followers, open_module
-from lightning_light.lowrank.build import OPERATION, build_factors, close_fast_paths, dense_weight, factor_form
-from lightning_light.lowrank.plan import Plan
-from lightning_light.lowrank.spectra import MatrixSpectrum, TuckerSpectrum, decompose
+from lightning_light.lowrank.build import (
+    OPERATION,
+    build_factors,
+    current_ranks,
+    dense_weight,
+    disable_fast_paths,
+    factor_form,
+)
+from lightning_light.lowrank.plan import FactorizationPlan
+from lightning_light.lowrank.spectra import decompose
+from lightning_light.lowrank.splitting import replacing_parameters, split_module
+from lightning_light.order import Stage
+from lightning_light.surgery.attachment import check_owners
 from lightning_light.surgery.replace import replace_modules
 
-__all__ = ["apply_factors", "balance_factors"]
+__all__ = ["METHOD", "apply_factors", "balance_factors", "check_unowned"]
+
+METHOD = "low_rank"
+"""Name of the method in the compression state and in logs."""
 
 
 def apply_factors(
-    model: nn.Module, plan: Plan, *, optimizers: Iterable[Any] = (), averaged_models: Sequence[nn.Module] = ()
+    model: nn.Module,
+    plan: FactorizationPlan,
+    *,
+    optimizers: Iterable[Any] = (),
+    averaged_models: Sequence[nn.Module] = (),
 ) -> dict[str, Any]:
     """Put the factors of ``plan`` into ``model``, in place.
 
     Args:
         model: the root.
         plan: made on this model as it is.
-        optimizers: the factors' weights take the old weight's place in its group; biases keep their state.
+        optimizers: the weights of the factors replace the old weight in its parameter group; biases keep their state.
         averaged_models: averaged copies of ``model``.
 
     Returns:
         The edit log's entry.
+
+    Raises:
+        UnsupportedError: a later method owns one of the layers; nothing is changed.
     """
     optimizers = list(optimizers)
-    _open(model, plan, optimizers=optimizers, averaged_models=averaged_models)
+    check_unowned(model, [layer.owner or name for name, layer in plan.layers.items()])
+    _split_owners(model, plan, optimizers=optimizers, averaged_models=averaged_models)
     factors: dict[str, nn.Module] = {}
-    weights: dict[nn.Parameter, list[nn.Parameter]] = {}
-    for name, found in plan.layers.items():
+    parameters: dict[nn.Parameter, list[nn.Parameter]] = {}
+    for name, layer in plan.layers.items():
         old = model.get_submodule(name)
-        new = build_factors(old, found.form, found.ranks, found.factors)
+        new = build_factors(old, layer.form, layer.ranks, layer.factors)
         factors[name] = new
-        weights |= _weights_of(old, new)
-    replace_modules(model, factors, optimizers=optimizers, parameters=weights, averaged_models=averaged_models)
+        parameters |= _replacing_weights(old, new)
+    _replace(model, factors, parameters, optimizers, averaged_models)
     for root in (model, *averaged_models):
-        close_fast_paths(root, factors)
+        disable_fast_paths(root, factors)
     return {
         "op": OPERATION,
-        "opened": [[name, blocks] for name, blocks in _owners(plan).items()],
-        "layers": [[name, found.form, list(found.ranks)] for name, found in plan.layers.items()],
+        "split": [[name, parts] for name, parts in _owners(plan).items()],
+        "layers": [[name, layer.form, list(layer.ranks)] for name, layer in plan.layers.items()],
     }
 
 
-def balance_factors(model: nn.Module) -> list[str]:
-    """Spread the scale of every factored layer evenly over its factors again; the layer computes the same.
+def check_unowned(model: nn.Module, layers: Iterable[str]) -> None:
+    """Refuse layers that a later method, such as quantization, works on.
 
-    Training lets one factor grow and the other shrink, which slows it down and spoils quantization. The weights stay
-    the same Parameter objects; an optimizer's momentum is of the old scale, so best before a fresh optimizer.
+    Raises:
+        UnsupportedError: names the layer, its owner, and the right order.
+    """
+    check_owners(model, layers, method=METHOD, stage=Stage.FACTORS, replaces=True)
+
+
+def balance_factors(model: nn.Module) -> list[str]:
+    """Distribute the scale of every factorized layer evenly over its factors; the layer computes the same.
+
+    In training one factor grows and the other shrinks, which slows training down and harms quantization. The weights
+    stay the same Parameter objects. The momentum of an optimizer has the old scale, so balance before making a new one.
 
     Args:
         model: changed in place.
@@ -74,39 +103,50 @@ def balance_factors(model: nn.Module) -> list[str]:
         form = factor_form(module)
         if form is not None:
             layers: list[Any] = list(module.children())
-            spectrum = decompose(form, dense_weight(module))
-            assert isinstance(spectrum, (MatrixSpectrum, TuckerSpectrum))
-            ranks = _ranks(form, layers)
-            for layer, factor in zip(layers, spectrum.factors(ranks), strict=True):
+            factors = decompose(form, dense_weight(module)).factors(current_ranks(module))
+            for layer, factor in zip(layers, factors, strict=True):
                 layer.weight.data.copy_(factor.reshape(layer.weight.shape))
             balanced.append(name)
     return balanced
 
 
-def _owners(plan: Plan) -> dict[str, int]:
-    return {found.owner: found.blocks for found in plan.layers.values() if found.owner}
+def _owners(plan: FactorizationPlan) -> dict[str, int]:
+    return {layer.owner: layer.parts for layer in plan.layers.values() if layer.owner}
 
 
-def _open(model: nn.Module, plan: Plan, *, optimizers: Iterable[Any], averaged_models: Sequence[nn.Module]) -> None:
-    """Attentions and fused layers become several layers each, some of which are then factored."""
-    opened: dict[str, nn.Module] = {}
+def _split_owners(
+    model: nn.Module, plan: FactorizationPlan, *, optimizers: Iterable[Any], averaged_models: Sequence[nn.Module]
+) -> None:
+    """Split the attentions and fused layers that hold layers of the plan."""
+    split: dict[str, nn.Module] = {}
     parameters: dict[nn.Parameter, list[nn.Parameter]] = {}
-    for name, blocks in _owners(plan).items():
+    for name, parts in _owners(plan).items():
         old = model.get_submodule(name)
-        opened[name] = open_module(old, blocks)
-        parameters |= followers(old, opened[name])
-    if opened:
-        replace_modules(model, opened, optimizers=optimizers, parameters=parameters, averaged_models=averaged_models)
+        split[name] = split_module(old, parts)
+        parameters |= replacing_parameters(old, split[name])
+    if split:
+        _replace(model, split, parameters, optimizers, averaged_models)
 
 
-def _ranks(form: str, layers: list[Any]) -> tuple[int, ...]:
-    if form == "embedding":
-        return (layers[0].embedding_dim,)
-    groups = getattr(layers[0], "groups", 1)
-    return tuple(layer.weight.shape[0] // groups for layer in layers[:-1])
+def _replace(
+    model: nn.Module,
+    replacements: dict[str, nn.Module],
+    parameters: dict[nn.Parameter, list[nn.Parameter]],
+    optimizers: Iterable[Any],
+    averaged_models: Sequence[nn.Module],
+) -> None:
+    replace_modules(
+        model,
+        replacements,
+        optimizers=optimizers,
+        parameters=parameters,
+        averaged_models=averaged_models,
+        method=METHOD,
+        stage=Stage.FACTORS,
+    )
 
 
-def _weights_of(old: nn.Module, factors: nn.Sequential) -> dict[nn.Parameter, list[nn.Parameter]]:
+def _replacing_weights(old: nn.Module, factors: nn.Sequential) -> dict[nn.Parameter, list[nn.Parameter]]:
     new: list[Any] = [layer.weight for layer in factors]
     if factor_form(old) is None:
         weight: Any = old.weight

@@ -1,4 +1,4 @@
-"""Layers of ``torch.nn`` in the place of one, and the edit log's operation that replays them."""
+"""Build the factor layers that replace a layer, and register the edit log's operation that replays them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_light.lowrank.attention import open_module
+from lightning_light.lowrank.splitting import split_module
 from lightning_light.surgery.operations import register_operation
 from lightning_light.surgery.replace import put_module
 
@@ -16,7 +16,7 @@ __all__ = [
     "FORM",
     "OPERATION",
     "build_factors",
-    "close_fast_paths",
+    "disable_fast_paths",
     "compose",
     "current_ranks",
     "dense_weight",
@@ -25,8 +25,8 @@ __all__ = [
 ]
 
 OPERATION = "lowrank/factors"
-FORM = "factored_form"
-"""The one attribute that the ``nn.Sequential`` of factors has: what keeps it from being factored again."""
+FORM = "factorized_form"
+"""Attribute that marks an ``nn.Sequential`` of factors, so that its layers are not factorized again."""
 
 _CONVOLUTIONS: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -34,18 +34,18 @@ Conv = nn.modules.conv._ConvNd
 
 
 def factor_form(module: nn.Module) -> str | None:
-    """The form in which ``module`` has been factored, or None."""
+    """Return the form in which ``module`` was factorized, or None."""
     return vars(module).get(FORM)
 
 
 def build_factors(old: nn.Module, form: str, ranks: Sequence[int], weights: Sequence[Tensor] = ()) -> nn.Sequential:
-    """The factors of ``old`` as a plain ``nn.Sequential``; no random number is drawn.
+    """Build the factors of ``old`` as a plain ``nn.Sequential``, without drawing random numbers.
 
     Args:
-        old: a layer, or the factors of one, whose ranks are lowered.
+        old: a layer, or the factors of a layer, whose ranks are to be lowered.
         form: see `lightning_light.lowrank.spectra.Spectrum`.
         ranks: within a group.
-        weights: of the factors, in order; without them they stay on ``meta``, for a replay.
+        weights: of the factors, in order; without them the weights stay on ``meta``, for a replay.
     """
     makers: dict[str, Callable[..., list[Any]]] = {
         "linear": _linear,
@@ -72,18 +72,18 @@ def build_factors(old: nn.Module, form: str, ranks: Sequence[int], weights: Sequ
 
 @register_operation(OPERATION)
 def replay_factors(model: nn.Module, entry: Mapping[str, Any]) -> None:
-    """Open attentions, then put factors where the event put them; their tensors come from the state dict."""
-    for name, blocks in entry["opened"]:
-        put_module(model, name, open_module(model.get_submodule(name), blocks))
+    """Split layers and build factors as the edit log records them; their tensors come from the state dict."""
+    for name, parts in entry["split"]:
+        put_module(model, name, split_module(model.get_submodule(name), parts))
     for name, form, ranks in entry["layers"]:
         put_module(model, name, build_factors(model.get_submodule(name), form, ranks))
-    close_fast_paths(model, [name for name, _, _ in entry["layers"]])
+    disable_fast_paths(model, [name for name, _, _ in entry["layers"]])
 
 
-def close_fast_paths(model: nn.Module, names: Iterable[str]) -> None:
-    """Transformer layers read their parts' weights around them in evaluation mode; what has been replaced has none."""
-    inside = {".".join(parts[:depth]) for parts in (name.split(".") for name in names) for depth in range(len(parts))}
-    for name in inside:
+def disable_fast_paths(model: nn.Module, names: Iterable[str]) -> None:
+    """Turn off the fast paths of transformer layers, which read weights of layers that have been replaced."""
+    parents = {".".join(path[:depth]) for path in (name.split(".") for name in names) for depth in range(len(path))}
+    for name in parents:
         parent = model.get_submodule(name)
         if isinstance(parent, nn.TransformerEncoderLayer):
             parent.activation_relu_or_gelu = 0
@@ -92,7 +92,7 @@ def close_fast_paths(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def _ends(old: nn.Module) -> tuple[Any, Any]:
-    """What reads the input and what writes the output: a layer itself, or the first and the last of its factors."""
+    """Return the layers that read the input and write the output: the layer itself, or its first and last factor."""
     return (old[0], old[-1]) if isinstance(old, nn.Sequential) else (old, old)
 
 
@@ -146,25 +146,27 @@ def _tucker(old: Any, inputs: int, outputs: int) -> list[Any]:
     ]
 
 
-def _conv(layer: Conv, before: int, after: int, *, like: Conv | None = None, axis: int | None = None) -> Any:
-    """A convolution of ``layer``'s dimensions and groups: 1x1, or with the kernel of ``like``, or of one axis of it."""
+def _conv(
+    layer: Conv, in_channels: int, out_channels: int, *, like: Conv | None = None, axis: int | None = None
+) -> Any:
+    """Make a 1x1 convolution in the groups of ``layer``, or one with the kernel of ``like`` or of one axis of it."""
     make: Any = _CONVOLUTIONS[len(layer.kernel_size) - 1]
     if like is None:
-        return make(before, after, 1, groups=layer.groups, bias=False, device="meta")
+        return make(in_channels, out_channels, 1, groups=layer.groups, bias=False, device="meta")
     kernel, stride, dilation, padding = like.kernel_size, like.stride, like.dilation, like.padding
     if axis is not None:
         kernel, stride, dilation = (_along(axis, values, 1) for values in (kernel, stride, dilation))
         padding = padding if isinstance(padding, str) else _along(axis, padding, 0)
     options: Any = {"stride": stride, "padding": padding, "dilation": dilation, "padding_mode": like.padding_mode}
-    return make(before, after, kernel, groups=layer.groups, bias=False, device="meta", **options)
+    return make(in_channels, out_channels, kernel, groups=layer.groups, bias=False, device="meta", **options)
 
 
 def _along(axis: int, values: Sequence[int], neutral: int) -> tuple[int, ...]:
-    return tuple(value if place == axis else neutral for place, value in enumerate(values))
+    return tuple(value if index == axis else neutral for index, value in enumerate(values))
 
 
 def dense_weight(module: nn.Module) -> Tensor:
-    """The weight ``(groups, out, in, *kernel)`` of a layer, or the one that its factors multiply to."""
+    """Return the weight ``(groups, out, in, *kernel)`` of a layer, or the product of its factors."""
     form = factor_form(module)
     if form is None:
         return _grouped(module, module.weight)  # type: ignore[arg-type]  # a parameter
@@ -173,7 +175,7 @@ def dense_weight(module: nn.Module) -> Tensor:
 
 
 def compose(form: str, factors: Sequence[Tensor], groups: int) -> Tensor:
-    """The weight ``(groups, out, in, *kernel)`` that factors multiply to; an embedding is ``(1, words, width)``."""
+    """Multiply factors to the weight ``(groups, out, in, *kernel)``; an embedding gives ``(1, words, width)``."""
     pieces = [factor if factor.dtype == torch.float64 else factor.float() for factor in factors]
     if form == "embedding":
         return (pieces[0] @ pieces[1].mT)[None]
@@ -193,7 +195,7 @@ def _grouped(module: nn.Module, weight: Tensor) -> Tensor:
 
 
 def current_ranks(module: nn.Module) -> tuple[int, ...]:
-    """The ranks of a layer's factors, within a group."""
+    """Return the ranks of a layer's factors, within a group."""
     layers: list[Any] = list(module.children())
     groups: int = getattr(layers[0], "groups", 1)
     if factor_form(module) == "embedding":

@@ -1,4 +1,4 @@
-"""Which low-rank matrix is the nearest: plainly, for the data that pass, or for the loss."""
+"""Norms in which a low-rank approximation is optimal: of the weight, of the outputs on data, or of the loss."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from typing_extensions import override
 __all__ = ["ActivationSVD", "FisherSVD", "Fit", "WeightSVD", "WhitenedSVD"]
 
 Evidence = Mapping[str, Tensor]
-"""Kind of evidence -> what was gathered for one layer, ``(groups, ..., in)``: inputs along the last axis."""
+"""Kind of evidence -> tensor of one layer, ``(groups, ..., in)``, with inputs along the last axis."""
 
 _TINY = 1e-8
 
 
 class Fit(ABC):
-    """Says which errors of a matrix count: those along inputs that matter.
+    """Define the norm in which a low-rank approximation is optimal.
 
-    For a matrix ``W`` of shape ``(out, in)`` the fit is the best low-rank ``V`` in ``||(W - V) M||``, for some ``M``.
+    For a matrix ``W`` of shape ``(out, in)`` the fit is the low-rank ``V`` that minimizes ``||(W - V) M||``.
 
     Attributes:
-        needs: kinds of evidence, of ``"moment"`` (mean of ``x x^T``), ``"absolute"`` (mean of ``|x|``) and
-            ``"grad_squared"`` (mean squared gradient of the weight).
+        needs: kinds of evidence, of ``"input_covariance"`` (mean of ``x x^T``), ``"input_absolute"`` (mean of ``|x|``)
+            and ``"grad_squared"`` (mean squared gradient of the weight).
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
     def metric(self, evidence: Evidence) -> Tensor | None:
-        """``M M^T``, as ``(groups, in, in)``, or as ``(groups, 1, in)`` if it is diagonal; None for the identity."""
+        """Return ``M M^T`` as ``(groups, in, in)``, or ``(groups, 1, in)`` if it is diagonal; None for the identity."""
 
 
 @dataclass(frozen=True)
 class WeightSVD(Fit):
-    """The nearest matrix of a rank, by its entries alone: no data are needed."""
+    """Minimize the error of the weight itself (``M = I``); needs no data."""
 
     @override
     def metric(self, evidence: Evidence) -> Tensor | None:
@@ -47,38 +47,38 @@ class WeightSVD(Fit):
 
 @dataclass(frozen=True)
 class WhitenedSVD(Fit):
-    """The matrix whose outputs are nearest on the data: ``M M^T = E[x x^T]``.
+    """Minimize the error of the layer's outputs on data: ``M M^T = E[x x^T]``.
 
     Wang et al., 2024, "SVD-LLM: Truncation-aware Singular Value Decomposition for Large Language Model Compression".
-    https://arxiv.org/abs/2403.07378. There a Cholesky factor is taken and inverted; the closed form used here needs
-    neither, and so also holds where inputs depend on each other.
+    https://arxiv.org/abs/2403.07378. There a Cholesky factor is inverted; the closed form used here needs no
+    inverse, and therefore holds for linearly dependent inputs too.
 
     Args:
-        damping: share of the mean variance that is added to every input's.
+        damping: fraction of the mean variance that is added to the variance of every input.
 
     Raises:
         ValueError: ``damping`` is negative.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"moment"})
+    needs: ClassVar[frozenset[str]] = frozenset({"input_covariance"})
 
     damping: float = 1e-6
 
     def __post_init__(self) -> None:
         if self.damping < 0.0:
-            raise ValueError(f"`WhitenedSVD(damping={self.damping})`: expected a share >= 0, such as 1e-6.")
+            raise ValueError(f"`WhitenedSVD(damping={self.damping})`: expected a fraction >= 0, such as 1e-6.")
 
     @override
     def metric(self, evidence: Evidence) -> Tensor | None:
-        moment = evidence["moment"].double()
-        moment = (moment + moment.mT) / 2
-        mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp_min(_TINY)
-        return moment + self.damping * mean * torch.eye(moment.shape[-1]).to(moment)
+        covariance = evidence["input_covariance"].double()
+        covariance = (covariance + covariance.mT) / 2
+        mean = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp_min(_TINY)
+        return covariance + self.damping * mean * torch.eye(covariance.shape[-1]).to(covariance)
 
 
 @dataclass(frozen=True)
 class ActivationSVD(Fit):
-    """Inputs count by their size: ``M = diag(E|x| ** alpha)``.
+    """Weight errors by the magnitude of the inputs: ``M = diag(E|x| ** alpha)``.
 
     Yuan et al., 2023, "ASVD: Activation-aware Singular Value Decomposition for Compressing Large Language Models",
     eq. 5. https://arxiv.org/abs/2312.05821
@@ -90,7 +90,7 @@ class ActivationSVD(Fit):
         ValueError: unless ``0 <= alpha <= 1``.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"absolute"})
+    needs: ClassVar[frozenset[str]] = frozenset({"input_absolute"})
 
     alpha: float = 0.5
 
@@ -100,12 +100,12 @@ class ActivationSVD(Fit):
 
     @override
     def metric(self, evidence: Evidence) -> Tensor | None:
-        return _diagonal(evidence["absolute"].double() ** (2 * self.alpha))
+        return _diagonal(evidence["input_absolute"].double() ** (2 * self.alpha))
 
 
 @dataclass(frozen=True)
 class FisherSVD(Fit):
-    """Inputs count by what the loss says of their weights: ``M = diag(sqrt(sum over outputs of E[g^2]))``.
+    """Weight errors by the Fisher information of the weights: ``M = diag(sqrt(sum over outputs of E[g^2]))``.
 
     Hsu et al., 2022, "Language model compression with weighted low-rank factorization", eq. 5 and 6.
     https://arxiv.org/abs/2207.00112
@@ -119,5 +119,5 @@ class FisherSVD(Fit):
 
 
 def _diagonal(squares: Tensor) -> Tensor:
-    """An input that was always silent still counts a little."""
+    """Give inputs that were always zero a small positive value."""
     return squares.clamp_min(1e-12 * float(squares.max()) or 1.0)[..., None, :]

@@ -1,29 +1,35 @@
-"""Factor a network, or a finished checkpoint, outside a Trainer."""
+"""Factorize a network, or a finished checkpoint, without a Trainer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_light.budgets import Budget
+from lightning_light.criteria.collector import Gathered, collect_evidence, example_of_batch
 from lightning_light.errors import LightningLightError
 from lightning_light.example_input import ExampleInput
-from lightning_light.lowrank.apply import apply_factors
-from lightning_light.lowrank.costs import quantity
-from lightning_light.lowrank.evidence import calibration_calls, from_batches
-from lightning_light.lowrank.layers import find_layers
-from lightning_light.lowrank.low_rank_factorization import LowRankFactorization
-from lightning_light.lowrank.plan import Plan
-from lightning_light.surgery.attachment import attach, has_state, release
+from lightning_light.lowrank.apply import METHOD, apply_factors, check_unowned
+from lightning_light.lowrank.calibration import first_batches, layer_evidence, watched_modules
+from lightning_light.lowrank.fits import Fit
+from lightning_light.lowrank.layers import FactorizableLayer, find_layers
+from lightning_light.lowrank.measurement import LayerTimer, OutputProbe, price_of, quantity_of
+from lightning_light.lowrank.options import FactorizationOptions, Form, RankAllocation, check_data, check_goal
+from lightning_light.lowrank.plan import FactorizationPlan, Goal, plan_factors
+from lightning_light.lowrank.ranks import RankRule
+from lightning_light.order import Stage
+from lightning_light.surgery.attachment import attach, has_state, release, state_of
 from lightning_light.surgery.checkpoint import load_from_checkpoint
 from lightning_light.surgery.manifest import KEY
-from lightning_light.targets import as_targets
+from lightning_light.targets import Targets, as_targets
+from lightning_light.validation import PositiveInt, validated
 
-__all__ = ["factorize", "factorize_checkpoint"]
+__all__ = ["factorize", "factorize_checkpoint", "plan_layers"]
 
 _KEPT = (
     "epoch",
@@ -37,37 +43,55 @@ _KEPT = (
 )
 
 
+@validated
 def factorize(
     model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any] | None = None,
+    example_inputs: Any,
+    budget: Budget | RankRule,
     *,
-    factorization: LowRankFactorization,
+    fit: Fit = FactorizationOptions.fit,
+    form: Form = FactorizationOptions.form,
+    targets: Targets | str | list[str] | None = FactorizationOptions.targets,
+    split: dict[str, int] | None = FactorizationOptions.split,
+    allocation: RankAllocation = FactorizationOptions.allocation,
+    data: Iterable[Any] | None = None,
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    calibration_batches: PositiveInt = FactorizationOptions.calibration_batches,
     optimizers: Iterable[Optimizer] = (),
-) -> Plan:
-    """Replace layers of ``model`` by factors in one go, in place, as the callback would at its last event.
+    dry_run: bool = False,
+) -> FactorizationPlan:
+    """Replace layers of ``model`` by low-rank factors, in place.
 
     Args:
-        model: any module. A LightningModule's later checkpoints know what has been done.
-        args: positional arguments of one call.
-        kwargs: keyword arguments of that call.
-        factorization: says what to reach and how; when does not count. A fit that needs data, or a rule that measures
-            the output, takes them from its ``calibration``.
-        optimizers: which get the factors in the place of the layers' weights.
+        model: any module. Later checkpoints of a LightningModule contain what was done.
+        example_inputs: of one call: a tensor, a tuple of positional or a dict of keyword arguments, or an
+            `ExampleInput`.
+        budget: as in `LowRankFactorization`, like ``fit``, ``form``, ``targets``, ``split`` and ``allocation``.
+        fit: the norm in which the approximation is optimal.
+        form: of factorized convolutions.
+        targets: layers that may be replaced.
+        split: pattern of a fused layer -> number of its parts.
+        allocation: constraints on the ranks.
+        data: batches for a fit that needs data, or a rule that measures the output. The first item of a tuple is the
+            network's input; a mapping is its keyword arguments.
+        loss: (output, batch) -> scalar tensor, for a fit that needs gradients.
+        calibration_batches: number of batches of ``data`` to use.
+        optimizers: of the network; the factors replace the layers' weights in them.
+        dry_run: only plan; the model stays as it is.
 
     Returns:
-        What each layer has become, and why the others stayed.
+        The factors of every layer, and why the others stay dense.
 
     Raises:
-        ValueError: data are needed and ``calibration`` is None, or gradients are, which only training has.
+        ValueError: data or a loss are needed and were not given.
         BudgetError: the budget cannot be reached.
-        TargetError: the targets name nothing.
+        TargetError: the targets match nothing.
+        UnsupportedError: a later method, such as quantization, works on one of the layers.
 
     Example:
         >>> from lightning_light.budgets import MACs
-        >>> from lightning_light.lowrank import LowRankFactorization
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
-        >>> plan = factorize(model, (torch.zeros(2, 64),), factorization=LowRankFactorization(MACs(0.5)))
+        >>> plan = factorize(model, torch.zeros(2, 64), MACs(0.5))
         >>> plan.before, plan.after
         (8192.0, 4096.0)
         >>> model[0]
@@ -76,64 +100,71 @@ def factorize(
           (1): Linear(in_features=16, out_features=64, bias=True)
         )
     """
-    _check_data(factorization)
-    example = ExampleInput(args, dict(kwargs or {}))
-    names = list(as_targets(factorization.targets).select(model))
-    layers, reasons = find_layers(model, example, names, form=factorization.form, blocks=factorization.blocks or {})
-    calls = calibration_calls(model, factorization.calibration, factorization.calibration_batches)
-    needs = factorization.fit.needs
-    evidence = from_batches(model, layers, needs, calls) if needs else {}
-    dense = quantity(model, factorization.budget, example)
-    limit = 0.0 if factorization.budget is None else factorization.budget.goal(dense)
-    plan = factorization.plan(model, layers, reasons, now=dense, limit=limit, evidence=evidence, calls=calls)
-    if plan.layers and not factorization.dry_run:
-        compression_state = attach(model) if _is_lightning(model) or has_state(model) else None
-        entry = apply_factors(model, plan, optimizers=optimizers)
-        if compression_state is not None:
-            compression_state.record(entry)
+    options = FactorizationOptions(fit, form, targets, split, allocation, calibration_batches)
+    plan = _plan(model, ExampleInput.of(example_inputs), budget, options, data, loss)
+    if not dry_run:
+        _apply(model, plan, optimizers)
     return plan
 
 
+@validated
 def factorize_checkpoint(
-    cls: type[Any],
+    cls: type[nn.Module],
     path: str | Path,
     out: str | Path,
+    budget: Budget | RankRule,
     *,
-    factorization: LowRankFactorization,
-    args: tuple[Any, ...] | None = None,
-    kwargs: Mapping[str, Any] | None = None,
-    **options: Any,
-) -> Plan:
-    """Write a factored checkpoint of a finished one: `lightning_light.load_from_checkpoint` opens it.
+    example_inputs: Any = None,
+    fit: Fit = FactorizationOptions.fit,
+    form: Form = FactorizationOptions.form,
+    targets: Targets | str | list[str] | None = FactorizationOptions.targets,
+    split: dict[str, int] | None = FactorizationOptions.split,
+    allocation: RankAllocation = FactorizationOptions.allocation,
+    data: Iterable[Any] | None = None,
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    calibration_batches: PositiveInt = FactorizationOptions.calibration_batches,
+    **load_options: Any,
+) -> FactorizationPlan:
+    """Factorize a finished checkpoint into a new one, which `lightning_light.load_from_checkpoint` opens.
 
-    It holds weights, hyper-parameters, epoch and step; optimizers and loops start anew, as their states belong to
-    weights that are gone.
+    The new checkpoint holds weights, hyperparameters, epoch and step; optimizers and loops start again, because their
+    states belong to the old weights.
 
     Args:
-        cls: the LightningModule's class.
+        cls: class of the LightningModule.
         path: the finished checkpoint, compressed or not.
-        out: where the new one is written.
-        factorization: as for `factorize`.
-        args: positional arguments of one call; the module's ``example_input_array`` by default.
-        kwargs: keyword arguments of that call.
-        **options: passed on to ``cls.load_from_checkpoint``.
+        out: path of the new checkpoint.
+        budget: as in `factorize`, like the other options.
+        example_inputs: of one call; the module's ``example_input_array`` by default.
+        fit: the norm in which the approximation is optimal.
+        form: of factorized convolutions.
+        targets: layers that may be replaced.
+        split: pattern of a fused layer -> number of its parts.
+        allocation: constraints on the ranks.
+        data: batches for a fit that needs data, or a rule that measures the output.
+        loss: (output, batch) -> scalar tensor, for a fit that needs gradients.
+        calibration_batches: number of batches of ``data`` to use.
+        **load_options: passed to ``cls.load_from_checkpoint``.
 
     Raises:
-        ValueError: there is no example of a call.
-        LightningLightError: nothing could be factored; nothing is written.
+        ValueError: there are no example inputs.
+        LightningLightError: no layer can be factorized; nothing is written.
     """
-    module = load_from_checkpoint(cls, path, **options)
-    example = _example(module, args, kwargs)
+    options = FactorizationOptions(fit, form, targets, split, allocation, calibration_batches)
+    lightning_module: Any = cls
+    module = load_from_checkpoint(lightning_module, path, **load_options)
+    example = _example_of(module, example_inputs)
     old = torch.load(path, map_location="cpu", weights_only=True)
     if not has_state(module):
         attach(module)
-    plan = factorize(module, example.args, example.kwargs, factorization=factorization)
+    plan = _plan(module, example, budget, options, data, loss)
     if not plan.layers:
-        reasons = "; ".join(f"{name}: {why}" for name, why in plan.skipped.items())
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in plan.skipped.items())
         raise LightningLightError(
-            f"`factorize_checkpoint({str(path)!r})`: expected at least one layer to factor, found none, and wrote "
+            f"`factorize_checkpoint({str(path)!r})`: expected at least one layer to factorize, found none, and wrote "
             f"nothing. {reasons}"
         )
+    _apply(module, plan, ())
     new = {key: old[key] for key in _KEPT if key in old}
     new["state_dict"] = module.state_dict()
     new[KEY] = attach(module).manifest(module)
@@ -142,29 +173,83 @@ def factorize_checkpoint(
     return plan
 
 
-def _example(module: Any, args: tuple[Any, ...] | None, kwargs: Mapping[str, Any] | None) -> ExampleInput:
-    if args is not None or kwargs is not None:
-        return ExampleInput(args or (), dict(kwargs or {})).to(module)
-    array = getattr(module, "example_input_array", None)
-    if array is None:
-        raise ValueError(
-            f"`factorize_checkpoint({type(module).__name__})`: expected an example of a call, found no `args` and no "
-            "`example_input_array`. Give for instance `args=(torch.zeros(1, 3, 32, 32),)`."
-        )
-    return ExampleInput.of(array).to(module)
+def plan_layers(
+    model: nn.Module,
+    layers: list[FactorizableLayer],
+    reasons: Mapping[str, str],
+    goal: Goal,
+    options: FactorizationOptions,
+    *,
+    gathered: Gathered,
+    batches: Iterable[Any] = (),
+    known_faster: Iterable[str] = (),
+) -> FactorizationPlan:
+    """Plan with the instruments that measure on ``model``; see `plan_factors`."""
+    probing = options.measures_output(goal.budget)
+    return plan_factors(
+        layers,
+        reasons,
+        options,
+        goal,
+        evidence=layer_evidence(model, layers, gathered),
+        timer=LayerTimer(model),
+        probe=OutputProbe(model, [example_of_batch(batch, model) for batch in batches]) if probing else None,
+        known_faster=set(known_faster),
+    )
 
 
-def _check_data(factorization: LowRankFactorization) -> None:
-    if "grad_squared" in factorization.fit.needs:
+def _plan(
+    model: nn.Module,
+    example: ExampleInput,
+    budget: Budget | RankRule,
+    options: FactorizationOptions,
+    data: Iterable[Any] | None,
+    loss: Callable[[Any, Any], Tensor] | None,
+) -> FactorizationPlan:
+    check_goal("factorize", budget)
+    check_data("factorize", budget, options, has_data=data is not None)
+    if options.fit.needs and data is None:
         raise ValueError(
-            f"`factorize(factorization={factorization!r})`: expected a fit that gradients have no part in, which only "
-            "training has. Use the callback in a Trainer, or `fit=WhitenedSVD()`."
+            f"`factorize(fit={options.fit!r})`: expected `data`, batches on which the fit is made, found None. Give a "
+            "DataLoader or a list of batches, or `fit=WeightSVD()`."
         )
-    if factorization.fit.needs and factorization.calibration is None:
+    names = list(as_targets(options.targets).select(model))
+    layers, reasons = find_layers(model, example, names, form=options.form, split=options.split or {})
+    batches = first_batches(data, options.calibration_batches)
+    gathered = Gathered()
+    if options.fit.needs and layers:
+        watched = watched_modules(model, layers)
+        gathered = collect_evidence(model, batches, options.fit.needs, batches=len(batches), loss=loss, layers=watched)
+    current = quantity_of(budget, model, example)
+    final = current
+    if isinstance(budget, Budget):
+        final = budget.goal(state_of(model).reference(budget, lambda: current))
+    check_unowned(model, [layer.owner or layer.name for layer in layers])
+    goal = Goal(budget, current, limit=final, final=final, price=price_of(budget, model))
+    return plan_layers(model, layers, reasons, goal, options, gathered=gathered, batches=batches)
+
+
+def _apply(model: nn.Module, plan: FactorizationPlan, optimizers: Iterable[Optimizer]) -> None:
+    if not plan.layers:
+        return
+    compression_state = attach(model) if _is_lightning(model) or has_state(model) else None
+    entry = apply_factors(model, plan, optimizers=optimizers)
+    if compression_state is not None:
+        compression_state.record(entry)
+        claimed = compression_state.claims.get(METHOD)
+        layers = [*(claimed.layers if claimed else ()), *plan.layers]
+        compression_state.claim(model, METHOD, Stage.FACTORS, layers)
+
+
+def _example_of(module: Any, example_inputs: Any) -> ExampleInput:
+    if example_inputs is None:
+        example_inputs = getattr(module, "example_input_array", None)
+    if example_inputs is None:
         raise ValueError(
-            f"`factorize(factorization={factorization!r})`: expected `calibration`, batches that the fit can be made "
-            "on, found None. Give a DataLoader or a list of batches, or `fit=WeightSVD()`."
+            f"`factorize_checkpoint({type(module).__name__})`: expected `example_inputs`, found None and no "
+            "`example_input_array`. Give for instance `example_inputs=torch.zeros(1, 3, 32, 32)`."
         )
+    return ExampleInput.of(example_inputs).to(module)
 
 
 def _is_lightning(model: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""Which layers can be factored, what a forward pass asks of each, and why the others cannot."""
+"""Find the layers that can be factorized, what one forward pass costs in each, and why the others cannot."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from torch.nn.utils import parametrize
 
 from lightning_light.example_input import ExampleInput
 from lightning_light.isolation import isolated
-from lightning_light.lowrank.attention import Blocks, OpenAttention, opened_weights, why_closed
 from lightning_light.lowrank.build import current_ranks, dense_weight, factor_form
+from lightning_light.lowrank.splitting import SplitAttention, SplitLinear, split_weights, why_unsplittable
 from lightning_light.nested import tensors_in
 
-__all__ = ["Layer", "find_layers"]
+__all__ = ["FactorizableLayer", "find_layers"]
 
-_PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+_FACTORIZABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 
 
 @dataclass(frozen=True, eq=False)
-class Layer:
-    """One matrix of the network that may become factors.
+class FactorizableLayer:
+    """One matrix of the network that can be replaced by factors.
 
     Attributes:
-        name: the path at which the layer stands, or will stand once ``owner`` is opened.
-        forms: in which it can be factored.
-        weight: ``(groups, out, in, *kernel)``; of the factors multiplied, if it is factored already.
-        limits: its ranks now, for a layer that is factored already.
-        positions: how often the layer is applied for one sample: on its input's grid, halfway, on its output's.
-        owner: the attention or fused layer that holds it.
-        blocks: in how many parts ``owner`` falls.
-        shape: of its input for one sample, without the batch; empty if the layer is never called.
+        name: path of the layer; of a layer inside ``owner``, its path once the owner is split.
+        forms: forms in which it can be factorized, see `lightning_light.lowrank.spectra.Spectrum`.
+        weight: ``(groups, out, in, *kernel)``; of a layer that is factorized already, the product of its factors.
+        limits: current ranks of a layer that is factorized already, else None.
+        positions: applications of the kernel per sample, at the input's resolution, halfway, and at the output's.
+        owner: the attention or fused layer that holds the matrix, or an empty string.
+        parts: number of parts into which ``owner`` is split.
+        shape: of the input of one sample, without the batch; empty if the layer is never called.
     """
 
     name: str
@@ -45,18 +45,21 @@ class Layer:
     limits: tuple[int, ...] | None
     positions: tuple[float, float, float]
     owner: str = ""
-    blocks: int = 0
+    parts: int = 0
     shape: tuple[int, ...] = ()
 
     @property
-    def macs(self) -> float:
-        """Multiply-accumulates of the layer as it is, for one sample."""
-        return 0.0 if self.forms == ("embedding",) else self.positions[2] * self.weight.numel()
+    def current_cost(self) -> tuple[float, int]:
+        """Multiply-accumulates per sample and number of weights of the layer as it is."""
+        if self.limits is not None:
+            return self.cost(self.forms[0], self.limits)
+        weights = self.weight.numel()
+        return 0.0 if self.forms == ("embedding",) else self.positions[2] * weights, weights
 
     def cost(self, form: str, ranks: tuple[int, ...]) -> tuple[float, int]:
-        """(multiply-accumulates of one sample, weights) of the factors at ``ranks``."""
+        """Return multiply-accumulates per sample and number of weights of the factors at ``ranks``."""
         groups, out, inputs, *kernel = self.weight.shape
-        feature_layers = math.prod(kernel)
+        kernel_size = math.prod(kernel)
         before, middle, after = self.positions
         if form == "embedding":
             return after * ranks[0] * inputs, ranks[0] * (out + inputs)
@@ -64,23 +67,25 @@ class Layer:
             first, second = ranks[0] * inputs * kernel[0], ranks[0] * out * kernel[1]
             return groups * (middle * first + after * second), groups * (first + second)
         if form == "tucker2":
-            first, core, last = ranks[0] * inputs, ranks[0] * ranks[1] * feature_layers, ranks[1] * out
+            first, core, last = ranks[0] * inputs, ranks[0] * ranks[1] * kernel_size, ranks[1] * out
             return groups * (before * first + after * (core + last)), groups * (first + core + last)
-        weights = groups * ranks[0] * (inputs * feature_layers + out)
+        weights = groups * ranks[0] * (inputs * kernel_size + out)
         return after * weights, weights
 
 
 @dataclass
-class _Calls:
+class _CallRecorder:
+    """Forward hook that records how often, and on which shapes, every layer is applied."""
+
     samples: int
     positions: dict[nn.Module, list[float]] = field(default_factory=dict)
     shapes: dict[nn.Module, tuple[int, ...]] = field(default_factory=dict)
 
-    def look(self, module: nn.Module, args: Any, output: Any) -> None:
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         x, y = next(tensors_in(args)), next(tensors_in(output))
-        spots = self.positions.setdefault(module, [0.0, 0.0, 0.0])
-        for place, count in enumerate(_positions(module, x, y)):
-            spots[place] += count / self.samples
+        totals = self.positions.setdefault(module, [0.0, 0.0, 0.0])
+        for index, count in enumerate(_positions(module, x, y)):
+            totals[index] += count / self.samples
         self.shapes.setdefault(module, tuple(x.shape[1:]))
 
 
@@ -90,125 +95,128 @@ def find_layers(
     names: Iterable[str],
     *,
     form: str,
-    blocks: Mapping[str, int],
-    mine: Collection[str] = (),
-) -> tuple[list[Layer], dict[str, str]]:
-    """The layers that can be factored, and name -> reason for the named ones that cannot.
+    split: Mapping[str, int],
+    shrinkable: Collection[str] = (),
+) -> tuple[list[FactorizableLayer], dict[str, str]]:
+    """Return the layers that can be factorized, and name -> reason for those that cannot.
 
     Args:
         model: left as found.
-        example: one call of it.
-        names: of the modules that may be touched, with all that is in them.
-        form: of a convolution: ``"auto"`` for all that fit, or one.
-        blocks: pattern of fused linear layers, or of attentions -> how many equal parts each, or each projection of
-            it, consists of.
-        mine: names of layers whose factors may be factored further: their ranks go down.
+        example: one call of the model.
+        names: modules that may be changed, with everything inside them.
+        form: of convolutions: one form, or ``"auto"`` for all that fit.
+        split: pattern of fused linear layers, or of attentions -> number of equal parts of each, or of each of its
+            projections.
+        shrinkable: names of layers that are factorized already and whose ranks may be lowered further.
     """
-    calls = _run(model, example)
+    calls = _record_calls(model, example)
     shared = _shared_parameters(model)
-    layers: list[Layer] = []
+    layers: list[FactorizableLayer] = []
     reasons: dict[str, str] = {}
     for name in _outermost(model, names):
         module = model.get_submodule(name)
-        parts = next((count for pattern, count in blocks.items() if fnmatch.fnmatchcase(name, pattern)), 0)
-        why = _why_not(module, shared, calls, parts, may_shrink=name in mine)
-        if why is not None:
-            if why:
-                reasons[name] = why
+        parts = next((count for pattern, count in split.items() if fnmatch.fnmatchcase(name, pattern)), 0)
+        reason = _why_not(module, shared, calls, parts, may_shrink=name in shrinkable)
+        if reason is not None:
+            if reason:
+                reasons[name] = reason
         elif isinstance(module, nn.MultiheadAttention) or (parts and factor_form(module) is None):
-            layers += _inside(name, module, parts, calls)
+            layers += _layers_inside(name, module, parts, calls)
         else:
             layers.append(_layer(name, module, calls, form))
     return layers, reasons
 
 
 def _outermost(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Without what lies inside factors or inside an attention, which are taken as a whole; with what was opened."""
-    known = dict(model.named_modules(remove_duplicate=False))
+    """Leave out modules inside factors and attentions, which are handled as a whole; add those of split layers."""
+    modules = dict(model.named_modules(remove_duplicate=False))
     whole = tuple(
-        f"{name}." for name, module in known.items() if factor_form(module) or isinstance(module, nn.MultiheadAttention)
+        f"{name}."
+        for name, module in modules.items()
+        if factor_form(module) or isinstance(module, nn.MultiheadAttention)
     )
     found: dict[str, None] = {}
     for name in names:
-        opened = isinstance(known.get(name), (OpenAttention, Blocks))
-        inside = [inner for inner in known if opened and inner.startswith(f"{name}.")]
+        is_split = isinstance(modules.get(name), (SplitAttention, SplitLinear))
+        inside = [inner for inner in modules if is_split and inner.startswith(f"{name}.")]
         found |= dict.fromkeys(inner for inner in (name, *inside) if not inner.startswith(whole))
     return list(found)
 
 
-def _why_not(module: nn.Module, shared: set[int], calls: _Calls, parts: int, *, may_shrink: bool) -> str | None:
-    """Why a module is left alone: a sentence, or nothing to say about one that has no matrix; None if it is not."""
+def _why_not(module: nn.Module, shared: set[int], calls: _CallRecorder, parts: int, *, may_shrink: bool) -> str | None:
+    """Return why a module cannot be factorized: None if it can, an empty string if it has no matrix at all."""
     if isinstance(module, nn.MultiheadAttention):
-        why = why_closed(module) or _not_called(module, calls) or _touched(module, shared)
-        return why or _not_divisible(module, parts)
+        reason = why_unsplittable(module) or _why_not_called(module, calls) or _why_shared(module, shared)
+        return reason or _why_not_divisible(module, parts)
     if factor_form(module) is not None:
-        return _not_called(module, calls) if may_shrink else "it is factored already"
-    if not isinstance(module, _PLAIN):
+        return _why_not_called(module, calls) if may_shrink else "it is factorized already"
+    if not isinstance(module, _FACTORIZABLE):
         return "a transposed convolution" if isinstance(module, nn.modules.conv._ConvTransposeNd) else ""
-    return _special(module) or _touched(module, shared) or _not_called(module, calls) or _not_divisible(module, parts)
+    reason = _why_special(module) or _why_shared(module, shared)
+    return reason or _why_not_called(module, calls) or _why_not_divisible(module, parts)
 
 
-def _special(module: nn.Module) -> str | None:
+def _why_special(module: nn.Module) -> str | None:
     if parametrize.is_parametrized(module):
         return "its weight is computed by a parametrization"
     if "weight" not in module._parameters:
         return "its weight is computed by a hook (`weight_norm`, a mask of `torch.nn.utils.prune`): make it permanent"
     if hasattr(module, "weight_fake_quant") or hasattr(module, "activation_post_process"):
-        return "it is prepared for quantization: factor first, then quantize"
-    if type(module) not in _PLAIN:
-        return f"a {type(module).__name__}, whose forward is its own"
+        return "it is prepared for quantization: factorize first, then quantize"
+    if type(module) not in _FACTORIZABLE:
+        return f"a {type(module).__name__}, which has a `forward` of its own"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "its rows are renormalized (`max_norm`)"
     if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1 and module.in_channels == module.groups:
-        return "depthwise: each filter reads one channel, so there is nothing to factor"
+        return "depthwise: each filter reads one channel, so there is no rank to lower"
     return None
 
 
-def _touched(module: nn.Module, shared: set[int]) -> str | None:
+def _why_shared(module: nn.Module, shared: set[int]) -> str | None:
     if any(id(parameter) in shared for parameter in module.parameters()):
-        return "its weight is used by another layer too"
+        return "another layer uses its weight too"
     return None
 
 
-def _not_called(module: nn.Module, calls: _Calls) -> str | None:
+def _why_not_called(module: nn.Module, calls: _CallRecorder) -> str | None:
     return None if module in calls.positions else "it is not called as a layer in a forward pass"
 
 
-def _not_divisible(module: nn.Module, parts: int) -> str | None:
+def _why_not_divisible(module: nn.Module, parts: int) -> str | None:
     widths = {nn.Linear: "out_features", nn.MultiheadAttention: "embed_dim"}
     width = next((getattr(module, name) for kind, name in widths.items() if isinstance(module, kind)), None)
     if not parts or (width is not None and width % parts == 0):
         return None
-    return f"neither a linear layer nor an attention whose outputs fall into {parts} equal parts"
+    return f"not a linear layer or an attention whose outputs divide into {parts} equal parts"
 
 
-def _layer(name: str, module: nn.Module, calls: _Calls, form: str) -> Layer:
+def _layer(name: str, module: nn.Module, calls: _CallRecorder, form: str) -> FactorizableLayer:
     before, middle, after = calls.positions[module]
-    done = factor_form(module)
-    return Layer(
+    current = factor_form(module)
+    return FactorizableLayer(
         name=name,
-        forms=_forms(module, form) if done is None else (done,),
+        forms=_forms(module, form) if current is None else (current,),
         weight=dense_weight(module),
-        limits=None if done is None else current_ranks(module),
+        limits=None if current is None else current_ranks(module),
         positions=(before, middle, after),
         shape=calls.shapes[module],
     )
 
 
-def _inside(name: str, module: nn.Module, parts: int, calls: _Calls) -> list[Layer]:
+def _layers_inside(name: str, module: nn.Module, parts: int, calls: _CallRecorder) -> list[FactorizableLayer]:
     before, middle, after = calls.positions[module]
     return [
-        Layer(
-            f"{name}.{part}",
-            ("linear",),
-            weight.detach()[None],
-            None,
-            (before, middle, after),
-            name,
-            parts,
-            (*calls.shapes[module][:-1], weight.shape[1]),
+        FactorizableLayer(
+            name=f"{name}.{part}",
+            forms=("linear",),
+            weight=weight.detach()[None],
+            limits=None,
+            positions=(before, middle, after),
+            owner=name,
+            parts=parts,
+            shape=(*calls.shapes[module][:-1], weight.shape[1]),
         )
-        for part, weight in opened_weights(module, parts).items()
+        for part, weight in split_weights(module, parts).items()
     ]
 
 
@@ -228,10 +236,10 @@ def _positions(module: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float, f
         return x.numel(), x.numel(), x.numel()
     if isinstance(module, nn.modules.conv._ConvNd) or form in {"channel", "spatial", "tucker2"}:
         dims = len(_kernel(module))
-        inside, outside = x.shape[-dims:], y.shape[-dims:]
+        inputs, outputs = x.shape[-dims:], y.shape[-dims:]
         batch = x.shape[0] if x.dim() == dims + 2 else 1
-        middle = outside[0] * inside[1] if dims == 2 else math.prod(outside)
-        return batch * math.prod(inside), batch * middle, batch * math.prod(outside)
+        middle = outputs[0] * inputs[1] if dims == 2 else math.prod(outputs)
+        return batch * math.prod(inputs), batch * middle, batch * math.prod(outputs)
     return (x.numel() // x.shape[-1],) * 3
 
 
@@ -248,13 +256,13 @@ def _shared_parameters(model: nn.Module) -> set[int]:
     return {parameter for parameter, count in owners.items() if count > 1}
 
 
-def _run(model: nn.Module, example: ExampleInput) -> _Calls:
-    """One forward pass in evaluation mode, watched."""
-    calls = _Calls(example.samples)
+def _record_calls(model: nn.Module, example: ExampleInput) -> _CallRecorder:
+    """Run one forward pass in evaluation mode and record the calls of all layers."""
+    calls = _CallRecorder(example.samples)
     with isolated(model), ExitStack() as stack:
         for module in model.modules():
-            if isinstance(module, (*_PLAIN, nn.MultiheadAttention)) or factor_form(module):
-                stack.callback(module.register_forward_hook(calls.look).remove)
+            if isinstance(module, (*_FACTORIZABLE, nn.MultiheadAttention)) or factor_form(module):
+                stack.callback(module.register_forward_hook(calls).remove)
         fast = torch.backends.mha.get_fastpath_enabled()
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
         torch.backends.mha.set_fastpath_enabled(False)

@@ -1,43 +1,39 @@
-"""`LowRankFactorization`: layers become factors while the network trains."""
+"""Low-rank factorization of layers during a training run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, TypeVar, cast
 
-import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_light.budgets import Budget
 from lightning_light.callback import CompressionCallback
+from lightning_light.criteria.collector import EvidenceCollector, Gathered, collect_evidence
 from lightning_light.errors import LightningLightError
-from lightning_light.events import points_done
 from lightning_light.example_input import Capture, ExampleInput
-from lightning_light.lowrank.apply import apply_factors
+from lightning_light.host.trainer import callbacks_of, steps_done
+from lightning_light.lowrank.apply import METHOD, apply_factors, check_unowned
 from lightning_light.lowrank.build import factor_form
-from lightning_light.lowrank.checks import check_arguments, check_moments, moments
-from lightning_light.lowrank.costs import LayerTimer, OutputProbe, quantity
-from lightning_light.lowrank.evidence import (
-    InputWatch,
-    Sums,
-    add_gradients,
-    calibration_calls,
-    from_batches,
-    mean_evidence,
-)
-from lightning_light.lowrank.fits import Fit, WeightSVD
-from lightning_light.lowrank.layers import Layer, find_layers
-from lightning_light.lowrank.plan import Form, Options, Plan, plan_factors
+from lightning_light.lowrank.calibration import first_batches, watched_modules
+from lightning_light.lowrank.fits import Fit
+from lightning_light.lowrank.functional import plan_layers
+from lightning_light.lowrank.layers import FactorizableLayer, find_layers
+from lightning_light.lowrank.measurement import price_of, quantity_of
+from lightning_light.lowrank.options import FactorizationOptions, Form, RankAllocation, check_data, check_goal
+from lightning_light.lowrank.plan import FactorizationPlan, Goal, require_reachable
 from lightning_light.lowrank.ranks import RankRule
-from lightning_light.lowrank.regularize import RankPenalty, add_rank_penalty
-from lightning_light.order import Stage
-from lightning_light.progress import steps_done, steps_planned, training_progress
-from lightning_light.schedules import Linear, Schedule
+from lightning_light.lowrank.regularize import RankRegularizer, add_regularizer_gradients
+from lightning_light.order import DEFAULT_WINDOWS, Stage
+from lightning_light.progress import steps_planned, training_progress
+from lightning_light.schedules import OneShot, Schedule, Window, require_rising
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.distributed import broadcast, log_rank_zero, reduce_mean
 from lightning_light.surgery.stored_example import restore_or_capture_example, store_example
 from lightning_light.targets import Targets, as_targets
+from lightning_light.timing import Events
+from lightning_light.validation import PositiveInt, validated
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -45,368 +41,419 @@ if TYPE_CHECKING:
 
 __all__ = ["LowRankFactorization"]
 
+T = TypeVar("T")
 
+_EVENTS = 5
+
+
+class LayerState(TypedDict):
+    """Factors of one layer, for checkpoints and monitors."""
+
+    form: str
+    ranks: list[int]
+    rank: float
+    full: list[int]
+    energy_kept: float
+    reconstruction_error: float
+
+
+class LowRankState(TypedDict, total=False):
+    """State of a `LowRankFactorization` in checkpoints.
+
+    Attributes:
+        names: the targets.
+        example: one call of the network.
+        events: number of events that are done.
+        fraction: of the way to the budget, at the last event.
+        final_forms: layers that the first plan factorizes, and their forms.
+        layers: name -> factors.
+        evidence: storage of the `EvidenceCollector`.
+    """
+
+    names: list[str]
+    example: dict[str, Any]
+    events: int
+    fraction: float
+    final_forms: dict[str, str]
+    layers: dict[str, LayerState]
+    evidence: dict[str, Any]
+
+
+@validated
 class LowRankFactorization(CompressionCallback):
-    """Replace layers by two or three smaller ones, with ranks that fit ``budget``, and go on training.
+    """Replace layers by low-rank factors within a budget, and continue training.
 
-    Only what gets smaller and cheaper is replaced; the log says which layers, how, and why the others stayed. What
-    replaces a layer is an ``nn.Sequential`` of ``torch.nn`` layers. The optimizer owns every new weight, at the same
-    place of the same group.
+    Only layers whose factors are smaller and cheaper are replaced. The factors are an ``nn.Sequential`` of ``torch.nn``
+    layers, and the optimizer owns their weights at the same place of the same parameter group.
 
-    Linear layers: singular value decomposition. Convolutions: ``"channel"``, kxk then 1x1 (Zhang et al., 2016,
-    https://arxiv.org/abs/1505.06798); ``"spatial"``, kx1 then 1xk (Jaderberg et al., 2014,
-    https://arxiv.org/abs/1405.3866, in the closed form of Tai et al., 2016, https://arxiv.org/abs/1511.06067);
+    Linear layers use the singular value decomposition. Convolutions use one of three forms: ``"channel"``, kxk then 1x1
+    (Zhang et al., 2016, https://arxiv.org/abs/1505.06798); ``"spatial"``, kx1 then 1xk (Jaderberg et al., 2014,
+    https://arxiv.org/abs/1405.3866, in the closed form of Tai et al., 2016, https://arxiv.org/abs/1511.06067); or
     ``"tucker2"``, 1x1, kxk, 1x1 (Kim et al., 2016, https://arxiv.org/abs/1511.06530).
+
+    The whole run is planned before the first layer is replaced: an unreachable budget is refused with nothing changed.
 
     Example:
         >>> from lightning_light.budgets import MACs
-        >>> LowRankFactorization(MACs(0.5), start=0.3, round_to=4)
-        LowRankFactorization(budget=MACs(remaining=0.5), start=0.3, round_to=4)
+        >>> LowRankFactorization(MACs(0.5), form="tucker2")
+        LowRankFactorization(budget=MACs(remaining=0.5), form='tucker2')
 
     Args:
         budget: what the network is to reach: ``MACs``, ``Params``, ``Size`` or ``Latency`` (of the layers on the
-            training device). Ranks are then chosen over all layers at once.
-        start: when; an int is an epoch, a float a fraction of the run. 1.0 is before the last batch.
-        end: with it, ranks go down in steps from ``start`` to ``end``, each time chosen anew from what training has
-            made of the factors.
-        schedule: progress between ``start`` and ``end`` -> share of the way to the budget.
-        events: how many steps a gradual course has.
-        ranks: a rule for the ranks of each layer in place of a budget: ``EnergyKept``, ``RankRatio``, ``EVBMF``,
-            ``OutputChange``.
-        fit: which low-rank matrix is the nearest: ``WeightSVD``, ``WhitenedSVD``, ``ActivationSVD``, ``FisherSVD``.
-            With data, convolutions take the ``"channel"`` form.
-        form: of convolutions; ``"auto"`` takes what loses least for the cost, layer by layer.
+            training device), with ranks chosen over all layers at once. Or a rule for the ranks of each layer:
+            ``RetainedEnergy``, ``RankRatio``, ``EVBMF`` or ``OutputChange``.
+        schedule: training progress -> fraction of the way to the budget. With a continuous schedule the ranks decrease
+            in steps, each time chosen from the factors as they have been trained.
+        every_n_steps: optimizer steps between two steps of a continuous schedule; 5 evenly spaced ones by default.
+        fit: the norm in which the approximation is optimal: ``WeightSVD``, ``WhitenedSVD``, ``ActivationSVD`` or
+            ``FisherSVD``. With all but the first, convolutions use the ``"channel"`` form.
+        form: of factorized convolutions; ``"auto"`` chooses per layer what loses least for the cost.
         targets: layers that may be replaced: patterns or `Targets`.
-        blocks: pattern of a fused linear layer, or of a `torch.nn.MultiheadAttention` -> how many equal parts it, or
-            each of its projections, consists of, each of which gets ranks of its own: ``{"*.qkv": 3}``, or
-            ``{"*.attention": heads}`` for ranks per head. Without a mention, an attention has its four projections.
-        round_to: ranks are multiples of it.
-        min_rank: what every layer keeps at least.
-        faster_only: leave a layer alone if its factors, timed on this machine, do not run faster.
-        importance: what an error counts, under a budget: ``"equal"``, as a share of the layer's own energy, or
-            ``"output"``, by how much the network's output changes on ``calibration``.
-        calibration: batches to measure on, in place of those that training draws. Of a tuple the first item is the
-            network's input; a mapping is its keyword arguments.
-        calibration_batches: how many batches a fit with data sees.
-        penalty: `NuclearNorm` or `Orthogonality`, on the weights of the layers until the first event.
-        dry_run: log what would be done, and do nothing.
+        split: pattern of a fused linear layer, or of a `torch.nn.MultiheadAttention` -> number of equal parts of it, or
+            of each of its projections; every part gets its own ranks: ``{"*.qkv": 3}``, or ``{"*.attention": heads}``
+            for ranks per head. By default an attention has its four projections.
+        allocation: constraints on the ranks, and how errors of different layers are compared.
+        data: batches for the fit or the measured output, instead of those of training. The first item of a tuple is the
+            network's input; a mapping is its keyword arguments. Gradients always come from training.
+        calibration_batches: number of batches that a data-dependent fit or rule looks at.
+        regularizer: `NuclearNorm` or `Orthogonality` on the weights of the layers until the first of them is replaced.
+        dry_run: log the plan and change nothing.
 
     Raises:
-        ValueError: an argument out of range; said at once.
-        BudgetError: the budget cannot be reached; said before anything changes.
-        TargetError: ``targets`` name nothing.
+        TypeError: an argument of the wrong type.
+        ValueError: an argument out of range, or a schedule that falls.
+        BudgetError: the budget cannot be reached; raised before anything is changed.
+        TargetError: ``targets`` match nothing.
         UnsupportedError: a strategy, launcher or optimizer that cannot follow.
     """
 
-    method: ClassVar[str] = "low_rank"
+    method: ClassVar[str] = METHOD
     stage: ClassVar[int] = Stage.FACTORS
+    state_schema: ClassVar[Any] = LowRankState
 
     def __init__(
         self,
-        budget: Budget | None = None,
+        budget: Budget | RankRule,
         *,
-        start: int | float = 0.0,
-        end: int | float | None = None,
-        schedule: Schedule = Linear(),
-        events: int = 5,
-        ranks: RankRule | None = None,
-        fit: Fit = WeightSVD(),
-        form: Form = "auto",
-        targets: Targets | str | list[str] | None = None,
-        blocks: dict[str, int] | None = None,
-        round_to: int = 8,
-        min_rank: int = 1,
-        faster_only: bool = False,
-        importance: Literal["equal", "output"] = "equal",
-        calibration: Iterable[Any] | None = None,
-        calibration_batches: int = 16,
-        penalty: RankPenalty | None = None,
+        schedule: Schedule = Window(OneShot(), *DEFAULT_WINDOWS[Stage.FACTORS]),
+        every_n_steps: PositiveInt | None = None,
+        fit: Fit = FactorizationOptions.fit,
+        form: Form = FactorizationOptions.form,
+        targets: Targets | str | list[str] | None = FactorizationOptions.targets,
+        split: dict[str, int] | None = FactorizationOptions.split,
+        allocation: RankAllocation = FactorizationOptions.allocation,
+        data: Iterable[Any] | None = None,
+        calibration_batches: PositiveInt = FactorizationOptions.calibration_batches,
+        regularizer: RankRegularizer | None = None,
         dry_run: bool = False,
     ) -> None:
-        check_arguments(
-            budget,
-            ranks,
-            form=form,
-            importance=importance,
-            calibrated=calibration is not None,
-            round_to=round_to,
-            min_rank=min_rank,
-            events=events,
-            calibration_batches=calibration_batches,
-        )
-        check_moments(ranks, start, end, schedule)
+        self.options = FactorizationOptions(fit, form, targets, split, allocation, calibration_batches)
+        call = type(self).__name__
+        check_goal(call, budget)
+        check_data(call, budget, self.options, has_data=data is not None)
+        require_rising(call, schedule)
+        self._events = Events(schedule, every_n_steps, default_events=_EVENTS)
+        _check_one_shot(call, budget, schedule)
         self.budget = budget
-        self.start = start
-        self.end = end
         self.schedule = schedule
-        self.events = events
-        self.ranks = ranks
+        self.every_n_steps = every_n_steps
         self.fit = fit
         self.form: Form = form
         self.targets = targets
-        self.blocks = blocks
-        self.round_to = round_to
-        self.min_rank = min_rank
-        self.faster_only = faster_only
-        self.importance: Literal["equal", "output"] = importance
-        self.calibration = calibration
+        self.split = split
+        self.allocation = allocation
+        self.data = data
         self.calibration_batches = calibration_batches
-        self.penalty = penalty
+        self.regularizer = regularizer
         self.dry_run = dry_run
+        self.last_plan: FactorizationPlan | None = None
         self._points: list[tuple[float, float]] = []
         self._capture: Capture | None = None
-        self._watch: InputWatch | None = None
-        self._watched: list[Layer] = []
-        self._last_plan: Plan | None = None
+        self._collector: EvidenceCollector | None = None
+        self._is_checked = False
 
     # Lightning's hooks, in the order a run meets them.
 
     @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Resolve epochs, so that what cannot work is said before anything is trained."""
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit":
-            self._points = self._moments(trainer.max_epochs)
-
-    @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look for an example of a call; name the targets as the layers are now."""
+        """Name the targets as the layers are now, and measure the dense network if its input is known."""
         super().on_fit_start(trainer, pl_module)
         state = self.state(pl_module)
-        if not self.resumed(pl_module):  # a second run keeps the dense network's budget, and does not do it twice
-            for key in ("events", "seen", "gathered", "share"):
+        if not self.resumed(pl_module):  # a second fit keeps its reference, and acts again
+            for key in ("events", "evidence", "fraction", "final_forms"):
                 state.pop(key, None)
         if "names" not in state:
             state["names"] = list(as_targets(self.targets).select(pl_module))
-        self._last_plan = None
+        self.last_plan, self._is_checked, self._points = None, False, []
         self._capture = restore_or_capture_example(pl_module, state)
+        self._check(trainer, pl_module)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Factor, if it is time: before the batch, so that no checkpoint pairs new weights with an old metric."""
+        """Factorize if it is due: before the batch, so that no checkpoint pairs new weights with an old metric."""
+        self._check(trainer, pl_module)
+        if not self._points:  # not in `on_fit_start`: loading data there would lose the position of a resumed loader
+            self._points = self._events.points(trainer.max_epochs, steps_planned(trainer))
         state = self.state(pl_module)
-        due = points_done(self._points, training_progress(trainer), steps_planned(trainer))
+        due = Events.due(self._points, training_progress(trainer), steps_planned(trainer))
         if due > state.get("events", 0) and self._is_ready(pl_module):
-            self._factor(trainer, pl_module, due)
+            self._factorize(trainer, pl_module, due)
         if self._is_gathering(trainer, pl_module):
-            self._open_watch(pl_module)
+            self._collect(pl_module).begin_batch()
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Gather squared gradients as they are here, accumulated and unscaled; then add the penalty to them."""
+        """Gather gradients, accumulated and unscaled; then add the gradient of the regularizer."""
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        if self._watch is not None and self._watch.is_open and "grad_squared" in self.fit.needs:
-            add_gradients(self.state(pl_module).setdefault("gathered", {}), pl_module, self._watched, parameters)
-        if self.penalty is not None and not self.state(pl_module).get("events", 0):
-            add_rank_penalty(self.penalty, self._penalized(pl_module), parameters)
+        if self._collector is not None:
+            self._collector.observe_step(parameters)
+        if self.regularizer is not None and not self.state(pl_module).get("events", 0):
+            add_regularizer_gradients(self.regularizer, self._regularized(pl_module), parameters)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Put what was gathered where checkpoints find it, and the call that was seen."""
+        """Store the evidence and the example input in the state that checkpoints save."""
         store_example(self.state(pl_module), self._capture)
-        if self._watch is not None and self._watch.is_open:
-            self._watch.is_open = False
-            state = self.state(pl_module)
-            _move(self._watch.sums, state.setdefault("gathered", {}), lambda tensor: reduce_mean(trainer, tensor))
-            state["seen"] = state.get("seen", 0) + 1
+        if self._collector is not None:
+            self._collector.end_batch(lambda tensor: reduce_mean(trainer, tensor))
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so, if nothing was factored."""
+        """Warn if no layer was factorized."""
         nothing = not self.state(pl_module).get("layers") and not self.dry_run
         if nothing and not getattr(trainer, "fast_dev_run", False):
             self._no_effect(self._why_nothing())
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave no hook behind."""
-        for held in (self._capture, self._watch):
+        """Remove all hooks."""
+        for held in (self._capture, self._collector):
             if held is not None:
                 held.remove()
-        self._capture, self._watch, self._watched = None, None, []
+        self._capture, self._collector = None, None
         super().teardown(trainer, pl_module, stage)
 
     @override
     def window(self, max_epochs: int | None) -> tuple[float, float] | None:
         """From the first event to the last."""
-        points = self._moments(max_epochs)
-        return (points[0][0], points[-1][0]) if points else None
+        return self._events.window(max_epochs)
 
-    # For functions that do the same without a Trainer.
+    @override
+    def before_surgery(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the dense network before another method changes it."""
+        self._check(trainer, pl_module)
 
-    def plan(
-        self,
-        model: nn.Module,
-        layers: list[Layer],
-        reasons: Mapping[str, str],
-        *,
-        now: float,
-        limit: float,
-        evidence: Mapping[str, Any],
-        calls: list[ExampleInput],
-    ) -> Plan:
-        """`plan_factors` with these arguments, and with the instruments that measure on ``model``."""
-        by_output = self.importance == "output"
-        probing = by_output or (self.ranks is not None and self.ranks.measures)
-        weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-        return plan_factors(
+    @override
+    def on_surgery(
+        self, trainer: Trainer, pl_module: LightningModule, kept: Mapping[str, Mapping[int, Tensor]] | None
+    ) -> None:
+        """Let the evidence follow a change of shapes."""
+        if self.state(pl_module).get("evidence"):
+            self._collect(pl_module).follow(kept)
+
+    # Planning.
+
+    def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the dense network, and refuse an unreachable budget, as soon as the input is known.
+
+        Another method that changes the network first may make the budget reachable; the refusal then waits for the
+        first event.
+        """
+        if self._is_checked or not self._has_example:
+            return
+        self._is_checked = True
+        goal = self._goal(trainer, pl_module, fraction=1.0)
+        if self.state(pl_module).get("events", 0) or _changes_before(trainer, self):
+            return
+        layers, _ = self._layers(pl_module)
+        check_unowned(pl_module, [layer.owner or layer.name for layer in layers])
+        self._on_rank_zero(trainer, lambda: require_reachable(layers, self.allocation, goal))
+
+    def _goal(self, trainer: Trainer, pl_module: LightningModule, fraction: float) -> Goal:
+        """Return the goal of an event; what is measured is measured on rank 0."""
+        example = self._example(pl_module)
+        current = 0.0
+        if trainer.is_global_zero:
+            current = quantity_of(self.budget, pl_module, example)
+        current = broadcast(trainer, current)
+        if isinstance(self.budget, RankRule):
+            return Goal(self.budget, current, limit=current, final=current, price=price_of(self.budget, pl_module))
+        dense = self.compression_state(pl_module).reference(self.budget, lambda: current)
+        limit, final = self.budget.at(dense, fraction), self.budget.goal(dense)
+        return Goal(self.budget, current, max(limit, final), final, price_of(self.budget, pl_module))
+
+    def _plan(self, trainer: Trainer, pl_module: LightningModule, fraction: float) -> FactorizationPlan:
+        """Return the plan of rank 0, with its factors, on every rank."""
+        goal = self._goal(trainer, pl_module, fraction)
+        return self._on_rank_zero(trainer, lambda: self._planned(pl_module, goal))
+
+    def _planned(self, pl_module: LightningModule, goal: Goal) -> FactorizationPlan:
+        layers, reasons = self._layers(pl_module)
+        batches = first_batches(self.data, self.calibration_batches)
+        gathered = Gathered()
+        if self._gathers:
+            gathered = self._collect(pl_module).means()
+        elif self.fit.needs:
+            watched = watched_modules(pl_module, layers)
+            gathered = collect_evidence(pl_module, batches, self.fit.needs, batches=len(batches), layers=watched)
+        known_faster = self.state(pl_module).get("final_forms", {})
+        return plan_layers(
+            pl_module,
             layers,
             reasons,
-            Options(self.fit, self.ranks, self.round_to, self.min_rank, self.faster_only),
-            budget=self.budget,
-            now=now,
-            limit=limit,
-            evidence=evidence,
-            timer=LayerTimer(model),
-            probe=OutputProbe(model, calls) if probing else None,
-            by_output=by_output,
-            bytes_each=weight.element_size(),
+            goal,
+            self.options,
+            gathered=gathered,
+            batches=batches,
+            known_faster=known_faster,
         )
 
-    # Private: the small questions the hooks ask.
+    def _on_rank_zero(self, trainer: Trainer, function: Callable[[], T]) -> T:
+        """Call ``function`` on rank 0, and return its result, or raise its error, on every rank."""
+        outcome: T | LightningLightError | None = None
+        if trainer.is_global_zero:
+            try:
+                outcome = function()
+            except LightningLightError as error:
+                outcome = error
+        outcome = broadcast(trainer, outcome)
+        if isinstance(outcome, LightningLightError):
+            raise outcome
+        return cast("T", outcome)
 
-    def _moments(self, max_epochs: int | None) -> list[tuple[float, float]]:
-        return moments(self.start, self.end, self.schedule, self.events, max_epochs)
+    def _layers(self, pl_module: LightningModule) -> tuple[list[FactorizableLayer], dict[str, str]]:
+        state = self.state(pl_module)
+        factorized = state.get("layers", {})
+        names = dict.fromkeys([*state["names"], *factorized])
+        shrinkable = () if isinstance(self.budget, RankRule) else factorized  # a rule is applied once
+        example = self._example(pl_module)
+        return find_layers(pl_module, example, names, form=self.form, split=self.split or {}, shrinkable=shrinkable)
+
+    # Acting.
+
+    def _factorize(self, trainer: Trainer, pl_module: LightningModule, due: int) -> None:
+        """Plan on rank 0, and replace the layers on every rank."""
+        fraction = self._points[due - 1][1]
+        plan = self._plan(trainer, pl_module, fraction)
+        self.last_plan = plan
+        self._stop_gathering(pl_module)
+        state = self.state(pl_module)
+        if self.dry_run:
+            log_rank_zero(trainer, "\n  ".join([f"{self.method}: dry run, would have {plan.summary()}", *plan.lines()]))
+        elif plan.layers:
+            self._before_surgery(trainer, pl_module)
+            averaged_models = averaged_models_of(trainer, pl_module)
+            entry = apply_factors(pl_module, plan, optimizers=trainer.optimizers, averaged_models=averaged_models)
+            state["layers"] = {**state.get("layers", {}), **_layer_states(plan)}
+            self.claim(pl_module, state["layers"])
+            self._after_surgery(trainer, pl_module, entry, plan.summary())
+        state.setdefault("final_forms", plan.final_forms)
+        state |= {"events": due, "fraction": fraction}
+        self._log_metrics(trainer, pl_module, plan, fraction)
+
+    def _log_metrics(
+        self, trainer: Trainer, pl_module: LightningModule, plan: FactorizationPlan, fraction: float
+    ) -> None:
+        scalars = {f"{self.method}/fraction": fraction, f"{self.method}/{plan.quantity}": plan.after}
+        for name, metrics in self.state(pl_module).get("layers", {}).items():
+            for key in ("rank", "energy_kept", "reconstruction_error"):
+                scalars[f"{self.method}/{key}/{name}"] = metrics[key]
+        for logger in trainer.loggers:
+            logger.log_metrics(scalars, step=steps_done(trainer))
+
+    # Evidence.
+
+    @property
+    def _has_example(self) -> bool:
+        return self._capture is not None and self._capture.example is not None
+
+    def _example(self, pl_module: LightningModule) -> ExampleInput:
+        assert self._capture is not None
+        assert self._capture.example is not None  # `_has_example`
+        return self._capture.example.to(pl_module)
 
     @property
     def _gathers(self) -> bool:
-        """Whether the fit's data come from the batches of training."""
-        return bool(self.fit.needs) and (self.calibration is None or "grad_squared" in self.fit.needs)
+        """Whether the evidence comes from the batches of training."""
+        return bool(self.fit.needs) and (self.data is None or "grad_squared" in self.fit.needs)
 
     def _is_ready(self, pl_module: LightningModule) -> bool:
-        if self._capture is None or self._capture.example is None:
+        if not self._has_example:
             return False
-        seen: int = self.state(pl_module).get("seen", 0)
-        return not self._gathers or seen >= self.calibration_batches
+        return not self._gathers or self._collect(pl_module).batches >= self.calibration_batches
 
     def _is_gathering(self, trainer: Trainer, pl_module: LightningModule) -> bool:
-        """Whether the next event is at most ``calibration_batches`` steps away."""
+        """Check whether the next event is at most ``calibration_batches`` steps away."""
         done: int = self.state(pl_module).get("events", 0)
-        if not self._gathers or done >= len(self._points) or self._capture is None or self._capture.example is None:
+        if not self._gathers or done >= len(self._points) or not self._has_example:
             return False
         progress, _ = self._points[done]
         return steps_done(trainer) + self.calibration_batches >= progress * steps_planned(trainer)
 
-    def _open_watch(self, pl_module: LightningModule) -> None:
-        if self._watch is None:
-            self._watched, _ = self._layers(pl_module)
-            self._watch = InputWatch(pl_module, self._watched, self.fit.needs)
-        self._watch.is_open = True
+    def _collect(self, pl_module: LightningModule) -> EvidenceCollector:
+        if self._collector is None:
+            layers, _ = self._layers(pl_module)
+            self._collector = EvidenceCollector(
+                pl_module,
+                watched_modules(pl_module, layers),
+                self.fit.needs,
+                lambda: self.state(pl_module).setdefault("evidence", {}),
+            )
+        return self._collector
 
-    def _layers(self, pl_module: LightningModule) -> tuple[list[Layer], dict[str, str]]:
-        state = self.state(pl_module)
-        done = state.get("layers", {})
-        names = dict.fromkeys([*state["names"], *done])
-        mine = done if self.budget is not None else ()  # a rule has one answer, and has given it
-        return find_layers(
-            pl_module, self._example(pl_module), names, form=self.form, blocks=self.blocks or {}, mine=mine
-        )
+    def _stop_gathering(self, pl_module: LightningModule) -> None:
+        if self._collector is not None:
+            self._collector.remove()
+            self._collector = None
+        self.state(pl_module).pop("evidence", None)
 
-    def _example(self, pl_module: LightningModule) -> ExampleInput:
-        assert self._capture is not None
-        assert self._capture.example is not None  # `_is_ready`
-        return self._capture.example.to(pl_module)
-
-    def _penalized(self, pl_module: LightningModule) -> list[nn.Module]:
+    def _regularized(self, pl_module: LightningModule) -> list[nn.Module]:
         modules = (pl_module.get_submodule(name) for name in self.state(pl_module)["names"])
         kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
         return [module for module in modules if isinstance(module, kinds) and factor_form(module) is None]
 
-    def _factor(self, trainer: Trainer, pl_module: LightningModule, due: int) -> None:
-        """One event: decide on rank 0, replace everywhere, let everything follow."""
-        share = self._points[due - 1][1]
-        plan = self._decide(trainer, pl_module, share)
-        self._last_plan = plan
-        state = self.state(pl_module)
-        if self.dry_run:
-            log_rank_zero(trainer, "\n  ".join([f"{self.method}: dry run, nothing is replaced", *plan.lines()]))
-        elif plan.layers:
-            averaged_models = averaged_models_of(trainer, pl_module)
-            entry = apply_factors(pl_module, plan, optimizers=trainer.optimizers, averaged_models=averaged_models)
-            self._after_surgery(trainer, pl_module, entry, self._summary(plan))
-            state["layers"] = {**state.get("layers", {}), **_facts(plan)}
-        state |= {"events": due, "seen": 0, "share": share}
-        state.pop("gathered", None)
-        if self._watch is not None:
-            self._watch.remove()
-            self._watch = None
-        self._log(trainer, pl_module, plan, share)
-
-    def _decide(self, trainer: Trainer, pl_module: LightningModule, share: float) -> Plan:
-        """The plan of rank 0, with its factors, on every rank; so is its refusal."""
-        state = self.state(pl_module)
-        evidence = mean_evidence(state.get("gathered", {}))
-        outcome: Plan | LightningLightError | None = None
-        if trainer.is_global_zero:
-            now = quantity(pl_module, self.budget, self._example(pl_module))
-            state.setdefault("dense", now)
-            limit = 0.0 if self.budget is None else self.budget.at(state["dense"], share)
-            try:
-                outcome = self._plan(pl_module, now, limit, evidence)
-            except LightningLightError as error:
-                outcome = error
-        state["dense"] = broadcast(trainer, state.get("dense", 0.0))
-        outcome = broadcast(trainer, outcome)
-        if isinstance(outcome, LightningLightError):
-            raise outcome
-        assert outcome is not None  # rank 0 has one
-        return outcome
-
-    def _plan(self, pl_module: LightningModule, now: float, limit: float, evidence: Mapping[str, Any]) -> Plan:
-        layers, reasons = self._layers(pl_module)
-        calls = calibration_calls(pl_module, self.calibration, self.calibration_batches)
-        if self.fit.needs and not self._gathers:
-            evidence = from_batches(pl_module, layers, self.fit.needs, calls)
-        return self.plan(pl_module, layers, reasons, now=now, limit=limit, evidence=evidence, calls=calls)
-
-    def _summary(self, plan: Plan) -> str:
-        lines = "\n  ".join(plan.lines())
-        return f"{len(plan.layers)} layers factored, {plan.quantity} {plan.before:.6g} -> {plan.after:.6g}\n  {lines}"
-
-    def _log(self, trainer: Trainer, pl_module: LightningModule, plan: Plan, share: float) -> None:
-        scalars = {f"{self.method}/share": share, f"{self.method}/{plan.quantity}": plan.after}
-        for name, fact in self.state(pl_module).get("layers", {}).items():
-            for key in ("rank", "energy_kept", "reconstruction_error"):
-                scalars[f"{self.method}/{key}/{name}"] = fact[key]
-        for logger in trainer.loggers:
-            logger.log_metrics(scalars, step=steps_done(trainer))
-
     def _why_nothing(self) -> str:
-        if self._last_plan is not None:
-            reasons = "; ".join(f"{name}: {why}" for name, why in self._last_plan.skipped.items())
-            return f"no layer was factored. {reasons}"
-        if self._capture is None or self._capture.example is None:
+        if self.last_plan is not None:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in self.last_plan.skipped.items())
+            return f"no layer was factorized. {reasons}"
+        if not self._has_example:
             return (
                 "the LightningModule was never called, so its input is not known. Set `example_input_array`, or call "
                 "`self(...)` in `training_step`."
             )
         if self._gathers:
-            return f"the run ended before {self.calibration_batches} batches had been seen; lower that."
-        return f"the run ended before the event, due at {self._points[0][0]:.0%} of it."
+            return f"the run ended before {self.calibration_batches} calibration batches; lower `calibration_batches`."
+        return f"the run ended before the first event, at {self._points[0][0]:.0%} of the run."
 
 
-def _facts(plan: Plan) -> dict[str, Any]:
-    """What a checkpoint and a monitor may want to know, in plain types."""
+def _check_one_shot(call: str, budget: Budget | RankRule, schedule: Schedule) -> None:
+    """Refuse to follow a continuous schedule with a rule, which is applied once."""
+    changes = schedule.changes()
+    if isinstance(budget, RankRule) and (changes is None or len(changes) > 1):
+        raise ValueError(
+            f"`{call}({budget!r}, schedule={schedule!r})`: expected a schedule of one step for a rule, which is "
+            "applied once, found one that rises in several steps. Write `schedule=OneShot(at=0.5)`, or give a budget."
+        )
+
+
+def _changes_before(trainer: Trainer, callback: CompressionCallback) -> bool:
+    """Check whether another method of this Trainer changes shapes before ``callback``."""
+    peers = [peer for peer in callbacks_of(trainer) if isinstance(peer, CompressionCallback) and peer is not callback]
+    return any(peer.structural and peer.stage <= callback.stage for peer in peers)
+
+
+def _layer_states(plan: FactorizationPlan) -> dict[str, LayerState]:
+    """Describe the factorized layers in plain types, for checkpoints and monitors."""
     return {
         name: {
-            "form": found.form,
-            "ranks": list(found.ranks),
-            "rank": float(max(found.ranks)),
-            "full": list(found.full),
-            "energy_kept": 1.0 - found.error,
-            "reconstruction_error": max(found.error, 0.0) ** 0.5,
+            "form": layer.form,
+            "ranks": list(layer.ranks),
+            "rank": float(max(layer.ranks)),
+            "full": list(layer.full),
+            "energy_kept": 1.0 - layer.error,
+            "reconstruction_error": max(layer.error, 0.0) ** 0.5,
         }
-        for name, found in plan.layers.items()
+        for name, layer in plan.layers.items()
     }
-
-
-def _move(source: Sums, target: Sums, reduce: Callable[[Tensor], Tensor]) -> None:
-    """Add what this batch gave to what all ranks know, so that rank 0's checkpoint resumes every rank."""
-    for name, entry in source.items():
-        mine = target.setdefault(name, {})
-        for kind, local in entry.items():
-            value = reduce(local)
-            mine[kind] = mine[kind].to(value.device) + value if kind in mine else value
-    source.clear()

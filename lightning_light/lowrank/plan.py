@@ -1,67 +1,79 @@
-"""Decide for the whole network which layers become factors, of which form and ranks; then it can be done."""
+"""Plan a factorization: choose the form and the ranks of every layer before anything changes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from lightning_light.budgets import Budget
+from lightning_light.budgets import Budget, MACs
 from lightning_light.errors import BudgetError
 from lightning_light.lowrank.allocate import Choice, allocate, frontier
-from lightning_light.lowrank.fits import Fit
-from lightning_light.lowrank.layers import Layer
+from lightning_light.lowrank.layers import FactorizableLayer
+from lightning_light.lowrank.options import FactorizationOptions, RankAllocation
 from lightning_light.lowrank.ranks import RankRule, rounded
-from lightning_light.lowrank.spectra import Ranks, Spectrum, decompose
+from lightning_light.lowrank.spectra import Ranks, Spectrum, decompose, full_ranks
 
-__all__ = ["Factored", "Form", "Options", "Plan", "plan_factors"]
+__all__ = ["FactorizationPlan", "FactorizedLayer", "Goal", "plan_factors", "require_reachable"]
 
-Form = Literal["auto", "channel", "spatial", "tucker2"]
 Evidence = Mapping[str, Mapping[str, Tensor]]
-Timer = Callable[[Layer, str, Ranks], float]
-"""Seconds of a layer in a form, or as it is for the form ``""``."""
+Probe = Callable[[FactorizableLayer, Spectrum, Ranks], float]
+Timer = Callable[[FactorizableLayer, str, Ranks], float]
+Price = Callable[[float, float], Any]
+"""Multiply-accumulates and number of weights -> what the budget counts; also of whole arrays."""
 
-_TIMED = 8  # choices of a layer that are timed for a budget of latency
+_SAME = 1e-12
+_TIMED_CHOICES = 8  # per layer, for a budget of latency
 
 
 @dataclass(frozen=True)
-class Options:
-    """How layers are factored.
+class Goal:
+    """What one event of a factorization is to reach.
 
     Attributes:
-        fit: which low-rank matrix is the nearest.
-        rule: how many ranks each layer keeps, where there is no budget.
-        round_to: ranks are multiples of it.
-        min_rank: what every layer keeps at least.
-        faster_only: leave a layer alone whose factors do not run faster here and now.
+        budget: the quantity that is limited, or a rule for the ranks of each layer.
+        current: the quantity of the whole network as it is.
+        limit: its upper limit after this event.
+        final: its upper limit after the last event of the run.
+        price: cost of a layer from its multiply-accumulates and weights; None if layers have to be timed.
     """
 
-    fit: Fit
-    rule: RankRule | None
-    round_to: int
-    min_rank: int
-    faster_only: bool
+    budget: Budget | RankRule
+    current: float
+    limit: float
+    final: float
+    price: Price | None
+
+    @property
+    def rule(self) -> RankRule | None:
+        """The rule, if there is no budget."""
+        return self.budget if isinstance(self.budget, RankRule) else None
+
+    @property
+    def quantity(self) -> str:
+        """Name of what is counted; multiply-accumulates under a rule."""
+        return MACs.quantity if isinstance(self.budget, RankRule) else self.budget.quantity
 
 
 @dataclass(frozen=True, eq=False)
-class Factored:
-    """What one layer becomes.
+class FactorizedLayer:
+    """Factors of one layer.
 
     Attributes:
         form: see `lightning_light.lowrank.spectra.Spectrum`.
         ranks: within a group.
-        full: the ranks at which nothing would be lost.
-        error: share of the energy that is lost, in [0, 1], in the norm of the fit.
-        macs: before and after, for one sample.
-        params: weights before and after.
-        factors: the weights of the new layers.
-        owner: the attention or fused layer that has to be opened first, or an empty string.
-        blocks: in how many parts a fused layer falls.
+        full: the ranks at which the factors are exact.
+        error: fraction of the energy that is lost, in [0, 1], in the norm of the fit.
+        macs: before and after, per sample.
+        params: number of weights before and after.
+        factors: weights of the new layers.
+        owner: the attention or fused layer to split first, or an empty string.
+        parts: number of parts into which ``owner`` is split.
     """
 
     form: str
@@ -72,271 +84,324 @@ class Factored:
     params: tuple[int, int]
     factors: list[Tensor]
     owner: str = ""
-    blocks: int = 0
+    parts: int = 0
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
-    """What is to be done to a network.
+class FactorizationPlan:
+    """The factors of every layer, and the cost of the network before and after.
 
     Attributes:
-        layers: name -> what it becomes.
-        skipped: name -> why it stays as it is.
-        quantity: what the budget counts; ``"macs"`` without one.
-        before: the whole network's, as it is.
-        after: the whole network's, once the plan is carried out.
+        layers: name -> factors.
+        skipped: name -> why the layer stays dense.
+        final_forms: name -> form of every layer that is factorized at the end of the run.
+        quantity: what is counted, as in `lightning_light.budgets.Budget.quantity`.
+        before: of the whole network as it is.
+        after: of the whole network with the plan applied.
     """
 
-    layers: dict[str, Factored] = field(default_factory=dict)
+    layers: dict[str, FactorizedLayer] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    final_forms: dict[str, str] = field(default_factory=dict)
     quantity: str = "macs"
     before: float = 0.0
     after: float = 0.0
 
     def lines(self) -> list[str]:
-        """One line a layer: what it becomes, or why not."""
-        done = [
-            f"{name}: {found.form}, rank {_product(found.ranks)} of {_product(found.full)}, energy kept "
-            f"{1 - found.error:.4f}, MACs {found.macs[0]:.4g} -> {found.macs[1]:.4g}, "
-            f"weights {found.params[0]} -> {found.params[1]}"
-            for name, found in self.layers.items()
+        """Return one line per layer: its factors, or why it stays dense."""
+        factorized = [
+            f"{name}: {layer.form}, rank {_product(layer.ranks)} of {_product(layer.full)}, energy kept "
+            f"{1 - layer.error:.4f}, MACs {layer.macs[0]:.4g} -> {layer.macs[1]:.4g}, "
+            f"weights {layer.params[0]} -> {layer.params[1]}"
+            for name, layer in self.layers.items()
         ]
-        return done + [f"{name}: left alone, {why}" for name, why in self.skipped.items()]
+        return factorized + [f"{name}: dense, {reason}" for name, reason in self.skipped.items()]
+
+    def summary(self) -> str:
+        """Return one line for the whole network."""
+        count = len(self.layers) + len(self.skipped)
+        cost = f"{self.quantity} {self.before:.6g} -> {self.after:.6g}"
+        return f"factorized {len(self.layers)} of {count} layers, {cost}"
 
 
 def plan_factors(
-    layers: Sequence[Layer],
+    layers: Sequence[FactorizableLayer],
     reasons: Mapping[str, str],
-    options: Options,
+    options: FactorizationOptions,
+    goal: Goal,
     *,
-    budget: Budget | None,
-    now: float,
-    limit: float,
     evidence: Evidence,
     timer: Timer,
-    probe: Callable[[Layer, Spectrum, Ranks], float] | None = None,
-    by_output: bool = False,
-    bytes_each: int = 4,
-) -> Plan:
-    """Choose form and ranks of every layer.
+    probe: Probe | None = None,
+    known_faster: Collection[str] = (),
+) -> FactorizationPlan:
+    """Choose the form and the ranks of every layer.
+
+    The end of the run is planned first, so that an unreachable budget is refused before the first event. An earlier
+    event takes only forms of that plan, from which the end can be reached by lowering ranks.
 
     Args:
-        layers: those that can be factored.
-        reasons: why others cannot.
-        options: how.
-        budget: what counts; without one ``options.rule`` decides layer by layer.
-        now: the whole network's quantity.
-        limit: what it may be.
+        layers: those that can be factorized.
+        reasons: name -> reason of those that cannot.
+        options: of the factorization.
+        goal: of this event.
         evidence: layer name -> kind -> what the fit needs.
-        timer: measures layers, for a budget of latency and for ``faster_only``.
-        probe: measures how much the network's output changes with one layer factored.
-        by_output: weigh the layers' errors by what ``probe`` says of them.
-        bytes_each: of one weight, for a budget of size.
+        timer: seconds of a layer in a form at ranks, or of the dense layer for the form ``""``.
+        probe: change of the network's output with one layer factorized.
+        known_faster: layers that ``faster_only`` has accepted at an earlier event.
 
     Raises:
-        BudgetError: the limit is below what the lowest ranks cost.
+        BudgetError: the final limit is below the cost at the lowest ranks.
     """
-    quantity = "macs" if budget is None else budget.quantity
-    desk = _Desk(options, quantity, evidence, timer, bytes_each)
+    candidates = _Candidates(options, goal, evidence, timer, probe)
     skipped = dict(reasons)
     fronts: dict[str, list[Choice]] = {}
     for layer in layers:
-        found = desk.front(layer)
-        if isinstance(found, str):
-            skipped[layer.name] = found
+        front = candidates.front(layer)
+        if isinstance(front, str):
+            skipped[layer.name] = front
         else:
-            fronts[layer.name] = found
+            fronts[layer.name] = front
     able = {layer.name: layer for layer in layers if layer.name in fronts}
     while True:
-        chosen = _choose(desk, able, fronts, budget, now, limit, probe, by_output)
-        slower = desk.slower(able, chosen) if options.faster_only else {}
+        final = candidates.choose(able, fronts, goal.final)
+        slower = candidates.slower(able, final, known_faster) if options.allocation.faster_only else {}
         if not slower:
             break
         skipped |= slower
         able = {name: layer for name, layer in able.items() if name not in slower}
-    saved = sum(desk.as_it_is(able[name]).cost - choice.cost for name, choice in chosen.items())
-    why = "the budget is met without it" if budget else "at the ranks of the rule its factors would not be smaller"
-    skipped |= {name: why for name, choice in chosen.items() if not choice.form}
-    done = {name: desk.factored(able[name], choice) for name, choice in chosen.items() if choice.form}
-    return Plan(done, skipped, quantity, now, now - saved)
+    chosen = final
+    if goal.limit > goal.final:
+        forms = {name: {"", choice.form} for name, choice in final.items()}
+        allowed = {name: [choice for choice in fronts[name] if choice.form in forms[name]] for name in able}
+        chosen = candidates.choose(able, allowed, goal.limit)
+    saved = sum(candidates.dense(able[name]).cost - choice.cost for name, choice in chosen.items())
+    reason = (
+        "the budget is met without it" if goal.rule is None else "its factors would not be smaller at the rule's ranks"
+    )
+    skipped |= {name: reason for name, choice in chosen.items() if not choice.form}
+    return FactorizationPlan(
+        layers={name: candidates.factorized(able[name], choice) for name, choice in chosen.items() if choice.form},
+        skipped=skipped,
+        final_forms={name: choice.form for name, choice in final.items() if choice.form},
+        quantity=goal.quantity,
+        before=goal.current,
+        after=goal.current - saved,
+    )
 
 
-def _choose(
-    desk: _Desk,
-    able: Mapping[str, Layer],
-    fronts: Mapping[str, list[Choice]],
-    budget: Budget | None,
-    now: float,
-    limit: float,
-    probe: Callable[[Layer, Spectrum, Ranks], float] | None,
-    by_output: bool,
-) -> dict[str, Choice]:
-    if budget is None:
-        return {name: desk.by_rule(layer, probe) for name, layer in able.items()}
-    names = list(able)
-    rest = now - sum(desk.as_it_is(able[name]).cost for name in names)
-    weights = None
-    if by_output:
-        assert probe is not None  # the callback asks for calibration batches
-        weights = [desk.sensitivity(able[name], fronts[name], probe) for name in names]
-    found = allocate([fronts[name] for name in names], limit - rest, weights)
-    if found is None:
-        least = rest + sum(fronts[name][0].cost for name in names)
-        raise BudgetError(
-            f"`{budget!r}`: expected {budget.quantity} of at most {limit:.6g}, found {least:.6g} when all "
-            f"{len(names)} layers that can be factored have their lowest ranks (now {now:.6g}). Give a larger budget, "
-            "widen `targets`, or lower `min_rank` and `round_to`."
-        )
-    return dict(zip(names, found, strict=True))
+def require_reachable(layers: Sequence[FactorizableLayer], allocation: RankAllocation, goal: Goal) -> None:
+    """Refuse a budget that is below the cost of all layers at their lowest ranks, from shapes alone.
+
+    Raises:
+        BudgetError: the final limit cannot be reached.
+    """
+    if goal.rule is None and goal.price is not None:
+        saved = sum(_largest_saving(layer, allocation, goal.price) for layer in layers)
+        if goal.current - saved > goal.final * (1 + _SAME):
+            raise _unreachable(goal, goal.final, goal.current - saved, len(layers))
 
 
-class _Desk:
-    """Decompositions, each done once, and what is read from them."""
+class _Candidates:
+    """Candidate forms and ranks of every layer, with cost and error; each weight is decomposed once."""
 
-    def __init__(self, options: Options, quantity: str, evidence: Evidence, timer: Timer, bytes_each: int) -> None:
-        self._options, self._quantity, self._evidence, self._timer = options, quantity, evidence, timer
-        self._bytes = bytes_each
+    def __init__(
+        self,
+        options: FactorizationOptions,
+        goal: Goal,
+        evidence: Evidence,
+        timer: Timer,
+        probe: Probe | None,
+    ) -> None:
+        self._options, self._allocation, self._goal = options, options.allocation, goal
+        self._evidence, self._timer, self._probe = evidence, timer, probe
         self._spectra: dict[tuple[str, str], Spectrum] = {}
+        self._sensitivities: dict[str, float] = {}
 
-    def spectrum(self, layer: Layer, form: str) -> Spectrum:
-        key = layer.name, form
-        if key not in self._spectra:
-            weighed = form in {"linear", "channel"} and layer.name in self._evidence
-            metric = self._options.fit.metric(self._evidence[layer.name]) if weighed else None
-            self._spectra[key] = decompose(form, layer.weight, metric)
-        return self._spectra[key]
-
-    def front(self, layer: Layer) -> list[Choice] | str:
-        """The layer's choices, ascending in cost; or why there is nothing to choose."""
-        dense = self.as_it_is(layer)
-        if layer.forms == ("embedding",) and self._quantity in {"macs", "seconds"} and self._options.rule is None:
-            return f"an embedding costs no {self._quantity} as it is"
+    def front(self, layer: FactorizableLayer) -> list[Choice] | str:
+        """Return the layer's choices in ascending cost, or why there are none."""
+        dense = self.dense(layer)
+        if self._goal.rule is None and not dense.cost:
+            return f"it has no {self._goal.quantity} to save"
         choices = [choice for form in self._forms(layer) for choice in self._choices(layer, form, dense)]
         if not choices:
             return "factors of the lowest rank allowed would not be smaller"
-        if self._quantity == "seconds":
+        if self._goal.price is None:
             choices = self._timed(layer, frontier(choices), dense)
             if not choices:
                 return "its factors do not run faster on this machine"
         return frontier([*choices, dense])
 
-    def by_rule(self, layer: Layer, probe: Callable[[Layer, Spectrum, Ranks], float] | None) -> Choice:
-        """The cheapest form, at the ranks that the rule says."""
-        assert self._options.rule is not None  # or there is a budget
-        dense = self.as_it_is(layer)
+    def choose(
+        self, able: Mapping[str, FactorizableLayer], fronts: Mapping[str, list[Choice]], limit: float
+    ) -> dict[str, Choice]:
+        """Choose one of its choices for every layer, within ``limit`` for the whole network."""
+        if self._goal.rule is not None:
+            return {name: self._by_rule(layer, self._goal.rule) for name, layer in able.items()}
+        names = list(able)
+        fixed = self._goal.current - sum(self.dense(able[name]).cost for name in names)
+        weights = [self._sensitivity(able[name], fronts[name]) for name in names]
+        found = allocate([fronts[name] for name in names], limit - fixed, weights)
+        if found is None:
+            lowest = fixed + sum(fronts[name][0].cost for name in names)
+            raise _unreachable(self._goal, limit, lowest, len(names))
+        return dict(zip(names, found, strict=True))
+
+    def slower(
+        self, able: Mapping[str, FactorizableLayer], chosen: Mapping[str, Choice], known_faster: Collection[str]
+    ) -> dict[str, str]:
+        """Return name -> reason of the dense layers whose chosen factors do not run faster."""
+        reasons = {}
+        for name, choice in chosen.items():
+            if not choice.form or choice.form == "embedding" or able[name].limits or name in known_faster:
+                continue
+            before = self._timer(able[name], "", ())
+            after = self._timer(able[name], choice.form, choice.ranks)
+            if after >= before:
+                reasons[name] = (
+                    f"its factors ({choice.form}, rank {_product(choice.ranks)}) took {after * 1e6:.0f} us on this "
+                    f"machine, the layer itself {before * 1e6:.0f} us"
+                )
+        return reasons
+
+    def factorized(self, layer: FactorizableLayer, choice: Choice) -> FactorizedLayer:
+        """Compute the factors of a choice."""
+        spectrum, dense = self._spectrum(layer, choice.form), self.dense(layer)
+        return FactorizedLayer(
+            form=choice.form,
+            ranks=choice.ranks,
+            full=spectrum.full,
+            error=choice.error,
+            macs=(dense.macs, choice.macs),
+            params=(dense.params, choice.params),
+            factors=spectrum.factors(choice.ranks),
+            owner=layer.owner,
+            parts=layer.parts,
+        )
+
+    def dense(self, layer: FactorizableLayer) -> Choice:
+        """Return the choice that leaves the layer unchanged."""
+        ranks = layer.limits or ()
+        macs, params = layer.current_cost
+        choice = self._priced("", ranks, macs, params, 0.0)
+        is_timed = self._goal.price is None and layer.forms != ("embedding",)
+        return replace(choice, cost=self._timer(layer, "", ())) if is_timed else choice
+
+    def _by_rule(self, layer: FactorizableLayer, rule: RankRule) -> Choice:
+        """Return the cheapest form at the ranks of the rule."""
+        probe = self._probe
+        dense = self.dense(layer)
         found = [dense]
         for form in self._forms(layer):
-            spectrum = self.spectrum(layer, form)
+            spectrum = self._spectrum(layer, form)
             measure = None if probe is None else lambda ranks, s=spectrum: probe(layer, s, ranks)
-            ranks = self._options.rule(spectrum, measure)
-            ranks = tuple(max(rank, self._options.min_rank) for rank in ranks)
-            ranks = rounded(ranks, layer.limits or spectrum.full, self._options.round_to)
+            ranks = tuple(max(rank, self._allocation.min_rank) for rank in rule(spectrum, measure))
+            ranks = rounded(ranks, layer.limits or spectrum.full, self._allocation.round_to)
             choice = self._priced(form, ranks, *layer.cost(form, ranks), spectrum.error(ranks))
-            if self._is_smaller(choice, dense):
+            if _is_smaller(choice, dense):
                 found.append(choice)
         return min(found, key=lambda choice: (choice.macs, choice.params))
 
-    def sensitivity(self, layer: Layer, front: list[Choice], probe: Callable[[Layer, Spectrum, Ranks], float]) -> float:
-        """How much the output changes for one unit of the layer's error, asked in the middle of its choices."""
-        choice = front[max((len(front) - 1) // 2 - 1, 0)]
-        change = probe(layer, self.spectrum(layer, choice.form), choice.ranks)
-        return max(change, 1e-12) / max(choice.error, 1e-12)
+    def _sensitivity(self, layer: FactorizableLayer, front: list[Choice]) -> float:
+        """Return the weight of the layer's error: the output's change per unit of error, at a middle choice."""
+        if self._probe is None or self._allocation.importance == "equal":
+            return 1.0
+        if layer.name not in self._sensitivities:
+            choice = front[max((len(front) - 1) // 2 - 1, 0)]
+            change = self._probe(layer, self._spectrum(layer, choice.form), choice.ranks)
+            self._sensitivities[layer.name] = max(change, 1e-12) / max(choice.error, 1e-12)
+        return self._sensitivities[layer.name]
 
-    def slower(self, able: Mapping[str, Layer], chosen: Mapping[str, Choice]) -> dict[str, str]:
-        """The chosen layers whose factors take longer than they do."""
-        reasons = {}
-        for name, choice in chosen.items():
-            if choice.form and choice.form != "embedding":
-                before = self._timer(able[name], "", ())
-                after = self._timer(able[name], choice.form, choice.ranks)
-                if after >= before:
-                    reasons[name] = (
-                        f"its factors ({choice.form}, rank {_product(choice.ranks)}) took {after * 1e6:.0f} us here, "
-                        f"the layer itself {before * 1e6:.0f} us"
-                    )
-        return reasons
+    def _spectrum(self, layer: FactorizableLayer, form: str) -> Spectrum:
+        key = layer.name, form
+        if key not in self._spectra:
+            is_weighted = form in {"linear", "channel"} and layer.name in self._evidence
+            metric = self._options.fit.metric(self._evidence[layer.name]) if is_weighted else None
+            self._spectra[key] = decompose(form, layer.weight, metric)
+        return self._spectra[key]
 
-    def factored(self, layer: Layer, choice: Choice) -> Factored:
-        """The factors themselves."""
-        spectrum, dense = self.spectrum(layer, choice.form), self.as_it_is(layer)
-        return Factored(
-            choice.form,
-            choice.ranks,
-            spectrum.full,
-            choice.error,
-            (dense.macs, choice.macs),
-            (dense.params, choice.params),
-            spectrum.factors(choice.ranks),
-            layer.owner,
-            layer.blocks,
-        )
-
-    def _forms(self, layer: Layer) -> tuple[str, ...]:
-        """With evidence only the forms that can use it: errors in different norms do not compare."""
-        weighed = self._options.fit.needs and "channel" in layer.forms and len(layer.forms) > 1
-        return ("channel",) if weighed else layer.forms
-
-    def as_it_is(self, layer: Layer) -> Choice:
-        """The layer unchanged."""
-        ranks = layer.limits or ()
-        macs, params = layer.cost(layer.forms[0], ranks) if ranks else (layer.macs, layer.weight.numel())
-        choice = self._priced("", ranks, macs, params, 0.0)
-        return replace(choice, cost=self._timer(layer, "", ())) if self._quantity == "seconds" else choice
+    def _forms(self, layer: FactorizableLayer) -> tuple[str, ...]:
+        """Return the forms to compare; with evidence only one, as errors in different norms do not compare."""
+        is_weighted = self._options.fit.needs and "channel" in layer.forms and len(layer.forms) > 1
+        return ("channel",) if is_weighted else layer.forms
 
     def _priced(self, form: str, ranks: Ranks, macs: float, params: int, error: float) -> Choice:
-        costs = {"params": float(params), "bytes": float(params * self._bytes)}
-        return Choice(form, ranks, macs, params, costs.get(self._quantity, macs), error)
+        price = self._goal.price
+        return Choice(form, ranks, macs, params, macs if price is None else price(macs, params), error)
 
-    def _choices(self, layer: Layer, form: str, dense: Choice) -> list[Choice]:
-        spectrum = self.spectrum(layer, form)
+    def _choices(self, layer: FactorizableLayer, form: str, dense: Choice) -> list[Choice]:
+        spectrum = self._spectrum(layer, form)
         steps = [self._steps(full) for full in (layer.limits or spectrum.full)]
         if len(steps) == 2:
-            return self._tucker(layer, spectrum, steps, dense)
-        shares = spectrum.shares().tolist()
-        found = (self._priced(form, (rank,), *layer.cost(form, (rank,)), shares[rank - 1]) for rank in steps[0])
-        return list(takewhile(lambda choice: self._is_smaller(choice, dense), found))  # the next one only costs more
+            return self._tucker_choices(layer, spectrum, steps, dense)
+        errors = spectrum.relative_errors().tolist()
+        found = (self._priced(form, (rank,), *layer.cost(form, (rank,)), errors[rank - 1]) for rank in steps[0])
+        return list(takewhile(lambda choice: _is_smaller(choice, dense), found))  # higher ranks only cost more
 
-    def _tucker(self, layer: Layer, spectrum: Spectrum, steps: list[list[int]], dense: Choice) -> list[Choice]:
-        """Of the grid of both ranks only what may lie on the frontier."""
+    def _tucker_choices(
+        self, layer: FactorizableLayer, spectrum: Spectrum, steps: list[list[int]], dense: Choice
+    ) -> list[Choice]:
+        """Return those pairs of ranks that may lie on the frontier."""
         inputs, outputs = np.array(steps[0])[:, None], np.array(steps[1])[None]
-        feature_layers = math.prod(layer.weight.shape[3:])
-        grid: Any = layer.cost  # arithmetic alone, so of whole arrays too
+        kernel_size = math.prod(layer.weight.shape[3:])
+        grid: Any = layer.cost  # plain arithmetic, so it takes whole arrays too
         macs, params = grid("tucker2", (inputs, outputs))
-        good = (macs < dense.macs) & (params < dense.params)
-        good &= (inputs <= outputs * feature_layers) & (
-            outputs <= inputs * feature_layers
-        )  # beyond that a rank adds nothing
-        errors = spectrum.shares().cpu().numpy()[inputs - 1, outputs - 1][good]
-        cost = (macs if self._quantity in {"macs", "seconds"} else params)[good]
+        smaller = (macs < dense.macs) & (params < dense.params)
+        useful = (inputs <= outputs * kernel_size) & (outputs <= inputs * kernel_size)  # higher ranks gain nothing
+        good = smaller & useful
+        errors = spectrum.relative_errors().cpu().numpy()[inputs - 1, outputs - 1][good]
+        cost = (macs if self._goal.price is None else self._goal.price(macs, params))[good]
         order = cost.argsort(kind="stable")
-        least = np.minimum.accumulate(np.concatenate([[math.inf], errors[order]]))
-        order = order[errors[order] < least[:-1]]
+        lowest = np.minimum.accumulate(np.concatenate([[math.inf], errors[order]]))
+        order = order[errors[order] < lowest[:-1]]
         places = np.argwhere(good)[order].tolist()
-        columns = zip(
-            places, *(column[good][order].tolist() for column in (macs, params)), errors[order].tolist(), strict=True
-        )
+        columns = (column[good][order].tolist() for column in (macs, params))
         return [
             self._priced("tucker2", (steps[0][i], steps[1][o]), macs, params, error)
-            for (i, o), macs, params, error in columns
+            for (i, o), macs, params, error in zip(places, *columns, errors[order].tolist(), strict=True)
         ]
 
     def _steps(self, full: int) -> list[int]:
-        """The ranks that are tried: multiples of ``round_to``, and the full rank where it is none."""
-        first = math.ceil(self._options.min_rank / self._options.round_to) * self._options.round_to
-        return [*range(first, full, self._options.round_to), full]
+        """Return the ranks to try: multiples of ``round_to``, and the full rank."""
+        return [*range(_lowest_rank(self._allocation, full), full, self._allocation.round_to), full]
 
-    def _is_smaller(self, choice: Choice, dense: Choice) -> bool:
-        cheaper = choice.macs < dense.macs or choice.form == "embedding"
-        return choice.params < dense.params and cheaper
-
-    def _timed(self, layer: Layer, choices: list[Choice], dense: Choice) -> list[Choice]:
-        """At most a few choices, evenly spread, with measured costs; only those that are faster than the layer."""
-        count = min(_TIMED, len(choices))
+    def _timed(self, layer: FactorizableLayer, choices: list[Choice], dense: Choice) -> list[Choice]:
+        """Time a few evenly spread choices, and return those that run faster than the layer."""
+        count = min(_TIMED_CHOICES, len(choices))
         picked = [choices[round(i * (len(choices) - 1) / max(count - 1, 1))] for i in range(count)]
         timed = [
             replace(choice, cost=self._timer(layer, choice.form, choice.ranks)) for choice in dict.fromkeys(picked)
         ]
         return [choice for choice in timed if choice.cost < dense.cost]
+
+
+def _lowest_rank(allocation: RankAllocation, full: int) -> int:
+    return min(math.ceil(allocation.min_rank / allocation.round_to) * allocation.round_to, full)
+
+
+def _largest_saving(layer: FactorizableLayer, allocation: RankAllocation, price: Price) -> float:
+    """Return what the cheapest factors of a layer save, or 0."""
+    dense = layer.current_cost
+    savings = [0.0]
+    for form in layer.forms:
+        limits = layer.limits or full_ranks(form, layer.weight.shape)
+        macs, params = layer.cost(form, tuple(_lowest_rank(allocation, limit) for limit in limits))
+        if params < dense[1] and (macs < dense[0] or form == "embedding"):
+            savings.append(price(*dense) - price(macs, params))
+    return max(savings)
+
+
+def _unreachable(goal: Goal, limit: float, lowest: float, count: int) -> BudgetError:
+    return BudgetError(
+        f"`{goal.budget!r}`: expected {goal.quantity} of at most {limit:.6g}, found {lowest:.6g} when all "
+        f"{count} layers that can be factorized have their lowest ranks (now {goal.current:.6g}). Give a larger "
+        "budget, widen `targets`, or lower `min_rank` and `round_to`."
+    )
+
+
+def _is_smaller(choice: Choice, dense: Choice) -> bool:
+    cheaper = choice.macs < dense.macs or choice.form == "embedding"
+    return choice.params < dense.params and cheaper
 
 
 def _product(ranks: Ranks) -> str:

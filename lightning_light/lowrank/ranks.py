@@ -1,4 +1,4 @@
-"""How many ranks a layer keeps: rules for one layer at a time, and a global budget over all of them."""
+"""Rules that choose the ranks of one layer at a time from its singular values."""
 
 from __future__ import annotations
 
@@ -14,82 +14,82 @@ from typing_extensions import override
 
 from lightning_light.lowrank.spectra import MatrixSpectrum, Ranks, Spectrum, TuckerSpectrum
 
-__all__ = ["EVBMF", "EnergyKept", "OutputChange", "RankRatio", "RankRule", "evbmf_rank", "rounded"]
+__all__ = ["EVBMF", "RetainedEnergy", "OutputChange", "RankRatio", "RankRule", "evbmf_rank", "rounded"]
 
 Measure = Callable[[Ranks], float]
 
 
 class RankRule(ABC):
-    """Chooses the ranks of one layer from its spectrum, before they are rounded.
+    """Choose the ranks of one layer from its spectrum, before they are rounded.
 
     Attributes:
-        measures: whether it asks how much the network's output changes, which needs calibration batches.
+        measures: whether it reads how much the network's output changes, which needs calibration batches.
     """
 
     measures: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, spectrum: Spectrum, measure: Measure | None) -> Ranks:
-        """The ranks to keep.
+        """Return the ranks to keep.
 
         Args:
             spectrum: of the layer's weight.
-            measure: ranks -> relative squared change of the network's output with this layer alone factored.
+            measure: ranks -> relative squared change of the network's output with this layer alone factorized.
         """
 
 
 @dataclass(frozen=True)
-class EnergyKept(RankRule):
-    """The smallest ranks that keep ``share`` of the squared norm of the weight.
+class RetainedEnergy(RankRule):
+    """Keep the smallest ranks that retain ``fraction`` of the squared norm of the weight.
 
     Args:
-        share: in (0, 1].
+        fraction: in (0, 1].
 
     Raises:
-        ValueError: unless ``0 < share <= 1``.
+        ValueError: unless ``0 < fraction <= 1``.
     """
 
-    share: float = 0.95
+    fraction: float = 0.95
 
     def __post_init__(self) -> None:
-        _require_share("EnergyKept", self.share)
+        _require_fraction("RetainedEnergy", self.fraction)
 
     @override
     def __call__(self, spectrum: Spectrum, measure: Measure | None) -> Ranks:
-        return _smallest(spectrum, spectrum.errors() <= (1.0 - self.share + 1e-12) * spectrum.total)
+        return _smallest(spectrum, spectrum.errors() <= (1.0 - self.fraction + 1e-12) * spectrum.total)
 
 
 @dataclass(frozen=True)
 class RankRatio(RankRule):
-    """``share`` of the full rank, the same for every layer.
+    """Keep the same fraction of the full rank in every layer.
 
     Args:
-        share: in (0, 1].
+        ratio: in (0, 1].
 
     Raises:
-        ValueError: unless ``0 < share <= 1``.
+        ValueError: unless ``0 < ratio <= 1``.
     """
 
-    share: float = 0.25
+    ratio: float = 0.25
 
     def __post_init__(self) -> None:
-        _require_share("RankRatio", self.share)
+        _require_fraction("RankRatio", self.ratio)
 
     @override
     def __call__(self, spectrum: Spectrum, measure: Measure | None) -> Ranks:
-        return tuple(max(1, round(self.share * full)) for full in spectrum.full)
+        return tuple(max(1, round(self.ratio * full)) for full in spectrum.full)
 
 
 @dataclass(frozen=True)
 class EVBMF(RankRule):
-    """The rank that stands out from noise, by empirical variational Bayes: no number to choose.
+    """Keep the singular values above the noise level found by empirical variational Bayes, which has no parameter.
 
     Nakajima et al., 2013, "Global Analytic Solution of Fully-observed Variational Bayesian Matrix Factorization",
-    JMLR 14, theorem 2 and 3. https://jmlr.org/papers/v14/nakajima13a.html. For the two ranks of Tucker-2 it is asked
-    of both unfoldings, as Kim et al., 2016, do. https://arxiv.org/abs/1511.06530
+    JMLR 14, theorem 2 and 3. https://jmlr.org/papers/v14/nakajima13a.html. The two ranks of
+    Tucker-2 are those of both unfoldings, as in Kim et al., 2016. https://arxiv.org/abs/1511.06530
 
     Args:
-        weaken: in [0, 1): share of the way from the rank found to the full rank that is given back.
+        weaken: in [0, 1): fraction of the removed ranks that is kept after all.
 
     Raises:
         ValueError: unless ``0 <= weaken < 1``.
@@ -110,10 +110,10 @@ class EVBMF(RankRule):
 
 @dataclass(frozen=True)
 class OutputChange(RankRule):
-    """The smallest ranks at which the layer alone changes the network's output by at most ``limit``.
+    """Keep the smallest ranks at which the layer alone changes the network's output by at most ``limit``.
 
-    The change is ``||y - y'||^2 / ||y||^2`` on the calibration batches; found by bisection along the ranks, the two
-    of Tucker-2 in proportion.
+    The change is ``||y - y'||^2 / ||y||^2`` on the calibration batches; the rank is found by bisection, with
+    the two ranks of Tucker-2 in proportion.
 
     Args:
         limit: above 0.
@@ -144,7 +144,7 @@ class OutputChange(RankRule):
 
 
 def rounded(ranks: Ranks, full: Ranks, step: int) -> Ranks:
-    """Up to the next multiple of ``step``, but no more than full; a layer narrower than ``step`` stays in one piece.
+    """Round ranks up to the next multiple of ``step``, at most to the full rank.
 
     Example:
         >>> rounded((5, 30), full=(12, 32), step=8)
@@ -154,7 +154,7 @@ def rounded(ranks: Ranks, full: Ranks, step: int) -> Ranks:
 
 
 def evbmf_rank(values: Tensor, rows: int, columns: int) -> int:
-    """How many of the singular values ``values`` of a ``rows x columns`` matrix are not noise.
+    """Count the singular values ``values`` of a ``rows x columns`` matrix that are above the noise level.
 
     The noise variance is the one that minimizes the free energy, eq. 37 to 42 of Nakajima et al., 2013.
 
@@ -188,7 +188,7 @@ def evbmf_rank(values: Tensor, rows: int, columns: int) -> int:
 
 
 def _free_energy(x: Tensor, alpha: float, bound: float) -> float:
-    """Eq. 41 and 42, without the part in the logarithm of the variance."""
+    """Compute eq. 41 and 42 without the term in the logarithm of the variance."""
     large, small = x[x > bound], x[x <= bound].clamp_min(1e-300)
     tau = 0.5 * (large - (1 + alpha) + ((large - (1 + alpha)).square() - 4 * alpha).clamp_min(0.0).sqrt())
     terms = [
@@ -201,7 +201,7 @@ def _free_energy(x: Tensor, alpha: float, bound: float) -> float:
 
 
 def _minimum(function: Callable[[float], float], low: float, high: float) -> float:
-    """On a fine logarithmic grid, then by golden section around the best of it: the function has several valleys."""
+    """Minimize a function with several minima: a logarithmic grid, then golden-section search around its best point."""
     grid: list[float] = [low * (high / low) ** (place / 63) for place in range(64)]
     best = min(range(len(grid)), key=lambda place: function(grid[place]))
     left, right = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
@@ -213,7 +213,7 @@ def _minimum(function: Callable[[float], float], low: float, high: float) -> flo
 
 
 def _unfoldings(spectrum: Spectrum) -> list[tuple[Tensor, tuple[int, int]]]:
-    """Singular values ``(groups, values)`` and the shape of the matrix, for every rank of the form."""
+    """Return singular values ``(groups, values)`` and the shape of the matrix, for every rank of the form."""
     if isinstance(spectrum, TuckerSpectrum):
         return [(spectrum.input_values, spectrum.shapes[0]), (spectrum.output_values, spectrum.shapes[1])]
     assert isinstance(spectrum, MatrixSpectrum)
@@ -221,7 +221,7 @@ def _unfoldings(spectrum: Spectrum) -> list[tuple[Tensor, tuple[int, int]]]:
 
 
 def _smallest(spectrum: Spectrum, good: Tensor) -> Ranks:
-    """The ranks with the fewest in total at which ``good`` holds; it holds at full rank."""
+    """Return the ranks with the smallest sum at which ``good`` holds; it holds at full rank."""
     good = good.clone()
     good[tuple(full - 1 for full in spectrum.full)] = True
     places = good.nonzero()
@@ -232,6 +232,8 @@ def _in_proportion(full: Ranks, largest: int) -> Ranks:
     return tuple(max(1, math.ceil(largest * rank / max(full))) for rank in full)
 
 
-def _require_share(kind: str, share: float) -> None:
-    if not 0.0 < share <= 1.0:
-        raise ValueError(f"`{kind}({share})`: expected 0 < share <= 1, never percent. For a half write `{kind}(0.5)`.")
+def _require_fraction(kind: str, value: float) -> None:
+    if not 0.0 < value <= 1.0:
+        raise ValueError(
+            f"`{kind}({value})`: expected a fraction in (0, 1], no percentage. For a half write `{kind}(0.5)`."
+        )

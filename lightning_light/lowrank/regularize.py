@@ -1,4 +1,4 @@
-"""Training that makes a later factorization cheap: penalties whose gradients are added before the optimizer steps."""
+"""Regularizers that prepare layers for factorization: their gradients are added before the optimizer step."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-__all__ = ["NuclearNorm", "Orthogonality", "RankPenalty", "add_rank_penalty"]
+__all__ = ["NuclearNorm", "Orthogonality", "RankRegularizer", "add_regularizer_gradients"]
 
 
-class RankPenalty(ABC):
-    """A penalty on the matrices ``(out, in * kernel)`` of the layers that are going to be factored."""
+class RankRegularizer(ABC):
+    """Regularize the matrices ``(out, in * kernel)`` of the layers that will be factorized."""
 
     @abstractmethod
     def gradient(self, matrix: Tensor) -> Tensor:
-        """Of the penalty, in the shape of ``matrix``."""
+        """Return the gradient of the regularizer, in the shape of ``matrix``."""
 
 
 @dataclass(frozen=True)
-class NuclearNorm(RankPenalty):
-    """``strength * sum of singular values``: small ones become zero, large ones hardly change.
+class NuclearNorm(RankRegularizer):
+    """Add ``strength * sum of singular values``, which drives small singular values to zero.
 
-    The gradient is ``strength * U V^T`` (Watson, 1992); singular values of zero have none. In the manner of Xu et al.,
-    2019, "Trained Rank Pruning for Efficient Deep Neural Networks", who add it as a subgradient.
+    The gradient is ``strength * U V^T`` (Watson, 1992); singular values of zero have none. Used as a
+    subgradient in Xu et al., 2019, "Trained Rank Pruning for Efficient Deep Neural Networks".
     https://arxiv.org/abs/1812.02402
 
     Args:
-        strength: above 0; as a weight decay, for instance 3e-4.
+        strength: above 0, on the scale of a weight decay, for instance 3e-4.
 
     Raises:
         ValueError: ``strength`` is not above 0.
@@ -50,12 +50,12 @@ class NuclearNorm(RankPenalty):
 
 
 @dataclass(frozen=True)
-class Orthogonality(RankPenalty):
-    """``strength / 2 * ||G - I||^2`` of the smaller Gram matrix ``G``: directions stay apart, none dominates.
+class Orthogonality(RankRegularizer):
+    """Add ``strength / 2 * ||G - I||^2`` of the smaller Gram matrix ``G``, which keeps singular values close to 1.
 
     Bansal et al., 2018, "Can We Gain More from Orthogonality Regularizations in Training Deep Networks?", the soft
     orthogonality of section 3.1 (there of ``W^T W``). https://arxiv.org/abs/1810.09102. It keeps factors well
-    conditioned; it does not lower the rank by itself.
+    conditioned, and does not lower the rank by itself.
 
     Args:
         strength: above 0, for instance 1e-3.
@@ -77,13 +77,15 @@ class Orthogonality(RankPenalty):
         return 2.0 * self.strength * (gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)) @ matrix
 
 
-def add_rank_penalty(penalty: RankPenalty, layers: Iterable[nn.Module], parameters: Iterable[nn.Parameter]) -> None:
-    """Add the penalty's gradient to the ``.grad`` of every layer's weight that ``parameters`` has.
+def add_regularizer_gradients(
+    regularizer: RankRegularizer, layers: Iterable[nn.Module], parameters: Iterable[nn.Parameter]
+) -> None:
+    """Add the gradient of ``regularizer`` to the ``.grad`` of the layers' weights.
 
     Args:
-        penalty: what to add.
+        regularizer: defines the gradient.
         layers: linear layers, convolutions, embeddings.
-        parameters: those that the optimizer is about to change.
+        parameters: those of the coming optimizer step; other weights are left alone.
     """
     mine = set(parameters)
     for layer in layers:
@@ -91,7 +93,7 @@ def add_rank_penalty(penalty: RankPenalty, layers: Iterable[nn.Module], paramete
         if isinstance(weight, nn.Parameter) and weight in mine and weight.grad is not None:
             groups: int = getattr(layer, "groups", 1)
             matrices = weight.detach().float().reshape(groups, len(weight) // groups, -1)
-            gradients = torch.stack([penalty.gradient(matrix) for matrix in matrices])
+            gradients = torch.stack([regularizer.gradient(matrix) for matrix in matrices])
             weight.grad.add_(gradients.reshape(weight.shape).to(weight.grad.dtype))
 
 

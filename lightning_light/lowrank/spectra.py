@@ -1,4 +1,4 @@
-"""Decompositions of one weight, done once, from which factors of any rank are read.
+"""Decompose a weight once, and read factors of any rank from the decomposition.
 
 Weights are ``(groups, out, in, *kernel)``, with channels counted within a group.
 """
@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-__all__ = ["MatrixSpectrum", "Spectrum", "TuckerSpectrum", "decompose"]
+__all__ = ["MatrixSpectrum", "Ranks", "Spectrum", "TuckerSpectrum", "decompose", "full_ranks"]
 
 Ranks = tuple[int, ...]
 
 
 class Spectrum(ABC):
-    """One weight, decomposed in one form.
+    """Decomposition of one weight in one form.
 
     Attributes:
         form: ``"linear"``, ``"embedding"``, ``"channel"``, ``"spatial"`` or ``"tucker2"``.
-        full: the ranks at which nothing is lost.
+        full: the ranks at which the factors are exact.
         total: squared norm of the weight, in the norm of the fit.
     """
 
@@ -33,27 +33,27 @@ class Spectrum(ABC):
 
     @abstractmethod
     def errors(self) -> Tensor:
-        """Squared error at every rank, ``errors()[r - 1]``; for two ranks ``errors()[r1 - 1, r2 - 1]``."""
+        """Return the squared error at every rank, ``errors()[r - 1]``; for two ranks ``errors()[r1 - 1, r2 - 1]``."""
 
     @abstractmethod
     def factors(self, ranks: Ranks) -> list[Tensor]:
-        """The factors at ``ranks``, in the order in which they are applied."""
+        """Return the factors at ``ranks``, in the order in which they are applied."""
 
     def error(self, ranks: Ranks) -> float:
-        """Share of the weight's energy that is lost at ``ranks``, in [0, 1]."""
-        return float(self.shares()[tuple(rank - 1 for rank in ranks)])
+        """Return the fraction of the weight's energy that is lost at ``ranks``, in [0, 1]."""
+        return float(self.relative_errors()[tuple(rank - 1 for rank in ranks)])
 
-    def shares(self) -> Tensor:
-        """`errors` as shares of the weight's energy."""
+    def relative_errors(self) -> Tensor:
+        """Return `errors` as fractions of the weight's energy."""
         return self.errors() / max(self.total, 1e-300)
 
 
 class MatrixSpectrum(Spectrum):
-    """The singular value decomposition of a matricized weight; optimal at every rank.
+    """Singular value decomposition of a matricized weight; optimal at every rank.
 
     The best matrix of rank r is ``U U^T W`` with the first r left singular vectors ``U``, in any norm ``||. M||``
-    (Eckart and Young, 1936): so no inverse of ``M`` is needed, and ``U`` is read off the small ``W M M^T W^T``. That is
-    several times faster than decomposing ``W`` itself, and in double precision as exact as single precision can hold.
+    (Eckart and Young, 1936), so that no inverse of ``M`` is needed, and ``U`` comes from the small ``W M M^T W^T``.
+    That is several times faster than decomposing ``W`` itself, and as exact as single precision can represent.
     """
 
     def __init__(self, form: str, weight: Tensor, metric: Tensor | None = None) -> None:
@@ -63,7 +63,7 @@ class MatrixSpectrum(Spectrum):
         matrix = matrix if metric is None else matrix.double()
         self.shape = (matrix.shape[1], matrix.shape[2])
         is_tall = self.shape[0] > self.shape[1]
-        self._flipped = is_tall and metric is None  # then the right singular vectors are the small problem
+        self._flipped = is_tall and metric is None  # the right singular vectors are then the smaller problem
         self._matrix = matrix.mT if self._flipped else matrix
         if is_tall and metric is not None:
             outer, inner = torch.linalg.qr(matrix)
@@ -71,7 +71,7 @@ class MatrixSpectrum(Spectrum):
             self._vectors, self._values = outer @ vectors, values
         else:
             self._vectors, self._values = _left_vectors(self._matrix, metric)
-        self.full = (self._values.shape[-1],)
+        self.full = full_ranks(form, weight.shape)
         squares = self._values.square().sum(0)
         tails = squares.flip(0).cumsum(0).flip(0)
         self.total = float(squares.sum())
@@ -97,7 +97,7 @@ class MatrixSpectrum(Spectrum):
 
 
 class TuckerSpectrum(Spectrum):
-    """Tucker-2: the higher-order SVD over inputs and outputs; improved by alternation when its factors are read.
+    """Tucker-2 decomposition: the higher-order SVD over inputs and outputs, refined by alternation.
 
     Kim et al., 2016, "Compression of Deep Convolutional Neural Networks for Fast and Low Power Mobile Applications".
     https://arxiv.org/abs/1511.06530. Alternation: De Lathauwer et al., 2000, "On the Best Rank-1 and Rank-(R1,...,RN)
@@ -110,15 +110,15 @@ class TuckerSpectrum(Spectrum):
         self._kernel, self._dtype = weight.shape[3:], weight.dtype
         self._sweeps = sweeps
         tensor = weight.flatten(3)
-        groups, self._out, self._in, feature_layers = tensor.shape
+        groups, self._out, self._in, kernel_size = tensor.shape
         self._by_out = tensor.transpose(2, 3).reshape(groups, -1, self._in)  # rows: (out, kernel)
         self._by_in = tensor.permute(0, 2, 3, 1).reshape(groups, -1, self._out)  # rows: (in, kernel)
-        self.shapes = ((self._in, self._out * feature_layers), (self._out, self._in * feature_layers))
+        self.shapes = ((self._in, self._out * kernel_size), (self._out, self._in * kernel_size))
         self._inputs, self.input_values = _left_vectors(self._by_in.reshape(groups, self._in, -1))
         self._outputs, self.output_values = _left_vectors(self._by_out.reshape(groups, self._out, -1))
-        self.full = (self._inputs.shape[-1], self._outputs.shape[-1])
+        self.full = full_ranks(self.form, weight.shape)
         core = self._outputs.mT @ self._reduced(self._inputs)
-        energy = core.square().sum(0).reshape(self.full[1], feature_layers, self.full[0]).sum(1).mT
+        energy = core.square().sum(0).reshape(self.full[1], kernel_size, self.full[0]).sum(1).mT
         self.total = float(energy.sum())
         self._errors = (energy.sum() - energy.cumsum(0).cumsum(1)).clamp_min(0.0)
 
@@ -143,7 +143,7 @@ class TuckerSpectrum(Spectrum):
         return [factor.to(self._dtype) for factor in (first, middle, last)]
 
     def _reduced(self, inputs: Tensor) -> Tensor:
-        """The weight with its inputs projected: ``(groups, out, kernel * rank)``."""
+        """Return the weight with its inputs projected: ``(groups, out, kernel * rank)``."""
         return (self._by_out @ inputs).reshape(len(inputs), self._out, -1)
 
 
@@ -165,8 +165,24 @@ def decompose(form: str, weight: Tensor, metric: Tensor | None = None) -> Spectr
     return TuckerSpectrum(weight) if form == "tucker2" else MatrixSpectrum(form, weight, metric)
 
 
+def full_ranks(form: str, shape: Sequence[int]) -> Ranks:
+    """Return the ranks at which a weight of ``shape`` ``(groups, out, in, *kernel)`` is represented exactly.
+
+    Example:
+        >>> [full_ranks(form, (1, 6, 4, 3, 3)) for form in ("channel", "spatial", "tucker2")]
+        [(6,), (12,), (4, 6)]
+    """
+    _, out, inputs, *kernel = shape
+    if form == "tucker2":
+        size = math.prod(kernel)
+        return min(inputs, out * size), min(out, inputs * size)
+    if form == "spatial":
+        return (min(out * kernel[1], inputs * kernel[0]),)
+    return (min(out, inputs * math.prod(kernel)),)
+
+
 def matricize(form: str, weight: Tensor) -> Tensor:
-    """The matrices ``(groups, rows, columns)`` whose rank the form lowers; columns are what the first factor reads."""
+    """Return the matrices ``(groups, rows, columns)`` of reduced rank; the first factor reads the columns."""
     if form == "embedding":
         return weight.mT
     if form == "spatial":  # rows: (out, x); columns: (in, y)
@@ -190,7 +206,7 @@ def _fold(form: str, first: Tensor, second: Tensor, shape: Sequence[int]) -> lis
 
 
 def _left_vectors(matrix: Tensor, metric: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Left singular vectors and values of ``W M``, in descending order, from the small matrix ``W M M^T W^T``."""
+    """Compute left singular vectors and values of ``W M``, in descending order, from ``W M M^T W^T``."""
     gram = (matrix if metric is None else _apply(matrix, metric.to(matrix))) @ matrix.mT
     values, vectors = torch.linalg.eigh(gram)
     count = min(matrix.shape[1:])
@@ -202,13 +218,13 @@ def _apply(matrix: Tensor, metric: Tensor) -> Tensor:
 
 
 def _balanced(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """The same product, from factors whose rows and columns have equal norms."""
+    """Scale two factors so that rows and columns have equal norms; their product stays the same."""
     rows, columns = first.norm(dim=2), second.norm(dim=1)
     scale = (columns.clamp_min(1e-30) / rows.clamp_min(1e-30)).sqrt()
     return first * scale[:, :, None], second / scale[:, None, :]
 
 
 def _shared_scale(core: Tensor) -> float:
-    """What orthonormal factors are multiplied by so that all three have entries of the same size, roughly."""
+    """Return the scale of orthonormal factors at which all three have entries of about the same size."""
     largest = float(core.abs().amax())
     return math.pow(largest, 1 / 3) if largest > 0.0 else 1.0

@@ -21,7 +21,7 @@ __all__ = ["Quantity", "colored", "heat_map", "short_names"]
 Quantity = Literal["channels", "weights"]
 
 # From ColorBrewer's YlGnBu (Brewer, 2002, https://colorbrewer2.org), which is safe for color-blind readers.
-_COLORS = {"black": "#ffffd9", "mid": "#41b6c4", "white": "#081d58"}  # of the fractions 0, 0.5 and 1
+_COLORS = ("#ffffd9", "#41b6c4", "#081d58")  # of the fractions 0, 0.5 and 1
 
 _PLOT_WIDTH, _MARGIN = 560, 16
 _ROW, _MIN_ROW, _MAX_HEIGHT = 20, 3, 1600  # pixels
@@ -81,7 +81,8 @@ def colored(fractions: Tensor, height: int) -> Image:
     from PIL import Image, ImageOps
 
     gray = Image.fromarray((fractions.clamp(0, 1) * 255).round().to(torch.uint8).numpy())
-    return ImageOps.colorize(gray, **_COLORS).resize((gray.width, height), Image.Resampling.NEAREST)
+    low, middle, high = _COLORS
+    return ImageOps.colorize(gray, low, high, middle).resize((gray.width, height), Image.Resampling.NEAREST)
 
 
 def _by_pixel(history: History, columns: Sequence[Sequence[float]]) -> Tensor:

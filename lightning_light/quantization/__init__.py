@@ -1,25 +1,32 @@
-"""Fewer bits: the network is trained with the rounding of the kernels that will run it."""
+"""Quantization: fewer bits for weights and activations, during training and after it."""
 
+from lightning_light.quantization.checkpoint_state import fake_quantized
 from lightning_light.quantization.functional import quantize
 from lightning_light.quantization.learned_recipes import LSQ, PACT
-from lightning_light.quantization.mixed import Mixed
-from lightning_light.quantization.observers import MSE, AtRunTime, MinMax, MovingAverage, Observer, Percentile
+from lightning_light.quantization.mixed_precision import MixedPrecision
+from lightning_light.quantization.observers import (
+    DynamicObserver,
+    MinMax,
+    MovingAverage,
+    MSEObserver,
+    Observer,
+    Percentile,
+)
 from lightning_light.quantization.post_training import AdaRound, BitBudget, Sensitivity, measure_sensitivity
 from lightning_light.quantization.quantization_aware_training import QuantizationAwareTraining
 from lightning_light.quantization.recipes import Binary, Int8, IntN, Recipe, Ternary
-from lightning_light.quantization.state import fake_quantized
 
 __all__ = [
     "AdaRound",
-    "AtRunTime",
     "Binary",
     "BitBudget",
+    "DynamicObserver",
     "Int8",
     "IntN",
     "LSQ",
-    "MSE",
+    "MSEObserver",
     "MinMax",
-    "Mixed",
+    "MixedPrecision",
     "MovingAverage",
     "Observer",
     "PACT",

@@ -1,4 +1,4 @@
-"""Quantization without training: ranges from a few batches."""
+"""Post-training quantization: ranges from calibration batches."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from lightning_light.errors import NoEffectWarning
 from lightning_light.example_input import ExampleInput
 from lightning_light.isolation import isolated, uncompiled
-from lightning_light.quantization.attachment import Attachment
+from lightning_light.quantization.checkpoint_state import METHOD, attach_fake_quantizer, begin
+from lightning_light.quantization.fake_quantize import merge_ranges
+from lightning_light.quantization.fake_quantizer import FakeQuantizer
+from lightning_light.quantization.learned_qparams import initial_values, weight_scale
 from lightning_light.quantization.observers import MinMax, MovingAverage
-from lightning_light.quantization.parameters import first_values
-from lightning_light.quantization.plan import Plan
+from lightning_light.quantization.plan import QuantizationPlan
 from lightning_light.quantization.post_training.adaround import AdaRound
 from lightning_light.quantization.post_training.calibration import (
     calls_from,
@@ -26,9 +28,8 @@ from lightning_light.quantization.post_training.calibration import (
 )
 from lightning_light.quantization.post_training.equalization import equalize as equalize_layers
 from lightning_light.quantization.post_training.refinement import Refinement
+from lightning_light.quantization.range_observer import RangeObserver
 from lightning_light.quantization.recipes import Recipe
-from lightning_light.quantization.rounding import merge
-from lightning_light.quantization.state import METHOD, attach_from, begin
 from lightning_light.surgery.attachment import attach, release
 
 __all__ = ["quantize"]
@@ -44,45 +45,44 @@ def quantize(
     rounding: AdaRound | None = None,
     progress_bar: bool = True,
 ) -> nn.Module:
-    """Note the ranges of a trained network's numbers, so that it can be rounded and exported with few bits.
+    """Quantize a trained network after training: observe the ranges of its activations on calibration batches.
 
-    There is no moving average, since the weights do not move: where the recipe says `MovingAverage` or `MinMax` a range
-    holds all that was seen, and what other observers find is the mean over the batches. Within `fake_quantized` the
-    network computes with rounded numbers. Where too much accuracy is lost, three options change the weights to win
-    some back, and ``QuantizationAwareTraining(recipe, start=0.0)`` goes on from what this has found. Without options
-    the network itself is as before.
+    There is no moving average, since the weights do not change: where the recipe has `MovingAverage` or `MinMax` a
+    range holds all observed values, and what other observers find is averaged over the batches. Inside `fake_quantized`
+    the network is quantized. Where too much accuracy is lost, three options change the weights to recover some, and
+    ``QuantizationAwareTraining(recipe, start=0.0)`` continues from here. Without options the weights are as before.
 
     Args:
         model: trained; in any mode, on any device.
         calibration: inputs of ``model``: a tensor, a tuple of arguments, or a dict of keyword arguments for each call.
-            A hundred training images are a good start, a thousand for ``rounding``; labels are not wanted.
-        recipe: how many bits, and by which engine's rules.
-        equalize: before all else, let layers in a row share out their ranges, channel by channel; the network computes
-            what it did. It goes through batch norm, ReLU and leaky ReLU, not through ReLU6. It is for networks of
-            depthwise convolutions, whose channels have ranges that are far apart.
-        correct_bias: put right the mean of every channel, which rounding has moved, layer by layer. It is added to the
-            bias of the layer or of its batch norm.
-        rounding: learn which weights to round up and which down, layer by layer: ``AdaRound()``. The weights are
-            placed on the grid that they will be rounded to.
-        progress_bar: whether a terminal shows how far ``correct_bias`` and ``rounding`` have come.
+            A hundred training images are a good start, a thousand for ``rounding``; without labels.
+        recipe: how many bits, and for whose kernels.
+        equalize: first, equalize the ranges of consecutive layers, channel by channel; the network computes the same
+            function. Through batch norm, ReLU and leaky ReLU, not through ReLU6. For networks of depthwise
+            convolutions, whose channels have very different ranges.
+        correct_bias: correct the shift of every channel's mean that quantization causes, layer by layer, in the bias of
+            the layer or of its batch norm.
+        rounding: learn which weights to round up and which down, layer by layer: ``AdaRound()``. The weights become
+            multiples of their scale.
+        progress_bar: whether a terminal shows the progress of ``correct_bias`` and ``rounding``.
 
     Returns:
         ``model``.
 
     Raises:
         ValueError: there is no calibration data, the model cannot be called with it, it comes in lists, as from a
-            loader of images and labels, or numbers in the network are not finite; or no layer has a weight that can
-            be rounded. As after any other error, ``model`` is then as it was.
+            loader of images and labels, or values in the network are not finite; or no layer has a weight that can
+            be quantized. As after any other error, ``model`` is then as it was.
         TypeError: ``recipe`` is no recipe, ``rounding`` no `AdaRound`, or ``calibration`` no iterable of batches.
 
     Warns:
-        NoEffectWarning: an option has found nothing to do, or not for all layers, which are named.
+        NoEffectWarning: an option had nothing to do, or not for all layers, which are named.
 
     Example:
         >>> from lightning_light.quantization import Int8, fake_quantized, quantize
         >>> images = torch.randn(4, 3, 8, 8)
         >>> with fake_quantized(quantize(model, [images], Int8(), equalize=True)):
-        ...     answers = model(images)
+        ...     logits = model(images)
     """
     check_calibration("quantize", model, calibration)
     _check_values(model, recipe, rounding)
@@ -99,46 +99,45 @@ def quantize(
         model.eval()
         if equalize and not equalize_layers(model, first):
             _warn("equalize=True", "no two layers in a row with nothing but batch norm, ReLU and pooling between them")
-        begin(state, model, first, recipe)
-        attachment = attach_from(model, state)
-        if attachment is None:
+        plan = begin(state, model, first, recipe)
+        quantizer = attach_fake_quantizer(model, state)
+        if quantizer is None:
             raise ValueError(
-                f"`quantize({type(model).__name__}, calibration, {recipe!r})`: expected layers to round, found no "
-                f"convolution or linear layer that can be; left float: {state['plan']['left_float'] or 'none'}. Give "
-                "the part of the network that has some, or keep less float."
+                f"`quantize({type(model).__name__}, calibration, {recipe!r})`: expected layers to quantize, found no "
+                f"convolution or linear layer that can be; left in float: {plan.left_float or 'none'}. Give the part "
+                "of the network that has some, or exclude fewer."
             )
         try:
-            _observe(model, attachment, state, _chain(first, inputs))
-            state["form"], state["recipe"] = "rounded", repr(recipe)
-            state["layers"] = attachment.plan.bits_of_layers()
-            attachment.form = "rounded"
-            state["learned"] |= attachment.first_steps | first_values(attachment.grids, attachment.scales)
-            attachment.learned = state["learned"]
+            _observe(model, quantizer, state, _chain(first, inputs))
+            state["enabled"], state["recipe"] = True, repr(recipe)
+            state["layers"] = plan.bits_of_layers()
+            state["learned"] |= initial_values(quantizer.activations, quantizer.qparams)
+            quantizer.enabled, quantizer.learned = True, state["learned"]
+            quantizer.update(state["ranges"])
             if correct_bias or rounding is not None:
-                refinement = Refinement(model, attachment, examples, rounding, correct_bias, state["learned"])
+                refinement = Refinement(model, quantizer, examples, rounding, correct_bias, state["learned"])
                 refinement.run(progress_bar=progress_bar)
-                _tell(refinement)
+                _warn_of_unchanged(refinement)
         finally:
-            attachment.let_go()
+            quantizer.detach()
     attach(model).state[METHOD] = state
     release(model)
     return model
 
 
-def _observe(model: nn.Module, attachment: Attachment, state: dict[str, Any], inputs: Iterable[ExampleInput]) -> None:
-    attachment.observing = True
-    wide = [isinstance(grid.observer, MinMax | MovingAverage) for grid in attachment.grids]
-    widest = torch.tensor(wide, dtype=torch.bool)
+def _observe(model: nn.Module, quantizer: FakeQuantizer, state: dict[str, Any], inputs: Iterable[ExampleInput]) -> None:
+    observer = quantizer.observer = RangeObserver(quantizer.activations)
+    widest = torch.tensor([isinstance(spec.observer, MinMax | MovingAverage) for spec in quantizer.activations])
     for batch, call in enumerate(inputs):
         with explained("quantize", model, call):
             model(*call.args, **call.kwargs)
-        shares = torch.where(widest, torch.nan, 1 / (batch + 1))
-        seen = attachment.observed(torch.device("cpu"))
-        _check_finite(attachment.plan, seen, batch)
-        state["ranges"] = merge(state["ranges"], seen, shares)
+        seen = observer.take(torch.device("cpu"))
+        _check_finite(quantizer.plan, seen, batch)
+        state["ranges"] = merge_ranges(state["ranges"], seen, torch.where(widest.bool(), torch.nan, 1 / (batch + 1)))
         state["batches"] += 1
-    attachment.observing = False
-    attachment.use(state["ranges"])
+    state["learned"] |= {weight_scale(op): scale for op, scale in observer.weight_scales.items()}
+    quantizer.observer = None
+    quantizer.update(state["ranges"])
 
 
 @contextmanager
@@ -159,17 +158,15 @@ def _restored_on_failure(model: nn.Module, changes: bool) -> Iterator[None]:
                     parameter.copy_(value)
 
 
-def _check_finite(plan: Plan, seen: Tensor, batch: int) -> None:
-    """What has not been seen is (inf, -inf)."""
+def _check_finite(plan: QuantizationPlan, seen: Tensor, batch: int) -> None:
+    """What was not observed is (inf, -inf)."""
     bad = seen.isnan().any(1) | (seen[:, 0] == -torch.inf) | (seen[:, 1] == torch.inf)
-    if not bad.any():
-        return
-    (found, *_) = plan.sites_of([int(bad.nonzero()[0])])
-    raise ValueError(
-        f"`quantize(..., calibration)`: expected finite numbers, found others in batch {batch}, at "
-        f"`{found or 'the network itself'}`. Look in the batch and in the weights: "
-        "`torch.isfinite(x).all()`."
-    )
+    if bad.any():
+        module = next(op.module for op, activation in plan.sites() if bad[activation])
+        raise ValueError(
+            f"`quantize(..., calibration)`: expected finite values, found others in batch {batch}, at "
+            f"`{module or 'the network itself'}`. Look in the batch and in the weights: `torch.isfinite(x).all()`."
+        )
 
 
 def _check_values(model: nn.Module, recipe: Any, rounding: Any) -> None:
@@ -188,7 +185,7 @@ def _chain(first: ExampleInput, others: Iterable[ExampleInput]) -> Iterator[Exam
     yield from others
 
 
-def _tell(refinement: Refinement) -> None:
+def _warn_of_unchanged(refinement: Refinement) -> None:
     if refinement.nearest:
         _warn(
             "rounding=AdaRound(...)",
@@ -203,4 +200,4 @@ def _once(names: list[str]) -> list[str]:
 
 
 def _warn(option: str, found: str) -> None:
-    warnings.warn(f"`quantize(..., {option})` has left layers as they were: {found}.", NoEffectWarning, stacklevel=3)
+    warnings.warn(f"`quantize(..., {option})` left layers as they were: {found}.", NoEffectWarning, stacklevel=3)

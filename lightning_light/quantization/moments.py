@@ -1,4 +1,4 @@
-"""When the stages begin: an int is an epoch, a float a fraction of the run."""
+"""Check and resolve when stages begin: an int is an epoch, a float a fraction of the run."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from lightning_light.schedules import Constant, Schedule, Window
 __all__ = ["check_moments", "resolve_moment"]
 
 
-def check_moments(recipe: object, observe_batches: int, ladder: object = None, **moments: int | float) -> None:
+def check_moments(recipe: object, calibration_batches: int, schedule: object = None, **moments: int | float) -> None:
     """Refuse values that can never work, where the user wrote them.
 
     Raises:
-        TypeError: ``recipe`` is no recipe, or ``ladder`` no schedule.
+        TypeError: ``recipe`` is no recipe, or ``bit_width_schedule`` no schedule.
         ValueError: any other value out of range, or out of order.
     """
     if not isinstance(recipe, Recipe):
@@ -20,13 +20,15 @@ def check_moments(recipe: object, observe_batches: int, ladder: object = None, *
             f"`QuantizationAwareTraining({recipe!r})`: expected a recipe, found {type(recipe).__name__}. Write "
             "`QuantizationAwareTraining(Int8())`."
         )
-    if ladder is not None and not isinstance(ladder, Schedule):
+    if schedule is not None and not isinstance(schedule, Schedule):
         raise TypeError(
-            f"`QuantizationAwareTraining(ladder={ladder!r})`: expected a schedule or None, found "
-            f"{type(ladder).__name__}. Write `ladder=Window(Staircase(Linear(), steps=2), end=0.6)`."
+            f"`QuantizationAwareTraining(bit_width_schedule={schedule!r})`: expected a schedule or None, found "
+            f"{type(schedule).__name__}. Write `bit_width_schedule=Window(Staircase(Linear(), steps=2), end=0.6)`."
         )
-    if not isinstance(observe_batches, int) or observe_batches < 1:
-        raise ValueError(f"`QuantizationAwareTraining(observe_batches={observe_batches!r})`: expected an integer >= 1.")
+    if not isinstance(calibration_batches, int) or calibration_batches < 1:
+        raise ValueError(
+            f"`QuantizationAwareTraining(calibration_batches={calibration_batches!r})`: expected an integer >= 1."
+        )
     for name, moment in moments.items():
         number = isinstance(moment, int | float) and not isinstance(moment, bool)
         fits = number and (moment >= 0 if isinstance(moment, int) else 0.0 <= moment <= 1.0)
@@ -44,7 +46,7 @@ def check_moments(recipe: object, observe_batches: int, ladder: object = None, *
 
 
 def resolve_moment(name: str, moment: int | float, max_epochs: int | None) -> float:
-    """The fraction of a run of ``max_epochs`` epochs that ``moment`` is.
+    """Convert ``moment`` to a fraction of a run of ``max_epochs`` epochs.
 
     Raises:
         ValueError: it is an epoch, and the run has no ``max_epochs``, or starts after the last.
@@ -54,13 +56,13 @@ def resolve_moment(name: str, moment: int | float, max_epochs: int | None) -> fl
         (0.25, 0.5)
     """
     if isinstance(moment, float) or name != "start":
-        return float(moment) if isinstance(moment, float) else _share(name, moment, max_epochs)
+        return float(moment) if isinstance(moment, float) else _fraction(name, moment, max_epochs)
     if max_epochs is None or max_epochs < 1:
-        return _share(name, moment, max_epochs)
+        return _fraction(name, moment, max_epochs)
     return float(Window(Constant(), start=moment, end=1.0).resolved(max_epochs).start)
 
 
-def _share(name: str, epoch: int, max_epochs: int | None) -> float:
+def _fraction(name: str, epoch: int, max_epochs: int | None) -> float:
     if max_epochs is None or max_epochs < 1:
         raise ValueError(
             f"`QuantizationAwareTraining({name}={epoch})` counts epochs, but this Trainer has max_epochs={max_epochs}. "

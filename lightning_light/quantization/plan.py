@@ -1,276 +1,251 @@
-"""Where numbers are rounded: decided once for the whole network, before anything changes."""
+"""Plan which tensors of a network are quantized, once for the whole network, before anything changes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
-from lightning_light.quantization.operations import ADDING, BATCH_NORM, HEAVY
-from lightning_light.quantization.places import module_of
-from lightning_light.quantization.record import Operation
-from lightning_light.quantization.rules import Grid, LayerRule, WeightRule
+from lightning_light.quantization.op_calls import OpId
+from lightning_light.quantization.operators import FLOAT
+from lightning_light.quantization.specs import ActivationSpec, LayerSpec, WeightSpec
+from lightning_light.quantization.trace import OpNode
 
-__all__ = ["Group", "Plan", "plan_sites"]
-
-_OWN = "own"  # a layer without an int8 kernel: what it reads is rounded for it alone, what it writes is float
+__all__ = ["FusedOps", "LayerSite", "QuantizationPlan", "plan_quantization"]
 
 
 @dataclass(frozen=True)
-class Group:
-    """What one kernel computes, after its own operation.
+class FusedOps:
+    """Operators that one kernel computes along with its own.
 
     Attributes:
-        tail: the last operation of the group.
+        last: the last of them, whose result is quantized.
         batch_norm: one that is folded into the weight.
-        relu: a ReLU, or ReLU6.
+        activation: a ReLU or ReLU6.
     """
 
-    tail: str
-    batch_norm: str | None = None
-    relu: str | None = None
+    last: OpId
+    batch_norm: OpId | None = None
+    activation: OpId | None = None
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The sites of one network, in plain types.
+class LayerSite:
+    """One call of a layer whose weight is quantized.
 
     Attributes:
-        grids: what the sites below number.
-        outputs: operation -> grid that its result is rounded to.
-        arguments: operation -> position of an argument -> grid; for inputs of the network, for what an operation
-            gives in a tuple, and for layers without a kernel.
-        reads: operation with a weight -> grid of the numbers that it reads.
-        means: average pools whose result stays on the grid of what they read.
-        sums: the grids of what is added or joined, and of the result.
-        products: likewise.
-        weights: operation -> how its weight is rounded.
-        groups: operation -> what its kernel computes along with it.
-        without_kernel: operations whose weight is rounded and that no int8 kernel computes, with the reason.
+        weight: how.
+        fused: what its kernel computes along with it.
+        input: which activation it reads; None: a float one, or one that is quantized for it alone.
+        no_kernel: why no int8 kernel computes it; None if one does.
+    """
+
+    weight: WeightSpec
+    fused: FusedOps
+    input: int | None = None
+    no_kernel: str | None = None
+
+
+@dataclass(frozen=True)
+class QuantizationPlan:
+    """The quantized tensors of one network.
+
+    Attributes:
+        activations: how each quantized activation is quantized; the fields below count in this list.
+        outputs: operator call -> activation that its result is.
+        inputs: operator call -> position of an argument -> activation; for inputs of the network, for elements of a
+            tuple that an operator returns, and for layers without a kernel.
+        layers: the calls of layers with a quantized weight.
+        joins: sums, products and concatenations of quantized activations.
+        averages: average pools whose result keeps the quantization parameters of the input.
         left_float: layers whose weights stay float, with the reason.
     """
 
-    grids: list[Grid] = field(default_factory=list)
-    outputs: dict[str, int] = field(default_factory=dict)
-    arguments: dict[str, dict[int, int]] = field(default_factory=dict)
-    reads: dict[str, int] = field(default_factory=dict)
-    means: list[str] = field(default_factory=list)
-    sums: list[list[int]] = field(default_factory=list)
-    products: list[list[int]] = field(default_factory=list)
-    weights: dict[str, WeightRule] = field(default_factory=dict)
-    groups: dict[str, Group] = field(default_factory=dict)
-    without_kernel: dict[str, str] = field(default_factory=dict)
+    activations: list[ActivationSpec] = field(default_factory=list)
+    outputs: dict[OpId, int] = field(default_factory=dict)
+    inputs: dict[OpId, dict[int, int]] = field(default_factory=dict)
+    layers: dict[OpId, LayerSite] = field(default_factory=dict)
+    joins: dict[OpId, FusedOps] = field(default_factory=dict)
+    averages: list[OpId] = field(default_factory=list)
     left_float: dict[str, str] = field(default_factory=dict)
 
-    def plain(self) -> dict[str, Any]:
-        """For a checkpoint."""
-        return {**asdict(self), "grids": [grid.plain() for grid in self.grids]}
+    def sites(self) -> Iterator[tuple[OpId, int]]:
+        """Each operator call at which an activation is quantized."""
+        for op, positions in self.inputs.items():
+            yield from ((op, activation) for activation in positions.values())
+        yield from self.outputs.items()
 
-    def sites_of(self, grids: Iterable[int]) -> list[str]:
-        """The modules whose numbers are on one of ``grids``."""
-        wanted = set(grids)
-        sites = [(key, grid) for key, places in self.arguments.items() for grid in places.values()]
-        return [module_of(key) for key, grid in [*sites, *self.outputs.items()] if grid in wanted]
-
-    def bits_of_layers(self, at_least: int = 0) -> dict[str, dict[str, float]]:
-        """Layer -> bits of its weight, and of the numbers that it reads if those are rounded: for monitors.
+    def bits_of_layers(self, min_bits: int = 0) -> dict[str, dict[str, float]]:
+        """Layer -> bits of its weight, and of its input if that is quantized: for monitors.
 
         Args:
-            at_least: the rung of a ladder.
+            min_bits: stage of a bit-width schedule.
         """
         found: dict[str, dict[str, float]] = {}
-        for key, rule in self.weights.items():
-            bits = {"weight_bits": float(rule.at(at_least).bits)}
-            read = [self.reads[key]] if key in self.reads else list(self.arguments.get(key, {}).values())
+        for op, site in self.layers.items():
+            bits = {"weight_bits": float(site.weight.with_min_bits(min_bits).bits)}
+            read = [site.input] if site.input is not None else list(self.inputs.get(op, {}).values())
             if read:
-                bits["activation_bits"] = float(self.grids[read[0]].at(at_least).bits)
-            found[module_of(key)] = bits
+                bits["activation_bits"] = float(self.activations[read[0]].with_min_bits(min_bits).bits)
+            found[op.module] = bits
         return found
 
-    @classmethod
-    def from_plain(cls, plain: dict[str, Any]) -> Plan:
-        """What `plain` wrote."""
-        grids = [Grid.from_plain(grid) for grid in plain["grids"]]
-        weights = {key: WeightRule(**rule) for key, rule in plain["weights"].items()}
-        groups = {key: Group(**group) for key, group in plain["groups"].items()}
-        return cls(**{**plain, "grids": grids, "weights": weights, "groups": groups})
 
+def plan_quantization(nodes: Iterable[OpNode], specs: Mapping[str, LayerSpec]) -> QuantizationPlan:
+    """Plan the quantization of a traced network, so that every layer with a weight reads and writes int8.
 
-def plan_sites(operations: Iterable[Operation], rules: Mapping[str, LayerRule]) -> Plan:
-    """Decide what is rounded, so that every layer with a weight reads and writes int8.
+    Batch norm and ReLU after a layer belong to it: only the result of the last of them is quantized. Sums and
+    concatenations are quantized between int8 operators; a stream that float operators read, such as the residual
+    stream of a transformer, stays float. Views keep the quantization parameters of their input.
 
-    A batch norm and a ReLU that follow a layer belong to it: only what comes out of the last of them is rounded. Sums
-    and concatenations are rounded if they stand between int8 operations; a stream that float operations read, such as
-    the residual stream of a transformer, stays float. What only moves numbers keeps the grid of what it moves.
-
-    A layer whose rule has no kernel is another matter: what it reads is rounded for it alone, and what it writes is as
-    float as what a convolution of the papers writes.
+    The input of a layer without a kernel is quantized for it alone, and its output is float, as in the papers.
 
     Args:
-        operations: of one forward pass.
-        rules: module -> what the recipe says of it; a layer that is not there stays float.
+        nodes: of one forward pass.
+        specs: module -> what the recipe prescribes; a layer that is not in it stays float.
     """
-    return _Planner(list(operations), rules).run()
+    return _Planner(list(nodes), specs).run()
 
 
 class _Planner:
-    def __init__(self, operations: list[Operation], rules: Mapping[str, LayerRule]) -> None:
-        self.operations = operations
-        self.plan = Plan()
-        self._rules: dict[int, LayerRule] = {}
-        for operation in operations:
-            if operation.kind not in HEAVY:
+    def __init__(self, nodes: list[OpNode], specs: Mapping[str, LayerSpec]) -> None:
+        self.nodes, self.plan = nodes, QuantizationPlan()
+        self._specs: dict[OpNode, LayerSpec] = {}
+        for node in nodes:
+            if node.role != "layer":
                 continue
-            rule = rules.get(module_of(operation.key))
-            if rule is None:
-                operation.kind = "float"
-                self.plan.left_float[module_of(operation.key)] = "asked for by `keep_float`"
+            spec = specs.get(node.id.module)
+            if spec is None:
+                node.operator = FLOAT
+                self.plan.left_float[node.id.module] = "excluded by the recipe"
                 continue
-            if operation.kind == "transposed":
-                rule = replace(rule, weight=replace(rule.weight, per_channel=False))
-            self._rules[id(operation)] = rule
-            if rule.lacks_kernel:
-                operation.kind = _OWN
-        self._tails: dict[int, Operation] = {}
-        self._groups: dict[int, Group] = {}
-        self._grids: dict[int, int] = {}  # operation -> its grid
-        on_kernels = (rule.activation for rule in self._rules.values() if not rule.lacks_kernel)
-        self._usual = next((grid for grid in on_kernels if grid is not None), Grid())  # where no layer is near
+            if not node.operator.per_channel:
+                spec = replace(spec, weight=replace(spec.weight, per_channel=False))
+            self._specs[node] = spec
+        self._tails: dict[OpNode, OpNode] = {}
+        self._fused: dict[OpNode, FusedOps] = {}
+        self._activations: dict[OpNode, int] = {}
+        with_kernel = (spec.activation for spec in self._specs.values() if not spec.no_kernel)
+        self._default = next((found for found in with_kernel if found is not None), ActivationSpec())
 
-    def run(self) -> Plan:
-        for operation in self.operations:
-            self._tails[id(operation)] = self._tail(operation)
-        for operation in self.operations:
-            if id(operation) in self._rules:
-                self._layer(operation)
-            elif operation.kind in ADDING or operation.kind in {"cat", "pool"}:
-                self._join(operation)
+    def run(self) -> QuantizationPlan:
+        for node in self.nodes:
+            self._fuse(node)
+        for node in self.nodes:
+            if node in self._specs:
+                self._layer(node)
+            elif node.role in ("join", "average"):
+                self._join(node)
         return self.plan
 
-    def _tail(self, operation: Operation) -> Operation:
-        """The last operation of the group that one kernel computes."""
-        tail, batch_norm, relu = operation, None, None
-        if operation.kind == "transposed" or not (operation.kind in HEAVY or operation.kind in ADDING):
-            return tail  # the scale of its weight is one in all, and would not follow the batch norm
-        follower = _only_user(tail)
-        if operation.kind in HEAVY and follower is not None and follower.kind == BATCH_NORM:
-            tail, follower = follower, _only_user(follower)
-            batch_norm = tail.key
-        if follower is not None and follower.kind in {"relu", "relu6"}:
-            tail, relu = follower, follower.key
-        self._groups[id(operation)] = Group(tail.key, batch_norm, relu)
-        return tail
+    def _fuse(self, node: OpNode) -> None:
+        tail, parts = node, {}
+        for role in () if self._lacks_kernel(node) else node.operator.fuses:
+            follower = tail.only_user
+            if follower is not None and follower.role == role:
+                tail, parts[role] = follower, follower.id
+        self._tails[node] = tail
+        self._fused[node] = FusedOps(tail.id, **parts)
 
-    def _layer(self, operation: Operation) -> None:
-        ((place, source),) = operation.inputs
-        rule = self._rules[id(operation)]
-        if _origin(source).kind == "int":
-            self.plan.left_float[module_of(operation.key)] = "reads whole numbers"
-            return
-        self.plan.weights[operation.key] = rule.weight
-        if reason := rule.lacks_kernel:
-            self.plan.without_kernel[operation.key] = reason
-            self._layer_without_kernel(operation, place, source, rule)
-            return
-        self.plan.reads[operation.key] = self._round_input(operation, place, source, rule.activation)
-        self._round_group(operation, rule.activation)
+    def _lacks_kernel(self, node: OpNode) -> bool:
+        return node in self._specs and self._specs[node].no_kernel is not None
 
-    def _layer_without_kernel(self, operation: Operation, place: int, source: Operation, rule: LayerRule) -> None:
-        follower = _only_user(operation)
-        if rule.activation is not None:
-            self.plan.arguments.setdefault(operation.key, {})[place] = len(self.plan.grids)
-            self.plan.grids.append(_known(source, rule.activation))
-        batch_norm = follower.key if follower is not None and follower.kind == BATCH_NORM else None
-        self.plan.groups[operation.key] = Group(batch_norm or operation.key, batch_norm)
+    def _layer(self, node: OpNode) -> None:
+        ((position, source),) = node.inputs
+        spec = self._specs[node]
+        if _origin(source).role == "integer":
+            self.plan.left_float[node.id.module] = "reads integers"
+        elif spec.no_kernel:
+            self._layer_without_kernel(node, position, source, spec)
+        else:
+            read = self._quantize_input(node, position, source, spec.activation)
+            self.plan.layers[node.id] = LayerSite(spec.weight, self._fused[node], read)
+            self._quantize(self._tails[node], spec.activation)
 
-    def _join(self, operation: Operation) -> None:
-        sources = [source for _, source in operation.inputs]
-        if not sources or any(_origin(source).kind == "int" for source in sources):
+    def _layer_without_kernel(self, node: OpNode, position: int, source: OpNode, spec: LayerSpec) -> None:
+        if spec.activation is not None:
+            self.plan.inputs.setdefault(node.id, {})[position] = len(self.plan.activations)
+            self.plan.activations.append(_bounded(source, spec.activation))
+        follower = node.only_user
+        norm = follower.id if follower is not None and follower.role == "batch_norm" else None
+        self.plan.layers[node.id] = LayerSite(spec.weight, FusedOps(norm or node.id, norm), None, spec.no_kernel)
+
+    def _join(self, node: OpNode) -> None:
+        sources = [_origin(source) for _, source in node.inputs]
+        if any(source.role == "integer" for source in sources) or not any(
+            source in self._activations for source in sources
+        ):
             return
-        if not any(id(_origin(source)) in self._grids for source in sources):
+        if node.operator.fuses and any(map(self._is_float, _readers(self._tails[node]))):
             return
-        if operation.kind in ADDING and any(map(_is_float, _readers(self._tails[id(operation)]))):
-            return
-        if operation.kind == "cat" and any(_is_rounded_by_readers(_origin(source)) for source in sources):
+        if node.operator.name == "cat" and any(map(_is_quantized_by_readers, sources)):
             return  # an element of a list is no argument of its own
-        grids = [self._round_input(operation, place, source) for place, source in operation.inputs]
-        if operation.kind == "pool" and id(_origin(sources[0])) in self._grids:
-            self._grids[id(operation)] = self._grids[id(_origin(sources[0]))]
-            self.plan.outputs[operation.key] = self._grids[id(operation)]
-            self.plan.means.append(operation.key)
-        elif operation.kind != "pool":
-            self._round_group(operation)
-            grids.append(self._grids[id(self._tails[id(operation)])])
-            (self.plan.products if operation.kind == "mul" else self.plan.sums).append(grids)
+        for position, source in node.inputs:
+            self._quantize_input(node, position, source)
+        if node.role == "join":
+            self.plan.joins[node.id] = self._fused[node]
+            self._quantize(self._tails[node])
+        elif sources[0] in self._activations:
+            self._activations[node] = self.plan.outputs[node.id] = self._activations[sources[0]]
+            self.plan.averages.append(node.id)
 
-    def _round_group(self, operation: Operation, usual: Grid | None = None) -> None:
-        tail = self._tails[id(operation)]
-        self.plan.groups[operation.key] = self._groups.get(id(operation), Group(tail.key))
-        self._round(tail, usual)
-
-    def _round_input(self, operation: Operation, place: int, source: Operation, usual: Grid | None = None) -> int:
-        """The grid of what is read: rounded where it is made, but by its reader if no one operation gives it alone."""
+    def _quantize_input(self, node: OpNode, position: int, source: OpNode, spec: ActivationSpec | None = None) -> int:
+        """Quantize where it is made, but at its reader if no single operator returns it alone."""
         origin = _origin(source)
-        if origin.gives_several:
-            self.plan.grids.append(_known(origin, usual or self._usual))
-            grid = len(self.plan.grids) - 1
+        if origin.returns_several:
+            self.plan.activations.append(_bounded(origin, spec or self._default))
+            activation = len(self.plan.activations) - 1
         else:
-            grid = self._grid(origin, usual)
-        if _is_rounded_by_readers(origin):
-            self.plan.arguments.setdefault(operation.key, {})[place] = grid
+            activation = self._activation(origin, spec)
+        if _is_quantized_by_readers(origin):
+            self.plan.inputs.setdefault(node.id, {})[position] = activation
         else:
-            self._round(origin, usual)
-        return grid
+            self._quantize(origin, spec)
+        return activation
 
-    def _round(self, operation: Operation, usual: Grid | None) -> None:
-        self.plan.outputs.setdefault(operation.key, self._grid(operation, usual))
+    def _quantize(self, node: OpNode, spec: ActivationSpec | None = None) -> None:
+        self.plan.outputs.setdefault(node.id, self._activation(node, spec))
 
-    def _grid(self, operation: Operation, usual: Grid | None) -> int:
-        """The grid of its result; the first layer that touches a tensor says how its range is found."""
-        if id(operation) not in self._grids:
-            self._grids[id(operation)] = len(self.plan.grids)
-            self.plan.grids.append(_known(operation, usual or self._usual))
-        return self._grids[id(operation)]
+    def _activation(self, node: OpNode, spec: ActivationSpec | None) -> int:
+        """The activation that is its result; the first layer at a tensor decides how it is quantized."""
+        if node not in self._activations:
+            self._activations[node] = len(self.plan.activations)
+            self.plan.activations.append(_bounded(node, spec or self._default))
+        return self._activations[node]
 
-
-def _origin(operation: Operation) -> Operation:
-    """The operation whose numbers these are."""
-    while operation.kind == "move" and operation.inputs:
-        operation = operation.inputs[0][1]
-    return operation
+    def _is_float(self, node: OpNode) -> bool:
+        return node.role in ("float", "integer", "batch_norm") or self._lacks_kernel(node)
 
 
-def _is_rounded_by_readers(origin: Operation) -> bool:
-    """Whether no operation makes it, or one that makes several tensors: output and states of an LSTM."""
-    return origin.kind == "input" or origin.gives_several
+def _origin(node: OpNode) -> OpNode:
+    """The node whose values these are."""
+    while node.role == "view" and node.inputs:
+        node = node.inputs[0][1]
+    return node
 
 
-def _known(operation: Operation, usual: Grid) -> Grid:
-    """``usual``, with what the operation tells of its result."""
-    origin = _origin(operation)
-    cap = 6.0 if origin.kind == "relu6" else None
-    grid = replace(usual, positive=_is_positive(origin), cap=cap)
-    return replace(grid, learned="") if grid.learned == "clip" and not grid.positive else grid
+def _is_quantized_by_readers(origin: OpNode) -> bool:
+    """Whether no operator makes it, or one that returns several tensors: output and states of an LSTM."""
+    return origin.role == "input" or origin.returns_several
 
 
-def _is_positive(operation: Operation) -> bool:
-    if operation.kind in {"pool", "cat"} and operation.inputs:
-        return all(_is_positive(_origin(source)) for _, source in operation.inputs)
-    return operation.kind in {"relu", "relu6"}
+def _bounded(node: OpNode, spec: ActivationSpec) -> ActivationSpec:
+    """``spec``, with what the operator tells about its result."""
+    origin = _origin(node)
+    non_negative = _is_non_negative(origin)
+    learned = "" if spec.learned == "clip" and not non_negative else spec.learned
+    return replace(spec, non_negative=non_negative, upper_bound=origin.operator.upper_bound, learned=learned)
 
 
-def _readers(operation: Operation) -> Iterator[Operation]:
-    """The operations that compute with its numbers, wherever those have been moved or joined to."""
-    for user in operation.users:
-        if user.kind in {"move", "cat"}:
+def _is_non_negative(node: OpNode) -> bool:
+    if (node.role == "average" or node.operator.name == "cat") and node.inputs:
+        return all(_is_non_negative(_origin(source)) for _, source in node.inputs)
+    return node.operator.non_negative
+
+
+def _readers(node: OpNode) -> Iterator[OpNode]:
+    """The nodes that compute with its values, through views and concatenations."""
+    for user in node.users:
+        if user.role == "view" or user.operator.name == "cat":
             yield from _readers(user)
         else:
             yield user
-
-
-def _only_user(operation: Operation) -> Operation | None:
-    return operation.users[0] if len(operation.users) == 1 and not operation.is_output else None
-
-
-def _is_float(operation: Operation) -> bool:
-    return operation.kind in {"float", "int", BATCH_NORM, "clamp", _OWN}

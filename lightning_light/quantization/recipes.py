@@ -1,4 +1,4 @@
-"""Recipes: how many bits, for what, and by whose rules."""
+"""Recipes: to how many bits weights and activations are quantized, and for whose kernels."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_light.quantization.observers import MovingAverage, Observer
-from lightning_light.quantization.rules import Grid, LayerRule, Learned, WeightRule
+from lightning_light.quantization.specs import ActivationSpec, LayerSpec, Learned, WeightSpec
 from lightning_light.targets import Targets, as_targets
 
-__all__ = ["Binary", "Engine", "Int8", "IntN", "Recipe", "Ternary", "check_bits", "grid_of"]
+__all__ = ["Binary", "Engine", "Int8", "IntN", "Recipe", "Ternary", "check_bits", "activation_spec"]
 
 Engine = Literal["qnnpack", "x86", "xnnpack", "onnx"]
-KeepFloat = Targets | str | list[str] | None
+Exclude = Targets | str | list[str] | None
 
 _WEIGHT_LIMIT = {"x86": 63}
 
 
 @dataclass(frozen=True)
 class Recipe(ABC):
-    """What is rounded to how many bits; a frozen value.
+    """How a network is quantized; a frozen value.
 
     Args:
-        engine: whose rules the layers follow that an int8 kernel computes. ``qnnpack`` (ARM), ``xnnpack`` and ``onnx``:
-            weights in [-127, 127]. ``x86``: in [-63, 63], because without VNNI its kernels add two products in 16
-            bits, and 2 * 255 * 127 does not fit.
-        keep_float: layers that stay float: patterns or `Targets`.
+        engine: whose int8 kernels will run it. ``qnnpack`` (ARM), ``xnnpack`` and ``onnx``: weights in [-127, 127].
+            ``x86``: in [-63, 63], because without VNNI its kernels add two products in 16 bits, and 2 * 255 * 127 does
+            not fit.
+        exclude: layers that stay float: a pattern, several, or `Targets`, for instance ``Targets(types="Linear")``.
 
     Raises:
         ValueError: an argument out of range.
@@ -38,7 +38,7 @@ class Recipe(ABC):
     """
 
     engine: Engine = field(default="qnnpack", kw_only=True)
-    keep_float: KeepFloat = field(default=None, kw_only=True)
+    exclude: Exclude = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.engine not in get_args(Engine):
@@ -50,81 +50,80 @@ class Recipe(ABC):
         if observer is not None and not isinstance(observer, Observer):
             raise TypeError(
                 f"`{type(self).__name__}(observer={observer!r})`: expected an observer, found "
-                f"{type(observer).__name__}. Write `observer=MSE()`, for instance."
+                f"{type(observer).__name__}. Write `observer=MSEObserver()`, for instance."
             )
 
     def __repr__(self) -> str:
         """The call that makes an equal recipe."""
-        given = [(one.name, getattr(self, one.name), _usual(one)) for one in fields(self) if one.init]
-        return (
-            f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value, usual in given if value != usual)})"
-        )
+        given = [(one.name, getattr(self, one.name), _default(one)) for one in fields(self) if one.init]
+        shown = (f"{name}={value!r}" for name, value, default in given if value != default)
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     @abstractmethod
-    def rule(self) -> LayerRule:
-        """What is rounded in one layer."""
+    def spec(self) -> LayerSpec:
+        """How one layer is quantized."""
 
-    def rules(self, model: nn.Module, layers: Sequence[str]) -> dict[str, LayerRule]:
-        """Layer -> its rule; a layer that is not in it stays float.
+    def specs(self, model: nn.Module, layers: Sequence[str]) -> dict[str, LayerSpec]:
+        """Layer -> how it is quantized; a layer that is not in it stays float.
 
         Args:
             model: the network.
             layers: names of those with a weight, in the order in which they are called.
         """
-        kept = {} if self.keep_float is None else as_targets(self.keep_float).select(model)
-        return {layer: self.rule() for layer in layers if layer not in kept}
+        excluded = {} if self.exclude is None else as_targets(self.exclude).select(model)
+        return {layer: self.spec() for layer in layers if layer not in excluded}
 
-    def _weight(self, bits: int, *, learned: bool = False, per_channel: bool = True) -> WeightRule:
-        high = 2 ** (bits - 1) - 1
+    def _weight(self, bits: int, *, learned: bool = False, per_channel: bool = True) -> WeightSpec:
+        top = 2 ** (bits - 1) - 1
         if bits == 8:
-            high = _WEIGHT_LIMIT.get(self.engine, high)
-        # LSQ's grid has one step more below zero than above; the kernels' of eight bits has not.
-        return WeightRule(bits, -high - (learned and bits < 8), high, per_channel=per_channel, learned=learned)
+            top = _WEIGHT_LIMIT.get(self.engine, top)
+        # LSQ's range has one step more below zero than above; that of int8 kernels has not.
+        return WeightSpec(bits, -top - (learned and bits < 8), top, per_channel=per_channel, learned=learned)
 
 
 @dataclass(frozen=True, repr=False)
 class Int8(Recipe):
-    """Eight bits as the int8 kernels of mobile and server CPUs compute with them.
+    """Quantize to eight bits, as the int8 kernels of mobile and server CPUs do.
 
-    Weights are symmetric, one scale an output channel: ``q = round(w / s)`` in [-127, 127], ``s = max|w| / 127``; zero
-    stays zero, so masks survive. Activations are affine, one scale a tensor: ``q = round(x / s) + z`` in [0, 255],
-    with ``s`` and ``z`` from the range that the observer has found.
+    Weights are symmetric, one scale per output channel: ``q = round(w / s)`` in [-127, 127], ``s = max|w| / 127``; zero
+    stays zero, so masks survive. Activations are affine, one scale per tensor: ``q = round(x / s) + z`` in [0, 255],
+    with ``s`` and ``z`` from the range that the observer finds.
 
     Jacob et al., 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference".
     https://arxiv.org/abs/1712.05877
 
     Example:
-        >>> Int8(engine="x86", keep_float=["head"])
-        Int8(engine='x86', keep_float=['head'])
+        >>> Int8(engine="x86", exclude=["head"])
+        Int8(engine='x86', exclude=['head'])
 
     Args:
         engine: as in `Recipe`.
-        keep_float: as in `Recipe`.
+        exclude: as in `Recipe`.
         observer: how the range of each tensor is found.
-        per_channel: False for one scale a layer, which leaves a clustered weight as many distinct values as it has.
+        per_channel: False for one scale per layer, which keeps the number of distinct values of a clustered weight.
 
     Raises:
         ValueError: an argument out of range.
     """
 
     engine: Engine = "qnnpack"
-    keep_float: KeepFloat = None
+    exclude: Exclude = None
     observer: Observer = MovingAverage()
     per_channel: bool = field(default=True, kw_only=True)
 
     @override
-    def rule(self) -> LayerRule:
-        return LayerRule(self._weight(8, per_channel=self.per_channel), Grid(observer=self.observer))
+    def spec(self) -> LayerSpec:
+        return LayerSpec(self._weight(8, per_channel=self.per_channel), ActivationSpec(observer=self.observer))
 
 
 @dataclass(frozen=True, repr=False)
 class IntN(Recipe):
-    """Any number of bits, with ranges from the numbers themselves.
+    """Quantize to any number of bits, with ranges from the values themselves.
 
     Weights are symmetric, in ``[-(2**(n-1) - 1), 2**(n-1) - 1]`` with ``s = max|w| / (2**(n-1) - 1)``; activations
     affine, in ``[0, 2**n - 1]``. With eight bits for activations, weights of fewer bits run on int8 kernels (a byte
-    each); what reads fewer bits is trained as it will compute, and no runtime here has a kernel for it. Below four
-    bits `LSQ` is the better choice: a range that holds the largest weight leaves the others too few steps.
+    each); no runtime here has a kernel for activations of fewer bits. Below four bits `LSQ` is the better choice: a
+    range that holds the largest weight leaves the others too few steps.
 
     Krishnamoorthi, 2018, "Quantizing deep convolutional networks for efficient inference: A whitepaper".
     https://arxiv.org/abs/1806.08342
@@ -135,11 +134,11 @@ class IntN(Recipe):
 
     Args:
         weights: bits, 2 to 8.
-        activations: bits of what layers read, 2 to 8; None leaves it float: the weights alone are rounded.
-        observer: how the range of each tensor is found; ``AtRunTime()`` for dynamic quantization.
-        per_channel: False for one scale a layer.
+        activations: bits of what layers read, 2 to 8; None: only the weights are quantized.
+        observer: how the range of each tensor is found; ``DynamicObserver()`` for dynamic quantization.
+        per_channel: False for one scale per layer.
         engine: as in `Recipe`.
-        keep_float: as in `Recipe`.
+        exclude: as in `Recipe`.
 
     Raises:
         ValueError: an argument out of range.
@@ -155,17 +154,17 @@ class IntN(Recipe):
         check_bits(self, self.weights, self.activations)
 
     @override
-    def rule(self) -> LayerRule:
-        return LayerRule(
-            self._weight(self.weights, per_channel=self.per_channel), grid_of(self.activations, self.observer)
+    def spec(self) -> LayerSpec:
+        return LayerSpec(
+            self._weight(self.weights, per_channel=self.per_channel), activation_spec(self.activations, self.observer)
         )
 
 
 @dataclass(frozen=True, repr=False)
 class Ternary(Recipe):
-    """Weights of -s, 0 and s: ``q = sign(w)`` where ``|w| > 0.7 * mean|w|``, ``s`` the mean ``|w|`` of those.
+    """Quantize weights to -s, 0 and s: ``q = sign(w)`` where ``|w| > 0.7 * mean|w|``, ``s`` the mean ``|w|`` of those.
 
-    Each output channel has its own threshold and scale; the paper has one of each a layer.
+    Each output channel has its own threshold and scale; the paper has one of each per layer.
 
     Li et al., 2016, "Ternary Weight Networks". https://arxiv.org/abs/1605.04711
 
@@ -173,7 +172,7 @@ class Ternary(Recipe):
         activations: bits of what layers read; None leaves it float, as the paper does.
         observer: how the range of each tensor is found.
         engine: as in `Recipe`.
-        keep_float: as in `Recipe`.
+        exclude: as in `Recipe`.
 
     Raises:
         ValueError: an argument out of range.
@@ -187,13 +186,13 @@ class Ternary(Recipe):
         check_bits(self, 2, self.activations)
 
     @override
-    def rule(self) -> LayerRule:
-        return LayerRule(WeightRule(2, -1, 1, "ternary"), grid_of(self.activations, self.observer))
+    def spec(self) -> LayerSpec:
+        return LayerSpec(WeightSpec(2, -1, 1, "ternary"), activation_spec(self.activations, self.observer))
 
 
 @dataclass(frozen=True, repr=False)
 class Binary(Recipe):
-    """Weights of -s and s: ``sign(w) * mean|w|``, one mean an output channel; what a mask has made zero stays zero.
+    """Quantize weights to -s and s: ``sign(w) * mean|w|``, one mean per output channel; masked weights stay zero.
 
     The gradient passes where ``|w| <= 1``. The paper multiplies it by ``s`` besides, and adds one part in ``n``.
 
@@ -204,7 +203,7 @@ class Binary(Recipe):
         activations: bits of what layers read; None leaves it float, as the paper's "Binary-Weight-Networks" do.
         observer: how the range of each tensor is found.
         engine: as in `Recipe`.
-        keep_float: as in `Recipe`.
+        exclude: as in `Recipe`.
 
     Raises:
         ValueError: an argument out of range.
@@ -218,21 +217,21 @@ class Binary(Recipe):
         check_bits(self, 2, self.activations)
 
     @override
-    def rule(self) -> LayerRule:
-        return LayerRule(WeightRule(1, -1, 1, "binary"), grid_of(self.activations, self.observer))
+    def spec(self) -> LayerSpec:
+        return LayerSpec(WeightSpec(1, -1, 1, "binary"), activation_spec(self.activations, self.observer))
 
 
-def _usual(one: Field[Any]) -> Any:
+def _default(one: Field[Any]) -> Any:
     return one.default if one.default_factory is MISSING else one.default_factory()
 
 
-def grid_of(bits: int | None, observer: Observer, learned: Learned = "") -> Grid | None:
-    """What layers read, in ``bits``."""
-    return None if bits is None else Grid(bits=bits, observer=observer, learned=learned)
+def activation_spec(bits: int | None, observer: Observer, learned: Learned = "") -> ActivationSpec | None:
+    """How what layers read is quantized to ``bits``; None leaves it float."""
+    return None if bits is None else ActivationSpec(bits=bits, observer=observer, learned=learned)
 
 
 def check_bits(recipe: Recipe, weights: int, activations: int | None, *, may_be_float: bool = True) -> None:
-    """Refuse what is no width; ``activations`` of None leaves them float, if they ``may_be_float``.
+    """Refuse invalid numbers of bits; ``activations=None`` leaves them float, if they ``may_be_float``.
 
     Raises:
         ValueError: not an integer in [2, 8].

@@ -1,4 +1,4 @@
-"""Whole filters that masks have left without a weight: take them out for good."""
+"""Remove filters in which every weight is masked."""
 
 from __future__ import annotations
 
@@ -11,56 +11,56 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from lightning_light.dependency import ChannelGroup, DependencyGraph, trace_dependencies
+from lightning_light.example_input import ExampleInput
 from lightning_light.isolation import isolated
+from lightning_light.sparsity.mask_state import cut_masks
 from lightning_light.surgery.attachment import attach, has_state
-from lightning_light.surgery.edit import cut, take, trial
+from lightning_light.surgery.edit import cut, trial
 
 __all__ = ["remove_dead_channels"]
 
 
 def remove_dead_channels(
     model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any] | None = None,
+    example_inputs: Any,
     *,
     exact: bool = True,
     tolerance: float = 1e-5,
     optimizers: Iterable[Optimizer] = (),
 ) -> dict[str, int]:
-    """Remove channels that no weight makes, or that no weight reads, in place. The rest of the masks goes along.
+    """Remove channels without a nonzero weight that produces or reads them, in place; masks are cut with the weights.
 
-    A filter of zeros may still add a constant, through a bias or the norm behind it; removing it then changes the
-    answers. With ``exact`` such channels stay: each group is tried, and cut only if the outputs on the example hold.
+    A dead filter may still add a constant, through a bias or the norm behind it; removing it then changes the outputs.
+    With ``exact`` such channels are kept: each group is tried, and cut only if the outputs on the example are equal.
 
     Args:
-        model: any module, or a LightningModule, whose checkpoints then know of the cut.
-        args: positional arguments of one call.
-        kwargs: keyword arguments of that call.
-        exact: remove only what changes no output; else every filter of zeros, to be trained on.
-        tolerance: how far outputs may move, relative to the largest.
-        optimizers: whose state is to follow.
+        model: any module, or a LightningModule, whose checkpoints then record the cut.
+        example_inputs: a tensor, a tuple of positional arguments, a dict of keyword arguments, or an `ExampleInput`.
+        exact: remove only channels whose removal changes no output; else every dead filter, to be trained on.
+        tolerance: largest accepted change of the outputs, relative to the largest output.
+        optimizers: their state is cut with the weights.
 
     Returns:
-        Group of coupled layers -> how many of its channels were removed; empty if none.
+        Dependency group -> number of removed channels; empty if none.
 
     Raises:
         TraceError: the network does not run on the example input.
+        UnsupportedError: a later method owns one of the layers.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
         >>> _ = model[0].weight.data[:5].zero_(), model[0].bias.data[:5].zero_()
-        >>> remove_dead_channels(model, (torch.randn(2, 8),)), model[0].out_features
+        >>> remove_dead_channels(model, torch.randn(2, 8)), model[0].out_features
         ({'0': 5}, 11)
     """
-    graph = trace_dependencies(model, args, kwargs)
+    example = ExampleInput.of(example_inputs)
+    graph = trace_dependencies(model, example.args, example.kwargs)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     kept = {g.name: keep for g in graph.groups if g.reason is None and not bool((keep := _alive(g, tensors)).all())}
     if exact:
-        before = _outputs(model, args, kwargs)
+        before = _outputs(model, example)
         kept = {
-            name: keep
-            for name, keep in kept.items()
-            if _holds(model, graph, {name: keep}, before, args, kwargs, tolerance)
+            name: keep for name, keep in kept.items() if _holds(model, graph, {name: keep}, before, example, tolerance)
         }
     if not kept:
         return {}
@@ -70,14 +70,13 @@ def remove_dead_channels(
         compression_state = attach(model)
         compression_state.record(edit.entry(), kept=positions)
         for state in compression_state.state.values():
-            masks = state.get("masks", {})
-            state |= {"masks": {n: take(m, positions.get(n, {})) for n, m in masks.items()}} if masks else {}
+            cut_masks(model, state, positions)
     return {name: int((~keep).sum()) for name, keep in kept.items()}
 
 
 def _alive(group: ChannelGroup, tensors: Mapping[str, Tensor]) -> Tensor:
-    """Which channels some weight makes and some weight reads; at least one of each group stays."""
-    made, read = torch.zeros(group.width, dtype=torch.bool), torch.zeros(group.width, dtype=torch.bool)
+    """Mark the channels that a nonzero weight produces and one reads; at least one of each group."""
+    produced, read = torch.zeros(group.width, dtype=torch.bool), torch.zeros(group.width, dtype=torch.bool)
     readers = False
     for member in group.members:
         if member.role not in ("out", "in"):
@@ -85,18 +84,18 @@ def _alive(group: ChannelGroup, tensors: Mapping[str, Tensor]) -> Tensor:
         rows = tensors[member.tensor].detach().movedim(member.dim, 0)[member.index.to(tensors[member.tensor].device)]
         used = (rows.reshape(group.width, -1) != 0).any(dim=1).cpu()
         if member.role == "out":
-            made |= used
+            produced |= used
         else:
             read, readers = read | used, True
-    alive = made & read if readers else made
+    alive = produced & read if readers else produced
     if not bool(alive.any()):
         alive[0] = True
     return alive
 
 
-def _outputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> list[Tensor]:
+def _outputs(model: nn.Module, example: ExampleInput) -> list[Tensor]:
     with isolated(model):
-        return [leaf for leaf in tree_leaves(model(*args, **(kwargs or {}))) if isinstance(leaf, Tensor)]
+        return [leaf for leaf in tree_leaves(model(*example.args, **example.kwargs)) if isinstance(leaf, Tensor)]
 
 
 def _holds(
@@ -104,12 +103,11 @@ def _holds(
     graph: DependencyGraph,
     kept: Mapping[str, Tensor],
     before: list[Tensor],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any] | None,
+    example: ExampleInput,
     tolerance: float,
 ) -> bool:
     with trial(model, graph.kept_positions(kept), graph.attributes(model, kept), values=True):
-        after = _outputs(model, args, kwargs)
+        after = _outputs(model, example)
     return all(
         a.shape == b.shape and float((a - b).abs().max()) <= tolerance * max(float(b.abs().max()), 1e-12)
         for a, b in zip(after, before, strict=True)

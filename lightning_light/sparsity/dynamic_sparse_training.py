@@ -1,262 +1,250 @@
-"""`DynamicSparseTraining`: sparse from the first step to the last, while connections move."""
+"""`DynamicSparseTraining`: sparse from the first step, while connections are dropped and grown."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_light.budgets import Budget
+from lightning_light.budgets import Sparsity
+from lightning_light.criteria.collector import Gathered, check_needs
 from lightning_light.criteria.evidence import Criterion
 from lightning_light.criteria.random import Random
 from lightning_light.errors import UnsupportedError
+from lightning_light.order import DEFAULT_WINDOWS, Stage
 from lightning_light.progress import progress_at_step, steps_done, steps_planned
-from lightning_light.schedules import Linear, Window
-from lightning_light.sparsity.checks import check_counts, require_sparsity
-from lightning_light.sparsity.gather import score_weights
+from lightning_light.schedules import Cosine, Schedule, Window, require_rising
 from lightning_light.sparsity.growth import Connections, DynamicMethod, RigL, SRigL, Static
-from lightning_light.sparsity.mask_enforcer import stepping
+from lightning_light.sparsity.mask_enforcer import parameters_of
+from lightning_light.sparsity.mask_state import MaskState
 from lightning_light.sparsity.masking import MaskingCallback
-from lightning_light.sparsity.patterns import Unstructured
-from lightning_light.sparsity.plan import plan_masks
-from lightning_light.sparsity.scope import Scope, check_scope
-from lightning_light.sparsity.weights import Weight
+from lightning_light.sparsity.options import WeightPruningOptions, check_sparsity
+from lightning_light.sparsity.planning import PruningPlan, plan_pruning
+from lightning_light.sparsity.scope import Scope
+from lightning_light.sparsity.scores import score_weights
+from lightning_light.sparsity.weights import MaskableWeight
 from lightning_light.surgery.distributed import reduce_mean
-from lightning_light.targets import Targets
+from lightning_light.targets import TargetsLike
+from lightning_light.timing import Events
+from lightning_light.validation import PositiveInt, validated
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
-    from torch import nn
     from torch.optim import Optimizer
 
 __all__ = ["DynamicSparseTraining"]
 
 _SAME = 1e-9
+_EVENTS = 20
 
 
+class DynamicSparseTrainingState(MaskState, total=False):
+    """What `DynamicSparseTraining` keeps in the compression state.
+
+    Attributes:
+        connections: weight name -> number of connections after the first mask.
+        updates: number of updates.
+        planned_steps: planned length of the run at the last update.
+    """
+
+    connections: dict[str, int]
+    updates: int
+    planned_steps: int
+
+
+@validated
 class DynamicSparseTraining(MaskingCallback):
-    """Train a network that is sparse all along: connections are dropped where they are weak and grown elsewhere.
+    """Train a sparse network: drop weak connections and grow others, at a constant sparsity.
 
-    Their number never changes, so neither does the budget. A grown connection starts at zero, and so does its
-    optimizer state. The dense network is never trained; its weights take the place they always took.
+    A grown connection starts at zero, and so does its optimizer state. The dense network is never trained; its weights
+    take the memory of dense weights.
 
     Evci et al., 2020, "Rigging the Lottery: Making All Tickets Winners". https://arxiv.org/abs/1911.11134
 
     Example:
-        >>> from lightning_light.budgets import Sparsity
         >>> DynamicSparseTraining(Sparsity(0.9), method=SRigL())
         DynamicSparseTraining(budget=Sparsity(amount=0.9), method=SRigL(fraction=0.3, min_salient=0.3))
 
     Args:
-        budget: ``Sparsity(amount)`` of the targets' weights, from the first step on.
-        method: `RigL`, `SRigL`, `SET`, or `Static` for the baseline in which nothing moves.
-        criterion: chooses the first connections, by the weights alone: at random, or ``Magnitude()`` for a network
-            that has been trained before.
-        scope: how they are divided among the layers: ``"erk"``, more of small layers; ``"local"``, the same of each;
-            ``"global"`` or ``"lamp"``, as the criterion says.
+        budget: ``Sparsity(amount)`` of the targets' weights, from the first step of the schedule on.
+        method: `RigL`, `SRigL`, `SET`, or `Static` for the baseline without updates.
+        criterion: selects the first connections, from the weights alone: `Random`, or `Magnitude` for a trained
+            network.
+        schedule: the network becomes sparse at its start, and the last connection is replaced at its end; in between
+            the fraction that is replaced decays as the schedule rises (`RigL`, `SRigL`).
+        scope: how the sparsity is distributed: ``"erk"``, lower in small layers; ``"local"``, the same in each layer;
+            ``"global"`` or ``"lamp"``, by the scores of the criterion.
         targets: layers whose weights are sparse: patterns or `Targets`.
-        every_n_steps: optimizer steps between two updates.
-        start: when the network becomes sparse: an int is an epoch, a float a fraction of the run.
-        end: when the last connection moves, likewise.
-        seed: of what is drawn.
+        every_n_steps: optimizer steps between two updates; None for 20 updates.
+        seed: of random numbers.
 
     Raises:
-        ValueError: an argument out of range; said at once.
-        TypeError: ``budget`` is no `Sparsity`, or ``method`` no method.
-        TargetError: ``targets`` name nothing.
+        TypeError: an argument of a wrong type.
+        ValueError: an argument out of range, or a schedule that falls.
+        TargetError: ``targets`` match nothing.
+        BudgetError: the budget leaves a layer without weights.
         OrderError: another callback masks one of the weights.
-        UnsupportedError: a strategy that shards parameters; a frozen layer, in which nothing can grow.
+        UnsupportedError: a strategy that shards parameters; a frozen layer, in which nothing can grow; a criterion that
+            needs training data.
     """
 
     method: ClassVar[str] = "dynamic_sparse_training"
+    state_schema: ClassVar[Any] = DynamicSparseTrainingState
 
     def __init__(
         self,
-        budget: Budget,
+        budget: Sparsity,
         *,
         method: DynamicMethod = RigL(),
         criterion: Criterion = Random(),
+        schedule: Schedule = Window(Cosine(), 0.0, DEFAULT_WINDOWS[Stage.MASKS][1]),
         scope: Scope = "erk",
-        targets: Targets | str | list[str] | None = None,
-        every_n_steps: int = 100,
-        start: int | float = 0.0,
-        end: int | float = 0.75,
+        targets: TargetsLike = None,
+        every_n_steps: PositiveInt | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        name = type(self).__name__
-        require_sparsity(name, budget)
-        check_scope(name, scope)
-        check_counts(name, every_n_steps=every_n_steps)
-        if not isinstance(method, DynamicMethod):
-            raise TypeError(f"`{name}(method={method!r})`: expected `RigL()`, `SRigL()`, `SET()` or `Static()`.")
-        if criterion.needs - {"generator"}:
-            raise ValueError(
-                f"`{name}(criterion={criterion!r})`: expected one that reads weights alone, found one that needs "
-                f"{sorted(criterion.needs)}: the first connections are chosen before training. Use `Random()`."
-            )
-        Window(Linear(), start=start, end=end)  # says what is wrong with them
+        super().__init__(Events(schedule, every_n_steps, default_events=_EVENTS))
+        call = type(self).__name__
+        check_sparsity(call, budget)
+        check_needs(call, criterion, frozenset())
+        require_rising(call, schedule)
+        self.options = WeightPruningOptions(budget, criterion, scope=scope, targets=targets, seed=seed)
         self.budget = budget
         self.method = method  # type: ignore[misc, assignment]  # the argument of this name; the key is the class's
         self.criterion = criterion
+        self.schedule = schedule
         self.scope: Scope = scope
         self.targets = targets
         self.every_n_steps = every_n_steps
-        self.start = start
-        self.end = end
         self.seed = seed
-        self._moves: DynamicMethod = method
-        self._span = (0.0, 1.0)
+        self._rule = method
+        self._plan_of_run: PruningPlan | None = None
 
     # Lightning's hooks, in the order a run meets them.
 
     @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Resolve the window, so that what cannot work is said before anything is trained."""
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit":
-            self._span = self._resolved(trainer.max_epochs)
-
-    @override
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Ask anew whether the last connection has moved: data that has become longer sets progress back."""
-        self._finished = False
-
-    @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Become sparse, or move connections, if that is due: between two steps."""
-        state = self._hold(pl_module)
+        """Become sparse, or replace connections, if that is due: between two steps."""
+        state = self.state(pl_module)
         if not state["masks"]:
-            if progress_at_step(trainer) >= self._span[0]:
+            if progress_at_step(trainer) + _SAME >= self._events.window(trainer.max_epochs)[0]:
                 self._begin(trainer, pl_module)
-        elif "last" not in state:  # the masks of an earlier fit
+        elif "connections" not in state:  # the masks of an earlier fit
             self._start_from(trainer, pl_module)
-        elif self._is_due(trainer, state["last"], steps_done(trainer)) and self._is_ready(state):
-            self._move(trainer, pl_module)
+        elif self._is_due(trainer, state) and self._is_ready(state):
+            self._update(trainer, pl_module)
 
     @override
-    def window(self, max_epochs: int | None) -> tuple[float, float] | None:
-        """From when the network is sparse to when the last connection moves."""
-        return self._resolved(max_epochs)
-
-    # Private: the small questions the hooks ask.
-
-    def _resolved(self, max_epochs: int | None) -> tuple[float, float]:
-        window = Window(Linear(), start=self.start, end=self.end).resolved(max_epochs)
-        return float(window.start), float(window.end)
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Keep the dense gradients of the step before an update, accumulated, reduced and unscaled; then mask them."""
+        state = self.state(pl_module)
+        if self._rule.needs_gradient and "connections" in state and self._is_due(trainer, state, ahead=1):
+            gradients = state.setdefault("per_weight", {}).setdefault("gradients", {})
+            _keep_gradients(gradients, self._weights, parameters_of(optimizer))
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
 
     @override
-    def _gather(self, trainer: Trainer, state: dict[str, Any], optimizer: Optimizer) -> None:
-        next_step = steps_done(trainer) + 1
-        if self._moves.needs_gradient and "last" in state and self._is_due(trainer, state["last"], next_step):
-            _keep_gradients(state.setdefault("dense", {}), self._weights, stepping(optimizer))
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Remove the hooks."""
+        self._plan_of_run = None
+        super().teardown(trainer, pl_module, stage)
+
+    # Private.
 
     @override
-    def _check_weights(self, pl_module: LightningModule) -> None:
-        frozen = [weight.layer for weight in self._weights if not weight.parameter.requires_grad]
-        if frozen and not isinstance(self._moves, Static):
+    def _plan(self, pl_module: LightningModule, masks: Mapping[str, Tensor]) -> Sequence[MaskableWeight]:
+        self._plan_of_run = plan_pruning(type(self).__name__, pl_module, self.options)
+        weights = self._plan_of_run.weights
+        frozen = [weight.layer for weight in weights if not weight.parameter.requires_grad]
+        if frozen and not isinstance(self._rule, Static):
             raise UnsupportedError(
-                f"`{type(self).__name__}(method={self._moves!r})`: expected weights that learn, found frozen ones, "
-                f"which have no gradient to grow by, in {frozen[:3]}. Exclude them: "
-                f"`targets=Targets(exclude={frozen})`."
+                f"`{type(self).__name__}(method={self._rule!r})`: expected trainable weights, found frozen ones, which "
+                f"have no gradient to grow by, in {frozen[:3]}. Exclude them: `targets=Targets(exclude={frozen})`."
             )
+        return weights
 
     @override
-    def _why_nothing(self, trainer: Trainer, pl_module: LightningModule) -> str | None:
-        masks = self.state(pl_module)["masks"]
+    def _no_effect_reason(self, pl_module: LightningModule) -> str | None:
+        state = self.state(pl_module)
+        masks = state["masks"]
         if not masks:
-            return f"the run ended before `start={self.start}`."
+            return f"the run ended before the start of `schedule={self.schedule!r}`."
         if all(bool(mask.all()) for mask in masks.values()):
-            return f"`{self.budget!r}` asks for less than one weight of {len(masks)} layers."
-        missed = self._missed(self.state(pl_module))
-        if self._moves.needs_gradient and missed and not self.state(pl_module).get("updates"):
-            return f"no connection moved: no gradient reached {missed[:3]}. Exclude these layers from `targets`."
+            return f"`{self.options.budget!r}` masks less than one weight of {len(masks)} layers."
+        missed = self._without_gradient(state)
+        if self._rule.needs_gradient and missed and not state.get("updates"):
+            return f"no connection was replaced: no gradient reached {missed[:3]}. Exclude these layers from `targets`."
         return None
 
-    def _missed(self, state: Mapping[str, Any]) -> list[str]:
+    def _without_gradient(self, state: Mapping[str, Any]) -> list[str]:
         """Layers without a gradient, where some have one."""
-        dense = state.get("dense", {})
-        return [weight.layer for weight in self._weights if weight.name not in dense] if dense else []
+        gradients = state.get("per_weight", {}).get("gradients", {})
+        return [weight.layer for weight in self._weights if weight.name not in gradients] if gradients else []
 
-    def _is_due(self, trainer: Trainer, last: int, step: int) -> bool:
-        if self._finished or step - last < self.every_n_steps or isinstance(self._moves, Static):
+    def _is_due(self, trainer: Trainer, state: Mapping[str, Any], ahead: int = 0) -> bool:
+        """Whether an update is due, counted from the plan of the run as it was at the last one."""
+        planned = steps_planned(trainer)
+        if isinstance(self._rule, Static) or steps_done(trainer) + ahead >= planned:
             return False
-        ahead = step - steps_done(trainer)
-        if progress_at_step(trainer, ahead) > self._span[1] + _SAME:
-            self._finished = ahead == 0
-            return False
-        return step < steps_planned(trainer)
+        reached = state["fraction"] if state["planned_steps"] == planned else self._fraction_due(trainer, ahead - 1)
+        return self._fraction_due(trainer, ahead) > reached + _SAME
 
     def _is_ready(self, state: Mapping[str, Any]) -> bool:
-        return not self._moves.needs_gradient or ("dense" in state and not self._missed(state))
+        gradients = state.get("per_weight", {}).get("gradients", {})
+        return not self._rule.needs_gradient or bool(gradients and not self._without_gradient(state))
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The first masks: how many by the scope, which by the criterion."""
-        scores = score_weights(
-            self._weights,
-            self.criterion,
-            sums={},
-            steps=0,
-            movement={},
-            values={},
-            generator=torch.Generator().manual_seed(self.seed),
-            reduce=lambda tensor: tensor,
-        )
-        amount = self.budget.goal(0.0)
-        masks = plan_masks(
-            self._weights,
-            scores,
-            pattern=Unstructured(),
-            scope=self.scope,
-            amount=amount,
-            share=1.0,
-            amounts={},
-            current={},
-        )
-        if isinstance(self._moves, SRigL):
+        """Select the first masks: the numbers by the scope, the connections by the criterion."""
+        assert self._plan_of_run is not None  # since `on_fit_start`
+        generator = torch.Generator().manual_seed(self.options.seed)
+        scores = score_weights(self._weights, self.options.criterion, Gathered(), generator)
+        masks = self._plan_of_run.masks(scores, 1.0)
+        if isinstance(self._rule, SRigL):
             masks = {
-                weight.name: weight.facing(
-                    self._moves.start(weight.facing(scores[weight.name]), int(masks[weight.name].sum()))
+                weight.name: weight.oriented(
+                    self._rule.initial_mask(scores[weight.name], int(masks[weight.name].sum()))
                 ).contiguous()
                 for weight in self._weights
             }
-        churn = self._change(trainer, pl_module, masks)
+        churn = self._set_masks(trainer, pl_module, masks)
         self._start_from(trainer, pl_module)
-        self._announce(trainer, pl_module, churn, restart=True)
+        self._report(trainer, pl_module, churn, restart=True)
 
     def _start_from(self, trainer: Trainer, pl_module: LightningModule) -> None:
         state = self.state(pl_module)
-        state["last"] = steps_done(trainer)
         state["connections"] = {name: int(mask.sum()) for name, mask in state["masks"].items()}
+        state |= {"fraction": self._fraction_due(trainer), "planned_steps": steps_planned(trainer)}
 
-    def _move(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """One update: drop and grow in every layer."""
+    def _update(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Drop and grow connections in every layer."""
         state = self.state(pl_module)
-        start, end = self._span
-        fraction = self._moves.fraction_at(min(max((progress_at_step(trainer) - start) / (end - start), 0.0), 1.0))
-        updates = state.get("updates", 0)
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + updates + 1)
+        completed, updates = self._fraction_due(trainer), state.get("updates", 0)
+        generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + updates + 1)
+        gradients = state.get("per_weight", {}).get("gradients", {})
         masks = {}
         for weight in self._weights:
-            gradient = state.get("dense", {}).get(weight.name)
+            gradient = gradients.get(weight.name)
             if gradient is not None:
-                gradient = weight.facing(reduce_mean(trainer, gradient.to(weight.parameter.device)))
+                gradient = weight.oriented(reduce_mean(trainer, gradient.to(weight.parameter.device)))
             mask = state["masks"][weight.name].to(weight.parameter.device)
-            first = state["connections"].get(weight.name, int(mask.sum()))
-            now = Connections(weight.facing(weight.parameter.detach()), weight.facing(mask), gradient, first, generator)
-            masks[weight.name] = weight.facing(self._moves.move(now, fraction)).contiguous()
-        churn = self._change(trainer, pl_module, masks)
-        state |= {"last": steps_done(trainer), "updates": updates + 1}
-        state.pop("dense", None)
-        self._announce(trainer, pl_module, churn, restart=False)
+            count = state["connections"].get(weight.name, int(mask.sum()))
+            weights = weight.oriented(weight.parameter.detach())
+            now = Connections(weights, weight.oriented(mask), gradient, count, generator)
+            masks[weight.name] = weight.oriented(self._rule.update(now, self._rule.fraction_at(completed))).contiguous()
+        churn = self._set_masks(trainer, pl_module, masks)
+        state |= {"updates": updates + 1, "fraction": completed, "planned_steps": steps_planned(trainer)}
+        state.get("per_weight", {}).pop("gradients", None)
+        self._report(trainer, pl_module, churn, restart=False)
 
 
-def _keep_gradients(dense: dict[str, Tensor], weights: list[Weight], own: set[nn.Parameter]) -> None:
-    """Those of one optimizer; not where a scaled backward pass has overflowed."""
+def _keep_gradients(
+    kept: dict[str, Tensor], weights: Sequence[MaskableWeight], stepped: set[torch.nn.Parameter]
+) -> None:
+    """Keep the gradients of one optimizer's parameters, unless a scaled backward pass has overflowed."""
     for weight in weights:
         gradient = weight.parameter.grad
-        if weight.parameter in own and gradient is not None and bool(gradient.isfinite().all()):
-            dense[weight.name] = gradient.detach().float().clone()
+        if weight.parameter in stepped and gradient is not None and bool(gradient.isfinite().all()):
+            kept[weight.name] = gradient.detach().float().clone()

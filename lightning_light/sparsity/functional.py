@@ -1,74 +1,113 @@
-"""Mask a network outside a Trainer."""
+"""Mask the weights of a network in one shot, without a Trainer."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_light.sparsity.gather import score_weights
+from lightning_light.budgets import Sparsity
+from lightning_light.criteria.collector import Gathered, collect_evidence
+from lightning_light.criteria.evidence import Criterion
+from lightning_light.criteria.movement import Movement
 from lightning_light.sparsity.mask_enforcer import mask_model
-from lightning_light.sparsity.plan import check_pattern, plan_masks
-from lightning_light.sparsity.weight_pruning import WeightPruning
-from lightning_light.sparsity.weights import find_weights
-from lightning_light.targets import as_targets
+from lightning_light.sparsity.options import WeightPruningOptions
+from lightning_light.sparsity.patterns import Pattern
+from lightning_light.sparsity.planning import PruningPlan, plan_pruning
+from lightning_light.sparsity.scope import Scope
+from lightning_light.sparsity.scores import score_weights
+from lightning_light.targets import TargetsLike
+from lightning_light.validation import OpenFraction, PositiveInt, validated
 
 __all__ = ["prune_weights"]
 
 
-def prune_weights(model: nn.Module, *, pruning: WeightPruning) -> dict[str, Tensor]:
-    """Set weights of ``model`` to zero in one shot, in place, as the callback ``pruning`` would at its last change.
+@validated
+def prune_weights(
+    model: nn.Module,
+    example_inputs: Any = None,
+    budget: Sparsity | None = WeightPruningOptions.budget,
+    *,
+    criterion: Criterion = WeightPruningOptions.criterion,
+    pattern: Pattern = WeightPruningOptions.pattern,
+    scope: Scope = WeightPruningOptions.scope,
+    targets: TargetsLike = WeightPruningOptions.targets,
+    remaining: dict[str, OpenFraction] | None = WeightPruningOptions.remaining,
+    data: Iterable[Any] | None = None,
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    calibration_batches: PositiveInt = WeightPruningOptions.calibration_batches,
+    seed: int = WeightPruningOptions.seed,
+) -> dict[str, Tensor]:
+    """Mask the least important weights of ``model`` in one shot, in place.
 
-    Nothing keeps them at zero if the model is trained on: for that, use the callback.
+    Training on lets masked weights become nonzero again: for that, use `WeightPruning`.
 
     Args:
         model: any module.
-        pruning: says how many and which; its schedule does not count.
+        example_inputs: not needed; there for the common signature of the functions.
+        budget: ``Sparsity(amount)`` of the targets' weights. None with `NM`, which determines it, or ``remaining``.
+        criterion: scores weights; the lowest scores are masked first.
+        pattern: what is masked together.
+        scope: how the sparsity is distributed over the layers.
+        targets: layers whose weights may be masked: patterns or `Targets`.
+        remaining: layer pattern -> fraction of its weights that remain, in (0, 1]; overrides the budget there.
+        data: batches, for a criterion that needs evidence.
+        loss: ``loss(output, batch)``, for a criterion that needs gradients; a LightningModule's ``training_step`` by
+            default.
+        calibration_batches: number of batches of ``data``.
+        seed: for criteria that draw random numbers.
 
     Returns:
-        Parameter name -> mask, True where a weight stayed.
+        Parameter name -> mask, True where a weight remains.
 
     Raises:
-        ValueError: the criterion needs what only training gathers.
-        TargetError: the targets name nothing, or a layer that the pattern does not divide.
-        BudgetError: a layer would lose every weight.
+        TypeError: an argument of a wrong type.
+        ValueError: an argument out of range, arguments that contradict each other, or no ``data`` for a criterion that
+            needs it.
+        TargetError: the targets match nothing, or a layer that the pattern does not divide.
+        BudgetError: the budget leaves a layer without weights.
+        UnsupportedError: evidence that a layer cannot give; a layer that a later method owns.
 
     Example:
         >>> from lightning_light.sparsity import NM, prune_weights
         >>> layer = nn.Linear(8, 4)
-        >>> masks = prune_weights(layer, pruning=WeightPruning(pattern=NM(2, 4)))
+        >>> masks = prune_weights(layer, pattern=NM(2, 4))
         >>> int(layer.weight.count_nonzero()), int(masks["weight"].sum())
         (16, 16)
     """
-    if pruning.criterion.needs - {"generator"}:
-        raise ValueError(
-            f"`prune_weights(pruning={pruning!r})`: expected a criterion that reads weights alone, found one that "
-            f"needs {sorted(pruning.criterion.needs)}. Use the callback in a Trainer, or `criterion=Magnitude()`."
-        )
-    weights = find_weights(model, as_targets(pruning.targets), "prune_weights")
-    check_pattern("prune_weights", weights, pruning.pattern)
-    own: dict[str, float] = {}
-    for pattern, amount in (pruning.amounts or {}).items():
-        layers = as_targets(pattern).select(model)
-        own |= {weight.name: amount for weight in weights if weight.layer in layers}
-    scores = score_weights(
-        weights,
-        pruning.criterion,
-        sums={},
-        steps=0,
-        movement={},
-        values={},
-        reduce=lambda tensor: tensor,
-        generator=torch.Generator().manual_seed(pruning.seed),
-    )
-    masks = plan_masks(
-        weights,
-        scores,
-        pattern=pruning.pattern,
-        scope=pruning.scope,
-        share=1.0,
-        amounts=own,
-        current={},
-        amount=0.0 if pruning.budget is None else pruning.budget.goal(0.0),
-    )
+    options = WeightPruningOptions(budget, criterion, pattern, scope, targets, remaining, calibration_batches, seed)
+    options.check("prune_weights")
+    plan = plan_pruning("prune_weights", model, options)
+    gathered = _gather(model, plan, data, loss)
+    generator = torch.Generator().manual_seed(seed)
+    masks = plan.masks(score_weights(plan.weights, criterion, gathered, generator), 1.0)
     mask_model(model, masks)
     return masks
+
+
+def _gather(
+    model: nn.Module,
+    plan: PruningPlan,
+    data: Iterable[Any] | None,
+    loss: Callable[[Any, Any], Tensor] | None,
+) -> Gathered:
+    criterion = plan.options.criterion
+    needs = criterion.needs - {"generator"}
+    if not needs:
+        return Gathered()
+    if data is None:
+        raise ValueError(
+            f"`prune_weights(criterion={criterion!r})`: expected `data`, batches for a criterion that needs "
+            f"{sorted(needs)}, found None. Write for instance `data=train_loader`, or use `criterion=Magnitude()`."
+        )
+    return collect_evidence(
+        model,
+        data,
+        needs,
+        batches=plan.options.calibration_batches,
+        loss=loss,
+        layers=[weight.layer for weight in plan.weights],
+        accumulate=criterion.accumulate if isinstance(criterion, Movement) else None,
+    )

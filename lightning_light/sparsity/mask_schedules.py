@@ -1,4 +1,4 @@
-"""Schedules that only masks can follow: they fall as well as rise, or set the weights back."""
+"""Schedules for masks alone: they lift masks, or reset the weights that remain."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from dataclasses import dataclass
 
 from typing_extensions import override
 
-from lightning_light.schedules import Exponential, Schedule, Staircase, Window, resolve
+from lightning_light.schedules import Exponential, Schedule, Staircase, Window
+from lightning_light.validation import Fraction, PositiveInt, validated
 
-__all__ = ["Alternating", "DenseSparseDense", "Rewinding", "act_window"]
-
-_SAMPLES = 2000
+__all__ = ["Alternating", "DenseSparseDense", "Rewinding"]
 
 
 def _require_order(call: str, start: float, end: float) -> None:
-    if not 0.0 <= start < end <= 1.0:
-        raise ValueError(f"`{call}`: expected 0 <= start < end <= 1, fractions of the run.")
+    if not start < end:
+        raise ValueError(f"`{call}`: expected start < end, found {start} and {end}. Write `start=0.2, end=0.8`.")
 
 
+@validated
 @dataclass(frozen=True)
 class Alternating(Schedule):
-    """Sparse and dense phases in turn, and sparse to the end: AC/DC.
+    """Alternate sparse and dense phases, and finish sparse: AC/DC.
 
-    Dense until ``start``; then ``phases`` times a sparse and a dense phase of equal length; sparse from ``end`` on.
-    Each sparse phase chooses anew; what was zero starts the dense phase at zero.
+    Dense until ``start``; then ``phases`` pairs of a sparse and a dense phase of equal length; sparse from ``end`` on.
+    Each sparse phase selects new masks; a weight that was masked starts the dense phase at zero.
     Peste et al., 2021, "AC/DC: Alternating Compressed/DeCompressed Training of Deep Neural Networks".
     https://arxiv.org/abs/2106.12379
 
     Args:
-        phases: how many sparse-dense pairs.
+        phases: number of sparse-dense pairs.
         start: fraction of the run.
         end: fraction of the run.
 
@@ -42,14 +42,14 @@ class Alternating(Schedule):
         [0.0, 1.0, 0.0, 1.0, 0.0, 1.0]
     """
 
-    phases: int = 8
-    start: float = 0.1
-    end: float = 0.85
+    monotone = False
+
+    phases: PositiveInt = 8
+    start: Fraction = 0.1
+    end: Fraction = 0.85
 
     def __post_init__(self) -> None:
         _require_order(repr(self), self.start, self.end)
-        if self.phases < 1:
-            raise ValueError(f"`{self!r}`: expected phases >= 1. For one sparse phase use `OneShot(at=...)`.")
 
     @override
     def __call__(self, progress: float) -> float:
@@ -60,10 +60,16 @@ class Alternating(Schedule):
         phase = math.floor((progress - self.start) / (self.end - self.start) * 2 * self.phases + 1e-9)
         return 1.0 if phase % 2 == 0 else 0.0
 
+    @override
+    def changes(self) -> tuple[float, ...]:
+        length = (self.end - self.start) / (2 * self.phases)
+        return tuple(self.start + number * length for number in range(2 * self.phases + 1))
 
+
+@validated
 @dataclass(frozen=True)
 class DenseSparseDense(Schedule):
-    """Sparse between ``start`` and ``end``, dense before and after: a regularizer, the final network is dense.
+    """Train sparse between ``start`` and ``end``, dense before and after: a regularizer; the final network is dense.
 
     Han et al., 2017, "DSD: Dense-Sparse-Dense Training for Deep Neural Networks", with a sparsity of 0.25 to 0.5.
     https://arxiv.org/abs/1607.04381
@@ -76,8 +82,10 @@ class DenseSparseDense(Schedule):
         ValueError: unless ``0 <= start < end <= 1``.
     """
 
-    start: float = 1 / 3
-    end: float = 2 / 3
+    monotone = False
+
+    start: Fraction = 1 / 3
+    end: Fraction = 2 / 3
 
     def __post_init__(self) -> None:
         _require_order(repr(self), self.start, self.end)
@@ -86,41 +94,47 @@ class DenseSparseDense(Schedule):
     def __call__(self, progress: float) -> float:
         return 1.0 if self.start <= progress < self.end else 0.0
 
+    @override
+    def changes(self) -> tuple[float, ...]:
+        return (self.start, self.end)
 
+
+@validated
 @dataclass(frozen=True)
 class Rewinding(Schedule):
-    """After each rise of ``schedule`` the weights that are left go back to what they were at ``to``: lottery tickets.
+    """Reset the remaining weights to their values at ``rewind_to`` after each rise of ``schedule``: lottery tickets.
 
-    Iterative magnitude pruning: train, mask, rewind, train again. ``to=0.0`` is the initialization (Frankle & Carbin,
-    2019, "The Lottery Ticket Hypothesis", https://arxiv.org/abs/1803.03635); a little later is more stable in larger
-    networks (Frankle et al., 2020, "Linear Mode Connectivity and the Lottery Ticket Hypothesis",
-    https://arxiv.org/abs/1912.05671). The optimizer starts anew with them. The default takes the same share of what is
-    left, five times, to a sparsity of 0.9: six rounds of training of equal length, the last for the ticket.
+    Iterative magnitude pruning: train, mask, rewind, train again. ``rewind_to=0.0`` is the initialization (Frankle &
+    Carbin, 2019, "The Lottery Ticket Hypothesis", https://arxiv.org/abs/1803.03635); a slightly later moment is more
+    stable in larger networks (Frankle et al., 2020, "Linear Mode Connectivity and the Lottery Ticket Hypothesis",
+    https://arxiv.org/abs/1912.05671). The optimizer state is reset with the weights. The default removes the same
+    fraction of the remaining weights five times, up to a sparsity of 0.9: six rounds of training of equal length.
 
     Args:
-        schedule: rises in a few steps, which are the ends of the rounds; the last before the end of the run.
-        to: fraction of the run, before the first rise.
+        schedule: rises in a few steps, each the end of a round; the last one before the end of the run.
+        rewind_to: fraction of the run, before the first rise.
 
     Raises:
-        ValueError: ``to`` is not in [0, 1).
+        ValueError: ``rewind_to`` is not in [0, 1).
     """
 
     schedule: Schedule = Window(Staircase(Exponential(rate=2.302585), steps=5), end=5 / 6)
-    to: float = 0.0
+    rewind_to: Fraction = 0.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.to, float) or not 0.0 <= self.to < 1.0:
-            raise ValueError(f"`Rewinding(to={self.to})`: expected a fraction of the run in [0, 1), for instance 0.02.")
+        if self.rewind_to >= 1.0:
+            raise ValueError(
+                f"`Rewinding(rewind_to={self.rewind_to})`: expected a fraction of the run in [0, 1), for instance 0.02."
+            )
 
     @override
     def __call__(self, progress: float) -> float:
         return self.schedule(progress)
 
+    @override
+    def changes(self) -> tuple[float, ...] | None:
+        return self.schedule.changes()
 
-def act_window(schedule: Schedule, max_epochs: int | None) -> tuple[float, float] | None:
-    """From the first change of ``schedule`` to the last, as fractions of the run; None if it never leaves zero."""
-    resolved = resolve(schedule, max_epochs)
-    points = [number / _SAMPLES for number in range(_SAMPLES + 1)]
-    shares = [0.0, *(resolved(point) for point in points)]
-    changes = [point for point, before, after in zip(points, shares, shares[1:], strict=False) if before != after]
-    return (changes[0], changes[-1]) if changes else None
+    @override
+    def span(self) -> tuple[float, float]:
+        return self.schedule.span()

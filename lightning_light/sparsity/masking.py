@@ -1,54 +1,61 @@
-"""What the callbacks of this wing share: masks in the compression state, kept at zero, that follow the network."""
+"""Base class of the masking callbacks: masks in the compression state, enforced at every step."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_light.callback import CompressionCallback
 from lightning_light.errors import OrderError
+from lightning_light.host.trainer import callbacks_of
 from lightning_light.measure.sparsity import mask_churn, zero_fraction, zero_rows
 from lightning_light.order import Stage
-from lightning_light.progress import steps_done
-from lightning_light.sparsity.mask_enforcer import MaskEnforcer, mask_model
-from lightning_light.sparsity.weights import Weight, find_weights
+from lightning_light.progress import progress_at_step, steps_done, steps_planned
+from lightning_light.sparsity.mask_enforcer import MaskEnforcer, StepHooks, mask_model
+from lightning_light.sparsity.mask_state import cut_masks
+from lightning_light.sparsity.options import WeightPruningOptions
+from lightning_light.sparsity.weights import MaskableWeight
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.checkpoint_monitoring import reset_monitoring
 from lightning_light.surgery.distributed import broadcast, log_rank_zero, refuse_sharding
-from lightning_light.surgery.edit import take
-from lightning_light.targets import Targets, as_targets
+from lightning_light.surgery.masks import true_masks
+from lightning_light.timing import Events
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
-    from torch import nn
     from torch.optim import Optimizer
 
 __all__ = ["MaskingCallback"]
 
 
 class MaskingCallback(CompressionCallback):
-    """Base of the masking methods: masks live in the compression state, never in the user's ``state_dict``."""
+    """Base class of the methods that mask weights.
+
+    The compression state is the only owner of the masks, under ``masks``; other tensors in the shapes of weights are
+    under ``per_weight``, by kind and weight name, and are cut with the weights. A subclass implements `_plan` and
+    `_no_effect_reason`, decides when to change the masks, and calls `_set_masks` and `_report`.
+    """
 
     stage: ClassVar[int] = Stage.MASKS
     structural: ClassVar[bool] = False
+    options: WeightPruningOptions
 
-    targets: Targets | str | list[str] | None
-
-    def __init__(self) -> None:
-        self._enforcer = MaskEnforcer()
-        self._held: Mapping[str, Tensor] | None = None
-        self._weights: list[Weight] = []
-        self._finished = False  # the last change of the masks that are held is behind: nothing is asked any more
+    def __init__(self, events: Events) -> None:
+        self._events = events
+        self._points: list[tuple[float, float]] = []
+        self._planned_steps = 0
+        self._weights: Sequence[MaskableWeight] = ()
+        self._step_hooks: StepHooks | None = None
 
     # Lightning's hooks, in the order a run meets them.
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse strategies that hold other tensors than the module's parameters."""
+        """Refuse strategies that shard parameters."""
         super().setup(trainer, pl_module, stage)
         refuse_sharding(
             trainer,
@@ -59,25 +66,24 @@ class MaskingCallback(CompressionCallback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the weights as they are now; go on with the masks of a checkpoint, or of an earlier fit."""
+        """Plan the run; continue with the masks of a checkpoint, or of an earlier fit as far as they still hold."""
         super().on_fit_start(trainer, pl_module)
-        self._weights = self._find(pl_module)
-        self._refuse_overlap(trainer, pl_module)
-        self._check_weights(pl_module)
         state = self.state(pl_module)
+        masks = state.get("masks", {}) if self.resumed(pl_module) else true_masks(pl_module, state.get("masks", {}))
+        self._weights = self._plan(pl_module, masks)
+        self._refuse_overlap(trainer)
         if not self.resumed(pl_module):
-            masks = _still_true(pl_module, state.get("masks", {}))
             state.clear()
             state["masks"] = masks
-        self._held = None
-        self._hold(pl_module)
-        self._enforcer.watch(trainer.optimizers)
+            if not masks:
+                self.disclaim(pl_module)
+        self._watch(trainer, pl_module)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Gather from the dense gradients, accumulated, reduced and unscaled as they are here; then mask them."""
-        self._gather(trainer, self._hold(pl_module), optimizer)
-        self._enforcer.before_step(optimizer)
+        """Mask the gradients before they are clipped."""
+        assert self._step_hooks is not None  # since `on_fit_start`
+        self._step_hooks.before_step(optimizer)
 
     @override
     def on_surgery(
@@ -86,122 +92,108 @@ class MaskingCallback(CompressionCallback):
         pl_module: LightningModule,
         kept: Mapping[str, Mapping[int, Tensor]] | None,
     ) -> None:
-        """Cut what belongs to a weight along with the weight; forget what belongs to one that is gone."""
-        shapes = {name: parameter.shape for name, parameter in pl_module.named_parameters()}
-        state = self.state(pl_module)
-        for key in self._cut_along(state):
-            holder, last = key
-            entries = {
-                name: take(tensor, {dim: stays.long() for dim, stays in (kept or {}).get(name, {}).items()})
-                for name, tensor in holder[last].items()
-            }
-            holder[last] = {
-                name: t
-                for name, t in entries.items()
-                if shapes.get(name, t.shape) == t.shape and (name in shapes or key[1] == "origin")
-            }
-        self._weights = [weight for weight in self._find(pl_module) if weight.name in shapes]
-        self._held = None
-        self._hold(pl_module)
+        """Cut masks and other tensors with their weights; drop those of weights that are gone."""
+        cut_masks(pl_module, self.state(pl_module), kept)
+        self._weights = self._plan(pl_module, {})
+        self._watch(trainer, pl_module)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so, if there are no zeros."""
-        reason = None if getattr(trainer, "fast_dev_run", False) else self._why_nothing(trainer, pl_module)
+        """Warn if nothing was masked."""
+        reason = None if getattr(trainer, "fast_dev_run", False) else self._no_effect_reason(pl_module)
         if reason is not None:
             self._no_effect(reason)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave no hook behind, and no reference to the network."""
-        self._enforcer.release()
-        self._enforcer = MaskEnforcer()
-        self._held, self._weights = None, []
+        """Remove the hooks, and the references to the network."""
+        if self._step_hooks is not None:
+            self._step_hooks.release()
+        self._step_hooks, self._weights = None, ()
         super().teardown(trainer, pl_module, stage)
 
-    # For the two callbacks.
+    @override
+    def window(self, max_epochs: int | None) -> tuple[float, float] | None:
+        """From the first change of the masks to the last."""
+        return self._events.window(max_epochs)
 
-    def _find(self, pl_module: nn.Module) -> list[Weight]:
-        return find_weights(pl_module, as_targets(self.targets), type(self).__name__)
+    # For subclasses.
 
-    def _check_weights(self, pl_module: LightningModule) -> None:
-        """Refuse weights that the method cannot mask."""
+    @abstractmethod
+    def _plan(self, pl_module: LightningModule, masks: Mapping[str, Tensor]) -> Sequence[MaskableWeight]:
+        """Find the weights and check the whole run, without a change. ``masks``: those that hold already."""
 
-    def _gather(self, trainer: Trainer, state: dict[str, Any], optimizer: Optimizer) -> None:
-        """Keep what the next change needs of the gradients that ``optimizer`` is about to use, not yet clipped."""
-        raise NotImplementedError
-
-    def _why_nothing(self, trainer: Trainer, pl_module: LightningModule) -> str | None:
+    @abstractmethod
+    def _no_effect_reason(self, pl_module: LightningModule) -> str | None:
         """Why nothing was masked, or None."""
-        raise NotImplementedError
 
-    def _cut_along(self, state: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
-        """Where in the state there are tensors by weight name, in the weights' shapes."""
-        return [(state, key) for key in ("masks", "movement", "dense", "shadow", "origin") if key in state]
+    def _make_step_hooks(self, pl_module: LightningModule) -> StepHooks:
+        """What acts before and after every optimizer step."""
+        return MaskEnforcer(self._weights, lambda: self._masks(pl_module))
 
-    def _hold(self, pl_module: LightningModule) -> dict[str, Any]:
-        """The state; its masks are taken up if they are others: a checkpoint may have been loaded."""
-        state = self.state(pl_module)
-        masks = state.setdefault("masks", {})
-        if masks is not self._held:
-            self._enforcer.hold(pl_module, masks)
-            self._held, self._finished = masks, False
-        return state
+    def _masks(self, pl_module: LightningModule) -> dict[str, Tensor]:
+        masks: dict[str, Tensor] = self.state(pl_module).setdefault("masks", {})
+        return masks
 
-    def _change(self, trainer: Trainer, pl_module: LightningModule, masks: dict[str, Tensor]) -> float:
-        """Take up other masks, everywhere. Returns the share of mask entries that have changed."""
+    def _fraction_due(self, trainer: Trainer, ahead: int = 0) -> float:
+        """The fraction of the way to the budget that is due ``ahead`` steps from now."""
+        planned = steps_planned(trainer)
+        if planned != self._planned_steps:
+            self._points, self._planned_steps = self._events.points(trainer.max_epochs, planned), planned
+        due = self._events.due(self._points, progress_at_step(trainer, ahead), planned)
+        return self._points[due - 1][1] if due else 0.0
+
+    def _set_masks(self, trainer: Trainer, pl_module: LightningModule, masks: dict[str, Tensor]) -> float:
+        """Replace the masks on every rank, and mask weights and averaged copies.
+
+        Returns the fraction of mask entries that have changed.
+        """
         if trainer.world_size > 1:
             masks = broadcast(trainer, {name: mask.cpu() for name, mask in masks.items()})
-        state = self.state(pl_module)
         devices = {weight.name: weight.parameter.device for weight in self._weights}
         masks = {name: mask.to(devices[name]) for name, mask in masks.items()}
-        churn = mask_churn(state["masks"], masks)
-        state["masks"] = masks
-        self._hold(pl_module)
-        self._enforcer.apply(trainer.optimizers)
-        for copy in averaged_models_of(trainer, pl_module):
-            mask_model(copy, masks)
+        churn = mask_churn(self._masks(pl_module), masks)
+        self.state(pl_module)["masks"] = masks
+        self.claim(pl_module, [weight.layer for weight in self._weights], follows_cuts=True)
+        if isinstance(self._step_hooks, MaskEnforcer):
+            self._step_hooks.apply(trainer.optimizers)
+        else:
+            mask_model(pl_module, masks)
+        for averaged_model in averaged_models_of(trainer, pl_module):
+            mask_model(averaged_model, masks)
         return churn
 
-    def _announce(self, trainer: Trainer, pl_module: LightningModule, churn: float, *, restart: bool) -> None:
-        """Log what the masks are now; with other zeros, look for the best checkpoint anew."""
-        masks = self.state(pl_module)["masks"]
+    def _report(self, trainer: Trainer, pl_module: LightningModule, churn: float, *, restart: bool) -> None:
+        """Log the masks as they are now; with ``restart``, reset checkpoint selection and early stopping."""
+        masks, key = self._masks(pl_module), type(self).method
         sparsity = zero_fraction(masks.values())
-        dead = sum(zero_rows(weight.facing(masks[weight.name])) for weight in self._weights if weight.name in masks)
+        dead = sum(zero_rows(weight.oriented(masks[weight.name])) for weight in self._weights if weight.name in masks)
+        metrics = {f"{key}/sparsity": sparsity, f"{key}/churn": churn, f"{key}/dead_filters": float(dead)}
         for logger in trainer.loggers:
-            named = {"sparsity": sparsity, "churn": churn, "dead_filters": float(dead)}
-            logger.log_metrics(
-                {f"{type(self).method}/{key}": value for key, value in named.items()}, step=steps_done(trainer)
-            )
+            logger.log_metrics(metrics, step=steps_done(trainer))
         if restart:
             reset_monitoring(trainer)
         log_rank_zero(
-            trainer,
-            f"{type(self).method}: sparsity {sparsity:.4f}, {churn:.4f} of the masks changed, {dead} dead filters",
+            trainer, f"{key}: sparsity {sparsity:.4f}, {churn:.4f} of the mask entries changed, {dead} dead filters"
         )
 
-    def _refuse_overlap(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    # Private.
+
+    def _watch(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._step_hooks is not None:
+            self._step_hooks.release()
+        self._step_hooks = self._make_step_hooks(pl_module)
+        self._step_hooks.watch(trainer.optimizers)
+
+    def _refuse_overlap(self, trainer: Trainer) -> None:
         mine = {weight.name for weight in self._weights}
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-        for other in callbacks:
+        for other in callbacks_of(trainer):
             if not isinstance(other, MaskingCallback) or other is self:
                 continue
-            both = sorted(mine & {weight.name for weight in other._find(pl_module)})
+            both = sorted(mine & {weight.name for weight in other._weights})
             if both:
-                names = f"{type(self).__name__}` and `{type(other).__name__}"
+                names = f"{type(other).__name__}` and `{type(self).__name__}"
                 raise OrderError(
                     f"`{names}`: expected each weight to be masked by one callback, found {len(both)} that both mask: "
                     f"{both[:3]}. Give them `targets` that do not overlap."
                 )
-
-
-def _still_true(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The masks of an earlier fit under which the weights are still zero."""
-    parameters = dict(model.named_parameters())
-    return {
-        name: mask
-        for name, mask in masks.items()
-        if name in parameters
-        and parameters[name].shape == mask.shape
-        and not torch.count_nonzero(parameters[name].detach()[~mask.to(parameters[name].device)])
-    }

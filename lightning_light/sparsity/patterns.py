@@ -1,4 +1,4 @@
-"""Patterns: which weights become zero together. All shapes are ``(out, in, *kernel)``."""
+"""Sparsity patterns: which weights are masked together. All shapes are ``(out, in, *kernel)``."""
 
 from __future__ import annotations
 
@@ -9,28 +9,32 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_light.validation import PositiveInt, validated
+
 __all__ = ["NM", "Block", "Column", "Filter", "Kernel", "Pattern", "Row", "Unstructured"]
 
 
 class Pattern(ABC):
-    """Divides a weight into units of equal size; a unit is kept or zero as a whole."""
+    """Divide a weight into units of equal size; a unit is kept or masked as a whole."""
 
     @abstractmethod
     def pool(self, scores: Tensor) -> Tensor:
-        """The mean score of each unit."""
+        """Average the scores over each unit."""
 
     @abstractmethod
     def expand(self, units: Tensor, shape: torch.Size) -> Tensor:
-        """What holds for each unit, for each weight of ``shape``: the way back from `pool`."""
+        """Repeat a value per unit for every weight of ``shape``: the inverse of `pool`."""
 
     def incompatibility(self, shape: torch.Size) -> str | None:
-        """Why a weight of ``shape`` does not divide into units, or None."""
+        """Explain why a weight of ``shape`` does not divide into units; None if it does."""
         return None
 
 
 @dataclass(frozen=True)
 class Unstructured(Pattern):
-    """Single weights. Most zeros for the least loss; saves size after compression, and time only in sparse kernels.
+    """Mask single weights: the highest sparsity for the least loss of accuracy.
+
+    It reduces the compressed size; it reduces time only in kernels for sparse weights.
 
     Han et al., 2015, "Learning both Weights and Connections for Efficient Neural Networks".
     https://arxiv.org/abs/1506.02626
@@ -46,7 +50,7 @@ class Unstructured(Pattern):
 
 
 class _Axes(Pattern):
-    """Units that run along whole axes."""
+    """Mask units that span whole axes."""
 
     def _axes(self, ndim: int) -> tuple[int, ...]:
         raise NotImplementedError
@@ -63,7 +67,7 @@ class _Axes(Pattern):
 
 @dataclass(frozen=True)
 class Filter(_Axes):
-    """All weights that make one output. Where nothing else feeds it, the output can be removed: `remove_dead_channels`.
+    """Mask whole filters: all weights of one output. `remove_dead_channels` then removes the outputs.
 
     Li et al., 2017, "Pruning Filters for Efficient ConvNets". https://arxiv.org/abs/1608.08710
     """
@@ -75,7 +79,7 @@ class Filter(_Axes):
 
 @dataclass(frozen=True)
 class Kernel(_Axes):
-    """The kernel between one input and one output; in a linear layer a single weight."""
+    """Mask the kernel between one input and one output; in a linear layer a single weight."""
 
     @override
     def _axes(self, ndim: int) -> tuple[int, ...]:
@@ -84,7 +88,7 @@ class Kernel(_Axes):
 
 @dataclass(frozen=True)
 class Row(_Axes):
-    """One row of one kernel; in a linear layer all weights of one output."""
+    """Mask one row of one kernel; in a linear layer all weights of one output."""
 
     @override
     def _axes(self, ndim: int) -> tuple[int, ...]:
@@ -93,34 +97,31 @@ class Row(_Axes):
 
 @dataclass(frozen=True)
 class Column(_Axes):
-    """One column of one kernel; in a linear layer all weights of one input."""
+    """Mask one column of one kernel; in a linear layer all weights of one input."""
 
     @override
     def _axes(self, ndim: int) -> tuple[int, ...]:
         return (ndim - 2,) if ndim != 3 else (2,)  # the kernel of a 1-d convolution has one axis
 
 
+@validated
 @dataclass(frozen=True)
 class Block(Pattern):
-    """``rows`` neighbouring outputs times ``columns`` neighbouring inputs, at each place of the kernel.
+    """Mask blocks: ``rows`` neighbouring outputs by ``columns`` neighbouring inputs, per position of the kernel.
 
-    ``Block(4, 1)`` is what vectorized sparse kernels read: Elsen et al., 2020, "Fast Sparse ConvNets".
+    Vectorized sparse kernels use ``Block(4, 1)``: Elsen et al., 2020, "Fast Sparse ConvNets".
     https://arxiv.org/abs/1911.09723
 
     Args:
-        rows: outputs a block.
-        columns: inputs a block.
+        rows: outputs per block.
+        columns: inputs per block.
 
     Raises:
         ValueError: one of them is below 1.
     """
 
-    rows: int = 4
-    columns: int = 1
-
-    def __post_init__(self) -> None:
-        if self.rows < 1 or self.columns < 1:
-            raise ValueError(f"`Block({self.rows}, {self.columns})`: expected two integers >= 1, as in `Block(4, 1)`.")
+    rows: PositiveInt = 4
+    columns: PositiveInt = 1
 
     @override
     def pool(self, scores: Tensor) -> Tensor:
@@ -139,41 +140,42 @@ class Block(Pattern):
         return None
 
 
+@validated
 @dataclass(frozen=True)
 class NM(Pattern):
-    """At most ``n`` of every ``m`` neighbouring weights along the inputs are not zero: ``NM(2, 4)`` is half.
+    """Keep at most ``n`` of every ``m`` neighbouring weights along the inputs: ``NM(2, 4)`` is a sparsity of one half.
 
     Mishra et al., 2021, "Accelerating Sparse Deep Neural Networks". https://arxiv.org/abs/2104.08378
-    It brings its own budget, and every layer keeps it exactly; on the way there, ``m - 1`` of ``m`` come first.
+    The pattern determines the sparsity of every layer exactly. Gradual schedules pass through ``m - 1`` of ``m``.
 
     Args:
-        n: weights kept of each group.
+        n: weights kept per group.
         m: size of a group.
 
     Raises:
         ValueError: unless ``1 <= n < m``.
     """
 
-    n: int = 2
-    m: int = 4
+    n: PositiveInt = 2
+    m: PositiveInt = 4
 
     def __post_init__(self) -> None:
-        if not 1 <= self.n < self.m:
+        if not self.n < self.m:
             raise ValueError(
                 f"`NM({self.n}, {self.m})`: expected 1 <= n < m, n weights kept of every m. Usual is `NM(2, 4)`."
             )
 
     @property
-    def amount(self) -> float:
-        """The share of zeros that the pattern is."""
+    def sparsity(self) -> float:
+        """The sparsity of every layer under this pattern."""
         return 1.0 - self.n / self.m
 
-    def kept_of(self, share: float) -> int:
-        """How many of ``m`` stay when ``share`` of the way is behind: ``m`` at first, ``n`` in the end."""
-        return self.m - int(share * (self.m - self.n) + 1e-9)
+    def kept_at(self, fraction: float) -> int:
+        """Weights kept of every ``m`` at ``fraction`` of the way to the budget: ``m`` at 0, ``n`` at 1."""
+        return self.m - int(fraction * (self.m - self.n) + 1e-9)
 
     def mask(self, scores: Tensor, kept: int) -> Tensor:
-        """The ``kept`` highest of each group; of equal ones the first."""
+        """Keep the ``kept`` highest scores of each group; of equal scores the first."""
         out, inputs, *kernel = scores.shape
         groups = scores.reshape(out, inputs // self.m, self.m, *kernel)
         order = groups.argsort(dim=2, descending=True, stable=True)

@@ -1,4 +1,4 @@
-"""Rewinding: remember the weights of an early step, and go back to them."""
+"""Rewinding: store the weights of an early step, and reset the network to them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch.optim import Optimizer
 from lightning_light.schedules import Schedule
 from lightning_light.sparsity.mask_schedules import Rewinding
 
-__all__ = ["check", "remember", "restore"]
+__all__ = ["check_rewinding", "rewind_weights", "store_weights"]
 
 
-def check(schedule: Schedule, window: tuple[float, float] | None) -> None:
+def check_rewinding(schedule: Schedule, window: tuple[float, float] | None) -> None:
     """Refuse to rewind to a moment after the first rise, and at the end of the run, after which nothing is trained.
 
     Raises:
-        ValueError: ``to`` is not before the window begins, or the window ends with the run.
+        ValueError: ``rewind_to`` is not before the window begins, or the window ends with the run.
     """
     if not isinstance(schedule, Rewinding) or window is None:
         return
@@ -27,26 +27,26 @@ def check(schedule: Schedule, window: tuple[float, float] | None) -> None:
             f"`{schedule!r}`: expected the last rise before the end of the run, found it there: the ticket would not "
             "be trained. Write for instance `Rewinding(Window(Staircase(Exponential(2.3), steps=5), end=0.8))`."
         )
-    if schedule.to >= window[0]:
+    if schedule.rewind_to >= window[0]:
         raise ValueError(
-            f"`{schedule!r}`: expected `to` before the schedule first rises, at {window[0]:.3g} of the run, found "
-            f"{schedule.to}. Start the schedule later, or rewind to an earlier moment."
+            f"`{schedule!r}`: expected `rewind_to` before the first rise of the schedule, at {window[0]:.3g} of the "
+            f"run, found {schedule.rewind_to}. Start the schedule later, or rewind to an earlier moment."
         )
 
 
-def remember(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of the parameters that learn and of the floating point buffers (running statistics) of a state dict."""
+def store_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Copy the trainable parameters and the floating point buffers (running statistics) of the state dict."""
     stored = model.state_dict()
-    kept = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    parameters = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     buffers = {name: b.clone() for name, b in model.named_buffers() if name in stored and b.is_floating_point()}
-    return kept | buffers
+    return parameters | buffers
 
 
 @torch.no_grad()
-def restore(
+def rewind_weights(
     model: nn.Module, origin: Mapping[str, Tensor], masks: Mapping[str, Tensor], optimizers: Iterable[Optimizer]
 ) -> None:
-    """Go back to ``origin`` where ``masks`` leave something, with the optimizers' state at zero, as new."""
+    """Reset ``model`` to ``origin`` under ``masks``, and the state of the optimizers to zero."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if name in origin:
             value = origin[name].to(tensor)

@@ -1,83 +1,146 @@
-"""SR-STE: train dense weights through their masks, so that a mask can still change its mind."""
+"""`SRSTE`: train an N:M sparse network from scratch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
 
-from lightning_light.sparsity.mask_enforcer import stepping
+from lightning_light.schedules import OneShot, Schedule, require_rising
+from lightning_light.sparsity.mask_enforcer import StepHooks, mask_model
+from lightning_light.sparsity.mask_state import MaskState
+from lightning_light.sparsity.masking import MaskingCallback
+from lightning_light.sparsity.options import WeightPruningOptions
 from lightning_light.sparsity.patterns import NM
-from lightning_light.sparsity.weights import Weight
+from lightning_light.sparsity.planning import PruningPlan, plan_pruning
+from lightning_light.sparsity.straight_through import StraightThroughMasks
+from lightning_light.sparsity.weights import MaskableWeight
+from lightning_light.surgery.averaged_models import averaged_models_of
+from lightning_light.targets import TargetsLike
+from lightning_light.timing import Events
+from lightning_light.validation import NonNegativeFloat, validated
 
-__all__ = ["StraightThrough"]
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+__all__ = ["SRSTE"]
 
 
-class StraightThrough:
-    """The network holds the masked weights at all times; the dense ones step in for the optimizer's step only.
+@validated
+class SRSTE(MaskingCallback):
+    """Train dense weights through N:M masks that are selected again by magnitude after every step.
 
-    The gradient at the masked weights goes to the dense ones as it is (straight-through), with a decay of those that
-    are masked: ``w <- w - lr * (g(mask * w) + decay * (1 - mask) * w)``, then the masks are chosen anew.
+    The network holds the masked weights at all times, except during the optimizer's step; the dense weights are in the
+    compression state. Gradients and optimizer state are dense, so that a masked weight can return.
 
-    Zhou et al., 2021, "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch".
-    https://arxiv.org/abs/2102.04010
+    Zhou et al., 2021, "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch" (sparse-refined
+    straight-through estimator). https://arxiv.org/abs/2102.04010
+
+    Example:
+        >>> SRSTE(NM(2, 4), targets="encoder.*")
+        SRSTE(targets='encoder.*')
+
+    Args:
+        pattern: weights kept of each group.
+        decay: of masked weights; the paper has ``2e-4``. 0 is the plain straight-through estimator.
+        schedule: progress -> fraction of the way to the pattern; rises only. Masks change until the end of the run.
+        targets: layers whose weights may be masked: patterns or `Targets`.
+
+    Raises:
+        TypeError: an argument of a wrong type.
+        ValueError: an argument out of range, or a schedule that falls.
+        TargetError: ``targets`` match nothing, or a layer that the pattern does not divide.
+        OrderError: another callback masks one of the weights.
+        UnsupportedError: a strategy that shards parameters.
     """
 
-    def __init__(self, pattern: NM, decay: float) -> None:
-        self.pattern, self.decay = pattern, decay
-        self._weights: list[Weight] = []
-        self._masks: dict[str, Tensor] = {}
-        self._dense: dict[str, Tensor] = {}
-        self._inside: dict[int, list[Weight]] = {}
-        self._handles: list[RemovableHandle] = []
-        self._kept = pattern.n
+    method: ClassVar[str] = "sr_ste"
+    state_schema: ClassVar[Any] = MaskState
 
-    def watch(self, optimizers: Iterable[Optimizer]) -> None:
-        """Look after each step of ``optimizers``."""
-        self.release()
-        self._handles = [optimizer.register_step_post_hook(self._after_step) for optimizer in optimizers]
+    def __init__(
+        self,
+        pattern: NM = NM(2, 4),
+        *,
+        decay: NonNegativeFloat = 2e-4,
+        schedule: Schedule = OneShot(),
+        targets: TargetsLike = None,
+    ) -> None:
+        super().__init__(Events(schedule, every_n_steps=1))
+        require_rising(type(self).__name__, schedule)
+        self.options = WeightPruningOptions(pattern=pattern, targets=targets)
+        self.pattern = pattern
+        self.decay = decay
+        self.schedule = schedule
+        self.targets = targets
+        self._plan_of_run: PruningPlan | None = None
 
-    def release(self) -> None:
-        """Leave no hook behind."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+    # Lightning's hooks, in the order a run meets them.
 
-    def hold(self, weights: list[Weight], masks: dict[str, Tensor], dense: dict[str, Tensor], kept: int) -> None:
-        """Train ``dense`` through ``masks``: both are changed in place from now on; ``kept`` stay of each group."""
-        self._weights, self._kept = weights, kept
-        self._masks, self._dense = masks, dense
-        with torch.no_grad():
-            for weight in weights:
-                weight.parameter.copy_(dense[weight.name] * masks[weight.name])
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Mask the first time, or keep fewer weights of each group, if that is due."""
+        state = self.state(pl_module)
+        fraction = max(self._fraction_due(trainer), state.get("fraction", 0.0))
+        kept_before = self.pattern.kept_at(state.get("fraction", 0.0))
+        if self.pattern.kept_at(fraction) < kept_before:
+            self._prune(trainer, pl_module, fraction)
 
-    @torch.no_grad()
-    def before_step(self, optimizer: Optimizer) -> None:
-        """Let the dense weights, and their decay, meet the optimizer."""
-        own = stepping(optimizer)
-        learning = [weight for weight in self._weights if weight.parameter in own and weight.name in self._masks]
-        mine = [weight for weight in learning if weight.parameter.grad is not None]
-        for weight in mine:
-            dense, mask = self._dense[weight.name], self._masks[weight.name]
-            assert weight.parameter.grad is not None  # as chosen
-            weight.parameter.grad.add_(dense * ~mask, alpha=self.decay)
-            weight.parameter.copy_(dense)
-        self._inside[id(optimizer)] = mine
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Mask the averaged copies as well, and undo a step that was prepared and not taken."""
+        assert isinstance(self._step_hooks, StraightThroughMasks)  # since `on_fit_start`
+        self._step_hooks.restore_skipped()
+        self._mask_averaged_models(trainer, pl_module)
 
-    @torch.no_grad()
-    def settle(self) -> None:
-        """Put masked weights back where a step was announced and not taken: a gradient scaler may skip one."""
-        for weight in [weight for mine in self._inside.values() for weight in mine]:
-            weight.parameter.copy_(self._dense[weight.name] * self._masks[weight.name])
-        self._inside.clear()
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Mask the averaged copies, one of which may replace the network now."""
+        self._mask_averaged_models(trainer, pl_module)
+        super().on_train_end(trainer, pl_module)
 
-    @torch.no_grad()
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        for weight in self._inside.pop(id(optimizer), []):
-            dense = self._dense[weight.name].copy_(weight.parameter)
-            chosen = weight.facing(self.pattern.mask(weight.facing(dense.abs()), self._kept))
-            weight.parameter.mul_(self._masks[weight.name].copy_(chosen))
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Remove the hooks."""
+        self._plan_of_run = None
+        super().teardown(trainer, pl_module, stage)
+
+    @override
+    def window(self, max_epochs: int | None) -> tuple[float, float] | None:
+        """From the first masks to the end of the run."""
+        return self._events.window(max_epochs)[0], 1.0
+
+    # Private.
+
+    @override
+    def _plan(self, pl_module: LightningModule, masks: Mapping[str, Tensor]) -> Sequence[MaskableWeight]:
+        self._plan_of_run = plan_pruning(type(self).__name__, pl_module, self.options)
+        return self._plan_of_run.weights
+
+    @override
+    def _no_effect_reason(self, pl_module: LightningModule) -> str | None:
+        if self._masks(pl_module):
+            return None
+        return f"the run ended before the first change of the masks; `schedule={self.schedule!r}`."
+
+    @override
+    def _make_step_hooks(self, pl_module: LightningModule) -> StepHooks:
+        return StraightThroughMasks(self._weights, self.pattern, self.decay, lambda: self.state(pl_module))
+
+    def _prune(self, trainer: Trainer, pl_module: LightningModule, fraction: float) -> None:
+        assert self._plan_of_run is not None  # since `on_fit_start`
+        state = self.state(pl_module)
+        dense = state.setdefault("per_weight", {}).setdefault("dense", {})
+        for weight in self._weights:
+            dense.setdefault(weight.name, weight.parameter.detach().clone())
+        scores = {weight.name: weight.oriented(dense[weight.name].abs()) for weight in self._weights}
+        churn = self._set_masks(trainer, pl_module, self._plan_of_run.masks(scores, fraction))
+        state["fraction"] = fraction
+        self._report(trainer, pl_module, churn, restart=churn > 0.0)
+
+    def _mask_averaged_models(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for averaged_model in averaged_models_of(trainer, pl_module):
+            mask_model(averaged_model, self._masks(pl_module))

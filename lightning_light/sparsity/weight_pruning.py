@@ -1,33 +1,35 @@
-"""`WeightPruning`: weights become zero while the network trains."""
+"""`WeightPruning`: mask the least important weights while the network trains."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_light.budgets import Budget
+from lightning_light.budgets import Sparsity
+from lightning_light.criteria.collector import PARAMETER_KINDS, EvidenceCollector
 from lightning_light.criteria.evidence import Criterion
-from lightning_light.criteria.magnitude import Magnitude
-from lightning_light.criteria.movement import Movement
-from lightning_light.progress import progress_at_step, steps_done
-from lightning_light.schedules import Cubic, Schedule, Window, resolve
-from lightning_light.sparsity import rewind
-from lightning_light.sparsity.checks import check_pruning
-from lightning_light.sparsity.gather import InputWatch, add_gradients, add_movement, check_evidence, score_weights
-from lightning_light.sparsity.mask_enforcer import mask_model, stepping
-from lightning_light.sparsity.mask_schedules import Rewinding, act_window
+from lightning_light.order import DEFAULT_WINDOWS, Stage
+from lightning_light.progress import progress_at_step
+from lightning_light.schedules import Cubic, Schedule, Window, require_rising
+from lightning_light.sparsity.mask_enforcer import parameters_of
+from lightning_light.sparsity.mask_schedules import Rewinding
+from lightning_light.sparsity.mask_state import MaskState
 from lightning_light.sparsity.masking import MaskingCallback
-from lightning_light.sparsity.patterns import NM, Pattern, Unstructured
-from lightning_light.sparsity.plan import check_pattern, plan_masks
+from lightning_light.sparsity.options import WeightPruningOptions
+from lightning_light.sparsity.patterns import Pattern
+from lightning_light.sparsity.planning import PruningPlan, check_existing_masks, plan_pruning
+from lightning_light.sparsity.rewind import check_rewinding, rewind_weights, store_weights
 from lightning_light.sparsity.scope import Scope
-from lightning_light.sparsity.sr_ste import StraightThrough
-from lightning_light.surgery.averaged_models import averaged_models_of
+from lightning_light.sparsity.scores import score_weights
+from lightning_light.sparsity.weights import MaskableWeight
 from lightning_light.surgery.distributed import reduce_mean
-from lightning_light.targets import Targets, as_targets
+from lightning_light.targets import TargetsLike
+from lightning_light.timing import Events
+from lightning_light.validation import OpenFraction, PositiveInt, validated
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -36,304 +38,251 @@ if TYPE_CHECKING:
 __all__ = ["WeightPruning"]
 
 _SAME = 1e-9
+_EVENTS = 20
 
 
+class WeightPruningState(MaskState, total=False):
+    """What `WeightPruning` keeps in the compression state.
+
+    Attributes:
+        evidence: what the criterion reads, while it is gathered.
+        events: number of changes of the masks.
+        most_masked: largest number of masked weights.
+    """
+
+    evidence: dict[str, Any]
+    events: int
+    most_masked: int
+
+
+@validated
 class WeightPruning(MaskingCallback):
-    """Set the least important weights to zero, step by step, and keep them there.
+    """Mask the least important weights gradually, and keep them at zero.
 
-    Shapes stay. The masks live in the compression state, so the module's ``state_dict`` keeps its keys.
-    A masked weight, its gradient and its optimizer state are exactly zero after every step. Zeros alone make nothing
-    smaller or faster: see `measure_sparsity` for what they are worth.
+    Shapes do not change. The masks are in the compression state, so the module's ``state_dict`` keeps its keys.
+    A masked weight, its gradient and its optimizer state are exactly zero after every step. Sparsity alone makes
+    nothing smaller or faster: `measure_sparsity` reports compressed size and effective MACs.
+
+    Training on without this callback lets masked weights become nonzero again; masks that no longer hold are left out
+    of checkpoints, with a warning.
 
     Zhu & Gupta, 2017, "To prune, or not to prune: exploring the efficacy of pruning for model compression".
     https://arxiv.org/abs/1710.01878
 
     Example:
-        >>> from lightning_light.budgets import Sparsity
         >>> WeightPruning(Sparsity(0.9), scope="erk")
         WeightPruning(budget=Sparsity(amount=0.9), scope='erk')
+        >>> from lightning_light.sparsity import NM
         >>> WeightPruning(pattern=NM(2, 4))
         WeightPruning(pattern=NM(n=2, m=4))
 
     Args:
-        budget: ``Sparsity(amount)`` of the targets' weights. None for `NM`, which brings its own, or with ``amounts``.
-        criterion: scores weights; the lowest go first.
-        schedule: progress -> share of the way to the budget. Where it falls, masks are lifted: `Alternating`,
-            `DenseSparseDense`; `Rewinding` sets weights back.
-        pattern: what becomes zero together: `Unstructured`, `NM`, `Block`, `Filter`, `Kernel`, `Row`, `Column`.
-        scope: ``"global"``, the lowest of all; ``"local"``, the same amount of each; ``"erk"``, more of larger layers;
-            ``"lamp"``, global after scaling each layer's scores.
-        targets: layers whose weights may become zero: patterns or `Targets`.
-        amounts: layer pattern -> its own share of zeros, in [0, 1).
-        every_n_steps: optimizer steps between two changes of the masks, at least.
-        calibration_batches: optimizer steps before a change over which a data-dependent criterion gathers.
-        sr_ste: decay of masked weights in SR-STE training, for `NM`; None for none. The paper has ``2e-4``.
-        seed: for criteria that draw.
+        budget: ``Sparsity(amount)`` of the targets' weights. None with `NM`, which determines it, or ``remaining``.
+        criterion: scores weights; the lowest scores are masked first.
+        schedule: progress -> fraction of the way to the budget. Where it falls, masks are lifted: `Alternating`,
+            `DenseSparseDense`; `Rewinding` also resets weights.
+        pattern: what is masked together: `Unstructured`, `NM`, `Block`, `Filter`, `Kernel`, `Row`, `Column`.
+        scope: ``"global"``, one threshold for all; ``"local"``, the same sparsity in each layer; ``"erk"``, a higher
+            one in larger layers; ``"lamp"``, global after scaling each layer's scores.
+        targets: layers whose weights may be masked: patterns or `Targets`.
+        remaining: layer pattern -> fraction of its weights that remain, in (0, 1]; overrides the budget there.
+        every_n_steps: optimizer steps between two changes of the masks; None for 20 changes.
+        calibration_batches: optimizer steps before a change over which a criterion's evidence is gathered.
+        seed: for criteria that draw random numbers.
 
     Raises:
-        ValueError: an argument out of range; said at once.
-        TypeError: ``budget`` is no `Sparsity`.
-        TargetError: ``targets`` name nothing, or a layer that the pattern does not divide.
-        BudgetError: a layer would lose every weight.
+        TypeError: an argument of a wrong type.
+        ValueError: an argument out of range, arguments that contradict each other, or a schedule that falls without
+            declaring it.
+        TargetError: ``targets`` match nothing, or a layer that the pattern does not divide.
+        BudgetError: the budget leaves a layer without weights, or is below the sparsity that masks have already.
         OrderError: another callback masks one of the weights.
         UnsupportedError: a strategy that shards parameters; evidence that a layer cannot give.
     """
 
     method: ClassVar[str] = "weight_pruning"
+    state_schema: ClassVar[Any] = WeightPruningState
 
     def __init__(
         self,
-        budget: Budget | None = None,
+        budget: Sparsity | None = WeightPruningOptions.budget,
         *,
-        criterion: Criterion = Magnitude(),
-        schedule: Schedule = Window(Cubic(), start=0.1, end=0.7),
-        pattern: Pattern = Unstructured(),
-        scope: Scope = "global",
-        targets: Targets | str | list[str] | None = None,
-        amounts: dict[str, float] | None = None,
-        every_n_steps: int = 20,
-        calibration_batches: int = 8,
-        sr_ste: float | None = None,
-        seed: int = 0,
+        criterion: Criterion = WeightPruningOptions.criterion,
+        schedule: Schedule = Window(Cubic(), *DEFAULT_WINDOWS[Stage.MASKS]),
+        pattern: Pattern = WeightPruningOptions.pattern,
+        scope: Scope = WeightPruningOptions.scope,
+        targets: TargetsLike = WeightPruningOptions.targets,
+        remaining: dict[str, OpenFraction] | None = WeightPruningOptions.remaining,
+        every_n_steps: PositiveInt | None = None,
+        calibration_batches: PositiveInt = WeightPruningOptions.calibration_batches,
+        seed: int = WeightPruningOptions.seed,
     ) -> None:
-        super().__init__()
-        check_pruning(
-            budget,
-            pattern,
-            scope,
-            amounts,
-            sr_ste,
-            schedule,
-            every_n_steps=every_n_steps,
-            calibration_batches=calibration_batches,
+        super().__init__(Events(schedule, every_n_steps, default_events=_EVENTS))
+        self.options = WeightPruningOptions(
+            budget, criterion, pattern, scope, targets, remaining, calibration_batches, seed
         )
+        self.options.check(type(self).__name__)
+        if schedule.monotone:
+            require_rising(type(self).__name__, schedule)
         self.budget = budget
         self.criterion = criterion
         self.schedule = schedule
         self.pattern = pattern
         self.scope: Scope = scope
         self.targets = targets
-        self.amounts = amounts
+        self.remaining = remaining
         self.every_n_steps = every_n_steps
         self.calibration_batches = calibration_batches
-        self.sr_ste = sr_ste
         self.seed = seed
-        self._resolved: Schedule = schedule
-        self._own: dict[str, float] = {}
-        self._watch: InputWatch | None = None
-        self._through: StraightThrough | None = None
-        self._last_change = 1.0
-        self._needs_data = bool(criterion.needs - {"generator", "movement"})
+        self._plan_of_run: PruningPlan | None = None
+        self._collector: EvidenceCollector | None = None
 
     # Lightning's hooks, in the order a run meets them.
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Resolve the schedule, so that what cannot work is said before anything is trained."""
+        """Resolve the schedule, and refuse to rewind to a moment that does not precede it."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self._resolved = resolve(self.schedule, trainer.max_epochs)
-            window = act_window(self.schedule, trainer.max_epochs)
-            rewind.check(self.schedule, window)
-            self._last_change = window[1] if window is not None else 0.0
+            check_rewinding(self.schedule, self.window(trainer.max_epochs))
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the layers as they are now; start what gathers."""
+        """Plan the run, and prepare to gather evidence."""
         super().on_fit_start(trainer, pl_module)
-        if "inputs" in self.criterion.needs:
-            self._watch = InputWatch(self._weights)
-        if self.sr_ste is not None:
-            assert isinstance(self.pattern, NM)  # as `check_pruning` has seen
-            self._through = StraightThrough(self.pattern, self.sr_ste)
-            self._through.watch(trainer.optimizers)
-            self._enforcer.active = False
-            self._train_through(pl_module)
+        layers = [weight.layer for weight in self._weights]
+        self._collector = EvidenceCollector.for_criterion(
+            pl_module, layers, self.options.criterion, lambda: self._evidence(pl_module)
+        )
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Change the masks, if that is due: before the batch, and so before its metrics."""
-        state = self._hold(pl_module)
-        if isinstance(self.schedule, Rewinding) and "origin" not in state and not state.get("events"):
-            self._remember(trainer, pl_module, self.schedule.to)
-        if self._watch is not None:
-            self._watch.active = self._is_gathering(trainer, state)
-        if self._is_due(trainer, state) and self._is_ready(state):
-            self._prune(trainer, pl_module)
+        """Change the masks if that is due, before the batch and its metrics."""
+        assert self._collector is not None  # since `on_fit_start`
+        state = self.state(pl_module)
+        self._store_origin(trainer, pl_module)
+        fraction = self._target(trainer, state)
+        if self._is_due(trainer, state) and (fraction == 0.0 or self._is_ready()):
+            self._prune(trainer, pl_module, fraction)
+        self._collector.begin_batch(
+            self._needs_batches and self._is_due(trainer, state, ahead=self.options.calibration_batches)
+        )
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Gather and mask; where dense weights are trained, let them meet the optimizer."""
+        """Gather evidence from the dense gradients, accumulated, reduced and unscaled; then mask them."""
+        assert self._collector is not None  # since `on_fit_start`
+        finished = self.schedule.monotone and self.state(pl_module).get("fraction", 0.0) >= 1.0
+        if self.options.criterion.needs & PARAMETER_KINDS and not finished:
+            stepped = parameters_of(optimizer)
+            self._collector.observe_step([w.parameter for w in self._weights if w.parameter in stepped])
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
-        if self._through is not None:
-            self._through.before_step(optimizer)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count what was gathered."""
-        if self._needs_data:
-            self._count(trainer, self.state(pl_module))
-        if self._through is not None:
-            self._through.settle()
-            self._mask_copies(trainer, pl_module)
-
-    @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """An average may be put in the place of the network now: mask it first."""
-        if self._through is not None:
-            self._mask_copies(trainer, pl_module)
-        super().on_train_end(trainer, pl_module)
-
-    @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave no hook behind."""
-        if self._watch is not None:
-            self._watch.remove()
-        if self._through is not None:
-            self._through.release()
-        self._watch, self._through, self._own = None, None, {}
-        super().teardown(trainer, pl_module, stage)
-
-    @override
-    def window(self, max_epochs: int | None) -> tuple[float, float] | None:
-        """From the first change of the masks to the last."""
-        found = act_window(self.schedule, max_epochs)
-        return None if found is None else (found[0], 1.0 if self.sr_ste is not None else found[1])
-
-    # Private: the small questions the hooks ask.
-
-    @override
-    def _gather(self, trainer: Trainer, state: dict[str, Any], optimizer: Optimizer) -> None:
-        if isinstance(self.criterion, Movement) and state.get("share", 0.0) < 1.0:
-            add_movement(state.setdefault("movement", {}), self._weights, self.criterion, stepping(optimizer))
-        if self._is_gathering(trainer, state):
-            add_gradients(state.setdefault("gathered", {}), self._weights, self.criterion, stepping(optimizer))
-
-    def _count(self, trainer: Trainer, state: dict[str, Any]) -> None:
-        """One more step was gathered, if it was."""
-        if self._watch is not None and self._watch.active:
-            self._watch.move_to(state.setdefault("gathered", {}), lambda tensor: reduce_mean(trainer, tensor))
-        if self._is_gathering(trainer, state):
-            state["seen"] = state.get("seen", 0) + 1
-
-    @override
-    def _check_weights(self, pl_module: LightningModule) -> None:
-        check_pattern(type(self).__name__, self._weights, self.pattern)
-        check_evidence(type(self).__name__, self.criterion, self._weights)
-        self._own = {}
-        for pattern, amount in (self.amounts or {}).items():
-            layers = as_targets(pattern).select(pl_module)
-            self._own |= {weight.name: amount for weight in self._weights if weight.layer in layers}
-
-    @override
-    def _why_nothing(self, trainer: Trainer, pl_module: LightningModule) -> str | None:
-        state = self.state(pl_module)
-        if state.get("most", 0) or any(not bool(mask.all()) for mask in state["masks"].values()):
-            return None
-        if state.get("events", 0):
-            return f"`{self.budget!r}` asks for less than one weight of {len(self._weights)} layers."
-        return f"the run ended before a change of the masks was due; `schedule={self.schedule!r}`."
-
-    @override
-    def _cut_along(self, state: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
-        state.get("gathered", {}).pop("inputs", None)
-        gathered = [(state["gathered"], kind) for kind in state.get("gathered", {})]
-        return [*super()._cut_along(state), *gathered]
+        """Store the evidence of the batch."""
+        assert self._collector is not None  # since `on_fit_start`
+        self._collector.end_batch((lambda tensor: reduce_mean(trainer, tensor)) if trainer.world_size > 1 else None)
 
     @override
     def on_surgery(
         self, trainer: Trainer, pl_module: LightningModule, kept: Mapping[str, Mapping[int, Tensor]] | None
     ) -> None:
-        """The masks follow, and so do the dense weights behind them."""
+        """Cut masks and evidence with the weights."""
         super().on_surgery(trainer, pl_module, kept)
-        self._check_weights(pl_module)
-        self._train_through(pl_module)
+        if self._collector is not None:
+            self._collector.follow(kept)
 
-    def _remember(self, trainer: Trainer, pl_module: LightningModule, moment: float) -> None:
-        """Keep the weights to rewind to, when their moment has come."""
-        if progress_at_step(trainer) + _SAME >= moment:
-            self.state(pl_module)["origin"] = rewind.remember(pl_module)
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Remove the hooks."""
+        if self._collector is not None:
+            self._collector.remove()
+        self._collector, self._plan_of_run = None, None
+        super().teardown(trainer, pl_module, stage)
 
-    def _is_due(self, trainer: Trainer, state: dict[str, Any], ahead: int = 0) -> bool:
-        """Whether the schedule has moved on; ``every_n_steps`` lie between two changes, but for its end."""
-        if self._finished:
-            return False
-        progress = progress_at_step(trainer, ahead)
-        share, before = self._resolved(progress), state.get("share", 0.0)
-        if abs(share - before) <= _SAME:
-            self._finished = ahead == 0 and progress > self._last_change
-            return False
-        rested = steps_done(trainer) + ahead - state.get("last", -self.every_n_steps) >= self.every_n_steps
-        return rested or share < before or share >= self._resolved(1.0) - _SAME
+    # Private.
 
-    def _is_ready(self, state: dict[str, Any]) -> bool:
-        if "movement" in self.criterion.needs and "movement" not in state:
-            return False
-        return not self._needs_data or state.get("seen", 0) >= self.calibration_batches
+    @override
+    def _plan(self, pl_module: LightningModule, masks: Mapping[str, Tensor]) -> Sequence[MaskableWeight]:
+        self._plan_of_run = plan_pruning(type(self).__name__, pl_module, self.options)
+        if self.schedule.monotone:
+            check_existing_masks(type(self).__name__, self._plan_of_run, masks)
+        return self._plan_of_run.weights
 
-    def _is_gathering(self, trainer: Trainer, state: dict[str, Any]) -> bool:
-        """Whether the masks change in at most ``calibration_batches`` steps, or would, had enough been gathered."""
-        return self._needs_data and self._is_due(trainer, state, ahead=self.calibration_batches)
-
-    def _prune(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """One event: score, plan for all weights together, mask."""
-        state, share = self.state(pl_module), self._resolved(progress_at_step(trainer))
-        falling = share < state.get("share", 0.0) - _SAME
-        masks = self._plan(trainer, pl_module, share, {} if falling else state["masks"]) if share > 0.0 else {}
-        if not masks:  # lifted: what was masked starts at zero
-            masks = {weight.name: torch.ones_like(weight.parameter, dtype=torch.bool) for weight in self._weights}
-        if self.sr_ste is not None and "shadow" not in state:
-            state["shadow"] = {weight.name: weight.parameter.detach().clone() for weight in self._weights}
-        churn = self._change(trainer, pl_module, masks)
-        state |= {"share": share, "last": steps_done(trainer), "events": state.get("events", 0) + 1, "seen": 0}
-        state["most"] = max(state.get("most", 0), sum(int((~mask).sum()) for mask in state["masks"].values()))
-        state.pop("gathered", None)
-        if share == 0.0:
-            state["masks"] = {}
-            self._hold(pl_module)
-        if "origin" in state and churn > 0.0:
-            rewind.restore(pl_module, state["origin"], state["masks"], trainer.optimizers)
-        self._train_through(pl_module)
-        self._announce(trainer, pl_module, churn, restart=churn > 0.0)
-
-    def _plan(
-        self, trainer: Trainer, pl_module: LightningModule, share: float, current: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    @override
+    def _no_effect_reason(self, pl_module: LightningModule) -> str | None:
         state = self.state(pl_module)
-        scores = score_weights(
-            self._weights,
-            self.criterion,
-            sums=state.get("gathered", {}),
-            steps=state.get("seen", 0),
-            movement=state.get("movement", {}),
-            values=state.get("shadow", {}),
-            reduce=lambda tensor: reduce_mean(trainer, tensor),
-            generator=torch.Generator().manual_seed(self.seed * 1_000_003 + state.get("events", 0)),
-        )
-        return plan_masks(
-            self._weights,
-            scores,
-            pattern=self.pattern,
-            scope=self.scope,
-            share=share,
-            amount=0.0 if self.budget is None else self.budget.at(0.0, share),
-            amounts={name: share * amount for name, amount in self._own.items()},
-            current={} if self._through is not None else current,
-        )
+        if state.get("most_masked", 0) or any(not bool(mask.all()) for mask in state["masks"].values()):
+            return None
+        if state.get("events", 0):
+            return f"`{self.options.budget!r}` masks less than one weight of {len(self._weights)} layers."
+        return f"the run ended before the first change of the masks; `schedule={self.schedule!r}`."
 
-    def _train_through(self, pl_module: LightningModule) -> None:
+    @property
+    def _needs_batches(self) -> bool:
+        return bool(self.options.criterion.needs - {"generator", "movement"})
+
+    def _evidence(self, pl_module: LightningModule) -> dict[str, Any]:
+        evidence: dict[str, Any] = self.state(pl_module).setdefault("evidence", {})
+        return evidence
+
+    def _store_origin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Store the weights to rewind to, once, at their moment."""
         state = self.state(pl_module)
-        if self._through is None or "shadow" not in state:
+        if not isinstance(self.schedule, Rewinding) or "events" in state or "origin" in state.get("per_weight", {}):
             return
-        assert isinstance(self.pattern, NM)  # as `check_pruning` has seen
-        for key in ("shadow", "masks"):
-            for weight in self._weights:
-                if state[key][weight.name].device != weight.parameter.device:
-                    state[key][weight.name] = state[key][weight.name].to(weight.parameter.device)
-        self._through.hold(self._weights, state["masks"], state["shadow"], self.pattern.kept_of(state["share"]))
+        if progress_at_step(trainer) + _SAME >= self.schedule.rewind_to:
+            state.setdefault("per_weight", {})["origin"] = store_weights(pl_module)
 
-    def _mask_copies(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for model in averaged_models_of(trainer, pl_module):
-            mask_model(model, self.state(pl_module)["masks"])
+    def _target(self, trainer: Trainer, state: Mapping[str, Any], ahead: int = 0) -> float:
+        """The fraction due; a rising schedule never falls back, also where the data has become longer."""
+        target, reached = self._fraction_due(trainer, ahead), state.get("fraction", 0.0)
+        return max(target, reached) if self.schedule.monotone else target
+
+    def _is_due(self, trainer: Trainer, state: Mapping[str, Any], ahead: int = 0) -> bool:
+        return bool(abs(self._target(trainer, state, ahead) - state.get("fraction", 0.0)) > _SAME)
+
+    def _is_ready(self) -> bool:
+        """Whether the criterion's evidence has been gathered, of every kind."""
+        assert self._collector is not None  # since `on_fit_start`
+        if self._needs_batches and self._collector.batches < self.options.calibration_batches:
+            return False
+        tensors = self._collector.means().tensors
+        return all(tensors.get(kind) for kind in self.options.criterion.needs - {"generator"})
+
+    def _prune(self, trainer: Trainer, pl_module: LightningModule, fraction: float) -> None:
+        """Score, select the masks of all weights together, and apply them."""
+        assert self._collector is not None  # since `on_fit_start`
+        state = self.state(pl_module)
+        extended = self.schedule.monotone or 0.0 < state.get("fraction", 0.0) < fraction
+        masks = self._select(trainer, pl_module, fraction, state["masks"] if extended else {})
+        churn = self._set_masks(trainer, pl_module, masks)
+        most = sum(int((~mask).sum()) for mask in state["masks"].values())
+        state |= {
+            "fraction": fraction,
+            "events": state.get("events", 0) + 1,
+            "most_masked": max(state.get("most_masked", 0), most),
+        }
+        self._collector.forget()
+        if fraction == 0.0:
+            state["masks"] = {}
+            self.disclaim(pl_module)
+        origin = state.get("per_weight", {}).get("origin")
+        if origin is not None and churn > 0.0:
+            rewind_weights(pl_module, origin, state["masks"], trainer.optimizers)
+        self._report(trainer, pl_module, churn, restart=churn > 0.0)
+
+    def _select(
+        self, trainer: Trainer, pl_module: LightningModule, fraction: float, current: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        assert self._collector is not None  # since `on_fit_start`
+        assert self._plan_of_run is not None  # since `on_fit_start`
+        if fraction == 0.0:  # masks are lifted: what was masked starts at zero
+            return {weight.name: torch.ones_like(weight.parameter, dtype=torch.bool) for weight in self._weights}
+        events = self.state(pl_module).get("events", 0)
+        generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + events)
+        scores = score_weights(self._weights, self.options.criterion, self._collector.means(), generator)
+        return self._plan_of_run.masks(scores, fraction, current)

@@ -1,11 +1,13 @@
-"""Structured pruning: channels leave, and everything that hangs on them leaves with them."""
+"""Structured pruning: remove channels, and everything that depends on them, in one step."""
 
 from lightning_light.structured.functional import prune_channels
+from lightning_light.structured.options import ChannelPruningOptions, Widths
 from lightning_light.structured.ranking import Global, Isomorphic, Local, Ranking
 from lightning_light.structured.regularization import GroupLasso, GrowingRegularization, SparsityRegularizer
 from lightning_light.structured.structured_pruning import StructuredPruning
 
 __all__ = [
+    "ChannelPruningOptions",
     "Global",
     "GroupLasso",
     "GrowingRegularization",
@@ -14,5 +16,6 @@ __all__ = [
     "Ranking",
     "SparsityRegularizer",
     "StructuredPruning",
+    "Widths",
     "prune_channels",
 ]

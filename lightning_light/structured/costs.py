@@ -1,4 +1,4 @@
-"""What a model would cost after a cut: estimated for the search, counted for the answer."""
+"""Compute what a model would cost after a cut: estimated during the search, counted for the result."""
 
 from __future__ import annotations
 
@@ -10,37 +10,26 @@ from torch import Tensor, nn
 from lightning_light.budgets import Budget
 from lightning_light.dependency import ChannelGroup, DependencyGraph
 from lightning_light.example_input import ExampleInput
-from lightning_light.isolation import isolated
-from lightning_light.measure.cost import count_cost
-from lightning_light.measure.latency import measure_latency
-from lightning_light.measure.size import tensor_bytes
 from lightning_light.surgery.edit import trial
 
-__all__ = ["Estimator", "quantity", "smallest"]
+__all__ = ["Estimator", "measure", "smallest"]
 
 
-def quantity(model: nn.Module, budget: Budget, example: ExampleInput, groups: Sequence[ChannelGroup]) -> float:
-    """What ``budget`` counts, of ``model`` as it stands: MACs (of one sample), params, channels, bytes or seconds.
-
-    Seconds are the median of 20 forward passes of the example on the model's own device, after warm-up.
-    """
-    if budget.quantity == "macs":
-        return count_cost(model, example.args, example.kwargs).macs / example.samples
-    if budget.quantity == "params":
-        return float(sum(parameter.numel() for parameter in model.parameters()))
-    if budget.quantity == "bytes":
-        return float(tensor_bytes(model))
-    if budget.quantity == "seconds":
-        with isolated(model):
-            return measure_latency(lambda: model(*example.args, **example.kwargs), warmup=3, runs=20).median
-    return float(sum(group.width for group in groups if group.reason is None))
+def measure(model: nn.Module, budget: Budget, example: ExampleInput, graph: DependencyGraph) -> float:
+    """Measure the quantity of ``budget``; one that counts channels needs no trace besides ``graph``."""
+    if budget.channel_cost is not None:
+        return budget.channel_cost * sum(group.width for group in graph.groups if group.reason is None)
+    return budget.measure(model, example)
 
 
 class Estimator:
-    """Cost of the model for any widths of its groups, by arithmetic on shapes.
+    """Compute the cost of a model for any widths of its groups, from the shapes of its tensors.
 
-    Exact where all work is done by layers with weights: a layer's MACs are proportional to the elements of its weight.
-    Products without weights (attention scores) are taken as constant; `exact` counts them.
+    Exact where layers with weights do all the work: their cost is proportional to the elements of the weight. Products
+    without weights (attention scores) are taken as constant; `exact` counts them.
+
+    Attributes:
+        now: the cost of the model as it is.
     """
 
     def __init__(
@@ -51,77 +40,40 @@ class Estimator:
         budget: Budget,
         example: ExampleInput,
     ) -> None:
-        self._model, self._graph, self.groups = model, graph, list(groups)
+        self._model, self._graph, self._groups = model, graph, list(groups)
         self._budget, self._example = budget, example
-        self._dims = _shrinking_dims(graph, self.groups)
-        self.now = quantity(model, budget, example, graph.groups)
-        self._weights = self._cost_of_tensors()
+        self._widths = torch.tensor([group.width for group in self._groups])
+        self._dims = _shrinking_dims(graph, self._groups)
+        self._costs = {} if budget.channel_cost is not None else budget.tensor_costs(model, example)
+        self.now = measure(model, budget, example, graph)
 
     def __call__(self, widths: Tensor) -> float:
-        """Estimated quantity when group ``i`` keeps ``widths[i]`` channels."""
-        if self._budget.quantity == "channels":
-            return self.now - float(sum(g.width for g in self.groups) - int(widths.sum()))
-        lost = torch.tensor([group.width for group in self.groups]) - widths
+        """Estimate the cost when group ``i`` keeps ``widths[i]`` channels."""
+        removed = self._widths - widths
+        if self._budget.channel_cost is not None:
+            return self.now - self._budget.channel_cost * float(removed.sum())
         total = self.now
-        for tensor, weight in self._weights.items():
-            share = 1.0
-            for size, numbers, positions in self._dims[tensor]:
-                share *= 1.0 - float((lost[numbers] * positions).sum()) / size
-            total -= weight * (1.0 - share)
+        for tensor, dims in self._dims.items():
+            fraction = 1.0
+            for size, numbers, positions in dims:
+                fraction *= 1.0 - float((removed[numbers] * positions).sum()) / size
+            total -= self._costs.get(tensor, 0.0) * (1.0 - fraction)
         return total
 
     def exact(self, kept: Mapping[str, Tensor]) -> float:
-        """The quantity, counted or measured on the model in the shape it would have."""
-        if self._budget.quantity == "channels":
-            return self(torch.tensor([int(kept[group.name].sum()) for group in self.groups]))
+        """Count or measure the cost of the model in the shape that it would have."""
+        if self._budget.channel_cost is not None:
+            return self(torch.tensor([int(kept[group.name].sum()) for group in self._groups]))
         positions = self._graph.kept_positions(kept)
         attributes = self._graph.attributes(self._model, kept)
-        with trial(self._model, positions, attributes, values=self._budget.quantity == "seconds"):
-            return quantity(self._model, self._budget, self._example, ())
-
-    def _cost_of_tensors(self) -> dict[str, float]:
-        """What of the quantity each tensor that may shrink stands for."""
-        tensors = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
-        mine = {name: tensors[name] for name in self._dims}
-        if self._budget.quantity == "params":
-            return {name: float(t.numel()) for name, t in mine.items() if isinstance(t, nn.Parameter)}
-        if self._budget.quantity == "bytes":
-            return {name: float(t.numel() * t.element_size()) for name, t in mine.items()}
-        if self._budget.quantity == "channels":
-            return {}
-        macs = count_cost(self._model, self._example.args, self._example.kwargs).macs_by_module
-        scale = self.now / max(sum(macs.values()), 1)
-        return _shared_out(macs, tensors, set(mine), scale)
-
-
-def _shared_out(
-    macs: Mapping[str, int], tensors: Mapping[str, Tensor], mine: set[str], scale: float
-) -> dict[str, float]:
-    """A module's work, shared out among its weights by their elements."""
-    owners: dict[str, list[str]] = {}
-    for name, tensor in tensors.items():
-        if tensor.dim() > 1:
-            owners.setdefault(_worker(name, macs), []).append(name)
-    result = {}
-    for module, names in owners.items():
-        elements = sum(tensors[name].numel() for name in names)
-        for name in mine.intersection(names):
-            result[name] = macs.get(module, 0) * scale * tensors[name].numel() / elements
-    return result
-
-
-def _worker(name: str, macs: Mapping[str, int]) -> str:
-    """The module that does the work of a tensor: its owner, or the one above (a parametrization, a projection)."""
-    path = name.rpartition(".")[0]
-    while path not in macs and "." in path:
-        path = path.rpartition(".")[0]
-    return path
+        with trial(self._model, positions, attributes, values=self._budget.runs_model):
+            return self._budget.measure(self._model, self._example)
 
 
 def _shrinking_dims(
     graph: DependencyGraph, groups: Sequence[ChannelGroup]
 ) -> dict[str, list[tuple[int, Tensor, Tensor]]]:
-    """Tensor -> for each dimension that may shrink: its size, the groups it holds, positions a channel of each."""
+    """Tensor -> for each dimension that may shrink: its size, the groups in it, positions per channel of each."""
     found: dict[tuple[str, int], list[tuple[int, int]]] = {}
     for number, group in enumerate(groups):
         for member in group.members:
@@ -134,7 +86,7 @@ def _shrinking_dims(
 
 
 def smallest(test: Callable[[int], bool], low: int, high: int) -> int:
-    """The smallest number in ``[low, high]`` for which ``test`` holds, by bisection; it holds at ``high``."""
+    """Find the smallest number in ``[low, high]`` for which ``test`` holds, by bisection; it holds at ``high``."""
     while low < high:
         middle = (low + high) // 2
         if test(middle):

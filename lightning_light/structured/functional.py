@@ -1,83 +1,148 @@
-"""Prune a network outside a Trainer."""
+"""Prune channels without a Trainer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable
+from itertools import islice
+from typing import Any, Literal
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_light.batch_norm import measure_statistics, move_statistics
+from lightning_light.budgets import Budget
+from lightning_light.criteria.collector import Gathered, collect_evidence, example_of_batch
+from lightning_light.criteria.evidence import Criterion
+from lightning_light.criteria.movement import Movement
 from lightning_light.dependency import DependencyGraph, trace_dependencies
 from lightning_light.example_input import ExampleInput
-from lightning_light.structured.costs import quantity
-from lightning_light.structured.plan import Plan, plan_channels
-from lightning_light.structured.scores import Gathered
-from lightning_light.structured.structured_pruning import StructuredPruning
+from lightning_light.structured.costs import measure
+from lightning_light.structured.options import ChannelPruningOptions, Widths, check_goal
+from lightning_light.structured.plan import Goal, Plan, check_run, plan_channels, widths_of
+from lightning_light.structured.ranking import Ranking
+from lightning_light.surgery.attachment import attach, has_state, record, release, state_of
 from lightning_light.surgery.edit import cut
+from lightning_light.targets import Targets
+from lightning_light.validation import OpenFraction, PositiveInt, validated
 
 __all__ = ["prune_channels"]
 
 
+@validated
 def prune_channels(
     model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any] | None = None,
+    example_inputs: Any,
+    budget: Budget | None = None,
     *,
-    pruning: StructuredPruning,
+    criterion: Criterion = ChannelPruningOptions.criterion,
+    ranking: Ranking = ChannelPruningOptions.ranking,
+    targets: Targets | str | list[str] | None = ChannelPruningOptions.targets,
+    remaining: dict[str, OpenFraction] | None = ChannelPruningOptions.remaining,
+    widths: Widths = ChannelPruningOptions.widths,
+    heads: Literal["dim", "head"] = ChannelPruningOptions.heads,
+    data: Iterable[Any] | None = None,
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    calibration_batches: PositiveInt = ChannelPruningOptions.calibration_batches,
+    correct_batch_norm: bool = ChannelPruningOptions.correct_batch_norm,
     optimizers: Iterable[Optimizer] = (),
     graph: DependencyGraph | None = None,
+    dry_run: bool = False,
 ) -> Plan:
-    """Remove channels of ``model`` in one shot, in place, as the callback ``pruning`` would at its last cut.
+    """Remove the least important channels of ``model`` in one cut, in place, until the budget is met.
+
+    With ``data`` every criterion can be used, and the batch-norm statistics are corrected afterwards: moved by what
+    the cut did to the statistics of the same batches.
 
     Args:
-        model: any module; Parameter objects survive.
-        args: positional arguments of one call.
-        kwargs: keyword arguments of that call.
-        pruning: says what to reach and how to choose; its schedule does not count. With ``dry_run`` nothing is removed.
-        optimizers: whose state is to follow.
-        graph: of ``model`` as it stands, where it is known; else it is traced.
+        model: any module; its Parameter objects stay, their data change.
+        example_inputs: what ``model`` is called with: a tensor, a tuple of positional arguments or a dict of keyword
+            arguments.
+        budget: what the model is to reach; None where ``remaining`` says what is removed. A relative budget counts
+            from the model before its first compression by this package.
+        criterion: scores weights; the channels with the lowest scores are removed.
+        ranking: `Global`, `Local` or `Isomorphic`: which channels are compared with each other.
+        targets: layers whose output channels may be removed: patterns or `Targets`.
+        remaining: layer pattern -> fraction of the layer's channels that stays; such layers are not ranked.
+        widths: bounds on the number of channels that layers keep.
+        heads: what is removed from an attention layer: ``"dim"``, the same positions of every head, or ``"head"``,
+            whole heads.
+        data: batches; of a tuple or list the first item is the model's input, a mapping is its keyword arguments.
+        loss: (output, batch) -> scalar, for criteria that need gradients.
+        calibration_batches: how many batches of ``data`` are used.
+        correct_batch_norm: correct the batch-norm statistics, with ``data``.
+        optimizers: whose state follows.
+        graph: the dependency graph of ``model`` as it is, where it is known; otherwise it is traced.
+        dry_run: only plan.
 
     Returns:
-        What has left, and why the rest stayed.
+        What was removed, and why other layers were kept.
 
     Raises:
-        ValueError: the criterion needs gradients or activations, which only training gathers.
-        BudgetError: the budget cannot be reached.
-        TargetError: the targets name nothing.
-        TraceError: the network does not run on the example input.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range, or the criterion needs ``data`` or ``loss``.
+        BudgetError: the budget cannot be reached; the model is unchanged.
+        TargetError: ``targets`` or ``remaining`` match no layer.
+        TraceError: the model does not run on ``example_inputs``.
+        UnsupportedError: a layer was changed by a later method, for instance quantized.
 
     Example:
         >>> import torch
         >>> from torch import nn
         >>> from lightning_light import MACs
         >>> model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
-        >>> plan = prune_channels(model, (torch.zeros(2, 8),), pruning=StructuredPruning(MACs(0.5)))
+        >>> plan = prune_channels(model, torch.zeros(2, 8), MACs(0.5))
         >>> model[0].out_features, plan.after / plan.before
         (16, 0.5)
     """
-    if pruning.criterion.needs - {"generator"}:
-        raise ValueError(
-            f"`prune_channels(pruning={pruning!r})`: expected a criterion that reads weights alone, found one that "
-            f"needs {sorted(pruning.criterion.needs)}. Use the callback in a Trainer, or `criterion=Magnitude()`."
-        )
-    example = ExampleInput(args, dict(kwargs or {}))
-    graph = graph or trace_dependencies(model, args, kwargs, heads=pruning.heads)
-    dense = 0.0 if pruning.budget is None else quantity(model, pruning.budget, example, graph.groups)
-    plan = plan_channels(
-        model,
-        graph,
-        pruning.options(),
-        budget=pruning.budget,
-        limit=0.0 if pruning.budget is None else pruning.budget.goal(dense),
-        share=1.0,
-        original={group.name: group.width for group in graph.groups},
-        example=example,
-        gathered=Gathered(),
-        generator=torch.Generator().manual_seed(0),
+    check_goal("prune_channels", budget, remaining)
+    options = ChannelPruningOptions(
+        criterion=criterion, ranking=ranking, targets=targets, remaining=remaining, widths=widths, heads=heads
     )
-    if plan.removed and not pruning.dry_run:
-        kept = graph.kept_positions(plan.kept)
-        cut(model, kept, attributes=graph.attributes(model, plan.kept), optimizers=optimizers)
+    example = ExampleInput.of(example_inputs).to(model)
+    graph = graph or trace_dependencies(model, example.args, example.kwargs, heads=heads)
+    state = state_of(model)
+    dense = 0.0 if budget is None else state.reference(budget, lambda: measure(model, budget, example, graph))
+    goal = Goal(budget, example, widths_of(graph), dense)
+    check_run(model, graph, options, goal)
+    batches = [] if data is None else list(islice(data, calibration_batches))
+    plan = plan_channels(model, graph, options, goal, _gathered(model, criterion, batches, loss))
+    if plan.removed and not dry_run:
+        calls = [example_of_batch(batch, model) for batch in batches] if correct_batch_norm else []
+        _carry_out(model, graph, plan, calls, optimizers)
+        state_of(model).references.update(state.references)
     return plan
+
+
+def _carry_out(
+    model: nn.Module,
+    graph: DependencyGraph,
+    plan: Plan,
+    calls: list[ExampleInput],
+    optimizers: Iterable[Optimizer],
+) -> None:
+    """Cut ``model``, record the cut in its compression state, and correct its batch-norm statistics."""
+    attached = has_state(model)
+    attach(model)  # remembers the structure before the cut
+    kept = graph.kept_positions(plan.kept)
+    before = measure_statistics(model, calls)
+    edit = cut(model, kept, attributes=graph.attributes(model, plan.kept), optimizers=optimizers)
+    move_statistics(model, before, measure_statistics(model, calls), kept)
+    record(model, (), edit.entry(), kept)
+    if not attached:
+        release(model)
+
+
+def _gathered(
+    model: nn.Module, criterion: Criterion, batches: list[Any], loss: Callable[[Any, Any], Tensor] | None
+) -> Gathered:
+    """The evidence that ``criterion`` needs, from ``batches``."""
+    if not criterion.needs - {"generator"}:
+        return Gathered()
+    if not batches:
+        raise ValueError(
+            f"`prune_channels(criterion={criterion!r})`: expected `data`, batches from which "
+            f"{sorted(criterion.needs - {'generator'})} can be gathered, found none. Pass `data=train_dataloader`, or "
+            "use `criterion=Magnitude()`."
+        )
+    accumulate = criterion.accumulate if isinstance(criterion, Movement) else None
+    return collect_evidence(model, batches, criterion.needs, batches=len(batches), loss=loss, accumulate=accumulate)

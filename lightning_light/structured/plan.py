@@ -1,66 +1,62 @@
-"""Plans: which channels leave at one event. Pure: the model is read, nothing is written."""
+"""Plan which channels a cut removes. The model is only read."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
 
 from lightning_light.budgets import Budget
-from lightning_light.criteria.evidence import Criterion
-from lightning_light.criteria.reduction import Normalizer, Reduction
+from lightning_light.criteria.collector import Gathered
 from lightning_light.dependency import ChannelGroup, DependencyGraph
-from lightning_light.errors import BudgetError
+from lightning_light.errors import BudgetError, UnsupportedError
 from lightning_light.example_input import ExampleInput
+from lightning_light.order import Stage
 from lightning_light.structured.costs import Estimator, smallest
-from lightning_light.structured.ranking import Ranking, removal_order
-from lightning_light.structured.scores import Gathered, score_groups
-from lightning_light.targets import Targets
+from lightning_light.structured.options import ChannelPruningOptions
+from lightning_light.structured.ranking import removal_order
+from lightning_light.structured.scores import check_scorable, layer_of, score_groups
+from lightning_light.surgery.attachment import check_owners
+from lightning_light.targets import Targets, as_targets
 
-__all__ = ["Options", "Plan", "plan_channels"]
+__all__ = ["Goal", "Plan", "check_prunable", "check_run", "plan_channels", "widths_of"]
 
 _ROUNDING = 1e-9
 
 
-@dataclass(frozen=True)
-class Options:
-    """How channels are chosen; every default stands at the callback.
+@dataclass(frozen=True, eq=False)
+class Goal:
+    """What a run of cuts is to reach, and how much of the way one of them goes.
 
     Attributes:
-        criterion: scores weights.
-        ranking: among which channels the lowest score is looked for.
-        targets: layers whose output channels may leave.
-        amounts: layer pattern -> share of its channels that leaves in the end, in [0, 1); such layers are not
-            ranked.
-        round_to: widths stay multiples of it, unless the layer was narrower.
-        min_channels: what every layer keeps.
-        max_amount: no layer loses more than this share of the channels that it once had, in [0, 1].
-        reduction: how the scores of a group's tensors become one.
-        normalizer: how the groups' scores are made comparable.
+        budget: None where only ``ChannelPruningOptions.remaining`` says what is removed.
+        example: one call of the model.
+        original: group name -> width before the first cut.
+        dense: the budget's quantity before compression.
+        fraction: of the way, in [0, 1]; 1 is the last cut.
+        seed: for criteria that draw.
     """
 
-    criterion: Criterion
-    ranking: Ranking
-    targets: Targets
-    amounts: Mapping[str, float]
-    round_to: int
-    min_channels: int
-    max_amount: float
-    reduction: Reduction
-    normalizer: Normalizer | None
+    budget: Budget | None
+    example: ExampleInput
+    original: Mapping[str, int]
+    dense: float = 0.0
+    fraction: float = 1.0
+    seed: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
-    """What leaves.
+    """What a cut removes.
 
     Attributes:
         kept: group name -> boolean mask of the channels that stay, shape ``(width,)``.
-        before: the budget's quantity now.
-        after: the same after the cut, counted; equal to ``before`` where only ``amounts`` were given.
+        before: the budget's quantity before the cut.
+        after: the same after it, counted or measured; equal to ``before`` without a budget.
         skipped: group name -> why its channels stay.
     """
 
@@ -71,11 +67,11 @@ class Plan:
 
     @property
     def removed(self) -> int:
-        """How many channels leave."""
+        """The number of channels removed."""
         return sum(int((~mask).sum()) for mask in self.kept.values())
 
     def cuts(self) -> list[str]:
-        """One line for each layer that loses channels."""
+        """Describe each layer that loses channels, one line per layer."""
         return [
             f"{name}: {mask.numel()} -> {int(mask.sum())} channels"
             for name, mask in self.kept.items()
@@ -83,117 +79,207 @@ class Plan:
         ]
 
     def lines(self) -> list[str]:
-        """One line a layer: what leaves, and why the others stay."""
-        return self.cuts() + [f"{name}: stays, {reason}" for name, reason in self.skipped.items()]
+        """Describe each layer: its new width, or why its channels are kept."""
+        return self.cuts() + [f"{name}: kept ({reason})" for name, reason in self.skipped.items()]
 
 
-def plan_channels(
-    model: nn.Module,
-    graph: DependencyGraph,
-    options: Options,
-    *,
-    budget: Budget | None,
-    limit: float,
-    share: float,
-    original: Mapping[str, int],
-    example: ExampleInput,
-    gathered: Gathered,
-    generator: torch.Generator | None = None,
-) -> Plan:
-    """Choose the fewest channels, least important first, whose removal brings the budget's quantity to ``limit``.
+def check_prunable(model: nn.Module) -> None:
+    """Refuse layers that other tools have prepared with the present shapes: masks, and fake quantization of PyTorch.
+
+    Raises:
+        UnsupportedError: names the layer and the right order.
+    """
+    for name, module in model.named_modules():
+        if any(isinstance(hook, BasePruningMethod) for hook in module._forward_pre_hooks.values()):
+            raise UnsupportedError(
+                f"Channel pruning of `{name}`: expected a layer without a mask, found one of "
+                "`torch.nn.utils.prune`, which would keep the old shape. Make it permanent first, "
+                "`torch.nn.utils.prune.remove(layer, 'weight')`, or mask after channels are removed."
+            )
+        if hasattr(module, "weight_fake_quant") or hasattr(module, "activation_post_process"):
+            raise UnsupportedError(
+                f"Channel pruning of `{name}`: expected a float layer, found one prepared for quantization by "
+                "`torch.ao`, whose ranges belong to the present channels. Prune first, then quantize."
+            )
+
+
+def check_run(model: nn.Module, graph: DependencyGraph, options: ChannelPruningOptions, goal: Goal) -> None:
+    """Refuse a run whose last cut could not be made, before the first.
 
     Args:
         model: read only.
-        graph: of ``model`` as it stands.
-        options: how to choose.
-        budget: names the quantity; None where only ``options.amounts`` say what leaves.
-        limit: the quantity may be at most this.
-        share: of the way to ``options.amounts``, in [0, 1].
-        original: group name -> width before the first cut.
-        example: one call of ``model``.
-        gathered: what data-dependent criteria need.
-        generator: for criteria that draw.
+        graph: of ``model`` as it is.
+        options: how channels are chosen.
+        goal: of the run; its ``fraction`` does not matter.
 
     Raises:
-        BudgetError: even with every layer at its floor the quantity is above ``limit``.
-        TargetError: ``options.targets`` match nothing.
+        BudgetError: the budget cannot be reached, even with every layer at its smallest width.
+        TargetError: ``options.targets`` or a pattern of ``options.remaining`` matches nothing.
+        UnsupportedError: the criterion reads no tensor of a layer, or a later method owns a layer.
     """
-    free, skipped = _candidates(model, graph, options.targets)
-    if not free:
-        return Plan(skipped=skipped)
-    scores = score_groups(
-        model,
-        free,
-        options.criterion,
-        gathered=gathered,
-        reduction=options.reduction,
-        normalizer=options.normalizer,
-        generator=generator,
-    )
-    floors, steps = _floors(free, options, original)
-    amounts = _layer_amounts(model, options.amounts)
-    widths = {
-        g.name: _width_by_amount(original[g.name], share * amounts[layer], floors[g.name], steps[g.name], g.width)
-        for g in free
-        if (layer := g.name.partition("#")[0]) in amounts
-    }
-    ranked = [group for group in free if group.name not in widths]
-    kept = {name: _mask(scores[name], width) for name, width in widths.items()}
-    if budget is None or not ranked:
-        return Plan(kept, skipped=skipped)
-    estimator = Estimator(model, graph, free, budget, example)
-    search = _Search(ranked, scores, options, original, floors, steps, kept, estimator, model)
-    chosen, value = search.solve(limit, budget)
-    return Plan(chosen, estimator.now, value, skipped)
+    check_prunable(model)
+    candidates = _Candidates.of(model, graph, options, goal.original)
+    check_scorable(candidates.groups, options.criterion)
+    layers = {layer_of(member.tensor) for group in candidates.groups for member in group.members}
+    check_owners(model, sorted(layers), method="structured_pruning", stage=Stage.STRUCTURED)
+    if goal.budget is not None:
+        _check_reachable(candidates, Estimator(model, graph, candidates.groups, goal.budget, goal.example), goal)
+
+
+def plan_channels(
+    model: nn.Module, graph: DependencyGraph, options: ChannelPruningOptions, goal: Goal, gathered: Gathered
+) -> Plan:
+    """Choose the fewest channels, least important first, whose removal brings the model ``goal.fraction`` of the way.
+
+    Args:
+        model: read only.
+        graph: of ``model`` as it is.
+        options: how channels are chosen.
+        goal: how far.
+        gathered: the evidence that the criterion needs.
+
+    Raises:
+        BudgetError: the goal of the whole run cannot be reached, even with every layer at its smallest width.
+        TargetError: ``options.targets`` or a pattern of ``options.remaining`` matches nothing.
+        UnsupportedError: the criterion cannot score a layer.
+    """
+    candidates = _Candidates.of(model, graph, options, goal.original)
+    scores = score_groups(model, candidates.groups, options.criterion, options.ranking, gathered, goal.seed)
+    fixed = {name: _mask(scores[name], width) for name, width in candidates.fixed_widths(goal.fraction).items()}
+    if goal.budget is None:
+        return Plan(fixed, skipped=candidates.skipped)
+    estimator = Estimator(model, graph, candidates.groups, goal.budget, goal.example)
+    _check_reachable(candidates, estimator, goal)
+    if not candidates.ranked:
+        return Plan(fixed, estimator.now, estimator.exact(fixed), candidates.skipped)
+    scopes = [options.ranking.scope(group, model) for group in candidates.ranked]
+    order, _ = removal_order(candidates.ranked, scores, scopes, goal.original)
+    search = _Search(candidates, scores, order, fixed, estimator)
+    kept, value = search.solve(goal.budget.at(goal.dense, goal.fraction) * (1.0 + _ROUNDING))
+    return Plan(kept, estimator.now, value, candidates.skipped)
+
+
+@dataclass(frozen=True, eq=False)
+class _Candidates:
+    """The groups that may lose channels, and the bounds on their widths.
+
+    Attributes:
+        groups: those that may lose channels.
+        skipped: group name -> why the others may not.
+        original: group name -> width before the first cut.
+        floors: group name -> its smallest width.
+        steps: group name -> its widths are multiples of this.
+        remaining: group name -> fraction of its channels that stays, where the user has set it.
+    """
+
+    groups: list[ChannelGroup]
+    skipped: dict[str, str]
+    original: Mapping[str, int]
+    floors: dict[str, int]
+    steps: dict[str, int]
+    remaining: dict[str, float]
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, graph: DependencyGraph, options: ChannelPruningOptions, original: Mapping[str, int]
+    ) -> _Candidates:
+        """Sort the groups of ``graph``, and compute the bounds on their widths."""
+        groups, skipped = _sorted_groups(model, graph, as_targets(options.targets))
+        floors, steps = {}, {}
+        for group in groups:
+            positions = next((m.index.shape[1] for m in group.members if m.role == "out"), 1)
+            steps[group.name] = options.widths.round_to // math.gcd(options.widths.round_to, positions)
+            least = math.ceil(original[group.name] * options.widths.min_remaining - _ROUNDING)
+            wanted = max(1, math.ceil(options.widths.min_channels / positions), least)
+            floors[group.name] = min(group.width, wanted)
+        layers = {
+            name: fraction
+            for pattern, fraction in (options.remaining or {}).items()
+            for name in as_targets(pattern).select(model)
+        }
+        remaining = {g.name: layers[layer] for g in groups if (layer := g.name.partition("#")[0]) in layers}
+        return cls(groups, skipped, original, floors, steps, remaining)
+
+    @property
+    def ranked(self) -> list[ChannelGroup]:
+        """The groups whose widths the budget decides."""
+        return [group for group in self.groups if group.name not in self.remaining]
+
+    def fixed_widths(self, fraction: float) -> dict[str, int]:
+        """Group name -> width, ``fraction`` of the way to what `remaining` says."""
+        widths = {}
+        for group in self.groups:
+            if group.name in self.remaining:
+                removed = fraction * (1.0 - self.remaining[group.name])
+                wanted = max(self.floors[group.name], round(self.original[group.name] * (1.0 - removed)))
+                widths[group.name] = self._rounded(group, wanted)
+        return widths
+
+    def smallest_widths(self) -> dict[str, int]:
+        """Group name -> the smallest width that it can end at."""
+        ranked = {group.name: self._rounded(group, self.floors[group.name]) for group in self.ranked}
+        return {**ranked, **self.fixed_widths(1.0)}
+
+    def _rounded(self, group: ChannelGroup, width: int) -> int:
+        step = self.steps[group.name]
+        return min(group.width, math.ceil(width / step) * step)
+
+
+def _check_reachable(candidates: _Candidates, estimator: Estimator, goal: Goal) -> None:
+    """Refuse a budget that is not met with every layer at its smallest width."""
+    assert goal.budget is not None
+    wanted = goal.budget.goal(goal.dense)
+    if estimator.now <= wanted:
+        return
+    widths = candidates.smallest_widths()
+    least = estimator.exact({g.name: torch.arange(g.width) < widths[g.name] for g in candidates.groups})
+    if least > wanted * (1.0 + _ROUNDING):
+        raise BudgetError(
+            f"`{goal.budget!r}` cannot be reached: expected {goal.budget.quantity} <= {wanted:.6g}, found {least:.6g} "
+            f"with every layer at its smallest width ({estimator.now:.6g} now). Lower `min_channels`, `min_remaining` "
+            "or `round_to` of `widths`, widen `targets`, or ask for less."
+        )
 
 
 class _Search:
-    """The removal order, and how far to go down it."""
+    """Find how many channels of a removal order to remove."""
 
     def __init__(
         self,
-        ranked: Sequence[ChannelGroup],
+        candidates: _Candidates,
         scores: Mapping[str, Tensor],
-        options: Options,
-        original: Mapping[str, int],
-        floors: Mapping[str, int],
-        steps: Mapping[str, int],
+        order: Tensor,
         fixed: Mapping[str, Tensor],
         estimator: Estimator,
-        model: nn.Module,
     ) -> None:
-        scopes = [options.ranking.scope(group, model) for group in ranked]
-        self._order, _ = removal_order(ranked, scores, scopes, original)
-        self._ranked, self._scores, self._fixed, self._estimator = ranked, scores, dict(fixed), estimator
+        ranked = candidates.ranked
+        self._ranked, self._scores, self._order, self._fixed = ranked, scores, order, dict(fixed)
+        self._estimator = estimator
         self._now = torch.tensor([group.width for group in ranked])
-        self._floor = torch.tensor([floors[group.name] for group in ranked])
-        self._step = torch.tensor([steps[group.name] for group in ranked])
-        self._names = [group.name for group in estimator.groups]
+        self._floor = torch.tensor([candidates.floors[group.name] for group in ranked])
+        self._step = torch.tensor([candidates.steps[group.name] for group in ranked])
+        self._names = [group.name for group in candidates.groups]
 
-    def solve(self, limit: float, budget: Budget) -> tuple[dict[str, Tensor], float]:
-        """Masks for the fewest removals that reach ``limit``, and the quantity they leave, counted."""
-        total, slack = self._order.numel(), 1.0 + _ROUNDING
-        if self._estimate(0) <= limit * slack:
+    def solve(self, limit: float) -> tuple[dict[str, Tensor], float]:
+        """Return the masks of the fewest removals that reach ``limit``, and the quantity that they leave.
+
+        Where only layers with a width of their own keep the model above ``limit``, all others go to their smallest.
+        """
+        if self._estimate(0) <= limit:
             return self.masks(0), self._estimate(0)
-        least = self._estimator.exact(self.masks(total))
-        if least > limit * slack:
-            raise BudgetError(
-                f"`{budget!r}` is out of reach: expected {budget.quantity} <= {limit:.6g}, but with every layer at its "
-                f"floor {least:.6g} remain of {self._estimator.now:.6g}. Lower `min_channels` or `round_to`, raise "
-                "`max_amount`, widen `targets`, or ask for less."
-            )
-        guess = smallest(lambda n: self._estimate(n) <= limit * slack, 0, total)
-        return self._corrected(guess, total, limit * slack)
+        total = self._order.numel()
+        guess = smallest(lambda count: self._estimate(count) <= limit, 0, total)
+        return self._corrected(guess, total, limit)
 
     def masks(self, count: int) -> dict[str, Tensor]:
-        """Group name -> channels that stay, when the first ``count`` of the order leave."""
+        """Return group name -> channels that stay when the first ``count`` of the order are removed."""
         widths = self._widths(count).tolist()
         mine = {g.name: _mask(self._scores[g.name], width) for g, width in zip(self._ranked, widths, strict=True)}
         return {**self._fixed, **mine}
 
     def _widths(self, count: int) -> Tensor:
-        gone = torch.bincount(self._order[:count], minlength=len(self._ranked))
-        stays = torch.maximum(self._now - gone, self._floor)
+        removed = torch.bincount(self._order[:count], minlength=len(self._ranked))
+        stays = torch.maximum(self._now - removed, self._floor)
         return torch.minimum((stays + self._step - 1) // self._step * self._step, self._now)
 
     def _estimate(self, count: int) -> float:
@@ -202,7 +288,7 @@ class _Search:
         return self._estimator(torch.tensor([widths[name] for name in self._names]))
 
     def _corrected(self, guess: int, total: int, limit: float) -> tuple[dict[str, Tensor], float]:
-        """Where the estimate was off (work without weights, measured time), go on by counting."""
+        """Search around the estimate with counted or measured values, for work that the estimate does not see."""
         values: dict[int, float] = {}
 
         def fits(count: int) -> bool:
@@ -228,58 +314,33 @@ class _Search:
         return self.masks(best), values[best]
 
 
-def _candidates(
+def _sorted_groups(
     model: nn.Module, graph: DependencyGraph, targets: Targets
 ) -> tuple[list[ChannelGroup], dict[str, str]]:
-    """Groups that may lose channels, and why each other may not."""
+    """The groups that may lose channels, and why each other may not."""
     chosen = set(targets.select(model))
     free, skipped = [], {}
     for group in graph.groups:
-        makers = {
-            m.tensor.partition(".parametrizations.")[0]
-            if ".parametrizations." in m.tensor
-            else m.tensor.rpartition(".")[0]
-            for m in group.members
-            if m.role == "out"
-        }
+        makers = {layer_of(member.tensor) for member in group.members if member.role == "out"}
         if not makers:
             continue
         if group.reason is not None:
             skipped[group.name] = group.reason
         elif makers - chosen:
-            skipped[group.name] = f"`targets` do not name {', '.join(sorted(makers - chosen)[:3])}"
+            skipped[group.name] = f"`targets` exclude {', '.join(sorted(makers - chosen)[:3])}"
         elif group.width < 2:
-            skipped[group.name] = "it has one channel left"
+            skipped[group.name] = "it has one channel"
         else:
             free.append(group)
     return free, skipped
-
-
-def _floors(
-    groups: Sequence[ChannelGroup], options: Options, original: Mapping[str, int]
-) -> tuple[dict[str, int], dict[str, int]]:
-    """Fewest channels, and the step between widths, of each group."""
-    floors, steps = {}, {}
-    for group in groups:
-        positions = next((m.index.shape[1] for m in group.members if m.role == "out"), 1)
-        steps[group.name] = options.round_to // math.gcd(options.round_to, positions)
-        least = math.ceil(original[group.name] * (1.0 - options.max_amount) - _ROUNDING)
-        wanted = max(1, math.ceil(options.min_channels / positions), least)
-        floors[group.name] = min(group.width, wanted)
-    return floors, steps
-
-
-def _layer_amounts(model: nn.Module, amounts: Mapping[str, float]) -> dict[str, float]:
-    """Layer name -> share of its channels that leaves in the end; later patterns win."""
-    return {name: amount for pattern, amount in amounts.items() for name in Targets(pattern).select(model)}
-
-
-def _width_by_amount(once: int, amount: float, floor: int, step: int, now: int) -> int:
-    wanted = max(floor, round(once * (1.0 - amount)))
-    return min(now, math.ceil(wanted / step) * step)
 
 
 def _mask(scores: Tensor, width: int) -> Tensor:
     mask = torch.ones(scores.numel(), dtype=torch.bool)
     mask[torch.argsort(scores, stable=True)[: scores.numel() - width]] = False
     return mask
+
+
+def widths_of(graph: DependencyGraph, original: Mapping[str, int] | None = None) -> dict[str, int]:
+    """Return group name -> width: that in ``original`` if there is one, else the present one."""
+    return {group.name: (original or {}).get(group.name, group.width) for group in graph.groups}

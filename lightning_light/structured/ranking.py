@@ -1,4 +1,4 @@
-"""Rankings: among which channels the least important is looked for."""
+"""Rankings: which channels are compared with each other when the least important ones are chosen."""
 
 from __future__ import annotations
 
@@ -10,22 +10,42 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_light.criteria.reduction import Normalizer, Reduction, check_names
 from lightning_light.dependency import ChannelGroup
 
 __all__ = ["Global", "Isomorphic", "Local", "Ranking", "removal_order"]
 
 
+@dataclass(frozen=True)
 class Ranking(ABC):
-    """Says which groups of channels are ranked together, in one *scope*."""
+    """Decide which dependency groups are ranked together, and how their scores become comparable.
+
+    Subclasses are frozen dataclasses that define `scope`. A `GroupCriterion` reduces and normalizes its scores itself.
+
+    Args:
+        reduction: how the scores of the coupled layers of a group become one score per channel: ``"sum"``, ``"mean"``,
+            ``"max"``, ``"prod"`` or ``"first"``.
+        normalizer: how the scores of a group are scaled before groups are compared: ``"mean"``, ``"sum"``, ``"max"``,
+            ``"standardization"``, ``"gaussian"``, ``"lamp"`` or None.
+
+    Raises:
+        ValueError: a name is unknown.
+    """
+
+    reduction: Reduction = "mean"
+    normalizer: Normalizer | None = "mean"
+
+    def __post_init__(self) -> None:
+        check_names(type(self).__name__, reduction=self.reduction, normalizer=self.normalizer)
 
     @abstractmethod
     def scope(self, group: ChannelGroup, model: nn.Module) -> str:
-        """Groups with the same name of a scope are ranked together."""
+        """Name the scope of ``group``: groups of one scope are ranked together."""
 
 
 @dataclass(frozen=True)
 class Local(Ranking):
-    """Every group of layers by itself: all lose the same share of their channels."""
+    """Rank each dependency group by itself: all lose the same fraction of their channels."""
 
     @override
     def scope(self, group: ChannelGroup, model: nn.Module) -> str:
@@ -34,7 +54,7 @@ class Local(Ranking):
 
 @dataclass(frozen=True)
 class Global(Ranking):
-    """All channels of the network in one list: where there is more to lose, more is lost."""
+    """Rank all channels of the network together: layers with many unimportant channels lose more."""
 
     @override
     def scope(self, group: ChannelGroup, model: nn.Module) -> str:
@@ -43,7 +63,7 @@ class Global(Ranking):
 
 @dataclass(frozen=True)
 class Isomorphic(Ranking):
-    """Groups of the same structure together: a head is compared with heads, a residual stream with streams.
+    """Rank groups of the same structure together: attention heads with heads, residual streams with streams.
 
     Fang et al., 2024, "Isomorphic Pruning for Vision Models". https://arxiv.org/abs/2407.04616
     """
@@ -58,18 +78,18 @@ class Isomorphic(Ranking):
 def removal_order(
     groups: Sequence[ChannelGroup], scores: Mapping[str, Tensor], scopes: Sequence[str], original: Mapping[str, int]
 ) -> tuple[Tensor, Tensor]:
-    """All channels in the order in which they would leave.
+    """Order all channels by when they are removed.
 
-    Within a scope by score; between scopes so that each loses the same share of the channels it once had.
+    Within a scope by score; between scopes so that each loses the same fraction of its original channels.
 
     Args:
         groups: the groups that may lose channels.
-        scores: group name -> one score a channel, shape ``(width,)``.
+        scores: group name -> one score per channel, shape ``(width,)``.
         scopes: of each group.
         original: group name -> its width before the first cut.
 
     Returns:
-        Index of the group in ``groups``, and of the channel in the group; both of shape ``(channels in all,)``.
+        Index of the group in ``groups``, and of the channel in the group; both of shape ``(all channels,)``.
     """
     numbers = torch.cat([torch.full((group.width,), number) for number, group in enumerate(groups)])
     channels = torch.cat([torch.arange(group.width) for group in groups])

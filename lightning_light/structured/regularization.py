@@ -1,4 +1,4 @@
-"""Sparsity learning: push the channels that are about to leave towards zero, so that little is lost when they go."""
+"""Regularize whole channels during training, so that those removed next are close to zero by then."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lightning_light.criteria.reduction import channel_scores
 from lightning_light.dependency import ChannelGroup, Member
+from lightning_light.validation import NonNegativeFloat, validated
 
 __all__ = ["GroupLasso", "GrowingRegularization", "SparsityRegularizer", "add_penalty", "group_norms"]
 
@@ -19,39 +20,41 @@ _TINY = 1e-8
 
 
 class SparsityRegularizer(ABC):
-    """A penalty on whole channels, added to the gradients before every optimizer step until the last cut."""
+    """Penalize whole channels: gradients added before every optimizer step until the last cut.
+
+    Subclasses are frozen dataclasses.
+    """
 
     @abstractmethod
     def factors(self, norms: Tensor, progress: float) -> Tensor:
-        """How strongly each channel's weights shrink: gradient = factor * weight.
+        """Return the factor of each channel: the gradient added to its weights is ``factor * weight``.
 
         Args:
             norms: L2 norm of all weights of each channel of one group, shape ``(channels,)``.
-            progress: of the phase, in [0, 1].
+            progress: from the start of training to the last cut, in [0, 1].
         """
 
 
+@validated
 @dataclass(frozen=True)
 class GroupLasso(SparsityRegularizer):
-    """Coupled channels of a small norm shrink more: gradient ``strength * 2 ** (alpha * rank) * w``.
+    """Shrink coupled channels of small norm more: gradient ``strength * 2 ** (alpha * rank) * w``.
 
-    ``rank = (max - norm) / (max - min)`` over the channels of a group, whose norm counts all coupled layers together.
+    ``rank = (max - norm) / (max - min)`` over the channels of a group; the norm is that of all coupled layers together.
 
     Fang et al., 2023, "DepGraph: Towards Any Structural Pruning", section 3.3. https://arxiv.org/abs/2301.12900
 
     Args:
         strength: of the penalty, relative to the loss; at least 0.
-        alpha: how much more the weakest channel shrinks than the strongest: ``2 ** alpha`` times.
+        alpha: the channel of the smallest norm shrinks ``2 ** alpha`` times as fast as that of the largest.
 
     Raises:
-        ValueError: a negative value.
+        TypeError: an argument is not a number.
+        ValueError: an argument is negative.
     """
 
-    strength: float = 1e-4
-    alpha: float = 4.0
-
-    def __post_init__(self) -> None:
-        _require_positive("GroupLasso", strength=self.strength, alpha=self.alpha)
+    strength: NonNegativeFloat = 1e-4
+    alpha: NonNegativeFloat = 4.0
 
     @override
     def factors(self, norms: Tensor, progress: float) -> Tensor:
@@ -59,28 +62,27 @@ class GroupLasso(SparsityRegularizer):
         return self.strength * 2.0 ** (self.alpha * rank)
 
 
+@validated
 @dataclass(frozen=True)
 class GrowingRegularization(SparsityRegularizer):
-    """Weight decay that grows during the phase, the faster the smaller a channel is.
+    """Apply a weight decay that grows until the last cut, faster for channels of small norm.
 
-    Gradient ``strength * (1 + growth * p * rank) * w``, where ``p`` is the progress of the phase and
+    Gradient ``strength * (1 + growth * p * rank) * w``, where ``p`` is the progress to the last cut and
     ``rank = (max - norm ** 2) / (max - min)`` over the channels of a group.
 
     After Wang et al., 2021, "Neural Pruning via Growing Regularization". https://arxiv.org/abs/2012.09243
 
     Args:
         strength: weight decay at the beginning; at least 0.
-        growth: by how many times the weakest channel's decay has grown at the end; at least 0.
+        growth: relative growth of the decay of the channel of the smallest norm; at least 0.
 
     Raises:
-        ValueError: a negative value.
+        TypeError: an argument is not a number.
+        ValueError: an argument is negative.
     """
 
-    strength: float = 1e-4
-    growth: float = 10.0
-
-    def __post_init__(self) -> None:
-        _require_positive("GrowingRegularization", strength=self.strength, growth=self.growth)
+    strength: NonNegativeFloat = 1e-4
+    growth: NonNegativeFloat = 10.0
 
     @override
     def factors(self, norms: Tensor, progress: float) -> Tensor:
@@ -89,26 +91,20 @@ class GrowingRegularization(SparsityRegularizer):
         return self.strength * (1.0 + self.growth * progress * rank)
 
 
-def _require_positive(name: str, **values: float) -> None:
-    for argument, value in values.items():
-        if not value >= 0.0:
-            raise ValueError(f"`{name}({argument}={value})`: expected a number >= 0, for instance `{argument}=1e-4`.")
-
-
 def group_norms(tensors: Mapping[str, Tensor], group: ChannelGroup) -> Tensor:
-    """L2 norm over all weights that belong to each channel, shape ``(width,)``."""
+    """Compute the L2 norm over all weights that belong to each channel, shape ``(width,)``."""
     squares = [_by_channel(tensors[m.tensor].detach().float().square(), m) for m in _weights(group)]
     return torch.stack(squares).sum(dim=0).sqrt() if squares else torch.ones(group.width)
 
 
 @torch.no_grad()
 def add_penalty(
-    model: nn.Module, groups: Sequence[ChannelGroup], learning: SparsityRegularizer, progress: float
+    model: nn.Module, groups: Sequence[ChannelGroup], regularizer: SparsityRegularizer, progress: float
 ) -> None:
-    """Add the penalty's gradient to every ``.grad`` that is there; see `SparsityRegularizer.factors`."""
+    """Add the gradient of the penalty to every ``.grad`` that exists; see `SparsityRegularizer.factors`."""
     tensors = dict(model.named_parameters())
     for group in groups:
-        factors = learning.factors(group_norms(tensors, group), progress)
+        factors = regularizer.factors(group_norms(tensors, group), progress)
         for member in _weights(group):
             parameter = tensors[member.tensor]
             if parameter.grad is None:

@@ -1,94 +1,142 @@
-"""Scores of channels: a criterion reads every tensor of a group, a reduction makes one number a channel."""
+"""Score channels: a criterion scores every tensor of a dependency group, a reduction makes one score per channel."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from lightning_light.criteria.evidence import Criterion, Evidence
-from lightning_light.criteria.reduction import Normalizer, Reduction, channel_scores, combine, normalize
+from lightning_light.criteria.collector import Gathered
+from lightning_light.criteria.evidence import Criterion, Evidence, GroupCriterion
+from lightning_light.criteria.reduction import Reduction, channel_scores, combine, normalize
 from lightning_light.dependency import ChannelGroup, Member
+from lightning_light.errors import UnsupportedError
+from lightning_light.structured.ranking import Ranking
 
-__all__ = ["Gathered", "score_groups"]
+__all__ = ["check_scorable", "layer_of", "score_groups"]
+
+Role = Literal["out", "in", "norm", "bias"]
+_SCORED = ("out", "norm", "in")  # in the order in which "first" takes them
 
 
-@dataclass(frozen=True)
-class Gathered:
-    """What was seen of a model over some batches, by tensor or layer name; empty where a criterion needs nothing.
+def check_scorable(groups: Sequence[ChannelGroup], criterion: Criterion) -> None:
+    """Refuse a criterion that reads no tensor of a group, before anything is removed.
 
-    Attributes:
-        grad: mean gradient; shape of the tensor.
-        grad_squared: mean squared gradient; shape of the tensor.
-        activation: layer name -> mean absolute output, shape ``(channels,)``.
+    Raises:
+        UnsupportedError: names the group.
     """
-
-    grad: Mapping[str, Tensor] = field(default_factory=dict)
-    grad_squared: Mapping[str, Tensor] = field(default_factory=dict)
-    activation: Mapping[str, Tensor] = field(default_factory=dict)
+    for group in groups:
+        if not isinstance(criterion, GroupCriterion) and not _scored(group, criterion):
+            raise UnsupportedError(_unscored(group, criterion))
 
 
 def score_groups(
     model: nn.Module,
     groups: Sequence[ChannelGroup],
     criterion: Criterion,
-    *,
+    ranking: Ranking,
     gathered: Gathered,
-    reduction: Reduction,
-    normalizer: Normalizer | None,
-    generator: torch.Generator | None = None,
+    seed: int = 0,
 ) -> dict[str, Tensor]:
-    """Group name -> one score a channel, shape ``(width,)``; the lowest goes first.
+    """Score every channel: group name -> scores of shape ``(width,)``; the lowest is removed first.
+
+    Args:
+        model: read only.
+        groups: the groups to score.
+        criterion: scores weights.
+        ranking: says how scores are combined and normalized; a `GroupCriterion` does so itself.
+        gathered: the evidence that ``criterion`` needs.
+        seed: for criteria that draw.
 
     Raises:
-        ValueError: the criterion reads no tensor of a group, or what it needs was not gathered for it.
+        UnsupportedError: the criterion reads no tensor of a group, or what it needs was not gathered for any of them.
     """
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    cache: dict[tuple[str, int], Tensor | None] = {}
-    scores = {}
+    generator = torch.Generator().manual_seed(seed)
+    if isinstance(criterion, GroupCriterion):
+        found = {g.name: criterion.score_group(model, g, gathered, generator=generator) for g in groups}
+        normalizer = None
+    else:
+        positions = _position_scores(model, groups, criterion, gathered, generator)
+        found = {g.name: _combined(g, criterion, positions, ranking.reduction) for g in groups}
+        normalizer = ranking.normalizer
     for group in groups:
-        found = []
-        for member in sorted(group.members, key=lambda m: ("out", "norm", "in").index(m.role) if _counts(m) else 9):
-            key = (member.tensor, member.dim)
-            if key not in cache:
-                cache[key] = _positions(tensors[member.tensor], member, criterion, gathered, generator)
-            positions = cache[key]
-            if positions is not None:
-                found.append(positions[member.index.to(positions.device)].sum(dim=1))
-        if not found:
-            raise ValueError(
-                f"`{criterion!r}` reads {sorted(criterion.roles)}, but the layers of `{group.name}` have no such "
-                "tensor (for instance no batch norm). Exclude the layer, `targets=Targets(exclude=...)`, or choose "
-                "another criterion."
-            )
-        scores[group.name] = normalize(combine([score.cpu() for score in found], reduction), normalizer)
+        if found[group.name] is None:
+            raise UnsupportedError(_unscored(group, criterion))
+    return {name: normalize(s.cpu(), normalizer) for name, s in found.items() if s is not None}
+
+
+def _position_scores(
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    criterion: Criterion,
+    gathered: Gathered,
+    generator: torch.Generator,
+) -> dict[tuple[str, int], Tensor]:
+    """(tensor, dimension) -> one score per position; without those whose evidence was not gathered."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    members = {(m.tensor, m.dim): m for group in groups for m in _scored(group, criterion)}
+    scores = {}
+    for key, member in members.items():
+        evidence = _evidence(model, tensors[member.tensor], member, criterion, gathered, generator)
+        if evidence is not None:
+            scores[key] = channel_scores(criterion(evidence))
     return scores
 
 
-def _counts(member: Member) -> bool:
-    return member.role in {"out", "norm", "in"}
-
-
-def _positions(
-    tensor: Tensor, member: Member, criterion: Criterion, gathered: Gathered, generator: torch.Generator | None
+def _combined(
+    group: ChannelGroup, criterion: Criterion, positions: Mapping[tuple[str, int], Tensor], reduction: Reduction
 ) -> Tensor | None:
-    """One score a position along the member's dimension, or None where the criterion does not read it."""
-    if not _counts(member) or member.role not in criterion.roles:
+    """One score per channel of ``group``, or None where no tensor has one."""
+    members = [m for m in _scored(group, criterion) if (m.tensor, m.dim) in positions]
+    scores = [positions[m.tensor, m.dim] for m in members]
+    found = [s[m.index.to(s.device)].sum(dim=1).cpu() for s, m in zip(scores, members, strict=True)]
+    return combine(found, reduction) if found else None
+
+
+def _scored(group: ChannelGroup, criterion: Criterion) -> list[Member]:
+    """The members that ``criterion`` reads, the layer that makes the channels first."""
+    read = [member for member in group.members if member.role in _SCORED and member.role in criterion.roles]
+    return sorted(read, key=lambda member: _SCORED.index(member.role))
+
+
+def _evidence(
+    model: nn.Module,
+    tensor: Tensor,
+    member: Member,
+    criterion: Criterion,
+    gathered: Gathered,
+    generator: torch.Generator,
+) -> Evidence | None:
+    """The evidence about one tensor, its channels first; None where a piece was not gathered."""
+    layer = layer_of(member.tensor)
+    pieces = gathered.pieces(
+        criterion.needs,
+        tensor,
+        name=member.tensor,
+        layer=layer,
+        module=model.get_submodule(layer),
+        dim=member.dim,
+    )
+    if any(piece is None for piece in pieces.values()):
         return None
-    pieces: dict[str, Any] = {"generator": generator}
-    for name in ("grad", "grad_squared"):
-        if name in criterion.needs:
-            known = getattr(gathered, name).get(member.tensor)
-            if known is None:
-                return None
-            pieces[name] = known.movedim(member.dim, 0)
-    if "activation" in criterion.needs:
-        layer = member.tensor.rpartition(".")[0]
-        if member.role != "out" or layer not in gathered.activation:
-            return None
-        pieces["activation"] = gathered.activation[layer]
-    weight = tensor.detach().movedim(member.dim, 0)
-    return channel_scores(criterion(Evidence(weight=weight, role=member.role, **pieces)))  # type: ignore[arg-type]
+    placed = {kind: piece.to(tensor.device) for kind, piece in pieces.items() if piece is not None}
+    role = cast("Role", member.role)
+    return Evidence(tensor.detach().movedim(member.dim, 0), role=role, generator=generator, **placed)
+
+
+def layer_of(tensor: str) -> str:
+    """Name of the layer that a tensor belongs to; a parametrization is part of its layer."""
+    before, found, _ = tensor.partition(".parametrizations.")
+    return before if found else tensor.rpartition(".")[0]
+
+
+def _unscored(group: ChannelGroup, criterion: Criterion) -> str:
+    needs = sorted(criterion.needs - {"generator"})
+    return (
+        f"`criterion={criterion!r}` on `{group.name}`: expected a tensor with one of the roles "
+        f"{sorted(criterion.roles)}{f' and with {needs}' if needs else ''} in the layers that share these channels, "
+        "found none (for instance a layer without batch norm, or a frozen one). Exclude the layer, "
+        f"`targets=Targets(exclude={group.name.partition('#')[0]!r})`, or choose another criterion."
+    )

@@ -19,7 +19,7 @@ from lightning_light.host.patches import InstancePatch, patches_of
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.manifest import KEY
 from lightning_light.surgery.operations import register_operation
-from lightning_light.surgery.ownership import refuse_owned
+from lightning_light.surgery.ownership import all_names, refuse_owned
 from lightning_light.surgery.state import CompressionState
 from lightning_light.surgery.structure import PRIVATE_PREFIX
 
@@ -105,14 +105,14 @@ def check_owners(model: nn.Module, layers: Iterable[str], *, method: str, stage:
     Raises:
         UnsupportedError: names the layer, its owner, and the right order.
     """
-    layers = list(layers)
-    for path, module in model.named_modules():
-        if has_state(module):
-            prefix = f"{path}." if path else ""
-            inside = [layer.removeprefix(prefix) for layer in layers if layer.startswith(prefix)]
-            inside += [""] * (bool(path) and path in layers)
-            claims = state_of(module).claims.values()
-            refuse_owned(claims, inside, method=method, stage=stage, replaces=replaces)
+    stated = {path: module for path, module in model.named_modules() if has_state(module)}
+    layers = all_names(model, layers) if stated else []
+    for path, module in stated.items():
+        prefix = f"{path}." if path else ""
+        inside = [layer.removeprefix(prefix) for layer in layers if layer.startswith(prefix)]
+        inside += [""] * (bool(path) and path in layers)
+        claims = state_of(module).claims.values()
+        refuse_owned(claims, inside, method=method, stage=stage, replaces=replaces)
 
 
 def has_state(module: nn.Module) -> bool:

@@ -146,9 +146,9 @@ def _pieces(value: Any) -> Iterator[bytes]:
         yield json.dumps(value).encode()
 
 
-def log_rank_zero(trainer: Trainer, sentence: str) -> None:
+def log_rank_zero(trainer: Trainer, sentence: str, level: int = logging.INFO) -> None:
     """Log one line on rank 0 through the host's logger, beside Lightning's own."""
     if trainer.is_global_zero:
         modules = [cls.__module__ for cls in type(trainer).__mro__]
         host = next((host for host in loaded_hosts() if any(name.startswith(f"{host}.") for name in modules)), "")
-        logging.getLogger(f"{host}.lightning_light".lstrip(".")).info(sentence)
+        logging.getLogger(f"{host}.lightning_light".lstrip(".")).log(level, sentence)

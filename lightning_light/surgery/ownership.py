@@ -7,15 +7,15 @@ whether callbacks or functions ask.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from torch import Tensor, nn
 
 from lightning_light.errors import UnsupportedError
 
-__all__ = ["Claim", "PlainClaim", "claims_on", "layers_of", "refuse_owned"]
+__all__ = ["Claim", "PlainClaim", "all_names", "layers_of", "refuse_owned"]
 
 
 class PlainClaim(TypedDict):
@@ -65,11 +65,12 @@ class Claim:
         return cls(method, plain["stage"], tuple(plain["layers"]), plain["follows_cuts"])
 
 
-def claims_on(model: nn.Module, claims: Mapping[str, Claim], layer: str) -> list[Claim]:
-    """Return the claims on ``layer`` under any of its names, earliest stage first."""
-    names = _aliases(model, layer)
-    found = [claim for claim in claims.values() if any(map(claim.covers, names))]
-    return sorted(found, key=lambda claim: claim.stage)
+def all_names(model: nn.Module, layers: Iterable[str]) -> list[str]:
+    """Return ``layers`` under all the names that their modules have in ``model``."""
+    wanted = set(layers)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    shared = {id(modules[layer]) for layer in wanted & modules.keys()}
+    return [name for name, module in modules.items() if id(module) in shared] + sorted(wanted - modules.keys())
 
 
 def layers_of(model: nn.Module, tensors: Iterable[Tensor]) -> list[str]:
@@ -89,7 +90,7 @@ def refuse_owned(
 
     Args:
         claims: those of the model.
-        layers: names of the modules that are about to change.
+        layers: names of the modules that are about to change, as of `all_names`.
         method: the one that is about to change them.
         stage: its stage.
         replaces: whether modules are replaced; a claim that follows cuts does not follow that.
@@ -114,9 +115,3 @@ def refuse_owned(
                 f"owns ({len(owned)} such layers). {order}, or exclude the layers: "
                 f"`targets=Targets(exclude={owned[:3]})`."
             )
-
-
-def _aliases(model: nn.Module, layer: str) -> list[str]:
-    modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
-    found = modules.get(layer)
-    return [layer] if found is None else [name for name, module in modules.items() if module is found]

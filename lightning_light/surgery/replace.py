@@ -103,16 +103,14 @@ def replace_modules(
     optimizers = [unwrap(optimizer) for optimizer in optimizers]
     parameters = parameters or {}
     pairs = _pairs(model, replacements)
-    modules = [old for old, _ in pairs.values()]
-    names = [name for name, module in model.named_modules(remove_duplicate=False) if module in modules]
-    check_owners(model, names, method=method, stage=stage, replaces=True)
+    check_owners(model, replacements, method=method, stage=stage, replaces=True)
     _check_parameters(model, pairs, parameters, optimizers)
     counterparts = [_counterparts(averaged_model, pairs) for averaged_model in averaged_models]
     _put(model, pairs)
     for averaged_model, copies in zip(averaged_models, counterparts, strict=True):
         _put(averaged_model, copies)
-    paths = {parameter: path for path, parameter in model.named_parameters()}
-    replace_parameters(optimizers, parameters, paths)
+    names = {parameter: path for path, parameter in model.named_parameters()}
+    replace_parameters(optimizers, parameters, names)
 
 
 def put_module(model: nn.Module, name: str, new: nn.Module) -> None:

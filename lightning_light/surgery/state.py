@@ -15,9 +15,10 @@ from lightning_light.errors import ManifestError, SurgeryError
 from lightning_light.surgery.attributes import implied_attributes
 from lightning_light.surgery.data import set_data
 from lightning_light.surgery.manifest import KEY, Entry, Kept, Manifest, check_fingerprint, fingerprint_of, half_size
+from lightning_light.surgery.masks import drop_false_masks
 from lightning_light.surgery.operations import is_registered, replay_edits
 from lightning_light.surgery.optimizer import order_parameters, orphans, parameter_order
-from lightning_light.surgery.ownership import Claim, claims_on, refuse_owned
+from lightning_light.surgery.ownership import Claim, all_names, refuse_owned
 from lightning_light.surgery.structure import PRIVATE_PREFIX, apply_structure, compare, copy_structure
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class CompressionState:
         references: quantity -> its value before any method changed the network.
         kept: tensor name -> dimension -> positions of the first network that are left; None when unknown.
         resumed: whether the current ``fit`` goes on from a checkpoint.
+        active: objects that act on the module now, such as a fake quantizer; never in a checkpoint.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -43,6 +45,7 @@ class CompressionState:
         self.references: dict[str, float] = {}
         self.kept: Kept | None = {}
         self.resumed = False
+        self.active: list[object] = []
         self._order: list[list[list[str | None]]] = []
         self._original = copy_structure(model)
 
@@ -86,9 +89,9 @@ class CompressionState:
             UnsupportedError: a later method owns one of the layers and does not follow a change of it.
         """
         claim = Claim(method, int(stage), tuple(dict.fromkeys(layers)), follows_cuts)
-        for layer in claim.layers:
-            refuse_owned(self.owners(model, layer), [layer], method=method, stage=stage)
-        self.claims[method] = claim
+        if claim != self.claims.get(method):
+            refuse_owned(self.claims.values(), all_names(model, claim.layers), method=method, stage=stage)
+            self.claims[method] = claim
 
     def disclaim(self, method: str) -> None:
         """Give up the claim of ``method``, if it has one."""
@@ -96,7 +99,9 @@ class CompressionState:
 
     def owners(self, model: nn.Module, layer: str) -> list[Claim]:
         """Return the claims on the layer called ``layer``, under any of its names, earliest stage first."""
-        return claims_on(model, self.claims, layer)
+        names = all_names(model, [layer])
+        found = [claim for claim in self.claims.values() if any(map(claim.covers, names))]
+        return sorted(found, key=lambda claim: claim.stage)
 
     def reference(self, budget: Budget, measure: Callable[[], float], *, scope: str = "") -> float:
         """Return the value of the budget's quantity before any method changed the network.
@@ -117,7 +122,7 @@ class CompressionState:
     def averaged_copy(self) -> CompressionState:
         """Return the same history for an averaged copy of the module; later changes of one are not in the other."""
         copied = CompressionState.__new__(CompressionState)
-        copied.__dict__.update(vars(self), claims=dict(self.claims), references=dict(self.references))
+        copied.__dict__.update(vars(self), claims=dict(self.claims), references=dict(self.references), active=[])
         copied.edit_log, copied.state = copy.deepcopy(self.edit_log), copy.deepcopy(self.state)
         copied.kept = None if self.kept is None else {name: dict(dims) for name, dims in self.kept.items()}
         return copied
@@ -125,6 +130,8 @@ class CompressionState:
     def manifest(self, model: nn.Module, optimizers: Iterable[Any] = ()) -> dict[str, Any]:
         """Return what a checkpoint of ``model`` holds under the key ``lightning_light``."""
         self._remember(model)
+        for method in drop_false_masks(model, self.state):
+            self.disclaim(method)
         first = dict(self._original.named_buffers())
         changed = {
             name: buffer

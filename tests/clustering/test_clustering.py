@@ -1,4 +1,4 @@
-"""k-means, codes and files against plain restatements; training that keeps what it promises."""
+"""k-means, Huffman codes and files against plain formulas; training with clustered weights."""
 
 import heapq
 import itertools
@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -16,15 +17,16 @@ from lightning_light.budgets import Sparsity
 from lightning_light.clustering import (
     DKM,
     CentroidTraining,
-    StraightThrough,
+    StraightThroughEstimator,
     WeightClustering,
+    cluster,
     clustered_sizes,
     load_clustered,
     save_clustered,
 )
+from lightning_light.clustering.cluster_training import Clusters
 from lightning_light.clustering.coding import code_lengths, decode, encode, entropy
-from lightning_light.clustering.kmeans import cluster
-from lightning_light.clustering.training import Clusters
+from lightning_light.clustering.kmeans import kmeans
 from lightning_light.quantization import Int8, MovingAverage, QuantizationAwareTraining
 from lightning_light.schedules import OneShot
 from lightning_light.sparsity import WeightPruning
@@ -42,9 +44,9 @@ def lit() -> object:
 
 @settings(max_examples=25, deadline=None)
 @given(SEEDS, st.integers(2, 6), st.sampled_from(["linear", "density"]))
-def test_k_means_ends_where_lloyd_ends(seed, clusters, initialization) -> None:
+def test_k_means_reaches_a_fixed_point_of_lloyd(seed, clusters, initialization) -> None:
     values = torch.randn(2, 60, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    centroids, places = cluster(values, clusters, initialization=initialization, zeros=False, sweeps=200)
+    centroids, places = kmeans(values, clusters, initialization=initialization, zero_centroid=False, iterations=200)
     for row, book, place in zip(values, centroids, places, strict=True):
         distances = (row[:, None] - book[None, :]).abs()
         assert torch.equal(distances.min(1).values, distances.gather(1, place[:, None])[:, 0])  # each has its nearest
@@ -54,7 +56,7 @@ def test_k_means_ends_where_lloyd_ends(seed, clusters, initialization) -> None:
 
 def test_zeros_keep_a_centroid_of_their_own() -> None:
     values = torch.tensor([[0.0, 0.0, 0.001, -0.001, 1.0, 0.9, 0.0, -2.0]])
-    centroids, places = cluster(values, 3, initialization="linear", zeros=True)
+    centroids, places = kmeans(values, 3, initialization="linear", zero_centroid=True)
     assert centroids[0, 0] == 0.0
     assert ((places == 0) == (values == 0)).all()
 
@@ -95,11 +97,11 @@ def test_a_file_gives_every_tensor_back_to_the_last_bit(dtype, tmp_path) -> None
         for layer in (net[0], net[2]):
             rows = 1 if layer is net[0] else 40
             values = layer.weight.reshape(rows, -1).float()
-            books, places = cluster(values, 6, initialization="linear", zeros=False)
+            books, places = kmeans(values, 6, initialization="linear", zero_centroid=False)
             layer.weight.copy_(books.gather(1, places).reshape(layer.weight.shape))
     net[2].weight.data[0, 0] = -0.0
-    rows = {row.name: row for row in save_clustered(net, tmp_path / "net.llwc")}
-    found = load_clustered(tmp_path / "net.llwc")
+    rows = {row.name: row for row in save_clustered(net, tmp_path / "net.safetensors")}
+    found = load_clustered(tmp_path / "net.safetensors")
     assert list(found) == list(net.state_dict())
     for name, tensor in net.state_dict().items():
         assert found[name].dtype == tensor.dtype
@@ -108,24 +110,53 @@ def test_a_file_gives_every_tensor_back_to_the_last_bit(dtype, tmp_path) -> None
     assert rows["0.weight"].bits < 8 * dtype.itemsize
     assert rows["0.weight"].values == 6
     assert rows["1.weight"].values <= 1  # written as it is, or as one value
-    header = (tmp_path / "net.llwc").read_bytes()
-    assert header[:4] == b"LLWC"
 
 
 def test_a_file_of_another_kind_or_cut_off_is_refused(tmp_path) -> None:
     (tmp_path / "other").write_bytes(b"PK" + bytes(30))
-    with pytest.raises(ValueError, match="begins with LLWC"):
+    with pytest.raises(ValueError, match="found another kind or a damaged one"):
         load_clustered(tmp_path / "other")
-    save_clustered(nn.Linear(4, 4), tmp_path / "net.llwc")
-    (tmp_path / "net.llwc").write_bytes((tmp_path / "net.llwc").read_bytes()[:-3])
-    with pytest.raises(ValueError, match=r"expected \d+ bytes, found \d+: cut off"):
-        load_clustered(tmp_path / "net.llwc")
+    save_file({"weight": torch.zeros(2)}, tmp_path / "plain.safetensors")
+    with pytest.raises(ValueError, match=r"expected a file from `save_clustered`.*found format None"):
+        load_clustered(tmp_path / "plain.safetensors")
+    path = tmp_path / "net.safetensors"
+    save_clustered(nn.Linear(4, 4), path)
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(ValueError, match="found another kind or a damaged one"):
+        load_clustered(path)
 
 
-def test_centroid_training_is_a_step_of_the_shared_values() -> None:
+def test_tied_tensors_and_empty_ones_are_stored(tmp_path) -> None:
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    net[1].weight = net[0].weight
+    net.register_buffer("empty", torch.empty(0, 3))
+    save_clustered(net, tmp_path / "net.safetensors")
+    found = load_clustered(tmp_path / "net.safetensors")
+    assert {name: tensor.tolist() for name, tensor in found.items()} == {
+        name: tensor.tolist() for name, tensor in net.state_dict().items()
+    }
+    assert found["empty"].shape == (0, 3)
+
+
+@pytest.mark.parametrize("granularity", ["layer", "channel"])
+def test_clustering_without_a_trainer(granularity) -> None:
+    torch.manual_seed(2)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 40))
+    net[3].weight.data[net[3].weight.abs() < 0.1] = 0.0
+    conv, zeros, bias = net[0].weight.detach().clone(), net[3].weight == 0, net[3].bias.detach().clone()
+    rows = cluster(net, None, 4, granularity=granularity, targets="3")
+    assert [row.name for row in rows] == ["3.weight"]
+    values = net[3].weight.detach().reshape(40 if granularity == "channel" else 1, -1)
+    assert all(len(row.unique()) <= 4 for row in values)
+    assert torch.equal(net[3].weight == 0, zeros)
+    assert torch.equal(net[0].weight, conv)
+    assert torch.equal(net[3].bias, bias)
+
+
+def test_centroid_training_is_a_step_on_the_shared_values() -> None:
     """The mean gradient of a cluster moves its centroid, as if it were the parameter (here by SGD)."""
     places = torch.tensor([[0, 1, 1, 2, 0, 2]])
-    clusters = Clusters(torch.tensor([[0.5, -1.0, 2.0]]), places, zeros=False)
+    clusters = Clusters(torch.tensor([[0.5, -1.0, 2.0]]), places, zero_centroid=False)
     gradient = torch.randn(1, 6)
     weights = clusters.values() - 0.1 * CentroidTraining().backward(clusters, clusters.values(), gradient)
     moved, found = CentroidTraining().forward(clusters, weights)
@@ -163,12 +194,12 @@ def test_dkm_is_its_papers_iteration_and_its_gradient_is_exact() -> None:
     torch.testing.assert_close((gradient * direction).sum(), numeric, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("learning", [CentroidTraining(), StraightThrough(), DKM()], ids=repr)
+@pytest.mark.parametrize("training", [CentroidTraining(), StraightThroughEstimator(), DKM()], ids=repr)
 @pytest.mark.parametrize("granularity", ["layer", "channel"])
-def test_a_run_ends_with_few_values_and_the_file_has_them(learning, granularity, tmp_path) -> None:
+def test_a_run_ends_with_few_values_and_the_file_has_them(training, granularity, tmp_path) -> None:
     module = lit()
-    path = tmp_path / "net.llwc"
-    method = WeightClustering(4, start=0.3, learning=learning, granularity=granularity, path=path)
+    path = tmp_path / "net.safetensors"
+    method = WeightClustering(4, start=0.3, training=training, granularity=granularity, path=path)
     trainer(method).fit(module)
     for name in ("features.conv1.weight", "features.last.weight", "head.weight"):
         weight = module.get_parameter(name).detach()
@@ -176,24 +207,24 @@ def test_a_run_ends_with_few_values_and_the_file_has_them(learning, granularity,
         assert all(len(row.unique()) <= 4 for row in rows), name
     state = load_clustered(path)
     assert all(torch.equal(state[name], tensor) for name, tensor in module.state_dict().items())
-    assert path.stat().st_size < 16 + sum(tensor.numel() * 4 for tensor in state.values())
+    assert path.stat().st_size < sum(tensor.numel() * 4 for tensor in state.values())
     sizes = {row.name: row.bits for row in clustered_sizes(module)}
     assert sizes["features.conv1.weight"] < (12.0 if granularity == "channel" else 3.0)
 
 
-def test_the_codebook_learns() -> None:
-    for learning in (CentroidTraining(), StraightThrough(), DKM()):
+def test_the_codebook_is_trained() -> None:
+    for training in (CentroidTraining(), StraightThroughEstimator(), DKM()):
         ends = []
         for lr in (0.0, 0.05):
             module = lit()
             module.lr = lr
-            trainer(WeightClustering(4, start=0.0, learning=learning)).fit(module)
+            trainer(WeightClustering(4, start=0.0, training=training)).fit(module)
             ends.append(module.features.conv1.weight.detach().clone())
-        assert not torch.equal(*ends), learning
+        assert not torch.equal(*ends), training
 
 
-@pytest.mark.parametrize("learning", [CentroidTraining(), StraightThrough(), DKM()], ids=repr)
-def test_a_mask_of_zeros_survives(learning) -> None:
+@pytest.mark.parametrize("training", [CentroidTraining(), StraightThroughEstimator(), DKM()], ids=repr)
+def test_sparsity_is_preserved(training) -> None:
     module = lit()
     masks = {}
     with torch.no_grad():
@@ -201,7 +232,7 @@ def test_a_mask_of_zeros_survives(learning) -> None:
             weight = module.get_submodule(name).weight
             masks[name] = weight.abs() > weight.abs().median()
             weight.mul_(masks[name])
-    trainer(WeightClustering(8, start=0.0, learning=learning)).fit(module)
+    trainer(WeightClustering(8, start=0.0, training=training)).fit(module)
     for name, mask in masks.items():
         weight = module.get_submodule(name).weight
         assert torch.equal(weight != 0, mask)
@@ -235,31 +266,41 @@ def test_tied_weights_are_clustered_once_and_stay_tied() -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"clusters": 1}, "expected from 2 to 256"),
-        ({"clusters": 300}, "expected from 2 to 256"),
-        ({"start": 1.5}, "expected a fraction of the run"),
-        ({"granularity": "row"}, "'layer' or 'channel'"),
-        ({"initialization": "kmeans++"}, "'linear' or 'density'"),
+        ({"clusters": 1}, "expected 2 <= clusters <= 256"),
+        ({"clusters": 300}, "expected 2 <= clusters <= 256"),
+        ({"start": 1.5}, "a fraction of the run"),
+        ({"granularity": "row"}, "expected one of 'layer', 'channel'"),
+        ({"initialization": "kmeans++"}, "expected one of 'linear', 'density'"),
     ],
 )
-def test_bad_values_are_refused_at_once(options, sentence) -> None:
+@pytest.mark.parametrize("call", [WeightClustering, lambda **options: cluster(nn.Linear(8, 8), **options)])
+def test_bad_values_are_refused(call, options, sentence) -> None:
+    if "start" in options and call is not WeightClustering:
+        pytest.skip("the function has no start")
     with pytest.raises(ValueError, match=sentence):
-        WeightClustering(**options)
+        call(**options)
 
 
-def test_an_epoch_that_never_comes_is_refused_before_training() -> None:
-    with pytest.raises(ValueError, match=r"`WeightClustering\(start=7\)` counts epochs"):
+def test_values_of_a_wrong_type_are_refused() -> None:
+    with pytest.raises(TypeError, match="expected a ClusterTraining"):
+        WeightClustering(training="dkm")
+    with pytest.raises(TypeError, match="Pass an instance"):
+        WeightClustering(training=DKM)
+
+
+def test_an_epoch_after_the_end_of_the_run_is_refused_before_training() -> None:
+    with pytest.raises(ValueError, match=r"`WeightClustering\(start=7\)`: expected an epoch of the run"):
         trainer(WeightClustering(start=7)).fit(lit())
 
 
-def test_entropy_is_what_shannon_says() -> None:
+def test_entropy_is_shannons() -> None:
     for counts in itertools.product([1, 2, 5], repeat=3):
         shares = [count / sum(counts) for count in counts]
         assert math.isclose(entropy(counts), -sum(share * math.log2(share) for share in shares))
 
 
-@pytest.mark.parametrize("learning", [CentroidTraining(), StraightThrough(), DKM()], ids=repr)
-def test_pruned_then_clustered_then_quantized_keeps_zeros_and_clusters(learning) -> None:
+@pytest.mark.parametrize("training", [CentroidTraining(), StraightThroughEstimator(), DKM()], ids=repr)
+def test_pruned_then_clustered_then_quantized_keeps_sparsity_and_clusters(training) -> None:
     import lightning.pytorch
 
     layers = ("features.conv1", "head")
@@ -279,8 +320,8 @@ def test_pruned_then_clustered_then_quantized_keeps_zeros_and_clusters(learning)
     module = lit()
     trainer(
         WeightPruning(Sparsity(0.5), schedule=OneShot(at=0.1)),
-        WeightClustering(6, start=0.35, learning=learning),
-        QuantizationAwareTraining(Int8(observer=MovingAverage(0.9)), start=0.6, observe_batches=2),
+        WeightClustering(6, start=0.35, training=training),
+        QuantizationAwareTraining(Int8(observer=MovingAverage(0.9)), start=0.6, calibration_batches=2),
         Look(),
     ).fit(module)
     for name, mask, seen in zip(layers, zeros, rounded, strict=True):
@@ -288,6 +329,6 @@ def test_pruned_then_clustered_then_quantized_keeps_zeros_and_clusters(learning)
         assert mask.any()
         assert torch.equal(weight == 0, mask)  # zeros have a centroid of their own, and nothing else has it
         assert len(weight.unique()) <= 6
-        if not isinstance(learning, DKM):  # DKM is soft until the end
+        if not isinstance(training, DKM):  # DKM is soft until the end
             assert all(len(row.unique()) <= 6 for row in seen.flatten(1))  # a scale for each channel, six values in it
             assert (seen[mask] == 0).all()

@@ -1,11 +1,11 @@
-"""What a method has made of a network can be exported, and the file answers as the network does."""
+"""Compressed networks can be exported, and the outputs of the file are those of the network."""
 
 import pytest
 import torch
 
 from lightning_light.export import ONNX, ExecuTorch, MobileExport, export_model, load_exported
 from lightning_light.export.torchscript_lite import TorchScriptLite
-from lightning_light.quantization import LSQ, Int8, Mixed, fake_quantized
+from lightning_light.quantization import LSQ, Int8, MixedPrecision, fake_quantized
 from lightning_light.surgery.attachment import state_of
 from lightning_light.surgery.checkpoint import load_from_checkpoint
 from tests.contract.runs import module_of, trainer, unless_refused
@@ -41,8 +41,9 @@ def test_the_exported_int8_file_agrees(name, exporter, tmp_path) -> None:
     trainer(*case.build(tmp_path), export).fit(module_of(case))
     assert export.report is not None
     assert export.report.details["int8_layers"] > 0
-    assert max(export.report.parity.steps.values()) <= 3
-    assert export.report.top1 is not None
+    assert max(export.report.parity.quant_steps.values()) <= 3
+    assert export.report.evaluation is not None
+    assert export.report.evaluation.top1_agreement is not None
 
 
 @pytest.mark.slow
@@ -53,7 +54,7 @@ def test_a_chain_is_exported_from_its_checkpoint_as_at_its_end(bits, tmp_path) -
     """What is rebuilt without a Trainer gives files, for every runtime, that answer to the last bit as the run's do."""
     (case,) = [case for case in CASES if case.name == "quantization_chain"]
     callbacks = case.build(tmp_path)
-    callbacks[-1].recipe = Mixed(default=LSQ(bits, bits), first=Int8(), last=Int8())
+    callbacks[-1].recipe = MixedPrecision(default=LSQ(bits, bits), first=Int8(), last=Int8())
     exporters = [TorchScriptLite(), ONNX(), ExecuTorch()]
     exports = [MobileExport(tmp_path / f"run{one.suffix}", exporter=one, latency_runs=2) for one in exporters]
     module, run = module_of(case), trainer(*callbacks, *exports)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 
 from lightning_light.criteria.collector import KINDS
@@ -62,6 +64,25 @@ def test_gradients_are_those_of_the_optimizer_before_clipping() -> None:
     assert entry["count"] == len(seen) == 3
     assert torch.allclose(entry["total"], torch.stack(seen).sum(0), rtol=1e-5)
     assert entry["total"].norm() > 1e-2
+
+
+@pytest.mark.parametrize("scale", [2.0**10, 2.0**40])
+def test_gradients_of_float16_are_unscaled_and_overflows_left_out(scale: float) -> None:
+    """A scale of 2^40 overflows until the scaler has halved it often enough."""
+    module, steps = Lit("sgd"), 8
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, backoff_factor=2.0**-10)
+    gather = Gather(start=0, cut_at=None)
+    plain = copy.deepcopy(module)
+    precision = MixedPrecision("16-mixed", "cpu", scaler)
+    trainer(gather, max_steps=steps, max_epochs=-1, plugins=[precision]).fit(module, Loader())
+    batch = next(iter(Loader()))
+    plain.training_step(batch, 0).backward()
+    entry = state_of(module).state["gather"]["evidence"]["grad"]["net.fc.weight"]
+    overflows = steps - int(entry["count"])
+    assert (overflows > 0) == (scale > 2.0**16)
+    mean, expected = entry["total"] / entry["count"], plain.net.fc.weight.grad
+    assert torch.isfinite(entry["total"]).all()
+    assert 0.1 < mean.norm() / expected.norm() < 10.0
 
 
 @pytest.mark.slow

@@ -54,14 +54,14 @@ def main(strategy: str, folder: Path) -> None:
     two: dict[str, Any] = {"devices": 2, "strategy": strategy}
     soft = SoftTargets(weight=WEIGHT, temperature=TEMPERATURE)
     by_hand = fitted(ByHand(), **two)
-    ours = fitted(Plain(), KnowledgeDistillation(teacher=mentor, losses=[soft]), **two)
+    ours = fitted(Plain(), KnowledgeDistillation(mentor, losses=[soft]), **two)
     losses: list[Any] = [soft, FeatureHint(feature_layers="net.conv1")]
-    hinted = [KnowledgeDistillation(teacher=_as_module, losses=losses) for _ in range(3)]
+    hinted = [KnowledgeDistillation(_as_module, losses=losses) for _ in range(3)]
     once = fitted(Plain(), hinted[0], max_epochs=1, limit_train_batches=1, **two)
     whole = fitted(Plain(), hinted[1], *checkpoints(folder), **two)
     again = fitted(Plain(), hinted[2], ckpt_path=folder / "epoch=0.ckpt", **two)
     every_fourth: dict[str, Any] = {**two, "accumulate_grad_batches": 4}
-    hint = KnowledgeDistillation(teacher=_as_module, losses=[FeatureHint(feature_layers="net.conv1")])
+    hint = KnowledgeDistillation(_as_module, losses=[FeatureHint(feature_layers="net.conv1")])
     accumulated, expected = fitted(Plain(), hint, **every_fourth), fitted(HintedByHand(), **every_fourth)
     found = {
         "by_hand": float((weights(by_hand) - weights(ours)).abs().max()),

@@ -18,7 +18,7 @@ ROWS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(ROWS))
-def test_an_example_ends_with_its_table(name: str, tmp_path: Path) -> None:
+def test_an_example_prints_its_table(name: str, tmp_path: Path) -> None:
     spec = importlib.util.spec_from_file_location("fashion_mnist", EXAMPLES / "fashion_mnist.py")
     assert spec is not None
     assert spec.loader is not None

@@ -1,5 +1,6 @@
 """The callback with real Trainers: teachers of every kind, feature_layers, caches, surgery, refusals."""
 
+import csv
 import logging
 from pathlib import Path
 from typing import Any
@@ -9,18 +10,23 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
+from torchmetrics import MeanSquaredError, MetricCollection
 
 from lightning_light.budgets import Channels
 from lightning_light.distillation import (
     AttentionTransfer,
+    BatchFields,
     CheckpointTeacher,
     FeatureHint,
     KnowledgeDistillation,
+    OutputRegression,
     SelfTeacher,
     SoftTargets,
+    TeacherCache,
 )
 from lightning_light.distillation.loss_balancing import gradient_factors
 from lightning_light.errors import NoEffectWarning, TargetError
+from lightning_light.measure.metrics import Top1Agreement
 from lightning_light.schedules import OneShot
 from lightning_light.structured import StructuredPruning
 from lightning_light.surgery.attachment import state_of
@@ -32,8 +38,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_p
 
 def distilled(*losses: Any, module: Any = None, data: Any = None, **arguments: Any) -> Any:
     """A module fitted with `mentor` as the teacher, unless the arguments name another."""
-    given = {"teacher": mentor, **arguments}
-    callback = KnowledgeDistillation(losses=list(losses) or None, **given)
+    teacher = arguments.pop("teacher", mentor)
+    callback = KnowledgeDistillation(teacher, losses=list(losses) or None, **arguments)
     return fitted(module or Plain(), callback, data=data)
 
 
@@ -49,7 +55,7 @@ class Twin(Plain):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TorchScript leaves, but is read
-def test_every_way_to_give_one_teacher_is_the_same(tmp_path: Path) -> None:
+def test_all_sources_of_one_teacher_are_equivalent(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.trace(mentor().eval(), torch.zeros(4, 3, 8, 8)), tmp_path / "teacher.pt")
     program = torch.export.export(mentor().eval(), (torch.zeros(4, 3, 8, 8),))
     torch.export.save(program, tmp_path / "teacher.pt2")
@@ -67,7 +73,7 @@ def test_every_way_to_give_one_teacher_is_the_same(tmp_path: Path) -> None:
         torch.testing.assert_close(found[0], other)
 
 
-def test_to_make_a_teacher_draws_none_of_the_run_s_random_numbers() -> None:
+def test_building_a_teacher_does_not_change_the_random_state_of_the_run() -> None:
     def drawing() -> nn.Module:
         torch.randn(3)
         return mentor()
@@ -80,7 +86,7 @@ def test_to_make_a_teacher_draws_none_of_the_run_s_random_numbers() -> None:
     assert torch.equal(*ends)
 
 
-def test_a_teacher_is_left_as_it_came() -> None:
+def test_a_teacher_is_not_changed() -> None:
     teacher = mentor()
     teacher.conv1.eval()
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
@@ -92,11 +98,11 @@ def test_a_teacher_is_left_as_it_came() -> None:
 
 
 def test_no_checkpoint_has_the_teacher(tmp_path: Path) -> None:
-    callback = KnowledgeDistillation(teacher=mentor, losses=[SoftTargets()])
+    callback = KnowledgeDistillation(mentor, losses=[SoftTargets()])
     fitted(Plain(), callback, *checkpoints(tmp_path))
     checkpoint = torch.load(tmp_path / "epoch=1.ckpt", weights_only=True)
     assert list(checkpoint["state_dict"]) == list(Plain().state_dict())
-    assert checkpoint["lightning_light"]["state"]["distillation"]["asked"] is True
+    assert checkpoint["lightning_light"]["state"]["distillation"]["used"] is True
     assert (tmp_path / "epoch=1.ckpt").stat().st_size < 60_000
     Plain.load_from_checkpoint(tmp_path / "epoch=1.ckpt")
 
@@ -106,17 +112,17 @@ def test_several_teachers_by_weight() -> None:
     assert torch.equal(weights(both), weights(distilled(SoftTargets())))
 
 
-def test_two_teachers_and_their_caches_are_what_one_writes_by_hand() -> None:
+def test_two_teachers_with_and_without_cache_equal_hand_written_distillation() -> None:
     class Two(Plain):
         def extra(self, student: Tensor, batch: Any) -> Tensor:
             with torch.no_grad():
-                answers = [teacher.eval()(batch[0]) for teacher in (mentor(), Net(4, seed=9))]
-            return 0.7 * SoftTargets()(student, answers[0]) + 0.3 * SoftTargets()(student, answers[1])
+                outputs = [teacher.eval()(batch[0]) for teacher in (mentor(), Net(4, seed=9))]
+            return 0.7 * SoftTargets()(student, outputs[0]) + 0.3 * SoftTargets()(student, outputs[1])
 
     by_hand = weights(fitted(Two()))
     given: dict[str, Any] = {"teacher": [mentor, Net(4, seed=9)], "teacher_weights": [0.7, 0.3]}
     assert torch.equal(by_hand, weights(distilled(**given)))
-    assert torch.equal(by_hand, weights(distilled(**given, cache="memory")))
+    assert torch.equal(by_hand, weights(distilled(**given, cache=TeacherCache())))
 
 
 def test_a_factory_is_called_when_a_fit_begins_and_for_no_other_command() -> None:
@@ -125,14 +131,14 @@ def test_a_factory_is_called_when_a_fit_begins_and_for_no_other_command() -> Non
             self(batch[0])
 
     calls: list[int] = []
-    module, run = Validated(), trainer(KnowledgeDistillation(teacher=lambda: calls.append(1) or mentor()))
+    module, run = Validated(), trainer(KnowledgeDistillation(lambda: calls.append(1) or mentor()))
     run.validate(module, loader())
     assert not calls
     run.fit(module, loader(), loader())
     assert calls == [1]
 
 
-def test_the_moving_average_is_the_one_of_the_formula() -> None:
+def test_the_moving_average_follows_the_formula() -> None:
     live: list[Tensor] = []
     averages: list[Tensor] = []
 
@@ -155,7 +161,7 @@ def test_the_moving_average_is_the_one_of_the_formula() -> None:
 # What is compared
 
 
-def test_the_part_that_training_step_calls_is_found() -> None:
+def test_the_module_called_by_training_step_is_found() -> None:
     class CallsInside(Plain):
         def forward(self, x: Tensor) -> Tensor:
             raise AssertionError("not called")
@@ -166,7 +172,7 @@ def test_the_part_that_training_step_calls_is_found() -> None:
     found = distilled(module=CallsInside())
     assert torch.equal(weights(found), weights(distilled()))
     assert torch.equal(weights(distilled(module=CallsInside(), student="net")), weights(found))
-    fitted(CallsInside(), KnowledgeDistillation())  # its own teacher: the same part of the copy
+    fitted(CallsInside(), KnowledgeDistillation("self"))  # the teacher is the same part of the copy
 
 
 def test_outputs_and_inputs_are_selected() -> None:
@@ -177,11 +183,16 @@ def test_outputs_and_inputs_are_selected() -> None:
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             return F.cross_entropy(self(batch[0], scale=1.0)["logits"], batch[1])
 
-    found = distilled(module=Detector(), output="logits", teacher_output=lambda out: out, inputs=lambda batch: batch[0])
+    found = distilled(
+        module=Detector(),
+        output="logits",
+        teacher_output=lambda out: out,
+        batch=BatchFields(inputs=lambda batch: batch[0]),
+    )
     assert torch.equal(weights(found), weights(distilled()))
 
 
-def test_taps_by_glob_by_pair_and_by_resolution(caplog: pytest.LogCaptureFixture) -> None:
+def test_feature_layers_by_glob_by_pair_and_by_resolution(caplog: pytest.LogCaptureFixture) -> None:
     hint = FeatureHint(feature_layers={"net.conv[12]": "conv[12]"})
     found = distilled(hint)
     pairs = state_of(found).state["distillation"]["feature_layers"]["0"]
@@ -195,8 +206,8 @@ def test_taps_by_glob_by_pair_and_by_resolution(caplog: pytest.LogCaptureFixture
     assert torch.equal(weights(matched), weights(named))
 
 
-def test_projectors_learn_with_the_student_and_are_not_in_its_state_dict() -> None:
-    run = trainer(KnowledgeDistillation(teacher=Twin, losses=[FeatureHint(feature_layers="net.conv1")]))
+def test_projectors_are_trained_and_are_not_in_the_state_dict() -> None:
+    run = trainer(KnowledgeDistillation(Twin, losses=[FeatureHint(feature_layers="net.conv1")]))
     module = Plain()
     run.fit(module, loader())
     (kept,) = state_of(module).state["distillation"]["projectors"].values()
@@ -207,7 +218,7 @@ def test_projectors_learn_with_the_student_and_are_not_in_its_state_dict() -> No
     assert len(module.state_dict()) == len(Plain().state_dict())
 
 
-def test_a_projector_s_columns_leave_with_the_student_s_channels() -> None:
+def test_projectors_are_cut_with_the_channels_of_the_student() -> None:
     seen: list[Tensor] = []
 
     class Look(KnowledgeDistillation):
@@ -229,22 +240,22 @@ def test_a_projector_s_columns_leave_with_the_student_s_channels() -> None:
     assert module.net.conv1.out_channels == len(seen[0]) < 6
 
 
-def test_balanced_losses_pull_as_hard_as_the_task() -> None:
-    found = distilled(SoftTargets(weight=1000.0), balance_every=4)
+def test_balancing_scales_the_losses() -> None:
+    found = distilled(SoftTargets(weight=1000.0), balance_every_n_steps=4)
     factor = state_of(found).state["distillation"]["factors"]["soft_targets"]
     assert factor > 0
-    scaled = distilled(SoftTargets(temperature=8.0), balance_every=4)
+    scaled = distilled(SoftTargets(temperature=8.0), balance_every_n_steps=4)
     assert state_of(scaled).state["distillation"]["factors"]["soft_targets"] != factor
 
 
-def test_the_factors_make_gradients_equally_long() -> None:
+def test_balancing_factors_equalize_gradient_norms() -> None:
     weight = nn.Parameter(torch.tensor([1.0, 2.0]))
     task, terms = 3.0 * weight[0], [weight.sum() * 0.0, 5.0 * weight[1], (weight * torch.tensor([6.0, 8.0])).sum()]
     found = gradient_factors(task, terms, [weight], lambda mean: mean)
     assert found.tolist() == pytest.approx([1.0, 3.0 / 5.0, 3.0 / 10.0])
 
 
-def test_a_schedule_decides_when_the_teacher_is_asked() -> None:
+def test_the_teacher_is_called_only_while_a_loss_is_scheduled() -> None:
     calls: list[int] = []
     teacher = mentor()
     teacher.register_forward_hook(lambda *_: calls.append(1))
@@ -254,7 +265,7 @@ def test_a_schedule_decides_when_the_teacher_is_asked() -> None:
     assert not torch.equal(weights(late), weights(fitted(Plain())))
 
 
-def test_it_stops_and_says_when_it_never_began() -> None:
+def test_stop_ends_distillation_and_warns_if_it_never_started() -> None:
     calls: list[int] = []
     teacher = mentor()
     teacher.register_forward_hook(lambda *_: calls.append(1))
@@ -264,31 +275,64 @@ def test_it_stops_and_says_when_it_never_began() -> None:
         distilled(stop=0.0)
 
 
-def test_the_curves(tmp_path: Path) -> None:
-    callback = KnowledgeDistillation(teacher=mentor, losses=[SoftTargets(), SoftTargets(temperature=2.0)])
+def test_losses_and_agreement_are_logged(tmp_path: Path) -> None:
+    callback = KnowledgeDistillation(mentor, losses=[SoftTargets(), SoftTargets(temperature=2.0)])
     logger = CSVLogger(tmp_path)
     fitted(Plain(), callback, logger=logger, log_every_n_steps=4)
     lines = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
-    columns = {f"distillation/{name}" for name in ("task_loss", "soft_targets_0", "soft_targets_1", "agreement", "kl")}
+    columns = {f"distillation/{name}" for name in ("task_loss", "soft_targets_0", "soft_targets_1", "agreement")}
     assert columns <= set(lines[0].split(","))
     assert len(lines) == 1 + 4
 
 
-def test_hints_alone_have_a_curve_of_agreement_too(tmp_path: Path) -> None:
+def test_agreement_is_logged_with_feature_losses_alone(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
-    hint = KnowledgeDistillation(teacher=Twin, losses=[FeatureHint(feature_layers="net.conv1")])
+    hint = KnowledgeDistillation(Twin, losses=[FeatureHint(feature_layers="net.conv1")])
     fitted(Plain(), hint, logger=logger, log_every_n_steps=4)
     columns = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()[0].split(",")
-    assert {"distillation/feature_hint", "distillation/agreement", "distillation/kl"} <= set(columns)
+    assert {"distillation/feature_hint", "distillation/agreement"} <= set(columns)
 
 
-def test_two_of_them_wrap_one_step_and_leave_it() -> None:
+def test_two_callbacks_patch_one_step_and_undo_it() -> None:
     module = Plain()
-    callbacks = [KnowledgeDistillation(teacher=mentor, losses=[SoftTargets(weight=0.5)]) for _ in range(2)]
+    callbacks = [KnowledgeDistillation(mentor, losses=[SoftTargets(weight=0.5)]) for _ in range(2)]
     fitted(module, *callbacks)
     assert "training_step" not in vars(module)
     assert set(state_of(module).state) >= {"distillation", "distillation#2"}
     torch.testing.assert_close(weights(module), weights(distilled(SoftTargets(weight=1.0))))
+
+
+def logged(folder: Path, **arguments: Any) -> list[dict[str, str]]:
+    """The rows of curves of a run with `mentor` as the teacher."""
+    logger = CSVLogger(folder)
+    fitted(Plain(), KnowledgeDistillation(mentor, **arguments), logger=logger, log_every_n_steps=4)
+    with (Path(logger.log_dir) / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_given_metrics_compare_the_outputs_of_student_and_teacher(tmp_path: Path) -> None:
+    metrics = MetricCollection({"error": MeanSquaredError(), "agreement": Top1Agreement()})
+    rows = logged(tmp_path / "given", metrics=metrics)
+    defaults = logged(tmp_path / "default")
+    assert [row["distillation/agreement"] for row in rows] == [row["distillation/agreement"] for row in defaults]
+    assert all(float(row["distillation/error"]) > 0 for row in rows)
+    assert not any(metric.update_called for metric in metrics.values())
+
+
+def test_regression_has_no_agreement_by_default(tmp_path: Path) -> None:
+    names = logged(tmp_path, losses=OutputRegression())[0].keys()
+    assert "distillation/output_regression" in names
+    assert "distillation/agreement" not in names
+
+
+def test_one_loss_may_be_given_without_a_list() -> None:
+    found = weights(fitted(Plain(), KnowledgeDistillation(mentor, losses=SoftTargets(temperature=2.0))))
+    assert torch.equal(found, weights(distilled(SoftTargets(temperature=2.0))))
+
+
+def test_the_teacher_has_no_default() -> None:
+    with pytest.raises(TypeError, match=r"`KnowledgeDistillation\(...\)`: missing a required argument: 'teacher'"):
+        KnowledgeDistillation()  # type: ignore[call-arg]
 
 
 # The cache
@@ -296,37 +340,37 @@ def test_two_of_them_wrap_one_step_and_leave_it() -> None:
 
 @pytest.mark.parametrize("where", ["memory", "files"])
 @pytest.mark.parametrize("index", [None, 2])
-def test_from_the_second_epoch_on_the_teacher_is_not_asked(where: str, index: Any, tmp_path: Path) -> None:
+def test_with_a_cache_the_teacher_is_called_in_the_first_epoch_only(where: str, index: Any, tmp_path: Path) -> None:
     calls: list[int] = []
     teacher = mentor()
     teacher.register_forward_hook(lambda *_: calls.append(1))
-    cache = "memory" if where == "memory" else str(tmp_path / "answers")
-    found = distilled(teacher=teacher, cache=cache, sample_index=index)
+    cache = TeacherCache("memory" if where == "memory" else str(tmp_path / "outputs"), sample_index=index)
+    found = distilled(teacher=teacher, cache=cache)
     assert len(calls) == 8
     assert torch.equal(weights(found), weights(distilled()))
     if where == "files":
-        assert torch.equal(weights(distilled(teacher=teacher, cache=cache, sample_index=index)), weights(found))
+        assert torch.equal(weights(distilled(teacher=teacher, cache=cache)), weights(found))
         assert len(calls) == 8
-        with pytest.raises(ValueError, match="expected answers of this teacher"):
-            distilled(teacher=Net(3, seed=4), cache=cache, sample_index=index)
+        with pytest.raises(ValueError, match="expected outputs of this teacher"):
+            distilled(teacher=Net(3, seed=4), cache=cache)
 
 
 @pytest.mark.parametrize("where", ["memory", "files"])
 def test_resumes_with_a_half_filled_cache(where: str, tmp_path: Path) -> None:
-    cache = "memory" if where == "memory" else str(tmp_path / "answers")
+    cache = TeacherCache("memory" if where == "memory" else str(tmp_path / "outputs"), half_precision=True)
 
     def callback() -> KnowledgeDistillation:
-        return KnowledgeDistillation(teacher=mentor, cache=cache, cache_half=True)
+        return KnowledgeDistillation(mentor, cache=cache)
 
     whole = fitted(Plain(), callback(), *checkpoints(tmp_path))
-    for file in tmp_path.glob("answers.*"):
+    for file in tmp_path.glob("outputs.*"):
         file.unlink()
     fitted(Plain(), callback(), max_steps=3)
     again = fitted(Plain(), callback(), ckpt_path=tmp_path / "epoch=0.ckpt")
     assert torch.equal(weights(whole), weights(again))
 
 
-def test_views_that_change_are_refused_unless_they_shall_count_as_one() -> None:
+def test_a_cache_refuses_augmented_views_unless_they_are_fixed() -> None:
     class Augmented:
         def __init__(self) -> None:
             self.dataset = loader().dataset
@@ -340,14 +384,14 @@ def test_views_that_change_are_refused_unless_they_shall_count_as_one() -> None:
             for images, labels, numbers in loader():
                 yield images + self.epoch, labels, numbers
 
-    with pytest.raises(ValueError, match=r"cache=...\)`: expected every sample to look the same"):
-        distilled(cache="memory", sample_index=2, data=Augmented())
+    with pytest.raises(ValueError, match=r"cache=...\)`: expected the same content of every sample"):
+        distilled(cache=TeacherCache(sample_index=2), data=Augmented())
     with pytest.raises(ValueError, match="expected at most 32 different inputs"):
-        distilled(cache="memory", data=Augmented())
-    distilled(cache="memory", sample_index=2, fixed_views=True, data=Augmented())
+        distilled(cache=TeacherCache(), data=Augmented())
+    distilled(cache=TeacherCache(sample_index=2, fixed_views=True), data=Augmented())
 
 
-# What cannot work is said before the first step
+# Refusals
 
 
 class Silent(Plain):
@@ -367,7 +411,7 @@ REFUSED: list[tuple[Any, type[Exception], str]] = [
     (
         lambda: distilled(FeatureHint(feature_layers={"net.conv*": "conv1"})),
         TargetError,
-        "as many modules in the student",
+        "equally many modules in student and teacher",
     ),
     (
         lambda: distilled(FeatureHint(feature_layers={"net.fc": "conv3"})),
@@ -380,7 +424,7 @@ REFUSED: list[tuple[Any, type[Exception], str]] = [
     (lambda: distilled(output="logits"), ValueError, r"output='logits'\)`: expected to find a tensor, found"),
     (lambda: distilled(module=Silent()), ValueError, "expected `training_step` to call `Silent`"),
     (
-        lambda: distilled(FeatureHint(feature_layers="net.conv1"), teacher=Twin, cache="memory"),
+        lambda: distilled(FeatureHint(feature_layers="net.conv1"), teacher=Twin, cache=TeacherCache()),
         ValueError,
         "Leave `cache`",
     ),
@@ -389,16 +433,23 @@ REFUSED: list[tuple[Any, type[Exception], str]] = [
         ValueError,
         "or, for features, a",
     ),
-    (lambda: distilled(teacher=SelfTeacher(decay=0.5), cache="memory"), ValueError, r"found `SelfTeacher\(decay=0.5\)"),
+    (
+        lambda: distilled(teacher=SelfTeacher(decay=0.5), cache=TeacherCache()),
+        ValueError,
+        r"found `SelfTeacher\(decay=0.5\)",
+    ),
     (lambda: distilled(teacher="nowhere.pt"), ValueError, "found no such file"),
     (lambda: distilled(teacher=lambda: 3), TypeError, "expected a function that returns a module"),
-    (lambda: KnowledgeDistillation(teacher=3), TypeError, "expected a module, a function"),  # type: ignore[arg-type]
-    (lambda: KnowledgeDistillation(losses=[3]), TypeError, "expected distillation losses"),  # type: ignore[list-item]
-    (lambda: KnowledgeDistillation(losses=[]), ValueError, "at least one teacher and one loss"),
-    (lambda: KnowledgeDistillation(stop=1.5), ValueError, "expected a fraction of the run"),
-    (lambda: KnowledgeDistillation(teacher_weights=[1.0, 2.0]), ValueError, "for each of 1 teachers"),
-    (lambda: KnowledgeDistillation(balance_every=-1), ValueError, "steps >= 0"),
-    (lambda: SelfTeacher(decay=1.0), ValueError, r"expected a number in \(0, 1\)"),
+    (lambda: KnowledgeDistillation(SelfTeacher), TypeError, "For self-distillation write"),
+    (lambda: KnowledgeDistillation(mentor, losses=SoftTargets), TypeError, r"Pass an instance: `SoftTargets\(\)`"),  # type: ignore[arg-type]
+    (lambda: KnowledgeDistillation(mentor, cache="memory"), TypeError, "expected a TeacherCache"),  # type: ignore[arg-type]
+    (lambda: KnowledgeDistillation(3), TypeError, "expected a Module, a TeacherSource"),  # type: ignore[arg-type]
+    (lambda: KnowledgeDistillation(mentor, losses=[3]), TypeError, "expected a DistillationLoss, a list"),  # type: ignore[list-item]
+    (lambda: KnowledgeDistillation(mentor, losses=[]), ValueError, "at least one teacher and one loss"),
+    (lambda: KnowledgeDistillation(mentor, stop=1.5), ValueError, "a fraction of the run"),
+    (lambda: KnowledgeDistillation(mentor, teacher_weights=[1.0, 2.0]), ValueError, "for each of 1 teachers"),
+    (lambda: KnowledgeDistillation(mentor, balance_every_n_steps=-1), ValueError, "expected an integer >= 1"),
+    (lambda: SelfTeacher(decay=1.0), ValueError, "expected 0 < decay < 1"),
 ]
 
 
@@ -408,7 +459,7 @@ def test_is_refused(make: Any, kind: type[Exception], sentence: str) -> None:
         make()
 
 
-def test_a_wrong_tap_leaves_the_teacher_as_it_came() -> None:
+def test_a_wrong_feature_layer_leaves_the_teacher_unchanged() -> None:
     teacher = mentor()
     with pytest.raises(TargetError):
         distilled(FeatureHint(feature_layers={"net.conv1": "conv1", "net.conv9": "conv2"}), teacher=teacher)
@@ -416,7 +467,7 @@ def test_a_wrong_tap_leaves_the_teacher_as_it_came() -> None:
 
 
 @pytest.mark.parametrize("manual", [False, True])
-def test_what_does_not_fit_together_is_found_before_the_first_step(manual: bool) -> None:
+def test_shapes_that_do_not_fit_are_found_before_the_first_step(manual: bool) -> None:
     for teacher in (nn.Linear(3, 5), nn.Sequential(nn.Flatten(), nn.Linear(192, 7)), Grey()):
         module = Plain(manual=manual)
         before = weights(module).clone()
@@ -427,13 +478,13 @@ def test_what_does_not_fit_together_is_found_before_the_first_step(manual: bool)
         assert not any(part._forward_hooks for part in module.modules())
 
 
-def test_the_student_cannot_be_its_own_live_teacher() -> None:
+def test_a_module_in_the_optimizer_cannot_be_a_separate_teacher() -> None:
     module = Plain()
-    with pytest.raises(ValueError, match="For the student as teacher write `'self'`"):
+    with pytest.raises(ValueError, match="For self-distillation write `KnowledgeDistillation\\('self'\\)`"):
         distilled(module=module, teacher=module.net)
 
 
-def test_a_teacher_without_modules_has_no_taps(tmp_path: Path) -> None:
+def test_a_teacher_without_modules_has_no_feature_layers(tmp_path: Path) -> None:
     program = torch.export.export(mentor().eval(), (torch.zeros(4, 3, 8, 8),))
     torch.export.save(program, tmp_path / "teacher.pt2")
     with pytest.raises(ValueError, match="expected a teacher made of modules"):

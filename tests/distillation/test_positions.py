@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_light.distillation import (
     DIST,
     DKD,
+    BatchFields,
     ChannelWise,
     FeatureHint,
     KnowledgeDistillation,
@@ -140,54 +141,56 @@ LOSSES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", list(LOSSES))
-def test_a_student_comes_nearer_to_its_teacher(name: str, task: Any) -> None:
+def test_the_loss_to_the_teacher_decreases(name: str, task: Any) -> None:
     body, data, dim, teacher, alone = task
     loss = LOSSES[name](dim)
-    student = fitted(body(5), KnowledgeDistillation(teacher=teacher, losses=[loss], ignore_index=IGNORED), data=data)
+    student = fitted(
+        body(5), KnowledgeDistillation(teacher, losses=[loss], batch=BatchFields(ignore_index=IGNORED)), data=data
+    )
     assert apart(loss, student, teacher, data) < apart(loss, alone, teacher, data)
 
 
-def test_positions_that_do_not_count_have_no_say(task: Any) -> None:
+def test_masked_positions_do_not_change_the_training(task: Any) -> None:
     body, data, dim, teacher, _ = task
     wrong = Astray(teacher, dim)
     found = []
-    for asked in (teacher, wrong):
-        for says in ({"ignore_index": IGNORED}, {"mask": "mask"}):
+    for network in (teacher, wrong):
+        for fields in (BatchFields(ignore_index=IGNORED), BatchFields(mask="mask")):
             losses = [kind(class_dim=dim) for kind in (SoftTargets, LogitStandardization, DKD, DIST)]
             module = fitted(
-                body(5), KnowledgeDistillation(teacher=asked, losses=losses, **says), data=data, max_epochs=1
+                body(5), KnowledgeDistillation(network, losses=losses, batch=fields), data=data, max_epochs=1
             )
             found.append(weights(module))
     assert all(torch.equal(found[0], other) for other in found[1:])
-    callback = KnowledgeDistillation(teacher=wrong, losses=[SoftTargets(class_dim=dim)])
+    callback = KnowledgeDistillation(wrong, losses=[SoftTargets(class_dim=dim)])
     everywhere = fitted(body(5), callback, data=data, max_epochs=1)
     assert not torch.equal(weights(everywhere), found[0])
 
 
 class Astray(nn.Module):
-    """A teacher that talks nonsense where nobody asks it: in padded rows, and at the edges of images."""
+    """A teacher with wrong outputs at masked positions: in padded rows, and at the edges of images."""
 
     def __init__(self, teacher: nn.Module, dim: int) -> None:
         super().__init__()
         self.teacher, self.dim = teacher, dim
 
     def forward(self, x: Tensor) -> Tensor:
-        said = self.teacher(x)
+        outputs = self.teacher(x)
         if self.dim == 1:
-            said[:, 0, [0, -1]] = 50.0
+            outputs[:, 0, [0, -1]] = 50.0
         else:
-            said[::2, 20:, 0] = 50.0
-        return said
+            outputs[::2, 20:, 0] = 50.0
+        return outputs
 
 
-def test_hints_of_tokens_leave_the_padding_out() -> None:
+def test_feature_losses_of_tokens_ignore_the_padding() -> None:
     data, teacher = DataLoader(rows(), 50), Tagger(24)
     hint = FeatureHint(feature_layers={"body": "body"})
     found = []
     for padding in (0.0, 1.0):
-        asked = Padded(teacher, padding)
+        padded = Padded(teacher, padding)
         callback = KnowledgeDistillation(
-            teacher=asked, losses=[hint], mask="mask", inputs=lambda batch: (batch["x"], batch["mask"])
+            padded, losses=[hint], batch=BatchFields(mask="mask", inputs=lambda batch: (batch["x"], batch["mask"]))
         )
         found.append(weights(fitted(Tagger(5), callback, data=data, max_epochs=1)))
     assert torch.equal(*found)

@@ -16,7 +16,7 @@ from tests.distillation.runs import TEMPERATURE, WEIGHT, ByHand, Plain, fitted, 
 
 
 def distillation() -> KnowledgeDistillation:
-    return KnowledgeDistillation(teacher=mentor, losses=[SoftTargets(weight=WEIGHT, temperature=TEMPERATURE)])
+    return KnowledgeDistillation(mentor, losses=[SoftTargets(weight=WEIGHT, temperature=TEMPERATURE)])
 
 
 def scaled() -> dict[str, Any]:
@@ -51,7 +51,7 @@ def test_equals_hand_written_distillation(how: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "ddp_find_unused_parameters_true"])
-def test_equals_it_on_two_ranks_and_projectors_stay_equal(strategy: str, tmp_path: Path) -> None:
+def test_equals_hand_written_distillation_on_two_ranks_with_equal_projectors(strategy: str, tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
     subprocess.run(

@@ -1,4 +1,4 @@
-"""Two processes train and export; each says what it has seen. ``python ddp_run.py FOLDER {works,fails}``."""
+"""Two processes train and export; each writes its results. ``python ddp_run.py FOLDER {works,fails}``."""
 
 import json
 import sys

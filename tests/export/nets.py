@@ -70,7 +70,7 @@ class Records(nn.Module):
 
 
 class _Body:
-    """The steps; ``call`` is how this net is called with a batch."""
+    """The steps of a LightningModule."""
 
     def __init__(self, net: nn.Module, automatic: bool = True) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class _Body:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.net(*args, **kwargs)
 
-    def answer(self, batch: dict[str, Tensor]) -> Tensor:
+    def output(self, batch: dict[str, Tensor]) -> Tensor:
         net = self if self.through_self else self.net
         if isinstance(self.net, Images):
             return net(batch["image"])
@@ -91,10 +91,10 @@ class _Body:
         return net({"numbers": batch["numbers"], "image": batch["image"]})["logits"]
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        return F.cross_entropy(self.answer(batch), batch["label"])
+        return F.cross_entropy(self.output(batch), batch["label"])
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self.log("val_loss", F.cross_entropy(self.answer(batch), batch["label"]), batch_size=4)
+        self.log("val_loss", F.cross_entropy(self.output(batch), batch["label"]), batch_size=4)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
@@ -113,7 +113,7 @@ NETS = [Images, Words, Sentences, Records]
 
 
 def batches(*, sign: float = 1.0) -> DataLoader[Any]:
-    """Sixteen samples, four at a time; validation is told from training by ``sign``."""
+    """Sixteen samples, four at a time; validation has the other ``sign``."""
     mask = torch.zeros(16, 6, dtype=torch.bool)
     mask[::2, 4:] = True
     parts = {

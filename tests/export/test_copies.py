@@ -19,7 +19,7 @@ def ties(net: nn.Module) -> list[int]:
 
 
 @pytest.mark.parametrize("name", sorted(ZOO))
-def test_copy_is_equal_and_apart(name: str) -> None:
+def test_a_copy_is_equal_and_independent(name: str) -> None:
     net = ZOO[name]().train()
     twin = detached_copy(net)
     live, copied = net.state_dict(keep_vars=True), twin.state_dict(keep_vars=True)
@@ -48,7 +48,7 @@ class Owner:
         self.seen.append(module)
 
 
-def test_what_hangs_on_the_network_is_shared_and_what_uses_it_follows() -> None:
+def test_owners_of_hooks_are_shared_and_modules_are_copied() -> None:
     net = nn.Sequential(nn.Linear(3, 2))
     data, owner = TensorDataset(noise(4, 3)), Owner()
     net.data, net.loader, net.helper = data, DataLoader(data), Helper(net[0])
@@ -64,7 +64,7 @@ def test_what_hangs_on_the_network_is_shared_and_what_uses_it_follows() -> None:
 
 
 @pytest.mark.parametrize("host", HOSTS, ids=lambda host: host.__name__)
-def test_trainer_is_left_behind(host: Any) -> None:
+def test_a_copy_has_no_trainer(host: Any) -> None:
     module = MODULES[host](Images())
     trainer = fit(module, host=host)
     module.kept = [trainer]

@@ -17,7 +17,7 @@ IMAGES = noise(2, 3, 8, 8)
 
 
 @pytest.mark.parametrize("images", [IMAGES, IMAGES.to(memory_format=torch.channels_last)], ids=["plain", "last"])
-def test_executorch_takes_networks_in_channels_last_order(images, tmp_path) -> None:
+def test_executorch_exports_channels_last_networks(images, tmp_path) -> None:
     net = ZOO["residual"]().eval().to(memory_format=torch.channels_last)
     before = [parameter.stride() for parameter in net.parameters()]
     report = export_model(net, (images,), tmp_path / "net.pte", exporter=ExecuTorch(), latency_runs=1)
@@ -25,7 +25,7 @@ def test_executorch_takes_networks_in_channels_last_order(images, tmp_path) -> N
     assert [parameter.stride() for parameter in net.parameters()] == before
 
 
-def test_executorch_takes_inputs_that_were_permuted(tmp_path) -> None:
+def test_executorch_runs_on_permuted_inputs(tmp_path) -> None:
     net, images = ZOO["plain"]().eval(), noise(2, 8, 8, 3).permute(0, 3, 1, 2)
     report = export_model(net, (images,), tmp_path / "net.pte", exporter=ExecuTorch(), latency_runs=1)
     assert report.parity.max_absolute < 1e-5
@@ -56,7 +56,7 @@ class Squares(nn.Module):
         return Square.apply(self.fc(x))  # type: ignore[no-untyped-call, no-any-return]
 
 
-def test_an_autograd_function_is_named_by_the_lite_interpreter_and_fine_elsewhere(tmp_path) -> None:
+def test_an_autograd_function_is_refused_for_the_lite_interpreter_only(tmp_path) -> None:
     net, x = Squares().eval(), noise(2, 3)
     with pytest.raises(TraceError, match=r"`TorchScriptLite\(.*on `Squares`: .*Python function `Square`.*`ONNX\(\)`"):
         export_model(net, (x,), tmp_path / "net.ptl", exporter=TorchScriptLite())
@@ -64,7 +64,7 @@ def test_an_autograd_function_is_named_by_the_lite_interpreter_and_fine_elsewher
     assert export_model(net, (x,), tmp_path / "net.onnx", exporter=ONNX(), latency_runs=1).parity.max_absolute < 1e-5
 
 
-def test_what_passes_of_executorch_raise_becomes_a_sentence() -> None:
+def test_exceptions_of_executorch_become_trace_errors() -> None:
     model = Positional(Squares(), ExampleInput((noise(2, 3),)))
     refusing = _Refusing("ExecuTorch()", model)
     with pytest.raises(TraceError, match=r"`ExecuTorch\(\)` on `Squares`: .*found KeyError: 'why'"), refusing:

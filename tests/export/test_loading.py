@@ -1,4 +1,4 @@
-"""A file is called as the network was, by batches of any size, whatever its runtime takes at once."""
+"""Loaded files run on batches of any size."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ EXPORTERS = [TorchScriptLite(), ONNX(), ExecuTorch(max_batch=2)]
 
 
 class Both(nn.Module):
-    """Two answers, in a dict whose keys are not in order."""
+    """Two outputs, in a dict whose keys are not in order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,14 +26,14 @@ class Both(nn.Module):
 
 
 class Pooled(nn.Module):
-    """One answer for a whole batch."""
+    """One output for a whole batch."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.mean((0, 2, 3))
 
 
 @pytest.mark.parametrize("exporter", EXPORTERS, ids=str)
-def test_seven_samples_are_answered_as_the_network_does(exporter: Any, tmp_path: Path) -> None:
+def test_outputs_equal_the_networks_for_any_number_of_samples(exporter: Any, tmp_path: Path) -> None:
     model, path = Plain().eval(), tmp_path / f"model{exporter.suffix}"
     export_model(model, (noise(2, 3, 8, 8),), path, exporter=exporter, latency_runs=1)
     images = noise(7, 3, 8, 8)
@@ -51,7 +51,7 @@ def test_several_outputs_are_a_list_in_the_order_of_their_keys(exporter: Any, tm
     torch.testing.assert_close(load_exported(path, exporter=exporter)(images), [right["mean"], right["scores"]])
 
 
-def test_a_file_for_one_sample_is_asked_for_one_after_the_other(tmp_path: Path) -> None:
+def test_a_file_for_one_sample_is_run_sample_by_sample(tmp_path: Path) -> None:
     model, path = nn.Sequential(Plain(), nn.Unflatten(0, (1, 1)), nn.Flatten(0, 1)).eval(), tmp_path / "model.ptl"
     export_model(model, (noise(1, 3, 8, 8),), path, batch="one", latency_runs=1)
     images = noise(3, 3, 8, 8)
@@ -60,19 +60,17 @@ def test_a_file_for_one_sample_is_asked_for_one_after_the_other(tmp_path: Path) 
     torch.testing.assert_close(load_exported(path, batch="one")(images), right)
 
 
-def test_what_cannot_be_asked_for_in_parts_is_refused(tmp_path: Path) -> None:
+def test_outputs_without_a_batch_dimension_cannot_be_run_in_parts(tmp_path: Path) -> None:
     path = tmp_path / "model.ptl"
     export_model(Pooled(), (noise(1, 3, 8, 8),), path, batch="one", latency_runs=1)
     file = load_exported(path, batch="one")
     assert file(noise(1, 3, 8, 8)).shape == (3,)
-    with pytest.raises(
-        UnsupportedError, match=r"model\.ptl', asked for 2 samples in parts: expected .* found \[\[3\]\]"
-    ):
+    with pytest.raises(UnsupportedError, match=r"model\.ptl', run on 2 samples in parts: expected .* found \[\[3\]\]"):
         file(noise(2, 3, 8, 8))
 
 
-def test_a_file_that_is_not_there_or_of_another_kind(tmp_path: Path) -> None:
+def test_a_missing_file_and_a_wrong_suffix_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"`load_exported\('.*model.ptl'\)`: expected a file .* found none"):
         load_exported(tmp_path / "model.ptl")
     with pytest.raises(ValueError, match=r"model.onnx'` with `exporter=TorchScriptLite"):
-        load_exported(tmp_path / "model.onnx")
+        load_exported(tmp_path / "model.onnx", exporter=TorchScriptLite())

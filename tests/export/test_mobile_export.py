@@ -1,4 +1,4 @@
-"""A real Trainer, of both hosts, ends with a file that answers as the live module does."""
+"""A Trainer of each host exports files whose outputs equal those of the live module."""
 
 import json
 import pickle
@@ -26,12 +26,12 @@ def export_to(path: Path, **options: Any) -> MobileExport:
     return MobileExport(path, **{"latency_runs": 2, **options})
 
 
-def answers(path: Path, *tensors: Any) -> list[Tensor]:
+def outputs_of(path: Path, *tensors: Any) -> list[Tensor]:
     return tree_leaves(TorchScriptLite().load(path)(*tensors))
 
 
 def of_live(module: nn.Module, batch: dict[str, Tensor]) -> tuple[tuple[Any, ...], list[Tensor]]:
-    """What the file is given for a batch, and what the live module answers to it."""
+    """Inputs of the file for a batch, and outputs of the live module."""
     net = type(module.net).__name__
     record = {"numbers": batch["numbers"], "image": batch["image"]}
     args = {"Images": (batch["image"],), "Words": (batch["words"],), "Records": (record,)}.get(net, (batch["words"],))
@@ -43,7 +43,7 @@ def of_live(module: nn.Module, batch: dict[str, Tensor]) -> tuple[tuple[Any, ...
 
 @pytest.mark.parametrize("host", HOSTS, ids=lambda host: host.__name__)
 @pytest.mark.parametrize("net", NETS)
-def test_file_of_a_fit_answers_as_the_live_module(host: ModuleType, net: type[nn.Module], tmp_path: Path) -> None:
+def test_outputs_of_the_file_equal_the_live_modules(host: ModuleType, net: type[nn.Module], tmp_path: Path) -> None:
     module, export = MODULES[host](net()), export_to(tmp_path / "model.ptl")
     fit(module, export, host=host, max_epochs=2)
     assert export.report is not None
@@ -51,10 +51,10 @@ def test_file_of_a_fit_answers_as_the_live_module(host: ModuleType, net: type[nn
     assert export.report == ExportReport.read(tmp_path / "model.ptl.json")
     for batch in batches(sign=0.5):
         tensors, expected = of_live(module, batch)
-        found = answers(tmp_path / "model.ptl", *tensors)
+        found = outputs_of(tmp_path / "model.ptl", *tensors)
         assert len(found) == len(expected)
-        for right, asked in zip(expected, found, strict=True):
-            torch.testing.assert_close(asked, right, atol=1e-4, rtol=1e-4)
+        for right, output in zip(expected, found, strict=True):
+            torch.testing.assert_close(output, right, atol=1e-4, rtol=1e-4)
 
 
 def test_report_is_plain_json(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_report_is_plain_json(tmp_path: Path) -> None:
 
 
 class Watch(lightning.pytorch.Callback):
-    """Looks at the module right before and right after the export; one of its layers is in another mode."""
+    """Takes a snapshot of the module before and after the export; one of its layers is in another mode."""
 
     def __init__(self, seen: list[Any]) -> None:
         self.seen = seen
@@ -81,7 +81,7 @@ class Watch(lightning.pytorch.Callback):
         self.seen.append(snapshot(pl_module))
 
 
-def test_export_changes_nothing_of_the_live_module(tmp_path: Path) -> None:
+def test_the_live_module_is_not_changed(tmp_path: Path) -> None:
     seen: list[Any] = []
     module = Lit(Images())
     module.net.stem.weight.requires_grad_(False)
@@ -90,7 +90,7 @@ def test_export_changes_nothing_of_the_live_module(tmp_path: Path) -> None:
     assert (module.net.bn0.training, module.net.bn1.training) == (False, True)
 
 
-def test_run_is_the_same_with_and_without(tmp_path: Path) -> None:
+def test_training_is_the_same_with_and_without_the_callback(tmp_path: Path) -> None:
     ends = []
     for callbacks in ([], [export_to(tmp_path / "model.ptl")]):
         torch.manual_seed(0)
@@ -110,7 +110,9 @@ def test_without_validation_the_example_is_compared(tmp_path: Path) -> None:
 
 
 def test_steps_that_do_not_call_self_need_an_example(tmp_path: Path) -> None:
-    with pytest.raises(LightningLightError, match=r"found no `example_input_array`, and no step.*Nothing is lost"):
+    with pytest.raises(
+        LightningLightError, match=r"found no `example_input_array`, and no step.*The trained network is saved"
+    ):
         fit(Lit(Images(), automatic=False), export_to(tmp_path / "model.ptl"))
     module, export = Lit(Images(), automatic=False), export_to(tmp_path / "model.ptl")
     module.example_input_array = noise(1, 3, 8, 8)
@@ -119,12 +121,10 @@ def test_steps_that_do_not_call_self_need_an_example(tmp_path: Path) -> None:
     assert (export.report.parity_batches, export.report.parity.samples) == (0, 4)  # one, then three at once
 
 
-def test_failed_export_does_not_lose_the_network(tmp_path: Path) -> None:
+def test_a_failed_export_saves_the_network(tmp_path: Path) -> None:
     module = Lit(Images())
     export = export_to(tmp_path / "model.ptl", parity=Tolerance(absolute=0.0, relative=0.0))
-    with pytest.raises(
-        ParityError, match=r"`parity=Tolerance.*Nothing is lost: the trained network is in '.*ptl.ckpt'"
-    ):
+    with pytest.raises(ParityError, match=r"`parity=Tolerance.*The trained network is saved in '.*ptl.ckpt'"):
         fit(module, export)
     assert [file.name for file in tmp_path.iterdir()] == ["model.ptl.ckpt"]
     saved = torch.load(tmp_path / "model.ptl.ckpt", weights_only=False)
@@ -136,18 +136,20 @@ def test_failed_export_does_not_lose_the_network(tmp_path: Path) -> None:
     assert (tmp_path / "model.ptl").exists()
 
 
-def test_an_export_that_fails_says_what_has_become_of_the_others(tmp_path: Path) -> None:
+def test_a_failed_export_names_the_other_exports(tmp_path: Path) -> None:
     first, last = export_to(tmp_path / "first.ptl"), export_to(tmp_path / "last.ptl")
     fails = export_to(tmp_path / "fails.ptl", parity=Tolerance(absolute=0.0, relative=0.0))
-    with pytest.raises(ParityError, match=r"Written before: '.*first.ptl'\. Not tried after it: '.*last.ptl'\."):
+    with pytest.raises(ParityError, match=r"Written before: '.*first.ptl'\. Not exported after it: '.*last.ptl'\."):
         fit(Lit(Images()), first, fails, last)
     assert (tmp_path / "first.ptl").exists()
     assert not (tmp_path / "last.ptl").exists()
 
 
-def test_any_other_failure_is_stated_too(tmp_path: Path) -> None:
+def test_other_exceptions_are_reported_as_well(tmp_path: Path) -> None:
     (tmp_path / "model.ptl").mkdir()
-    with pytest.raises(LightningLightError, match=r"failed after training: .*Is a directory.*Nothing is lost") as error:
+    with pytest.raises(
+        LightningLightError, match=r"failed after training: .*Is a directory.*The trained network is saved"
+    ) as error:
         fit(Lit(Images()), export_to(tmp_path / "model.ptl"))
     assert isinstance(error.value.__cause__, OSError)
 
@@ -163,7 +165,7 @@ def test_best_checkpoint_is_rebuilt_with_its_structure(host: ModuleType, tmp_pat
         restored = load_from_checkpoint(type(module), best.best_model_path).eval()
         x = noise(3, 3, 8, 8)
         with torch.no_grad():
-            torch.testing.assert_close(answers(tmp_path / f"{place}.ptl", x)[0], restored(x), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(outputs_of(tmp_path / f"{place}.ptl", x)[0], restored(x), atol=1e-4, rtol=1e-4)
         assert export.report is not None
         assert export.report.params == sum(parameter.numel() for parameter in restored.parameters())
 
@@ -175,7 +177,7 @@ def test_best_checkpoint_of_an_earlier_structure(tmp_path: Path) -> None:
     wide = Path(keep.best_model_path)
 
     class PointsCheckpoint(lightning.pytorch.callbacks.ModelCheckpoint):
-        """Says that the checkpoint from before the cut was the best."""
+        """Names the checkpoint from before the cut as the best one."""
 
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
             self.best_model_path = str(wide)
@@ -190,7 +192,7 @@ def test_best_checkpoint_of_an_earlier_structure(tmp_path: Path) -> None:
     assert export.report.params == sum(parameter.numel() for parameter in Plain().parameters())
     with torch.no_grad():
         expected = runs.Lit.load_from_checkpoint(wide).eval()(noise(3, 3, 8, 8))
-    torch.testing.assert_close(answers(tmp_path / "model.ptl", noise(3, 3, 8, 8))[0], expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(outputs_of(tmp_path / "model.ptl", noise(3, 3, 8, 8))[0], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_best_without_a_checkpoint_callback_is_refused(tmp_path: Path) -> None:
@@ -198,7 +200,7 @@ def test_best_without_a_checkpoint_callback_is_refused(tmp_path: Path) -> None:
         fit(Lit(Images()), export_to(tmp_path / "model.ptl", checkpoint="best"))
 
 
-def test_fast_dev_run_tries_all_of_it_and_writes_nothing(tmp_path: Path) -> None:
+def test_fast_dev_run_exports_to_a_temporary_folder(tmp_path: Path) -> None:
     export = export_to(tmp_path / "model.ptl", checkpoint="best")
     fit(Lit(Images()), export, fast_dev_run=True)
     assert export.report is not None
@@ -211,7 +213,7 @@ def test_averaged_weights_are_exported(tmp_path: Path) -> None:
     fit(module, average, export_to(tmp_path / "model.ptl"), max_epochs=2)
     batch = next(iter(batches()))
     tensors, expected = of_live(module, batch)  # the average is in the module by now
-    torch.testing.assert_close(answers(tmp_path / "model.ptl", *tensors)[0], expected[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(outputs_of(tmp_path / "model.ptl", *tensors)[0], expected[0], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
@@ -228,7 +230,7 @@ def test_compiled_module(tmp_path: Path) -> None:
     module.example_input_array = noise(1, 3, 8, 8)
     fit(torch.compile(module, backend="eager"), export)
     tensors, expected = of_live(module, next(iter(batches())))
-    torch.testing.assert_close(answers(tmp_path / "model.ptl", *tensors)[0], expected[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(outputs_of(tmp_path / "model.ptl", *tensors)[0], expected[0], atol=1e-4, rtol=1e-4)
 
 
 def test_compiled_steps_without_an_example_are_refused_before_training(tmp_path: Path) -> None:
@@ -239,7 +241,7 @@ def test_compiled_steps_without_an_example_are_refused_before_training(tmp_path:
     assert runs.same(before, module.state_dict())
 
 
-def test_second_fit_exports_anew(tmp_path: Path) -> None:
+def test_a_second_fit_exports_again(tmp_path: Path) -> None:
     module, export = Lit(Images()), export_to(tmp_path / "model.ptl")
     trainer = fit(module, export)
     first = (tmp_path / "model.ptl").read_bytes()
@@ -265,9 +267,13 @@ def test_missing_runtime_is_found_before_training(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"path": "model.onnx"}, "expected a path that ends in '.ptl', found '.onnx'. Write 'model.ptl'"),
-        ({"checkpoint": "first"}, "expected 'last' or 'best'"),
-        ({"batch": "all"}, "`batch='all'`: expected one of"),
+        ({"path": "model.pt"}, "expected a path that ends in one of '.ptl'"),
+        (
+            {"path": "model.onnx", "exporter": TorchScriptLite()},
+            "expected a path that ends in '.ptl', found '.onnx'. Write 'model.ptl'",
+        ),
+        ({"checkpoint": "first"}, "expected one of 'last', 'best'"),
+        ({"batch": "all"}, r"`MobileExport\(batch='all'\)`: expected one of"),
     ],
 )
 def test_wrong_arguments(options: dict[str, Any], sentence: str) -> None:

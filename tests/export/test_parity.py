@@ -1,4 +1,4 @@
-"""The comparison finds what is off, and says where."""
+"""The comparison finds differences and names the output."""
 
 import math
 
@@ -9,17 +9,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_light.errors import ParityError
-from lightning_light.export.parity import Parity, Tolerance, compare
+from lightning_light.export.parity import Parity, Tolerance, compare_outputs
 
 NUMBERS = st.floats(-100.0, 100.0)
 
 
 def between(model: object, file: object, tolerance: Tolerance = Tolerance()) -> Parity:
-    return compare(lambda _: model, lambda _: file, [(3, None)], tolerance)
+    return compare_outputs(lambda _: model, lambda _: file, [(3, None)], tolerance)
 
 
 @given(st.lists(NUMBERS, min_size=1, max_size=5), NUMBERS, st.floats(0.0, 1.0), st.floats(0.0, 1.0))
-def test_every_element_is_held_to_the_formula(right: list[float], off: float, absolute: float, relative: float) -> None:
+def test_every_element_is_checked(right: list[float], off: float, absolute: float, relative: float) -> None:
     model = torch.tensor(right, dtype=torch.float64)
     file = model.clone()
     file[-1] += off
@@ -34,12 +34,12 @@ def test_every_element_is_held_to_the_formula(right: list[float], off: float, ab
 def test_worst_over_all_outputs_and_batches() -> None:
     model = {1: (torch.tensor([1.0, 2.0]), [torch.tensor([4.0])]), 2: (torch.tensor([8.0, 0.0]), [torch.tensor([1.0])])}
     file = {1: (torch.tensor([1.0, 2.5]), [torch.tensor([4.0])]), 2: (torch.tensor([8.0, 0.0]), [torch.tensor([1.75])])}
-    found = compare(model.get, file.get, [(2, 1), (3, 2)], Tolerance(absolute=1.0))
+    found = compare_outputs(model.get, file.get, [(2, 1), (3, 2)], Tolerance(absolute=1.0))
     assert found == Parity(max_absolute=0.75, max_relative=0.75, batches=2, samples=5)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_has_to_be_the_same(value: float) -> None:
+def test_values_that_are_not_finite_have_to_be_equal(value: float) -> None:
     odd, plain = torch.tensor([1.0, value]), torch.tensor([1.0, 2.0])
     assert between(odd, odd).max_absolute == 0.0
     for model, file in ((odd, plain), (plain, odd)):

@@ -1,4 +1,4 @@
-"""The recorder sees what ``forward`` is given, and nothing else."""
+"""The recorder keeps the inputs of ``forward``."""
 
 import torch
 from lightning.pytorch.strategies.strategy import _ForwardRedirection
@@ -15,7 +15,7 @@ class Doubles(nn.Module):
 
 def test_copies_are_taken_before_the_forward_writes() -> None:
     recorder, module = Recorder(limit=2), Doubles()
-    recorder.watch(module)
+    recorder.start(module)
     with torch.inference_mode():
         for _ in range(3):
             module(noise(2, 3).clone(), scale=3.0)
@@ -27,16 +27,16 @@ def test_copies_are_taken_before_the_forward_writes() -> None:
     assert not module._forward_pre_hooks
 
 
-def test_a_time_without_calls_keeps_what_was_seen_before() -> None:
+def test_a_recording_without_calls_keeps_the_last_one() -> None:
     recorder, module = Recorder(limit=2), Doubles()
-    recorder.watch(module)
+    recorder.start(module)
     module(noise(2, 3))
     recorder.stop()
-    recorder.watch(module)
+    recorder.start(module)
     recorder.stop()
     recorder.stop()
     assert len(recorder.calls) == 1
-    recorder.watch(module)
+    recorder.start(module)
     module(noise(4, 3))
     recorder.stop()
     assert [len(call.args[0]) for call in recorder.calls] == [4]
@@ -48,7 +48,7 @@ def test_a_step_that_ddp_calls_through_forward_is_not_recorded() -> None:
             return self(batch[0])
 
     recorder, module = Recorder(limit=2), Steps()
-    recorder.watch(module)
+    recorder.start(module)
     _ForwardRedirection()(module, module, "validation_step", [noise(2, 3)], 0)  # type: ignore[arg-type]
     recorder.stop()
     assert [len(call.args) for call in recorder.calls] == [1]

@@ -1,6 +1,6 @@
 """Files that are built on `torch.export`, run by ONNX Runtime and by ExecuTorch.
 
-They need the extras `onnx` and `executorch`: without them each test fails with the sentence that says so.
+They need the extras `onnx` and `executorch`: without them each test fails with the message of the missing extra.
 """
 
 import subprocess
@@ -40,27 +40,27 @@ def zoo(*left_out: str) -> list[Any]:
 
 
 def check_file(name: str, exporter: Exporter, folder: Path, batch: Any = "any") -> None:
-    """Export a net of the zoo; the file answers one, two and six samples as the net does."""
+    """Export a net of the zoo; compare outputs for one, two and six samples."""
     net = trained(ZOO[name]())
-    call, path, before = ExampleInput(*net.example), folder / f"net{exporter.suffix}", snapshot(net)
-    report = export_model(net, call.args, path, kwargs=call.kwargs, exporter=exporter, batch=batch, **QUICK)
+    given, path, before = ExampleInput(*net.example), folder / f"net{exporter.suffix}", snapshot(net)
+    report = export_model(net, given, path, exporter=exporter, batch=batch, **QUICK)
     assert snapshot(net) == before
     assert ExportReport.read(f"{path}.json") == report
     run = exporter.load(path)
-    for asked in [first_sample(call)] if batch == "one" else [first_sample(call), call, tripled(call)]:
+    for call in [first_sample(given)] if batch == "one" else [first_sample(given), given, tripled(given)]:
         with torch.no_grad():
-            expected = flat_tensors(net.eval()(*asked.args, **asked.kwargs))
-        for right, found in zip(expected, run(*asked.args), strict=True):
+            expected = flat_tensors(net.eval()(*call.args, **call.kwargs))
+        for right, found in zip(expected, run(*call.args), strict=True):
             torch.testing.assert_close(found, right, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", zoo())
-def test_onnx_file_answers_as_the_model_does_at_every_batch_size(name: str, tmp_path: Path) -> None:
+def test_outputs_of_an_onnx_file_equal_the_models_at_every_batch_size(name: str, tmp_path: Path) -> None:
     check_file(name, ONNX(), tmp_path)
 
 
 @pytest.mark.parametrize("name", zoo("dict_inputs", "gru", "lstm", *ONE_ONLY))
-def test_executorch_file_answers_as_the_model_does_at_every_batch_size(name: str, tmp_path: Path) -> None:
+def test_outputs_of_an_executorch_file_equal_the_models_at_every_batch_size(name: str, tmp_path: Path) -> None:
     check_file(name, ExecuTorch(), tmp_path)
 
 
@@ -71,7 +71,7 @@ def test_executorch_file_of_one_sample(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_executorch_batch_size_that_xnnpack_builds_in_is_found(tmp_path: Path) -> None:
+def test_a_constant_batch_size_of_xnnpack_is_found(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match=r"or by the runtime, was built in.*batch='one'"):
         check_file("chunk", ExecuTorch(), tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -92,7 +92,7 @@ def test_executorch_without_xnnpack(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("exporter", BOTH, ids=str)
-def test_control_flow_is_refused_with_a_way_out(exporter: Exporter, tmp_path: Path) -> None:
+def test_control_flow_is_refused_with_an_alternative(exporter: Exporter, tmp_path: Path) -> None:
     net = ZOO["control_flow"]()
     with pytest.raises(TraceError, match=r"on `ControlFlow`: .*a branch, a loop or a size that does.*TorchScriptLite"):
         export_model(net, (noise(2, 3, 8, 8),), tmp_path / f"m{exporter.suffix}", exporter=exporter, **QUICK)
@@ -106,7 +106,7 @@ def test_keywords_flags_and_dicts_become_inputs_with_names(exporter: Exporter, t
     x, scale, extra = noise(2, 3), torch.tensor(2.0), {"b": noise(2, 1), "a": noise(2, 3)}
     kwargs = {"flip": True, "extra": extra, "scale": scale}
     path = tmp_path / f"m{exporter.suffix}"
-    report = export_model(Many(), (x,), path, kwargs=kwargs, exporter=exporter, **QUICK)
+    report = export_model(Many(), ExampleInput((x,), kwargs), path, exporter=exporter, **QUICK)
     assert [value["name"] for value in report.inputs] == ["x", "scale", "extra['a']", "extra['b']"]
     assert report.details["inputs"] == ["x", "scale", "extra_a", "extra_b"]
     assert report.details["outputs"] == ["output_0", "output_1_0", "output_1_1"]
@@ -121,7 +121,7 @@ class BuiltIn(nn.Module):
 
 
 @pytest.mark.parametrize("exporter", BOTH, ids=str)
-def test_built_in_batch_size_is_refused(exporter: Exporter, tmp_path: Path) -> None:
+def test_a_constant_batch_size_is_refused(exporter: Exporter, tmp_path: Path) -> None:
     with pytest.raises((TraceError, ParityError), match="batch='one'"):
         export_model(BuiltIn(), (noise(4, 3),), tmp_path / f"m{exporter.suffix}", exporter=exporter, **QUICK)
     assert list(tmp_path.iterdir()) == []
@@ -171,16 +171,16 @@ def test_half_precision_that_numpy_lacks_is_refused(tmp_path: Path) -> None:
         export_model(nn.Linear(3, 2).bfloat16(), (noise(2, 3).bfloat16(),), tmp_path / "m.onnx", exporter=ONNX())
 
 
-def test_sequences_of_another_length_are_another_size(tmp_path: Path) -> None:
+def test_sequences_of_another_length_fail_the_comparison(tmp_path: Path) -> None:
     """Only the batch is open."""
     longer = [ExampleInput((tokens(3, 9, below=11),))]
     with pytest.raises(ParityError, match="expected it to run as the model does"):
         export_model(
-            ZOO["tied_embedding"](), (tokens(2, 6, below=11),), tmp_path / "m.onnx", batches=longer, exporter=ONNX()
+            ZOO["tied_embedding"](), (tokens(2, 6, below=11),), tmp_path / "m.onnx", data=longer, exporter=ONNX()
         )
 
 
-def test_the_open_size_is_called_batch(tmp_path: Path) -> None:
+def test_the_dynamic_dimension_is_named_batch(tmp_path: Path) -> None:
     import onnxruntime
 
     export_model(ZOO["plain"](), (noise(2, 3, 8, 8),), tmp_path / "m.onnx", exporter=ONNX(), **QUICK)
@@ -206,7 +206,7 @@ def test_pruned_network_at_the_end_of_a_fit(host: ModuleType, exporter: Exporter
         torch.testing.assert_close(run(batch["image"])[0], expected, atol=1e-4, rtol=1e-4)
 
 
-def test_records_of_a_fit_come_in_any_order_of_keys(tmp_path: Path) -> None:
+def test_dict_inputs_may_have_any_order_of_keys(tmp_path: Path) -> None:
     export = MobileExport(tmp_path / "model.onnx", exporter=ONNX(), latency_runs=2)
     fit(MODULES[HOSTS[0]](Records()), export)
     assert export.report is not None
@@ -277,7 +277,7 @@ def test_a_missing_extra_is_named_before_training(package: str, exporter: str, e
 
 @pytest.mark.filterwarnings("ignore:(?s).*skip_none", "ignore:(?s).*JSONARGPARSE_DEPRECATION")  # works in old and new
 @pytest.mark.parametrize("exporter", [ONNX(opset=20), ExecuTorch(partitioner=None, max_batch=2)], ids=str)
-def test_yaml_there_and_back(exporter: Exporter) -> None:
+def test_round_trip_through_yaml(exporter: Exporter) -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--exporter", type=Exporter)
     name = f"lightning_light.export.{type(exporter).__name__}"

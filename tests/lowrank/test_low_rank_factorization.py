@@ -2,7 +2,9 @@
 
 import copy
 import pickle
+import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +14,30 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lightning_light.budgets import Channels, MACs, Params, Sparsity
+from lightning_light.budgets import Channels, Latency, MACs, Params, Size, Sparsity
 from lightning_light.clustering import WeightClustering
-from lightning_light.errors import LightningLightError
+from lightning_light.errors import BudgetError, LightningLightError
+from lightning_light.example_input import ExampleInput
 from lightning_light.export import MobileExport
 from lightning_light.lowrank import (
-    EnergyKept,
     FisherSVD,
     LowRankFactorization,
     NuclearNorm,
     Orthogonality,
     OutputChange,
+    RankAllocation,
     RankRatio,
+    RetainedEnergy,
     WhitenedSVD,
     factorize,
     factorize_checkpoint,
 )
 from lightning_light.lowrank.__main__ import main
-from lightning_light.lowrank.build import factor_form
-from lightning_light.lowrank.regularize import add_rank_penalty
+from lightning_light.lowrank.build import dense_weight, factor_form
+from lightning_light.lowrank.regularize import add_regularizer_gradients
+from lightning_light.lowrank.splitting import split_module, split_weights
 from lightning_light.measure import count_cost
-from lightning_light.schedules import OneShot
+from lightning_light.schedules import Cubic, Linear, OneShot, Schedule, Staircase, Window
 from lightning_light.structured import StructuredPruning
 from lightning_light.surgery.attachment import attach, state_of
 from lightning_light.surgery.checkpoint import load_from_checkpoint
@@ -46,14 +51,18 @@ EXAMPLE = (torch.zeros(1, 3, 8, 8),)
 Body_lightning = LIT
 
 
-def test_the_optimizer_owns_the_factors_at_the_same_place_of_the_same_group() -> None:
+def test_optimizer_owns_the_factors_at_the_same_place_of_the_same_group() -> None:
     class Groups(LIT):
         def configure_optimizers(self) -> Any:
             first, second = list(self.features.parameters()), list(self.head.parameters())
             return torch.optim.AdamW([{"params": first, "lr": 0.01}, {"params": second, "lr": 0.02}])
 
     module = Groups()
-    run = trainer(LowRankFactorization(ranks=RankRatio(0.25), start=0.5, round_to=1, form="tucker2"))
+    run = trainer(
+        LowRankFactorization(
+            RankRatio(0.25), schedule=OneShot(at=0.5), form="tucker2", allocation=RankAllocation(round_to=1)
+        )
+    )
     run.fit(module)
     groups = run.optimizers[0].param_groups
     owned = [[id(parameter) for parameter in group["params"]] for group in groups]
@@ -69,27 +78,38 @@ def test_the_optimizer_owns_the_factors_at_the_same_place_of_the_same_group() ->
 def test_biases_keep_their_object_and_their_momentum() -> None:
     seen = []
 
-    class Look(lightning.pytorch.Callback):
+    class Recorder(lightning.pytorch.Callback):
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
             last = pl_module.features.last
             bias = (last[-1] if isinstance(last, nn.Sequential) else last).bias
             seen.append((id(bias), float(trainer.optimizers[0].state.get(bias, {}).get("step", 0))))
 
-    trainer(LowRankFactorization(ranks=RankRatio(0.25), start=0.5, round_to=1), Look()).fit(LIT())
+    trainer(
+        LowRankFactorization(RankRatio(0.25), schedule=OneShot(at=0.5), allocation=RankAllocation(round_to=1)),
+        Recorder(),
+    ).fit(LIT())
     assert len({identity for identity, _ in seen}) == 1
     assert [step for _, step in seen] == list(range(12))
 
 
-def test_a_gradual_course_ends_at_the_budget_and_only_goes_down() -> None:
+def test_gradual_schedule_ends_at_the_budget_and_only_decreases() -> None:
     costs = []
 
-    class Look(lightning.pytorch.Callback):
+    class Recorder(lightning.pytorch.Callback):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
             costs.append(count_cost(pl_module, EXAMPLE).macs)
 
     module = LIT()
     dense = count_cost(module, EXAMPLE).macs
-    trainer(LowRankFactorization(MACs(0.35), start=0.1, end=0.8, events=4, round_to=1), Look()).fit(module)
+    trainer(
+        LowRankFactorization(
+            MACs(0.35),
+            schedule=Window(Linear(), start=0.1, end=0.8),
+            every_n_steps=2,
+            allocation=RankAllocation(round_to=1),
+        ),
+        Recorder(),
+    ).fit(module)
     assert costs == sorted(costs, reverse=True)
     assert len(set(costs)) >= 4
     assert costs[-1] <= 0.35 * dense
@@ -101,11 +121,13 @@ def test_a_gradual_course_ends_at_the_budget_and_only_goes_down() -> None:
     assert kinds <= {nn.Conv2d, nn.Linear}  # factors, never factors of factors
 
 
-def test_what_is_logged_and_kept_says_rank_energy_and_error(tmp_path) -> None:
+def test_rank_energy_and_error_are_logged_and_stored(tmp_path) -> None:
     from lightning.pytorch.loggers import CSVLogger
 
     module, logger = LIT(), CSVLogger(tmp_path)
-    trainer(LowRankFactorization(MACs(0.5), start=0.5, round_to=1), logger=logger).fit(module)
+    trainer(
+        LowRankFactorization(MACs(0.5), schedule=OneShot(at=0.5), allocation=RankAllocation(round_to=1)), logger=logger
+    ).fit(module)
     (layer, fact), *_ = state_of(module).state["low_rank"]["layers"].items()
     header = Path(logger.log_dir, "metrics.csv").read_text().partition("\n")[0]
     for quantity in ("rank", "energy_kept", "reconstruction_error"):
@@ -123,12 +145,12 @@ def test_chain_of_pruning_factors_fake_quantization_clusters_and_export(tmp_path
     module = LIT()
     trainer(
         StructuredPruning(MACs(0.7), schedule=OneShot(at=0.2)),
-        LowRankFactorization(MACs(0.6), start=0.5, round_to=1),
+        LowRankFactorization(MACs(0.6), schedule=OneShot(at=0.5), allocation=RankAllocation(round_to=1)),
     ).fit(module)
     assert module.features.conv1 is not None
     factored = [name for name in dict(module.named_modules()) if factor_form(module.get_submodule(name))]
     assert factored
-    assert count_cost(module, EXAMPLE).macs <= 0.6 * 0.75 * count_cost(LIT(), EXAMPLE).macs
+    assert count_cost(module, EXAMPLE).macs <= 0.6 * count_cost(LIT(), EXAMPLE).macs
     for name in factored:
         parametrize.register_parametrization(module.get_submodule(name)[0], "weight", FakeInt8())
     export = MobileExport(tmp_path / "net.ptl", latency_runs=2)
@@ -143,7 +165,7 @@ def test_prune_then_factor_in_one_run_resumes_bit_for_bit(tmp_path) -> None:
     def callbacks() -> list[Any]:
         return [
             StructuredPruning(MACs(0.7), schedule=OneShot(at=0.2)),
-            LowRankFactorization(MACs(0.6), start=0.5, round_to=1),
+            LowRankFactorization(MACs(0.6), schedule=OneShot(at=0.5), allocation=RankAllocation(round_to=1)),
             WeightClustering(8, start=0.7),
         ]
 
@@ -155,19 +177,19 @@ def test_prune_then_factor_in_one_run_resumes_bit_for_bit(tmp_path) -> None:
         assert not differences(whole.state_dict(), again.state_dict()), step
 
 
-def test_a_finished_checkpoint_is_converted_and_opens(tmp_path, capsys) -> None:
+def test_finished_checkpoint_is_converted_and_loads(tmp_path, capsys) -> None:
     module = LIT()
     run = trainer()
     run.fit(module)
     run.save_checkpoint(tmp_path / "dense.ckpt")
-    method = LowRankFactorization(MACs(0.5), round_to=1)
+    allocation = RankAllocation(round_to=1)
     plan = factorize_checkpoint(
-        LIT, tmp_path / "dense.ckpt", tmp_path / "small.ckpt", factorization=method, args=EXAMPLE
+        LIT, tmp_path / "dense.ckpt", tmp_path / "small.ckpt", MACs(0.5), example_inputs=EXAMPLE, allocation=allocation
     )
     loaded = load_from_checkpoint(LIT, tmp_path / "small.ckpt")
     assert count_cost(loaded, EXAMPLE).macs == plan.after <= 0.5 * plan.before
     by_hand = load_from_checkpoint(LIT, tmp_path / "dense.ckpt")
-    factorize(by_hand, EXAMPLE, factorization=method)
+    factorize(by_hand, EXAMPLE, MACs(0.5), allocation=allocation)
     assert not differences(dict(by_hand.state_dict()), dict(loaded.state_dict()))
     trainer(max_epochs=1).fit(loaded)  # and goes on training
     assert "weights_only" not in torch.load(tmp_path / "small.ckpt", weights_only=True)
@@ -190,19 +212,18 @@ def test_a_finished_checkpoint_is_converted_and_opens(tmp_path, capsys) -> None:
     )
 
 
-def test_a_checkpoint_with_nothing_to_factor_is_not_written(tmp_path) -> None:
+def test_checkpoint_without_factorizable_layer_is_not_written(tmp_path) -> None:
     run = trainer()
     run.fit(LIT())
     run.save_checkpoint(tmp_path / "dense.ckpt")
-    method = LowRankFactorization(MACs(1.0))
     with pytest.raises(LightningLightError, match="found none, and wrote nothing"):
-        factorize_checkpoint(LIT, tmp_path / "dense.ckpt", tmp_path / "x.ckpt", factorization=method, args=EXAMPLE)
+        factorize_checkpoint(LIT, tmp_path / "dense.ckpt", tmp_path / "x.ckpt", MACs(1.0), example_inputs=EXAMPLE)
     assert not (tmp_path / "x.ckpt").exists()
 
 
-def test_a_factored_lightning_module_checkpoints_what_was_done_to_it(tmp_path) -> None:
+def test_checkpoint_of_a_factorized_module_loads(tmp_path) -> None:
     module = LIT()
-    factorize(module, EXAMPLE, factorization=LowRankFactorization(MACs(0.5), round_to=1))
+    factorize(module, EXAMPLE, MACs(0.5), allocation=RankAllocation(round_to=1))
     run = trainer(max_epochs=1)
     run.fit(module)
     run.save_checkpoint(tmp_path / "small.ckpt")
@@ -210,10 +231,10 @@ def test_a_factored_lightning_module_checkpoints_what_was_done_to_it(tmp_path) -
     assert not differences(dict(module.state_dict()), dict(loaded.state_dict()))
 
 
-def test_results_outlive_the_package(tmp_path) -> None:
+def test_factorized_modules_consist_of_torch_layers(tmp_path) -> None:
     model = ZOO["plain"]().eval()
     args, _ = model.example
-    factorize(model, args, factorization=LowRankFactorization(ranks=RankRatio(0.3), round_to=1))
+    factorize(model, args, RankRatio(0.3), allocation=RankAllocation(round_to=1))
     expected = {name: type(part) for name, part in model.named_modules()}
     assert all(kind.__module__.startswith(("torch.", "tests.")) for kind in expected.values())
     twin = pickle.loads(pickle.dumps(model))
@@ -223,12 +244,10 @@ def test_results_outlive_the_package(tmp_path) -> None:
 
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("need_weights", [True, False])
-def test_an_opened_attention_answers_as_the_attention(batch_first, need_weights) -> None:
-    from lightning_light.lowrank.attention import open_module
-
+def test_split_attention_computes_the_same(batch_first, need_weights) -> None:
     for options in ({}, {"bias": False}, {"kdim": 10, "vdim": 6}):
         attention = nn.MultiheadAttention(16, 4, batch_first=batch_first, **options).double().eval()
-        opened = open_module(attention).eval()
+        split = split_module(attention).eval()
         query = torch.randn(2, 5, 16, dtype=torch.float64)
         key = torch.randn(2, 7, options.get("kdim", 16), dtype=torch.float64)
         value = torch.randn(2, 7, options.get("vdim", 16), dtype=torch.float64)
@@ -244,17 +263,17 @@ def test_an_opened_attention_answers_as_the_attention(batch_first, need_weights)
         ):
             for average in (True, False):
                 call = {**masks, "need_weights": need_weights, "average_attn_weights": average}
-                expected, found = attention(query, key, value, **call), opened(query, key, value, **call)
+                expected, found = attention(query, key, value, **call), split(query, key, value, **call)
                 torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", ["attention", "encoder"])
-def test_attention_is_factored_block_by_block_and_trains(name) -> None:
+def test_attention_is_factorized_per_projection_and_trains(name) -> None:
     model = ZOO[name]().eval()
     args, _ = model.example
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    method = LowRankFactorization(ranks=RankRatio(0.25), round_to=1)
-    plan = factorize(model, args, factorization=method, optimizers=[optimizer])
+    allocation = RankAllocation(round_to=1)
+    plan = factorize(model, args, RankRatio(0.25), allocation=allocation, optimizers=[optimizer])
     assert any(layer.endswith("q_proj") for layer in plan.layers)
     assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in model.parameters()}
     with torch.no_grad():
@@ -264,24 +283,22 @@ def test_attention_is_factored_block_by_block_and_trains(name) -> None:
     optimizer.step()
 
 
-def test_each_block_of_a_fused_layer_has_ranks_of_its_own() -> None:
+def test_every_part_of_a_fused_layer_has_its_own_ranks() -> None:
     model = ZOO["fused_qkv"]().eval()
     args, _ = model.example
     with torch.no_grad():
         model.qkv.weight[:16] = model.qkv.weight[:16, :1] * torch.ones(16)  # the queries have rank one
     expected = model(*args)
     plan = factorize(
-        model,
-        args,
-        factorization=LowRankFactorization(ranks=EnergyKept(0.999999), blocks={"qkv": 3}, round_to=1, targets="qkv"),
+        model, args, RetainedEnergy(0.999999), split={"qkv": 3}, targets="qkv", allocation=RankAllocation(round_to=1)
     )
-    assert list(plan.layers) == ["qkv.blocks.0"]
-    assert plan.layers["qkv.blocks.0"].ranks == (1,)
+    assert list(plan.layers) == ["qkv.parts.0"]
+    assert plan.layers["qkv.parts.0"].ranks == (1,)
     torch.testing.assert_close(model(*args), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("options", [{}, {"bias": False}, {"kdim": 10, "vdim": 6}], ids=str)
-def test_each_head_of_an_attention_has_ranks_of_its_own(options) -> None:
+def test_every_head_of_an_attention_has_its_own_ranks(options) -> None:
     class Net(LIT):
         def __init__(self) -> None:
             super().__init__()
@@ -298,9 +315,16 @@ def test_each_head_of_an_attention_has_ranks_of_its_own(options) -> None:
         query[8:16] = query[8:9]  # the second head's queries have rank one
     expected = module(*x)
     optimizer = torch.optim.AdamW(module.attention.parameters())
-    method = LowRankFactorization(ranks=EnergyKept(0.999999), blocks={"attention": 2}, round_to=1, targets="attention")
-    plan = factorize(module, x, factorization=method, optimizers=[optimizer])
-    assert {name: found.ranks for name, found in plan.layers.items()} == {"attention.q_proj.blocks.1": (1,)}
+    plan = factorize(
+        module,
+        x,
+        RetainedEnergy(0.999999),
+        split={"attention": 2},
+        targets="attention",
+        allocation=RankAllocation(round_to=1),
+        optimizers=[optimizer],
+    )
+    assert {name: found.ranks for name, found in plan.layers.items()} == {"attention.q_proj.parts.1": (1,)}
     torch.testing.assert_close(module(*x), expected, rtol=1e-4, atol=1e-5)
     owned = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     assert sorted(owned) == sorted(id(parameter) for parameter in module.attention.parameters())
@@ -310,64 +334,230 @@ def test_each_head_of_an_attention_has_ranks_of_its_own(options) -> None:
     assert torch.equal(twin(*x), module(*x))
 
 
-def test_penalties_are_their_formulas() -> None:
+def test_regularizers_match_their_formulas() -> None:
     layer = nn.Linear(6, 4).double()
     weight = layer.weight.detach().clone().requires_grad_()
-    for penalty, term in (
+    for regularizer, term in (
         (NuclearNorm(0.1), lambda w: 0.1 * torch.linalg.svdvals(w).sum()),
         (Orthogonality(0.2), lambda w: 0.1 * (w @ w.T - torch.eye(4)).square().sum()),
     ):
         (expected,) = torch.autograd.grad(term(weight), weight)
         layer.weight.grad = torch.zeros_like(layer.weight)
-        add_rank_penalty(penalty, [layer], layer.parameters())
+        add_regularizer_gradients(regularizer, [layer], layer.parameters())
         torch.testing.assert_close(layer.weight.grad, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_nuclear_norm_makes_the_spectrum_fall_faster() -> None:
+def test_nuclear_norm_makes_the_singular_values_decay_faster() -> None:
     energies = {}
-    for penalty in (None, NuclearNorm(0.05)):
+    for regularizer in (None, NuclearNorm(0.05)):
         module = LIT()
-        trainer(LowRankFactorization(ranks=RankRatio(0.25), start=1.0, round_to=1, penalty=penalty)).fit(module)
+        trainer(
+            LowRankFactorization(
+                RankRatio(0.25),
+                schedule=OneShot(at=1.0),
+                regularizer=regularizer,
+                allocation=RankAllocation(round_to=1),
+            )
+        ).fit(module)
         facts = state_of(module).state["low_rank"]["layers"].values()
-        energies[penalty] = sum(fact["energy_kept"] for fact in facts) / len(facts)
+        energies[regularizer] = sum(fact["energy_kept"] for fact in facts) / len(facts)
     assert energies[NuclearNorm(0.05)] > energies[None]
 
 
-def test_a_dry_run_changes_nothing() -> None:
+def test_dry_run_changes_nothing() -> None:
     module = LIT()
-    trainer(LowRankFactorization(MACs(0.5), round_to=2, dry_run=True)).fit(module)
+    trainer(LowRankFactorization(MACs(0.5), dry_run=True, allocation=RankAllocation(round_to=2))).fit(module)
     assert {name: p.shape for name, p in module.named_parameters()} == {
         name: p.shape for name, p in LIT().named_parameters()
     }
 
 
+@dataclass(frozen=True)
+class Reversed(Schedule):
+    """A schedule that a user may write: it starts at the budget and returns to the dense network."""
+
+    def __call__(self, progress: float) -> float:
+        return 1.0 - progress
+
+
 @pytest.mark.parametrize(
-    ("arguments", "options", "sentence"),
+    ("arguments", "options", "error", "sentence"),
     [
-        ((), {}, "found neither"),
-        ((MACs(0.5),), {"ranks": RankRatio()}, "found both"),
-        ((Channels(0.5),), {}, "a budget of channels"),
-        ((Sparsity(0.5),), {}, "a budget of sparsity"),
-        ((MACs(0.5),), {"form": "cp"}, "'channel', 'spatial' or 'tucker2'"),
-        ((MACs(0.5),), {"round_to": 0}, "integer >= 1"),
-        ((MACs(0.5),), {"start": 1.5}, "a fraction of the run"),
-        ((MACs(0.5),), {"importance": "output"}, "expected `calibration`"),
-        ((), {"ranks": OutputChange()}, "expected `calibration`"),
-        ((), {"ranks": RankRatio(), "end": 0.5}, "in steps"),
+        ((), {}, TypeError, "budget"),
+        ((), {"ranks": 8}, TypeError, r"`LowRankFactorization\(.*Its arguments: budget, schedule"),
+        ((8,), {}, TypeError, r"`LowRankFactorization\(budget=8\)`: expected .* found int 8"),
+        ((RankRatio,), {}, TypeError, "RankRatio"),
+        ((Channels(0.5),), {}, ValueError, "channels"),
+        ((Sparsity(0.5),), {}, ValueError, "sparsity"),
+        ((MACs(0.5),), {"form": "cp"}, ValueError, "'tucker2'"),
+        ((MACs(0.5),), {"fit": "whitened"}, TypeError, "expected a Fit"),
+        ((MACs(0.5),), {"fit": WhitenedSVD}, TypeError, r"WhitenedSVD\(\)"),
+        ((MACs(0.5),), {"schedule": "cubic"}, TypeError, "expected a Schedule"),
+        ((MACs(0.5),), {"every_n_steps": 0}, ValueError, "an integer >= 1"),
+        ((MACs(0.5),), {"schedule": Reversed()}, ValueError, "expected a schedule that rises"),
+        ((MACs(0.5),), {"allocation": RankAllocation(importance="output")}, ValueError, "expected `data`"),
+        ((OutputChange(),), {}, ValueError, "expected `data`"),
+        ((RankRatio(),), {"schedule": Linear()}, ValueError, "a schedule of one step for a rule"),
+        ((RankRatio(),), {"schedule": Staircase(Linear(), steps=3)}, ValueError, "a schedule of one step for a rule"),
     ],
 )
-def test_bad_values_are_refused_at_once(arguments, options, sentence) -> None:
-    with pytest.raises(ValueError, match=sentence):
+def test_bad_arguments_are_refused_at_construction(arguments, options, error, sentence) -> None:
+    with pytest.raises(error, match=sentence):
         LowRankFactorization(*arguments, **options)
 
 
-def test_fits_that_need_what_is_not_there_are_refused() -> None:
+def test_bad_constraints_are_refused_at_construction() -> None:
+    with pytest.raises(ValueError, match="an integer >= 1"):
+        RankAllocation(round_to=0)
+    with pytest.raises(ValueError, match="'output'"):
+        RankAllocation(importance="loss")
+
+
+def test_factorize_without_the_data_that_a_fit_needs_is_refused() -> None:
     model = ZOO["plain"]()
-    for fit, sentence in ((FisherSVD(), "which only training has"), (WhitenedSVD(), "expected `calibration`")):
-        with pytest.raises(ValueError, match=sentence):
-            factorize(model, model.example[0], factorization=LowRankFactorization(Params(0.5), fit=fit))
+    example = model.example[0]
+    for fit in (FisherSVD(), WhitenedSVD()):
+        with pytest.raises(ValueError, match="expected `data`"):
+            factorize(model, example, Params(0.5), fit=fit)
+    with pytest.raises(ValueError, match="expected `loss`"):
+        factorize(model, example, Params(0.5), fit=FisherSVD(), data=[example])
 
 
-def test_an_epoch_that_never_comes_is_refused_before_training() -> None:
-    with pytest.raises(ValueError, match=r"`LowRankFactorization\(start=7\)` counts epochs"):
-        trainer(LowRankFactorization(MACs(0.5), start=7)).fit(LIT())
+def test_epoch_after_the_end_is_refused_before_training() -> None:
+    with pytest.raises(ValueError, match=r"Window\(start=7, end=8\)"):
+        trainer(LowRankFactorization(MACs(0.5), schedule=Window(OneShot(), start=7, end=8))).fit(LIT())
+
+
+class Snapshots(lightning.pytorch.Callback):
+    """Copy module and optimizers at the start of every batch, before the methods behind it in the list act."""
+
+    def __init__(self) -> None:
+        self.last: Any = None
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.last = copy.deepcopy(contents(trainer, pl_module))
+
+
+def contents(run: Any, module: Any) -> dict[str, Any]:
+    return {
+        "modules": {name: type(part).__name__ for name, part in module.named_modules()},
+        "weights": dict(module.state_dict()),
+        "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
+    }
+
+
+SCHEDULES = {
+    "default": LowRankFactorization(MACs(0.5)).schedule,
+    "at_once": OneShot(),
+    "late": OneShot(at=0.9),
+    "gradual": Window(Linear(), start=0.0, end=0.8),
+    "epochs": Window(Cubic(), start=0, end=2),
+    "jumps": Window(Staircase(Linear(), steps=3), start=0.1, end=0.9),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=list(SCHEDULES))
+@pytest.mark.parametrize("budget", [MACs(0.001), Params(0.001), Size("100 B"), Latency("1 ns")], ids=repr)
+@pytest.mark.parametrize("knows_its_input", [True, False])
+def test_unreachable_budget_changes_nothing_under_any_schedule(schedule, budget, knows_its_input) -> None:
+    module = LIT()
+    if knows_its_input:
+        module.example_input_array = EXAMPLE[0]
+    snapshots = Snapshots()
+    run = trainer(snapshots, LowRankFactorization(budget, schedule=schedule, allocation=RankAllocation(round_to=1)))
+    with pytest.raises(BudgetError, match=re.escape(repr(budget))):
+        run.fit(module)
+    before = snapshots.last or contents(run, LIT())  # refused before the first batch, or at the start of a later one
+    assert not differences(before, contents(run, module))
+
+
+def test_unreachable_budget_after_pruning_is_refused_at_the_first_event() -> None:
+    module, snapshots = LIT(), Snapshots()
+    run = trainer(
+        StructuredPruning(MACs(0.7), schedule=OneShot(at=0.2)),
+        snapshots,
+        LowRankFactorization(MACs(0.001), schedule=Window(Linear(), start=0.4, end=0.9)),
+    )
+    with pytest.raises(BudgetError, match=r"MACs\(remaining=0.001\)"):
+        run.fit(module)
+    assert not differences(snapshots.last, contents(run, module))
+
+
+@pytest.mark.parametrize("budget", [MACs, Params])
+def test_gradual_schedule_reaches_a_budget_just_above_the_lowest_ranks(budget) -> None:
+    """The first event takes only forms from which the end can be reached."""
+    allocation = RankAllocation(round_to=1)
+    with pytest.raises(BudgetError) as refused:
+        factorize(LIT(), EXAMPLE, budget(0.001), allocation=allocation)
+    lowest = float(re.search(r"found ([\d.e+]+) when", str(refused.value))[1])
+    dense = budget(1.0).measure(LIT(), ExampleInput(EXAMPLE))
+    module, remaining = LIT(), 1.001 * lowest / dense
+    schedule = Window(Linear(), start=0.0, end=0.9)
+    method = LowRankFactorization(budget(remaining), schedule=schedule, every_n_steps=2, allocation=allocation)
+    trainer(method).fit(module)
+    assert budget(1.0).measure(module, ExampleInput(EXAMPLE)) <= remaining * dense
+
+
+def test_two_factorizations_share_the_dense_reference() -> None:
+    module = LIT()
+    dense = count_cost(module, EXAMPLE).macs
+    allocation = RankAllocation(round_to=1)
+    trainer(
+        LowRankFactorization(MACs(0.8), schedule=OneShot(at=0.2), targets="features.conv1", allocation=allocation),
+        LowRankFactorization(MACs(0.6), schedule=OneShot(at=0.5), targets="features.conv2", allocation=allocation),
+    ).fit(module)
+    assert 0.55 * dense < count_cost(module, EXAMPLE).macs <= 0.6 * dense
+
+
+def test_fisher_fit_reads_gradients_of_the_given_loss() -> None:
+    torch.manual_seed(0)
+    model, data = nn.Sequential(nn.Linear(6, 4)), [torch.randn(8, 6) for _ in range(3)]
+    weight = model[0].weight.detach().clone()
+    squares = torch.zeros(4, 6, dtype=torch.float64)
+    for x in data:  # the empirical Fisher information, batch by batch
+        (gradient,) = torch.autograd.grad(model(x).square().mean(), model[0].weight)
+        squares += gradient.double().square() / len(data)
+    scale = squares.sum(0).sqrt()
+    left, values, right = torch.linalg.svd(weight.double() * scale, full_matrices=False)
+    factorize(
+        model,
+        data[0],
+        RankRatio(0.25),
+        fit=FisherSVD(),
+        data=data,
+        loss=lambda output, batch: output.square().mean(),
+        allocation=RankAllocation(round_to=1),
+    )
+    found = model[0][1].weight @ model[0][0].weight
+    expected = (left[:, :1] * values[:1]) @ right[:1] / scale
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "split"), [("attention", {}), ("fused_qkv", {"qkv": 3})])
+def test_whitened_fit_of_split_layers_reads_their_inputs(name, split) -> None:
+    """Inputs that span few directions are mapped exactly at that rank, which the weight alone is not."""
+    model = ZOO[name]().eval()
+    owner = "qkv" if split else next(n for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention))
+    weights = split_weights(model.get_submodule(owner), split.get(owner, 0))
+    before = {f"{owner}.{part}": weight.detach().clone() for part, weight in weights.items() if part != "out_proj"}
+    inputs = []
+    handle = model.get_submodule(owner).register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
+    x = torch.randn_like(model.example[0][0][:1]).expand_as(model.example[0][0])
+    model(x)
+    handle.remove()
+    plan = factorize(
+        model,
+        x,
+        RankRatio(7 / 16),  # of seven tokens, or of five patches
+        fit=WhitenedSVD(damping=1e-9),
+        split=split,
+        targets=owner,
+        data=[(x,)],
+        allocation=RankAllocation(round_to=1),
+    )
+    assert set(before) <= set(plan.layers)
+    for layer, weight in before.items():
+        product = dense_weight(model.get_submodule(layer))[0]
+        assert plan.layers[layer].error < 1e-5
+        assert not torch.allclose(product, weight, atol=1e-2)
+        torch.testing.assert_close(inputs[0] @ product.T, inputs[0] @ weight.T, rtol=1e-3, atol=1e-3)

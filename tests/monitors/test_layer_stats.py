@@ -8,11 +8,11 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lightning_light.budgets import MACs
 from lightning_light.clustering import WeightClustering
-from lightning_light.lowrank import LowRankFactorization
+from lightning_light.lowrank import LowRankFactorization, RankAllocation
 from lightning_light.measure.layer_stats import layer_stats
 from lightning_light.monitors import CompressionMonitor
-from lightning_light.quantization import Int8, IntN, Mixed, QuantizationAwareTraining, quantize
-from lightning_light.schedules import Linear, Staircase, Window
+from lightning_light.quantization import Int8, IntN, MixedPrecision, QuantizationAwareTraining, quantize
+from lightning_light.schedules import Linear, OneShot, Staircase, Window
 from lightning_light.surgery.attachment import state_of
 from tests.contract.bodies import Body, module_class
 from tests.contract.runs import trainer
@@ -21,7 +21,7 @@ from tests.zoo import noise
 
 def test_ranks_energies_errors_and_coded_bits_are_curves_and_columns(tmp_path: Any, capsys: Any) -> None:
     module, logger = module_class(Body, lightning.pytorch)(), CSVLogger(tmp_path)
-    factors = LowRankFactorization(MACs(0.5), start=0.3, round_to=1)
+    factors = LowRankFactorization(MACs(0.5), schedule=OneShot(at=0.3), allocation=RankAllocation(round_to=1))
     monitor = CompressionMonitor()
     trainer(factors, WeightClustering(8, start=0.6), monitor, logger=logger).fit(module)
     known = state_of(module).state["low_rank"]["layers"]
@@ -44,9 +44,9 @@ def test_ranks_energies_errors_and_coded_bits_are_curves_and_columns(tmp_path: A
 
 def test_bits_of_rounded_layers_follow_the_ladder(tmp_path: Any, capsys: Any) -> None:
     module, logger = module_class(Body, lightning.pytorch)(), CSVLogger(tmp_path)
-    recipe = Mixed(default=IntN(4, 4), first=IntN(2, None))
+    recipe = MixedPrecision(default=IntN(4, 4), first=IntN(2, None))
     ladder = Window(Staircase(Linear(), steps=2), end=0.6)
-    qat = QuantizationAwareTraining(recipe, observe_batches=2, ladder=ladder)
+    qat = QuantizationAwareTraining(recipe, calibration_batches=2, bit_width_schedule=ladder)
     monitor = CompressionMonitor(every_n_steps=1)
     trainer(qat, monitor, logger=logger).fit(module)
     assert monitor.after.stats["features.stem"] == {"weight_bits": 2.0}

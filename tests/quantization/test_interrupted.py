@@ -14,7 +14,7 @@ from lightning_light.schedules import Linear
 from tests.contract.bodies import Body, module_class
 from tests.contract.runs import differences, trainer
 
-STAGES: dict[str, Any] = {"start": 0.0, "observe_batches": 2}
+STAGES: dict[str, Any] = {"start": 0.0, "calibration_batches": 2}
 IMAGES = Body.train_dataloader(None).batches[0][0]  # type: ignore[arg-type]
 
 
@@ -45,7 +45,7 @@ def test_after_an_error_the_module_computes_in_float_and_can_be_fitted_again() -
         with fake_quantized(net):
             assert not torch.equal(net(IMAGES), plain)
     trainer(qat).fit(net.train())
-    assert qat.state(net)["form"] == "rounded"
+    assert qat.state(net)["enabled"]
     assert qat.state(net)["batches"] > 2
     assert not hooks(net)
 
@@ -68,7 +68,7 @@ def test_a_module_that_is_compiled_as_a_whole_is_trained_as_written() -> None:
         net.example_input_array = IMAGES
         qat = QuantizationAwareTraining(Int8(), **STAGES)
         trainer(qat).fit(way(net))
-        assert qat.state(net)["form"] == "rounded"
+        assert qat.state(net)["enabled"]
         ends.append(net.state_dict())
     assert not differences(*ends)
     assert all(hasattr(vars(net)[name], "_torchdynamo_orig_callable") for name in ("forward", "training_step"))
@@ -78,7 +78,8 @@ def test_places_that_training_never_comes_by_are_named() -> None:
     net = module_class(Elsewhere, pl)()
     net.example_input_array = IMAGES
     with pytest.warns(
-        UserWarning, match=r"found none at \[.*'features'.*\] in the .*Does `training_step` call `self\("
+        UserWarning,
+        match=r"found none at \[.*'features'.*\] in the calibration .*Does `training_step` call `self\(",
     ) as told:
         trainer(QuantizationAwareTraining(Int8(), **STAGES), limit_val_batches=0).fit(net)
     assert sum("found none at" in str(one.message) for one in told) == 1
@@ -90,10 +91,10 @@ def test_moments_that_are_none(moment) -> None:
         QuantizationAwareTraining(Int8(), start=moment)
 
 
-@pytest.mark.parametrize("ladder", ["linear", Linear])
-def test_a_ladder_that_is_no_schedule(ladder) -> None:
-    with pytest.raises(TypeError, match=r"`QuantizationAwareTraining\(ladder=.*expected a schedule or None"):
-        QuantizationAwareTraining(Int8(), ladder=ladder)
+@pytest.mark.parametrize("schedule", ["linear", Linear])
+def test_a_bit_width_schedule_that_is_no_schedule(schedule) -> None:
+    with pytest.raises(TypeError, match=r"`QuantizationAwareTraining\(bit_width_schedule=.*expected a schedule"):
+        QuantizationAwareTraining(Int8(), bit_width_schedule=schedule)
 
 
 class Again(Body):

@@ -5,16 +5,22 @@ import torch
 from torch import Tensor
 
 from lightning_light.quantization import LSQ, PACT
-from lightning_light.quantization.learning import learned_activation, on_grid
-from lightning_light.quantization.observers import StepSize
-from lightning_light.quantization.parameters import first_step, first_values, learned_scale
-from lightning_light.quantization.rounding import round_activation, round_weight, scales_of
-from lightning_light.quantization.rules import Grid, WeightRule
+from lightning_light.quantization.fake_quantize import (
+    fake_quantize,
+    fake_quantize_learned,
+    fake_quantize_weight,
+    qparams_of,
+)
+from lightning_light.quantization.learned_qparams import LearnedQParam, initial_values, learned_qparams_of
+from lightning_light.quantization.observers import LSQObserver
+from lightning_light.quantization.op_calls import OpId
+from lightning_light.quantization.range_observer import RangeObserver
+from lightning_light.quantization.specs import ActivationSpec, QParams, WeightSpec
 from tests.zoo import noise
 
 
 def other(*shape: int) -> Tensor:
-    """Numbers that have nothing to do with `noise`."""
+    """Values that are independent of `noise`."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
@@ -24,7 +30,7 @@ def away_from_ties(x: Tensor, scale: float) -> Tensor:
 
 
 def esser(v: Tensor, s: float, low: int, high: int, weights: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Equations 1 to 3 and section 2.2: the rounded numbers, the gradients to them and to ``s``."""
+    """Equations 1 to 3 and section 2.2: the quantized values, the gradients to them and to ``s``."""
     v = v.double()
     bar = torch.round(torch.clamp(v / s, low, high))
     inside = (v / s > low) & (v / s < high)
@@ -39,7 +45,7 @@ def test_lsq_of_a_weight(low, high) -> None:
     w = w.requires_grad_()
     s = torch.tensor(step, requires_grad=True)
     upstream = other(len(w))
-    rounded = round_weight(w, WeightRule(0, low, high, per_channel=False, learned=True), s)
+    rounded = fake_quantize_weight(w, WeightSpec(0, low, high, per_channel=False, learned=True), s)
     (rounded * upstream).sum().backward()
     right, of_w, of_s = esser(w.detach(), step, low, high, upstream.double())
     assert w.grad is not None
@@ -50,23 +56,23 @@ def test_lsq_of_a_weight(low, high) -> None:
 
 
 def test_every_channel_has_its_own_step_and_gradient() -> None:
-    w, rule = noise(4, 3, 3, 3).requires_grad_(), WeightRule(4, -8, 7, learned=True)
+    w, rule = noise(4, 3, 3, 3).requires_grad_(), WeightSpec(4, -8, 7, learned=True)
     steps = torch.tensor([0.05, 0.1, 0.2, 0.4], requires_grad=True)
-    (round_weight(w, rule, steps) * other(4, 3, 3, 3)).sum().backward()
+    (fake_quantize_weight(w, rule, steps) * other(4, 3, 3, 3)).sum().backward()
     for channel in range(4):
         one = steps.detach()[channel].clone().requires_grad_()
-        alone = round_weight(w.detach()[channel], WeightRule(4, -8, 7, per_channel=False, learned=True), one)
+        alone = fake_quantize_weight(w.detach()[channel], WeightSpec(4, -8, 7, per_channel=False, learned=True), one)
         (alone * other(4, 3, 3, 3)[channel]).sum().backward()
         torch.testing.assert_close(steps.grad[channel], one.grad)  # type: ignore[index]
 
 
 @pytest.mark.parametrize("positive", [True, False])
 def test_lsq_of_numbers_counts_those_of_one_sample(positive) -> None:
-    grid = Grid(positive=positive, bits=4, learned="step")
+    spec = ActivationSpec(non_negative=positive, bits=4, learned="scale")
     low, high = (0, 15) if positive else (-8, 7)
     x = noise(2, 3, 8, 8).abs() if positive else noise(2, 3, 8, 8)
     s = torch.tensor(0.09, requires_grad=True)
-    learned_activation(x, grid, s).sum().backward()
+    fake_quantize_learned(x, spec, s).sum().backward()
     _, _, of_s = esser(x, 0.09, low, high, torch.ones(x.shape).double())
     assert float(s.grad) == pytest.approx(of_s / (3 * 8 * 8 * high) ** 0.5, rel=1e-3)  # type: ignore[arg-type]
 
@@ -78,7 +84,7 @@ def test_lsq_plus() -> None:
     x = away_from_ties(noise(4000), step).requires_grad_()
     s, b = torch.tensor(step, requires_grad=True), torch.tensor(beta, requires_grad=True)
     upstream = other(len(x)).double()
-    rounded = learned_activation(x, Grid(bits=4, learned="step and offset"), s, b)
+    rounded = fake_quantize_learned(x, ActivationSpec(bits=4, learned="scale and offset"), s, b)
     (rounded.double() * upstream).sum().backward()
     v = (x.detach().double() - beta) / step
     right = torch.round(v).clamp(0, high) * step + beta
@@ -98,7 +104,7 @@ def test_pact() -> None:
     x = away_from_ties(noise(4000), alpha / 15).requires_grad_()
     a = torch.tensor(alpha, requires_grad=True)
     upstream = other(len(x))
-    rounded = learned_activation(x, Grid(positive=True, bits=k, learned="clip"), a)
+    rounded = fake_quantize_learned(x, ActivationSpec(non_negative=True, bits=k, learned="clip"), a)
     (rounded * upstream).sum().backward()
     y = 0.5 * (x.detach().double().abs() - (x.detach().double() - alpha).abs() + alpha)
     right = torch.round(y * (2**k - 1) / alpha) * alpha / (2**k - 1)
@@ -107,53 +113,61 @@ def test_pact() -> None:
     assert torch.equal(x.grad != 0, (x > 0) & (x < alpha))  # type: ignore[operator]
 
 
-def test_first_step_sizes() -> None:
+def first_scale(w: Tensor, per_channel: bool) -> Tensor:
+    observer, op = RangeObserver([]), OpId("fc", 1, "linear", 1)
+    observer.observe_weight(op, w, WeightSpec(4, -8, 7, per_channel=per_channel))
+    return observer.weight_scales[op]
+
+
+def test_first_scales() -> None:
     """``2 <|v|> / sqrt(high)``: section 2.1 of Esser et al."""
     w = noise(4, 9)
-    torch.testing.assert_close(first_step(w, 7, True).double(), 2 * w.double().abs().mean(1) / 7**0.5)
-    torch.testing.assert_close(first_step(w, 7, False).double(), 2 * w.double().abs().mean() / 7**0.5)
+    torch.testing.assert_close(first_scale(w, True).double(), 2 * w.double().abs().mean(1) / 7**0.5)
+    torch.testing.assert_close(first_scale(w, False).double(), 2 * w.double().abs().mean() / 7**0.5)
     masked = w.clone()
     masked[:, :3] = 0.0
-    torch.testing.assert_close(first_step(masked, 7, True), first_step(w[:, 3:], 7, True))
+    torch.testing.assert_close(first_scale(masked, True), first_scale(w[:, 3:], True))
     for positive, high in ((True, 15), (False, 7)):
-        grid = Grid(positive=positive, bits=4, observer=StepSize(), learned="step")
-        ranges = grid.observer.extremes(w, grid.high, positive)[None]
-        first = first_values([grid], scales_of([grid], ranges))["grid 0 step"]
+        spec = ActivationSpec(non_negative=positive, bits=4, observer=LSQObserver(), learned="scale")
+        ranges = spec.observer.range_of(w, spec.quant_max, positive)[None]
+        first = initial_values([spec], qparams_of([spec], ranges))[str(LearnedQParam(0, "scale"))]
         assert float(first) == pytest.approx(2 * float(w.abs().mean()) / high**0.5)
 
 
 @pytest.mark.parametrize(
-    ("grid", "values"),
+    ("spec", "values"),
     [
-        (Grid(bits=4, learned="step"), {"step": 0.13}),
-        (Grid(positive=True, bits=8, learned="step"), {"step": -0.013}),
-        (Grid(bits=4, learned="step and offset"), {"step": 0.13, "offset": -0.71}),
-        (Grid(positive=True, bits=4, learned="clip"), {"clip": 1.3}),
+        (ActivationSpec(bits=4, learned="scale"), {"scale": 0.13}),
+        (ActivationSpec(non_negative=True, bits=8, learned="scale"), {"scale": -0.013}),
+        (ActivationSpec(bits=4, learned="scale and offset"), {"scale": 0.13, "offset": -0.71}),
+        (ActivationSpec(non_negative=True, bits=4, learned="clip"), {"clip": 1.3}),
     ],
 )
-def test_what_is_learned_computes_the_same_without_a_gradient(grid, values) -> None:
-    """Training, evaluation and export have one grid."""
+def test_what_is_learned_computes_the_same_without_a_gradient(spec, values) -> None:
+    """Training, evaluation and export have the same quantization parameters."""
     x = noise(64, 64)
-    learned = {f"grid 0 {name}": torch.tensor(value) for name, value in values.items()}
-    scale = learned_scale(learned, 0, grid)
+    learned = {str(LearnedQParam(0, name)): torch.tensor(value) for name, value in values.items()}
+    scale = learned_qparams_of(learned, 0, spec)
     assert scale is not None
-    assert torch.equal(round_activation(x, *scale, grid.high), learned_activation(x, grid, *learned.values()))
+    assert torch.equal(fake_quantize(x, scale), fake_quantize_learned(x, spec, *learned.values()))
 
 
 @pytest.mark.parametrize("scale", [0.1, 0.0173, 1e-6, 3.0])
-def test_vectors_give_what_torchs_own_operation_gives(scale) -> None:
+def test_it_computes_what_the_operation_of_torch_computes(scale) -> None:
     x = noise(100_000) * 20 * scale
-    assert torch.equal(on_grid(x, scale, -8, 7), torch.fake_quantize_per_tensor_affine(x, scale, 8, 0, 15))
+    assert torch.equal(
+        fake_quantize(x, QParams(scale, 8, 15)), torch.fake_quantize_per_tensor_affine(x, scale, 8, 0, 15)
+    )
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
-    on_grid(ours, scale, -100, 155).sum().backward()
+    fake_quantize(ours, QParams(scale, 100, 255)).sum().backward()
     torch.fake_quantize_per_tensor_affine(theirs, scale, 100, 0, 255).sum().backward()
     assert (ours.grad != theirs.grad).sum() <= 2  # type: ignore[union-attr]  # exactly half a step beyond the end
 
 
 @pytest.mark.parametrize("recipe", [LSQ(), LSQ(offset=True), PACT()])
 def test_values_of_a_recipe(recipe) -> None:
-    rule = recipe.rule()
-    assert (rule.weight.low, rule.weight.high) == ((-8, 7) if isinstance(recipe, LSQ) else (-7, 7))
-    assert rule.activation is not None
-    assert rule.activation.high == 15
-    assert "4 bits" in str(rule.lacks_kernel)
+    spec = recipe.spec()
+    assert (spec.weight.quant_min, spec.weight.quant_max) == ((-8, 7) if isinstance(recipe, LSQ) else (-7, 7))
+    assert spec.activation is not None
+    assert spec.activation.quant_max == 15
+    assert "4 bits" in str(spec.no_kernel)

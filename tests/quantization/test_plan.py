@@ -1,6 +1,6 @@
-"""What is rounded, on every net of the zoo; and that nothing of the net changes."""
+"""What is quantized, on every net of the zoo; and that nothing of the net changes."""
 
-from typing import Any
+import json
 
 import numpy as np
 import pytest
@@ -11,82 +11,59 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_light.example_input import ExampleInput
 from lightning_light.export import ONNX, export_model
-from lightning_light.quantization.attachment import Attachment
-from lightning_light.quantization.operations import moves
-from lightning_light.quantization.parameters import first_values
-from lightning_light.quantization.plan import Group, Plan, plan_sites
-from lightning_light.quantization.recipes import Int8, Recipe
-from lightning_light.quantization.record import record
-from lightning_light.quantization.rules import WeightRule
-from lightning_light.quantization.state import attach_from, begin
+from lightning_light.quantization.encoding import decode, encode
+from lightning_light.quantization.op_calls import OpCall, OpId
+from lightning_light.quantization.operators import is_view
+from lightning_light.quantization.plan import FusedOps, QuantizationPlan
+from lightning_light.quantization.recipes import Int8
+from lightning_light.quantization.specs import WeightSpec
+from tests.quantization.helpers import calibrated, decibels, plan_of
 from tests.zoo import ZOO, noise
-
-
-def plan_of(model: nn.Module, *args: Any, recipe: Recipe = Int8(), **kwargs: Any) -> Plan:
-    operations = record(model, args, kwargs)
-    return plan_sites(
-        operations, recipe.rules(model, [key.split("|")[0] for key in (o.key for o in operations) if key])
-    )
-
-
-def calibrated(model: nn.Module, example: ExampleInput, recipe: Recipe = Int8()) -> Attachment:
-    """Attached, having seen the example, and rounding."""
-    state: dict[str, Any] = {}
-    begin(state, model, example, recipe)
-    attachment = attach_from(model, state)
-    assert attachment is not None
-    attachment.observing = True
-    with torch.no_grad():
-        model(*example.args, **example.kwargs)
-    attachment.observing, attachment.form = False, "rounded"
-    ranges = attachment.observed(torch.device("cpu"))
-    attachment.use(ranges)
-    attachment.learned = {**attachment.first_steps, **first_values(attachment.grids, attachment.scales)}
-    attachment.use(ranges)
-    return attachment
-
-
-def decibels(right: Tensor, found: Tensor) -> float:
-    return float(10 * torch.log10(right.square().sum() / (right - found).square().sum()))
 
 
 @pytest.mark.parametrize("name", list(ZOO))
 @pytest.mark.parametrize("engine", ["qnnpack", "x86"])
-def test_every_net_of_the_zoo_is_rounded_and_stays_close(name, engine) -> None:
+def test_every_net_of_the_zoo_is_quantized_and_stays_close(name, engine) -> None:
     torch.manual_seed(0)
     net = ZOO[name]().eval()
     args, kwargs = net.example
     before, keys = vars(net).copy(), list(net.state_dict())
     with torch.no_grad():
         right = [leaf for leaf in tree_leaves(net(*args, **kwargs)) if isinstance(leaf, Tensor)]
-        attachment = calibrated(net, ExampleInput(args, kwargs), Int8(engine=engine))
-        assert attachment.plan.weights
-        assert all(scale is not None for scale in attachment.scales)
+        quantizer = calibrated(net, ExampleInput(args, kwargs), Int8(engine=engine))
+        assert quantizer.plan.layers
+        assert all(scale is not None for scale in quantizer.qparams)
         found = [leaf for leaf in tree_leaves(net(*args, **kwargs)) if isinstance(leaf, Tensor)]
         assert list(net.state_dict()) == keys
         assert min(map(decibels, right, found)) > (33 if engine == "qnnpack" else 26)
-        attachment.let_go()
+        quantizer.detach()
         again = [leaf for leaf in tree_leaves(net(*args, **kwargs)) if isinstance(leaf, Tensor)]
     assert all(map(torch.equal, right, again))
-    assert vars(net).keys() == before.keys()
+    assert {name for name in vars(net) if not name.startswith("_lightning_light")} == before.keys()
     assert not any(module._forward_hooks or len(module._forward_pre_hooks) > 1 for module in net.modules())
 
 
-def test_a_block_is_rounded_where_its_kernel_ends() -> None:
+def test_a_block_is_quantized_where_its_kernel_ends() -> None:
     plan = plan_of(ZOO["plain"](), noise(2, 3, 8, 8))
-    assert list(plan.weights) == ["conv1|1|conv2d|1", "conv2|1|conv2d|1", "fc|1|linear|1"]
-    assert set(plan.weights.values()) == {WeightRule(8, -127, 127)}
-    assert plan.groups["conv1|1|conv2d|1"] == Group("|1|relu|1", "bn1|1|batch_norm|1", "|1|relu|1")
-    assert plan.groups["fc|1|linear|1"] == Group("fc|1|linear|1")
-    assert plan.arguments == {"conv1|1|conv2d|1": {0: 0}}
-    assert list(plan.outputs) == ["|1|relu|1", "|1|relu|2", "|1|mean|1", "fc|1|linear|1"]
-    assert plan.outputs["|1|mean|1"] == plan.outputs["|1|relu|2"], "a mean stays on the grid of what it averages"
-    assert [grid.positive for grid in plan.grids] == [False, True, True, False]
+    conv1, conv2 = OpId("conv1", 1, "conv2d", 1), OpId("conv2", 1, "conv2d", 1)
+    relu1, relu2 = OpId("", 1, "relu", 1), OpId("", 1, "relu", 2)
+    mean, linear = OpId("", 1, "mean", 1), OpId("fc", 1, "linear", 1)
+    assert list(plan.layers) == [conv1, conv2, linear]
+    assert {site.weight for site in plan.layers.values()} == {WeightSpec(8, -127, 127)}
+    assert plan.layers[conv1].fused == FusedOps(relu1, OpId("bn1", 1, "batch_norm", 1), relu1)
+    assert plan.layers[linear].fused == FusedOps(linear)
+    assert plan.inputs == {conv1: {0: 0}}
+    assert list(plan.outputs) == [relu1, relu2, mean, linear]
+    assert plan.outputs[mean] == plan.outputs[relu2], "a mean keeps the quantization parameters of its input"
+    assert [spec.non_negative for spec in plan.activations] == [False, True, True, False]
 
 
-def test_a_plan_survives_plain_types() -> None:
-    plan = plan_of(ZOO["squeeze_excite"](), noise(2, 3, 8, 8))
-    assert Plan.from_plain(plan.plain()) == plan
+@pytest.mark.parametrize("name", list(ZOO))
+def test_a_plan_survives_encoding(name) -> None:
+    net = ZOO[name]()
+    args, kwargs = net.example
+    plan = plan_of(net, *args, **kwargs)
+    assert decode(QuantizationPlan, json.loads(json.dumps(encode(plan))), "plan") == plan
 
 
 def test_a_residual_stream_that_a_norm_reads_stays_float() -> None:
@@ -100,16 +77,16 @@ def test_a_residual_stream_that_a_norm_reads_stays_float() -> None:
             return x + self.second(self.norm(x))
 
     plan = plan_of(Stream(), noise(2, 6))
-    assert "|1|__add__|1" not in plan.outputs
-    assert "norm|1|layer_norm|1" in plan.outputs
+    assert OpId("", 1, "__add__", 1) not in plan.outputs
+    assert OpId("norm", 1, "layer_norm", 1) in plan.outputs
 
 
 def test_transposed_convolutions_have_one_scale_and_keep_their_batch_norm() -> None:
     net = nn.Sequential(nn.ConvTranspose2d(3, 4, 2), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1))
     plan = plan_of(net, noise(2, 3, 4, 4))
-    channels = {key: rule.per_channel for key, rule in plan.weights.items()}
-    assert channels == {"0|1|conv_transpose2d|1": False, "3|1|conv2d|1": True}
-    assert not any(group.batch_norm for group in plan.groups.values())
+    channels = {op: site.weight.per_channel for op, site in plan.layers.items()}
+    assert channels == {OpId("0", 1, "conv_transpose2d", 1): False, OpId("3", 1, "conv2d", 1): True}
+    assert not any(site.fused.batch_norm for site in plan.layers.values())
 
 
 def test_relu6_however_it_is_written() -> None:
@@ -125,19 +102,18 @@ def test_relu6_however_it_is_written() -> None:
             return self.convs[3](x).clamp(-1, 1)
 
     plan = plan_of(Six(), noise(1, 3, 4, 4))
-    assert [grid.cap for grid in plan.grids] == [None, 6.0, 6.0, 6.0, None]
+    assert [spec.upper_bound for spec in plan.activations] == [None, 6.0, 6.0, 6.0, None]
 
 
 def test_layers_can_be_kept_float() -> None:
-    plan = plan_of(ZOO["plain"](), noise(2, 3, 8, 8), recipe=Int8(keep_float="fc"))
-    assert "fc|1|linear|1" not in plan.weights
-    assert plan.left_float == {"fc": "asked for by `keep_float`"}
+    plan = plan_of(ZOO["plain"](), noise(2, 3, 8, 8), recipe=Int8(exclude="fc"))
+    assert OpId("fc", 1, "linear", 1) not in plan.layers
+    assert plan.left_float == {"fc": "excluded by the recipe"}
 
 
 def test_a_layer_that_is_used_twice_has_two_places() -> None:
     plan = plan_of(ZOO["reused"](), *ZOO["reused"]().example[0])
-    calls = {key.split("|")[1] for key in plan.weights}
-    assert calls == {"1", "2"}
+    assert {op.call for op in plan.layers} == {1, 2}
 
 
 def test_keyword_arguments_and_weights_given_by_name() -> None:
@@ -150,23 +126,23 @@ def test_keyword_arguments_and_weights_given_by_name() -> None:
             return F.linear(x, weight=self.w)
 
     net = Named()
-    attachment = calibrated(net, ExampleInput(kwargs={"x": noise(2, 6)}))
-    assert attachment.plan.arguments == {"|1|linear|1": {0: 0}}
+    quantizer = calibrated(net, ExampleInput(kwargs={"x": noise(2, 6)}))
+    assert quantizer.plan.inputs == {OpId("", 1, "linear", 1): {0: 0}}
     assert decibels(noise(2, 6) @ net.w.T.detach(), net(x=noise(2, 6)).detach()) > 35
 
 
 def test_an_error_in_forward_leaves_no_mode_behind() -> None:
     net = ZOO["plain"]()
-    attachment = calibrated(net, ExampleInput((noise(2, 3, 8, 8),)))
+    quantizer = calibrated(net, ExampleInput((noise(2, 3, 8, 8),)))
     for _ in range(2):
         with pytest.raises(RuntimeError):
             net(noise(2, 4, 8, 8))
-        assert not attachment.inside
+        assert not quantizer.is_running
         assert torch.overrides._get_current_function_mode() is None
-    attachment.let_go()
+    quantizer.detach()
 
 
-def test_a_sum_that_begins_with_zero_keeps_the_grid_of_what_is_added() -> None:
+def test_adding_zero_keeps_quantization_parameters() -> None:
     class Branches(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -177,11 +153,8 @@ def test_a_sum_that_begins_with_zero_keeps_the_grid_of_what_is_added() -> None:
             return self.last(sum(layer(x) for layer in self.layers) * 1)
 
     plan = calibrated(Branches().eval(), ExampleInput((noise(2, 3, 8, 8),))).plan
-    assert "|1|__radd__|1" not in plan.outputs
-    assert [key.split("|")[2] for key in plan.outputs] == ["conv2d", "conv2d", "add", "conv2d", "add", "conv2d"]
-    first, second, total = plan.sums[0]
-    assert (first, second) == (plan.outputs["layers.0|1|conv2d|1"], plan.outputs["layers.1|1|conv2d|1"])
-    assert plan.sums[1][0] == total
+    assert OpId("", 1, "__radd__", 1) not in plan.outputs
+    assert [op.function for op in plan.outputs] == ["conv2d", "conv2d", "add", "conv2d", "add", "conv2d"]
 
 
 @pytest.mark.parametrize(
@@ -196,8 +169,9 @@ def test_a_sum_that_begins_with_zero_keeps_the_grid_of_what_is_added() -> None:
         ("add", torch.zeros(3), False),
     ],
 )
-def test_only_a_plain_number_that_changes_nothing_leaves_a_grid_alone(name, other, right) -> None:
-    assert moves(name, (torch.ones(3), other), {}) is right
+def test_only_a_neutral_plain_number_makes_a_view(name, other, right) -> None:
+    call = OpCall(OpId("", 1, name, 1), torch.add, [torch.ones(3), other], {})
+    assert is_view(call) is right
 
 
 def test_a_batch_of_any_size_may_be_multiplied_by_its_size(tmp_path) -> None:

@@ -14,14 +14,16 @@ import lightning_light
 from lightning_light.budgets import MACs
 from lightning_light.errors import LightningLightError, NoEffectWarning, OrderError, TargetError, UnsupportedError
 from lightning_light.export import MobileExport, TorchScriptLite
-from lightning_light.int8 import rounders_of
+from lightning_light.int8 import quantizers_of
 from lightning_light.quantization import Int8, IntN, MovingAverage, QuantizationAwareTraining, fake_quantized
+from lightning_light.quantization.fake_quantizer import FakeQuantizer
+from lightning_light.quantization.op_calls import OpId
 from lightning_light.schedules import Linear, Window
 from lightning_light.structured import StructuredPruning
 from tests.contract.bodies import Body, module_class
 from tests.contract.runs import differences, trainer
 
-STAGES: dict[str, Any] = {"start": 0.25, "observe_batches": 2, "freeze_observers": 0.75, "freeze_batch_norm": 0.75}
+STAGES: dict[str, Any] = {"start": 0.25, "calibration_batches": 2, "freeze_observers": 0.75, "freeze_batch_norm": 0.75}
 IMAGES = Body.train_dataloader(None).batches[0][0]  # type: ignore[arg-type]
 
 
@@ -33,11 +35,11 @@ class Diary(pl.Callback):
     """The state after every batch."""
 
     def __init__(self, qat: QuantizationAwareTraining) -> None:
-        self.qat, self.forms, self.ranges, self.means = qat, [], [], []  # type: ignore[var-annotated]
+        self.qat, self.enabled, self.ranges, self.means = qat, [], [], []  # type: ignore[var-annotated]
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         state = self.qat.state(pl_module)
-        self.forms.append(state.get("form"))
+        self.enabled.append(state.get("enabled"))
         self.ranges.append(state["ranges"].clone() if "ranges" in state else None)
         self.means.append(pl_module.features.bn1.running_mean.clone())
 
@@ -46,7 +48,7 @@ def test_the_stages_come_in_order() -> None:
     qat = QuantizationAwareTraining(Int8(observer=MovingAverage(0.5)), **STAGES)
     diary, net = Diary(qat), module()
     trainer(qat, diary).fit(net)
-    assert diary.forms == [None] * 3 + ["plain"] * 2 + ["rounded"] * 7
+    assert diary.enabled == [None] * 3 + [False] * 2 + [True] * 7
     moved = [not torch.equal(first, second) for first, second in zip(diary.ranges[3:], diary.ranges[4:], strict=False)]
     assert moved == [True] * 5 + [False] * 3, "ranges stay from progress 0.75 on"
     moved = [not torch.equal(first, second) for first, second in zip(diary.means, diary.means[1:], strict=False)]
@@ -70,12 +72,12 @@ def test_an_example_input_lets_the_first_batch_be_observed() -> None:
     net.example_input_array = IMAGES
     diary = Diary(qat)
     trainer(qat, diary).fit(net)
-    assert diary.forms[:3] == ["plain", "plain", "rounded"]
+    assert diary.enabled[:3] == [False, False, True]
     first = diary.ranges[0][0].tolist()
     assert first == [IMAGES.min().item(), IMAGES.max().item()]
 
 
-def test_the_network_computes_on_the_grid_in_the_trainer_and_in_float_after_it() -> None:
+def test_the_network_is_quantized_in_the_trainer_and_float_after_it() -> None:
     qat, net = QuantizationAwareTraining(Int8(observer=MovingAverage(0.9)), **STAGES), module()
     seen: list[Tensor] = []
 
@@ -92,19 +94,22 @@ def test_the_network_computes_on_the_grid_in_the_trainer_and_in_float_after_it()
     with fake_quantized(net) as same:
         assert same is net
         rounded = net(IMAGES).detach()
-        grid = qat.state(net)["plan"]["outputs"]["head|1|linear|1"]
-        ((step, _),) = (rounder.scales[grid] for rounder in rounders_of(net))  # type: ignore[attr-defined]
+        (quantizer,) = quantizers_of(net)
+        assert isinstance(quantizer, FakeQuantizer)
+        activation = quantizer.plan.outputs[OpId("head", 1, "linear", 1)]
+        qparams = quantizer.qparams[activation]
+        assert qparams is not None
     assert torch.equal(rounded, seen[0])
     assert not torch.equal(plain, rounded)
     assert torch.equal(net(IMAGES), plain)
-    low, high = qat.state(net)["ranges"][grid].clamp(torch.tensor([-1e9, 0.0]), torch.tensor([0.0, 1e9])).tolist()
-    assert 1.0 <= step / ((high - low) / 255) <= 1.002
-    steps = rounded.double() / step
+    low, high = qat.state(net)["ranges"][activation].clamp(torch.tensor([-1e9, 0.0]), torch.tensor([0.0, 1e9])).tolist()
+    assert qparams.scale == pytest.approx((high - low) / 255)
+    steps = rounded.double() / qparams.scale
     torch.testing.assert_close(steps, steps.round(), atol=1e-3, rtol=0.0)
 
 
 @pytest.mark.parametrize("average_first", [False, True])
-def test_averaged_weights_are_validated_rounded_and_float_after_the_run(average_first) -> None:
+def test_averaged_weights_are_quantized_in_validation_and_float_after_the_run(average_first) -> None:
     seen: list[Tensor] = []
 
     class Look(pl.Callback):
@@ -128,7 +133,7 @@ def test_averaged_weights_are_validated_rounded_and_float_after_the_run(average_
         assert torch.equal(net(IMAGES), rounded)
 
 
-def test_copies_that_are_made_while_it_rounds_round_for_good_and_others_when_told() -> None:
+def test_copies_made_inside_stay_quantized_and_others_do_not() -> None:
     net = module()
     trainer(QuantizationAwareTraining(Int8(), **STAGES)).fit(net)
     net.eval()
@@ -143,7 +148,7 @@ def test_copies_that_are_made_while_it_rounds_round_for_good_and_others_when_tol
         assert torch.equal(outside(IMAGES), rounded)
 
 
-def test_a_loaded_checkpoint_can_be_rounded_without_a_trainer(tmp_path) -> None:
+def test_a_loaded_checkpoint_can_be_quantized_without_a_trainer(tmp_path) -> None:
     net = module()
     run = trainer(QuantizationAwareTraining(Int8(), **STAGES))
     run.fit(net)
@@ -155,7 +160,7 @@ def test_a_loaded_checkpoint_can_be_rounded_without_a_trainer(tmp_path) -> None:
         fake_quantized(module()).__enter__()
 
 
-def test_validate_rounds_too() -> None:
+def test_validate_quantizes_too() -> None:
     qat, net = QuantizationAwareTraining(Int8(), **STAGES), module()
     run = trainer(qat)
     run.fit(net)
@@ -199,7 +204,7 @@ def test_pruning_after_the_start_is_refused_with_the_right_order() -> None:
 
 
 def test_pruning_before_it_is_followed() -> None:
-    early = StructuredPruning(MACs(0.5), schedule=Window(Linear(), start=0.0, end=0.4), events=2)
+    early = StructuredPruning(MACs(0.5), schedule=Window(Linear(), start=0.0, end=0.4), every_n_steps=2)
     net = module()
     trainer(early, QuantizationAwareTraining(Int8(), **{**STAGES, "start": 0.5})).fit(net)
     assert net.features.conv1.weight.shape[0] < 16
@@ -214,7 +219,7 @@ def test_pruning_before_it_is_followed() -> None:
         ({"start": -1}, "an epoch"),
         ({"freeze_observers": 1.5}, "expected a fraction"),
         ({"start": 0.5, "freeze_observers": 0.4}, "expected start <= freeze_observers <= freeze_batch_norm"),
-        ({"observe_batches": 0}, "expected an integer >= 1"),
+        ({"calibration_batches": 0}, "expected an integer >= 1"),
     ],
 )
 def test_bad_values_are_refused_at_once(options, sentence) -> None:
@@ -227,7 +232,7 @@ def test_bad_recipes_are_refused_at_once() -> None:
         QuantizationAwareTraining("int8")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="For phones write 'qnnpack'"):
         Int8(engine="cuda")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="expected 0 < share <= 1"):
+    with pytest.raises(ValueError, match="expected 0 < momentum <= 1"):
         MovingAverage(0.0)
 
 
@@ -237,9 +242,9 @@ def test_what_cannot_work_in_this_run_is_refused_before_training() -> None:
     with pytest.raises(ValueError, match="max_epochs"):
         trainer(QuantizationAwareTraining(Int8(), start=3)).fit(module())
     with pytest.raises(TargetError):
-        trainer(QuantizationAwareTraining(Int8(keep_float=["haed"]))).fit(module())
-    two = [QuantizationAwareTraining(Int8(keep_float="head")), QuantizationAwareTraining(IntN(keep_float="features.*"))]
-    with pytest.raises(ValueError, match=r"keep_float='head'.*keep_float='features.*found 2.*write one: .*Mixed\("):
+        trainer(QuantizationAwareTraining(Int8(exclude=["haed"]))).fit(module())
+    two = [QuantizationAwareTraining(Int8(exclude="head")), QuantizationAwareTraining(IntN(exclude="features.*"))]
+    with pytest.raises(ValueError, match=r"exclude='head'.*exclude='features.*found 2.*write one: .*MixedPrecision\("):
         trainer(*two).fit(module())
 
 
@@ -249,8 +254,8 @@ def test_an_engine_that_does_not_fit_is_refused_before_training(tmp_path) -> Non
         return MobileExport(tmp_path / "net.ptl", exporter=TorchScriptLite("x86"), latency_runs=1)
 
     for callbacks, sentence in (
-        ([QuantizationAwareTraining(Int8(), **STAGES), export()], r"found \[-127, 127\], by the rules of 'qnnpack'"),
-        ([export()], r"found none of its callbacks doing so.*for a float file write `TorchScriptLite\(\)`"),
+        ([QuantizationAwareTraining(Int8(), **STAGES), export()], r"found \[-127, 127\], for 'qnnpack'"),
+        ([export()], r"found no callback that does.*for a float file write `TorchScriptLite\(\)`"),
     ):
         net = module()
         with pytest.raises(UnsupportedError, match=sentence):
@@ -266,7 +271,7 @@ def test_an_engine_that_does_not_fit_is_refused_before_training(tmp_path) -> Non
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"observe_batches": 99}, r"over after \d+ of `observe_batches=99`"),
+        ({"calibration_batches": 99}, r"over after \d+ of `calibration_batches=99`"),
         ({"start": 0.99}, "the run was over before"),
     ],
 )

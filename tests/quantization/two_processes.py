@@ -15,13 +15,13 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_light.quantization import LSQ, Int8, MinMax, Mixed, MovingAverage, QuantizationAwareTraining
+from lightning_light.quantization import LSQ, Int8, MinMax, MixedPrecision, MovingAverage, QuantizationAwareTraining
 from tests.contract.bodies import Body, module_class
 from tests.contract.runs import checkpoints, trainer
 from tests.zoo import noise, tokens
 
 ROOT = Path(__file__).parents[2]
-RECIPE = Mixed(default=LSQ(), first=Int8(observer=MovingAverage(0.5)), last=Int8(observer=MinMax()))
+RECIPE = MixedPrecision(default=LSQ(), first=Int8(observer=MovingAverage(0.5)), last=Int8(observer=MinMax()))
 
 
 class Ranked(Body):
@@ -46,7 +46,8 @@ def run_both(folder: Path) -> list[dict[str, Any]]:
 
 def fit(folder: Path, ckpt_path: Path | None = None) -> tuple[Any, Any, dict[str, Any]]:
     torch.manual_seed(0)
-    qat = QuantizationAwareTraining(RECIPE, start=0.2, observe_batches=2, freeze_observers=0.8, freeze_batch_norm=0.9)
+    stages: dict[str, Any] = {"start": 0.2, "freeze_observers": 0.8, "freeze_batch_norm": 0.9}
+    qat = QuantizationAwareTraining(RECIPE, calibration_batches=2, **stages)
     module: Any = module_class(Ranked, pl)()
     examples: list[Any] = []
 
@@ -85,7 +86,7 @@ def main(folder: Path) -> None:
     found = {
         "apart": float((held[0] - held[1]).abs().max()),
         "resumed": float((tensors(again, resumed) - mine).abs().max()),
-        "rounded": state["form"] == "rounded",
+        "rounded": state["enabled"],
         "example": state["example"],
     }
     (folder / f"rank{run.global_rank}.json").write_text(json.dumps(found))

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_light as ll
+from lightning_light.sparsity import SRSTE
 from tests.contract.bodies import Momentum, module_class
 from tests.contract.runs import DEFAULT_HOST, trainer
 from tests.sparsity.runs import Look, leaks, masks_of
@@ -24,9 +25,7 @@ from tests.zoo import noise, tokens
 CASES: dict[str, Callable[[], Any]] = {
     "taylor": lambda: ll.WeightPruning(ll.Sparsity(0.7), criterion=ll.Taylor(), calibration_batches=2, every_n_steps=2),
     "wanda": lambda: ll.WeightPruning(ll.Sparsity(0.7), criterion=ll.Wanda(), calibration_batches=2, scope="local"),
-    "sr_ste": lambda: ll.WeightPruning(
-        pattern=ll.NM(2, 4), targets=ll.Targets(exclude="features.stem"), sr_ste=2e-4, schedule=ll.OneShot()
-    ),
+    "sr_ste": lambda: SRSTE(targets=ll.Targets(exclude="features.stem")),
     "rigl": lambda: ll.DynamicSparseTraining(ll.Sparsity(0.7), every_n_steps=3),
     "set": lambda: ll.DynamicSparseTraining(ll.Sparsity(0.7), method=ll.SET(), every_n_steps=3),
 }
@@ -51,7 +50,7 @@ def fit(case: str, folder: Path, ckpt_path: str | None = None) -> tuple[Any, Any
     callback = CASES[case]()
     saving = ModelCheckpoint(folder, "e{epoch}", auto_insert_metric_name=False, save_top_k=-1)
     strategy = DDPStrategy(process_group_backend="gloo")
-    watching = [] if case == "sr_ste" else [Look(look)]  # the dense weights' gradients are the point there
+    watching = [] if case == "sr_ste" else [Look(look)]  # there gradients are dense on purpose
     run = trainer(callback, saving, *watching, devices=2, strategy=strategy, max_epochs=2)
     module = module_class(Ranked, DEFAULT_HOST)()
     run.fit(module, ckpt_path=ckpt_path)
@@ -59,7 +58,7 @@ def fit(case: str, folder: Path, ckpt_path: str | None = None) -> tuple[Any, Any
 
 
 def spread(tensors: list[Tensor]) -> float:
-    """How far the ranks are apart."""
+    """Return the largest difference between the ranks."""
     flat = torch.cat([tensor.detach().flatten().float() for tensor in tensors])
     held = [torch.zeros_like(flat) for _ in range(dist.get_world_size())]
     dist.all_gather(held, flat)
@@ -71,12 +70,12 @@ def main(case: str, folder: Path) -> None:
     torch.set_num_threads(1)
     rank = int(os.environ.get("LOCAL_RANK", "0"))
     _, module, worst = fit(case, folder)
-    masks = masks_of(module, CASES[case]().method if case not in ("rigl", "set") else "dynamic_sparse_training")
+    masks = masks_of(module, type(CASES[case]()).method)
     apart = [spread(list(module.parameters())), spread(list(masks.values()))]
     again = fit(case, folder / "again", str(folder / "e0.ckpt"))[1]
     resumed = all(torch.equal(a, b) for a, b in zip(again.parameters(), module.parameters(), strict=True))
-    zeros = ll.measure_sparsity(module).sparsity
-    found = {"apart": apart, "leak": worst, "resumed": resumed, "sparse": zeros > 0.4}
+    sparsity = ll.measure_sparsity(module).sparsity
+    found = {"apart": apart, "leak": worst, "resumed": resumed, "sparse": sparsity > 0.4}
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
 
 

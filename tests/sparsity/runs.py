@@ -1,4 +1,4 @@
-"""Runs of this wing: a Trainer over the contract's bodies, and a look at every step."""
+"""Runs with masking callbacks: a Trainer over the contract's bodies, inspected after every step."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ from tests.contract.runs import trainer
 
 
 class Look(lightning.pytorch.Callback):
-    """Calls ``look(trainer, module)`` after every batch; stands last in the list."""
+    """Call ``look(trainer, module)`` after every batch; last in the list of callbacks."""
 
     def __init__(self, look: Callable[[Any, Any], None]) -> None:
         self.look = look
@@ -26,7 +26,7 @@ def masks_of(module: Any, key: str = "weight_pruning") -> dict[str, torch.Tensor
 
 
 def fitted(*callbacks: Any, body: type[Body] = Body, look: Any = None, **options: Any) -> tuple[Any, Any]:
-    """The Trainer and the module after three epochs of four batches."""
+    """Train three epochs of four batches; returns the Trainer and the module."""
     torch.manual_seed(3)
     module = module_class(body, lightning.pytorch)()
     run = trainer(*callbacks, *([Look(look)] if look else []), **options)
@@ -35,7 +35,7 @@ def fitted(*callbacks: Any, body: type[Body] = Body, look: Any = None, **options
 
 
 def leaks(run: Any, module: Any, masks: dict[str, torch.Tensor]) -> float:
-    """The largest weight, gradient or optimizer state under a mask."""
+    """Return the largest weight, gradient or optimizer state under a mask."""
     found = [0.0]
     parameters = dict(module.named_parameters())
     for name, mask in masks.items():

@@ -1,4 +1,4 @@
-"""`DynamicSparseTraining` in real Trainers: sparse all along, moving when and by as much as it says."""
+"""`DynamicSparseTraining` in real Trainers: constant sparsity, and updates at the steps of the schedule."""
 
 from typing import Any
 
@@ -20,7 +20,9 @@ KEY = "dynamic_sparse_training"
 
 
 def sparse(method: Any = RIGL, **options: Any) -> ll.DynamicSparseTraining:
-    return ll.DynamicSparseTraining(ll.Sparsity(0.8), method=method, **{"every_n_steps": 2, "end": 1.0, **options})
+    schedule = ll.Window(ll.Cosine(), options.pop("start", 0.0), options.pop("end", 1.0))
+    options = {"every_n_steps": 2, "schedule": schedule, **options}
+    return ll.DynamicSparseTraining(ll.Sparsity(0.8), method=method, **options)
 
 
 def counts(module: Any) -> dict[str, int]:
@@ -56,7 +58,7 @@ def test_the_fan_in_is_one_number_at_every_step(method) -> None:
     fitted(sparse(method), look=look)
 
 
-def test_static_never_moves_and_others_do() -> None:
+def test_static_keeps_its_masks_and_others_update_them() -> None:
     moved = {}
     for method in (ll.Static(), ll.SET(), ll.RigL(), ll.SRigL()):
         first: dict[str, torch.Tensor] = {}
@@ -88,9 +90,10 @@ def test_rigl_grows_where_the_dense_gradient_of_the_step_before_was_largest() ->
                 moments = trainer.optimizers[0].state[pl_module.features.conv1.weight]["momentum_buffer"]
                 assert not bool(moments[now & ~before].any())
 
-    fitted(Seen(ll.Sparsity(0.8), every_n_steps=5, end=0.5), body=Watching)
-    assert len(after) == 1
-    before, weight, now = after[0]
+    schedule = ll.Window(ll.Cosine(), 0.0, 0.5)
+    fitted(Seen(ll.Sparsity(0.8), every_n_steps=5, schedule=schedule), body=Watching)
+    (before, weight, now), (last, _, unchanged) = after
+    assert torch.equal(last, unchanged)  # at the end of the schedule the fraction is zero
     progress = (5 / 12) / 0.5
     count = int(0.3 / 2 * (1 + torch.cos(torch.tensor(progress * torch.pi)).item()) * int(before.sum()))
     order = torch.where(before, weight.abs(), torch.inf).flatten().argsort()
@@ -105,17 +108,17 @@ def test_rigl_grows_where_the_dense_gradient_of_the_step_before_was_largest() ->
 def test_an_accumulated_gradient_is_the_sum_of_its_window() -> None:
     _, module = fitted(sparse(every_n_steps=1), accumulate_grad_batches=2)
     assert state_of(module).state[KEY]["updates"] == 5
-    assert "dense" not in state_of(module).state[KEY]
+    assert "gradients" not in state_of(module).state[KEY].get("per_weight", {})
 
 
-def test_updates_end_where_they_should() -> None:
+def test_updates_end_with_the_schedule() -> None:
     _, module = fitted(sparse(every_n_steps=1, end=0.5))
     assert state_of(module).state[KEY]["updates"] == 6
     _, module = fitted(sparse(every_n_steps=1, start=1, end=2))
     assert state_of(module).state[KEY]["updates"] == 4
 
 
-def test_data_that_becomes_longer_sets_the_end_back() -> None:
+def test_updates_resume_when_the_data_has_become_longer() -> None:
     class Growing(Body):
         def train_dataloader(self) -> Any:
             batches = super().train_dataloader().batches * (1 if self.current_epoch == 0 else 10)
@@ -140,7 +143,7 @@ def test_seeds_differ_and_repeat() -> None:
 
 
 @pytest.mark.parametrize("method", [ll.RigL(), ll.SRigL(), ll.SET()], ids=str)
-def test_growing_in_a_frozen_layer_is_refused_and_nothing_is_lost(method) -> None:
+def test_growing_in_a_frozen_layer_is_refused(method) -> None:
     module = module_class(FrozenBackbone, lightning.pytorch)()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     with pytest.raises(UnsupportedError, match=r"found frozen ones.*\['features.stem', 'features.conv1'\].*Exclude"):
@@ -154,14 +157,14 @@ def test_a_layer_that_no_batch_reaches_is_named() -> None:
     class Unused(Body):
         def make(self) -> None:
             super().make()
-            self.spare = nn.Linear(4, 4)
+            self.unused = nn.Linear(4, 4)
 
-    with pytest.warns(NoEffectWarning, match=r"no connection moved: no gradient reached \['spare'\]"):
+    with pytest.warns(NoEffectWarning, match=r"no connection was replaced: no gradient reached \['unused'\]"):
         fitted(sparse(), body=Unused)
 
 
-def test_nothing_to_do_is_said() -> None:
-    with pytest.warns(NoEffectWarning, match="asks for less than one weight"):
+def test_a_run_without_effect_warns() -> None:
+    with pytest.warns(NoEffectWarning, match="masks less than one weight"):
         fitted(ll.DynamicSparseTraining(ll.Sparsity(0.0)))
 
 
@@ -175,13 +178,14 @@ def test_its_repr_makes_an_equal_one() -> None:
 @pytest.mark.parametrize(
     ("make", "error", "sentence"),
     [
-        (lambda: ll.DynamicSparseTraining(ll.MACs(0.5)), TypeError, "expected `Sparsity"),
-        (lambda: ll.DynamicSparseTraining(ll.Sparsity(1.0)), ValueError, "found a network of zeros"),
-        (lambda: sparse("rigl"), TypeError, "expected `RigL"),
+        (lambda: ll.DynamicSparseTraining(ll.MACs(0.5)), TypeError, "expected a Sparsity, found MACs"),
+        (lambda: ll.DynamicSparseTraining(ll.Sparsity(1.0)), ValueError, "no weight would remain"),
+        (lambda: sparse("rigl"), TypeError, r"expected a DynamicMethod, found str 'rigl'. Write `method=RigL"),
         (lambda: sparse(scope="all"), ValueError, "expected one of"),
         (lambda: sparse(every_n_steps=0), ValueError, "expected an integer >= 1"),
         (lambda: sparse(start=0.9, end=0.5), ValueError, "expected start < end"),
-        (lambda: sparse(criterion=ll.Taylor()), ValueError, "expected one that reads weights alone"),
+        (lambda: sparse(criterion=ll.Taylor()), UnsupportedError, "expected a criterion that needs some of"),
+        (lambda: sparse(schedule=ll.Alternating()), ValueError, "expected a schedule that rises"),
     ],
 )
 def test_bad_values_are_refused_where_they_are_written(make, error, sentence) -> None:

@@ -1,4 +1,4 @@
-"""Every method and pattern, after every single step of an optimizer: exact zeros, whole units, N:M, fan-in, no leak."""
+"""Every method and pattern after every step of an optimizer: exact sparsity, whole units, N:M, fan-in, no leak."""
 
 from typing import Any
 
@@ -7,12 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from lightning_light.budgets import Sparsity
 from lightning_light.sparsity import NM, SET, Block, Column, Connections, Filter, Kernel, RigL, Row, SRigL, Unstructured
 from lightning_light.sparsity.mask_enforcer import MaskEnforcer
-from lightning_light.sparsity.plan import plan_masks
+from lightning_light.sparsity.options import WeightPruningOptions
+from lightning_light.sparsity.planning import PruningPlan
 from lightning_light.sparsity.scope import Scope
-from lightning_light.sparsity.sr_ste import StraightThrough
-from lightning_light.sparsity.weights import Weight, find_weights
+from lightning_light.sparsity.straight_through import StraightThroughMasks
+from lightning_light.sparsity.weights import MaskableWeight, find_weights
 from lightning_light.targets import Targets
 
 SEEDS = st.integers(0, 10_000)
@@ -45,14 +47,15 @@ class Run:
             parameter.data = torch.randn(parameter.shape, generator=self.generator)
         self.weights = find_weights(self.model, Targets(), "test")
         self.optimizer = OPTIMIZERS[optimizer](list(self.model.parameters()))
-        self.enforcer = MaskEnforcer()
+        self.masks: dict[str, Tensor] = {}
+        self.enforcer = MaskEnforcer(self.weights, lambda: self.masks)
         self.enforcer.watch([self.optimizer])
 
     def scores(self) -> dict[str, Tensor]:
-        return {weight.name: weight.parameter.detach().square() for weight in self.weights}
+        return {weight.name: weight.oriented(weight.parameter.detach().square()) for weight in self.weights}
 
     def mask(self, masks: dict[str, Tensor]) -> None:
-        self.enforcer.hold(self.model, masks)
+        self.masks = masks
         self.enforcer.apply([self.optimizer])
 
     def step(self, before: Any = None) -> None:
@@ -69,9 +72,9 @@ class Run:
                 assert not bool(tensor[~masks[weight.name]].any())
 
 
-def at_most(weight: Weight, tensor: Tensor, n: int, m: int) -> bool:
+def at_most(weight: MaskableWeight, tensor: Tensor, n: int, m: int) -> bool:
     """Whether no group of ``m`` neighbouring inputs of ``tensor`` has more than ``n`` that are not zero."""
-    groups = (weight.facing(tensor) != 0).movedim(1, -1).reshape(-1, m)
+    groups = (weight.oriented(tensor) != 0).movedim(1, -1).reshape(-1, m)
     return int(groups.sum(dim=1).max()) <= n
 
 
@@ -80,18 +83,10 @@ def at_most(weight: Weight, tensor: Tensor, n: int, m: int) -> bool:
 def test_gradual_pruning(seed, pattern, scope: Scope, optimizer, end) -> None:
     run, masks = Run(seed, optimizer), {}
     total = sum(weight.parameter.numel() for weight in run.weights)
+    plan = PruningPlan(WeightPruningOptions(Sparsity(end), pattern=pattern, scope=scope), run.weights, {})
     for step in range(1, STEPS + 1):
         amount, before = end * step / STEPS, masks
-        masks = plan_masks(
-            run.weights,
-            run.scores(),
-            pattern=pattern,
-            scope=scope,
-            amount=amount,
-            share=step / STEPS,
-            amounts={},
-            current=before,
-        )
+        masks = plan.masks(run.scores(), step / STEPS, before)
         run.mask(masks)
         run.step()
         run.assert_tight(masks)
@@ -99,7 +94,7 @@ def test_gradual_pruning(seed, pattern, scope: Scope, optimizer, end) -> None:
         for weight in run.weights:
             mask = masks[weight.name]
             assert not bool((mask & ~before.get(weight.name, mask)).any())
-            units = pattern.pool(weight.facing(mask).float())
+            units = pattern.pool(weight.oriented(mask).float())
             assert set(units.unique().tolist()) <= {0.0, 1.0}  # whole units
             sizes.append(mask.numel() // units.numel())
             if scope == "local":
@@ -120,38 +115,29 @@ def test_gradual_pruning(seed, pattern, scope: Scope, optimizer, end) -> None:
 @settings(max_examples=20, deadline=None)
 def test_n_of_m(seed, shape, optimizer) -> None:
     run, masks, pattern = Run(seed, optimizer), {}, NM(*shape)
+    plan = PruningPlan(WeightPruningOptions(pattern=pattern), run.weights, {})
     for step in range(STEPS):
-        share = (step + 1) / STEPS
-        masks = plan_masks(
-            run.weights,
-            run.scores(),
-            pattern=pattern,
-            scope="global",
-            amount=0.0,
-            share=share,
-            amounts={},
-            current=masks,
-        )
+        fraction = (step + 1) / STEPS
+        masks = plan.masks(run.scores(), fraction, masks)
         run.mask(masks)
         run.step()
         run.assert_tight(masks)
         for weight in run.weights:
-            assert at_most(weight, weight.parameter.detach(), pattern.kept_of(share), pattern.m)
-            assert int(masks[weight.name].sum()) * pattern.m == pattern.kept_of(share) * weight.parameter.numel()
+            assert at_most(weight, weight.parameter.detach(), pattern.kept_at(fraction), pattern.m)
+            assert int(masks[weight.name].sum()) * pattern.m == pattern.kept_at(fraction) * weight.parameter.numel()
 
 
 @given(seed=SEEDS, shape=st.sampled_from([(1, 2), (1, 4), (2, 4), (3, 4)]), optimizer=NAMES)
 @settings(max_examples=20, deadline=None)
 def test_sr_ste(seed, shape, optimizer) -> None:
     run, pattern = Run(seed, optimizer), NM(*shape)
-    through = StraightThrough(pattern, 2e-4)
+    plan = PruningPlan(WeightPruningOptions(pattern=pattern), run.weights, {})
+    dense = {weight.name: weight.parameter.detach().clone() for weight in run.weights}
+    masks = plan.masks(run.scores(), 1.0)
+    state = {"masks": masks, "per_weight": {"dense": dense}, "fraction": 1.0}
+    through = StraightThroughMasks(run.weights, pattern, 2e-4, lambda: state)
     run.enforcer.release()
     through.watch([run.optimizer])
-    dense = {weight.name: weight.parameter.detach().clone() for weight in run.weights}
-    masks = plan_masks(
-        run.weights, run.scores(), pattern=pattern, scope="global", amount=0.0, share=1.0, amounts={}, current={}
-    )
-    through.hold(run.weights, masks, dense, pattern.n)
     for _ in range(STEPS):
         run.step(before=through.before_step)
         for weight in run.weights:
@@ -165,9 +151,9 @@ def test_dynamic_sparse_training(seed, method, optimizer, amount) -> None:
     run = Run(seed, optimizer)
     masks = {}
     for weight in run.weights:
-        facing = weight.facing(torch.rand(weight.parameter.shape, generator=run.generator))
+        facing = weight.oriented(torch.rand(weight.parameter.shape, generator=run.generator))
         kept = max(1, round((1.0 - amount) * facing.numel()))
-        masks[weight.name] = weight.facing(method.start(facing, kept)).contiguous()
+        masks[weight.name] = weight.oriented(method.initial_mask(facing, kept)).contiguous()
     first = {name: int(mask.sum()) for name, mask in masks.items()}
     run.mask(masks)
     for _ in range(STEPS):
@@ -176,15 +162,15 @@ def test_dynamic_sparse_training(seed, method, optimizer, amount) -> None:
         for weight in run.weights:
             before, gradient = masks[weight.name], torch.randn(weight.parameter.shape, generator=run.generator)
             now = Connections(
-                weight.facing(weight.parameter.detach()),
-                weight.facing(before),
-                weight.facing(gradient),
+                weight.oriented(weight.parameter.detach()),
+                weight.oriented(before),
+                weight.oriented(gradient),
                 first[weight.name],
                 run.generator,
             )
-            masks[weight.name] = weight.facing(method.move(now, method.fraction)).contiguous()
+            masks[weight.name] = weight.oriented(method.update(now, method.fraction)).contiguous()
             if isinstance(method, SRigL):
-                fan_ins = weight.facing(masks[weight.name]).flatten(1).sum(dim=1)
+                fan_ins = weight.oriented(masks[weight.name]).flatten(1).sum(dim=1)
                 assert len(set(fan_ins[fan_ins > 0].tolist())) == 1
             else:
                 assert int(masks[weight.name].sum()) == first[weight.name]

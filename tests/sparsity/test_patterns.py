@@ -1,4 +1,4 @@
-"""What goes together, and how many: every pattern and scope, restated plainly and as properties."""
+"""Patterns and scopes against plain formulas, and as properties."""
 
 import math
 
@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from lightning_light.budgets import Sparsity
 from lightning_light.errors import BudgetError, TargetError
 from lightning_light.sparsity import NM, Block, Column, Filter, Kernel, Row, Unstructured
-from lightning_light.sparsity.plan import check_pattern, plan_masks
+from lightning_light.sparsity.options import WeightPruningOptions
+from lightning_light.sparsity.planning import PruningPlan, plan_pruning
 from lightning_light.sparsity.scope import apportion, erk_densities, lowest
 from lightning_light.sparsity.weights import find_weights
 from lightning_light.targets import Targets
@@ -21,20 +23,12 @@ PATTERNS = [Unstructured(), Block(4, 1), Block(2, 2), Filter(), Kernel(), Row(),
 SHAPES = [(8, 4), (8, 4, 3), (8, 4, 3, 3), (12, 8, 1, 5)]
 
 
-def planned(model, *, pattern=SINGLE, scope="global", amount=0.5, current=None, amounts=None, share=1.0):
+def planned(model, *, pattern=SINGLE, scope="global", sparsity=0.5, current=None, own=None, fraction=1.0):
+    options = WeightPruningOptions(Sparsity(sparsity), pattern=pattern, scope=scope)
     weights = find_weights(model, Targets(), "test")
     scores = {weight.name: weight.parameter.detach().square() for weight in weights}
-    masks = plan_masks(
-        weights,
-        scores,
-        pattern=pattern,
-        scope=scope,
-        amount=amount,
-        share=share,
-        amounts=amounts or {},
-        current=current or {},
-    )
-    return weights, scores, masks
+    oriented = {weight.name: weight.oriented(scores[weight.name]) for weight in weights}
+    return weights, scores, PruningPlan(options, weights, own or {}).masks(oriented, fraction, current)
 
 
 def net() -> nn.Sequential:
@@ -43,7 +37,7 @@ def net() -> nn.Sequential:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_units_of_a_pattern_live_and_die_together(pattern, shape) -> None:
+def test_units_of_a_pattern_are_masked_together(pattern, shape) -> None:
     scores = torch.rand(shape)
     units = pattern.pool(scores)
     size = scores.numel() // units.numel()
@@ -86,23 +80,24 @@ def test_n_of_every_m_stay_and_they_are_the_largest(n, m, groups, seed) -> None:
 
 
 def test_an_nm_pattern_tightens_on_the_way() -> None:
-    assert [NM(2, 4).kept_of(share) for share in (0.0, 0.49, 0.5, 0.99, 1.0)] == [4, 4, 3, 3, 2]
-    assert NM(2, 4).amount == 0.5
+    assert [NM(2, 4).kept_at(fraction) for fraction in (0.0, 0.49, 0.5, 0.99, 1.0)] == [4, 4, 3, 3, 2]
+    assert NM(2, 4).sparsity == 0.5
 
 
 @pytest.mark.parametrize("scope", ["local", "global", "erk", "lamp"])
-@pytest.mark.parametrize("amount", [0.0, 0.1, 0.5, 0.9, 0.97])
-def test_the_share_of_zeros_is_exact(scope, amount) -> None:
-    _, _, masks = planned(net(), scope=scope, amount=amount)
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.9, 0.97])
+def test_the_sparsity_is_exact(scope, sparsity) -> None:
+    _, _, masks = planned(net(), scope=scope, sparsity=sparsity)
     total = sum(mask.numel() for mask in masks.values())
     zeros = sum(int((~mask).sum()) for mask in masks.values())
-    exact = sum(round(amount * mask.numel()) for mask in masks.values()) if scope == "local" else round(amount * total)
+    local = sum(round(sparsity * mask.numel()) for mask in masks.values())
+    exact = local if scope == "local" else round(sparsity * total)
     assert zeros == exact
     assert all(bool(mask.any()) for mask in masks.values())
 
 
 def test_global_is_one_threshold_for_all() -> None:
-    _, scores, masks = planned(net(), amount=0.8)
+    _, scores, masks = planned(net(), sparsity=0.8)
     kept = torch.cat([scores[name][mask] for name, mask in masks.items()])
     gone = torch.cat([scores[name][~mask] for name, mask in masks.items()])
     assert kept.min() >= gone.max()
@@ -110,7 +105,7 @@ def test_global_is_one_threshold_for_all() -> None:
 
 def test_lamp_is_the_papers_score() -> None:
     """Lee et al., 2021, eq. 1: ``w_u^2 / sum_{v >= u} w_v^2`` over ascending indices; then one threshold."""
-    _, scores, masks = planned(net(), scope="lamp", amount=0.8)
+    _, scores, masks = planned(net(), scope="lamp", sparsity=0.8)
     lamp = {}
     for name, score in scores.items():
         flat = score.double().flatten()
@@ -151,8 +146,8 @@ def test_shares_are_apportioned_exactly(wanted, extra) -> None:
 @pytest.mark.parametrize("pattern", [*PATTERNS, NM(2, 4)], ids=str)
 def test_masks_never_grow_back(pattern, scope) -> None:
     model, current = net(), {}
-    for amount in (0.2, 0.5, 0.4, 0.7):
-        _, _, masks = planned(model, pattern=pattern, scope=scope, amount=amount, share=amount / 0.7, current=current)
+    for fraction in (0.2, 0.5, 0.4, 1.0):
+        _, _, masks = planned(model, pattern=pattern, scope=scope, sparsity=0.7, fraction=fraction, current=current)
         assert all(not bool((masks[name] & ~mask).any()) for name, mask in current.items())
         current = masks
         with torch.no_grad():
@@ -160,18 +155,17 @@ def test_masks_never_grow_back(pattern, scope) -> None:
                 parameter.add_(torch.randn_like(parameter))
 
 
-def test_a_layer_has_its_own_amount() -> None:
-    weights, _, masks = planned(net(), amount=0.5, amounts={"3.weight": 0.25})
+def test_a_layer_has_its_own_sparsity() -> None:
+    weights, _, masks = planned(net(), sparsity=0.5, own={"3.weight": 0.25})
     assert int((~masks["3.weight"]).sum()) == round(0.25 * 12 * 64)
     rest = [masks[weight.name] for weight in weights if weight.name != "3.weight"]
     assert sum(int((~mask).sum()) for mask in rest) == round(0.5 * sum(mask.numel() for mask in rest))
 
 
-def test_a_budget_that_leaves_a_layer_nothing_is_refused() -> None:
-    with pytest.raises(BudgetError, match="so that each of 3 weights keeps"):
-        planned(net(), scope="global", amount=0.9999)
-    with pytest.raises(BudgetError, match="so that each of 3 weights keeps"):
-        planned(net(), scope="erk", amount=0.9999)
+@pytest.mark.parametrize("scope", ["global", "erk", "lamp"])
+def test_a_budget_that_leaves_a_layer_without_weights_is_refused(scope) -> None:
+    with pytest.raises(BudgetError, match=r"each of 3 layers keeps one unit .* Lower the sparsity to 0\.99"):
+        plan_pruning("WeightPruning", net(), WeightPruningOptions(Sparsity(0.9999), scope=scope))
 
 
 def test_equal_scores_go_in_order() -> None:
@@ -180,17 +174,17 @@ def test_equal_scores_go_in_order() -> None:
 
 
 @pytest.mark.parametrize(("pattern", "layer"), [(NM(2, 4), "stem"), (Block(4, 1), "fc")])
-def test_a_width_that_does_not_divide_is_refused_with_the_way_round(pattern, layer) -> None:
+def test_a_width_that_does_not_divide_is_refused(pattern, layer) -> None:
     model = nn.Sequential()
     model.add_module("stem", nn.Conv2d(3, 8, 3))
     model.add_module("fc", nn.Linear(8, 5))
     with pytest.raises(TargetError, match=rf"on `{layer}`: expected .*found .*exclude=\['{layer}'\]"):
-        check_pattern("WeightPruning", find_weights(model, Targets(), "WeightPruning"), pattern)
+        plan_pruning("WeightPruning", model, WeightPruningOptions(Sparsity(0.5), pattern=pattern))
 
 
-def test_transposed_convolutions_are_looked_at_from_their_outputs() -> None:
+def test_transposed_convolutions_are_masked_per_output() -> None:
     model = nn.Sequential(nn.ConvTranspose2d(8, 6, 3))
-    _, _, masks = planned(model, pattern=Filter(), scope="local", amount=0.5)
+    _, _, masks = planned(model, pattern=Filter(), scope="local", sparsity=0.5)
     assert masks["0.weight"].all(dim=3).all(dim=2).all(dim=0).sum() == 3
     _, _, masks = planned(model, pattern=NM(2, 4), scope="local")
     assert bool((masks["0.weight"].reshape(2, 4, 6, 3, 3).sum(dim=1) == 2).all())
@@ -198,12 +192,12 @@ def test_transposed_convolutions_are_looked_at_from_their_outputs() -> None:
 
 @pytest.mark.parametrize("name", sorted(ZOO))
 def test_every_net_can_be_masked(name) -> None:
-    weights, _, masks = planned(ZOO[name](), scope="erk", amount=0.5)
+    weights, _, masks = planned(ZOO[name](), scope="erk", sparsity=0.5)
     assert list(masks) == [weight.name for weight in weights]
     assert all(masks[weight.name].shape == weight.parameter.shape for weight in weights)
 
 
 @pytest.mark.parametrize("call", [lambda: NM(4, 4), lambda: NM(0, 4), lambda: Block(0, 1)])
-def test_impossible_patterns_are_refused_at_once(call) -> None:
+def test_impossible_patterns_are_refused(call) -> None:
     with pytest.raises(ValueError, match=r"`(NM|Block)\(.*expected"):
         call()

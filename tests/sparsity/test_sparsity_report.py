@@ -1,4 +1,4 @@
-"""What zeros are worth, dead channels, one-shot masks, following a cut, and export to sparse kernels."""
+"""Dead channels, one-shot masks, masks that follow a cut, and conversion to sparse kernels."""
 
 from typing import Any
 
@@ -10,9 +10,11 @@ from torch import nn
 import lightning_light as ll
 from lightning_light.callback import CompressionCallback
 from lightning_light.errors import UnsupportedError
+from lightning_light.example_input import ExampleInput
 from lightning_light.measure import deflated_bytes
 from lightning_light.order import Stage
 from lightning_light.progress import steps_done
+from lightning_light.sparsity import SRSTE
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.edit import cut
 from tests.contract.bodies import Body, Momentum, module_class
@@ -33,11 +35,11 @@ def test_changes_of_the_masks_are_logged(tmp_path) -> None:
 def test_unread_channels_leave_and_the_outputs_stay(name) -> None:
     model = ZOO[name]().eval()
     args, kwargs = model.example
-    assert ll.remove_dead_channels(model, args, kwargs) == {}
+    assert ll.remove_dead_channels(model, ExampleInput(args, kwargs)) == {}
     with torch.no_grad():
         model.fc.weight[:, :3] = 0.0
     before = model(*args, **kwargs)
-    removed = ll.remove_dead_channels(model, args, kwargs)
+    removed = ll.remove_dead_channels(model, ExampleInput(args, kwargs))
     assert list(removed.values()) == [3]
     torch.testing.assert_close(model(*args, **kwargs), before)
     assert model.fc.in_features < ZOO[name]().fc.in_features
@@ -56,9 +58,9 @@ def test_a_dead_filter_that_adds_a_constant_stays_unless_asked() -> None:
 
 
 def test_filters_that_were_masked_leave_and_the_checkpoint_knows(tmp_path) -> None:
-    pruning = ll.WeightPruning(amounts={"features.conv1": 0.5}, pattern=ll.Filter(), targets="features.conv1")
+    pruning = ll.WeightPruning(remaining={"features.conv1": 0.5}, pattern=ll.Filter(), targets="features.conv1")
     run, module = fitted(pruning)
-    removed = ll.remove_dead_channels(module, (noise(2, 3, 8, 8),), exact=False, optimizers=run.optimizers)
+    removed = ll.remove_dead_channels(module, noise(2, 3, 8, 8), exact=False, optimizers=run.optimizers)
     assert removed == {"features.conv1": 8}
     assert masks_of(module)["features.conv1.weight"].shape == (8, 8, 3, 3)
     run.save_checkpoint(tmp_path / "small.ckpt")
@@ -89,16 +91,14 @@ class Cut(CompressionCallback):
         lambda: ll.WeightPruning(ll.Sparsity(0.7), schedule=ll.OneShot(at=0.2)),
         lambda: ll.WeightPruning(ll.Sparsity(0.7), criterion=ll.Movement(), schedule=ll.Window(ll.Linear(), 0.0, 0.9)),
         lambda: ll.WeightPruning(ll.Sparsity(0.5), schedule=ll.Rewinding(ll.OneShot(at=0.8))),
-        lambda: ll.WeightPruning(
-            pattern=ll.NM(2, 4), sr_ste=2e-4, targets=ll.Targets(exclude="features.stem"), schedule=ll.OneShot(at=0.2)
-        ),
-        lambda: ll.DynamicSparseTraining(ll.Sparsity(0.7), every_n_steps=3, end=1.0),
+        lambda: SRSTE(targets=ll.Targets(exclude="features.stem"), schedule=ll.OneShot(at=0.2)),
+        lambda: ll.DynamicSparseTraining(ll.Sparsity(0.7), every_n_steps=3, schedule=ll.Window(ll.Cosine(), 0.0, 1.0)),
     ],
     ids=["one_shot", "movement", "rewinding", "sr_ste", "rigl"],
 )
 def test_masks_are_cut_along(masking) -> None:
     callback = masking()
-    callback.window = lambda max_epochs: None  # its place in the list is judged, not its window
+    callback.window = lambda max_epochs: None  # the order in the list counts, not the window
     key = type(callback).method
     seen: list[float] = []
     before: dict[str, torch.Tensor] = {}
@@ -107,7 +107,7 @@ def test_masks_are_cut_along(masking) -> None:
         masks = masks_of(module, key)
         shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
         assert all(mask.shape == shapes[name] for name, mask in masks.items())
-        if getattr(callback, "sr_ste", None) is None:
+        if key != "sr_ste":
             seen.append(leaks(run, module, masks))
         if run.global_step == 7:
             before.update(masks)
@@ -117,12 +117,12 @@ def test_masks_are_cut_along(masking) -> None:
     assert module.features.conv1.out_channels == 8
     mask = masks_of(module, key)["features.conv1.weight"]
     assert mask.shape == (8, 8, 3, 3)
-    if isinstance(callback.__dict__.get("schedule"), ll.OneShot) and callback.sr_ste is None:
+    if isinstance(callback.schedule, ll.OneShot) and key != "sr_ste":
         assert torch.equal(mask, before["features.conv1.weight"][::2])
 
 
 def test_masks_of_an_earlier_fit_follow_structured_pruning() -> None:
-    """Masks, then channels leave while the masks hold, then more masks: no zero is lost on the way."""
+    """Masks, then channels are removed while the masks hold, then more masks."""
     _, module = fitted(ll.WeightPruning(ll.Sparsity(0.5), schedule=ll.OneShot()), body=Momentum)
     seen: list[float] = []
     before = {name: int(mask.sum()) for name, mask in masks_of(module).items()}
@@ -138,7 +138,7 @@ def test_masks_of_an_earlier_fit_follow_structured_pruning() -> None:
     assert ll.measure_sparsity(module).sparsity == pytest.approx(0.8, abs=2e-3)
 
 
-def test_the_exported_copy_holds_zeros_and_the_live_module_its_masks(tmp_path) -> None:
+def test_the_exported_file_is_sparse_and_the_masks_stay_with_the_module(tmp_path) -> None:
     class Wide(Momentum):
         def make(self) -> None:
             self.features = nn.Sequential(nn.Flatten(), nn.Linear(192, 128), nn.ReLU())
@@ -162,24 +162,74 @@ def test_the_exported_copy_holds_zeros_and_the_live_module_its_masks(tmp_path) -
 
 def test_one_shot_without_a_trainer() -> None:
     model = module_class(Body, lightning.pytorch)()
-    masks = ll.prune_weights(model, pruning=ll.WeightPruning(ll.Sparsity(0.5), scope="erk"))
+    masks = ll.prune_weights(model, None, ll.Sparsity(0.5), scope="erk")
     weights = dict(model.named_parameters())
     assert sum(int((~mask).sum()) for mask in masks.values()) == round(0.5 * 3444)
     assert all(not bool((weights[name] * ~mask).any()) for name, mask in masks.items())
-    with pytest.raises(ValueError, match="needs \\['grad'\\]"):
-        ll.prune_weights(model, pruning=ll.WeightPruning(ll.Sparsity(0.5), criterion=ll.Taylor()))
+    with pytest.raises(ValueError, match=r"expected `data`, .* needs \['grad'\], found None"):
+        ll.prune_weights(model, None, ll.Sparsity(0.5), criterion=ll.Taylor())
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [ll.Taylor(), ll.Hessian(), ll.SNIP(), ll.Wanda(), ll.Movement(), ll.Activation(), ll.Random(3)],
+    ids=lambda criterion: type(criterion).__name__,
+)
+def test_every_criterion_works_without_a_trainer(criterion) -> None:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5))
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    data = [(noise(4, 3, 8, 8), torch.arange(4)) for _ in range(3)]
+    masks = ll.prune_weights(
+        model,
+        None,
+        ll.Sparsity(0.5),
+        criterion=criterion,
+        data=data,
+        loss=lambda output, batch: nn.functional.cross_entropy(output, batch[1]),
+        calibration_batches=2,
+    )
+    total = sum(mask.numel() for mask in masks.values())
+    assert sum(int((~mask).sum()) for mask in masks.values()) == round(0.5 * total)
+    for (name, parameter), old in zip(model.named_parameters(), before, strict=True):
+        assert torch.equal(parameter.detach(), old * masks[name] if name in masks else old)
+        assert parameter.grad is None
+
+
+def test_taylor_without_a_trainer_masks_the_smallest_products_of_weight_and_mean_gradient() -> None:
+    torch.manual_seed(1)
+    model, data = nn.Linear(6, 3), [(torch.randn(4, 6), torch.randn(4, 3)) for _ in range(2)]
+    gradients = []
+    for inputs, targets in data:
+        model.zero_grad()
+        nn.functional.mse_loss(model(inputs), targets).backward()
+        gradients.append(model.weight.grad.clone())
+    model.zero_grad()
+    scores = (model.weight.detach() * (gradients[0] + gradients[1]) / 2) ** 2
+    masks = ll.prune_weights(
+        model,
+        None,
+        ll.Sparsity(0.5),
+        criterion=ll.Taylor(),
+        data=data,
+        loss=lambda output, batch: nn.functional.mse_loss(output, batch[1]),
+        calibration_batches=2,
+    )
+    assert scores[masks["weight"]].min() > scores[~masks["weight"]].max()
 
 
 def test_sparse_kernels_are_refused_where_they_are_missing() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32))
     before = [model[0].weight, model[2].weight]
-    with pytest.raises(ValueError, match=r"`0`: expected at most 2 of every 4 .* found more.*NM\(2, 4\)"):
-        ll.to_semi_structured(model)
-    ll.prune_weights(model, pruning=ll.WeightPruning(pattern=ll.NM(2, 4)))
     with pytest.raises(
-        UnsupportedError, match=r"`0`: expected weights on an NVIDIA GPU .* found cpu.*compression only"
+        ValueError, match=r"`0`: expected at most 2 nonzero weights of every 4 .* found more.*NM\(2, 4\)"
     ):
         ll.to_semi_structured(model)
-    with pytest.raises(ValueError, match=r"`0`: expected at most 2"):
+    ll.prune_weights(model, pattern=ll.NM(2, 4))
+    with pytest.raises(
+        UnsupportedError, match=r"`0`: expected weights on an NVIDIA GPU .* found cpu.*compressed size only"
+    ):
+        ll.to_semi_structured(model)
+    with pytest.raises(ValueError, match=r"`0`: expected at most 2 nonzero"):
         ll.to_semi_structured(nn.Sequential(nn.Linear(6, 4)))
     assert [model[0].weight, model[2].weight] == before

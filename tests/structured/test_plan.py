@@ -1,20 +1,36 @@
-"""Plans: budgets within one channel, floors, steps of width, amounts, rankings; the model is only read."""
+"""Plans: budgets within one channel, bounds on widths, rankings; the model is only read."""
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+import torch_pruning as tp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from lightning_light.budgets import Budget, Channels, Latency, MACs, Params, Size
-from lightning_light.criteria import Magnitude, Random, Taylor
+from lightning_light.criteria import (
+    SNIP,
+    Activation,
+    BatchNormScale,
+    Hessian,
+    Magnitude,
+    Movement,
+    Random,
+    SoftMovement,
+    Taylor,
+    Wanda,
+)
+from lightning_light.criteria.torch_pruning import FromTorchPruning
 from lightning_light.dependency import trace_dependencies
-from lightning_light.errors import BudgetError, TargetError
+from lightning_light.errors import BudgetError, TargetError, UnsupportedError
+from lightning_light.example_input import ExampleInput
 from lightning_light.measure.cost import count_cost
-from lightning_light.structured import Global, Isomorphic, Local, Ranking, StructuredPruning, prune_channels
+from lightning_light.structured import Global, Isomorphic, Local, Ranking, Widths, prune_channels
 from lightning_light.structured.ranking import removal_order
 from lightning_light.surgery.edit import cut
 from lightning_light.targets import Targets
@@ -30,7 +46,7 @@ def built(name: str = "residual") -> Net:
 
 def pruned(net: Net, budget: Budget | None = None, **options: Any) -> Any:
     args, kwargs = net.example
-    return prune_channels(net, args, kwargs, pruning=StructuredPruning(budget, **options))
+    return prune_channels(net, ExampleInput(args, kwargs), budget, **options)
 
 
 def cost(net: Net, budget: Budget) -> float:
@@ -50,7 +66,7 @@ def widths(net: Net) -> dict[str, int]:
 @pytest.mark.parametrize("ranking", RANKINGS, ids=repr)
 @pytest.mark.parametrize("name", ["concat", "depthwise", "fused_qkv", "residual"])
 @pytest.mark.parametrize("budget", [MACs(0.6), Params(0.6)], ids=repr)
-def test_a_budget_is_hit_and_counted(name, ranking, budget) -> None:
+def test_budget_is_met_and_counted(name, ranking, budget) -> None:
     net = built(name)
     dense = cost(net, budget)
     plan = pruned(net, budget, ranking=ranking)
@@ -60,7 +76,7 @@ def test_a_budget_is_hit_and_counted(name, ranking, budget) -> None:
 
 
 @pytest.mark.parametrize("budget", [MACs(0.5), Params(0.5), Channels(0.5)], ids=repr)
-def test_one_channel_fewer_would_miss_the_budget(budget) -> None:
+def test_no_more_channels_are_removed_than_needed(budget) -> None:
     net = built("plain")
     before = copy.deepcopy(net)
     plan = pruned(net, budget, ranking=Global())
@@ -73,10 +89,10 @@ def test_one_channel_fewer_would_miss_the_budget(budget) -> None:
             kept[name][channel] = True
             cut(larger, graph.kept_positions(kept), attributes=graph.attributes(larger, kept))
             values.append(float(sum(widths(larger).values())) if isinstance(budget, Channels) else cost(larger, budget))
-    assert plan.after <= budget.goal(plan.before) < max(values), "with the channel that left last it is not met"
+    assert plan.after <= budget.goal(plan.before) < max(values), "with any one channel more it is not met"
 
 
-def test_size_is_bytes_of_tensors() -> None:
+def test_size_counts_bytes_of_tensors() -> None:
     net = built("plain")
     plan = pruned(net, Size(3_000))
     assert plan.after == cost(net, Size(3_000)) <= 3_000
@@ -85,14 +101,14 @@ def test_size_is_bytes_of_tensors() -> None:
 def test_latency_is_measured() -> None:
     net = built("plain")
     plan = pruned(net, Latency(1.0))
-    assert plan.removed == 0, "a second is met by the network as it is"
+    assert plan.removed == 0, "the network meets one second as it is"
     with pytest.raises(BudgetError, match="Latency"):
         pruned(net, Latency(1e-9))
 
 
 @given(remaining=st.floats(0.3, 1.0), seed=st.integers(0, 1000))
 @settings(max_examples=5, deadline=None)
-def test_any_share_of_channels_remains(remaining, seed) -> None:
+def test_channels_budget_is_met_within_one_channel(remaining, seed) -> None:
     net = built("plain")
     total = sum(widths(net).values())
     pruned(net, Channels(remaining), criterion=Random(seed))
@@ -102,78 +118,78 @@ def test_any_share_of_channels_remains(remaining, seed) -> None:
 
 
 @pytest.mark.parametrize("ranking", RANKINGS, ids=repr)
-def test_floors_hold(ranking) -> None:
+def test_smallest_widths_are_respected(ranking) -> None:
     net = built("plain")
-    pruned(net, Channels(0.7), ranking=ranking, min_channels=6, max_amount=0.4)
+    pruned(net, Channels(0.7), ranking=ranking, widths=Widths(min_channels=6, min_remaining=0.6))
     assert net.conv1.out_channels >= 6
     assert net.conv2.out_channels >= 8, "60 % of twelve, rounded up"
 
 
 @pytest.mark.parametrize("step", [2, 4])
-def test_widths_are_multiples(step) -> None:
+def test_widths_are_multiples_of_round_to(step) -> None:
     net = built("plain")
-    plan = pruned(net, MACs(0.6), round_to=step)
+    plan = pruned(net, MACs(0.6), widths=Widths(round_to=step))
     assert plan.removed
     assert net.conv1.out_channels % step == net.conv2.out_channels % step == 0
 
 
-def test_amounts_say_what_leaves_each_layer() -> None:
+def test_remaining_sets_the_width_of_a_layer() -> None:
     net = built("plain")
-    plan = pruned(net, amounts={"conv*": 0.25, "conv2": 0.5})
+    plan = pruned(net, remaining={"conv*": 0.75, "conv2": 0.5})
     assert (net.conv1.out_channels, net.conv2.out_channels) == (6, 6), "later patterns win"
     assert plan.removed == 8
 
 
-def test_amounts_and_a_budget_share_the_work() -> None:
+def test_remaining_and_a_budget_together() -> None:
     net = built("plain")
-    plan = pruned(net, MACs(0.5), amounts={"conv1": 0.25})
+    plan = pruned(net, MACs(0.5), remaining={"conv1": 0.75})
     assert net.conv1.out_channels == 6
     assert plan.after <= 0.5 * plan.before
 
 
-def test_targets_are_the_only_layers_that_lose_channels() -> None:
+def test_only_targets_lose_channels() -> None:
     net = built("plain")
     plan = pruned(net, MACs(0.8), targets="conv2")
     assert net.conv1.out_channels == 8
     assert net.conv2.out_channels < 12
-    assert "`targets` do not name conv1" in plan.skipped["conv1"]
+    assert "`targets` exclude conv1" in plan.skipped["conv1"]
     assert plan.skipped["fc"] == "produces the model output"
     with pytest.raises(TargetError):
         pruned(built("plain"), MACs(0.8), targets="nothing")
     with pytest.raises(TargetError):
-        pruned(built("plain"), amounts={"nothing": 0.5})
+        pruned(built("plain"), remaining={"nothing": 0.5})
 
 
-def test_coupled_layers_leave_only_together() -> None:
+def test_coupled_layers_are_pruned_together() -> None:
     net = built("residual")
     plan = pruned(net, MACs(0.9), targets=Targets(exclude=("stem",)))
     assert net.stem.out_channels == net.conv1.out_channels == 8
-    assert any("do not name stem" in reason for reason in plan.skipped.values())
+    assert any("`targets` exclude stem" in reason for reason in plan.skipped.values())
 
 
-def test_lowest_scores_leave_first() -> None:
+def test_lowest_scores_are_removed_first() -> None:
     net = built("batch_norm_free")
     with torch.no_grad():
         for layer in (net.conv1, net.conv2):
             layer.weight.copy_(torch.arange(1, len(layer.weight) + 1).reshape(-1, 1, 1, 1).expand_as(layer.weight))
-    plan = pruned(net, amounts={"conv1": 0.5, "conv2": 0.5}, criterion=Magnitude(), reduction="first")
+    plan = pruned(net, remaining={"conv1": 0.5, "conv2": 0.5}, criterion=Magnitude(), ranking=Global(reduction="first"))
     assert plan.kept["conv1"].tolist() == [False] * 4 + [True] * 4
     assert plan.kept["conv2"].tolist() == [False] * 6 + [True] * 6
 
 
-def test_local_takes_the_same_share_everywhere_and_global_takes_where_least_is_lost() -> None:
+def test_local_removes_the_same_fraction_everywhere_and_global_the_least_important_channels() -> None:
     nets = []
-    for ranking in (Local(), Global()):
+    for ranking in (Local("first", None), Global("first", None)):
         net = built("batch_norm_free")
         with torch.no_grad():
             net.conv1.weight.mul_(1e-3)
-        pruned(net, Channels(0.5), ranking=ranking, normalizer=None, reduction="first")
+        pruned(net, Channels(0.5), ranking=ranking)
         nets.append((net.conv1.out_channels, net.conv2.out_channels))
     assert nets[0] == (4, 6)
-    assert nets[1] == (2, 8), "the weak layer goes to its floor"
+    assert nets[1] == (2, 8), "the layer of small weights goes to its smallest width"
 
 
-def test_removal_order_is_fair_between_scopes() -> None:
+def test_removal_order_takes_the_same_fraction_of_each_scope() -> None:
     net = built("plain")
     args, kwargs = net.example
     groups = [g for g in trace_dependencies(net, args, kwargs).groups if g.reason is None]
@@ -187,7 +203,7 @@ def test_removal_order_is_fair_between_scopes() -> None:
     assert torch.equal(first, torch.argsort(scores[groups[0].name]))
 
 
-def test_isomorphic_compares_like_with_like() -> None:
+def test_isomorphic_ranks_groups_of_equal_structure_together() -> None:
     class Twins(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -206,19 +222,19 @@ def test_isomorphic_compares_like_with_like() -> None:
 
 @pytest.mark.parametrize("heads", ["dim", "head"])
 @pytest.mark.parametrize("name", ["attention", "encoder", "fused_qkv"])
-def test_attention_shrinks_in_both_ways(name, heads) -> None:
+def test_attention_loses_positions_or_whole_heads(name, heads) -> None:
     net = built(name)
-    plan = pruned(net, Params(0.7), heads=heads, min_channels=1)
+    plan = pruned(net, Params(0.7), heads=heads, widths=Widths(min_channels=1))
     assert plan.after <= 0.7 * plan.before
     args, kwargs = net.example
     assert net(*args, **kwargs).shape == (2, 5)
 
 
-def test_out_of_reach_is_said_and_nothing_is_touched() -> None:
+def test_unreachable_budget_is_refused_with_the_network_unchanged() -> None:
     net = built("plain")
     before = {name: (id(t), t.data_ptr(), t.clone()) for name, t in net.state_dict(keep_vars=True).items()}
     with pytest.raises(
-        BudgetError, match=r"`MACs\(remaining=0.01\)` is out of reach: expected macs <= .* Lower `min_channels`"
+        BudgetError, match=r"`MACs\(remaining=0.01\)` cannot be reached: expected macs <= .* Lower `min_channels`"
     ):
         pruned(net, MACs(0.01))
     for name, tensor in net.state_dict(keep_vars=True).items():
@@ -228,7 +244,7 @@ def test_out_of_reach_is_said_and_nothing_is_touched() -> None:
     assert (net.conv1.out_channels, net.bn2.num_features) == (8, 12)
 
 
-def test_a_dry_run_says_what_would_leave_and_does_nothing() -> None:
+def test_dry_run_plans_and_removes_nothing() -> None:
     net = built("plain")
     plan = pruned(net, MACs(0.5), dry_run=True)
     assert plan.removed
@@ -236,15 +252,108 @@ def test_a_dry_run_says_what_would_leave_and_does_nothing() -> None:
     assert net.conv1.out_channels == 8
 
 
-def test_data_that_only_training_has_is_asked_for() -> None:
-    with pytest.raises(ValueError, match=r"needs .*grad.* Use the callback in a Trainer"):
-        pruned(built("plain"), MACs(0.5), criterion=Taylor())
-
-
-def test_a_ranking_of_ones_own() -> None:
+def test_custom_ranking() -> None:
     class OnlyFirst(Ranking):
         def scope(self, group: Any, model: Any) -> str:
             return "first" if group.name == "conv1" else "rest"
 
     net = built("plain")
     assert pruned(net, MACs(0.6), ranking=OnlyFirst()).after <= 0.6 * cost(built("plain"), MACs(0.6))
+
+
+# With data.
+
+
+class Images:
+    """Batches of noise with labels, as a loader gives them."""
+
+    def __iter__(self) -> Iterator[Any]:
+        for seed in range(4):
+            images = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+            yield images, torch.arange(8) % 5
+
+
+def loss(output: Any, batch: Any) -> Any:
+    return F.cross_entropy(output, batch[1])
+
+
+@pytest.mark.parametrize(
+    "criterion", [Taylor(), Hessian(), Activation(), Wanda(), Movement(), SoftMovement(), SNIP()], ids=repr
+)
+def test_every_criterion_works_with_data(criterion) -> None:
+    net = built("plain")
+    grads = {name: parameter.grad for name, parameter in net.named_parameters()}
+    plan = pruned(net, MACs(0.6), criterion=criterion, data=Images(), loss=loss)
+    assert plan.removed
+    assert plan.after == cost(net, MACs(0.6)) <= 0.6 * plan.before
+    assert {name: parameter.grad for name, parameter in net.named_parameters()} == grads
+
+
+def test_taylor_removes_the_channels_with_the_smallest_first_order_loss_change() -> None:
+    net = built("batch_norm_free")
+    gradients = []
+    for images, labels in Images():
+        net.zero_grad()
+        loss(net.eval()(images), (images, labels)).backward()
+        gradients.append(net.conv1.weight.grad.clone())
+    net.zero_grad()
+    scores = (net.conv1.weight * torch.stack(gradients).mean(0)).square().sum((1, 2, 3))
+    expected = scores > scores.sort().values[3]
+    plan = pruned(net, remaining={"conv1": 0.5}, criterion=Taylor(), ranking=Local("first"), data=Images(), loss=loss)
+    assert torch.equal(plan.kept["conv1"], expected)
+
+
+@pytest.mark.parametrize(
+    "importance",
+    [tp.importance.GroupMagnitudeImportance(p=1), tp.importance.LAMPImportance(), tp.importance.BNScaleImportance()],
+    ids=lambda importance: type(importance).__name__,
+)
+def test_importance_of_torch_pruning_keeps_the_channels_that_torch_pruning_keeps(importance) -> None:
+    ours, theirs = built("plain"), built("plain")
+    for net in (ours, theirs):
+        for layer in (net.bn1, net.bn2):
+            layer.weight.data.copy_(torch.linspace(0.5, 1.5, len(layer.weight)).flip(0))
+    pruned(ours, remaining={"conv*": 0.5}, criterion=FromTorchPruning(importance))
+    options: dict[str, Any] = {"in_channel_groups": {}, "out_channel_groups": {}}  # its defaults are shared
+    tp.pruner.BasePruner(
+        theirs, theirs.example[0][0], importance, pruning_ratio=0.5, ignored_layers=[theirs.fc], **options
+    ).step()
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(tensor, theirs.state_dict()[name]), name
+
+
+def test_criterion_without_its_data_is_refused() -> None:
+    net = built("plain")
+    with pytest.raises(ValueError, match=r"expected `data`.*\['grad'\].*data=train_dataloader"):
+        pruned(net, MACs(0.5), criterion=Taylor())
+    with pytest.raises(ValueError, match="expected `loss`"):
+        pruned(net, MACs(0.5), criterion=Taylor(), data=Images())
+    assert net.conv1.out_channels == 8
+
+
+def test_batch_norm_statistics_are_moved_with_data_alone() -> None:
+    moved, stale = built("plain"), built("plain")
+    pruned(moved, MACs(0.6), data=Images())
+    pruned(stale, MACs(0.6), data=Images(), correct_batch_norm=False)
+    assert moved.conv1.out_channels == stale.conv1.out_channels
+    assert not torch.equal(moved.bn2.running_mean, stale.bn2.running_mean)
+    plain = built("plain")
+    pruned(plain, MACs(0.6))
+    assert torch.equal(plain.bn2.running_mean, stale.bn2.running_mean)
+
+
+def test_criterion_that_reads_no_tensor_of_a_layer_is_refused() -> None:
+    net = built("batch_norm_free")
+    with pytest.raises(UnsupportedError, match=r"`criterion=BatchNormScale\(\)` on `conv1`.*Exclude the layer"):
+        pruned(net, MACs(0.5), criterion=BatchNormScale())
+
+
+# With other methods.
+
+
+def test_budgets_of_two_cuts_count_from_the_same_network() -> None:
+    net = built("plain")
+    dense = cost(net, MACs(0.5))
+    pruned(net, MACs(0.7))
+    pruned(net, MACs(0.5))
+    assert 0.4 * dense < cost(net, MACs(0.5)) <= 0.5 * dense

@@ -343,6 +343,20 @@ def test_a_damaged_checkpoint_leaves_the_module_untouched(run, how, compressed) 
         load_from_checkpoint(Lit, path)
 
 
+def test_fit_names_the_damaged_part_too(run, tmp_path) -> None:
+    checkpoint = torch.load(run[2] / "e1.ckpt", weights_only=True)
+    checkpoint[KEY]["owners"] = {"events": {"stage": "first", "layers": [], "follows_cuts": True}}
+    torch.save(checkpoint, tmp_path / "damaged.ckpt")
+    module = Lit()
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(
+        ManifestError, match=r"manifest\['owners'\]\['events'\]\['stage'\]`: expected int, found 'first'"
+    ):
+        trainer(Events()).fit(module, Loader(), ckpt_path=tmp_path / "damaged.ckpt")
+    assert same(dict(before), dict(module.state_dict()))
+    assert not module.losses
+
+
 def test_state_that_a_weights_only_load_refuses_is_refused_when_saved() -> None:
     module = Lit()
     attach(module).state["method"] = {"nested": [torch.float32]}

@@ -93,6 +93,10 @@ def test_shared_layers_and_tensors_are_found_under_all_their_names(net: nn.Seque
     assert [claim.method for claim in state_of(net).owners(net, "0")] == ["quantization"]
     with pytest.raises(UnsupportedError):
         replace_module(net, "0", nn.Identity(), op="channels")
+    with pytest.raises(UnsupportedError, match="`quantization` owns"):
+        state_of(net).claim(net, "weight_pruning", Stage.MASKS, ["0"])
+    with pytest.raises(UnsupportedError, match="`quantization` owns"):
+        check_owners(net, ["0"], method="any", stage=Stage.STRUCTURED)
 
 
 def test_a_claim_is_refused_where_a_later_method_owns_the_layer(net: nn.Sequential) -> None:

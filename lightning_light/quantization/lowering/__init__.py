@@ -1,1 +1,1 @@
-"""How a runtime is told to round: on kernels of torch, or as operations in a graph."""
+"""Lowering of a fake-quantized network to a runtime: QDQ graphs, and the int8 kernels of torch."""

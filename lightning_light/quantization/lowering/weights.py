@@ -1,4 +1,4 @@
-"""A layer's weight as whole numbers, with the batch norm that follows folded into their scales."""
+"""A layer's weight as integers, with the batch norm that follows folded into their scales."""
 
 from __future__ import annotations
 
@@ -9,25 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_light.quantization.rounding import integers
-from lightning_light.quantization.rules import WeightRule
+from lightning_light.quantization.batch_norm import gain_and_shift
+from lightning_light.quantization.fake_quantize import quantize_weight
+from lightning_light.quantization.specs import WeightSpec
 
-__all__ = ["Scale", "Weight", "folded", "in_one_place"]
-
-Scale = tuple[float, int]
+__all__ = ["QuantizedWeight", "fold", "share_storage"]
 
 _COARSEST = 256.0  # XNNPACK does not load a file with more
-_STEPS = 16  # in the last bit, up and down, in which a scale that all runtimes agree on is looked for
-_MOST = 2.0**30  # of the 32 bits that a kernel adds in; products take the rest
+_MOST = 2.0**30  # of the 32 bits in which a kernel accumulates; products take the rest
 
 
 @dataclass(frozen=True, eq=False)
-class Weight:
-    """``integers * scale`` is the weight that was trained with, times what the batch norm multiplies by.
+class QuantizedWeight:
+    """``integers * scale`` is the fake-quantized weight, times the gain of the batch norm.
 
     Attributes:
         integers: int8, the shape of the weight.
-        scale: float64; one an output channel (the first dimension), or a scalar.
+        scale: float64; one per output channel (the first dimension), or a scalar.
         bias: float32, or None.
     """
 
@@ -37,67 +35,64 @@ class Weight:
 
     @property
     def per_channel(self) -> bool:
-        """Whether there is one scale a channel."""
+        """Whether there is one scale per channel."""
         return self.scale.dim() > 0
 
-    def with_whole_bias(self, reads: float) -> Weight:
-        """With the bias that a kernel adds: whole steps of ``reads``, the scale of its input, times the weight's."""
-        return self if self.bias is None else replace(self, bias=_whole(self.bias, reads * self.scale))
-
     def is_too_coarse(self, reads: float, writes: float) -> bool:
-        """Whether one step of the sums is more than the whole grid that they are put on, of scale ``writes``."""
+        """Whether one step of the accumulator is more than the whole range of an output of scale ``writes``."""
         return reads * float(self.scale.max()) >= _COARSEST * writes
 
-    def value(self) -> Tensor:
+    def dequantized(self) -> Tensor:
         """The weight in float."""
-        scale = self.scale.float()
-        columns = scale.reshape(-1, *[1] * (self.integers.dim() - 1)) if self.per_channel else scale
-        return self.integers.float() * columns
+        return self.integers.float() * _columns(self.scale, self.integers).float()
 
 
-def folded(
-    args: Mapping[str, Any],
+def fold(
+    named: Mapping[str, Any],
     norm: Mapping[str, Any] | None,
-    rule: WeightRule,
-    step: Tensor | None,
+    spec: WeightSpec,
+    scale: Tensor | None,
     reads: float,
     writes: float,
-) -> Weight:
-    """``q * s`` as in training, then ``s * g`` for a batch norm with gain ``g = gamma / sqrt(var + eps)``.
+) -> QuantizedWeight:
+    """Quantize a weight as in training, and multiply its scales by the gain of the batch norm after it.
 
-    The sum after it is ``beta + (bias - mean) * g``. All of it is computed in float64.
-
-    A kernel counts biases in ``reads * s``, in 32 bits, and multiplies by ``reads * s / writes`` at last. Where ``s``
-    is too small for that, as in a channel that is all but dead, it takes the smallest one that fits, and fewer steps
-    for the weight: what is lost is far below a step of the output.
+    A kernel counts the bias in steps of ``reads * scale``, in 32 bits, and multiplies by ``reads * scale / writes`` in
+    the end. Where the scale is too small for that, as in an almost dead channel, it becomes the smallest one that fits,
+    with fewer steps for the weight: what is lost is far below a step of the output.
 
     Args:
-        args: of the layer, by name.
-        norm: those of the batch norm, or None.
-        rule: how the weight is rounded; per channel if there is a batch norm.
-        step: its scale, if that is learned.
-        reads: the scale of what the layer reads.
-        writes: the scale of what comes out of it.
+        named: arguments of the layer by name.
+        norm: arguments of the batch norm, or None.
+        spec: how the weight is quantized.
+        scale: of the weight, if that is learned.
+        reads: scale of the layer's input.
+        writes: scale of its output.
     """
-    bias = args.get("bias")
+    bias = named.get("bias")
     bias = None if bias is None else bias.detach().float()
-    whole, scale = integers(args["weight"], rule, step)
-    if norm is None:
-        return _fitting(whole, scale.double(), bias, reads, writes)
-    gain, shift = _gain_and_shift(norm, bias)
-    whole = whole * gain.sign().float().reshape(-1, *[1] * (whole.dim() - 1))
-    return _fitting(whole, scale.double() * gain.abs(), shift, reads, writes)
+    integers, found = quantize_weight(named["weight"], spec, scale)
+    found = found.double()
+    if norm is not None:
+        gain, shift = gain_and_shift(norm, bias)
+        integers, found, bias = integers * _columns(gain.sign().float(), integers), found * gain.abs(), shift.float()
+    most = torch.full_like(found, writes)
+    if bias is not None:
+        largest = bias.double().abs()
+        most = torch.maximum(most, largest if found.dim() else largest.amax())
+    fitting = torch.maximum(found, most / (_MOST * reads))
+    return QuantizedWeight((integers * _columns(found / fitting, integers)).round().to(torch.int8), fitting, bias)
 
 
-def in_one_place(weights: Mapping[str, Weight]) -> dict[str, Weight]:
-    """The same weights, whose scales of channels share one storage, and biases another.
+def share_storage(weights: Mapping[Any, QuantizedWeight]) -> dict[Any, QuantizedWeight]:
+    """The same weights, whose scales per channel share one storage, and biases another.
 
-    A file has a record for each storage, which costs some two hundred bytes: more than the scales of sixteen channels.
+    A `.ptl` file has a record per storage, which costs some two hundred bytes: more than the scales of 16 channels.
 
     Example:
-        >>> two = {name: Weight(torch.ones(2, 3), torch.rand(2).double(), torch.rand(2)) for name in "ab"}
-        >>> placed = in_one_place(two)
-        >>> placed["b"].scale.equal(two["b"].scale), placed["b"].scale.storage_offset()
+        >>> two = {name: QuantizedWeight(torch.ones(2, 3), torch.rand(2).double(), torch.rand(2)) for name in "ab"}
+        >>> shared = share_storage(two)
+        >>> shared["b"].scale.equal(two["b"].scale), shared["b"].scale.storage_offset()
         (True, 2)
     """
     scales = _joined({key: weight.scale for key, weight in weights.items() if weight.per_channel})
@@ -108,52 +103,12 @@ def in_one_place(weights: Mapping[str, Weight]) -> dict[str, Weight]:
     }
 
 
-def _joined(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _joined(parts: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
     if not parts:
         return {}
     views = torch.split(torch.cat(list(parts.values())), [len(part) for part in parts.values()])
     return dict(zip(parts, views, strict=True))
 
 
-def _fitting(whole: Tensor, scale: Tensor, bias: Tensor | None, reads: float, writes: float) -> Weight:
-    most = torch.full_like(scale, writes)
-    if bias is not None:
-        largest = bias.double().abs()
-        most = torch.maximum(most, largest if scale.dim() else largest.amax())
-    fitting = torch.maximum(scale, most / (_MOST * reads))
-    fitting = _alike(fitting, reads, writes)
-    share = scale / fitting
-    whole = (whole * (share.reshape(-1, *[1] * (whole.dim() - 1)) if scale.dim() else share)).round()
-    return Weight(whole.to(torch.int8), fitting, bias)
-
-
-def _alike(scale: Tensor, reads: float, writes: float) -> Tensor:
-    """The nearest scales for which all runtimes multiply sums by the same float32.
-
-    Each computes ``s * reads / writes`` in another order, and half of the results differ in the last bit; a handful of
-    such steps away there is a scale for which none does.
-    """
-    x, y = (torch.tensor(value, dtype=torch.float32, device=scale.device) for value in (reads, writes))
-    steps = torch.tensor(sorted(range(-_STEPS, _STEPS + 1), key=abs), dtype=torch.float32, device=scale.device)
-    near = scale.float() * (1.0 + steps * torch.finfo(torch.float32).eps).reshape(-1, *[1] * scale.dim())
-    product = near * x
-    ratio = product / y
-    alike = (ratio == near * (x / y)) & (ratio == product * (1.0 / y))
-    first = alike.int().argmax(0, keepdim=True)  # the nearest one, if there is none: the scale itself
-    return near.gather(0, first)[0].double()
-
-
-def _gain_and_shift(norm: Mapping[str, Any], bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What a batch norm multiplies by, and what it then adds, in evaluation; ``bias`` is that of the layer before."""
-    gain = (norm["running_var"].double() + norm.get("eps", 1e-5)).rsqrt()
-    if norm.get("weight") is not None:
-        gain = gain * norm["weight"].detach().double()
-    shift = -norm["running_mean"].double() if bias is None else bias.double() - norm["running_mean"].double()
-    beta = 0.0 if norm.get("bias") is None else norm["bias"].detach().double()
-    return gain, (beta + shift * gain).float()
-
-
-def _whole(bias: Tensor, unit: Tensor) -> Tensor:
-    """The nearest multiple of ``unit``; itself where there is no unit: kernels take one that is small enough."""
-    exact = bias.double()
-    return torch.where(unit > 0.0, (exact / unit).round() * unit, exact).to(bias.dtype)
+def _columns(values: Tensor, weight: Tensor) -> Tensor:
+    return values.reshape(-1, *[1] * (weight.dim() - 1)) if values.dim() else values

@@ -1,4 +1,4 @@
-"""AdaRound: whether each weight is rounded up or down is learned, layer by layer, so that the layer's output stays."""
+"""AdaRound: learn for each weight whether it is rounded up or down, layer by layer, to preserve the output."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_light.quantization.learning import SMALLEST
+from lightning_light.quantization.fake_quantize import SMALLEST_SCALE
 
-__all__ = ["AdaRound", "learn_rounding", "logits_of", "on_grid", "rectified_sigmoid", "regularizer"]
+__all__ = ["AdaRound", "learn_rounding", "logits_of", "dequantized", "rectified_sigmoid", "regularizer"]
 
 ZETA, GAMMA = 1.1, -0.1
 Batch = tuple[Tensor, Tensor]
@@ -23,7 +23,7 @@ class AdaRound:
 
     With ``h(V) = clip(sigmoid(V) * (zeta - gamma) + gamma, 0, 1)``, ``zeta = 1.1``, ``gamma = -0.1``, the weight
     ``s * clip(floor(w / s) + h(V))`` of each layer minimizes ``|f(W x) - f(W~ x~)|^2 + regularization * sum(1 - |2 h(V)
-    - 1|^beta)``, where ``x~`` is the layer's input in the network that is rounded so far and ``f`` its batch norm and
+    - 1|^beta)``, where ``x~`` is the layer's input in the network that is quantized so far and ``f`` its batch norm and
     ReLU; ``beta`` falls along a cosine, so that in the end every ``h`` is 0 or 1.
 
     Nagel, Amjad, van Baalen, Louizos, Blankevoort, 2020, "Up or Down? Adaptive Rounding for Post-Training
@@ -35,10 +35,10 @@ class AdaRound:
 
     Args:
         steps: of Adam, for each layer. The paper takes 10,000.
-        batch_size: samples in a step; of one calibration batch, drawn anew each time.
+        batch_size: samples in a step; of one calibration batch, drawn again each time.
         learning_rate: Adam's.
         regularization: weight of the term that drives ``h`` to 0 or 1; the paper's is 0.01.
-        warm_up: share of the steps without that term.
+        warm_up: fraction of the steps without that term.
         beta: its exponent after the warm-up, and at the end.
         seed: of the batches.
 
@@ -64,7 +64,7 @@ class AdaRound:
                 "numbers above 0. Usual are 0.01 and 0.01."
             )
         if not 0.0 <= self.warm_up < 1.0:
-            raise ValueError(f"`AdaRound(warm_up={self.warm_up})`: expected a share of the steps, 0 <= warm_up < 1.")
+            raise ValueError(f"`AdaRound(warm_up={self.warm_up})`: expected a fraction of the steps, 0 <= warm_up < 1.")
         if len(self.beta) != 2 or not self.beta[0] >= self.beta[1] > 1:
             raise ValueError(
                 f"`AdaRound(beta={self.beta})`: expected two exponents that fall, above 1, for instance (20.0, 2.0)."
@@ -116,7 +116,7 @@ def learn_rounding(
     *,
     subsets: bool = True,
 ) -> Tensor:
-    """The rounded weight ``s * q``: each ``q`` is next to ``weight / s``, above it or below.
+    """The dequantized weight ``s * q``: each ``q`` is next to ``weight / s``, above it or below.
 
     Zeros stay zero, so that masks survive, and what is largest in its channel stays as it is, so that the scale that
     is taken from the result is the same to the last bit. If nearest rounding has the smaller error, that is the result.
@@ -125,13 +125,13 @@ def learn_rounding(
         weight: the float weight.
         largest: of all that shares a scale, spread over ``weight``: ``s = largest / limit``.
         limit: the largest quantized weight.
-        batches: inputs of the rounded network with outputs of the float one.
+        batches: inputs of the quantized network with outputs of the float one.
         forward: input and weight -> output.
         channels: the dimension of an output that counts channels.
         settings: how it is learned.
         subsets: whether a step may take a part of a batch along its first dimension.
     """
-    scale = (largest / limit).clamp_min(SMALLEST)
+    scale = (largest / limit).clamp_min(SMALLEST_SCALE)
     nearest, down = (weight / scale).round(), (weight / scale).floor()
     fixed = (weight == 0) | (weight.abs() == largest) | (nearest == weight / scale)
 
@@ -155,12 +155,12 @@ def learn_rounding(
     with torch.no_grad():
         learned = weights((rectified_sigmoid(v) >= 0.5).to(v))
         before, after = (sum(float(error(q, x, y)) for x, y in batches) for q in (nearest, learned))
-        return on_grid(learned if after < before else nearest, largest, limit)
+        return dequantized(learned if after < before else nearest, largest, limit)
 
 
-def on_grid(q: Tensor, largest: Tensor, limit: int) -> Tensor:
+def dequantized(q: Tensor, largest: Tensor, limit: int) -> Tensor:
     """``q * largest / limit``, where ``limit`` gives ``largest`` itself and not what it is rounded to in between."""
-    return torch.where(q.abs() == limit, q.sign() * largest, q * (largest / limit).clamp_min(SMALLEST))
+    return torch.where(q.abs() == limit, q.sign() * largest, q * (largest / limit).clamp_min(SMALLEST_SCALE))
 
 
 def _drawn(batches: Sequence[Batch], size: int | None, generator: torch.Generator) -> Batch:

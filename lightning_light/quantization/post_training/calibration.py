@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_light.errors import UnsupportedError
-from lightning_light.example_input import ExampleInput, tensors_in
-from lightning_light.int8 import rounders_of
+from lightning_light.example_input import ExampleInput
+from lightning_light.int8 import quantizers_of
+from lightning_light.nested import tensors_in
 
 __all__ = ["calls_from", "check_calibration", "explained", "first_of"]
 
@@ -19,7 +20,7 @@ _CURE = "Give a list of tensors, for instance `[images for images, _ in loader]`
 
 
 def check_calibration(function: str, model: Any, calibration: Any) -> None:
-    """Refuse what is no network, or no collection of batches, and a network in which numbers are rounded already.
+    """Refuse what is no network, or no collection of batches, and a network that is fake-quantized already.
 
     Raises:
         TypeError: one of the first two.
@@ -32,9 +33,9 @@ def check_calibration(function: str, model: Any, calibration: Any) -> None:
             f"`{function}({type(model).__name__}, calibration, ...)`: expected an iterable of batches, found "
             f"{type(calibration).__name__}. {_CURE}"
         )
-    if any(rounder.is_rounding for rounder in rounders_of(model)):
+    if any(quantizer.enabled for quantizer in quantizers_of(model)):
         raise UnsupportedError(
-            f"`{function}({type(model).__name__}, ...)`: expected plain numbers, found that they are rounded already. "
+            f"`{function}({type(model).__name__}, ...)`: expected a float network, found one that is fake-quantized. "
             "Leave `fake_quantized` first, and a Trainer with `QuantizationAwareTraining`."
         )
 

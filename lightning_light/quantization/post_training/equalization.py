@@ -1,4 +1,4 @@
-"""Cross-layer equalization: two layers in a row share out their ranges, and compute what they did.
+"""Cross-layer equalization: balance the weight ranges of consecutive layers without changing the function.
 
 Nagel, van Baalen, Blankevoort, Welling, 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction".
 https://arxiv.org/abs/1906.04721
@@ -6,26 +6,24 @@ https://arxiv.org/abs/1906.04721
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lightning_light.example_input import ExampleInput
-from lightning_light.isolation import isolated
-from lightning_light.quantization.operations import BATCH_NORM, HEAVY, kind_of
-from lightning_light.quantization.post_training.calls import Call, Parameters, batch_norm_gain, calls_of
-from lightning_light.quantization.record import Operation, record
+from lightning_light.quantization.batch_norm import gain_and_shift
+from lightning_light.quantization.post_training.layer_calls import WritableParameters, channel_dim, named
+from lightning_light.quantization.trace import OpNode, trace_ops
 
 __all__ = ["Pair", "equalize", "equalizing_scales", "find_pairs"]
 
 _SWEEPS = 100  # over chains of layers; most are done after ten
 _DONE = 1e-4
 _ELEMENTWISE = frozenset({"relu", "relu_", "leaky_relu", "leaky_relu_", "prelu", "dropout", "dropout_", "contiguous"})
-_SPATIAL = frozenset(
-    {"max_pool1d", "max_pool2d", "adaptive_max_pool2d", "dropout1d", "dropout2d", "flatten", "view", "reshape"}
-)
+_RESHAPING = frozenset({"flatten", "view", "reshape"})
+_SPATIAL = frozenset({"max_pool1d", "max_pool2d", "adaptive_max_pool2d", "dropout1d", "dropout2d"})
 
 
 def equalizing_scales(first: Tensor, second: Tensor) -> Tensor:
@@ -48,36 +46,35 @@ def equalizing_scales(first: Tensor, second: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two layers of which the second alone reads the first, through nothing that a scale could not pass.
+    """Two layers of which the second alone reads the first, through operators that a positive scale commutes with.
 
     Attributes:
-        first: operation, as in `Frames`.
-        batch_norm: that follows it, which takes the scale instead of its weight.
-        second: operation.
+        first: a layer.
+        batch_norm: after it, which takes the scale instead of its weight.
+        second: a layer.
         columns: how many inputs of the second one channel of the first is; more than one after flattening.
     """
 
-    first: str
-    batch_norm: str | None
-    second: str
+    first: OpNode
+    batch_norm: OpNode | None
+    second: OpNode
     columns: int
 
 
 def equalize(model: nn.Module, example: ExampleInput) -> int:
-    """Equalize every pair of layers of ``model`` in place, until nothing moves. The function it computes stays.
+    """Equalize every pair of layers of ``model`` in place, until nothing changes. The function it computes stays.
 
     Returns:
         How many pairs there were.
     """
-    with isolated(model):
-        operations, calls = record(model, example.args, example.kwargs), calls_of(model, example)
-    parameters = Parameters(model, calls)
-    pairs = [_Weights(pair, calls, parameters) for pair in find_pairs(operations, calls, parameters)]
+    trace = trace_ops(model, example.args, example.kwargs)
+    parameters = WritableParameters(model, trace)
+    pairs = [_Weights(pair, parameters) for pair in find_pairs(trace.nodes, parameters)]
     written = dict(model.named_parameters())
     values = {name: written[name].detach().double() for pair in pairs for name in pair.names}
     for _ in range(_SWEEPS):
-        moved = [pair.equalize(values) for pair in pairs]
-        if max(moved, default=0.0) < _DONE:
+        changes = [pair.equalize(values) for pair in pairs]
+        if max(changes, default=0.0) < _DONE:
             break
     with torch.no_grad():
         for name, value in values.items():
@@ -85,77 +82,69 @@ def equalize(model: nn.Module, example: ExampleInput) -> int:
     return len(pairs)
 
 
-def find_pairs(operations: Sequence[Operation], calls: Mapping[str, Call], parameters: Parameters) -> list[Pair]:
+def find_pairs(nodes: Sequence[OpNode], parameters: WritableParameters) -> list[Pair]:
     """The pairs in order: through batch norm, ReLU, leaky ReLU, pooling and flattening, but not through ReLU6.
 
     Args:
-        operations: of one forward pass.
-        calls: the same operations.
+        nodes: of one forward pass.
         parameters: which of them can be written.
     """
-    found = [_pair_of(operation, calls) for operation in operations if operation.kind in HEAVY]
-    return [pair for pair in found if pair is not None and _is_writable(pair, calls, parameters)]
+    found = [_pair_of(node) for node in nodes if node.role == "layer"]
+    return [pair for pair in found if pair is not None and _is_writable(pair, parameters)]
 
 
-def _pair_of(operation: Operation, calls: Mapping[str, Call]) -> Pair | None:
-    batch_norm, spatial = None, False
-    for before, after in _chain(operation):
-        if after.kind in HEAVY:
-            columns = _columns(calls[operation.key], calls[after.key])
-            return Pair(operation.key, batch_norm, after.key, columns) if columns else None
-        if after.kind == BATCH_NORM and before is operation:
-            batch_norm = after.key
-            continue
-        spatial = operation.kind != "linear" and _keeps_channels(after, calls[before.key], calls[after.key])
-        if not (spatial or after.name in _ELEMENTWISE or _is_relu(after)):
+def _pair_of(first: OpNode) -> Pair | None:
+    batch_norm, before = None, first
+    while (after := before.only_user) is not None:
+        if after.role == "layer":
+            columns = _columns(first, after)
+            return Pair(first, batch_norm, after, columns) if columns else None
+        if after.role == "batch_norm" and before is first:
+            batch_norm = after
+        elif not (after.id.function in _ELEMENTWISE or _is_relu(after) or _keeps_channels(first, before, after)):
             return None
+        before = after
     return None
 
 
-def _chain(operation: Operation) -> Iterator[tuple[Operation, Operation]]:
-    """Each operation with the only one that reads it."""
-    while len(operation.users) == 1 and not operation.is_output:
-        yield operation, operation.users[0]
-        operation = operation.users[0]
+def _is_relu(node: OpNode) -> bool:
+    return node.operator.name == "relu" or node.bounds == (0.0, None)
 
 
-def _is_relu(operation: Operation) -> bool:
-    return operation.kind == "relu" or (operation.kind == "clamp" and operation.bounds == (0.0, None))
-
-
-def _keeps_channels(operation: Operation, before: Call, call: Call) -> bool:
-    """Whether a pooling or reshaping operation keeps channels second, each in one piece."""
-    if operation.kind == "pool":
-        return True
-    if operation.name not in _SPATIAL:
+def _keeps_channels(first: OpNode, before: OpNode, node: OpNode) -> bool:
+    """Whether a pooling or reshaping operator keeps the channels of a convolution second, each in one piece."""
+    if first.operator.name == "linear":
         return False
-    if kind_of(operation.name) == "move" and operation.name in {"flatten", "view", "reshape"}:
-        return bool(call.result.dim() == 2 and call.result.shape[0] == before.result.shape[0])
-    return True
+    if node.role == "average" or node.id.function in _SPATIAL:
+        return True
+    assert node.call is not None
+    assert before.call is not None
+    result = node.call.result
+    return bool(node.id.function in _RESHAPING and result.dim() == 2 and result.shape[0] == before.call.result.shape[0])
 
 
-def _columns(first: Call, second: Call) -> int:
+def _columns(first: OpNode, second: OpNode) -> int:
     """How many inputs of ``second`` each channel of ``first`` is; 0 if they do not fit."""
-    x, weight = second.named["input"], second.named["weight"]
-    if kind_of(second.name) == "linear":
-        if kind_of(first.name) != "linear" and x.dim() != 2:
-            return 0  # it reads the last dimension, which is space
+    assert first.call is not None
+    x, weight, result = named(second)["input"], named(second)["weight"], first.call.result
+    if second.operator.name == "linear":
+        if first.operator.name != "linear" and x.dim() != 2:
+            return 0  # it reads the last dimension, which is spatial
         inputs = weight.shape[1]
-    elif kind_of(first.name) == "linear" or x.dim() != weight.dim() or first.result.dim() != x.dim():
+    elif first.operator.name == "linear" or x.dim() != weight.dim() or result.dim() != x.dim():
         return 0
     else:
         inputs = x.shape[1]
-    channels = first.result.shape[first.channels]
+    channels = result.shape[channel_dim(first)]
     return int(inputs // channels) if inputs % channels == 0 else 0
 
 
-def _is_writable(pair: Pair, calls: Mapping[str, Call], parameters: Parameters) -> bool:
-    first, second = calls[pair.first].named, calls[pair.second].named
-    scaled = [second["weight"]]
+def _is_writable(pair: Pair, parameters: WritableParameters) -> bool:
+    first, scaled = named(pair.first), [named(pair.second)["weight"]]
     if pair.batch_norm is None:
         scaled += [first["weight"], *[bias for bias in [first.get("bias")] if bias is not None]]
     else:
-        norm = calls[pair.batch_norm].named
+        norm = named(pair.batch_norm)
         if norm.get("weight") is None or norm.get("bias") is None or norm.get("running_var") is None:
             return False
         scaled += [norm["weight"], norm["bias"]]
@@ -165,23 +154,21 @@ def _is_writable(pair: Pair, calls: Mapping[str, Call], parameters: Parameters) 
 class _Weights:
     """The tensors of one pair, by name."""
 
-    def __init__(self, pair: Pair, calls: Mapping[str, Call], parameters: Parameters) -> None:
-        self.first, self.second = calls[pair.first], calls[pair.second]
-        self.norm = None if pair.batch_norm is None else calls[pair.batch_norm].named
-        self.columns = pair.columns
-        divided = self.first.named if self.norm is None else self.norm
+    def __init__(self, pair: Pair, parameters: WritableParameters) -> None:
+        self.first, self.second, self.columns = pair.first, pair.second, pair.columns
+        self.norm = None if pair.batch_norm is None else named(pair.batch_norm)
+        divided = named(self.first) if self.norm is None else self.norm
         self.divided = [name for key in ("weight", "bias") if (name := parameters.name_of(divided.get(key)))]
-        self.read = str(parameters.name_of(self.second.named["weight"]))
-        self.made = parameters.name_of(self.first.named["weight"])  # None where only its norm is written
+        self.read = str(parameters.name_of(named(self.second)["weight"]))
+        self.made = parameters.name_of(named(self.first)["weight"])  # None where only its norm is written
         self.names = [*self.divided, self.read, *([self.made] if self.made else [])]
 
     def equalize(self, values: dict[str, Tensor]) -> float:
         """Scale ``values``; returns how far the farthest scale was from 1."""
-        made = self.first.named["weight"].detach().double() if self.made is None else values[self.made]
+        made = named(self.first)["weight"].detach().double() if self.made is None else values[self.made]
         first = _over(made, self.first, outputs=True).abs().amax((1, 3)).flatten()
         if self.norm is not None:
-            current = {**self.norm, "weight": values[self.divided[0]]}
-            first = first * batch_norm_gain(current).abs()
+            first = first * gain_and_shift({**self.norm, "weight": values[self.divided[0]]})[0].abs()
         read = _over(values[self.read], self.second, outputs=False)
         second = read.abs().amax((1, 3)).reshape(-1, self.columns).amax(1)
         scales = equalizing_scales(first, second)
@@ -198,9 +185,9 @@ class _Weights:
         return (rows / scales.reshape(rows.shape[0], 1, rows.shape[2], 1)).reshape(value.shape)
 
 
-def _over(weight: Tensor, call: Call, *, outputs: bool) -> Tensor:
-    """``(groups, others, channels of a group, kernel)``: the channels that a layer makes, or those that it reads."""
-    if outputs == (kind_of(call.name) != "transposed"):  # they are rows
+def _over(weight: Tensor, node: OpNode, *, outputs: bool) -> Tensor:
+    """``(groups, others, channels per group, kernel)``: the channels that a layer makes, or those that it reads."""
+    if outputs == (node.operator.name != "conv_transpose"):  # they are rows
         return weight.reshape(1, 1, weight.shape[0], -1)
-    groups = int(call.named.get("groups", 1))
+    groups = int(named(node).get("groups", 1))
     return weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)

@@ -1,8 +1,9 @@
-"""Which layers mind being rounded: each is rounded alone, and the network's answers are compared."""
+"""Per-layer quantization sensitivity: quantize one layer at a time and measure the change of the output."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -13,16 +14,14 @@ from torch.utils._pytree import tree_leaves
 from lightning_light.example_input import ExampleInput
 from lightning_light.isolation import isolated
 from lightning_light.measure.cost import count_cost
-from lightning_light.quantization.attachment import attach
-from lightning_light.quantization.operations import HEAVY
-from lightning_light.quantization.places import module_of
-from lightning_light.quantization.plan import Plan, plan_sites
-from lightning_light.quantization.post_training.bar import watched
+from lightning_light.quantization.fake_quantizer import FakeQuantizer
+from lightning_light.quantization.plan import QuantizationPlan, plan_quantization
 from lightning_light.quantization.post_training.calibration import calls_from, check_calibration, explained, first_of
-from lightning_light.quantization.post_training.calls import calls_of
+from lightning_light.quantization.post_training.layer_calls import named
+from lightning_light.quantization.post_training.progress_bar import with_progress_bar
 from lightning_light.quantization.recipes import Engine, IntN
-from lightning_light.quantization.record import record
-from lightning_light.quantization.rules import LayerRule
+from lightning_light.quantization.specs import LayerSpec, WeightSpec
+from lightning_light.quantization.trace import trace_ops
 
 __all__ = ["Distance", "Sensitivity", "measure_sensitivity"]
 
@@ -31,7 +30,7 @@ Distance = Literal["kl", "error"]
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """How far the network's answers move when one layer alone is rounded.
+    """How much the outputs of a network change when the weight of one layer is quantized.
 
     Attributes:
         distances: layer -> bits of its weight -> distance; in the order in which layers are called.
@@ -58,7 +57,7 @@ class Sensitivity:
         return tuple(sorted({bits for found in self.distances.values() for bits in found}))
 
     def most_sensitive(self, count: int, bits: int | None = None) -> list[str]:
-        """The layers to keep float: ``Int8(keep_float=scan.most_sensitive(2))``.
+        """The layers to exclude: ``Int8(exclude=scan.most_sensitive(2))``.
 
         Args:
             count: how many.
@@ -75,7 +74,7 @@ class Sensitivity:
         return sorted(self.distances, key=lambda layer: -self.distances[layer][at])[:count]
 
     def rows(self) -> list[dict[str, Any]]:
-        """One dict a layer and width, for a table or a plot: layer, bits, distance, weights, macs."""
+        """One dict per layer and width, for a table or a plot: layer, bits, distance, weights, macs."""
         return [
             {
                 "layer": layer,
@@ -89,7 +88,7 @@ class Sensitivity:
         ]
 
     def __str__(self) -> str:
-        """A table: one line a layer, one column a width."""
+        """A table: one line per layer, one column per width."""
         lines = [["layer", "weights", *(f"{bits} bits" for bits in self.widths)]]
         for layer, found in self.distances.items():
             lines.append([layer, str(self.weights[layer]), *(f"{found[bits]:.3g}" for bits in self.widths)])
@@ -112,11 +111,11 @@ def measure_sensitivity(
     engine: Engine = "qnnpack",
     progress_bar: bool = True,
 ) -> Sensitivity:
-    """Round the weight of one layer at a time, and see how far the answers on the calibration batches move.
+    """Quantize the weight of one layer at a time, and measure the change of the outputs on the calibration batches.
 
-    The distance of ZeroQ: the mean of ``KL(softmax(y) || softmax(y_rounded))``, where the classes are the second
-    dimension of images, else the last one. It says which layers to keep float, and `BitBudget` solves for the bits of
-    each layer with it.
+    The distance of ZeroQ: the mean of ``KL(softmax(y) || softmax(y_quantized))``, where the classes are the second
+    dimension of images, else the last one. It shows which layers to exclude, and `BitBudget` allocates bits by
+    it.
 
     Cai et al., 2020, "ZeroQ: A Novel Zero Shot Quantization Framework", section 3.2. https://arxiv.org/abs/2001.00281
 
@@ -124,20 +123,20 @@ def measure_sensitivity(
         model: trained; it stays as it is.
         calibration: inputs, as for `quantize`; a few hundred images.
         bits: widths to measure.
-        distance: ``"kl"`` for class scores; ``"error"`` for any other output: ``|y - y_rounded|^2 / |y|^2``.
-        engine: whose limits the weights have at eight bits.
-        progress_bar: whether a terminal shows how far it is.
+        distance: ``"kl"`` for class scores; ``"error"`` for any other output: ``|y - y_quantized|^2 / |y|^2``.
+        engine: for whose kernels weights of eight bits are quantized.
+        progress_bar: whether a terminal shows the progress.
 
     Raises:
-        ValueError: no calibration data, or such as the model cannot be called with; answers that are not finite; no
-            layer to round, a width that no recipe has, or outputs that are no class
+        ValueError: no calibration data, or such as the model cannot be called with; outputs that are not finite; no
+            layer to quantize, a width that no recipe has, or outputs that are no class
             scores although ``distance`` takes them for that.
 
     Example:
         >>> from lightning_light.quantization import Int8, measure_sensitivity
         >>> scan = measure_sensitivity(model, [torch.randn(4, 3, 8, 8)], bits=(4, 8))
-        >>> Int8(keep_float=scan.most_sensitive(1))
-        Int8(keep_float=['0'])
+        >>> Int8(exclude=scan.most_sensitive(1))
+        Int8(exclude=['0'])
     """
     check_calibration("measure_sensitivity", model, calibration)
     if isinstance(bits, int) or distance not in _DISTANCES:
@@ -147,44 +146,57 @@ def measure_sensitivity(
         )
     found_calls = calls_from("measure_sensitivity", model, calibration)
     inputs = [first_of("measure_sensitivity", model, found_calls), *found_calls]
-    widths = {width: IntN(weights=width, engine=engine).rule().weight for width in bits}
+    widths = {width: IntN(weights=width, engine=engine).spec().weight for width in bits}
     with explained("measure_sensitivity", model, inputs[0]):
-        operations = record(model, inputs[0].args, inputs[0].kwargs)
-    names = dict.fromkeys(module_of(one.key) for one in operations if one.kind in HEAVY)
-    sites = plan_sites(operations, {layer: LayerRule(activation=None) for layer in names if layer}).weights
-    layers = list(dict.fromkeys(map(module_of, sites)))
+        trace = trace_ops(model, inputs[0].args, inputs[0].kwargs)
+    names = {node.id.module for node in trace.nodes if node.role == "layer"}
+    plan = plan_quantization(trace.nodes, {layer: LayerSpec(activation=None) for layer in names if layer})
+    layers = list(dict.fromkeys(op.module for op in plan.layers))
     if not layers or not widths:
         raise ValueError(
-            f"`measure_sensitivity({type(model).__name__}, ..., bits={tuple(bits)})`: expected layers to round and "
+            f"`measure_sensitivity({type(model).__name__}, ..., bits={tuple(bits)})`: expected layers to quantize and "
             f"widths, found {len(layers)} convolution or linear layers."
         )
     found: dict[str, dict[int, float]] = {layer: {} for layer in layers}
     with isolated(model):
-        calls = calls_of(model, inputs[0])
         right = [_outputs(model, call) for call in inputs]
         _check_finite(right)
-        for layer in watched(layers, len(layers), "Sensitivity", shown=progress_bar):
-            for width, rule in widths.items():
-                here = {key: site.per_channel for key, site in sites.items() if module_of(key) == layer}
-                plan = Plan(weights={key: replace(rule, per_channel=columns) for key, columns in here.items()})
-                attachment = attach(model, plan, torch.empty(0, 2), engine)
-                attachment.form, attachment.in_whole_numbers = "rounded", False
-                found[layer][width] = _mean_distance(model, inputs, right, distance)
-                attachment.let_go()
-    tensors = {layer: {calls[key].named["weight"] for key in sites if module_of(key) == layer} for layer in layers}
+        for layer in with_progress_bar(layers, len(layers), "Sensitivity", shown=progress_bar):
+            for width, spec in widths.items():
+                with _quantized(model, plan, layer, spec, engine):
+                    found[layer][width] = _mean_distance(model, inputs, right, distance)
+    tensors: dict[str, set[Tensor]] = {layer: set() for layer in layers}
+    for op in plan.layers:
+        tensors[op.module].add(named(trace.node(op))["weight"])
     cost = count_cost(model, inputs[0].args, inputs[0].kwargs).macs_by_module
-    return Sensitivity(
-        found,
-        {layer: sum(one.numel() for one in tensors[layer]) for layer in layers},
-        {layer: cost.get(layer, 0) for layer in layers},
+    sizes = {layer: sum(one.numel() for one in weights) for layer, weights in tensors.items()}
+    return Sensitivity(found, sizes, {layer: cost.get(layer, 0) for layer in layers})
+
+
+@contextmanager
+def _quantized(
+    model: nn.Module, plan: QuantizationPlan, layer: str, spec: WeightSpec, engine: Engine
+) -> Iterator[None]:
+    """Inside, the weight of ``layer`` alone is fake-quantized."""
+    here = {op: site for op, site in plan.layers.items() if op.module == layer}
+    specs = {op: replace(spec, per_channel=site.weight.per_channel) for op, site in here.items()}
+    quantizer = FakeQuantizer(
+        QuantizationPlan(layers={op: replace(site, weight=specs[op]) for op, site in here.items()}), engine
     )
+    quantizer.update(torch.empty(0, 2))
+    quantizer.enabled = True
+    quantizer.attach(model)
+    try:
+        yield
+    finally:
+        quantizer.detach()
 
 
 def _check_finite(right: Sequence[list[Tensor]]) -> None:
     for place, outputs in enumerate(right):
         if not all(bool(output.isfinite().all()) for output in outputs):
             raise ValueError(
-                f"`measure_sensitivity(..., calibration)`: expected finite answers, found others for batch {place}. "
+                f"`measure_sensitivity(..., calibration)`: expected finite outputs, found others for batch {place}. "
                 "Look for them in the batch and in the weights: `torch.isfinite(x).all()`."
             )
 

@@ -22,12 +22,13 @@ from lightning_light.distillation import (
     FeatureHint,
     KnowledgeDistillation,
     KnowledgeReview,
-    LiveTeacher,
     LogitStandardization,
+    OnlineTeacher,
     OutputRegression,
     SelfTeacher,
     SimilarityPreserving,
     SoftTargets,
+    TeacherCache,
 )
 from lightning_light.quantization import Int8, MovingAverage, QuantizationAwareTraining
 from lightning_light.schedules import Linear, OneShot, Window
@@ -61,7 +62,7 @@ def case(name: str, *losses: DistillationLoss, full: bool = False, body: Any = N
         f"distillation_{name}",
         lambda folder: [KnowledgeDistillation(**_placed(arguments, folder))],
         structural=False,
-        no_effect=lambda folder: [KnowledgeDistillation(teacher=MENTOR, stop=0.0)],
+        no_effect=lambda folder: [KnowledgeDistillation(MENTOR, stop=0.0)],
         full=full,
         **({"body": body} if body else {}),
     )
@@ -89,14 +90,21 @@ def masking() -> Any:
 
 
 def rounding() -> Any:
-    """The student's layers are observed, then rounded."""
+    """The student's layers are observed, then fake-quantized."""
     return QuantizationAwareTraining(
-        Int8(observer=MovingAverage(0.9)), start=0.1, observe_batches=2, freeze_observers=0.7, freeze_batch_norm=0.75
+        Int8(observer=MovingAverage(0.9)),
+        start=0.1,
+        calibration_batches=2,
+        freeze_observers=0.7,
+        freeze_batch_norm=0.75,
     )
 
 
 def _placed(arguments: dict[str, Any], folder: Path) -> dict[str, Any]:
-    return {**arguments, "cache": str(folder / "answers")} if arguments.get("cache") == "files" else arguments
+    if "cache_file" not in arguments:
+        return arguments
+    kept = {name: value for name, value in arguments.items() if name != "cache_file"}
+    return {**kept, "cache": TeacherCache(str(folder / arguments["cache_file"]), half_precision=True)}
 
 
 CASES = [
@@ -105,8 +113,8 @@ CASES = [
     case("self", teacher="self", full=True),
     case("average", teacher=SelfTeacher(decay=0.9)),
     case("two_teachers", LogitStandardization(), DKD(), teacher=[MENTOR, SelfTeacher()], teacher_weights=[0.7, 0.3]),
-    case("memory", DIST(), cache="memory", body=Momentum),
-    case("files", cache="files", cache_half=True),
+    case("memory", DIST(), cache=TeacherCache(), body=Momentum),
+    case("files", cache_file="outputs"),
     case(
         "matched",
         AttentionTransfer(feature_layers="auto"),
@@ -114,16 +122,16 @@ CASES = [
         ContrastiveHint(feature_layers=HINT),
     ),
     case("relations", RKD(), SimilarityPreserving(feature_layers=HINT), ChannelWise(feature_layers=HINT), stop=0.8),
-    case("balanced", SoftTargets(schedule=Decreasing(Linear())), OutputRegression(), balance_every=2),
+    case("balanced", SoftTargets(schedule=Decreasing(Linear())), OutputRegression(), balance_every_n_steps=2),
     case("review", KnowledgeReview(feature_layers=["features.bn0", "features.bn2", "features.last"])),
-    case("exits", FeatureHint(feature_layers={"features.bn0": "features.bn2"}), teacher=LiveTeacher()),
+    case("exits", FeatureHint(feature_layers={"features.bn0": "features.bn2"}), teacher=OnlineTeacher()),
     beside("pruned_hint", cutting, FeatureHint(feature_layers=HINT), teacher=MENTOR),
-    beside("pruned_self", cutting, SoftTargets(), FeatureHint(feature_layers="features.last")),
+    beside("pruned_self", cutting, SoftTargets(), FeatureHint(feature_layers="features.last"), teacher="self"),
     beside("pruned_average", cutting, SoftTargets(), FeatureHint(feature_layers=HINT), teacher=SelfTeacher(decay=0.9)),
-    beside("pruned_exits", cutting, FeatureHint(feature_layers={HINT: "features.last"}), teacher=LiveTeacher()),
-    beside("masked_self", masking, SoftTargets(), FeatureHint(feature_layers=HINT)),
+    beside("pruned_exits", cutting, FeatureHint(feature_layers={HINT: "features.last"}), teacher=OnlineTeacher()),
+    beside("masked_self", masking, SoftTargets(), FeatureHint(feature_layers=HINT), teacher="self"),
     beside("masked_average", masking, SoftTargets(), teacher=SelfTeacher(decay=0.9)),
-    beside("rounded_self", rounding, SoftTargets(), FeatureHint(feature_layers=HINT)),
+    beside("rounded_self", rounding, SoftTargets(), FeatureHint(feature_layers=HINT), teacher="self"),
     beside("rounded_hint", rounding, SoftTargets(), FeatureHint(feature_layers="features.last"), teacher=MENTOR),
     beside("rounded_average", rounding, SoftTargets(), teacher=SelfTeacher(decay=0.9)),
 ]

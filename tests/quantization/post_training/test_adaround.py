@@ -10,23 +10,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lightning_light.quantization.fake_quantize import fake_quantize_weight, quantize_weight
 from lightning_light.quantization.post_training.adaround import (
     AdaRound,
+    dequantized,
     learn_rounding,
     logits_of,
-    on_grid,
     rectified_sigmoid,
     regularizer,
 )
-from lightning_light.quantization.rounding import integers, round_weight
-from lightning_light.quantization.rules import WeightRule
+from lightning_light.quantization.specs import WeightSpec
 from tests.zoo import noise
 
 QUICK = AdaRound(steps=300, learning_rate=0.05)
 
 
-def rule(high: int, per_channel: bool = True) -> WeightRule:
-    return WeightRule(high.bit_length() + 1, -high, high, per_channel=per_channel)
+def rule(high: int, per_channel: bool = True) -> WeightSpec:
+    return WeightSpec(high.bit_length() + 1, -high, high, per_channel=per_channel)
 
 
 def learned(weight: Tensor, high: int, x: Tensor, settings: AdaRound = QUICK) -> Tensor:
@@ -96,12 +96,12 @@ def test_plain_rounding_gives_what_was_learned_to_the_last_bit(seed, high, dtype
     scale = largest / high
     q = ((weight / scale).floor() + torch.randint(0, 2, weight.shape, generator=generator)).clamp(-high, high)
     q = torch.where(weight.abs() == largest, weight.sign() * high, q)
-    written = on_grid(q, largest, high).to(dtype)
-    found, step = integers(written, rule(high, per_channel))
+    written = dequantized(q, largest, high).to(dtype)
+    found, step = quantize_weight(written, rule(high, per_channel))
     assert torch.equal(found, q)
-    assert torch.equal(step, integers(weight.to(dtype), rule(high, per_channel))[1]), "the scale is the same"
-    again = round_weight(written, rule(high, per_channel))
-    assert torch.equal(again, round_weight(again, rule(high, per_channel)))
+    assert torch.equal(step, quantize_weight(weight.to(dtype), rule(high, per_channel))[1]), "the scale is the same"
+    again = fake_quantize_weight(written, rule(high, per_channel))
+    assert torch.equal(again, fake_quantize_weight(again, rule(high, per_channel)))
 
 
 def test_weights_stay_next_to_where_they_were_and_zeros_are_zeros() -> None:

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from lightning_light.errors import LightningLightError, UnsupportedError
 from lightning_light.quantization import (
     LSQ,
-    MSE,
     PACT,
     AdaRound,
     Int8,
     IntN,
+    MSEObserver,
     Percentile,
     fake_quantized,
     measure_sensitivity,
@@ -47,9 +47,9 @@ BATCHES: dict[str, tuple[Any, type[Exception], str]] = {
     "not a number": (
         [X, with_one(torch.nan)],
         ValueError,
-        r"finite numbers, found others in batch 1, at `conv1`",
+        r"finite values, found others in batch 1, at `conv1`",
     ),
-    "infinity": ([with_one(torch.inf)], ValueError, "finite numbers, found others in batch 0"),
+    "infinity": ([with_one(torch.inf)], ValueError, "finite values, found others in batch 0"),
 }
 
 
@@ -68,10 +68,10 @@ def test_wrong_batches(name, options) -> None:
     assert not has_state(net)
 
 
-@pytest.mark.parametrize("recipe", [Int8(observer=MSE()), Int8(observer=Percentile()), LSQ(), PACT()], ids=str)
+@pytest.mark.parametrize("recipe", [Int8(observer=MSEObserver()), Int8(observer=Percentile()), LSQ(), PACT()], ids=str)
 def test_every_observer_sees_what_is_no_number(recipe) -> None:
     for value in (torch.nan, torch.inf):
-        with pytest.raises(ValueError, match="expected finite numbers"):
+        with pytest.raises(ValueError, match="expected finite values"):
             quantize(ZOO["plain"](), [with_one(value)], recipe)
 
 
@@ -83,15 +83,19 @@ def test_every_observer_sees_what_is_no_number(recipe) -> None:
         (lambda: quantize(ZOO["plain"](), [X], Int8(), rounding=True), TypeError, "`AdaRound.*found bool"),
         (lambda: quantize(abs, [X], Int8()), TypeError, "expected a module, found builtin"),
         (lambda: quantize(nn.ReLU(), [X], Int8()), ValueError, "no convolution or linear layer that can be; .*none"),
-        (lambda: quantize(ZOO["plain"](), [X], Int8(keep_float="*")), ValueError, "asked for by .*or keep less float"),
-        (lambda: Int8(observer=MSE), TypeError, "expected an observer, found ABCMeta"),
+        (
+            lambda: quantize(ZOO["plain"](), [X], Int8(exclude="*")),
+            ValueError,
+            "by the recipe.*or exclude fewer",
+        ),
+        (lambda: Int8(observer=MSEObserver), TypeError, "expected an observer, found ABCMeta"),
         (lambda: IntN(observer="mse"), TypeError, r"`IntN\(observer='mse'\)`: .*found str"),
         (lambda: IntN(weights=None), ValueError, r"`IntN\(weights=None\)`: expected an integer"),
         (lambda: LSQ(weights=None), ValueError, r"`LSQ\(weights=None\)`: expected an integer"),
         (lambda: PACT(activations=None), ValueError, r"`PACT\(activations=None\)`: expected an integer"),
         (lambda: measure_sensitivity(ZOO["plain"](), [X], bits=8), ValueError, r"bits=8.*expected widths, for inst"),
         (lambda: measure_sensitivity(ZOO["plain"](), [X], distance="l2"), ValueError, "distance of .'error', 'kl'"),
-        (lambda: measure_sensitivity(ZOO["plain"](), [with_one(torch.nan)]), ValueError, "answers, found .* batch 0"),
+        (lambda: measure_sensitivity(ZOO["plain"](), [with_one(torch.nan)]), ValueError, "outputs, found .* batch 0"),
         (lambda: measure_sensitivity(ZOO["plain"](), [X[:, 1:]]), ValueError, r"`measure_sensitivity\(.*stops it"),
     ],
 )
@@ -106,9 +110,12 @@ def test_unbatched_inputs_are_fine() -> None:
         assert net(X[0]).unique().numel() <= 256
 
 
-def test_not_while_numbers_are_rounded() -> None:
+def test_a_fake_quantized_network_is_refused() -> None:
     net = quantize(ZOO["plain"]().eval(), [X], Int8())
-    with fake_quantized(net), pytest.raises(UnsupportedError, match=r"expected plain numbers.*Leave `fake_quantized`"):
+    with (
+        fake_quantized(net),
+        pytest.raises(UnsupportedError, match=r"a float network.*Leave `fake_quantized`"),
+    ):
         quantize(net, [X], IntN(4, 8))
     with (
         pytest.raises(LightningLightError, match=r"`quantize` was called on, .*not a part of it"),
@@ -117,7 +124,7 @@ def test_not_while_numbers_are_rounded() -> None:
         pass
 
 
-def test_a_module_that_is_compiled_in_place_is_rounded_and_stays_compiled() -> None:
+def test_a_module_that_is_compiled_in_place_is_quantized_and_stays_compiled() -> None:
     net = ZOO["plain"]().eval()
     with torch.no_grad():
         right = net(X)

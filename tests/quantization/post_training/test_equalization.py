@@ -8,21 +8,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_light.example_input import ExampleInput
-from lightning_light.quantization.post_training.calls import Parameters, calls_of
 from lightning_light.quantization.post_training.equalization import equalize, equalizing_scales, find_pairs
-from lightning_light.quantization.record import record
+from lightning_light.quantization.post_training.layer_calls import WritableParameters
+from lightning_light.quantization.trace import trace_ops
 from tests.zoo import ZOO, Net, noise
 
 
 def pairs_of(net: Net) -> list[tuple[str, str | None, str, int]]:
     net.eval()
     args, kwargs = net.example
-    calls = calls_of(net, ExampleInput(args, kwargs))
-    found = find_pairs(record(net, args, kwargs), calls, Parameters(net, calls))
-    short = [
-        tuple(None if key is None else key.split("|")[0] for key in (p.first, p.batch_norm, p.second)) for p in found
+    trace = trace_ops(net, args, kwargs)
+    found = find_pairs(trace.nodes, WritableParameters(net, trace))
+    return [
+        (pair.first.id.module, pair.batch_norm and pair.batch_norm.id.module, pair.second.id.module, pair.columns)
+        for pair in found
     ]
-    return [(*names, pair.columns) for names, pair in zip(short, found, strict=True)]  # type: ignore[misc]
 
 
 def trained(net: Net) -> Net:

@@ -11,8 +11,10 @@ from torch.nn.utils import parametrizations
 
 from lightning_light.errors import NoEffectWarning
 from lightning_light.quantization import LSQ, AdaRound, Binary, IntN, fake_quantized, quantize
-from lightning_light.quantization.rounding import integers
-from lightning_light.quantization.rules import WeightRule
+from lightning_light.quantization.fake_quantize import quantize_weight
+from lightning_light.quantization.learned_qparams import weight_scale
+from lightning_light.quantization.op_calls import OpId
+from lightning_light.quantization.specs import WeightSpec
 from lightning_light.surgery.attachment import state_of
 from tests.quantization.post_training.test_equalization import MobileBlocks, trained
 from tests.zoo import ZOO, noise
@@ -93,11 +95,11 @@ def test_learned_weights_lie_on_the_grid_that_was_there() -> None:
         if before.dim() < 2:
             assert torch.equal(before, after)
             continue
-        (q, step), (_, step_before) = (integers(w, WeightRule(4, -7, 7)) for w in (after, before))
+        (q, step), (_, step_before) = (quantize_weight(w, WeightSpec(4, -7, 7)) for w in (after, before))
         columns = step.reshape(-1, *[1] * (before.dim() - 1))
         assert torch.equal(step, step_before)
         assert torch.where(q.abs() == 7, 0.0, after - q * columns).abs().max() == 0
-        changed += int((q != integers(before, WeightRule(4, -7, 7))[0]).sum())
+        changed += int((q != quantize_weight(before, WeightSpec(4, -7, 7))[0]).sum())
     assert changed > 20
 
 
@@ -170,7 +172,7 @@ def test_step_sizes_that_training_learns_begin_with_the_learned_rounding() -> No
     quantize(net, IMAGES, LSQ(weights=4, activations=8), rounding=AdaRound(steps=10))
     state = state_of(net).state["quantization_aware_training"]
     weight = net.get_submodule("conv2").weight
-    step = state["learned"]["conv2|1|conv2d|1"]
+    step = state["learned"][weight_scale(OpId("conv2", 1, "conv2d", 1))]
     torch.testing.assert_close(step, weight.detach().abs().amax((1, 2, 3)) / 7)
     q = weight.detach() / step.reshape(-1, 1, 1, 1)
     torch.testing.assert_close(q, q.round(), atol=1e-5, rtol=0)

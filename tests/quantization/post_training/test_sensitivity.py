@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from lightning_light.quantization import BitBudget, IntN, Sensitivity, measure_sensitivity, quantize
-from lightning_light.quantization.rounding import round_weight
+from lightning_light.quantization.checkpoint_state import read_state
+from lightning_light.quantization.fake_quantize import fake_quantize_weight
 from lightning_light.surgery.attachment import state_of
 from tests.quantization.post_training.test_equalization import MobileBlocks, trained
 from tests.zoo import ZOO, noise
@@ -15,7 +16,7 @@ from tests.zoo import ZOO, noise
 IMAGES = [noise(2, 3, 8, 8), noise(2, 3, 8, 8) * 0.5]
 
 
-def test_one_layer_at_a_time_is_rounded() -> None:
+def test_one_layer_at_a_time_is_quantized() -> None:
     net = trained(MobileBlocks()).train()
     before = copy.deepcopy(net.state_dict())
     scan = measure_sensitivity(net, iter(IMAGES), bits=(3, 8))
@@ -29,7 +30,7 @@ def test_one_layer_at_a_time_is_rounded() -> None:
     for layer in ("depthwise", "fc2"):
         changed = copy.deepcopy(net)
         weight = changed.get_submodule(layer).weight
-        weight.data = round_weight(weight.data, IntN(weights=3).rule().weight)
+        weight.data = fake_quantize_weight(weight.data, IntN(weights=3).spec().weight)
         found = []
         for x in IMAGES:
             with torch.no_grad():
@@ -74,6 +75,6 @@ def test_from_the_scan_to_a_quantized_network(name) -> None:
     budget = BitBudget(size=sum(scan.weights.values()) * 4 // 8)
     assert len(set(budget.solve(scan).values())) > 1
     quantize(net, batches, budget.recipe(scan, IntN(activations=8)))
-    weights = state_of(net).state["quantization_aware_training"]["plan"]["weights"]
-    assert {key.split("|")[0]: rule["bits"] for key, rule in weights.items()} == budget.solve(scan)
+    plan = read_state(state_of(net).state["quantization_aware_training"]).plan
+    assert {op.module: site.weight.bits for op, site in plan.layers.items()} == budget.solve(scan)
     assert isinstance(scan, Sensitivity)

@@ -21,7 +21,7 @@ def test_training_goes_on_from_its_ranges(recipe) -> None:
     qat = QuantizationAwareTraining(recipe, start=0.0, freeze_observers=0.0)
     diary = Diary(qat)
     trainer(qat, diary).fit(net)
-    assert set(diary.forms) == {"rounded"}, "from the first batch on: nothing is observed first"
+    assert set(diary.enabled) == {True}, "from the first batch on: nothing is observed first"
     assert all(torch.equal(ranges, seen) for seen in diary.ranges)
     assert not torch.equal(weight, net.features.conv1.weight), "it learns"
     state = qat.state(net)
@@ -35,17 +35,17 @@ def test_training_goes_on_from_its_ranges(recipe) -> None:
 def test_otherwise_it_observes_anew(recipe, options) -> None:
     net = module()
     quantize(net, [IMAGES], IntN())
-    qat = QuantizationAwareTraining(recipe, observe_batches=2, **options)
+    qat = QuantizationAwareTraining(recipe, calibration_batches=2, **options)
     diary: Any = Diary(qat)
     trainer(qat, diary).fit(net)
-    assert [form for form in diary.forms if form][:3] == ["plain", "plain", "rounded"]
+    assert [one for one in diary.enabled if one is not None][:3] == [False, False, True]
 
 
 def test_a_second_fit_begins_anew() -> None:
     net = module()
     quantize(net, [IMAGES], IntN())
-    for forms in (["rounded"] * 3, [None, "plain", "plain"]):
-        qat = QuantizationAwareTraining(IntN(), observe_batches=2)
+    for enabled in ([True] * 3, [None, False, False]):
+        qat = QuantizationAwareTraining(IntN(), calibration_batches=2)
         diary: Any = Diary(qat)
         trainer(qat, diary).fit(net)
-        assert diary.forms[:3] == forms
+        assert diary.enabled[:3] == enabled

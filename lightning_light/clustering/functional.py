@@ -1,0 +1,66 @@
+"""Cluster the weights of a network, without a Trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from lightning_light.clustering.codebooks import clusterable_weights, first_clusters, harden
+from lightning_light.clustering.files import ClusteredTensor, clustered_sizes
+from lightning_light.clustering.kmeans import Initialization
+from lightning_light.clustering.options import ClusterCount, Granularity, WeightClusteringOptions
+from lightning_light.order import Stage
+from lightning_light.surgery.attachment import check_owners
+from lightning_light.targets import TargetsLike
+from lightning_light.validation import validated
+
+__all__ = ["cluster"]
+
+
+@validated
+def cluster(
+    model: nn.Module,
+    example_inputs: Any = None,
+    clusters: ClusterCount = WeightClusteringOptions.clusters,
+    *,
+    granularity: Granularity = WeightClusteringOptions.granularity,
+    initialization: Initialization = WeightClusteringOptions.initialization,
+    preserve_sparsity: bool = WeightClusteringOptions.preserve_sparsity,
+    targets: TargetsLike = WeightClusteringOptions.targets,
+) -> list[ClusteredTensor]:
+    """Cluster the weights of every layer by k-means, in place; `save_clustered` then writes a small file.
+
+    To train on with clustered weights use `WeightClustering`.
+
+    Args:
+        model: any module.
+        example_inputs: not needed; there for the common signature of the functions.
+        clusters: different values per layer, or per output channel, from 2 to 256.
+        granularity: ``"layer"``, one codebook per layer; ``"channel"``, one per output channel.
+        initialization: of k-means: ``"linear"`` or ``"density"``.
+        preserve_sparsity: weights that are zero stay zero, with a centroid of their own.
+        targets: layers to cluster: patterns or `Targets`.
+
+    Returns:
+        The size of every clustered weight in a file.
+
+    Raises:
+        TypeError: an argument of a wrong type.
+        ValueError: an argument out of range.
+        TargetError: the targets match nothing.
+        UnsupportedError: a later method owns one of the layers.
+
+    Example:
+        >>> layer = nn.Linear(64, 64)
+        >>> (row,) = cluster(layer, clusters=4)
+        >>> len(layer.weight.unique()), row.bits < 3
+        (4, True)
+    """
+    options = WeightClusteringOptions(clusters, granularity, initialization, preserve_sparsity, targets)
+    weights = dict(clusterable_weights(model, options))
+    check_owners(model, weights, method="cluster", stage=Stage.CLUSTERING)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for weight in weights.values():
+        harden(weight, first_clusters(weight, options))
+    return clustered_sizes({names[id(weight)]: weight for weight in weights.values()})

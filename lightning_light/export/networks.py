@@ -1,0 +1,122 @@
+"""Call an exported file as the network that it was exported from is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_light.errors import UnsupportedError
+from lightning_light.example_input import ExampleInput
+from lightning_light.export.inputs import Positional, batch_size, cloned, sliced
+from lightning_light.export.program import flat_tensors
+
+__all__ = ["ExportedNetwork", "ReferenceNetwork", "run_in_parts", "with_structure"]
+
+
+class ReferenceNetwork:
+    """The copy of the model that the file is compared with, called as the model is."""
+
+    def __init__(self, positional: Positional) -> None:
+        self.positional = positional
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the copy; the inputs may be on any device and are not changed."""
+        call = cloned(ExampleInput(args, kwargs))
+        return self.positional.model(*call.args, **call.kwargs)
+
+
+class ExportedNetwork:
+    """The exported file, called as the model is: any batch size, keyword arguments, outputs in their structure.
+
+    Args:
+        positional: the model's inputs by position, as the file takes them.
+        run: the file in its runtime, as `Exporter.load` returns it.
+        structure: an output of the model.
+        largest_batch: the largest batch that the file takes; larger ones are run in parts. None: any.
+        path: of the file, for messages.
+    """
+
+    def __init__(
+        self,
+        positional: Positional,
+        run: Callable[..., Any],
+        structure: Any,
+        largest_batch: int | None,
+        path: str,
+    ) -> None:
+        self._positional, self._run, self._structure = positional, run, structure
+        self._largest_batch, self._path = largest_batch, path
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the file.
+
+        Raises:
+            UnsupportedError: the call has other arguments than the example that was exported.
+        """
+        call = cloned(ExampleInput(args, kwargs))
+        if not self._positional.fits(call):
+            raise UnsupportedError(
+                f"The file {self._path!r}: expected a call with the inputs that were exported "
+                f"({', '.join(self._positional.names)}), found {len(args)} positional and the keyword arguments "
+                f"{list(kwargs)}. Export an example with these inputs."
+            )
+        outputs = run_in_parts(self._run, self._positional.tensors(call), self._largest_batch, self._path)
+        return with_structure(outputs, self._structure)
+
+
+def run_in_parts(run: Callable[..., Any], tensors: tuple[Any, ...], limit: int | None, path: str) -> list[Tensor]:
+    """Run a file on a batch of any size, in parts of at most ``limit`` samples.
+
+    Args:
+        run: the file in its runtime.
+        tensors: its positional inputs.
+        limit: samples per call; None for all at once.
+        path: of the file, for the message.
+
+    Returns:
+        The output tensors, dicts in the order of their keys.
+
+    Raises:
+        UnsupportedError: an output has no batch dimension by which parts can be joined.
+    """
+    call = ExampleInput(tensors, {})
+    size = batch_size(call)
+    if limit is None or size is None or size <= limit:
+        return flat_tensors(run(*tensors))
+    parts = [flat_tensors(run(*sliced(call, start, start + limit).args)) for start in range(0, size, limit)]
+    joined = [torch.cat(part) if part[0].dim() else torch.stack(part) for part in zip(*parts, strict=True)]
+    if any(len(tensor) != size for tensor in joined):
+        raise UnsupportedError(
+            f"The file {path!r}, run on {size} samples in parts: expected outputs whose first dimension is the batch, "
+            f"found {[list(tensor.shape) for tensor in parts[0]]} for a part. Give it at most {limit} samples."
+        )
+    return joined
+
+
+def with_structure(tensors: list[Tensor], structure: Any) -> Any:
+    """Put the tensors of a flat list, dicts in the order of their keys, into the structure of a model's output.
+
+    Example:
+        >>> found = with_structure([torch.tensor(1), torch.tensor(2)], {"b": torch.zeros(()), "a": torch.zeros(())})
+        >>> found
+        {'b': tensor(2), 'a': tensor(1)}
+    """
+    remaining = iter(tensors)
+    return _filled(structure, remaining)
+
+
+def _filled(structure: Any, remaining: Any) -> Any:
+    if isinstance(structure, Tensor):
+        return next(remaining)
+    if isinstance(structure, Mapping):
+        values = {key: _filled(structure[key], remaining) for key in sorted(structure, key=str)}
+        filled = {key: values[key] for key in structure}
+        return filled if type(structure) is dict else type(structure)(**filled)
+    if isinstance(structure, tuple) and hasattr(structure, "_fields"):
+        return type(structure)(*[_filled(item, remaining) for item in structure])
+    if isinstance(structure, list | tuple):
+        return type(structure)([_filled(item, remaining) for item in structure])
+    return structure

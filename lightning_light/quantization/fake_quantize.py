@@ -1,0 +1,277 @@
+"""The arithmetic of fake quantization: ranges -> quantization parameters -> quantized values with gradients."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_light.quantization.specs import ActivationSpec, QParams, WeightSpec
+
+__all__ = [
+    "SMALLEST_SCALE",
+    "fake_quantize",
+    "fake_quantize_dynamic",
+    "fake_quantize_learned",
+    "fake_quantize_weight",
+    "merge_ranges",
+    "qparams_of",
+    "quantize_weight",
+]
+
+SMALLEST_SCALE = 1e-8
+"""A dead channel, or a tensor of zeros, has a scale too."""
+
+
+def qparams_of(specs: Sequence[ActivationSpec], ranges: Tensor) -> list[QParams | None]:
+    """``scale = (top - low) / quant_max``, ``zero_point = round(-low / scale)``; the range always holds 0.
+
+    Scales are float32 numbers, as runtimes hold them.
+
+    Args:
+        specs: of the activations.
+        ranges: ``(len(specs), 2)``, the smallest and largest value of each; infinite where nothing was observed, which
+            has no quantization parameters.
+
+    Example:
+        >>> specs = [ActivationSpec(), ActivationSpec(non_negative=True, upper_bound=6.0)]
+        >>> qparams_of(specs, torch.tensor([[-1.0, 4.0], [-3.0, 9.0]]))
+        [QParams(scale=0.0196..., zero_point=51, quant_max=255), QParams(scale=0.0235..., zero_point=0, quant_max=255)]
+    """
+    found: list[QParams | None] = []
+    for spec, (low, top) in zip(specs, ranges.double().tolist(), strict=True):
+        if spec.is_dynamic or not (math.isfinite(low) and math.isfinite(top)):
+            found.append(None)
+            continue
+        low = 0.0 if spec.non_negative else min(low, 0.0)
+        top = max(top if spec.upper_bound is None else min(top, spec.upper_bound), 0.0)
+        width = top - low if top > low else 1.0  # zeros fit any scale; with a wide one values may grow later
+        scale = _float32(max(width / spec.quant_max, SMALLEST_SCALE))
+        found.append(QParams(scale, min(max(round(-low / scale), 0), spec.quant_max), spec.quant_max))
+    return found
+
+
+def _float32(x: float) -> float:
+    """The nearest float32 number."""
+    found: float = struct.unpack("f", struct.pack("f", x))[0]
+    return found
+
+
+def merge_ranges(ranges: Tensor, batch: Tensor, momentum: Tensor) -> Tensor:
+    """The moving average of ranges, where the batch has finite ones; the first of them is taken as it is.
+
+    Args:
+        ranges: ``(n, 2)``, infinite where nothing was observed.
+        batch: ``(n, 2)``, infinite where this batch was not observed.
+        momentum: ``(n,)``, weight of the batch; nan for the widest range of all batches.
+    """
+    columns = momentum[:, None]
+    wide = torch.stack([torch.minimum(ranges[:, 0], batch[:, 0]), torch.maximum(ranges[:, 1], batch[:, 1])], 1)
+    averaged = torch.where(columns.isnan(), wide, torch.lerp(ranges, batch, columns.nan_to_num()))
+    return torch.where(batch.isfinite(), torch.where(ranges.isfinite(), averaged, batch), ranges)
+
+
+# Activations.
+
+
+def fake_quantize(x: Tensor, qparams: QParams) -> Tensor:
+    """``(clamp(round(x / scale) + zero_point, 0, quant_max) - zero_point) * scale``; gradient 1 inside, else 0.
+
+    To the last bit what `torch.fake_quantize_per_tensor_affine` computes, which is ten times slower on the CPU.
+    """
+    scale, zero_point, top = qparams
+    if x.device.type != "cpu":
+        return torch.fake_quantize_per_tensor_affine(x.float(), scale, zero_point, 0, top).to(x.dtype)
+    scale = _float32(scale)
+    inverse, ends = _float32(1.0 / scale), (-zero_point, top - zero_point)  # torch takes the reciprocal in float32
+    if x.requires_grad and torch.is_grad_enabled():
+        found: Tensor = _FakeQuantize.apply(x.float(), scale, inverse, *ends)  # type: ignore[no-untyped-call]
+        return found.to(x.dtype)
+    return _quantized(x.float(), scale, inverse, *ends).to(x.dtype)
+
+
+def _quantized(x: Tensor, scale: float, inverse: float, low: int, top: int) -> Tensor:
+    return x.mul(inverse).round_().clamp_(low, top).mul_(scale)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    @staticmethod
+    @override
+    def forward(ctx: Any, x: Tensor, scale: float, inverse: float, low: int, top: int) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.ends = (low - 0.5) * scale, (top + 0.5) * scale
+        return _quantized(x, scale, inverse, low, top)
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        return torch.ops.aten.hardtanh_backward(gradient, x, *ctx.ends), None, None, None, None
+
+
+def fake_quantize_dynamic(x: Tensor, spec: ActivationSpec) -> Tensor:
+    """Quantized to the range of ``x`` itself; the gradient is 1. Written with operators that ONNX has."""
+    single = x.float()
+    values = single.detach()
+    low, top = values.min().clamp_max(0.0), values.max().clamp_min(0.0)
+    scale = ((top - low) / spec.quant_max).clamp_min(SMALLEST_SCALE)
+    zero_point = (-low / scale).round()
+    rounded = torch.minimum(torch.maximum((values / scale).round(), -zero_point), spec.quant_max - zero_point) * scale
+    return _straight_through(single, rounded).to(x.dtype)
+
+
+def fake_quantize_learned(x: Tensor, spec: ActivationSpec, first: Tensor, offset: Tensor | None = None) -> Tensor:
+    """Fake-quantize an activation with learned quantization parameters, with gradients to them.
+
+    - a scale: ``s * clamp(round(x / s), low, top)``, ``low`` 0 or, for values of both signs, ``-2**(bits - 1)``;
+    - with an offset: ``s * clamp(round(x / s), -z, top - z)``, ``z = round(-offset / s)``, so that 0 is exact;
+    - a clip: ``s * round(clamp(x, 0, a) / s)``, ``s = a / quant_max``.
+
+    ``N``, by whose root LSQ divides gradients, counts the values of one sample: a loss is the mean over samples.
+
+    Args:
+        x: the activation.
+        spec: how it is quantized.
+        first: the scale, or the clip; a scalar.
+        offset: if it is learned too.
+    """
+    single = x.float()
+    if spec.learned == "clip":
+        top = first.clamp_min(SMALLEST_SCALE)
+        clipped = torch.where(single < top, single, top).clamp_min(0.0)
+        scale = top.detach() / spec.quant_max
+        return _straight_through(clipped, clipped.detach().mul(1.0 / scale).round_().mul_(scale)).to(x.dtype)
+    low = 0 if spec.non_negative or offset is not None else -(spec.quant_max + 1) // 2
+    return _with_learned_scale(single, first, offset, low, spec.quant_max + low, max(x[:1].numel(), 1)).to(x.dtype)
+
+
+# Weights.
+
+
+def quantize_weight(w: Tensor, spec: WeightSpec, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Integers ``q`` and scale ``s`` for which ``s * q`` is the fake-quantized weight.
+
+    - uniform: ``q = clamp(round(w / s), quant_min, quant_max)``, ``s = max|w| / quant_max``, or the learned ``scale``;
+    - ternary: ``q = sign(w)`` where ``|w| > 0.7 * mean|w|``, else 0; ``s`` is the mean ``|w|`` of the former;
+    - binary: ``q = sign(w)``, ``s = mean|w|``.
+
+    Zeros do not count in the means and stay zero, so that masks survive.
+
+    Args:
+        w: the weight; no gradient is followed.
+        spec: how it is quantized.
+        scale: the learned scale, if it is learned and known.
+
+    Returns:
+        ``q`` like ``w``, in floating point, and ``s``: ``(channels,)`` or ``()``.
+    """
+    w = w.detach().float()
+    rows = w.flatten(1) if spec.per_channel else w.flatten()
+    magnitude = rows.abs()
+    if spec.form != "uniform":
+        kept = magnitude > (0.7 * _mean(magnitude, magnitude > 0) if spec.form == "ternary" else 0.0)
+        return (rows.sign() * kept).view_as(w), _mean(magnitude, kept)[..., 0].clamp_min(SMALLEST_SCALE)
+    found = magnitude.amax(-1) / spec.quant_max if scale is None else scale.detach().float().abs()
+    found = found.clamp_min(SMALLEST_SCALE)
+    return (rows * (1.0 / found)[..., None]).round_().clamp_(spec.quant_min, spec.quant_max).view_as(w), found
+
+
+def fake_quantize_weight(w: Tensor, spec: WeightSpec, scale: Tensor | None = None) -> Tensor:
+    """The fake-quantized weight; the gradient is 1 everywhere, for binary weights only where ``|w| <= 1``.
+
+    One scale per channel commutes with the batch norm that is folded in: ``quantize(g * w) = g * quantize(w)`` for a
+    gain ``g`` per channel. So training may quantize the weight alone, and every batch norm computes as it is written.
+
+    Args:
+        w: the weight.
+        spec: how it is quantized.
+        scale: the learned scale, which gets its gradient.
+    """
+    if scale is not None and spec.learned:
+        columns = _columns(scale.float(), w)
+        count = w.numel() // max(scale.numel(), 1)
+        return _with_learned_scale(w.float(), columns, None, spec.quant_min, spec.quant_max, count).to(w.dtype)
+    q, found = quantize_weight(w, spec)
+    if spec.form == "binary":
+        w = w.clamp(-1.0, 1.0)
+    return _straight_through(w, q.mul_(_columns(found, w)).to(w.dtype))
+
+
+def _mean(magnitude: Tensor, kept: Tensor) -> Tensor:
+    return (magnitude * kept).sum(-1, keepdim=True) / kept.sum(-1, keepdim=True).clamp_min(1)
+
+
+def _columns(scale: Tensor, w: Tensor) -> Tensor:
+    return scale.reshape(-1, *[1] * (w.dim() - 1)) if scale.dim() else scale
+
+
+# Gradients.
+
+
+def _straight_through(x: Tensor, rounded: Tensor) -> Tensor:
+    """``rounded``, with a gradient of 1 to ``x``."""
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return rounded
+    found: Tensor = _StraightThrough.apply(x, rounded)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    @override
+    def forward(ctx: Any, x: Tensor, rounded: Tensor) -> Tensor:
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return gradient, None
+
+
+def _with_learned_scale(x: Tensor, scale: Tensor, offset: Tensor | None, low: int, top: int, count: int) -> Tensor:
+    """LSQ: ``count`` values share a scale, whose gradient is divided by ``sqrt(count * top)``."""
+    scale = scale.abs().clamp_min(SMALLEST_SCALE)
+    if not (torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad)):
+        return _with_scale(x, scale, offset, low, top)[0]
+    factor = float((count * max(top, 1)) ** -0.5)
+    found: Tensor = _LearnedScale.apply(x, scale, offset, low, top, factor)  # type: ignore[no-untyped-call]
+    return found
+
+
+def _with_scale(x: Tensor, scale: Tensor, offset: Tensor | None, low: int, top: int) -> tuple[Tensor, Tensor | None]:
+    steps = x.mul(1.0 / scale).round_()
+    if offset is None:
+        return steps.clamp_(low, top).mul_(scale), None
+    zero_point = (-offset / scale).round().clamp_(0.0, top - low)  # 0 stays exact
+    return steps.clamp_(low - zero_point, top - zero_point).mul_(scale), zero_point
+
+
+class _LearnedScale(torch.autograd.Function):
+    """Gradients of Esser et al. to the scale, and of Bhalgat et al. to the offset, for any shape of them."""
+
+    @staticmethod
+    @override
+    def forward(ctx: Any, x: Tensor, scale: Tensor, offset: Tensor | None, low: int, top: int, factor: float) -> Tensor:
+        rounded, zero_point = _with_scale(x, scale, offset, low, top)
+        ctx.save_for_backward(x, scale, rounded, zero_point)
+        ctx.ends, ctx.factor = (low, top), factor
+        return rounded
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, scale, rounded, zero_point = ctx.saved_tensors
+        low, top = ctx.ends
+        steps = x / scale if zero_point is None else x / scale + zero_point
+        inside = (steps > low) & (steps < top)
+        through = gradient * inside
+        # Inside round(v) - v, outside the end of the range; v = (x - offset) / scale.
+        ends = rounded / scale if zero_point is None else rounded / scale + zero_point
+        of_scale = gradient * torch.where(inside, (rounded - x) / scale, ends)
+        of_offset = None if zero_point is None else (gradient - through).sum_to_size(scale.shape) * ctx.factor
+        return through, of_scale.sum_to_size(scale.shape) * ctx.factor, of_offset, None, None, None

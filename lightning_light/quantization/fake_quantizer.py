@@ -1,0 +1,207 @@
+"""Fake quantization in place: hooks on the user's modules, and nothing else of theirs is touched."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_light.int8 import LoweredModel, QDQConstraints, Quantizer
+from lightning_light.quantization.fake_quantize import (
+    fake_quantize,
+    fake_quantize_dynamic,
+    fake_quantize_learned,
+    fake_quantize_weight,
+    qparams_of,
+)
+from lightning_light.quantization.learned_qparams import LearnedQParam, learned_qparams_of, weight_scale
+from lightning_light.quantization.lowering.base import Lowering, lowered
+from lightning_light.quantization.lowering.qdq import QDQLowering
+from lightning_light.quantization.lowering.quantized_ops import QuantizedOpsLowering, quantized_engine
+from lightning_light.quantization.op_calls import ModuleCallStack, OpCall, OpId, OpMode
+from lightning_light.quantization.plan import QuantizationPlan
+from lightning_light.quantization.range_observer import RangeObserver
+from lightning_light.quantization.specs import QParams, WeightSpec
+from lightning_light.surgery.attachment import has_state, state_of
+
+__all__ = ["FakeQuantizer"]
+
+
+class FakeQuantizer(ModuleCallStack, Quantizer):
+    """Fake-quantizes one network by a plan, as long as it is attached.
+
+    Args:
+        plan: of the network.
+        engine: whose kernels will run it.
+        learned: values of what is learned, by the names of `LearnedQParam`.
+
+    Attributes:
+        enabled: whether tensors are quantized; else the network computes in float.
+        observer: watches the ranges, where it is not None.
+        freeze_batch_norm: whether folded batch norms use, and keep, the statistics that they have.
+        lowering: computes instead, while the network is exported.
+        min_bits: no tensor has fewer bits, for now.
+        ranges: that were observed.
+        activations: the plan's, with no fewer than ``min_bits``.
+        qparams: of each activation; None where nothing was observed, and for dynamic quantization.
+    """
+
+    def __init__(self, plan: QuantizationPlan, engine: str, learned: Mapping[str, Tensor] | None = None) -> None:
+        super().__init__()
+        self.plan, self.engine = plan, engine
+        self.learned: Mapping[str, Tensor] = learned or {}
+        self.enabled = self.freeze_batch_norm = False
+        self.observer: RangeObserver | None = None
+        self.lowering: Lowering | None = None
+        self.min_bits = 0
+        self.ranges = torch.empty(0, 2)
+        self.activations = list(plan.activations)
+        self.qparams: list[QParams | None] = []
+        self.weights = {op: site.weight for op, site in plan.layers.items()}
+        self._values: dict[str, Tensor] = {}  # what is learned, without gradients
+        self._folded = frozenset(site.fused.batch_norm for site in plan.layers.values())
+        self._active: list[object] = []  # of the compression state, where exporters look
+        self._modes: list[Any] = []
+        self._compiled: list[tuple[nn.Module, str, Any]] = []
+
+    @override
+    def attach(self, model: nn.Module) -> None:
+        """Hook ``model``; modules that are compiled in place run as written until `detach`."""
+        super().attach(model)
+        if has_state(model):
+            self._active = state_of(model).active
+            self._active.append(self)
+        for module in model.modules():
+            if (compiled := getattr(module, "_compiled_call_impl", None)) is not None:
+                self._compiled.append((module, "_compiled_call_impl", compiled))
+                module._compiled_call_impl = None
+            for name, written in _compiled_by_lightning(module):
+                self._compiled.append((module, name, vars(module)[name]))
+                setattr(module, name, written)
+
+    @override
+    def detach(self) -> None:
+        super().detach()
+        self._active[:] = [one for one in self._active if one is not self]
+        while self._compiled:
+            module, name, compiled = self._compiled.pop()
+            setattr(module, name, compiled)
+
+    def update(self, ranges: Tensor, min_bits: int = 0) -> None:
+        """Compute all quantization parameters from ``ranges`` and what is learned, with no fewer than ``min_bits``."""
+        if min_bits != self.min_bits:
+            self.weights = {op: site.weight.with_min_bits(min_bits) for op, site in self.plan.layers.items()}
+            self.activations = [spec.with_min_bits(min_bits) for spec in self.plan.activations]
+            if self.observer is not None:
+                self.observer.specs = self.activations
+        self._values = {name: value.detach() for name, value in self.learned.items()}
+        self.ranges, self.min_bits, self.qparams = ranges, min_bits, qparams_of(self.activations, ranges)
+        for activation, spec in enumerate(self.activations):
+            if spec.learned and self.learned:
+                learned = learned_qparams_of(self.learned, activation, spec)
+                self.qparams[activation] = learned or self.qparams[activation]
+
+    def quant_max_of_scales(self) -> dict[str, int]:
+        """``quant_max`` of all whose scale is learned, now."""
+        weights = {weight_scale(op): spec.quant_max for op, spec in self.weights.items() if spec.learned}
+        return weights | {
+            str(one): spec.quant_max
+            for activation, spec in enumerate(self.activations)
+            for one in LearnedQParam.of(activation, spec)
+            if one.quantity == "scale"
+        }
+
+    def weight(self, op: OpId) -> tuple[WeightSpec, Tensor | None]:
+        """How the weight of a layer call is quantized, and its scale if that is learned."""
+        spec = self.weights[op]
+        values = self.learned if torch.is_grad_enabled() else self._values  # a tracer takes no parameters of ours
+        return spec, values.get(weight_scale(op)) if spec.learned else None
+
+    @override
+    def begin(self) -> None:
+        self._modes = [OpMode(self, self._handle)]
+        if "torch._dynamo" in sys.modules:  # compiled code would not see the mode
+            self._modes.append(torch.compiler.set_stance("force_eager"))
+        for context in self._modes:
+            context.__enter__()
+        if self.enabled and self.lowering is None and torch.compiler.is_exporting():
+            warnings.warn(
+                "`torch.export` of a fake-quantized network: found no lowering, so that quantization is exported as "
+                "float operators. Export the module that was quantized, not a part of it, by `export_model`.",
+                stacklevel=2,
+            )
+
+    @override
+    def end(self) -> None:
+        while self._modes:
+            self._modes.pop().__exit__(None, None, None)
+
+    @override
+    def output(self, output: Any) -> Any:
+        return None if self.lowering is None else self.lowering.output(output)
+
+    # What an exporter asks.
+
+    @override
+    def quantized_ops(self, call: Callable[[], Any], engine: str) -> AbstractContextManager[LoweredModel]:
+        return quantized_engine(self, lowered(self, call, QuantizedOpsLowering(self, engine)), engine)
+
+    @override
+    def qdq(self, call: Callable[[], Any], constraints: QDQConstraints) -> AbstractContextManager[LoweredModel]:
+        return lowered(self, call, QDQLowering(self, constraints))
+
+    # Operator calls.
+
+    def _handle(self, call: OpCall) -> Any:
+        return self.compute(call) if self.lowering is None else self.lowering.handle(call)
+
+    def compute(self, call: OpCall) -> Any:
+        """Run one operator call, with fake-quantized weight, inputs and output where the plan has them."""
+        self.prepare(call)
+        result = call.run()
+        activation = self.plan.outputs.get(call.id)
+        return result if activation is None else self.quantize(activation, result)
+
+    def prepare(self, call: OpCall) -> None:
+        """Fake-quantize the weight of a call, and inputs of the network."""
+        for position, activation in self.plan.inputs.get(call.id, {}).items():
+            call.replace(position, self.quantize(activation, call.values[position]))
+        if self.freeze_batch_norm and call.id in self._folded:
+            call.set("training", 5, False)
+        if call.id in self.plan.layers:
+            weight, (spec, scale) = call.get("weight", 1), self.weight(call.id)
+            if self.enabled:
+                call.set("weight", 1, fake_quantize_weight(weight, spec, scale))
+            elif self.observer is not None and spec.learned:
+                self.observer.observe_weight(call.id, weight, spec)
+
+    def quantize(self, activation: int, x: Any) -> Any:
+        """Fake-quantize an activation; what is no floating point tensor, or was never observed, stays as it is."""
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return x
+        spec = self.activations[activation]
+        if self.observer is not None and not (spec.learned and self.enabled):
+            self.observer.observe(activation, x)
+        if not self.enabled:
+            return x
+        if spec.is_dynamic:
+            return fake_quantize_dynamic(x, spec)
+        values = self.learned if torch.is_grad_enabled() else self._values
+        names = [str(one) for one in LearnedQParam.of(activation, spec)]
+        if names and names[0] in values:
+            return fake_quantize_learned(x, spec, *(values[name] for name in names))
+        qparams = self.qparams[activation]
+        return x if qparams is None else fake_quantize(x, qparams)
+
+
+def _compiled_by_lightning(module: nn.Module) -> list[tuple[str, Any]]:
+    """Of ``torch.compile(module)`` that a Trainer was given: the name of each method, and what it was before."""
+    context = vars(module).get("_compiler_ctx") or {}
+    methods = ((key.removeprefix("original_"), value) for key, value in context.items() if key.startswith("original_"))
+    return [(name, value) for name, value in methods if name in vars(module)]

@@ -1,0 +1,171 @@
+"""Learned quantization parameters: their first values, and their place in the user's optimizers.
+
+They are no part of the LightningModule: its state dict, its averaged copies and DDP's buckets do not know them. The
+values are in the method's state, so that checkpoints have them; the optimizer that trains a layer trains its
+quantization parameters too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_light.errors import UnsupportedError
+from lightning_light.quantization.fake_quantize import SMALLEST_SCALE
+from lightning_light.quantization.op_calls import OpId
+from lightning_light.quantization.plan import QuantizationPlan
+from lightning_light.quantization.specs import ActivationSpec, QParams
+from lightning_light.surgery.distributed import reduce_mean
+from lightning_light.surgery.optimizer import adopt, disown, unwrap
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+__all__ = ["LearnedQParam", "LearnedQParams", "initial_values", "learned_qparams_of", "weight_scale"]
+
+Quantity = Literal["scale", "offset", "clip"]
+_QUANTITIES: dict[str, tuple[Quantity, ...]] = {
+    "scale": ("scale",),
+    "scale and offset": ("scale", "offset"),
+    "clip": ("clip",),
+}
+
+
+class LearnedQParam(NamedTuple):
+    """What is learned: the scale of a weight, or a quantity of an activation.
+
+    Attributes:
+        owner: the layer call, or the place of the activation in the plan.
+        quantity: of it.
+    """
+
+    owner: OpId | int
+    quantity: Quantity
+
+    @classmethod
+    def of(cls, activation: int, spec: ActivationSpec) -> list[LearnedQParam]:
+        """Of one activation.
+
+        Example:
+            >>> [str(one) for one in LearnedQParam.of(3, ActivationSpec(learned="scale and offset"))]
+            ['activation 3: scale', 'activation 3: offset']
+        """
+        return [cls(activation, quantity) for quantity in _QUANTITIES.get(spec.learned, ())]
+
+    def __str__(self) -> str:
+        """Its name in checkpoints."""
+        if isinstance(self.owner, int):
+            return f"activation {self.owner}: {self.quantity}"
+        module, call, function, occurrence = self.owner
+        return f"weight of {module or 'the model'}, call {call}, {function} {occurrence}: {self.quantity}"
+
+
+def weight_scale(op: OpId) -> str:
+    """Name of the learned scale of a layer's weight."""
+    return str(LearnedQParam(op, "scale"))
+
+
+def initial_values(specs: Sequence[ActivationSpec], observed: Sequence[QParams | None]) -> dict[str, Tensor]:
+    """First values of all that is learned of activations and was observed.
+
+    Args:
+        specs: of the activations.
+        observed: their quantization parameters.
+    """
+    found: dict[str, Tensor] = {}
+    for activation, (spec, qparams) in enumerate(zip(specs, observed, strict=True)):
+        if qparams is not None:
+            scale, zero_point, top = qparams
+            values = {"scale": scale, "offset": -scale * zero_point, "clip": scale * top}
+            for one in LearnedQParam.of(activation, spec):
+                found[str(one)] = torch.tensor(values[one.quantity])
+    return found
+
+
+def learned_qparams_of(learned: Mapping[str, Tensor], activation: int, spec: ActivationSpec) -> QParams | None:
+    """Quantization parameters as learned so far; None where nothing is learned."""
+    values = {
+        one.quantity: learned[str(one)].detach() for one in LearnedQParam.of(activation, spec) if str(one) in learned
+    }
+    if not values:
+        return None
+    top = spec.quant_max
+    if "clip" in values:
+        return QParams(float(values["clip"].clamp_min(SMALLEST_SCALE) / top), 0, top)
+    scale = values["scale"].abs().clamp_min(SMALLEST_SCALE)
+    if "offset" in values:
+        return QParams(float(scale), int((-values["offset"] / scale).round().clamp(0, top)), top)
+    return QParams(float(scale), 0 if spec.non_negative else (top + 1) // 2, top)
+
+
+class LearnedQParams:
+    """Parameters for all that is learned, each with the optimizer of its layer.
+
+    Args:
+        state: of the method; its ``learned`` has the values, and shares their memory from now on.
+        plan: of the network.
+        model: the live module.
+        optimizers: of the run.
+
+    Raises:
+        UnsupportedError: no optimizer takes parameters during a run.
+    """
+
+    def __init__(
+        self, state: dict[str, Any], plan: QuantizationPlan, model: nn.Module, optimizers: Iterable[Any]
+    ) -> None:
+        self._optimizers = [unwrap(optimizer) for optimizer in optimizers]
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        self.parameters = {name: nn.Parameter(value.to(device).clone()) for name, value in state["learned"].items()}
+        places: dict[str, list[int]] = state["optimizer_groups"]
+        modules = _modules(plan)
+        for name, parameter in self.parameters.items():
+            state["learned"][name] = parameter.detach()
+            if name not in places:
+                places[name] = self._place(model, modules[name])
+            optimizer, group = places[name]
+            adopt(self._optimizers[optimizer].param_groups[group], parameter, f"quantization.{name}")
+
+    def _place(self, model: nn.Module, path: str) -> list[int]:
+        """The optimizer that changes the module at ``path``, and in it the group with the least weight decay."""
+        wanted = [{id(p) for p in module.parameters()} for module in (model.get_submodule(path), model)]
+        for mine in wanted:
+            for place, optimizer in enumerate(self._optimizers):
+                groups = optimizer.param_groups
+                trains = any(id(p) in mine for group in groups for p in group["params"])
+                if trains and not isinstance(optimizer, torch.optim.LBFGS):
+                    decays = [float(group.get("weight_decay", 0.0)) for group in groups]
+                    return [place, decays.index(min(decays))]
+        raise UnsupportedError(
+            "`QuantizationAwareTraining` with learned scales: expected an optimizer of the module that takes "
+            f"parameters during a run, found {[type(one).__name__ for one in self._optimizers] or 'none'}. Train with "
+            "`SGD` or `AdamW`, or use a recipe with observers: `IntN(...)`."
+        )
+
+    def reduce(self, trainer: Trainer) -> None:
+        """DDP does not know the parameters: take the mean of their gradients over all ranks."""
+        parameters = list(self.parameters.values())
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        if gradients:
+            mean = reduce_mean(trainer, torch.cat([gradient.flatten() for gradient in gradients]))
+            parts = torch.split(mean, [parameter.numel() for parameter in parameters])
+            for parameter, part in zip(parameters, parts, strict=True):
+                parameter.grad = part.view_as(parameter).clone()
+
+    def discard(self) -> None:
+        """Take the parameters back from the optimizers, if they have them."""
+        for optimizer in self._optimizers:
+            for parameter in self.parameters.values():
+                disown(optimizer, parameter)
+
+
+def _modules(plan: QuantizationPlan) -> dict[str, str]:
+    """Name of what is learned -> path of the module that it belongs to."""
+    found = {weight_scale(op): op.module for op in plan.layers}
+    for op, activation in plan.sites():
+        for one in LearnedQParam.of(activation, plan.activations[activation]):
+            found.setdefault(str(one), op.module)
+    return found

@@ -1,0 +1,162 @@
+"""Lower a fake-quantized network: compute its forward pass with the operators of a runtime, to be traced."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from lightning_light.int8 import LoweredModel
+from lightning_light.quantization.lowering.weights import QuantizedWeight, fold
+from lightning_light.quantization.op_calls import OpCall, OpId
+from lightning_light.quantization.operators import METADATA, arguments, operator_of
+from lightning_light.quantization.specs import QParams
+from lightning_light.quantization.tracer_warnings import deprecation_silenced
+
+if TYPE_CHECKING:
+    from lightning_light.quantization.fake_quantizer import FakeQuantizer
+
+__all__ = ["Lowering", "lowered", "scalar"]
+
+
+class Lowering(ABC):
+    """Computes a forward pass with a runtime's operators, in three rounds: collect, check, run.
+
+    The first notes the weights and statistics of every layer. The second finds out what has no kernel and stays float.
+    The third does the same again, and can be traced.
+
+    Attributes:
+        quantizer: the fake quantizer whose plan it follows.
+        weights: layer call -> its weight in integers.
+        refused: operator call -> why it stays float.
+        checking: whether this is the first or the second round.
+    """
+
+    def __init__(self, quantizer: FakeQuantizer) -> None:
+        self.quantizer, self.plan, self.qparams = quantizer, quantizer.plan, quantizer.qparams
+        self.weights: dict[OpId, QuantizedWeight] = {}
+        self.refused = {op: site.no_kernel for op, site in self.plan.layers.items() if site.no_kernel}
+        self.checking = True
+        self._collecting = True
+        self._output_scales: Any = None
+        self._collected: dict[OpId, dict[str, Any]] = {}
+        fused = [*((op, site.fused) for op, site in self.plan.layers.items()), *self.plan.joins.items()]
+        self._heads = {part: op for op, ops in fused for part in (ops.batch_norm, ops.activation) if part}
+
+    def handle(self, call: OpCall) -> Any:
+        """Compute one operator call."""
+        if self._collecting:
+            if call.id in self.plan.layers or operator_of(call.id.function).role == "batch_norm":
+                self._collected[call.id] = arguments(call)
+            return self.quantizer.compute(call)
+        return call.run() if call.id.function in METADATA else self.run(call)
+
+    def build(self) -> None:
+        """Fold every layer, and go on to the second round."""
+        for op in self.plan.layers:
+            if op not in self.refused and (reason := self._missing(op) or self._fold(op)):
+                self.refused[op] = reason
+        for op in list(self.weights):
+            if reason := self.prepare(op, self._collected[op]):
+                self.refused[op] = reason
+        self._collected, self._collecting = {}, False
+
+    def _missing(self, op: OpId) -> str | None:
+        """What a kernel would need: XNNPACK accepts a layer whose input is float, and computes wrong values."""
+        site = self.plan.layers[op]
+        if op not in self._collected:
+            return "the forward pass did not call it"
+        if site.input is None or self.qparams[site.input] is None:
+            return "its input was never observed"
+        return "its output was never observed" if self.qparams_of_output(op) is None else None
+
+    def _fold(self, op: OpId) -> str | None:
+        site, writes = self.plan.layers[op], self.qparams_of_output(op)
+        assert site.input is not None
+        reads = self.qparams[site.input]
+        assert reads is not None  # `_missing` has checked both
+        assert writes is not None
+        norm = None if site.fused.batch_norm is None else self._collected[site.fused.batch_norm]
+        weight = fold(self._collected[op], norm, *self.quantizer.weight(op), reads.scale, writes.scale)
+        if weight.is_too_coarse(reads.scale, writes.scale):
+            return "one step of its sums is more than the whole range of its output"
+        self.weights[op] = weight
+        return None
+
+    @abstractmethod
+    def prepare(self, op: OpId, named: dict[str, Any]) -> str | None:
+        """Prepare a layer's kernel, given its arguments by name; or the reason why there is none."""
+
+    @abstractmethod
+    def run(self, call: OpCall) -> Any:
+        """Compute one operator call, in the second and the third round."""
+
+    @abstractmethod
+    def scale_of(self, leaf: Tensor) -> Tensor:
+        """The scale of an output of the network, as a scalar; 0 if it is not quantized."""
+
+    def output(self, output: Any) -> Any:
+        """The outputs of the network, in float; None leaves them as they are."""
+        if self._collecting:
+            return None
+        if self.checking:
+            self._output_scales = tree_map(lambda x: self.scale_of(x) if isinstance(x, Tensor) else x, output)
+        return self.dequantized(output)
+
+    def dequantized(self, output: Any) -> Any:
+        """The outputs in float."""
+        return output
+
+    def description(self) -> LoweredModel:
+        """What an exporter has to know."""
+        layers = [op for op in self.weights if op not in self.refused]
+        refused = {op.module: reason for op, reason in self.refused.items() if op in self.plan.layers}
+        return LoweredModel(
+            output_scales=self._output_scales,
+            layers=len(layers),
+            left_float={**self.plan.left_float, **refused},
+            modules=frozenset(op.module for op in layers),
+        )
+
+    def is_fused(self, op: OpId) -> bool:
+        """Whether the kernel of an earlier call has computed this one."""
+        head = self._heads.get(op)
+        return head is not None and head not in self.refused
+
+    def qparams_of_output(self, op: OpId) -> QParams | None:
+        """Of a layer or join, after what is fused into it."""
+        fused = self.plan.layers[op].fused if op in self.plan.layers else self.plan.joins[op]
+        return self.qparams[self.plan.outputs[fused.last]]
+
+
+@contextmanager
+def lowered(quantizer: FakeQuantizer, call: Callable[[], Any], lowering: Lowering) -> Iterator[LoweredModel]:
+    """Inside, a forward pass of the quantizer's network is computed by ``lowering``.
+
+    Args:
+        quantizer: attached to the network.
+        call: one forward pass in evaluation mode.
+        lowering: for a runtime.
+    """
+    try:
+        quantizer.lowering = lowering
+        with torch.no_grad(), deprecation_silenced():
+            call()
+            lowering.build()
+            call()
+        lowering.checking = False
+        with deprecation_silenced():
+            yield lowering.description()
+    finally:
+        quantizer.reset()
+        quantizer.lowering = None
+
+
+def scalar(scale: float) -> Tensor:
+    """As `LoweredModel.output_scales` holds it."""
+    return torch.tensor(scale, dtype=torch.float64)

@@ -1,0 +1,174 @@
+"""Lower to a QDQ graph: each quantization is a quantize and a dequantize operation, and weights are int8 constants."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+from typing_extensions import override
+
+from lightning_light.errors import UnsupportedError
+from lightning_light.int8 import QDQConstraints
+from lightning_light.quantization.fake_quantize import quantize_weight
+from lightning_light.quantization.lowering.base import Lowering, scalar
+from lightning_light.quantization.lowering.weights import QuantizedWeight
+from lightning_light.quantization.op_calls import OpCall, OpId
+from lightning_light.quantization.operators import is_view, operator_of
+from lightning_light.quantization.specs import QParams
+
+if TYPE_CHECKING:
+    from lightning_light.quantization.fake_quantizer import FakeQuantizer
+
+__all__ = ["QDQLowering", "register_operations"]
+
+_OPERATIONS = "torch.ao.quantization.fx._decomposed"
+_SIGNED = -128
+_QUANT_MAX = 255
+_WEIGHT_MAX = 127
+
+
+class QDQLowering(Lowering):
+    """Computes one forward pass with the operations ``quantized_decomposed``, which the runtimes recognize.
+
+    A layer reads its weight from int8 constants, with the batch norm folded; an activation is quantized once, and
+    dequantized for each reader of its own, so that a runtime can fuse every operator with what belongs to it.
+    """
+
+    def __init__(self, quantizer: FakeQuantizer, constraints: QDQConstraints) -> None:
+        super().__init__(quantizer)
+        register_operations()
+        self.constraints = constraints
+        self._constants: dict[OpId, tuple[Any, ...]] = {}  # made once: a runtime looks for constants
+        self._float_weights: dict[OpId, Tensor] = {}  # fake-quantized weights of layers that stay float
+        self._quantized: dict[int, tuple[Tensor, Tensor, QParams]] = {}  # by identity: the tensor, integers, qparams
+
+    @override
+    def prepare(self, op: OpId, named: dict[str, Any]) -> str | None:
+        if (dtype := named["weight"].dtype) is not torch.float32:
+            return f"its weight is {dtype}, and the runtimes compute in torch.float32: `module.float()`"
+        weight, rest = self.weights[op], (-_WEIGHT_MAX, _WEIGHT_MAX, torch.int8)
+        if weight.per_channel:
+            zeros = torch.zeros_like(weight.scale, dtype=torch.int64)
+            self._constants[op] = (weight.integers, weight.scale.float(), zeros, 0, *rest)
+        else:
+            self._constants[op] = (weight.integers, float(weight.scale), 0, *rest)
+        return None
+
+    @override
+    def run(self, call: OpCall) -> Any:
+        known = self._quantized.get(id(call.input)) if is_view(call) else None
+        if _writes(call):
+            self._quantized.pop(id(call.input), None)  # from here on it is the result
+        else:
+            call.args, call.kwargs = self._read(call.args), self._read(call.kwargs)
+        site, activation = self.plan.layers.get(call.id), self.plan.outputs.get(call.id)
+        if site is not None and call.id in self.refused:
+            self._set_float_weight(call)
+        for position, index in self.plan.inputs.get(call.id, {}).items():
+            self._quantize_input(call, position, index, in_float=site is not None and site.no_kernel is not None)
+        if self.is_fused(call.id) and operator_of(call.id.function).role == "batch_norm":
+            result = call.input
+        else:
+            self._set_operands(call)
+            result = call.run()
+        qparams = known[2] if activation is None and known else None if activation is None else self.qparams[activation]
+        return result if qparams is None else tree_map(lambda leaf: self._qdq(leaf, qparams), result)
+
+    @override
+    def scale_of(self, leaf: Tensor) -> Tensor:
+        known = self._quantized.get(id(leaf))
+        return scalar(0.0 if known is None else known[2].scale)
+
+    @override
+    def dequantized(self, output: Any) -> Any:
+        self._quantized = {}
+        return output
+
+    def _set_operands(self, call: OpCall) -> None:
+        """The weight of an int8 layer, from constants; operands with the quantization parameters of the result."""
+        if call.id in self.weights and call.id not in self.refused:
+            weight, ops = self.weights[call.id], torch.ops.quantized_decomposed
+            dequantize = ops.dequantize_per_channel if weight.per_channel else ops.dequantize_per_tensor
+            call.set("weight", 1, dequantize.default(*self._constants[call.id]))
+            call.set("bias", 2, weight.bias)
+        elif call.id in self.plan.joins and self.constraints.runtime in operator_of(call.id.function).same_qparams:
+            qparams = self.qparams_of_output(call.id)
+            if qparams is not None:
+                call.replace(0, [self._qdq(value, qparams) for value in call.values[0]])
+
+    def _set_float_weight(self, call: OpCall) -> None:
+        """The fake-quantized weight, as a float constant."""
+        if call.id not in self._float_weights:
+            weight = call.get("weight", 1)
+            integers, scale = quantize_weight(weight, *self.quantizer.weight(call.id))
+            found = QuantizedWeight(integers.to(torch.int8), scale.double(), None).dequantized().to(weight.dtype)
+            self._float_weights[call.id] = found
+        call.set("weight", 1, self._float_weights[call.id])
+
+    def _quantize_input(self, call: OpCall, position: int, activation: int, *, in_float: bool) -> None:
+        """By plain operators where the layer is float; no runtime fuses those."""
+        qparams, value = self.qparams[activation], call.values[position]
+        if in_float:
+            call.replace(position, self.quantizer.quantize(activation, value))
+        elif qparams is not None:
+            call.replace(position, self._qdq(value, qparams))
+
+    def _qdq(self, x: Any, qparams: QParams) -> Any:
+        """Quantize and dequantize ``x``; what is no floating point tensor stays itself."""
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return x
+        ops, rest = torch.ops.quantized_decomposed, self._arguments(qparams)
+        integers = ops.quantize_per_tensor.default(_cast(torch.float32, x), *rest)
+        result = _cast(x.dtype, ops.dequantize_per_tensor.default(integers, *rest))
+        self._quantized[id(result)] = result, integers, qparams
+        return result
+
+    def _read(self, value: Any) -> Any:
+        """Every quantized tensor in ``value``, dequantized for this reader alone."""
+        if isinstance(value, Tensor) and id(value) in self._quantized:
+            _, integers, qparams = self._quantized[id(value)]
+            dequantize = torch.ops.quantized_decomposed.dequantize_per_tensor.default
+            return _cast(value.dtype, dequantize(integers, *self._arguments(qparams)))
+        if isinstance(value, Mapping):
+            return {key: self._read(item) for key, item in value.items()}
+        return type(value)(map(self._read, value)) if type(value) in (list, tuple) else value
+
+    def _arguments(self, qparams: QParams) -> tuple[float, int, int, int, torch.dtype]:
+        scale, zero_point, _ = qparams
+        if self.constraints.signed:
+            return scale, zero_point + _SIGNED, _SIGNED, _QUANT_MAX + _SIGNED, torch.int8
+        return scale, zero_point, 0, _QUANT_MAX, torch.uint8
+
+
+def _cast(dtype: torch.dtype, x: Tensor) -> Tensor:
+    return x if x.dtype is dtype else x.to(dtype)  # which is traced as an operation even where it changes nothing
+
+
+def _writes(call: OpCall) -> bool:
+    """Whether an operator writes into its input, which must stay the tensor that the network holds."""
+    name = call.id.function
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or name == "__setitem__" or bool(call.kwargs.get("inplace")) or "out" in call.kwargs
+
+
+def register_operations() -> None:
+    """Register the operations ``quantized_decomposed``.
+
+    Raises:
+        UnsupportedError: this torch has dropped them.
+    """
+    operation = getattr(torch.ops.quantized_decomposed, "quantize_per_tensor", None)
+    if hasattr(operation, "default"):  # ExecuTorch registers variants of its own, also before torch does the rest
+        return
+    try:
+        importlib.import_module(_OPERATIONS)
+    except ImportError as error:
+        raise UnsupportedError(
+            f"int8 with torch {torch.__version__}: expected the operations `quantized_decomposed` ({_OPERATIONS}), "
+            f"found that this release has dropped them ({error}). Install `torch<2.16`, or write a float file: export "
+            "outside of `fake_quantized`."
+        ) from error

@@ -1,0 +1,166 @@
+"""Allocate bits to layers within a size or cost budget, with the smallest change of the outputs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lightning_light.budgets import Size
+from lightning_light.errors import BudgetError
+from lightning_light.quantization.mixed_precision import MixedPrecision
+from lightning_light.quantization.post_training.sensitivity import Sensitivity
+from lightning_light.quantization.recipes import IntN
+
+__all__ = ["BitBudget"]
+
+_STATES = 20_000  # of the front; more are thinned out, the best of each interval of costs stays
+
+
+@dataclass(frozen=True)
+class BitBudget:
+    """Allocate bits to each layer, within a budget for the whole network.
+
+    Of all ways to give each layer one of the widths that keep the budget, it takes the one with the smallest sum of
+    measured distances, by dynamic programming over the Pareto front of cost and distance. Layers are assumed to change
+    the outputs independently of each other, as HAWQ and ZeroQ do.
+
+    Dong et al., 2020, "HAWQ-V2: Hessian Aware trace-Weighted Quantization of Neural Networks".
+    https://arxiv.org/abs/1911.03852
+    Cai et al., 2020, "ZeroQ: A Novel Zero Shot Quantization Framework". https://arxiv.org/abs/2001.00281
+
+    Example:
+        >>> from lightning_light.quantization import Sensitivity
+        >>> scan = Sensitivity({"stem": {4: 0.5, 8: 0.01}, "head": {4: 0.2, 8: 0.02}}, {"stem": 90, "head": 90}, {})
+        >>> BitBudget(size=140).solve(scan)
+        {'stem': 8, 'head': 4}
+
+    Args:
+        size: bytes of the weights of all layers with one, packed: ``"40 kB"``, or an int. Biases and normalizations
+            are not counted: they are not quantized.
+        bops: instead of it, the remaining fraction of the bit operations (MACs times bits of the weight times bits of
+            the activation), of those with the widest width in all layers; in (0, 1].
+        widths: that a layer may have; all that were measured by default.
+
+    Raises:
+        ValueError: neither or both of ``size`` and ``bops``, or one out of range; widths that no recipe has.
+    """
+
+    size: int | str | None = None
+    bops: float | None = None
+    widths: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.size is None) == (self.bops is None):
+            raise ValueError(
+                f"`{self!r}`: expected one of `size` and `bops`. Write for instance `BitBudget(size='40 kB')`."
+            )
+        if self.size is not None:
+            Size(self.size)
+        if self.bops is not None and not 0.0 < self.bops <= 1.0:
+            raise ValueError(f"`BitBudget(bops={self.bops})`: expected 0 < bops <= 1, the fraction that remains.")
+        for width in self.widths or ():
+            IntN(weights=width)
+
+    def solve(self, scan: Sensitivity) -> dict[str, int]:
+        """Layer -> bits.
+
+        Args:
+            scan: of the network, with all ``widths``.
+
+        Raises:
+            ValueError: a width was not measured.
+            BudgetError: even the smallest width in all layers is too much.
+        """
+        widths = sorted(scan.widths if self.widths is None else self.widths)
+        if unknown := set(widths) - set(scan.widths):
+            raise ValueError(
+                f"`{self!r}`: expected widths that were measured, {scan.widths}, found {sorted(unknown)} besides. "
+                f"Measure them: `measure_sensitivity(..., bits={tuple(widths)})`."
+            )
+        units = scan.weights if self.bops is None else scan.macs
+        costs = {layer: [units[layer] * width for width in widths] for layer in scan.distances}
+        losses = {layer: [found[width] for width in widths] for layer, found in scan.distances.items()}
+        limit = self._limit(costs)
+        if sum(row[0] for row in costs.values()) > limit:
+            raise BudgetError(self._too_small(costs, widths))
+        return {layer: widths[choice] for layer, choice in zip(costs, _best(costs, losses, limit), strict=True)}
+
+    def recipe(self, scan: Sensitivity, base: IntN = IntN()) -> MixedPrecision:
+        """``base`` with the bits that `solve` gives each layer's weight.
+
+        Args:
+            scan: of the network.
+            base: says all else: bits of activations, observer, engine.
+
+        Raises:
+            ValueError: as `solve`.
+            BudgetError: as `solve`.
+        """
+        plain = replace(base, exclude=None)
+        solved = self.solve(scan)
+        inner_first = sorted(solved, key=lambda layer: -layer.count("."))  # a pattern names what is inside, too
+        layers = {f"re:{re.escape(layer)}": replace(plain, weights=solved[layer]) for layer in inner_first}
+        return MixedPrecision(layers, default=plain, exclude=base.exclude)
+
+    def _limit(self, costs: Mapping[str, Sequence[int]]) -> float:
+        """In bits, or in MACs times bits."""
+        if self.size is not None:
+            return 8.0 * Size(self.size).bytes
+        assert self.bops is not None
+        return self.bops * sum(row[-1] for row in costs.values())
+
+    def _too_small(self, costs: Mapping[str, Sequence[int]], widths: Sequence[int]) -> str:
+        least = sum(row[0] for row in costs.values())
+        if self.size is not None:
+            return f"`{self!r}`: with {widths[0]} bits in every layer the weights still take {-(-least // 8)} bytes."
+        remaining = least / sum(row[-1] for row in costs.values())
+        return f"`{self!r}`: with {widths[0]} bits in every layer {remaining:.3f} of the bit operations remain."
+
+
+def _best(costs: Mapping[str, Sequence[int]], losses: Mapping[str, Sequence[float]], limit: float) -> list[int]:
+    """The choices with the smallest sum of losses, among those whose costs sum up to at most ``limit``."""
+    cost, loss, steps = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64), []
+    most = float(sum(max(row) for row in costs.values()))
+    for layer, row in costs.items():
+        candidates = cost[:, None] + torch.tensor(row).double(), loss[:, None] + torch.tensor(losses[layer]).double()
+        kept = _front(candidates[0].flatten(), candidates[1].flatten(), most)
+        cost, loss = candidates[0].flatten()[kept], candidates[1].flatten()[kept]
+        steps.append((kept // len(row), kept % len(row)))
+    state = int((cost <= limit).sum()) - 1  # costs rise along the front, losses fall
+    choices: list[int] = []
+    best = float(loss[state]) if state >= 0 else float("inf")
+    for before, choice in reversed(steps):
+        choices.insert(0, int(choice[state]))
+        state = int(before[state])
+    return min([(best, choices), *_uniform(costs, losses, limit)])[1]
+
+
+def _front(cost: Tensor, loss: Tensor, most: float) -> Tensor:
+    """Positions of what nothing is better than in both, by rising cost; at most one in each of many intervals."""
+    order = loss.argsort(stable=True)
+    order = order[cost[order].argsort(stable=True)]
+    lowest = loss[order].cummin(0).values
+    better = torch.ones_like(order, dtype=torch.bool)
+    better[1:] = lowest[1:] < lowest[:-1]
+    front = order[better]
+    if len(front) <= _STATES:
+        return front
+    interval = (cost[front] / most * _STATES).floor()
+    last = torch.ones_like(interval, dtype=torch.bool)
+    last[:-1] = interval[1:] != interval[:-1]
+    return front[last]
+
+
+def _uniform(
+    costs: Mapping[str, Sequence[int]], losses: Mapping[str, Sequence[float]], limit: float
+) -> list[tuple[float, list[int]]]:
+    """The same choice everywhere, where that fits: thinning must not lose it."""
+    return [
+        (sum(row[choice] for row in losses.values()), [choice] * len(costs))
+        for choice in range(len(next(iter(costs.values()))))
+        if sum(row[choice] for row in costs.values()) <= limit
+    ]

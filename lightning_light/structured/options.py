@@ -1,0 +1,83 @@
+"""Options of channel pruning, with their defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from lightning_light.budgets import Budget, require_reducible
+from lightning_light.criteria.evidence import Criterion
+from lightning_light.criteria.magnitude import Magnitude
+from lightning_light.structured.ranking import Global, Ranking
+from lightning_light.targets import Targets
+from lightning_light.validation import Fraction, OpenFraction, PositiveInt, validated
+
+__all__ = ["ChannelPruningOptions", "Widths", "check_goal"]
+
+
+@validated
+@dataclass(frozen=True)
+class Widths:
+    """Bound the number of channels that pruned layers keep.
+
+    Args:
+        round_to: widths stay multiples of it (8 suits most hardware); 1 for any width.
+        min_channels: fewest channels of a layer.
+        min_remaining: smallest fraction of its original channels that a layer keeps, in [0, 1].
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range.
+    """
+
+    round_to: PositiveInt = 1
+    min_channels: PositiveInt = 2
+    min_remaining: Fraction = 0.1
+
+
+@validated
+@dataclass(frozen=True)
+class ChannelPruningOptions:
+    """What `prune_channels` and `StructuredPruning` have in common.
+
+    Args:
+        criterion: scores weights; the channels with the lowest scores are removed first.
+        ranking: `Global`, `Local` or `Isomorphic`: which channels are compared with each other.
+        targets: layers whose output channels may be removed: patterns or `Targets`.
+        remaining: layer pattern -> fraction of the layer's channels that stays, in (0, 1]; such layers are not ranked.
+            Later patterns override earlier ones.
+        widths: bounds on the number of channels that layers keep.
+        heads: what is removed from an attention layer: ``"dim"``, the same positions of every head, or ``"head"``,
+            whole heads.
+        calibration_batches: batches that a data-dependent criterion and the correction of batch-norm statistics use.
+        correct_batch_norm: move the batch-norm statistics by what the last cut did to them.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range.
+    """
+
+    criterion: Criterion = Magnitude()
+    ranking: Ranking = Global()
+    targets: Targets | str | list[str] | None = None
+    remaining: dict[str, OpenFraction] | None = None
+    widths: Widths = Widths()
+    heads: Literal["dim", "head"] = "dim"
+    calibration_batches: PositiveInt = 16
+    correct_batch_norm: bool = True
+
+
+def check_goal(call: str, budget: Budget | None, remaining: Mapping[str, float] | None) -> None:
+    """Refuse a call that says nothing to reach, or a budget that removed channels cannot reach.
+
+    Raises:
+        ValueError: neither a budget nor ``remaining`` is given, or the budget counts what does not shrink.
+    """
+    if budget is None and not remaining:
+        raise ValueError(
+            f"`{call}()`: expected a budget or `remaining`, found neither. To keep 40 % of the multiply-accumulates "
+            "pass `MACs(0.4)`."
+        )
+    if budget is not None:
+        require_reducible(call, budget, "channels")

@@ -1,0 +1,45 @@
+"""Networks that are planned, calibrated and fake-quantized without a Trainer."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_light.example_input import ExampleInput
+from lightning_light.quantization.checkpoint_state import attach_fake_quantizer, begin
+from lightning_light.quantization.fake_quantizer import FakeQuantizer
+from lightning_light.quantization.learned_qparams import initial_values, weight_scale
+from lightning_light.quantization.plan import QuantizationPlan, plan_quantization
+from lightning_light.quantization.range_observer import RangeObserver
+from lightning_light.quantization.recipes import Int8, Recipe
+from lightning_light.quantization.trace import trace_ops
+from lightning_light.surgery.attachment import attach, release
+
+
+def plan_of(model: nn.Module, *args: Any, recipe: Recipe = Int8(), **kwargs: Any) -> QuantizationPlan:
+    nodes = trace_ops(model, args, kwargs).nodes
+    return plan_quantization(nodes, recipe.specs(model, [node.id.module for node in nodes]))
+
+
+def calibrated(model: nn.Module, example: ExampleInput, recipe: Recipe = Int8()) -> FakeQuantizer:
+    """Attached, having observed the example, and enabled."""
+    attach(model)
+    release(model)
+    state: dict[str, Any] = {}
+    begin(state, model, example, recipe)
+    quantizer = attach_fake_quantizer(model, state)
+    assert quantizer is not None
+    observer = quantizer.observer = RangeObserver(quantizer.activations)
+    with torch.no_grad():
+        model(*example.args, **example.kwargs)
+    quantizer.observer, quantizer.enabled = None, True
+    ranges = observer.take(torch.device("cpu"))
+    quantizer.update(ranges)
+    scales = {weight_scale(op): scale for op, scale in observer.weight_scales.items()}
+    quantizer.learned = {**scales, **initial_values(quantizer.activations, quantizer.qparams)}
+    quantizer.update(ranges)
+    return quantizer
+
+
+def decibels(right: Tensor, found: Tensor) -> float:
+    return float(10 * torch.log10(right.square().sum() / (right - found).square().sum()))
