@@ -49,7 +49,7 @@ CASES = [
             Reparameterization(ACB()),
             StructuredPruning(MACs(0.7), schedule=OneShot(at=0.2)),
             WeightPruning(Sparsity(0.5), schedule=Window(Linear(), start=0.4, end=0.5)),
-            QuantizationAwareTraining(Int8(observer=MovingAverage(0.9)), start=0.6, observe_batches=2),
+            QuantizationAwareTraining(Int8(observer=MovingAverage(0.9)), start=0.6, calibration_batches=2),
         ],
         full=False,
     ),
