@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from lightning_light.errors import UnsupportedError
 from lightning_light.merging import BranchedLayer, branch_of
 from lightning_light.order import Stage
-from lightning_light.reparameterization.branches import BranchedConv2d, Spec, expand, merged_layer, randomize
+from lightning_light.reparameterization.branches import Branch, BranchedConv2d, Spec, expand, merged_layer, randomize
 from lightning_light.reparameterization.forms import Form
 from lightning_light.surgery.operations import register_operation
 from lightning_light.surgery.optimizer import unwrap
@@ -120,7 +120,8 @@ def expand_layers(
         branched = expand(conv, specs)
         randomize(branched, name)
         new[name] = branched
-        followers[conv.weight] = [conv.weight, *branched.branches.parameters()]
+        weight = cast(nn.Parameter, conv.weight)
+        followers[weight] = [weight, *branched.branches.parameters()]
     replace_modules(
         model,
         new,
@@ -257,7 +258,8 @@ def _parameters(optimizers: Iterable[Any]) -> Iterable[nn.Parameter]:
 
 
 def _check_intact(name: str, branched: BranchedConv2d) -> None:
-    layers = (branched.main, *(layer for branch in branched.branches for layer in branch.layers))
+    branches = cast(Iterable[Branch], branched.branches)
+    layers = (branched.main, *(layer for branch in branches for layer in branch.layers))
     plain = (nn.Conv2d, nn.BatchNorm2d, nn.AvgPool2d)
     for layer in layers:
         if type(layer) not in plain or parametrize.is_parametrized(layer):

@@ -99,8 +99,9 @@ class BranchedConv2d(BranchedLayer):
     @override
     def fuse(self) -> nn.Conv2d:
         kernel, bias = self.kernel_and_bias()
-        fused = plain_layer(self.main, nn.Parameter(torch.empty_like(self.main.weight), self.main.weight.requires_grad))
-        fused.bias = nn.Parameter(self.main.weight.new_empty(len(bias)), self.main.weight.requires_grad)
+        weight = self.main.weight
+        fused = plain_layer(self.main, nn.Parameter(torch.empty_like(weight), weight.requires_grad))
+        fused.bias = nn.Parameter(weight.new_empty(len(bias)), weight.requires_grad)
         with torch.no_grad():
             fused.weight.copy_(kernel)
             fused.bias.copy_(bias)
@@ -117,8 +118,8 @@ def expand(conv: nn.Conv2d, specs: Iterable[Sequence[Any]]) -> BranchedConv2d:
     return BranchedConv2d(plain_layer(conv, conv.weight), [build_branch(conv, *spec) for spec in specs])
 
 
-def plain_layer(conv: nn.Conv2d, weight: nn.Parameter) -> nn.Conv2d:
-    """Return a convolution like ``conv``, without its hooks, that has ``weight`` and the same bias object."""
+def plain_layer(conv: nn.Conv2d, weight: Tensor) -> nn.Conv2d:
+    """Return a convolution like ``conv``, without its hooks, with the parameter ``weight`` and the same bias object."""
     layer = nn.Conv2d(
         conv.in_channels,
         conv.out_channels,
@@ -131,7 +132,7 @@ def plain_layer(conv: nn.Conv2d, weight: nn.Parameter) -> nn.Conv2d:
         padding_mode=conv.padding_mode,
         device="meta",
     )
-    layer.weight, layer.bias = weight, conv.bias
+    layer._parameters.update(weight=cast(nn.Parameter, weight), bias=cast("nn.Parameter | None", conv.bias))
     return layer
 
 
