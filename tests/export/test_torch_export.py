@@ -152,12 +152,12 @@ def test_forward_may_write_into_its_input(exporter: Exporter, tmp_path: Path) ->
 
 
 def test_outputs_that_are_no_tensors_are_refused(tmp_path: Path) -> None:
-    class Answers(nn.Module):
+    class Outputs(nn.Module):
         def forward(self, x: Tensor) -> Any:
             return x, None
 
     with pytest.raises(TraceError, match=r"found NoneType\. Return a tuple or a dict of tensors"):
-        export_model(Answers(), (noise(2, 3),), tmp_path / "m.onnx", exporter=ONNX(), **QUICK)
+        export_model(Outputs(), (noise(2, 3),), tmp_path / "m.onnx", exporter=ONNX(), **QUICK)
 
 
 def test_an_operation_that_executorch_lacks_is_refused_by_name(tmp_path: Path) -> None:
