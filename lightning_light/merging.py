@@ -12,11 +12,25 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lightning_light.errors import UnsupportedError
+from lightning_light.errors import ParityError, UnsupportedError
+from lightning_light.example_input import ExampleInput
+from lightning_light.isolation import isolated
+from lightning_light.nested import tensors_in
 
-__all__ = ["BranchedLayer", "branch_of", "is_training_branch", "merge_blocks", "merging_method"]
+__all__ = [
+    "TOLERANCE",
+    "BranchedLayer",
+    "branch_of",
+    "check_merged",
+    "is_training_branch",
+    "merge_blocks",
+    "merging_method",
+]
+
+TOLERANCE = 1e-4
+"""Largest difference of the outputs of a network and of the merged one, over the largest output."""
 
 _METHODS = ("fuse", "reparameterize", "switch_to_deploy", "fuse_convs")
 _MERGED_FORWARD = "forward_fuse"
@@ -103,6 +117,44 @@ def merge_blocks(model: nn.Module) -> dict[str, str]:
             )
         _merge_children(model, "", merged, {model: model})
     return merged
+
+
+def check_merged(
+    call: str, model: nn.Module, changed: nn.Module, example: ExampleInput, tolerance: float, *, mend: str = ""
+) -> float:
+    """Compare the outputs of a model and of its merged, or expanded, copy in evaluation mode.
+
+    Args:
+        call: what the user wrote, for the error message.
+        model: as it was.
+        changed: what it has become.
+        example: one call of both.
+        tolerance: largest difference over the largest output.
+        mend: how to avoid the change, for the error message: a sentence.
+
+    Returns:
+        The largest difference over the largest output.
+
+    Raises:
+        ParityError: the difference is above ``tolerance``, or not a number.
+    """
+    before, after = (_outputs(one, example) for one in (model, changed))
+    scale = max((float(tensor.abs().max()) for tensor in before if tensor.numel()), default=0.0)
+    found = max((float((a - b).abs().max()) for a, b in zip(before, after, strict=True) if a.numel()), default=0.0)
+    error = found / scale if scale else found
+    if not error <= tolerance:
+        raise ParityError(
+            f"`{call}`: expected the same outputs in evaluation mode, within {tolerance:g} of the largest, found a "
+            f"difference of {error:.2g}. Does a method `fuse`, `reparameterize` or `switch_to_deploy` change what its "
+            f"block computes? Rename it if it is not about merging branches. {mend}".rstrip()
+        )
+    return error
+
+
+def _outputs(model: nn.Module, example: ExampleInput) -> list[Tensor]:
+    moved = example.to(model)
+    with isolated(model):
+        return [tensor.double() for tensor in tensors_in(model(*moved.args, **moved.kwargs))]
 
 
 def _merge_children(parent: nn.Module, path: str, merged: dict[str, str], done: dict[nn.Module, nn.Module]) -> None:

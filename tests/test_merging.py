@@ -179,7 +179,7 @@ def test_a_method_that_changes_the_function_is_refused_and_the_model_unchanged()
     torch.manual_seed(0)
     model, x = nn.Sequential(Blend(), nn.ReLU()), torch.randn(2, 3, 4, 4)
     before = model(x)
-    with pytest.raises(ParityError, match=r"merge_branches\(Sequential, tolerance=0.0001\).*A method `fuse`"):
+    with pytest.raises(ParityError, match=r"merge_branches\(Sequential, ...\).*a method `fuse`"):
         merge_branches(model, x)
     assert torch.equal(model(x), before)
 

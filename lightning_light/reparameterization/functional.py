@@ -8,14 +8,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from lightning_light.errors import NoEffectWarning, ParityError
+from lightning_light.errors import NoEffectWarning
 from lightning_light.example_input import ExampleInput
-from lightning_light.isolation import isolated
-from lightning_light.merging import merge_blocks
-from lightning_light.nested import tensors_in
+from lightning_light.merging import TOLERANCE, check_merged, merge_blocks
 from lightning_light.reparameterization.apply import (
     Expansion,
     branched_layers,
@@ -30,8 +28,6 @@ from lightning_light.targets import Targets, as_targets
 from lightning_light.validation import NonNegativeFloat, validated
 
 __all__ = ["Merging", "expand_branches", "merge_branches"]
-
-TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -94,7 +90,7 @@ def expand_branches(
     if example is not None:
         trial = copy.deepcopy(model)
         expand_layers(trial, plan.layers)
-        _compare("expand_branches", model, trial, example, tolerance)
+        check_merged(f"expand_branches({type(model).__name__}, ...)", model, trial, example, tolerance)
     compression_state = attach(model) if _is_lightning(model) or has_state(model) else None
     entry = expand_layers(model, plan.layers, optimizers=optimizers or ())
     if compression_state is not None:
@@ -132,7 +128,8 @@ def merge_branches(
     if example_inputs is not None:
         trial = copy.deepcopy(model)
         _merge(trial, ())
-        error = _compare("merge_branches", model, trial, ExampleInput.of(example_inputs), tolerance)
+        call, example = f"merge_branches({type(model).__name__}, ...)", ExampleInput.of(example_inputs)
+        error = check_merged(call, model, trial, example, tolerance)
     merging = _merge(model, optimizers)
     return Merging(merging.layers, merging.blocks, error)
 
@@ -145,25 +142,6 @@ def _merge(model: nn.Module, optimizers: Iterable[Optimizer]) -> Merging:
         if compression_state is not None:
             compression_state.record(entry)
     return Merging(layers, merge_blocks(model))
-
-
-def _compare(call: str, model: nn.Module, changed: nn.Module, example: ExampleInput, tolerance: float) -> float:
-    """Return the largest difference of the outputs of two models over the largest output of the first."""
-    outputs: list[list[Tensor]] = []
-    for one in (model, changed):
-        moved = example.to(one)
-        with isolated(one):
-            outputs.append([tensor.double() for tensor in tensors_in(one(*moved.args, **moved.kwargs))])
-    scale = max((float(tensor.abs().max()) for tensor in outputs[0] if tensor.numel()), default=0.0)
-    found = max((float((a - b).abs().max()) for a, b in zip(*outputs, strict=True) if a.numel()), default=0.0)
-    error = found / scale if scale else found
-    if not error <= tolerance:
-        raise ParityError(
-            f"`{call}({type(model).__name__}, tolerance={tolerance:g})`: expected the same outputs in evaluation mode "
-            f"within the tolerance, found a difference of {error:.2g}. A method `fuse`, `reparameterize` or "
-            "`switch_to_deploy` of a block changes what it computes; rename it if it is not about merging branches."
-        )
-    return error
 
 
 def _is_lightning(model: nn.Module) -> bool:
