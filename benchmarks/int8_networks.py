@@ -87,7 +87,7 @@ SMALL: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "control_flow": (ControlFlow, torch.randn(1, 3, 32, 32)),
 }
 NETWORKS = [*TORCHVISION, *(f"timm:{name}" for name in TIMM), *SMALL]
-RUNTIMES: dict[str, ll.Exporter] = {
+RUNTIMES: dict[str, ll.export.Exporter] = {
     "qnnpack": ll.TorchScriptLite(),
     "x86": ll.TorchScriptLite(),
     "ExecuTorch": ll.ExecuTorch(max_batch=1),

@@ -133,7 +133,7 @@ def _xnnpack(open_batch: bool) -> Any:
 
     Their kernel has scratch memory of four bytes for every number that it gives. It is planned for the batch of the
     first call, and when a larger one follows it is written past its end: alone among the kernels that have such memory,
-    this one does not ask for more. Computed in float, between two grids, a mean needs none.
+    this one does not ask for more. Computed in float, a mean needs none.
     """
     from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ __all__ = [
     "fake_quantize_dynamic",
     "fake_quantize_learned",
     "fake_quantize_weight",
+    "gain_and_shift",
     "merge_ranges",
     "qparams_of",
     "quantize_weight",
@@ -208,6 +209,21 @@ def _mean(magnitude: Tensor, kept: Tensor) -> Tensor:
 
 def _columns(scale: Tensor, w: Tensor) -> Tensor:
     return scale.reshape(-1, *[1] * (w.dim() - 1)) if scale.dim() else scale
+
+
+def gain_and_shift(norm: Mapping[str, Any], bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Batch norm as ``gain = gamma / sqrt(var + eps)`` and ``shift = beta + (bias - mean) * gain``, in float64.
+
+    Args:
+        norm: arguments of ``batch_norm`` by name.
+        bias: of the layer before it.
+    """
+    gain = (norm["running_var"].double() + norm.get("eps", 1e-5)).rsqrt()
+    if norm.get("weight") is not None:
+        gain = gain * norm["weight"].detach().double()
+    centered = (0.0 if bias is None else bias.detach().double()) - norm["running_mean"].double()
+    beta = 0.0 if norm.get("bias") is None else norm["bias"].detach().double()
+    return gain, beta + centered * gain
 
 
 # Gradients.

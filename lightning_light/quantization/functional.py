@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_light.errors import NoEffectWarning
 from lightning_light.example_input import ExampleInput
 from lightning_light.isolation import isolated, uncompiled
+from lightning_light.order import Stage
 from lightning_light.quantization.checkpoint_state import METHOD, attach_fake_quantizer, begin
 from lightning_light.quantization.fake_quantize import merge_ranges
 from lightning_light.quantization.fake_quantizer import FakeQuantizer
@@ -120,7 +121,9 @@ def quantize(
                 _warn_of_unchanged(refinement)
         finally:
             quantizer.detach()
-    attach(model).state[METHOD] = state
+    compression_state = attach(model)
+    compression_state.state[METHOD] = state
+    compression_state.claim(model, METHOD, Stage.QUANTIZATION, state["layers"])
     release(model)
     return model
 

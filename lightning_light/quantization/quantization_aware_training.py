@@ -271,6 +271,7 @@ class QuantizationAwareTraining(CompressionCallback):
         assert quantizer is not None
         state["enabled"] = quantizer.enabled = True
         state["layers"] = quantizer.plan.bits_of_layers(state["min_bits"])
+        self.claim(pl_module, state["layers"])
         state["learned"] |= initial_values(quantizer.activations, quantizer.qparams)
         self._learn(trainer, pl_module)
         reset_monitoring(trainer)  # else "best" is the float network
@@ -323,6 +324,7 @@ class QuantizationAwareTraining(CompressionCallback):
         state, example = self.state(pl_module), self._capture.example.to(pl_module)
         plan = begin(state, pl_module, example, self.recipe)
         check_agreement(trainer, "the plan of `QuantizationAwareTraining`", state["plan"])
+        self.claim(pl_module, plan.bits_of_layers())
         self._attach(pl_module)
         left = plan.left_float or "none"
         log_rank_zero(trainer, f"{self.method}: observing {len(plan.layers)} layers; left in float: {left}")

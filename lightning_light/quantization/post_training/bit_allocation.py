@@ -11,9 +11,8 @@ from torch import Tensor
 
 from lightning_light.budgets import Size
 from lightning_light.errors import BudgetError
-from lightning_light.quantization.mixed_precision import MixedPrecision
 from lightning_light.quantization.post_training.sensitivity import Sensitivity
-from lightning_light.quantization.recipes import IntN
+from lightning_light.quantization.recipes import IntN, MixedPrecision
 
 __all__ = ["BitBudget"]
 

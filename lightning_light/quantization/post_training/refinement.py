@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_light.example_input import ExampleInput
-from lightning_light.quantization.batch_norm import gain_and_shift
-from lightning_light.quantization.fake_quantize import fake_quantize_weight, quantize_weight
+from lightning_light.quantization.fake_quantize import fake_quantize_weight, gain_and_shift, quantize_weight
 from lightning_light.quantization.fake_quantizer import FakeQuantizer
 from lightning_light.quantization.learned_qparams import weight_scale
 from lightning_light.quantization.op_calls import OpId

@@ -75,17 +75,9 @@ class Sensitivity:
 
     def rows(self) -> list[dict[str, Any]]:
         """One dict per layer and width, for a table or a plot: layer, bits, distance, weights, macs."""
-        return [
-            {
-                "layer": layer,
-                "bits": bits,
-                "distance": distance,
-                "weights": self.weights[layer],
-                "macs": self.macs.get(layer, 0),
-            }
-            for layer, found in self.distances.items()
-            for bits, distance in found.items()
-        ]
+        names = ("layer", "bits", "distance", "weights", "macs")
+        found = [(layer, bits, one) for layer, row in self.distances.items() for bits, one in row.items()]
+        return [dict(zip(names, (*row, self.weights[row[0]], self.macs.get(row[0], 0)), strict=True)) for row in found]
 
     def __str__(self) -> str:
         """A table: one line per layer, one column per width."""
@@ -93,12 +85,9 @@ class Sensitivity:
         for layer, found in self.distances.items():
             lines.append([layer, str(self.weights[layer]), *(f"{found[bits]:.3g}" for bits in self.widths)])
         sizes = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join(
-            "  ".join(
-                [line[0].ljust(sizes[0]), *(text.rjust(size) for text, size in zip(line[1:], sizes[1:], strict=True))]
-            )
-            for line in lines
-        )
+        aligned = [[text.rjust(size) for text, size in zip(line, sizes, strict=True)] for line in lines]
+        names = (line[0].ljust(sizes[0]) for line in lines)
+        return "\n".join("  ".join([name, *texts[1:]]) for name, texts in zip(names, aligned, strict=True))
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,14 @@ from lightning_light.quantization.lowering.quantized_ops import QuantizedOpsLowe
 from lightning_light.quantization.lowering.weights import QuantizedWeight, share_storage
 from tests.contract.bodies import Body, module_class
 from tests.contract.runs import DEFAULT_HOST, trainer
-from tests.quantization.helpers import calibrated
+from tests.quantization.helpers import calibrated, in_turn
 from tests.zoo import ZOO, noise
 
 ENGINES = [
     name for name in ("qnnpack", "x86") if name in torch.backends.quantized.supported_engines
 ]  # a build of torch may lack one
+
+TRANSPOSED = ["transposed", "unet"]
 
 
 def exported(net: nn.Module, folder: Path, *args: Tensor, **options: Any) -> Any:
@@ -43,8 +46,7 @@ def kernels_of(engine: str) -> Iterator[None]:
         torch.backends.quantized.engine = before
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("name", list(ZOO))
+@pytest.mark.parametrize(("name", "engine"), sorted({*in_turn(list(ZOO), ENGINES), *product(TRANSPOSED, ENGINES)}))
 @pytest.mark.filterwarnings("ignore:`TorchScriptLite.* on .*stay float")
 @pytest.mark.filterwarnings("ignore:`TorchScriptLite.* on `ControlFlow.*Python values")
 def test_every_net_of_the_zoo_as_a_file(name, engine, tmp_path) -> None:
@@ -60,7 +62,7 @@ def test_every_net_of_the_zoo_as_a_file(name, engine, tmp_path) -> None:
     assert quantizer.enabled
     details = report.details
     assert details["engine"] == engine
-    left = ["up"] if engine == "x86" and name in {"transposed", "unet"} else []
+    left = ["up"] if engine == "x86" and name in TRANSPOSED else []
     assert list(details["left_float"]) == left
     assert details["int8_layers"] == len(quantizer.plan.layers) - len(left)
     heavy = sum(count for kind, count in details["int8_operations"].items() if "conv" in kind or "linear" in kind)
