@@ -31,6 +31,7 @@ from lightning_light.export.inputs import (
     samples,
     tripled,
 )
+from lightning_light.export.int8 import check_details
 from lightning_light.export.networks import ExportedNetwork, ReferenceNetwork
 from lightning_light.export.parity import Parity, Tolerance, compare_outputs
 from lightning_light.export.report import ExportReport
@@ -175,6 +176,7 @@ def export_verified(
         cost = count_cost(network, example.args, example.kwargs)
         copy = Positional(network, example, batched(given) if options.batch == "any" else None)
         details = {**exporter.write(copy, reference.tensors(cloned(example)), part), "merged_branches": merged}
+        check_details(repr(exporter), model, details)
         with torch_threads(options.latency_threads):
             run = exporter.load(part)
         fitting = [

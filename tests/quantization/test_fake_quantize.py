@@ -51,9 +51,9 @@ def test_ties_are_rounded_as_by_the_operations_of_torch() -> None:
         ties = (torch.arange(-zero, 255 - zero) + 0.5) * scale
         x = torch.cat([ties, ties.nextafter(torch.ones(())), ties.nextafter(-torch.ones(()))])
         q = ops.quantize_per_tensor.default(x, scale, zero, 0, 255, torch.uint8)
-        rounded = fake_quantize(x, qparams)
-        assert torch.equal(rounded, ops.dequantize_per_tensor.default(q, scale, zero, 0, 255, torch.uint8))
-        assert torch.equal(rounded, torch.fake_quantize_per_tensor_affine(x, scale, zero, 0, 255))
+        quantized = fake_quantize(x, qparams)
+        assert torch.equal(quantized, ops.dequantize_per_tensor.default(q, scale, zero, 0, 255, torch.uint8))
+        assert torch.equal(quantized, torch.fake_quantize_per_tensor_affine(x, scale, zero, 0, 255))
 
 
 def test_gradients_pass_straight_through_within_the_range() -> None:
@@ -84,9 +84,9 @@ def test_zeros_stay_zero_and_a_dead_channel_has_a_scale() -> None:
     w = noise(6, 8)
     w[:, ::2] = 0.0
     w[3] = 0.0
-    rounded = fake_quantize_weight(w, INT8)
-    assert torch.equal(rounded == 0, (rounded == 0) | (w == 0))
-    assert (rounded[w == 0] == 0).all()
+    quantized = fake_quantize_weight(w, INT8)
+    assert torch.equal(quantized == 0, (quantized == 0) | (w == 0))
+    assert (quantized[w == 0] == 0).all()
     assert (quantize_weight(w, INT8)[1] > 0).all()
 
 
@@ -97,7 +97,7 @@ def test_types_are_kept(dtype) -> None:
 
 
 def test_quantizing_before_the_fold_is_quantizing_after_it() -> None:
-    """What the engine does (fold, then round) and what training does (round, then normalize) are one network."""
+    """Fold, then quantize, as in a file; and quantize, then normalize, as in training: the same function."""
     conv, bn = nn.Conv2d(3, 8, 3, bias=False).eval(), nn.BatchNorm2d(8).eval()
     with torch.no_grad():
         bn.weight.copy_(noise(8))  # of both signs
@@ -127,9 +127,9 @@ def test_quantization_parameters_of_ranges() -> None:
 
 
 def test_moving_average() -> None:
-    infinite, share = torch.tensor([[torch.inf, -torch.inf]]), torch.tensor([0.25])
-    first = merge_ranges(infinite, torch.tensor([[-1.0, 2.0]]), share)
+    infinite, momentum = torch.tensor([[torch.inf, -torch.inf]]), torch.tensor([0.25])
+    first = merge_ranges(infinite, torch.tensor([[-1.0, 2.0]]), momentum)
     assert first.tolist() == [[-1.0, 2.0]]
-    assert merge_ranges(first, torch.tensor([[-2.0, 6.0]]), share).tolist() == [[-1.25, 3.0]]
-    assert merge_ranges(first, infinite, share).tolist() == first.tolist()
-    assert merge_ranges(first, torch.tensor([[torch.nan, torch.inf]]), share).tolist() == first.tolist()
+    assert merge_ranges(first, torch.tensor([[-2.0, 6.0]]), momentum).tolist() == [[-1.25, 3.0]]
+    assert merge_ranges(first, infinite, momentum).tolist() == first.tolist()
+    assert merge_ranges(first, torch.tensor([[torch.nan, torch.inf]]), momentum).tolist() == first.tolist()

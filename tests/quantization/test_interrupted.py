@@ -19,7 +19,7 @@ IMAGES = Body.train_dataloader(None).batches[0][0]  # type: ignore[arg-type]
 
 
 class Breaks(Body):
-    """In the sixth step, when numbers are rounded, and only once."""
+    """In the sixth step, when fake quantization is on, and only once."""
 
     broken = False
 
@@ -80,9 +80,9 @@ def test_places_that_training_never_comes_by_are_named() -> None:
     with pytest.warns(
         UserWarning,
         match=r"found none at \[.*'features'.*\] in the calibration .*Does `training_step` call `self\(",
-    ) as told:
+    ) as warned:
         trainer(QuantizationAwareTraining(Int8(), **STAGES), limit_val_batches=0).fit(net)
-    assert sum("found none at" in str(one.message) for one in told) == 1
+    assert sum("found none at" in str(one.message) for one in warned) == 1
 
 
 @pytest.mark.parametrize("moment", ["0.5", None, True, 1.5])

@@ -99,7 +99,7 @@ def test_a_weight_on_a_wider_grid_is_the_same_weight() -> None:
 
 
 class Between(nn.Module):
-    """An operation on the numbers between two layers."""
+    """An operator on the activations between two layers."""
 
     def __init__(self, operation: Any) -> None:
         super().__init__()
@@ -177,7 +177,7 @@ def test_a_weight_that_is_computed_belongs_to_its_layer(tmp_path) -> None:
 @given(seed=st.integers(0, 50))
 @settings(deadline=None)
 def test_a_folded_batch_norm_is_equation_14_of_jacob(seed) -> None:
-    """``w g`` and ``beta + (b - mean) g`` with ``g = gamma / sqrt(var + eps)``; rounded by one scale a channel."""
+    """``w g`` and ``beta + (b - mean) g`` with ``g = gamma / sqrt(var + eps)``; quantized by one scale per channel."""
     generator = torch.Generator().manual_seed(seed)
     w, (bias, gamma, beta, mean) = torch.randn(6, 3, 3, 3, generator=generator), torch.randn(4, 6, generator=generator)
     var = torch.rand(6, generator=generator) + 0.01

@@ -1,4 +1,4 @@
-"""One graph of quantize and dequantize operations: ONNX Runtime and ExecuTorch answer as the rounded module."""
+"""QDQ graphs: files for ONNX Runtime and ExecuTorch agree with the fake-quantized module."""
 
 import subprocess
 import sys
@@ -49,7 +49,7 @@ def exported(name: str, exporter: Exporter, folder: Path, **options: Any) -> Any
 
 
 @pytest.mark.parametrize("name", list(ZOO))
-def test_the_graph_is_the_rounded_module(name) -> None:
+def test_the_graph_agrees_with_the_module(name) -> None:
     """Up to one quantization step of the output, since a batch norm is folded into its layer."""
     torch.manual_seed(0)
     net = ZOO[name]().eval()

@@ -56,8 +56,8 @@ def test_beta_falls_along_a_cosine_after_the_warm_up() -> None:
     found = AdaRound(steps=200, warm_up=0.1, beta=(20.0, 2.0))
     assert found.beta_at(19) is None
     for step in range(20, 200):
-        share = (step - 20) / 180
-        assert found.beta_at(step) == pytest.approx(2 + 18 * 0.5 * (1 + math.cos(math.pi * share)))
+        progress = (step - 20) / 180
+        assert found.beta_at(step) == pytest.approx(2 + 18 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def test_it_comes_close_to_the_best_of_all_roundings() -> None:
@@ -68,14 +68,14 @@ def test_it_comes_close_to_the_best_of_all_roundings() -> None:
         weight, x = torch.randn(1, 12, generator=generator), torch.randn(64, 12, generator=generator) * 0.3 + 1
         scale = weight.abs().max() / 3
         ways = torch.tensor(list(itertools.product((0.0, 1.0), repeat=12)))
-        rounded = torch.cat(
+        quantized = torch.cat(
             [
                 ((weight / scale).floor() + ways).clamp(-3, 3) * scale,
                 (weight / scale).round() * scale,
                 learned(weight, 3, x),
             ]
         )
-        errors = (x.double() @ (rounded - weight).double().T).square().mean(0)
+        errors = (x.double() @ (quantized - weight).double().T).square().mean(0)
         best, nearest, found = best + float(errors.min()), nearest + float(errors[-2]), found + float(errors[-1])
     assert found <= nearest / 3
     assert found <= 1.2 * best

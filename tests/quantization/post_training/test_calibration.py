@@ -39,7 +39,7 @@ BATCHES: dict[str, tuple[Any, type[Exception], str]] = {
     "another name": ([{"image": X}], ValueError, r"as image: .* dict keyword arguments"),
     "an array": ([X.numpy()], ValueError, "expected batches of tensors, found ndarray"),
     "nothing": ([None], ValueError, "expected batches of tensors, found NoneType"),
-    "whole numbers": ([X.int()], ValueError, r"\(2, 3, 8, 8\) torch.int32 stops it: RuntimeError"),
+    "integers": ([X.int()], ValueError, r"\(2, 3, 8, 8\) torch.int32 stops it: RuntimeError"),
     "too few channels": ([X[:, :2]], ValueError, r"\(2, 2, 8, 8\) torch.float32 stops it"),
     "a later batch": ([X, X[:, :2]], ValueError, r"\(2, 2, 8, 8\) torch.float32 stops it"),
     "no sample": ([X, X[:0]], ValueError, r"a sample in each batch, found a batch of \(0, 3, 8, 8\)"),
@@ -132,8 +132,8 @@ def test_a_module_that_is_compiled_in_place_is_quantized_and_stays_compiled() ->
         net.compile(backend=lambda graph, _: graphs.append(1) or graph.forward)
         quantize(net, [X], Int8())
         with fake_quantized(net):
-            rounded = net(X)
+            quantized = net(X)
         assert not graphs
-        assert not torch.equal(rounded, right)
+        assert not torch.equal(quantized, right)
         assert torch.equal(net(X), right)
     assert graphs
