@@ -51,6 +51,7 @@ CASES = [
             WeightPruning(Sparsity(0.5), schedule=Window(Linear(), start=0.4, end=0.5)),
             QuantizationAwareTraining(Int8(observer=MovingAverage(0.9)), start=0.6, calibration_batches=2),
         ],
+        tolerance=0.5,  # after the run the module is float again, but the file is int8
         full=False,
     ),
 ]
