@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_light.host.modules import compiled_methods
 from lightning_light.int8 import LoweredModel, QDQConstraints, Quantizer
 from lightning_light.quantization.fake_quantize import (
     fake_quantize,
@@ -24,7 +25,7 @@ from lightning_light.quantization.learned_qparams import LearnedQParam, learned_
 from lightning_light.quantization.lowering.base import Lowering, lowered
 from lightning_light.quantization.lowering.qdq import QDQLowering
 from lightning_light.quantization.lowering.quantized_ops import QuantizedOpsLowering, quantized_engine
-from lightning_light.quantization.op_calls import ModuleCallStack, OpCall, OpId, OpMode
+from lightning_light.quantization.op_calls import OpCall, OpId, OpMode, OpStack
 from lightning_light.quantization.plan import QuantizationPlan
 from lightning_light.quantization.range_observer import RangeObserver
 from lightning_light.quantization.specs import QParams, WeightSpec
@@ -33,7 +34,7 @@ from lightning_light.surgery.attachment import has_state, state_of
 __all__ = ["FakeQuantizer"]
 
 
-class FakeQuantizer(ModuleCallStack, Quantizer):
+class FakeQuantizer(OpStack, Quantizer):
     """Fake-quantizes one network by a plan, as long as it is attached.
 
     Args:
@@ -70,10 +71,9 @@ class FakeQuantizer(ModuleCallStack, Quantizer):
         self._modes: list[Any] = []
         self._compiled: list[tuple[nn.Module, str, Any]] = []
 
-    @override
     def attach(self, model: nn.Module) -> None:
         """Hook ``model``; modules that are compiled in place run as written until `detach`."""
-        super().attach(model)
+        self.watch(model)
         if has_state(model):
             self._active = state_of(model).active
             self._active.append(self)
@@ -81,13 +81,13 @@ class FakeQuantizer(ModuleCallStack, Quantizer):
             if (compiled := getattr(module, "_compiled_call_impl", None)) is not None:
                 self._compiled.append((module, "_compiled_call_impl", compiled))
                 module._compiled_call_impl = None
-            for name, written in _compiled_by_lightning(module):
+            for name, written in compiled_methods(module).items():
                 self._compiled.append((module, name, vars(module)[name]))
                 setattr(module, name, written)
 
-    @override
     def detach(self) -> None:
-        super().detach()
+        """Undo `attach`; more than once does no harm."""
+        self.remove()
         self._active[:] = [one for one in self._active if one is not self]
         while self._compiled:
             module, name, compiled = self._compiled.pop()
@@ -198,10 +198,3 @@ class FakeQuantizer(ModuleCallStack, Quantizer):
             return fake_quantize_learned(x, spec, *(values[name] for name in names))
         qparams = self.qparams[activation]
         return x if qparams is None else fake_quantize(x, qparams)
-
-
-def _compiled_by_lightning(module: nn.Module) -> list[tuple[str, Any]]:
-    """Of ``torch.compile(module)`` that a Trainer was given: the name of each method, and what it was before."""
-    context = vars(module).get("_compiler_ctx") or {}
-    methods = ((key.removeprefix("original_"), value) for key, value in context.items() if key.startswith("original_"))
-    return [(name, value) for name, value in methods if name in vars(module)]
