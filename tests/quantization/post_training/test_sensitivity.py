@@ -30,7 +30,7 @@ def test_one_layer_at_a_time_is_quantized() -> None:
     for layer in ("depthwise", "fc2"):
         changed = copy.deepcopy(net)
         weight = changed.get_submodule(layer).weight
-        weight.data = fake_quantize_weight(weight.data, IntN(weights=3).spec().weight)
+        weight.data = fake_quantize_weight(weight.data, IntN(weights=3).spec().weight)[0]
         found = []
         for x in IMAGES:
             with torch.no_grad():
