@@ -121,6 +121,11 @@ class QuantizationAwareTraining(CompressionCallback):
                 name: self._resolved(name, trainer.max_epochs)
                 for name in ("start", "freeze_observers", "freeze_batch_norm")
             }
+            if self._moments["start"] >= 1.0:
+                raise ValueError(
+                    f"`{type(self).__name__}(start={self.start})`: expected a start before the end of the run, found "
+                    f"`Trainer(max_epochs={trainer.max_epochs})`. Start earlier, for instance `start=0.7`."
+                )
             self._bit_width_schedule = self.bit_width_schedule and resolve(self.bit_width_schedule, trainer.max_epochs)
 
     @override
