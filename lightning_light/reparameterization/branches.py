@@ -13,7 +13,7 @@ from __future__ import annotations
 import zlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +26,6 @@ __all__ = ["Branch", "BranchedConv2d", "ExpandedConv2d", "KernelBranch", "Online
 
 Spec: TypeAlias = tuple[str, int, int]
 """Kind of a branch, and the height and width of its kernel."""
-
-C = TypeVar("C", bound=nn.Conv2d)
 
 _GAIN = 5**0.5  # of torch's own convolutions
 
@@ -211,7 +209,7 @@ class OnlineConv2d(nn.Conv2d, ExpandedConv2d):
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self._kernel(), self.bias)
+        return cast(Tensor, self._conv_forward(x, self._kernel(), self.bias))
 
     @override
     def kernel_and_bias(self) -> tuple[Tensor, Tensor | None]:
@@ -258,7 +256,7 @@ def expand(conv: nn.Conv2d, specs: Sequence[Sequence[Any]], name: str | None = N
         branches = [_BUILDERS[kind](conv, (height, width)) for kind, height, width in specs]
         expanded = BranchedConv2d(_plain_layer(conv, conv.weight), branches)
     elif kinds <= set(_KERNELS):
-        expanded = _plain_layer(conv, conv.weight, OnlineConv2d)
+        expanded = cast(OnlineConv2d, _plain_layer(conv, conv.weight, OnlineConv2d))
         expanded.branches = nn.ModuleList(KernelBranch(conv, *spec) for spec in specs)
     else:
         raise ValueError(
@@ -270,7 +268,7 @@ def expand(conv: nn.Conv2d, specs: Sequence[Sequence[Any]], name: str | None = N
     return expanded
 
 
-def _plain_layer(conv: nn.Conv2d, weight: Tensor, kind: type[C] = nn.Conv2d) -> C:
+def _plain_layer(conv: nn.Conv2d, weight: Tensor, kind: type[nn.Conv2d] = nn.Conv2d) -> nn.Conv2d:
     """Return a convolution like ``conv``, without its hooks, with the parameter ``weight`` and the same bias object."""
     layer = kind(
         conv.in_channels,

@@ -63,8 +63,9 @@ class Reparameterization(CompressionCallback):
     budgets count the merged layers.
 
     Example:
-        >>> Reparameterization(ACB(), targets=Targets(exclude="stem"), merge=0.8)
-        Reparameterization(form=ACB(), targets=Targets(include=('*',), exclude=('stem',), ...), merge=0.8)
+        >>> from lightning_light.reparameterization import ACB
+        >>> Reparameterization(ACB(), start=0.1, merge=0.8)
+        Reparameterization(form=ACB(), start=0.1, merge=0.8)
 
     Args:
         form: which branches: `ACB`, `RepVGG`, `Branches`, `DBB`, `OREPA`.
