@@ -106,6 +106,7 @@ class Budget(ABC):
         return _attributed(model, macs, self.measure(model, example) / max(sum(macs.values()), 1))
 
 
+@validated
 def require_reducible(call: str, budget: Budget, by: Change) -> None:
     """Refuse a budget whose quantity the changes of a method do not reduce.
 

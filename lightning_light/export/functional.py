@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -278,7 +279,7 @@ def _described(reference: Positional, tensors: tuple[Any, ...]) -> list[dict[str
 def _unfinished(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; the file is renamed to ``path``, or removed after an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.part{path.suffix}")  # two runs may write at once
     try:
         yield part
         part.replace(path)

@@ -83,8 +83,8 @@ def check_details(call: str, model: nn.Module, details: Mapping[str, Any]) -> No
     if "int8_layers" not in details and quantizer_of(call, model) is not None:
         raise UnsupportedError(
             f"`{call}` on `{type(model).__name__}`: expected an int8 file of a fake-quantized network, found an "
-            "exporter that writes float operations. Trace with `lightning_light.export.int8.traced_int8` in `write`, and "
-            "return its details; for a float file, export the network before it is quantized."
+            "exporter that writes float operations. In `write`, trace with `lightning_light.export.int8.traced_int8` "
+            "and return its details; for a float file, export the network before it is quantized."
         )
 
 

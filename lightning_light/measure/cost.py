@@ -19,6 +19,7 @@ from typing_extensions import override
 from lightning_light.isolation import isolated, unfused_kernels
 from lightning_light.merging import is_training_branch
 from lightning_light.module_stack import ModuleCall, ModuleStack
+from lightning_light.validation import validated
 
 __all__ = ["Cost", "count_cost", "count_params"]
 
@@ -40,6 +41,7 @@ class Cost:
     params_by_module: dict[str, int]
 
 
+@validated
 def count_cost(
     model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, *, shapes_only: bool = True
 ) -> Cost:

@@ -19,9 +19,10 @@ from lightning_light.quantization.plan import QuantizationPlan, plan_quantizatio
 from lightning_light.quantization.post_training.calibration import calls_from, check_calibration, explained, first_of
 from lightning_light.quantization.post_training.layer_calls import named
 from lightning_light.quantization.post_training.progress_bar import with_progress_bar
-from lightning_light.quantization.recipes import Engine, IntN
+from lightning_light.quantization.recipes import Bits, Engine, IntN
 from lightning_light.quantization.specs import LayerSpec, WeightSpec
 from lightning_light.quantization.trace import trace_ops
+from lightning_light.validation import validated
 
 __all__ = ["Distance", "Sensitivity", "measure_sensitivity"]
 
@@ -91,11 +92,12 @@ class Sensitivity:
 
 
 @torch.no_grad()
+@validated
 def measure_sensitivity(
     model: nn.Module,
     calibration: Iterable[Any],
     *,
-    bits: Sequence[int] = (2, 3, 4, 6, 8),
+    bits: Sequence[Bits] = (2, 3, 4, 6, 8),
     distance: Distance = "kl",
     engine: Engine = "qnnpack",
     progress_bar: bool = True,
@@ -128,11 +130,6 @@ def measure_sensitivity(
         Int8(exclude=['0'])
     """
     check_calibration("measure_sensitivity", model, calibration)
-    if isinstance(bits, int) or distance not in _DISTANCES:
-        raise ValueError(
-            f"`measure_sensitivity(..., bits={bits!r}, distance={distance!r})`: expected widths, for instance (4, 8), "
-            f"and a distance of {sorted(_DISTANCES)}."
-        )
     found_calls = calls_from("measure_sensitivity", model, calibration)
     inputs = [first_of("measure_sensitivity", model, found_calls), *found_calls]
     widths = {width: IntN(weights=width, engine=engine).spec().weight for width in bits}
