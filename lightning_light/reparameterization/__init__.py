@@ -1,7 +1,7 @@
 """Re-parameterization: train convolutions as parallel branches, and merge them into the one that is deployed."""
 
 from lightning_light.reparameterization.apply import Expansion
-from lightning_light.reparameterization.forms import ACB, DBB, Branches, Form, RepVGG
+from lightning_light.reparameterization.forms import ACB, DBB, OREPA, Branches, Form, RepVGG
 from lightning_light.reparameterization.functional import Merging, expand_branches, merge_branches
 from lightning_light.reparameterization.reparameterization import Reparameterization
 
@@ -12,6 +12,7 @@ __all__ = [
     "Expansion",
     "Form",
     "Merging",
+    "OREPA",
     "RepVGG",
     "Reparameterization",
     "expand_branches",
