@@ -201,24 +201,15 @@ def measure(name: str, seed: int, runtimes: list[str], folder: Path) -> dict[str
 
 
 def row_of(
-<<<<<<< HEAD
     row: dict[str, Any], runtime: str, net: nn.Module, x: Tensor, outputs: tuple[Tensor, ...], folder: Path
-=======
-    row: dict[str, Any], runtime: str, net: nn.Module, x: Tensor, references: tuple[Tensor, ...], folder: Path
->>>>>>> quant
 ) -> None:
     exporter = RUNTIMES[runtime]
     path = folder / f"net{exporter.suffix}"
     with torch.no_grad():
         details = exporter.write(Positional(detached_copy(net), ExampleInput((x,))), (x,), path)
     run = exporter.load(path)
-<<<<<<< HEAD
     result = first(run(x))
     row["sqnr"][runtime] = [decibels(output, result) for output in outputs]
-=======
-    found = first(run(x))
-    row["sqnr"][runtime] = [decibels(right, found) for right in references]
->>>>>>> quant
     row["ms"][runtime] = measure_latency(lambda: run(x), runs=5).median * 1e3
     row["bytes"][runtime], row["left_float"][runtime] = path.stat().st_size, sorted(details["left_float"])
 
