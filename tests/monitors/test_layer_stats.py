@@ -61,5 +61,5 @@ def test_bits_of_rounded_layers_follow_the_ladder(tmp_path: Any, capsys: Any) ->
 
 def test_a_network_that_was_quantized_without_training_has_bits_too() -> None:
     module = module_class(Body, lightning.pytorch)()
-    quantize(module, [noise(4, 3, 8, 8)], Int8())
+    quantize(module, noise(4, 3, 8, 8), Int8())
     assert layer_stats(state_of(module).state)["head"] == {"weight_bits": 8.0, "activation_bits": 8.0}

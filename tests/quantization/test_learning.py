@@ -45,7 +45,7 @@ def test_lsq_of_a_weight(low, high) -> None:
     w = w.requires_grad_()
     s = torch.tensor(step, requires_grad=True)
     upstream = other(len(w))
-    quantized = fake_quantize_weight(w, WeightSpec(0, low, high, per_channel=False, learned=True), s)
+    quantized = fake_quantize_weight(w, WeightSpec(0, low, high, per_channel=False, learned=True), s)[0]
     (quantized * upstream).sum().backward()
     right, of_w, of_s = esser(w.detach(), step, low, high, upstream.double())
     assert w.grad is not None
@@ -58,10 +58,10 @@ def test_lsq_of_a_weight(low, high) -> None:
 def test_every_channel_has_its_own_step_and_gradient() -> None:
     w, rule = noise(4, 3, 3, 3).requires_grad_(), WeightSpec(4, -8, 7, learned=True)
     steps = torch.tensor([0.05, 0.1, 0.2, 0.4], requires_grad=True)
-    (fake_quantize_weight(w, rule, steps) * other(4, 3, 3, 3)).sum().backward()
+    (fake_quantize_weight(w, rule, steps)[0] * other(4, 3, 3, 3)).sum().backward()
     for channel in range(4):
         one = steps.detach()[channel].clone().requires_grad_()
-        alone = fake_quantize_weight(w.detach()[channel], WeightSpec(4, -8, 7, per_channel=False, learned=True), one)
+        alone = fake_quantize_weight(w.detach()[channel], WeightSpec(4, -8, 7, per_channel=False, learned=True), one)[0]
         (alone * other(4, 3, 3, 3)[channel]).sum().backward()
         torch.testing.assert_close(steps.grad[channel], one.grad)  # type: ignore[index]
 

@@ -92,7 +92,7 @@ class TestWeights:
     def test_binary(self) -> None:
         """Equation 6 of Rastegari et al.: ``B = sign(W)``, ``alpha = |W|_1 / n``; a filter at a time."""
         w = noise(4, 3, 5, 5)
-        quantized = fake_quantize_weight(w, Binary().spec().weight)
+        quantized = fake_quantize_weight(w, Binary().spec().weight)[0]
         for row, found in zip(w.double(), quantized.double(), strict=True):
             torch.testing.assert_close(found, row.sign() * row.abs().sum() / 75)
 
@@ -108,18 +108,18 @@ class TestWeights:
 
     def test_gradients(self) -> None:
         w = torch.tensor([[-1.5, -0.2, 0.4, 1.2]], requires_grad=True)
-        fake_quantize_weight(w, Ternary().spec().weight).sum().backward()
+        fake_quantize_weight(w, Ternary().spec().weight)[0].sum().backward()
         assert w.grad is not None
         assert w.grad.tolist() == [[1.0] * 4]
         w.grad = None
-        fake_quantize_weight(w, Binary().spec().weight).sum().backward()
+        fake_quantize_weight(w, Binary().spec().weight)[0].sum().backward()
         assert w.grad.tolist() == [[0.0, 1.0, 1.0, 0.0]]
 
     def test_one_scale_a_layer_keeps_the_number_of_distinct_values(self) -> None:
         centroids = noise(16)
         w = centroids[torch.randint(16, (8, 64), generator=torch.Generator().manual_seed(0))]
-        kept = fake_quantize_weight(w, Int8(per_channel=False).spec().weight).unique().numel()
-        assert kept <= 16 < fake_quantize_weight(w, Int8().spec().weight).unique().numel()
+        kept = fake_quantize_weight(w, Int8(per_channel=False).spec().weight)[0].unique().numel()
+        assert kept <= 16 < fake_quantize_weight(w, Int8().spec().weight)[0].unique().numel()
 
 
 class TestObservers:
@@ -339,7 +339,7 @@ class Halved(Observer):
 
 
 def test_an_observer_of_the_users_own_is_found_again() -> None:
-    net = quantize(ZOO["plain"]().eval(), [noise(2, 3, 8, 8)], Int8(observer=Halved(0.25)))
+    net = quantize(ZOO["plain"]().eval(), noise(2, 3, 8, 8), Int8(observer=Halved(0.25)))
     activations = state_of(net).state["quantization_aware_training"]["plan"]["activations"]
     assert {spec["observer"]["kind"] for spec in activations} == {f"{__name__}.Halved"}
     assert decode(Observer, activations[0]["observer"], "observer") == Halved(0.25)
@@ -369,7 +369,7 @@ DAMAGES: dict[str, Any] = {
 
 @pytest.mark.parametrize("sentence", DAMAGES)
 def test_a_damaged_state_is_refused_by_the_name_of_its_part(sentence) -> None:
-    net = quantize(ZOO["plain"]().eval(), [noise(2, 3, 8, 8)], Int8())
+    net = quantize(ZOO["plain"]().eval(), noise(2, 3, 8, 8), Int8())
     DAMAGES[sentence](state_of(net).state["quantization_aware_training"])
     with pytest.raises(ManifestError, match=sentence), fake_quantized(net):
         pass

@@ -110,7 +110,7 @@ class Refinement:
             self.scales[weight_scale(layer.id)] = quantize_weight(learned, replace(spec, learned=False))[1]
 
     def _correct(self, layer: _Layer, parameters: WritableParameters, inputs: list[Tensor], right: Tensor) -> None:
-        weight = fake_quantize_weight(layer.weight, *self.quantizer.weight(layer.id))
+        weight, _ = fake_quantize_weight(layer.weight, *self.quantizer.weight(layer.id))
         samples = torch.tensor([x.numel() for x in inputs]).to(right)
         shift = samples @ (right - torch.stack([layer.means(x, weight) for x in inputs])) / samples.sum()
         own, norm = named(layer.node).get("bias"), None if layer.norm is None else named(layer.norm)
