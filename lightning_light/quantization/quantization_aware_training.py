@@ -13,7 +13,7 @@ from typing_extensions import override
 from lightning_light.callback import CompressionCallback
 from lightning_light.example_input import Capture
 from lightning_light.int8 import Int8Weights
-from lightning_light.order import Stage
+from lightning_light.order import DEFAULT_WINDOWS, Stage
 from lightning_light.progress import training_progress
 from lightning_light.quantization.checkpoint_state import attach_fake_quantizer, begin
 from lightning_light.quantization.fake_quantize import merge_ranges
@@ -52,12 +52,13 @@ class QuantizationAwareTraining(CompressionCallback):
 
     Example:
         >>> from lightning_light.quantization import Int8, QuantizationAwareTraining
-        >>> QuantizationAwareTraining(Int8(), start=0.7)
-        QuantizationAwareTraining(start=0.7)
+        >>> QuantizationAwareTraining(Int8(), start=0.5)
+        QuantizationAwareTraining(start=0.5)
 
     Args:
         recipe: how many bits, and for whose kernels.
-        start: when observation begins; an int is an epoch, a float a fraction of the run. 0.0 for a trained network.
+        start: when observation begins; an int is an epoch, a float a fraction of the run. The default
+            follows the windows of the methods before it; 0.0 for a trained network.
         calibration_batches: training batches that are observed before anything is quantized.
         freeze_observers: from when on ranges stay as they are; 1.0 for never.
         freeze_batch_norm: from when on the batch norms that are folded use their running statistics and keep them; 1.0
@@ -88,7 +89,7 @@ class QuantizationAwareTraining(CompressionCallback):
         self,
         recipe: Recipe = Int8(),
         *,
-        start: Moment = 0.0,
+        start: Moment = DEFAULT_WINDOWS[Stage.QUANTIZATION][0],
         calibration_batches: PositiveInt = 32,
         freeze_observers: Moment = 0.9,
         freeze_batch_norm: Moment = 0.95,

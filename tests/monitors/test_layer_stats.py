@@ -46,7 +46,7 @@ def test_bits_of_rounded_layers_follow_the_ladder(tmp_path: Any, capsys: Any) ->
     module, logger = module_class(Body, lightning.pytorch)(), CSVLogger(tmp_path)
     recipe = MixedPrecision(default=IntN(4, 4), first=IntN(2, None))
     ladder = Window(Staircase(Linear(), steps=2), end=0.6)
-    qat = QuantizationAwareTraining(recipe, calibration_batches=2, bit_width_schedule=ladder)
+    qat = QuantizationAwareTraining(recipe, start=0.0, calibration_batches=2, bit_width_schedule=ladder)
     monitor = CompressionMonitor(every_n_steps=1)
     trainer(qat, monitor, logger=logger).fit(module)
     assert monitor.after.stats["features.stem"] == {"weight_bits": 2.0}
