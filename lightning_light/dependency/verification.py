@@ -14,6 +14,7 @@ from lightning_light.dependency.groups import ChannelGroup, DependencyGraph, gra
 from lightning_light.dependency.trace import Tracer, trace
 from lightning_light.errors import TraceError
 from lightning_light.surgery.edit import trial
+from lightning_light.validation import validated
 
 __all__ = ["trace_dependencies"]
 
@@ -22,6 +23,7 @@ _TOO_FEW = 2
 """With so few channels, the positions of the remaining one cannot be compared."""
 
 
+@validated
 def trace_dependencies(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None, *, heads: str = "dim"
 ) -> DependencyGraph:
