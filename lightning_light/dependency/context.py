@@ -89,6 +89,10 @@ class TraceContext:
         canonical = [self.union.canonical(label) for label in self._labels.get(tensor, ())]
         return [label for label in canonical if varying(label)]
 
+    def stored_labels(self, tensor: Tensor) -> Sequence[Tensor]:
+        """Return the labels of ``tensor`` as they were set, which later merges may have coupled."""
+        return self._labels.get(tensor, ())
+
     def set_labels(self, tensor: Tensor, labels: Sequence[Tensor]) -> None:
         """Set the labels of ``tensor``."""
         self._labels[tensor] = [label for label in labels if varying(label)]
