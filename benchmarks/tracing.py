@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lightning_light.dependency import trace_dependencies
 
-TORCH_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
+TORCH_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
 
 
 class Decoder(nn.Module):
