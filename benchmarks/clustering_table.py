@@ -1,9 +1,9 @@
-"""A ResNet of few weight values, by k-means alone and trained: accuracy, and the size of the file.
+"""Weight clustering of a ResNet, by k-means alone and trained: accuracy, and the size of the file.
 
     python benchmarks/clustering_table.py --data cifar10.npz --weights resnet20_cifar10.pt
 
-Each row is fine-tuned for ``--epochs`` of ``--images`` images, in which every layer shares ``--clusters`` values from
-the first step on; without ``--epochs`` there is no training. ``--data`` and ``--weights`` are as for
+Each row is fine-tuned for ``--epochs`` of ``--images`` images, with ``--clusters`` values per layer from the first step
+on; without ``--epochs`` there is no training. ``--data`` and ``--weights`` are as for
 ``benchmarks/cifar_resnet.py``.
 """
 
@@ -25,14 +25,14 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_light.clustering import (
     DKM,
     CentroidTraining,
-    StraightThrough,
+    StraightThroughEstimator,
     WeightClustering,
+    cluster,
     load_clustered,
     save_clustered,
 )
-from lightning_light.clustering.kmeans import cluster
 
-LEARNING = {"centroids": CentroidTraining(), "straight_through": StraightThrough(), "dkm": DKM()}
+TRAINING = {"centroids": CentroidTraining(), "straight_through": StraightThroughEstimator(), "dkm": DKM()}
 QUIET: dict[str, Any] = {
     "logger": False,
     "enable_checkpointing": False,
@@ -42,32 +42,28 @@ QUIET: dict[str, Any] = {
 
 
 def clustered(net: nn.Module, clusters: int) -> nn.Module:
-    """A copy in which every layer has as many values, by k-means alone."""
+    """Return a copy with as many values per layer, by k-means alone."""
     net = copy.deepcopy(net)
-    for layer in net.modules():
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            values = layer.weight.detach().reshape(1, -1)
-            centroids, places = cluster(values, clusters, initialization="linear", zeros=False)
-            layer.weight.data = centroids.gather(1, places).reshape(layer.weight.shape)
+    cluster(net, None, clusters, preserve_sparsity=False)
     return net
 
 
 def trained(net: nn.Module, clusters: int, train: TensorDataset, seed: int, args: argparse.Namespace) -> nn.Module:
-    """A copy that is fine-tuned while its weights share values."""
+    """Return a copy that is fine-tuned with clustered weights."""
     L.seed_everything(seed, verbose=False)
     module = Classifier(copy.deepcopy(net), args.lr).train()
-    method = WeightClustering(clusters, start=0.0, learning=LEARNING[args.learning])
+    method = WeightClustering(clusters, start=0.0, training=TRAINING[args.training])
     trainer = L.Trainer(max_epochs=args.epochs, callbacks=[method], precision=args.precision, **QUIET)
     trainer.fit(module, DataLoader(train, 128, shuffle=True, drop_last=True))
     return module.net
 
 
 def row(name: str, nets: list[nn.Module], test: TensorDataset) -> None:
-    """Accuracy of what is read back from the file, its size, and what a weight takes in it."""
+    """Print the accuracy of the weights read from the file, its size, and the bits per weight."""
     right, sizes, bits = [], [], []
     for net in nets:
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "net.llwc"
+            path = Path(folder) / "net.safetensors"
             rows = [row for row in save_clustered(net, path) if row.name.endswith("weight") and row.weights > 64]
             sizes.append(path.stat().st_size / 1e3)
             net.load_state_dict(load_clustered(path))
@@ -85,9 +81,9 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--depth", type=int, default=20)
     parser.add_argument("--clusters", type=int, nargs="+", default=[16, 8, 4])
-    parser.add_argument("--learning", choices=list(LEARNING), default="centroids")
+    parser.add_argument("--training", choices=list(TRAINING), default="centroids")
     parser.add_argument("--epochs", type=int, default=0)
-    parser.add_argument("--images", type=int, default=10_000, help="training images an epoch")
+    parser.add_argument("--images", type=int, default=10_000, help="training images per epoch")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--lr", type=float, default=0.01)
     parser.add_argument("--precision", default="32-true")
@@ -97,14 +93,14 @@ def main() -> None:
     train = TensorDataset(*(tensor[: args.images] for tensor in data["train"].tensors))
     net = cifar_resnet(args.depth).to(memory_format=torch.channels_last)
     net.load_state_dict(torch.load(args.weights, weights_only=True))
-    print(f"ResNet-{args.depth}, CIFAR-10, torch {torch.__version__}\n\n| | test accuracy | file | bits a weight |")
+    print(f"ResNet-{args.depth}, CIFAR-10, torch {torch.__version__}\n\n| | test accuracy | file | bits per weight |")
     print("|---|---|---|---|")
     row("dense", [net], data["test"])
     for count in args.clusters:
-        row(f"{count} values a layer, k-means alone", [clustered(net, count)], data["test"])
+        row(f"{count} values per layer, k-means alone", [clustered(net, count)], data["test"])
         if args.epochs:
             nets = [trained(net, count, train, seed, args) for seed in range(args.seeds)]
-            row(f"{count} values a layer, trained, {args.seeds} seeds", nets, data["test"])
+            row(f"{count} values per layer, trained, {args.seeds} seeds", nets, data["test"])
 
 
 if __name__ == "__main__":

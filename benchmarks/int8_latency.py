@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import lightning_light as ll
 
-FILES: dict[str, tuple[str | None, ll.Exporter]] = {
+FILES: dict[str, tuple[str | None, ll.export.Exporter]] = {
     "lite float": (None, ll.TorchScriptLite()),
     "lite x86": ("x86", ll.TorchScriptLite()),
     "lite qnnpack": ("qnnpack", ll.TorchScriptLite()),

@@ -87,7 +87,7 @@ SMALL: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "control_flow": (ControlFlow, torch.randn(1, 3, 32, 32)),
 }
 NETWORKS = [*TORCHVISION, *(f"timm:{name}" for name in TIMM), *SMALL]
-RUNTIMES: dict[str, ll.Exporter] = {
+RUNTIMES: dict[str, ll.export.Exporter] = {
     "qnnpack": ll.TorchScriptLite(),
     "x86": ll.TorchScriptLite(),
     "ExecuTorch": ll.ExecuTorch(max_batch=1),
@@ -201,15 +201,15 @@ def measure(name: str, seed: int, runtimes: list[str], folder: Path) -> dict[str
 
 
 def row_of(
-    row: dict[str, Any], runtime: str, net: nn.Module, x: Tensor, answers: tuple[Tensor, ...], folder: Path
+    row: dict[str, Any], runtime: str, net: nn.Module, x: Tensor, outputs: tuple[Tensor, ...], folder: Path
 ) -> None:
     exporter = RUNTIMES[runtime]
     path = folder / f"net{exporter.suffix}"
     with torch.no_grad():
         details = exporter.write(Positional(detached_copy(net), ExampleInput((x,))), (x,), path)
     run = exporter.load(path)
-    answer = first(run(x))
-    row["sqnr"][runtime] = [decibels(right, answer) for right in answers]
+    result = first(run(x))
+    row["sqnr"][runtime] = [decibels(output, result) for output in outputs]
     row["ms"][runtime] = measure_latency(lambda: run(x), runs=5).median * 1e3
     row["bytes"][runtime], row["left_float"][runtime] = path.stat().st_size, sorted(details["left_float"])
 

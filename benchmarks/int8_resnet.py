@@ -20,10 +20,14 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import lightning_light as ll
 
-RUNTIMES: dict[str, ll.Exporter] = {"lite": ll.TorchScriptLite(), "ExecuTorch": ll.ExecuTorch(), "ONNX": ll.ONNX()}
+RUNTIMES: dict[str, ll.export.Exporter] = {
+    "lite": ll.TorchScriptLite(),
+    "ExecuTorch": ll.ExecuTorch(),
+    "ONNX": ll.ONNX(),
+}
 
 
-def export(net: nn.Module, exporter: ll.Exporter, data: TensorDataset) -> ll.export.ExportReport:
+def export(net: nn.Module, exporter: ll.export.Exporter, data: TensorDataset) -> ll.export.ExportReport:
     images, labels = data.tensors
     batches = list(zip(images.split(100), labels.split(100), strict=True))
     accuracy = MulticlassAccuracy(int(labels.max()) + 1, average="micro")

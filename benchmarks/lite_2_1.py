@@ -2,8 +2,8 @@
 
     python benchmarks/lite_2_1.py --python /path/to/old/python     # pip install torch==2.1.2 "numpy<2"
 
-Writes a file for each net of ``tests/zoo.py`` in float and for both int8 engines, with this torch; then the other
-Python runs them on the same inputs and says how far its answers are off. Its torch needs nothing of this package.
+Writes a file for each network of ``tests/zoo.py`` in float and for both int8 engines, with this torch; then the other
+Python runs them on the same inputs and prints the differences of the outputs. It does not need this package.
 """
 
 import argparse
@@ -19,7 +19,7 @@ FORMS = ("float", "qnnpack", "x86")
 
 
 def leaves(value):
-    """The tensors of an answer, in order."""
+    """Return the tensors of an output, in order."""
     if isinstance(value, torch.Tensor):
         return [value]
     if isinstance(value, dict):
@@ -45,9 +45,9 @@ def write(folder: Path) -> None:
                 with ll.fake_quantized(net):
                     report = ll.export_model(net, ExampleInput(args, kwargs), path, latency_runs=1)
             inputs = [value for value in (*args, *kwargs.values()) if not isinstance(value, (bool, int, float))]
-            answer = leaves(ll.TorchScriptLite().load(path)(*inputs))
-            scales = report.details.get("output_scales", [0.0] * len(answer))
-            torch.save({"inputs": inputs, "answer": answer, "scales": scales}, path.with_suffix(".pt"))
+            outputs = leaves(ll.TorchScriptLite().load(path)(*inputs))
+            scales = report.details.get("output_scales", [0.0] * len(outputs))
+            torch.save({"inputs": inputs, "outputs": outputs, "scales": scales}, path.with_suffix(".pt"))
 
 
 def read(folder: Path) -> None:
@@ -64,13 +64,13 @@ def read(folder: Path) -> None:
             except RuntimeError as error:
                 failed.append(f"{path.name}: {str(error).strip().splitlines()[0][:120]}")
                 continue
-            for right, asked, scale in zip(known["answer"], found, known["scales"]):  # noqa: B905  Python 3.9
+            for right, asked, scale in zip(known["outputs"], found, known["scales"]):  # noqa: B905  Python 3.9
                 off = float((right.double() - asked.double()).abs().max())
                 worst, equal = max(worst, off), equal + (off == 0.0)
                 steps = max(steps, off / scale) if scale else steps
         print(
             f"{form}: {len(paths) - len(failed)} of {len(paths)} run, {equal} outputs equal bit for bit, off by",
-            f"{worst:.1e}, {steps:.2f} steps of an output's grid",
+            f"{worst:.1e}, {steps:.2f} quantization steps of an output",
         )
         print(*failed, sep="\n", end="\n" if failed else "")
 
@@ -78,7 +78,7 @@ def read(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--python", help="with torch 2.1")
-    parser.add_argument("--read", type=Path, help="what the other Python is called with")
+    parser.add_argument("--read", type=Path, help="used in the call of the other Python")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)

@@ -70,7 +70,7 @@ def trained(args: argparse.Namespace) -> CIFARResNet:
 
 
 def trained_on(
-    net: CIFARResNet, recipe: ll.Recipe, data: dict[str, TensorDataset], args: argparse.Namespace
+    net: CIFARResNet, recipe: ll.recipes.Recipe, data: dict[str, TensorDataset], args: argparse.Namespace
 ) -> tuple[OwnCrops, float, str]:
     """Trained with fake quantization: the module, the Trainer's top-1 of all test images, and what it was at first."""
     L.seed_everything(args.seed, verbose=False)
@@ -94,7 +94,7 @@ def trained_on(
     return module, found["top1"], look.top1
 
 
-def ends_at_eight(recipe: ll.Recipe) -> ll.MixedPrecision:
+def ends_at_eight(recipe: ll.recipes.Recipe) -> ll.MixedPrecision:
     """The papers' convention."""
     return ll.MixedPrecision(default=recipe, first=ll.Int8(), last=ll.Int8())
 
@@ -106,10 +106,10 @@ RECIPES = {
     "w4a4": ends_at_eight(ll.IntN(4, 4)),
     "lsq4": ends_at_eight(ll.LSQ(4, 4)),
     "lsq+4": ends_at_eight(ll.LSQ(4, 4, offset=True)),
-    "pact4": ends_at_eight(ll.PACT(4, 4)),
+    "pact4": ends_at_eight(ll.recipes.PACT(4, 4)),
     "lsq2": ends_at_eight(ll.LSQ(2, 2)),
-    "ternary": ends_at_eight(ll.Ternary()),
-    "binary": ends_at_eight(ll.Binary()),
+    "ternary": ends_at_eight(ll.recipes.Ternary()),
+    "binary": ends_at_eight(ll.recipes.Binary()),
 }
 
 

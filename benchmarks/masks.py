@@ -1,19 +1,18 @@
-"""What keeping masks costs: a training step against no pruning and against Lightning's own callback, side by side.
+"""Overhead of masks: a training step against no pruning and against Lightning's own callback, side by side.
 
     python benchmarks/masks.py
     python benchmarks/masks.py --hooks
 
-Every way has a Trainer of its own, in a thread of its own, and they take turns, never two at once: a step without
-masks, a step of one way, a step without masks, a step of the next way, in an order that is shuffled each round.
-Printed is the median over rounds of a step's ratio to the mean of the two steps without masks around it, with its
-quartiles; "none again" shows how far equal steps lie apart. All is built anew several times, for where a run's tensors
-lie in memory makes a difference too. The clock is CPU time of the thread; freed memory stays with the process
-(mallopt), or page faults come between. Every way masks 80 % of the weights of convolutions and linear layers before the
-first step that counts.
+Every method has its own Trainer in its own thread, and they alternate, never two at once: a step without masks, a step
+of one method, a step without masks, a step of the next method, in an order that is shuffled each round. Printed is the
+median over rounds of the ratio of a step to the mean of the two steps without masks around it, with its quartiles;
+"none again" shows the spread of equal steps. Everything is built several times, because the location of tensors in
+memory has an effect too. The clock is CPU time of the thread; freed memory stays with the process (mallopt), to avoid
+page faults. Every method masks 80 % of the weights of convolutions and linear layers before the first timed step.
 
-``--hooks`` tells apart the microseconds by which whole runs differ too little: of one run, in turns, a step with what
-masks and a step without, on the same tensors. That is the callback with its hook on the optimizer; for Lightning's,
-the callback and its products of weights and masks in the forward pass, with their backward pass.
+``--hooks`` resolves differences of microseconds: in one run, alternately a step with masking and a step without, on the
+same tensors. Masking is the callback with its hook on the optimizer; for Lightning's, the callback and its products of
+weights and masks in the forward pass, with their backward pass.
 """
 
 import argparse
@@ -117,12 +116,12 @@ Way = Callable[[Module], list[L.Callback]]
 WAYS: dict[str, Way] = {
     "none again": lambda module: [],
     "WeightPruning": lambda module: [ll.WeightPruning(ll.Sparsity(0.8), schedule=ll.OneShot())],
-    "DynamicSparseTraining": lambda module: [ll.DynamicSparseTraining(ll.Sparsity(0.8), method=ll.Static())],
+    "DynamicSparseTraining": lambda module: [ll.DynamicSparseTraining(ll.Sparsity(0.8), method=ll.sparsity.Static())],
     "ModelPruning": lambda module: [lightnings(module)],
 }
 BETWEEN: dict[str, Way] = {
     "WeightPruning, between two changes": lambda module: [
-        ll.WeightPruning(ll.Sparsity(0.8), schedule=ll.DenseSparseDense(0.0, 1.0))
+        ll.WeightPruning(ll.Sparsity(0.8), schedule=ll.sparsity.DenseSparseDense(0.0, 1.0))
     ],
     "DynamicSparseTraining, between two moves": lambda module: [
         ll.DynamicSparseTraining(ll.Sparsity(0.8), method=ll.RigL(), every_n_steps=1000)
@@ -294,7 +293,7 @@ def main() -> None:
                 flush=True,
             )
         began = time.thread_time()
-        ll.prune_weights(net, pruning=ll.WeightPruning(ll.Sparsity(0.8)))
+        ll.prune_weights(net, None, ll.Sparsity(0.8))
         print(f"{name}: choosing all masks takes {1e3 * (time.thread_time() - began):.0f} ms")
 
 

@@ -46,10 +46,12 @@ class Bench:
         net.load_state_dict(torch.load(self.args.weights, weights_only=True))
         return net.eval()
 
-    def row(self, name: str, recipe: ll.Recipe, **options: Any) -> None:
+    def row(self, name: str, recipe: ll.recipes.Recipe, **options: Any) -> None:
         """Quantize and test."""
         if options.get("rounding"):
-            options["rounding"] = ll.AdaRound(steps=self.args.steps, batch_size=self.args.batch, seed=self.args.seed)
+            options["rounding"] = ll.quantization.AdaRound(
+                steps=self.args.steps, batch_size=self.args.batch, seed=self.args.seed
+            )
         began = time.perf_counter()
         net = ll.quantize(self.net(), self.calibration, recipe, **options)
         took = time.perf_counter() - began
@@ -70,7 +72,7 @@ class Bench:
         print(f"{scan}\nmeasured in {time.perf_counter() - began:.0f} s", flush=True)
         for bits in self.args.bits:
             size = sum(scan.weights.values()) * bits // 8
-            budget = ll.BitBudget(size=size)
+            budget = ll.quantization.BitBudget(size=size)
             solved = budget.solve(scan)
             found = sum(scan.distances[layer][width] for layer, width in solved.items())
             uniform = sum(distances[bits] for distances in scan.distances.values())

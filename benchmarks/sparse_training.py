@@ -20,24 +20,28 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 NINETY = ll.Sparsity(0.9)
 # In the first half of the run; the learning rate is not rewound, and has half of its course left for the last ticket.
-TICKETS = ll.Rewinding(ll.Window(ll.Staircase(ll.Exponential(2.302585), steps=5), end=0.5), to=0.02)
+TICKETS = ll.sparsity.Rewinding(
+    ll.Window(ll.schedules.Staircase(ll.schedules.Exponential(2.302585), steps=5), end=0.5), rewind_to=0.02
+)
+GRADUAL = ll.Window(ll.Cubic(), start=0.1, end=0.7)
+UPDATES = ll.Window(ll.schedules.Cosine(), start=0.0, end=0.75)
 METHODS: dict[str, Callable[[int], list[Any]]] = {
     "dense": lambda seed: [],
-    "gradual 90 %, global": lambda seed: [ll.WeightPruning(NINETY)],
-    "static random 90 %, ERK": lambda seed: [dynamic(ll.Static(), seed)],
-    "SET 90 %, ERK": lambda seed: [dynamic(ll.SET(), seed)],
+    "gradual 90 %, global": lambda seed: [ll.WeightPruning(NINETY, schedule=GRADUAL, every_n_steps=20)],
+    "static random 90 %, ERK": lambda seed: [dynamic(ll.sparsity.Static(), seed)],
+    "SET 90 %, ERK": lambda seed: [dynamic(ll.sparsity.SET(), seed)],
     "RigL 90 %, ERK": lambda seed: [dynamic(ll.RigL(), seed)],
-    "SRigL 90 %, ERK": lambda seed: [dynamic(ll.SRigL(), seed)],
-    "AC/DC 90 %": lambda seed: [ll.WeightPruning(NINETY, schedule=ll.Alternating(phases=4))],
+    "SRigL 90 %, ERK": lambda seed: [dynamic(ll.sparsity.SRigL(), seed)],
+    "AC/DC 90 %": lambda seed: [ll.WeightPruning(NINETY, schedule=ll.sparsity.Alternating(phases=4))],
     "lottery tickets 90 %, five rounds": lambda seed: [ll.WeightPruning(NINETY, schedule=TICKETS)],
-    "2:4, SR-STE": lambda seed: [
-        ll.WeightPruning(pattern=ll.NM(2, 4), schedule=ll.OneShot(), targets=ll.Targets(exclude="stem"), sr_ste=2e-4)
-    ],
+    "2:4, SR-STE": lambda seed: [ll.SRSTE(ll.NM(2, 4), targets=ll.Targets(exclude="stem"))],
 }
 
 
-def dynamic(method: ll.DynamicMethod, seed: int) -> ll.DynamicSparseTraining:
-    return ll.DynamicSparseTraining(NINETY, method=method, criterion=ll.Random(seed), every_n_steps=50, seed=seed)
+def dynamic(method: ll.sparsity.DynamicMethod, seed: int) -> ll.DynamicSparseTraining:
+    return ll.DynamicSparseTraining(
+        NINETY, method=method, criterion=ll.criteria.Random(seed), schedule=UPDATES, every_n_steps=50, seed=seed
+    )
 
 
 def example() -> Any:
@@ -64,14 +68,14 @@ def main() -> None:
     lines = []
     for name in args.methods:
         runs = [train(METHODS[name](seed), args, seed) for seed in range(args.seeds)]
-        accuracies, zeros = [100 * accuracy for accuracy, _, _ in runs], runs[-1][1]
+        accuracies, report = [100 * accuracy for accuracy, _, _ in runs], runs[-1][1]
         spread = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
         lines.append(
-            f"| {name} | {statistics.mean(accuracies):.2f} ± {spread:.2f} | {zeros.sparsity:.2%} | "
-            f"{zeros.bytes / 1e3:.0f} kB | {zeros.deflated / 1e3:.0f} kB |"
+            f"| {name} | {statistics.mean(accuracies):.2f} ± {spread:.2f} | {report.sparsity:.2%} | "
+            f"{report.bytes / 1e3:.0f} kB | {report.deflated / 1e3:.0f} kB |"
         )
         print(lines[-1], [round(accuracy, 2) for accuracy in accuracies], flush=True)
-    print("| method | test accuracy, % | zeros | tensors | compressed |\n|---|---|---|---|---|")
+    print("| method | test accuracy, % | sparsity | tensors | compressed |\n|---|---|---|---|---|")
     print("\n".join(lines))
 
 

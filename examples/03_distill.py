@@ -1,6 +1,6 @@
-"""Train a wide teacher on Fashion-MNIST, then a small student alone and with the teacher's help.
+"""Train a wide teacher on Fashion-MNIST, then a small student alone and with knowledge distillation.
 
-The Lightning module is written as for any training: it knows nothing of a teacher. A minute or two on two CPU cores.
+The LightningModule is written as for any training, without a teacher. A minute or two on two CPU cores.
 """
 
 import argparse
@@ -54,7 +54,7 @@ class Classifier(L.LightningModule):
 
 
 def train(width: int, callbacks: list[L.Callback], args: argparse.Namespace) -> tuple[Classifier, list[str]]:
-    """The trained module, and its row of the table."""
+    """Train a module; returns it and its row of the table."""
     L.seed_everything(args.seed, verbose=False)
     module, data = Classifier(width), FashionMNIST(args.data)
     trainer = L.Trainer(
@@ -80,12 +80,12 @@ def main() -> None:
 
     teacher, teacher_row = train(32, [], args)
     _, alone = train(6, [], args)
-    distillation = KnowledgeDistillation(teacher=teacher, losses=[SoftTargets(temperature=4.0)])
-    _, helped = train(6, [distillation], args)
+    distillation = KnowledgeDistillation(teacher, losses=SoftTargets(temperature=4.0))
+    _, distilled = train(6, [distillation], args)
     table = Table("", "test accuracy", "parameters", "MACs", title="Before -> after")
     table.add_row("teacher", *teacher_row)
     table.add_row("student alone", *alone)
-    table.add_row("student with teacher", *helped)
+    table.add_row("student with teacher", *distilled)
     Console().print(table)
 
 

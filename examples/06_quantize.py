@@ -17,14 +17,14 @@ import lightning_light as ll
 Classifier = import_module("01_prune_and_export").Classifier
 
 
-def installed(*exporters: ll.Exporter) -> list[ll.Exporter]:
+def installed(*exporters: ll.export.Exporter) -> list[ll.export.Exporter]:
     """Those whose runtime is here; of the others is said how to install them."""
     found = []
     for exporter in exporters:
         try:
             exporter.check()
             found.append(exporter)
-        except ll.UnsupportedError as missing:
+        except ll.errors.UnsupportedError as missing:
             print(missing)
     return found
 
@@ -37,7 +37,7 @@ def top1(export: ll.MobileExport, data: FashionMNIST) -> float:
 
 
 def train(
-    name: str, callbacks: list[L.Callback], exporters: list[ll.Exporter], args: argparse.Namespace
+    name: str, callbacks: list[L.Callback], exporters: list[ll.export.Exporter], args: argparse.Namespace
 ) -> tuple[L.LightningModule, list[list[str]]]:
     """The trained module, and a row of the table for each runtime."""
     L.seed_everything(0, verbose=False)

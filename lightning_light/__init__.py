@@ -1,333 +1,262 @@
-"""Neural-network compression as PyTorch Lightning callbacks.
+"""Neural-network compression methods as PyTorch Lightning callbacks.
 
-Add one to a Trainer that you have, and train as before:
+Add one to an existing Trainer and train as before:
 
 >>> import lightning_light as ll
 >>> ll.StructuredPruning(ll.MACs(0.4), schedule=ll.Window(ll.Cubic(), start=0.2, end=0.7))
 StructuredPruning(budget=MACs(remaining=0.4), schedule=Window(schedule=Cubic(), start=0.2, end=0.7))
+
+``ll`` itself has the names that are used most. The others are one level down: ``ll.criteria``, ``ll.schedules``,
+``ll.losses``, ``ll.patterns``, ``ll.observers`` and so on. Everything is imported when it is first used.
 """
 
-from lightning_light.budgets import Budget, Channels, Latency, MACs, Params, Size, Sparsity
-from lightning_light.callback import CompressionCallback
-from lightning_light.clustering import (
-    DKM,
-    CentroidTraining,
-    StraightThroughEstimator,
-    WeightClustering,
-    cluster,
-    load_clustered,
-    save_clustered,
-)
-from lightning_light.criteria import (
-    SNIP,
-    Activation,
-    BatchNormScale,
-    Criterion,
-    GeometricMedian,
-    Hessian,
-    Magnitude,
-    Movement,
-    Random,
-    SoftMovement,
-    Taylor,
-    Wanda,
-)
-from lightning_light.distillation import (
-    DIST,
-    DKD,
-    RKD,
-    SRD,
-    AttentionTransfer,
-    BatchFields,
-    ChannelWise,
-    CheckpointTeacher,
-    ContrastiveHint,
-    Decreasing,
-    DistillationLoss,
-    FactoryTeacher,
-    FeatureHint,
-    FeatureLoss,
-    FileTeacher,
-    KnowledgeDistillation,
-    KnowledgeReview,
-    LogitStandardization,
-    OnlineTeacher,
-    OutputRegression,
-    SelfTeacher,
-    SimilarityPreserving,
-    SoftTargets,
-    TeacherCache,
-    TeacherSource,
-)
-from lightning_light.errors import (
-    BudgetError,
-    LightningLightError,
-    ManifestError,
-    NoEffectWarning,
-    OrderError,
-    ParityError,
-    RankMismatchError,
-    SurgeryError,
-    TargetError,
-    TraceError,
-    UnsupportedError,
-)
-from lightning_light.export import (
-    ONNX,
-    ExecuTorch,
-    Exporter,
-    MobileExport,
-    Tolerance,
-    TorchScriptLite,
-    export_model,
-    load_exported,
-)
-from lightning_light.lowrank import (
-    EVBMF,
-    ActivationSVD,
-    FisherSVD,
-    LowRankFactorization,
-    NuclearNorm,
-    Orthogonality,
-    OutputChange,
-    RankAllocation,
-    RankRatio,
-    RetainedEnergy,
-    WeightSVD,
-    WhitenedSVD,
-    balance_factors,
-    factorize,
-    factorize_checkpoint,
-)
-from lightning_light.measure import SparsityReport, measure_sparsity
-from lightning_light.monitors import CompressionMonitor
-from lightning_light.quantization import (
-    LSQ,
-    PACT,
-    AdaRound,
-    Binary,
-    BitBudget,
-    DynamicObserver,
-    Int8,
-    IntN,
-    MinMax,
-    MixedPrecision,
-    MovingAverage,
-    MSEObserver,
-    Observer,
-    Percentile,
-    QuantizationAwareTraining,
-    Recipe,
-    Sensitivity,
-    Ternary,
-    fake_quantized,
-    measure_sensitivity,
-    quantize,
-)
-from lightning_light.schedules import (
-    Constant,
-    Cosine,
-    Cubic,
-    Exponential,
-    Linear,
-    OneShot,
-    Schedule,
-    Staircase,
-    Window,
-)
-from lightning_light.sparsity import (
-    NM,
-    SET,
-    SRSTE,
-    Alternating,
-    Block,
-    Column,
-    DenseSparseDense,
-    DynamicMethod,
-    DynamicSparseTraining,
-    Filter,
-    Kernel,
-    Pattern,
-    Rewinding,
-    RigL,
-    Row,
-    SRigL,
-    Static,
-    Unstructured,
-    WeightPruning,
-    prune_weights,
-    remove_dead_channels,
-    to_semi_structured,
-)
-from lightning_light.structured import (
-    Global,
-    GroupLasso,
-    GrowingRegularization,
-    Isomorphic,
-    Local,
-    Ranking,
-    SparsityRegularizer,
-    StructuredPruning,
-    prune_channels,
-)
-from lightning_light.surgery import CompressibleMixin, expand_checkpoint, load_from_checkpoint
-from lightning_light.targets import Targets
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_light import (
+        budgets as budgets,
+        clustering as clustering,
+        criteria as criteria,
+        distillation as distillation,
+        errors as errors,
+        export as export,
+        lowrank as lowrank,
+        measure as measure,
+        monitors as monitors,
+        quantization as quantization,
+        schedules as schedules,
+        sparsity as sparsity,
+        structured as structured,
+        surgery as surgery,
+        targets as targets,
+    )
+    from lightning_light.budgets import (
+        Channels as Channels,
+        Latency as Latency,
+        MACs as MACs,
+        Params as Params,
+        Size as Size,
+        Sparsity as Sparsity,
+    )
+    from lightning_light.callback import CompressionCallback as CompressionCallback
+    from lightning_light.clustering import WeightClustering as WeightClustering, cluster as cluster
+    from lightning_light.criteria import Magnitude as Magnitude, Taylor as Taylor
+    from lightning_light.distillation import (
+        CheckpointTeacher as CheckpointTeacher,
+        FeatureHint as FeatureHint,
+        KnowledgeDistillation as KnowledgeDistillation,
+        SelfTeacher as SelfTeacher,
+        SoftTargets as SoftTargets,
+        losses as losses,
+        teachers as teachers,
+    )
+    from lightning_light.errors import (
+        BudgetError as BudgetError,
+        LightningLightError as LightningLightError,
+        NoEffectWarning as NoEffectWarning,
+    )
+    from lightning_light.export import (
+        ONNX as ONNX,
+        ExecuTorch as ExecuTorch,
+        MobileExport as MobileExport,
+        Tolerance as Tolerance,
+        TorchScriptLite as TorchScriptLite,
+        export_model as export_model,
+        load_exported as load_exported,
+    )
+    from lightning_light.lowrank import (
+        LowRankFactorization as LowRankFactorization,
+        factorize as factorize,
+        factorize_checkpoint as factorize_checkpoint,
+    )
+    from lightning_light.measure import measure_sparsity as measure_sparsity
+    from lightning_light.monitors import CompressionMonitor as CompressionMonitor
+    from lightning_light.quantization import (
+        LSQ as LSQ,
+        Int8 as Int8,
+        IntN as IntN,
+        MixedPrecision as MixedPrecision,
+        QuantizationAwareTraining as QuantizationAwareTraining,
+        fake_quantized as fake_quantized,
+        measure_sensitivity as measure_sensitivity,
+        observers as observers,
+        quantize as quantize,
+        recipes as recipes,
+    )
+    from lightning_light.schedules import Cubic as Cubic, OneShot as OneShot, Window as Window
+    from lightning_light.sparsity import (
+        NM as NM,
+        SRSTE as SRSTE,
+        Block as Block,
+        DynamicSparseTraining as DynamicSparseTraining,
+        RigL as RigL,
+        WeightPruning as WeightPruning,
+        patterns as patterns,
+        prune_weights as prune_weights,
+        remove_dead_channels as remove_dead_channels,
+    )
+    from lightning_light.structured import (
+        StructuredPruning as StructuredPruning,
+        prune_channels as prune_channels,
+        ranking as ranking,
+    )
+    from lightning_light.surgery import (
+        CompressibleMixin as CompressibleMixin,
+        expand_checkpoint as expand_checkpoint,
+        load_from_checkpoint as load_from_checkpoint,
+    )
+    from lightning_light.targets import Targets as Targets
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Activation",
-    "ActivationSVD",
-    "AdaRound",
-    "Alternating",
-    "AttentionTransfer",
-    "BatchFields",
-    "BatchNormScale",
-    "Binary",
-    "BitBudget",
-    "Block",
-    "Budget",
-    "BudgetError",
-    "CentroidTraining",
-    "ChannelWise",
-    "Channels",
-    "CheckpointTeacher",
-    "Column",
-    "CompressibleMixin",
-    "CompressionCallback",
-    "CompressionMonitor",
-    "Constant",
-    "ContrastiveHint",
-    "Cosine",
-    "Criterion",
-    "Cubic",
-    "DIST",
-    "DKD",
-    "DKM",
-    "Decreasing",
-    "DenseSparseDense",
-    "DistillationLoss",
-    "DynamicMethod",
-    "DynamicObserver",
-    "DynamicSparseTraining",
-    "EVBMF",
-    "ExecuTorch",
-    "Exponential",
-    "Exporter",
-    "FactoryTeacher",
-    "FeatureHint",
-    "FeatureLoss",
-    "FileTeacher",
-    "Filter",
-    "FisherSVD",
-    "GeometricMedian",
-    "Global",
-    "GroupLasso",
-    "GrowingRegularization",
-    "Hessian",
-    "Int8",
-    "IntN",
-    "Isomorphic",
-    "Kernel",
-    "KnowledgeDistillation",
-    "KnowledgeReview",
-    "LSQ",
-    "Latency",
-    "LightningLightError",
-    "Linear",
-    "Local",
-    "LogitStandardization",
-    "LowRankFactorization",
-    "MACs",
-    "MSEObserver",
-    "Magnitude",
-    "ManifestError",
-    "MinMax",
-    "MixedPrecision",
-    "MobileExport",
-    "Movement",
-    "MovingAverage",
-    "NM",
-    "NoEffectWarning",
-    "NuclearNorm",
-    "ONNX",
-    "Observer",
-    "OneShot",
-    "OrderError",
-    "Orthogonality",
-    "OutputChange",
-    "OnlineTeacher",
-    "OutputRegression",
-    "PACT",
-    "Params",
-    "ParityError",
-    "Pattern",
-    "Percentile",
-    "QuantizationAwareTraining",
-    "RKD",
-    "Random",
-    "RankMismatchError",
-    "RankAllocation",
-    "RankRatio",
-    "Ranking",
-    "Recipe",
-    "RetainedEnergy",
-    "Rewinding",
-    "RigL",
-    "Row",
-    "SET",
-    "SRSTE",
-    "SNIP",
-    "SRD",
-    "SRigL",
-    "Schedule",
-    "SelfTeacher",
-    "Sensitivity",
-    "SimilarityPreserving",
-    "Size",
-    "SoftMovement",
-    "SoftTargets",
-    "Sparsity",
-    "SparsityRegularizer",
-    "SparsityReport",
-    "Staircase",
-    "Static",
-    "StraightThroughEstimator",
-    "StructuredPruning",
-    "SurgeryError",
-    "TargetError",
-    "Targets",
-    "Taylor",
-    "TeacherCache",
-    "TeacherSource",
-    "Ternary",
-    "Tolerance",
-    "TorchScriptLite",
-    "TraceError",
-    "Unstructured",
-    "UnsupportedError",
-    "Wanda",
-    "WeightClustering",
-    "WeightPruning",
-    "cluster",
-    "WeightSVD",
-    "WhitenedSVD",
-    "Window",
-    "balance_factors",
-    "expand_checkpoint",
-    "export_model",
-    "factorize",
-    "factorize_checkpoint",
-    "fake_quantized",
-    "load_clustered",
-    "load_exported",
-    "load_from_checkpoint",
-    "measure_sensitivity",
-    "measure_sparsity",
-    "prune_channels",
-    "prune_weights",
-    "quantize",
-    "remove_dead_channels",
-    "save_clustered",
-    "to_semi_structured",
-]
+_NAMES = {
+    "budgets": (
+        "Channels",
+        "Latency",
+        "MACs",
+        "Params",
+        "Size",
+        "Sparsity",
+    ),
+    "callback": ("CompressionCallback",),
+    "clustering": (
+        "WeightClustering",
+        "cluster",
+    ),
+    "criteria": (
+        "Magnitude",
+        "Taylor",
+    ),
+    "distillation": (
+        "CheckpointTeacher",
+        "FeatureHint",
+        "KnowledgeDistillation",
+        "SelfTeacher",
+        "SoftTargets",
+    ),
+    "errors": (
+        "BudgetError",
+        "LightningLightError",
+        "NoEffectWarning",
+    ),
+    "export": (
+        "ExecuTorch",
+        "MobileExport",
+        "ONNX",
+        "Tolerance",
+        "TorchScriptLite",
+        "export_model",
+        "load_exported",
+    ),
+    "lowrank": (
+        "LowRankFactorization",
+        "factorize",
+        "factorize_checkpoint",
+    ),
+    "measure": ("measure_sparsity",),
+    "monitors": ("CompressionMonitor",),
+    "quantization": (
+        "Int8",
+        "IntN",
+        "LSQ",
+        "MixedPrecision",
+        "QuantizationAwareTraining",
+        "fake_quantized",
+        "measure_sensitivity",
+        "quantize",
+    ),
+    "schedules": (
+        "Cubic",
+        "OneShot",
+        "Window",
+    ),
+    "sparsity": (
+        "Block",
+        "DynamicSparseTraining",
+        "NM",
+        "RigL",
+        "SRSTE",
+        "WeightPruning",
+        "prune_weights",
+        "remove_dead_channels",
+    ),
+    "structured": (
+        "StructuredPruning",
+        "prune_channels",
+    ),
+    "surgery": (
+        "CompressibleMixin",
+        "expand_checkpoint",
+        "load_from_checkpoint",
+    ),
+    "targets": ("Targets",),
+}
+"""Module below this package -> the names that ``lightning_light`` takes from it."""
+
+_MODULES = {
+    "budgets": "budgets",
+    "clustering": "clustering",
+    "criteria": "criteria",
+    "distillation": "distillation",
+    "errors": "errors",
+    "export": "export",
+    "losses": "distillation.losses",
+    "lowrank": "lowrank",
+    "measure": "measure",
+    "monitors": "monitors",
+    "observers": "quantization.observers",
+    "patterns": "sparsity.patterns",
+    "quantization": "quantization",
+    "ranking": "structured.ranking",
+    "recipes": "quantization.recipes",
+    "schedules": "schedules",
+    "sparsity": "sparsity",
+    "structured": "structured",
+    "surgery": "surgery",
+    "targets": "targets",
+    "teachers": "distillation.teachers",
+}
+"""Name of a module in ``lightning_light`` -> where it lives below this package."""
+
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
+_COMMAND_LINES = ("lightning.pytorch.cli", "pytorch_lightning.cli")
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name or module when it is first used (PEP 562)."""
+    if name in _HOME:
+        value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f"{__name__}.{_MODULES[name]}")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List public names and modules, imported or not."""
+    return sorted({*globals(), *_HOME, *_MODULES})
+
+
+class _ImportBeforeCLI:
+    """Import all names before LightningCLI is: its short class names are those of subclasses already imported."""
+
+    @classmethod
+    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> None:
+        """Import everything once ``name`` is LightningCLI's module; leave finding modules to the other finders."""
+        if name in _COMMAND_LINES:
+            sys.meta_path.remove(cls)
+            for public in (*_HOME, *_MODULES):
+                __getattr__(public)
+
+
+sys.meta_path.insert(0, _ImportBeforeCLI)
+for _loaded in sorted(sys.modules.keys() & set(_COMMAND_LINES))[:1]:
+    _ImportBeforeCLI.find_spec(_loaded)

@@ -49,7 +49,9 @@ def main(name: str, folder: Path) -> None:
 
     def fit(place: Path, resume: Path | None = None) -> Any:
         callbacks = [
-            ll.StructuredPruning(ll.MACs(0.5), schedule=ll.Window(ll.Linear(), start=0.1, end=0.75), every_n_steps=3),
+            ll.StructuredPruning(
+                ll.MACs(0.5), schedule=ll.Window(ll.schedules.Linear(), start=0.1, end=0.75), every_n_steps=3
+            ),
             ll.MobileExport(place / "net.ptl", latency_runs=2),
             ll.CompressionMonitor(every_n_steps=1, table=False),
             host.callbacks.ModelCheckpoint(place, "{epoch}", save_top_k=-1),

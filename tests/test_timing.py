@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from lightning_light.schedules import Constant, Cubic, Linear, OneShot, Schedule, Staircase, Window
 from lightning_light.timing import Events

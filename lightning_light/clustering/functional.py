@@ -57,6 +57,11 @@ def cluster(
         >>> len(layer.weight.unique()), row.bits < 3
         (4, True)
     """
+    if isinstance(example_inputs, int):
+        raise TypeError(
+            f"`cluster(model, {example_inputs})`: expected the number of clusters after the example inputs, found it "
+            f"in their place. Write `cluster(model, None, {example_inputs})`."
+        )
     options = WeightClusteringOptions(clusters, granularity, initialization, preserve_sparsity, targets)
     weights = dict(clusterable_weights(model, options))
     check_owners(model, weights, method="cluster", stage=Stage.CLUSTERING)

@@ -137,8 +137,8 @@ class WeightClustering(CompressionCallback):
         """Find the weights, so that targets that match nothing are refused."""
         super().on_fit_start(trainer, pl_module)
         layers = dict(clusterable_weights(pl_module, self.options))
-        check_owners(pl_module, layers, method=self.method, stage=self.stage)
         if not self.resumed(pl_module):
+            check_owners(pl_module, layers, method=self.method, stage=self.stage)
             self.state(pl_module).clear()
             self.disclaim(pl_module)
         self._stepped = set()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_light.batch_norm import measure_statistics, move_statistics
 from lightning_light.budgets import Budget
 from lightning_light.criteria.collector import Gathered, collect_evidence, example_of_batch
 from lightning_light.errors import LightningLightError
@@ -57,6 +58,7 @@ def factorize(
     data: Iterable[Any] | None = None,
     loss: Callable[[Any, Any], Tensor] | None = None,
     calibration_batches: PositiveInt = FactorizationOptions.calibration_batches,
+    correct_batch_norm: bool = FactorizationOptions.correct_batch_norm,
     optimizers: Iterable[Optimizer] = (),
     dry_run: bool = False,
 ) -> FactorizationPlan:
@@ -76,6 +78,7 @@ def factorize(
             network's input; a mapping is its keyword arguments.
         loss: (output, batch) -> scalar tensor, for a fit that needs gradients.
         calibration_batches: number of batches of ``data`` to use.
+        correct_batch_norm: move batch-norm statistics by what the factorization changed, measured on ``data``.
         optimizers: of the network; the factors replace the layers' weights in them.
         dry_run: only plan; the model stays as it is.
 
@@ -100,10 +103,11 @@ def factorize(
           (1): Linear(in_features=16, out_features=64, bias=True)
         )
     """
-    options = FactorizationOptions(fit, form, targets, split, allocation, calibration_batches)
-    plan = _plan(model, ExampleInput.of(example_inputs), budget, options, data, loss)
+    options = FactorizationOptions(fit, form, targets, split, allocation, calibration_batches, correct_batch_norm)
+    batches = first_batches(data, calibration_batches)
+    plan = _plan(model, ExampleInput.of(example_inputs), budget, options, batches, loss)
     if not dry_run:
-        _apply(model, plan, optimizers)
+        _apply(model, plan, optimizers, options, batches)
     return plan
 
 
@@ -123,6 +127,7 @@ def factorize_checkpoint(
     data: Iterable[Any] | None = None,
     loss: Callable[[Any, Any], Tensor] | None = None,
     calibration_batches: PositiveInt = FactorizationOptions.calibration_batches,
+    correct_batch_norm: bool = FactorizationOptions.correct_batch_norm,
     **load_options: Any,
 ) -> FactorizationPlan:
     """Factorize a finished checkpoint into a new one, which `lightning_light.load_from_checkpoint` opens.
@@ -144,27 +149,29 @@ def factorize_checkpoint(
         data: batches for a fit that needs data, or a rule that measures the output.
         loss: (output, batch) -> scalar tensor, for a fit that needs gradients.
         calibration_batches: number of batches of ``data`` to use.
+        correct_batch_norm: move batch-norm statistics by what the factorization changed, measured on ``data``.
         **load_options: passed to ``cls.load_from_checkpoint``.
 
     Raises:
         ValueError: there are no example inputs.
         LightningLightError: no layer can be factorized; nothing is written.
     """
-    options = FactorizationOptions(fit, form, targets, split, allocation, calibration_batches)
+    options = FactorizationOptions(fit, form, targets, split, allocation, calibration_batches, correct_batch_norm)
     lightning_module: Any = cls
     module = load_from_checkpoint(lightning_module, path, **load_options)
     example = _example_of(module, example_inputs)
     old = torch.load(path, map_location="cpu", weights_only=True)
     if not has_state(module):
         attach(module)
-    plan = _plan(module, example, budget, options, data, loss)
+    batches = first_batches(data, calibration_batches)
+    plan = _plan(module, example, budget, options, batches, loss)
     if not plan.layers:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in plan.skipped.items())
         raise LightningLightError(
             f"`factorize_checkpoint({str(path)!r})`: expected at least one layer to factorize, found none, and wrote "
             f"nothing. {reasons}"
         )
-    _apply(module, plan, ())
+    _apply(module, plan, (), options, batches)
     new = {key: old[key] for key in _KEPT if key in old}
     new["state_dict"] = module.state_dict()
     new[KEY] = attach(module).manifest(module)
@@ -203,19 +210,18 @@ def _plan(
     example: ExampleInput,
     budget: Budget | RankRule,
     options: FactorizationOptions,
-    data: Iterable[Any] | None,
+    batches: list[Any],
     loss: Callable[[Any, Any], Tensor] | None,
 ) -> FactorizationPlan:
     check_goal("factorize", budget)
-    check_data("factorize", budget, options, has_data=data is not None)
-    if options.fit.needs and data is None:
+    check_data("factorize", budget, options, has_data=bool(batches))
+    if options.fit.needs and not batches:
         raise ValueError(
-            f"`factorize(fit={options.fit!r})`: expected `data`, batches on which the fit is made, found None. Give a "
+            f"`factorize(fit={options.fit!r})`: expected `data`, batches on which the fit is made, found none. Give a "
             "DataLoader or a list of batches, or `fit=WeightSVD()`."
         )
     names = list(as_targets(options.targets).select(model))
     layers, reasons = find_layers(model, example, names, form=options.form, split=options.split or {})
-    batches = first_batches(data, options.calibration_batches)
     gathered = Gathered()
     if options.fit.needs and layers:
         watched = watched_modules(model, layers)
@@ -229,11 +235,20 @@ def _plan(
     return plan_layers(model, layers, reasons, goal, options, gathered=gathered, batches=batches)
 
 
-def _apply(model: nn.Module, plan: FactorizationPlan, optimizers: Iterable[Optimizer]) -> None:
+def _apply(
+    model: nn.Module,
+    plan: FactorizationPlan,
+    optimizers: Iterable[Optimizer],
+    options: FactorizationOptions,
+    batches: list[Any],
+) -> None:
     if not plan.layers:
         return
+    calls = [example_of_batch(batch, model) for batch in batches] if options.correct_batch_norm else []
     compression_state = attach(model) if _is_lightning(model) or has_state(model) else None
+    before = measure_statistics(model, calls)
     entry = apply_factors(model, plan, optimizers=optimizers)
+    move_statistics(model, before, measure_statistics(model, calls), {})
     if compression_state is not None:
         compression_state.record(entry)
         claimed = compression_state.claims.get(METHOD)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, TypeVar, cast
+import logging
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_light.batch_norm import InputRecorder, Statistics, has_statistics, measure_statistics, move_statistics
 from lightning_light.budgets import Budget
 from lightning_light.callback import CompressionCallback
 from lightning_light.criteria.collector import EvidenceCollector, Gathered, collect_evidence
-from lightning_light.errors import LightningLightError
 from lightning_light.example_input import Capture, ExampleInput
 from lightning_light.host.trainer import callbacks_of, steps_done
 from lightning_light.lowrank.apply import METHOD, apply_factors, check_unowned
@@ -29,7 +30,7 @@ from lightning_light.order import DEFAULT_WINDOWS, Stage
 from lightning_light.progress import steps_planned, training_progress
 from lightning_light.schedules import OneShot, Schedule, Window, require_rising
 from lightning_light.surgery.averaged_models import averaged_models_of
-from lightning_light.surgery.distributed import broadcast, log_rank_zero, reduce_mean
+from lightning_light.surgery.distributed import broadcast, log_rank_zero, on_rank_zero, reduce_mean
 from lightning_light.surgery.stored_example import restore_or_capture_example, store_example
 from lightning_light.targets import Targets, as_targets
 from lightning_light.timing import Events
@@ -40,8 +41,6 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 __all__ = ["LowRankFactorization"]
-
-T = TypeVar("T")
 
 _EVENTS = 5
 
@@ -68,6 +67,7 @@ class LowRankState(TypedDict, total=False):
         final_forms: layers that the first plan factorizes, and their forms.
         layers: name -> factors.
         evidence: storage of the `EvidenceCollector`.
+        inputs: calls of the last batches, for the correction of batch-norm statistics.
     """
 
     names: list[str]
@@ -77,6 +77,7 @@ class LowRankState(TypedDict, total=False):
     final_forms: dict[str, str]
     layers: dict[str, LayerState]
     evidence: dict[str, Any]
+    inputs: list[dict[str, Any]]
 
 
 @validated
@@ -115,7 +116,9 @@ class LowRankFactorization(CompressionCallback):
         allocation: constraints on the ranks, and how errors of different layers are compared.
         data: batches for the fit or the measured output, instead of those of training. The first item of a tuple is the
             network's input; a mapping is its keyword arguments. Gradients always come from training.
-        calibration_batches: number of batches that a data-dependent fit or rule looks at.
+        calibration_batches: number of batches that a data-dependent fit or rule looks at, and of the batches before
+            the last step from which batch-norm statistics are corrected.
+        correct_batch_norm: after the last step, move the batch-norm statistics by what the factorization changed.
         regularizer: `NuclearNorm` or `Orthogonality` on the weights of the layers until the first of them is replaced.
         dry_run: log the plan and change nothing.
 
@@ -144,10 +147,13 @@ class LowRankFactorization(CompressionCallback):
         allocation: RankAllocation = FactorizationOptions.allocation,
         data: Iterable[Any] | None = None,
         calibration_batches: PositiveInt = FactorizationOptions.calibration_batches,
+        correct_batch_norm: bool = FactorizationOptions.correct_batch_norm,
         regularizer: RankRegularizer | None = None,
         dry_run: bool = False,
     ) -> None:
-        self.options = FactorizationOptions(fit, form, targets, split, allocation, calibration_batches)
+        self.options = FactorizationOptions(
+            fit, form, targets, split, allocation, calibration_batches, correct_batch_norm
+        )
         call = type(self).__name__
         check_goal(call, budget)
         check_data(call, budget, self.options, has_data=data is not None)
@@ -164,12 +170,14 @@ class LowRankFactorization(CompressionCallback):
         self.allocation = allocation
         self.data = data
         self.calibration_batches = calibration_batches
+        self.correct_batch_norm = correct_batch_norm
         self.regularizer = regularizer
         self.dry_run = dry_run
         self.last_plan: FactorizationPlan | None = None
         self._points: list[tuple[float, float]] = []
         self._capture: Capture | None = None
         self._collector: EvidenceCollector | None = None
+        self._recorder: InputRecorder | None = None
         self._is_checked = False
 
     # Lightning's hooks, in the order a run meets them.
@@ -180,30 +188,39 @@ class LowRankFactorization(CompressionCallback):
         super().on_fit_start(trainer, pl_module)
         state = self.state(pl_module)
         if not self.resumed(pl_module):  # a second fit keeps its reference, and acts again
-            for key in ("events", "evidence", "fraction", "final_forms"):
+            for key in ("events", "evidence", "fraction", "final_forms", "inputs"):
                 state.pop(key, None)
         if "names" not in state:
             state["names"] = list(as_targets(self.targets).select(pl_module))
         self.last_plan, self._is_checked, self._points = None, False, []
         self._capture = restore_or_capture_example(pl_module, state)
+        if self.correct_batch_norm and not self.dry_run and has_statistics(pl_module):
+            self._recorder = InputRecorder(pl_module)
         self._check(trainer, pl_module)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Place the events in the run; earlier, asking for its length would lose the position of a resumed loader."""
+        self._points = self._events.points(trainer.max_epochs, steps_planned(trainer))
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Factorize if it is due: before the batch, so that no checkpoint pairs new weights with an old metric."""
         self._check(trainer, pl_module)
-        if not self._points:  # not in `on_fit_start`: loading data there would lose the position of a resumed loader
-            self._points = self._events.points(trainer.max_epochs, steps_planned(trainer))
         state = self.state(pl_module)
         due = Events.due(self._points, training_progress(trainer), steps_planned(trainer))
         if due > state.get("events", 0) and self._is_ready(pl_module):
             self._factorize(trainer, pl_module, due)
-        if self._is_gathering(trainer, pl_module):
+        if self._gathers and self._has_example and self._is_near(trainer, state.get("events", 0)):
             self._collect(pl_module).begin_batch()
+        if self._recorder is not None:
+            last = len(self._points) - 1
+            self._recorder.active = state.get("events", 0) <= last and self._is_near(trainer, last)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Gather gradients, accumulated and unscaled; then add the gradient of the regularizer."""
+        """Refuse an unreachable budget before the first step; gather gradients, then add that of the regularizer."""
+        self._check(trainer, pl_module)
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if self._collector is not None:
             self._collector.observe_step(parameters)
@@ -218,6 +235,9 @@ class LowRankFactorization(CompressionCallback):
         store_example(self.state(pl_module), self._capture)
         if self._collector is not None:
             self._collector.end_batch(lambda tensor: reduce_mean(trainer, tensor))
+        if self._recorder is not None and self._recorder.active:
+            state = self.state(pl_module)
+            state["inputs"] = [*state.get("inputs", []), *self._recorder.take()][-self.calibration_batches :]
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -229,10 +249,10 @@ class LowRankFactorization(CompressionCallback):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove all hooks."""
-        for held in (self._capture, self._collector):
+        for held in (self._capture, self._collector, self._recorder):
             if held is not None:
                 held.remove()
-        self._capture, self._collector = None, None
+        self._capture, self._collector, self._recorder = None, None, None
         super().teardown(trainer, pl_module, stage)
 
     @override
@@ -269,7 +289,7 @@ class LowRankFactorization(CompressionCallback):
             return
         layers, _ = self._layers(pl_module)
         check_unowned(pl_module, [layer.owner or layer.name for layer in layers])
-        self._on_rank_zero(trainer, lambda: require_reachable(layers, self.allocation, goal))
+        on_rank_zero(trainer, lambda: require_reachable(layers, self.allocation, goal))
 
     def _goal(self, trainer: Trainer, pl_module: LightningModule, fraction: float) -> Goal:
         """Return the goal of an event; what is measured is measured on rank 0."""
@@ -287,7 +307,7 @@ class LowRankFactorization(CompressionCallback):
     def _plan(self, trainer: Trainer, pl_module: LightningModule, fraction: float) -> FactorizationPlan:
         """Return the plan of rank 0, with its factors, on every rank."""
         goal = self._goal(trainer, pl_module, fraction)
-        return self._on_rank_zero(trainer, lambda: self._planned(pl_module, goal))
+        return on_rank_zero(trainer, lambda: self._planned(pl_module, goal))
 
     def _planned(self, pl_module: LightningModule, goal: Goal) -> FactorizationPlan:
         layers, reasons = self._layers(pl_module)
@@ -310,19 +330,6 @@ class LowRankFactorization(CompressionCallback):
             known_faster=known_faster,
         )
 
-    def _on_rank_zero(self, trainer: Trainer, function: Callable[[], T]) -> T:
-        """Call ``function`` on rank 0, and return its result, or raise its error, on every rank."""
-        outcome: T | LightningLightError | None = None
-        if trainer.is_global_zero:
-            try:
-                outcome = function()
-            except LightningLightError as error:
-                outcome = error
-        outcome = broadcast(trainer, outcome)
-        if isinstance(outcome, LightningLightError):
-            raise outcome
-        return cast("T", outcome)
-
     def _layers(self, pl_module: LightningModule) -> tuple[list[FactorizableLayer], dict[str, str]]:
         state = self.state(pl_module)
         factorized = state.get("layers", {})
@@ -343,15 +350,33 @@ class LowRankFactorization(CompressionCallback):
         if self.dry_run:
             log_rank_zero(trainer, "\n  ".join([f"{self.method}: dry run, would have {plan.summary()}", *plan.lines()]))
         elif plan.layers:
-            self._before_surgery(trainer, pl_module)
-            averaged_models = averaged_models_of(trainer, pl_module)
-            entry = apply_factors(pl_module, plan, optimizers=trainer.optimizers, averaged_models=averaged_models)
-            state["layers"] = {**state.get("layers", {}), **_layer_states(plan)}
-            self.claim(pl_module, state["layers"])
-            self._after_surgery(trainer, pl_module, entry, plan.summary())
+            self._carry_out(trainer, pl_module, plan, last=due == len(self._points))
         state.setdefault("final_forms", plan.final_forms)
+        if due == len(self._points):
+            state.pop("inputs", None)
         state |= {"events": due, "fraction": fraction}
         self._log_metrics(trainer, pl_module, plan, fraction)
+
+    def _carry_out(self, trainer: Trainer, pl_module: LightningModule, plan: FactorizationPlan, *, last: bool) -> None:
+        """Replace the layers; at the last event, correct the batch-norm statistics."""
+        state, averaged_models = self.state(pl_module), averaged_models_of(trainer, pl_module)
+        self._before_surgery(trainer, pl_module)
+        before = self._statistics(trainer, pl_module) if last else {}
+        entry = apply_factors(pl_module, plan, optimizers=trainer.optimizers, averaged_models=averaged_models)
+        after = self._statistics(trainer, pl_module) if last else {}
+        for network in (pl_module, *averaged_models):
+            move_statistics(network, before, after, {})
+        state["layers"] = {**state.get("layers", {}), **_layer_states(plan)}
+        self.claim(pl_module, state["layers"])
+        self._after_surgery(trainer, pl_module, entry, plan.summary())
+        log_rank_zero(trainer, "\n  ".join([f"{self.method}: {plan.summary()}", *plan.lines()]), level=logging.DEBUG)
+
+    def _statistics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Statistics]:
+        """Measure the batch-norm statistics on the recorded inputs of rank 0, which a checkpoint holds, for all."""
+        if self._recorder is None:
+            return {}
+        calls = [ExampleInput(**call).to(pl_module) for call in self.state(pl_module).get("inputs", [])]
+        return on_rank_zero(trainer, lambda: measure_statistics(pl_module, calls))
 
     def _log_metrics(
         self, trainer: Trainer, pl_module: LightningModule, plan: FactorizationPlan, fraction: float
@@ -384,12 +409,11 @@ class LowRankFactorization(CompressionCallback):
             return False
         return not self._gathers or self._collect(pl_module).batches >= self.calibration_batches
 
-    def _is_gathering(self, trainer: Trainer, pl_module: LightningModule) -> bool:
-        """Check whether the next event is at most ``calibration_batches`` steps away."""
-        done: int = self.state(pl_module).get("events", 0)
-        if not self._gathers or done >= len(self._points) or not self._has_example:
+    def _is_near(self, trainer: Trainer, event: int) -> bool:
+        """Check whether the event of that number is at most ``calibration_batches`` steps away, or overdue."""
+        if event >= len(self._points):
             return False
-        progress, _ = self._points[done]
+        progress, _ = self._points[event]
         return steps_done(trainer) + self.calibration_batches >= progress * steps_planned(trainer)
 
     def _collect(self, pl_module: LightningModule) -> EvidenceCollector:

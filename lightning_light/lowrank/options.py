@@ -54,6 +54,7 @@ class FactorizationOptions:
             or of each of its projections; every part gets its own ranks.
         allocation: constraints on the ranks.
         calibration_batches: number of batches that a data-dependent fit or rule looks at.
+        correct_batch_norm: move batch-norm statistics by what the factorization changed, with data.
     """
 
     fit: Fit = WeightSVD()
@@ -62,6 +63,7 @@ class FactorizationOptions:
     split: dict[str, int] | None = None
     allocation: RankAllocation = RankAllocation()
     calibration_batches: PositiveInt = 16
+    correct_batch_norm: bool = True
 
     def measures_output(self, budget: Budget | RankRule) -> bool:
         """Check whether ranks depend on the change of the network's output, which is measured on fixed batches."""

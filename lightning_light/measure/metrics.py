@@ -84,7 +84,7 @@ def local_copy(metric: MetricLike) -> MetricLike:
     copied.reset()
     for part in copied.modules():
         if isinstance(part, Metric):
-            part.sync_on_compute = False
+            part.distributed_available_fn = _never
     return copied
 
 
@@ -127,6 +127,10 @@ def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
         yield from ((f"{name}/{place}", number) for place, number in enumerate(value.tolist()))
     elif isinstance(value, float | int):
         yield name, float(value)
+
+
+def _never() -> bool:
+    return False
 
 
 def _is_inside(path: str, found: Mapping[str, MetricLike]) -> bool:

@@ -2,8 +2,6 @@
 
 from lightning_light.quantization.checkpoint_state import fake_quantized
 from lightning_light.quantization.functional import quantize
-from lightning_light.quantization.learned_recipes import LSQ, PACT
-from lightning_light.quantization.mixed_precision import MixedPrecision
 from lightning_light.quantization.observers import (
     DynamicObserver,
     MinMax,
@@ -14,7 +12,7 @@ from lightning_light.quantization.observers import (
 )
 from lightning_light.quantization.post_training import AdaRound, BitBudget, Sensitivity, measure_sensitivity
 from lightning_light.quantization.quantization_aware_training import QuantizationAwareTraining
-from lightning_light.quantization.recipes import Binary, Int8, IntN, Recipe, Ternary
+from lightning_light.quantization.recipes import LSQ, PACT, Binary, Int8, IntN, MixedPrecision, Recipe, Ternary
 
 __all__ = [
     "AdaRound",

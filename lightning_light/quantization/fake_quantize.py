@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +16,11 @@ from lightning_light.quantization.specs import ActivationSpec, QParams, WeightSp
 __all__ = [
     "SMALLEST_SCALE",
     "fake_quantize",
+    "fake_quantize_bias",
     "fake_quantize_dynamic",
     "fake_quantize_learned",
     "fake_quantize_weight",
+    "gain_and_shift",
     "merge_ranges",
     "qparams_of",
     "quantize_weight",
@@ -181,8 +183,8 @@ def quantize_weight(w: Tensor, spec: WeightSpec, scale: Tensor | None = None) ->
     return (rows * (1.0 / found)[..., None]).round_().clamp_(spec.quant_min, spec.quant_max).view_as(w), found
 
 
-def fake_quantize_weight(w: Tensor, spec: WeightSpec, scale: Tensor | None = None) -> Tensor:
-    """The fake-quantized weight; the gradient is 1 everywhere, for binary weights only where ``|w| <= 1``.
+def fake_quantize_weight(w: Tensor, spec: WeightSpec, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The fake-quantized weight and its scale; the gradient is 1, for binary weights only where ``|w| <= 1``.
 
     One scale per channel commutes with the batch norm that is folded in: ``quantize(g * w) = g * quantize(w)`` for a
     gain ``g`` per channel. So training may quantize the weight alone, and every batch norm computes as it is written.
@@ -193,13 +195,20 @@ def fake_quantize_weight(w: Tensor, spec: WeightSpec, scale: Tensor | None = Non
         scale: the learned scale, which gets its gradient.
     """
     if scale is not None and spec.learned:
-        columns = _columns(scale.float(), w)
         count = w.numel() // max(scale.numel(), 1)
-        return _with_learned_scale(w.float(), columns, None, spec.quant_min, spec.quant_max, count).to(w.dtype)
+        columns = _columns(scale.float(), w)
+        learned = _with_learned_scale(w.float(), columns, None, spec.quant_min, spec.quant_max, count).to(w.dtype)
+        return learned, scale.detach().float().abs().clamp_min(SMALLEST_SCALE)
     q, found = quantize_weight(w, spec)
     if spec.form == "binary":
         w = w.clamp(-1.0, 1.0)
-    return _straight_through(w, q.mul_(_columns(found, w)).to(w.dtype))
+    return _straight_through(w, q.mul_(_columns(found, w)).to(w.dtype)), found
+
+
+def fake_quantize_bias(bias: Tensor, unit: Tensor) -> Tensor:
+    """``unit * round(bias / unit)``, gradient 1; kernels add an int32 bias, in units of input times weight."""
+    exact = bias.detach().double()
+    return _straight_through(bias, ((exact / unit).round() * unit).to(bias.dtype))
 
 
 def _mean(magnitude: Tensor, kept: Tensor) -> Tensor:
@@ -208,6 +217,21 @@ def _mean(magnitude: Tensor, kept: Tensor) -> Tensor:
 
 def _columns(scale: Tensor, w: Tensor) -> Tensor:
     return scale.reshape(-1, *[1] * (w.dim() - 1)) if scale.dim() else scale
+
+
+def gain_and_shift(norm: Mapping[str, Any], bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Batch norm as ``gain = gamma / sqrt(var + eps)`` and ``shift = beta + (bias - mean) * gain``, in float64.
+
+    Args:
+        norm: arguments of ``batch_norm`` by name.
+        bias: of the layer before it.
+    """
+    gain = (norm["running_var"].double() + norm.get("eps", 1e-5)).rsqrt()
+    if norm.get("weight") is not None:
+        gain = gain * norm["weight"].detach().double()
+    centered = (0.0 if bias is None else bias.detach().double()) - norm["running_mean"].double()
+    beta = 0.0 if norm.get("bias") is None else norm["bias"].detach().double()
+    return gain, beta + centered * gain
 
 
 # Gradients.

@@ -12,19 +12,24 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_light.host.modules import compiled_methods
 from lightning_light.int8 import LoweredModel, QDQConstraints, Quantizer
 from lightning_light.quantization.fake_quantize import (
+    SMALLEST_SCALE,
     fake_quantize,
+    fake_quantize_bias,
     fake_quantize_dynamic,
     fake_quantize_learned,
     fake_quantize_weight,
+    gain_and_shift,
     qparams_of,
 )
 from lightning_light.quantization.learned_qparams import LearnedQParam, learned_qparams_of, weight_scale
 from lightning_light.quantization.lowering.base import Lowering, lowered
 from lightning_light.quantization.lowering.qdq import QDQLowering
 from lightning_light.quantization.lowering.quantized_ops import QuantizedOpsLowering, quantized_engine
-from lightning_light.quantization.op_calls import ModuleCallStack, OpCall, OpId, OpMode
+from lightning_light.quantization.op_calls import OpCall, OpId, OpMode, OpStack
+from lightning_light.quantization.operators import arguments
 from lightning_light.quantization.plan import QuantizationPlan
 from lightning_light.quantization.range_observer import RangeObserver
 from lightning_light.quantization.specs import QParams, WeightSpec
@@ -33,7 +38,7 @@ from lightning_light.surgery.attachment import has_state, state_of
 __all__ = ["FakeQuantizer"]
 
 
-class FakeQuantizer(ModuleCallStack, Quantizer):
+class FakeQuantizer(OpStack, Quantizer):
     """Fake-quantizes one network by a plan, as long as it is attached.
 
     Args:
@@ -67,13 +72,13 @@ class FakeQuantizer(ModuleCallStack, Quantizer):
         self._values: dict[str, Tensor] = {}  # what is learned, without gradients
         self._folded = frozenset(site.fused.batch_norm for site in plan.layers.values())
         self._active: list[object] = []  # of the compression state, where exporters look
+        self._norms: dict[OpId, tuple[Tensor, Tensor | None]] = {}  # folded ones: unit and bias of the layer before
         self._modes: list[Any] = []
         self._compiled: list[tuple[nn.Module, str, Any]] = []
 
-    @override
     def attach(self, model: nn.Module) -> None:
         """Hook ``model``; modules that are compiled in place run as written until `detach`."""
-        super().attach(model)
+        self.watch(model)
         if has_state(model):
             self._active = state_of(model).active
             self._active.append(self)
@@ -81,13 +86,13 @@ class FakeQuantizer(ModuleCallStack, Quantizer):
             if (compiled := getattr(module, "_compiled_call_impl", None)) is not None:
                 self._compiled.append((module, "_compiled_call_impl", compiled))
                 module._compiled_call_impl = None
-            for name, written in _compiled_by_lightning(module):
+            for name, written in compiled_methods(module).items():
                 self._compiled.append((module, name, vars(module)[name]))
                 setattr(module, name, written)
 
-    @override
     def detach(self) -> None:
-        super().detach()
+        """Undo `attach`; more than once does no harm."""
+        self.remove()
         self._active[:] = [one for one in self._active if one is not self]
         while self._compiled:
             module, name, compiled = self._compiled.pop()
@@ -139,6 +144,7 @@ class FakeQuantizer(ModuleCallStack, Quantizer):
 
     @override
     def end(self) -> None:
+        self._norms = {}
         while self._modes:
             self._modes.pop().__exit__(None, None, None)
 
@@ -174,12 +180,39 @@ class FakeQuantizer(ModuleCallStack, Quantizer):
             call.replace(position, self.quantize(activation, call.values[position]))
         if self.freeze_batch_norm and call.id in self._folded:
             call.set("training", 5, False)
+        if self.enabled and call.id in self._norms:
+            self._quantize_folded_bias(call)
         if call.id in self.plan.layers:
             weight, (spec, scale) = call.get("weight", 1), self.weight(call.id)
             if self.enabled:
-                call.set("weight", 1, fake_quantize_weight(weight, spec, scale))
+                weight, scale = fake_quantize_weight(weight, spec, scale)
+                call.set("weight", 1, weight)
+                self._quantize_bias(call, scale)
             elif self.observer is not None and spec.learned:
                 self.observer.observe_weight(call.id, weight, spec)
+
+    def _quantize_bias(self, call: OpCall, scale: Tensor) -> None:
+        """Fake-quantize the bias of an int8 layer, or leave that to the batch norm that is folded into it."""
+        site = self.plan.layers[call.id]
+        reads = None if site.input is None else self.qparams[site.input]
+        if reads is None or self.engine == "x86":  # whose kernels add biases in float
+            return
+        bias, unit = call.get("bias", 2), scale.double() * reads.scale
+        if site.fused.batch_norm is not None:
+            self._norms[site.fused.batch_norm] = unit, bias
+        elif bias is not None:
+            call.set("bias", 2, fake_quantize_bias(bias, unit))
+
+    def _quantize_folded_bias(self, call: OpCall) -> None:
+        """Fake-quantize the bias that results from folding a batch norm with running statistics."""
+        unit, bias = self._norms.pop(call.id)
+        if call.get("training", 5) or call.get("running_var", 2) is None:
+            return
+        named = arguments(call)
+        gain, shift = gain_and_shift(named, bias)
+        error = fake_quantize_bias(shift, unit * gain.abs().clamp_min(SMALLEST_SCALE)) - shift
+        own = named.get("bias")
+        call.set("bias", 4, error.to(call.input.dtype) if own is None else own + error.to(own.dtype))
 
     def quantize(self, activation: int, x: Any) -> Any:
         """Fake-quantize an activation; what is no floating point tensor, or was never observed, stays as it is."""
@@ -198,10 +231,3 @@ class FakeQuantizer(ModuleCallStack, Quantizer):
             return fake_quantize_learned(x, spec, *(values[name] for name in names))
         qparams = self.qparams[activation]
         return x if qparams is None else fake_quantize(x, qparams)
-
-
-def _compiled_by_lightning(module: nn.Module) -> list[tuple[str, Any]]:
-    """Of ``torch.compile(module)`` that a Trainer was given: the name of each method, and what it was before."""
-    context = vars(module).get("_compiler_ctx") or {}
-    methods = ((key.removeprefix("original_"), value) for key, value in context.items() if key.startswith("original_"))
-    return [(name, value) for name, value in methods if name in vars(module)]

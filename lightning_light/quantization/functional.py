@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_light.errors import NoEffectWarning
 from lightning_light.example_input import ExampleInput
 from lightning_light.isolation import isolated, uncompiled
+from lightning_light.order import Stage
 from lightning_light.quantization.checkpoint_state import METHOD, attach_fake_quantizer, begin
 from lightning_light.quantization.fake_quantize import merge_ranges
 from lightning_light.quantization.fake_quantizer import FakeQuantizer
@@ -31,10 +32,12 @@ from lightning_light.quantization.post_training.refinement import Refinement
 from lightning_light.quantization.range_observer import RangeObserver
 from lightning_light.quantization.recipes import Recipe
 from lightning_light.surgery.attachment import attach, release
+from lightning_light.validation import validated
 
 __all__ = ["quantize"]
 
 
+@validated
 def quantize(
     model: nn.Module,
     calibration: Iterable[Any],
@@ -73,7 +76,7 @@ def quantize(
         ValueError: there is no calibration data, the model cannot be called with it, it comes in lists, as from a
             loader of images and labels, or values in the network are not finite; or no layer has a weight that can
             be quantized. As after any other error, ``model`` is then as it was.
-        TypeError: ``recipe`` is no recipe, ``rounding`` no `AdaRound`, or ``calibration`` no iterable of batches.
+        TypeError: an argument of the wrong type.
 
     Warns:
         NoEffectWarning: an option had nothing to do, or not for all layers, which are named.
@@ -85,7 +88,6 @@ def quantize(
         ...     logits = model(images)
     """
     check_calibration("quantize", model, calibration)
-    _check_values(model, recipe, rounding)
     inputs = calls_from("quantize", model, calibration)
     state: dict[str, Any] = {}
     changes = equalize or correct_bias or rounding is not None
@@ -120,7 +122,9 @@ def quantize(
                 _warn_of_unchanged(refinement)
         finally:
             quantizer.detach()
-    attach(model).state[METHOD] = state
+    compression_state = attach(model)
+    compression_state.state[METHOD] = state
+    compression_state.claim(model, METHOD, Stage.QUANTIZATION, state["layers"])
     release(model)
     return model
 
@@ -166,17 +170,6 @@ def _check_finite(plan: QuantizationPlan, seen: Tensor, batch: int) -> None:
         raise ValueError(
             f"`quantize(..., calibration)`: expected finite values, found others in batch {batch}, at "
             f"`{module or 'the network itself'}`. Look in the batch and in the weights: `torch.isfinite(x).all()`."
-        )
-
-
-def _check_values(model: nn.Module, recipe: Any, rounding: Any) -> None:
-    call = f"quantize({type(model).__name__}, calibration"
-    if not isinstance(recipe, Recipe):
-        raise TypeError(f"`{call}, {recipe!r})`: expected a recipe, found {type(recipe).__name__}. Write `Int8()`.")
-    if rounding is not None and not isinstance(rounding, AdaRound):
-        raise TypeError(
-            f"`{call}, ..., rounding={rounding!r})`: expected `AdaRound()` or None, found {type(rounding).__name__}. "
-            "Write `rounding=AdaRound()`."
         )
 
 

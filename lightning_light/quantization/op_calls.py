@@ -8,16 +8,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lightning_light.module_stack import ModuleCall, ModuleStack
 from lightning_light.quantization.tracer_warnings import attributed_to_caller
 
-__all__ = ["ModuleCallStack", "OpCall", "OpId", "OpMode"]
-
-_PRIVATE = "_lightning_light"
+__all__ = ["OpCall", "OpId", "OpMode", "OpStack"]
 
 
 class OpId(NamedTuple):
@@ -90,7 +87,7 @@ class OpCall:
 class OpMode(TorchFunctionMode):
     """Route every operator call inside a model to ``handle``, which returns its result."""
 
-    def __init__(self, stack: ModuleCallStack, handle: Callable[[OpCall], Any]) -> None:
+    def __init__(self, stack: OpStack, handle: Callable[[OpCall], Any]) -> None:
         super().__init__()
         self._stack, self._handle = stack, handle
 
@@ -106,52 +103,29 @@ class OpMode(TorchFunctionMode):
             return self._handle(call)
 
 
-class ModuleCallStack:
-    """The modules that are being called, innermost last; kept by hooks on all of them.
+class OpStack(ModuleStack):
+    """Counts the operator calls of every running module call.
 
-    Names agree between runs, also where a part of the network is called by itself. A subclass may act where the
+    Identities agree between runs, also where a part of the network is called by itself. A subclass may act where the
     outermost call begins and ends.
     """
 
     def __init__(self) -> None:
-        self._stack: list[tuple[str, int, Counter[str]] | None] = []
-        self._calls: Counter[str] = Counter()
-        self._handles: list[RemovableHandle] = []
-
-    def attach(self, model: nn.Module) -> None:
-        """Hook every module of ``model``."""
-        for name, module in model.named_modules():
-            if not name.startswith(_PRIVATE):
-                hooks = _Hooks(self, name)
-                before = module.register_forward_pre_hook(hooks.enter, prepend=True, with_kwargs=True)
-                self._handles += [before, module.register_forward_hook(hooks.leave, always_call=True)]
-
-    def detach(self) -> None:
-        """Remove the hooks; more than once does no harm."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        self.reset()
-
-    def reset(self) -> None:
-        """End a call that an error has left: `torch.export` runs no hook then, not even those that always run."""
-        if self.is_running:
-            self.end()
-        self._stack = []
+        super().__init__()
+        self._counts: list[Counter[str]] = []  # of the running calls
 
     @property
     def is_running(self) -> bool:
         """Whether a module is being called."""
-        return any(frame is not None for frame in self._stack)
+        return self.outermost is not None
 
     def next_op(self, function: str) -> OpId | None:
         """Identity of the operator call that is about to run; None outside of the model."""
-        frame = self._stack[-1] if self._stack else None
-        if frame is None:
+        call = self.current
+        if call is None:
             return None
-        name, call, counts = frame
-        counts[function] += 1
-        return OpId(name, call, function, counts[function])
+        self._counts[-1][function] += 1
+        return OpId(call.name, call.number, function, self._counts[-1][function])
 
     def begin(self) -> None:
         """Act before the outermost call."""
@@ -162,33 +136,23 @@ class ModuleCallStack:
     def output(self, output: Any) -> Any:
         """Replace the output of the outermost call; None leaves it."""
 
-    def push(self, name: str, module: nn.Module) -> None:
-        """Enter a module."""
-        if getattr(vars(module).get("forward"), "__qualname__", "").startswith("_ForwardRedirection"):
-            self._stack.append(None)  # DDP calls `training_step` through `forward`: no call of the network's
-            return
-        if not self.is_running:
-            self._calls.clear()
+    @override
+    def entered(self, call: ModuleCall) -> None:
+        if not self._counts:
             self.begin()
-        self._calls[name] += 1
-        self._stack.append((name, self._calls[name], Counter()))
+        self._counts.append(Counter())
 
-    def pop(self) -> bool:
-        """Leave a module; whether its call was the outermost one."""
-        if self._stack and self._stack.pop() is not None and not self.is_running:
+    @override
+    def left(self, call: ModuleCall, output: Any) -> Any:
+        self._counts.pop()
+        if self._counts:
+            return None
+        self.end()
+        return self.output(output)
+
+    @override
+    def reset(self) -> None:
+        if self._counts:
             self.end()
-            return True
-        return False
-
-
-class _Hooks:
-    """The hooks of one module: bound methods, which copies and pickles can follow."""
-
-    def __init__(self, stack: ModuleCallStack, name: str) -> None:
-        self.stack, self.name = stack, name
-
-    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self.stack.push(self.name, module)
-
-    def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
-        return self.stack.output(output) if self.stack.pop() else None
+        self._counts = []
+        super().reset()

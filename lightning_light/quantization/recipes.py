@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeAlias
 
 from torch import nn
 from typing_extensions import override
 
-from lightning_light.quantization.observers import MovingAverage, Observer
+from lightning_light.quantization.observers import LSQObserver, MovingAverage, MSEObserver, Observer
 from lightning_light.quantization.specs import ActivationSpec, LayerSpec, Learned, WeightSpec
 from lightning_light.targets import Targets, as_targets
+from lightning_light.validation import Range, validated
 
-__all__ = ["Binary", "Engine", "Int8", "IntN", "Recipe", "Ternary", "check_bits", "activation_spec"]
+__all__ = ["LSQ", "PACT", "Binary", "Bits", "Engine", "Int8", "IntN", "MixedPrecision", "Recipe", "Ternary"]
 
 Engine = Literal["qnnpack", "x86", "xnnpack", "onnx"]
 Exclude = Targets | str | list[str] | None
+Bits: TypeAlias = Annotated[int, Range(2, 8)]
 
 _WEIGHT_LIMIT = {"x86": 63}
 
 
+@validated
 @dataclass(frozen=True)
 class Recipe(ABC):
     """How a network is quantized; a frozen value.
@@ -33,25 +36,12 @@ class Recipe(ABC):
         exclude: layers that stay float: a pattern, several, or `Targets`, for instance ``Targets(types="Linear")``.
 
     Raises:
+        TypeError: an argument of the wrong type.
         ValueError: an argument out of range.
-        TypeError: ``observer`` of a subclass is none.
     """
 
     engine: Engine = field(default="qnnpack", kw_only=True)
     exclude: Exclude = field(default=None, kw_only=True)
-
-    def __post_init__(self) -> None:
-        if self.engine not in get_args(Engine):
-            raise ValueError(
-                f"`{type(self).__name__}(engine={self.engine!r})`: expected one of {list(get_args(Engine))}. For "
-                "phones write 'qnnpack'."
-            )
-        observer = getattr(self, "observer", None)
-        if observer is not None and not isinstance(observer, Observer):
-            raise TypeError(
-                f"`{type(self).__name__}(observer={observer!r})`: expected an observer, found "
-                f"{type(observer).__name__}. Write `observer=MSEObserver()`, for instance."
-            )
 
     def __repr__(self) -> str:
         """The call that makes an equal recipe."""
@@ -81,6 +71,7 @@ class Recipe(ABC):
         return WeightSpec(bits, -top - (learned and bits < 8), top, per_channel=per_channel, learned=learned)
 
 
+@validated
 @dataclass(frozen=True, repr=False)
 class Int8(Recipe):
     """Quantize to eight bits, as the int8 kernels of mobile and server CPUs do.
@@ -116,6 +107,7 @@ class Int8(Recipe):
         return LayerSpec(self._weight(8, per_channel=self.per_channel), ActivationSpec(observer=self.observer))
 
 
+@validated
 @dataclass(frozen=True, repr=False)
 class IntN(Recipe):
     """Quantize to any number of bits, with ranges from the values themselves.
@@ -144,22 +136,19 @@ class IntN(Recipe):
         ValueError: an argument out of range.
     """
 
-    weights: int = 4
-    activations: int | None = 8
+    weights: Bits = 4
+    activations: Bits | None = 8
     observer: Observer = MovingAverage()
     per_channel: bool = field(default=True, kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_bits(self, self.weights, self.activations)
 
     @override
     def spec(self) -> LayerSpec:
         return LayerSpec(
-            self._weight(self.weights, per_channel=self.per_channel), activation_spec(self.activations, self.observer)
+            self._weight(self.weights, per_channel=self.per_channel), _activation(self.activations, self.observer)
         )
 
 
+@validated
 @dataclass(frozen=True, repr=False)
 class Ternary(Recipe):
     """Quantize weights to -s, 0 and s: ``q = sign(w)`` where ``|w| > 0.7 * mean|w|``, ``s`` the mean ``|w|`` of those.
@@ -178,18 +167,15 @@ class Ternary(Recipe):
         ValueError: an argument out of range.
     """
 
-    activations: int | None = 8
+    activations: Bits | None = 8
     observer: Observer = MovingAverage()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_bits(self, 2, self.activations)
 
     @override
     def spec(self) -> LayerSpec:
-        return LayerSpec(WeightSpec(2, -1, 1, "ternary"), activation_spec(self.activations, self.observer))
+        return LayerSpec(WeightSpec(2, -1, 1, "ternary"), _activation(self.activations, self.observer))
 
 
+@validated
 @dataclass(frozen=True, repr=False)
 class Binary(Recipe):
     """Quantize weights to -s and s: ``sign(w) * mean|w|``, one mean per output channel; masked weights stay zero.
@@ -209,39 +195,149 @@ class Binary(Recipe):
         ValueError: an argument out of range.
     """
 
-    activations: int | None = 8
+    activations: Bits | None = 8
     observer: Observer = MovingAverage()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_bits(self, 2, self.activations)
 
     @override
     def spec(self) -> LayerSpec:
-        return LayerSpec(WeightSpec(1, -1, 1, "binary"), activation_spec(self.activations, self.observer))
+        return LayerSpec(WeightSpec(1, -1, 1, "binary"), _activation(self.activations, self.observer))
+
+
+@validated
+@dataclass(frozen=True, repr=False)
+class LSQ(Recipe):
+    """Learn the scale of every weight and activation along with the weights (learned step size quantization).
+
+    ``x_hat = s * clamp(round(x / s), low, top)``; the gradient to ``s`` is ``round(x / s) - x / s`` within the range
+    and ``low`` or ``top`` outside, times ``1 / sqrt(N * top)``, ``N`` the number of values that share ``s``. Weights
+    have ``low = -2**(n-1)`` and a scale per output channel (the paper: per layer), activations after a ReLU
+    ``low = 0``. Scales begin with ``2 * mean|x| / sqrt(top)``.
+
+    Esser et al., 2020, "Learned Step Size Quantization". https://arxiv.org/abs/1902.08153
+    With ``offset``: Bhalgat et al., 2020, "LSQ+: Improving low-bit quantization through learnable offsets and better
+    initialization". https://arxiv.org/abs/2004.09576
+
+    Example:
+        >>> from lightning_light.quantization import Int8, MixedPrecision
+        >>> MixedPrecision(default=LSQ(weights=4, activations=4), first=Int8(), last=Int8())
+        MixedPrecision(default=LSQ(), first=Int8(), last=Int8())
+
+    Args:
+        weights: bits, 2 to 8.
+        activations: bits of what layers read, 2 to 8; None leaves it float.
+        offset: activations learn an offset too; their range begins with the smallest squared error.
+        engine: as in `Recipe`.
+        exclude: as in `Recipe`.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+
+    weights: Bits = 4
+    activations: Bits | None = 4
+    offset: bool = False
+
+    @override
+    def spec(self) -> LayerSpec:
+        observer = MSEObserver(momentum=0.1) if self.offset else LSQObserver()
+        activation = _activation(self.activations, observer, "scale and offset" if self.offset else "scale")
+        return LayerSpec(self._weight(self.weights, learned=True), activation)
+
+
+@validated
+@dataclass(frozen=True, repr=False)
+class PACT(Recipe):
+    """Learn the value ``a`` at which a ReLU is clipped: ``x_hat = s * round(clamp(x, 0, a) / s)``.
+
+    ``s = a / (2**n - 1)``; the gradient to ``a`` is 1 where ``x >= a``, else 0. The regularization of ``a`` that the
+    paper asks for is the weight decay of its group in the optimizer. Tensors that can be below zero, such as the
+    network's input, keep an observed range; weights are quantized as by `IntN` (the paper: as by DoReFa).
+
+    Choi et al., 2018, "PACT: Parameterized Clipping Activation for Quantized Neural Networks".
+    https://arxiv.org/abs/1805.06085
+
+    Args:
+        weights: bits, 2 to 8.
+        activations: bits of what layers read, 2 to 8.
+        engine: as in `Recipe`.
+        exclude: as in `Recipe`.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+
+    weights: Bits = 4
+    activations: Bits = 4
+
+    @override
+    def spec(self) -> LayerSpec:
+        return LayerSpec(self._weight(self.weights), _activation(self.activations, MovingAverage(momentum=0.1), "clip"))
+
+
+@validated
+@dataclass(frozen=True, repr=False)
+class MixedPrecision(Recipe):
+    """Quantize layers by recipes of their own: by name, or the first and the last one.
+
+    The first pattern of ``layers`` that names a layer decides; ``first`` and ``last`` go before all of them.
+
+    Example:
+        >>> from lightning_light.quantization import Int8, IntN
+        >>> MixedPrecision({"layer1.*": Int8()}, default=IntN(weights=6))
+        MixedPrecision(layers={'layer1.*': Int8()}, default=IntN(weights=6))
+
+    Args:
+        layers: pattern, as in `Targets` -> recipe.
+        default: of the other layers.
+        first: of the layer that is called first.
+        last: of the layer that is called last.
+        exclude: layers that stay float; the parts have none of their own.
+
+    Raises:
+        ValueError: a part has ``exclude``, is mixed itself, or is for another engine than the others.
+        TypeError: a part is not a recipe.
+    """
+
+    layers: Mapping[str, Recipe] = field(default_factory=dict)
+    default: Recipe = Int8()
+    first: Recipe | None = None
+    last: Recipe | None = None
+    engine: Engine = field(default="qnnpack", init=False)
+
+    def __post_init__(self) -> None:
+        parts = [*self.layers.values(), self.default, *filter(None, (self.first, self.last))]
+        for part in parts:
+            if isinstance(part, MixedPrecision) or part.exclude is not None:
+                raise ValueError(
+                    f"`MixedPrecision(...)` with {part!r}: expected recipes that are neither mixed nor exclude layers "
+                    "themselves. Write `MixedPrecision(..., exclude=...)`."
+                )
+        engines = sorted({part.engine for part in parts})
+        if len(engines) > 1:
+            raise ValueError(
+                f"`MixedPrecision(...)`: expected recipes for one engine, found {engines}. Give all parts "
+                "the same `engine=`."
+            )
+        object.__setattr__(self, "engine", engines[0])
+
+    @override
+    def spec(self) -> LayerSpec:
+        return self.default.spec()
+
+    @override
+    def specs(self, model: nn.Module, layers: Sequence[str]) -> dict[str, LayerSpec]:
+        found = super().specs(model, layers)
+        for pattern, recipe in reversed(list(self.layers.items())):
+            named = as_targets(pattern).select(model)
+            found |= {layer: recipe.spec() for layer in layers if layer in named and layer in found}
+        ends = [(layers[-1], self.last), (layers[0], self.first)] if layers else []
+        return found | {layer: end.spec() for layer, end in ends if end is not None and layer in found}
 
 
 def _default(one: Field[Any]) -> Any:
     return one.default if one.default_factory is MISSING else one.default_factory()
 
 
-def activation_spec(bits: int | None, observer: Observer, learned: Learned = "") -> ActivationSpec | None:
+def _activation(bits: int | None, observer: Observer, learned: Learned = "") -> ActivationSpec | None:
     """How what layers read is quantized to ``bits``; None leaves it float."""
     return None if bits is None else ActivationSpec(bits=bits, observer=observer, learned=learned)
-
-
-def check_bits(recipe: Recipe, weights: int, activations: int | None, *, may_be_float: bool = True) -> None:
-    """Refuse invalid numbers of bits; ``activations=None`` leaves them float, if they ``may_be_float``.
-
-    Raises:
-        ValueError: not an integer in [2, 8].
-    """
-    cure = "; to leave activations float, `activations=None`" if may_be_float else ""
-    for name, bits in (("weights", weights), ("activations", activations)):
-        if bits is None and name == "activations" and may_be_float:
-            continue
-        if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= 8:
-            raise ValueError(
-                f"`{type(recipe).__name__}({name}={bits!r})`: expected an integer number of bits in [2, 8]. For one "
-                f"bit write `Binary()`{cure}."
-            )

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_light.example_input import ExampleInput, tensors_in
+from lightning_light.example_input import ExampleInput
 from lightning_light.isolation import isolated
-from lightning_light.quantization.op_calls import ModuleCallStack, OpCall, OpId, OpMode
+from lightning_light.nested import tensors_in
+from lightning_light.quantization.op_calls import OpCall, OpId, OpMode, OpStack
 from lightning_light.quantization.operators import FLOAT, INPUT, INTEGER, Operator, is_view, operator_of
 
 __all__ = ["OpNode", "Trace", "inputs_of_layer", "trace_ops"]
@@ -86,13 +87,13 @@ def trace_ops(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     """
     tracer = _Tracer()
     with isolated(model):
-        stack = ModuleCallStack()
-        stack.attach(model)
+        stack = OpStack()
+        stack.watch(model)
         for tensor in tensors_in((args, dict(kwargs))):
             tracer.produce(tensor, OpNode(None, INPUT if tensor.is_floating_point() else INTEGER))
         with OpMode(stack, tracer.handle):
             result = model(*args, **kwargs)
-        stack.detach()
+        stack.remove()
     for tensor in _tensors(result):
         if (node := tracer.producers.get(id(tensor))) is not None:
             node.is_output = True
@@ -109,15 +110,15 @@ def inputs_of_layer(model: nn.Module, op: OpId, examples: Iterable[ExampleInput]
             raise _Stop
         return call.run()
 
-    stack = ModuleCallStack()
-    stack.attach(model)
+    stack = OpStack()
+    stack.watch(model)
     try:
         with OpMode(stack, note):
             for example in examples:
                 with suppress(_Stop):
                     model(*example.args, **example.kwargs)
     finally:
-        stack.detach()
+        stack.remove()
     return found
 
 

@@ -1,4 +1,4 @@
-"""Attribute a tracer's warnings to the user's code, and silence torch's deprecation of quantized tensors."""
+"""Attribute a tracer's warnings to the user's code."""
 
 from __future__ import annotations
 
@@ -12,21 +12,13 @@ import torch.overrides
 
 from lightning_light.int8 import QUANTIZED_TENSORS_ARE_DEPRECATED
 
-__all__ = ["attributed_to_caller", "deprecation_silenced"]
+__all__ = ["attributed_to_caller"]
 
 _BETWEEN = (
     str(Path(__file__).parent),
     torch.overrides.__file__,
     str(Path(warnings.__file__).with_name("contextlib.py")),
 )
-
-
-@contextmanager
-def deprecation_silenced() -> Iterator[None]:
-    """Silence that one deprecation, and nothing else."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", QUANTIZED_TENSORS_ARE_DEPRECATED)
-        yield
 
 
 @contextmanager

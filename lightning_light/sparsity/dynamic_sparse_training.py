@@ -22,7 +22,6 @@ from lightning_light.sparsity.mask_enforcer import parameters_of
 from lightning_light.sparsity.mask_state import MaskState
 from lightning_light.sparsity.masking import MaskingCallback
 from lightning_light.sparsity.options import WeightPruningOptions, check_sparsity
-from lightning_light.sparsity.planning import PruningPlan, plan_pruning
 from lightning_light.sparsity.scope import Scope
 from lightning_light.sparsity.scores import score_weights
 from lightning_light.sparsity.weights import MaskableWeight
@@ -121,7 +120,6 @@ class DynamicSparseTraining(MaskingCallback):
         self.every_n_steps = every_n_steps
         self.seed = seed
         self._rule = method
-        self._plan_of_run: PruningPlan | None = None
 
     # Lightning's hooks, in the order a run meets them.
 
@@ -146,25 +144,16 @@ class DynamicSparseTraining(MaskingCallback):
             _keep_gradients(gradients, self._weights, parameters_of(optimizer))
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
 
-    @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remove the hooks."""
-        self._plan_of_run = None
-        super().teardown(trainer, pl_module, stage)
-
     # Private.
 
     @override
-    def _plan(self, pl_module: LightningModule, masks: Mapping[str, Tensor]) -> Sequence[MaskableWeight]:
-        self._plan_of_run = plan_pruning(type(self).__name__, pl_module, self.options)
-        weights = self._plan_of_run.weights
-        frozen = [weight.layer for weight in weights if not weight.parameter.requires_grad]
+    def _check_plan(self, masks: Mapping[str, Tensor]) -> None:
+        frozen = [weight.layer for weight in self._weights if not weight.parameter.requires_grad]
         if frozen and not isinstance(self._rule, Static):
             raise UnsupportedError(
                 f"`{type(self).__name__}(method={self._rule!r})`: expected trainable weights, found frozen ones, which "
                 f"have no gradient to grow by, in {frozen[:3]}. Exclude them: `targets=Targets(exclude={frozen})`."
             )
-        return weights
 
     @override
     def _no_effect_reason(self, pl_module: LightningModule) -> str | None:
@@ -186,11 +175,12 @@ class DynamicSparseTraining(MaskingCallback):
 
     def _is_due(self, trainer: Trainer, state: Mapping[str, Any], ahead: int = 0) -> bool:
         """Whether an update is due, counted from the plan of the run as it was at the last one."""
-        planned = steps_planned(trainer)
-        if isinstance(self._rule, Static) or steps_done(trainer) + ahead >= planned:
+        if isinstance(self._rule, Static):
             return False
-        reached = state["fraction"] if state["planned_steps"] == planned else self._fraction_due(trainer, ahead - 1)
-        return self._fraction_due(trainer, ahead) > reached + _SAME
+        due = self._fraction_due(trainer, ahead)
+        same_plan = state["planned_steps"] == self._planned_steps
+        reached = state["fraction"] if same_plan else self._fraction_due(trainer, ahead - 1)
+        return due > reached + _SAME and steps_done(trainer) + ahead < self._planned_steps
 
     def _is_ready(self, state: Mapping[str, Any]) -> bool:
         gradients = state.get("per_weight", {}).get("gradients", {})
@@ -198,10 +188,9 @@ class DynamicSparseTraining(MaskingCallback):
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Select the first masks: the numbers by the scope, the connections by the criterion."""
-        assert self._plan_of_run is not None  # since `on_fit_start`
         generator = torch.Generator().manual_seed(self.options.seed)
         scores = score_weights(self._weights, self.options.criterion, Gathered(), generator)
-        masks = self._plan_of_run.masks(scores, 1.0)
+        masks = self._plan.masks(scores, 1.0)
         if isinstance(self._rule, SRigL):
             masks = {
                 weight.name: weight.oriented(

@@ -8,16 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_light.budgets import Sparsity
+from lightning_light.budgets import Budget, Sparsity
 from lightning_light.criteria.collector import Gathered, collect_evidence
 from lightning_light.criteria.evidence import Criterion
 from lightning_light.criteria.movement import Movement
+from lightning_light.order import Stage
 from lightning_light.sparsity.mask_enforcer import mask_model
 from lightning_light.sparsity.options import WeightPruningOptions
 from lightning_light.sparsity.patterns import Pattern
 from lightning_light.sparsity.planning import PruningPlan, plan_pruning
 from lightning_light.sparsity.scope import Scope
 from lightning_light.sparsity.scores import score_weights
+from lightning_light.surgery.attachment import check_owners
 from lightning_light.targets import TargetsLike
 from lightning_light.validation import OpenFraction, PositiveInt, validated
 
@@ -77,9 +79,15 @@ def prune_weights(
         >>> int(layer.weight.count_nonzero()), int(masks["weight"].sum())
         (16, 16)
     """
+    if isinstance(example_inputs, Budget):
+        raise TypeError(
+            f"`prune_weights(model, {example_inputs!r})`: expected the budget after the example inputs, found it in "
+            f"their place. Write `prune_weights(model, None, {example_inputs!r})`."
+        )
     options = WeightPruningOptions(budget, criterion, pattern, scope, targets, remaining, calibration_batches, seed)
     options.check("prune_weights")
     plan = plan_pruning("prune_weights", model, options)
+    check_owners(model, [weight.layer for weight in plan.weights], method="prune_weights", stage=Stage.MASKS)
     gathered = _gather(model, plan, data, loss)
     generator = torch.Generator().manual_seed(seed)
     masks = plan.masks(score_weights(plan.weights, criterion, gathered, generator), 1.0)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 from typing_extensions import override
 
 from lightning_light.schedules import Exponential, Schedule, Staircase, Window
-from lightning_light.validation import Fraction, PositiveInt, validated
+from lightning_light.validation import Fraction, FractionBelowOne, PositiveInt, validated
 
 __all__ = ["Alternating", "DenseSparseDense", "Rewinding"]
 
@@ -43,7 +42,7 @@ class Alternating(Schedule):
         [0.0, 1.0, 0.0, 1.0, 0.0, 1.0]
     """
 
-    monotone: ClassVar[bool] = False
+    monotone = False
 
     phases: PositiveInt = 8
     start: Fraction = 0.1
@@ -83,7 +82,7 @@ class DenseSparseDense(Schedule):
         ValueError: unless ``0 <= start < end <= 1``.
     """
 
-    monotone: ClassVar[bool] = False
+    monotone = False
 
     start: Fraction = 1 / 3
     end: Fraction = 2 / 3
@@ -120,13 +119,7 @@ class Rewinding(Schedule):
     """
 
     schedule: Schedule = Window(Staircase(Exponential(rate=2.302585), steps=5), end=5 / 6)
-    rewind_to: Fraction = 0.0
-
-    def __post_init__(self) -> None:
-        if self.rewind_to >= 1.0:
-            raise ValueError(
-                f"`Rewinding(rewind_to={self.rewind_to})`: expected a fraction of the run in [0, 1), for instance 0.02."
-            )
+    rewind_to: FractionBelowOne = 0.0
 
     @override
     def __call__(self, progress: float) -> float:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from torch import Tensor
 from typing_extensions import override
@@ -18,7 +19,9 @@ from lightning_light.progress import progress_at_step, steps_done, steps_planned
 from lightning_light.sparsity.mask_enforcer import MaskEnforcer, StepHooks, mask_model
 from lightning_light.sparsity.mask_state import cut_masks
 from lightning_light.sparsity.options import WeightPruningOptions
+from lightning_light.sparsity.planning import PruningPlan, plan_pruning
 from lightning_light.sparsity.weights import MaskableWeight
+from lightning_light.surgery.attachment import check_owners
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.checkpoint_monitoring import reset_monitoring
 from lightning_light.surgery.distributed import broadcast, log_rank_zero, refuse_sharding
@@ -32,12 +35,22 @@ if TYPE_CHECKING:
 __all__ = ["MaskingCallback"]
 
 
+class _Known(NamedTuple):
+    """The fraction that is due from step ``start`` until before ``stop`` of one epoch."""
+
+    epoch: int
+    start: int
+    stop: float
+    fraction: float
+
+
 class MaskingCallback(CompressionCallback):
     """Base class of the methods that mask weights.
 
     The compression state is the only owner of the masks, under ``masks``; other tensors in the shapes of weights are
-    under ``per_weight``, by kind and weight name, and are cut with the weights. A subclass implements `_plan` and
-    `_no_effect_reason`, decides when to change the masks, and calls `_set_masks` and `_report`.
+    under ``per_weight``, by kind and weight name, and are cut with the weights. A subclass implements
+    `_no_effect_reason`, may refuse a plan in `_check_plan`, decides when to change the masks, and calls `_set_masks`
+    and `_report`.
     """
 
     stage: ClassVar[int] = Stage.MASKS
@@ -48,7 +61,8 @@ class MaskingCallback(CompressionCallback):
         self._events = events
         self._points: list[tuple[float, float]] = []
         self._planned_steps = 0
-        self._weights: Sequence[MaskableWeight] = ()
+        self._known: _Known | None = None
+        self._run_plan: PruningPlan | None = None
         self._step_hooks: StepHooks | None = None
 
     # Lightning's hooks, in the order a run meets them.
@@ -70,9 +84,12 @@ class MaskingCallback(CompressionCallback):
         super().on_fit_start(trainer, pl_module)
         state = self.state(pl_module)
         masks = state.get("masks", {}) if self.resumed(pl_module) else true_masks(pl_module, state.get("masks", {}))
-        self._weights = self._plan(pl_module, masks)
+        self._run_plan = plan_pruning(type(self).__name__, pl_module, self.options)
+        self._check_plan(masks)
         self._refuse_overlap(trainer)
         if not self.resumed(pl_module):
+            layers = [weight.layer for weight in self._weights]
+            check_owners(pl_module, layers, method=type(self).method, stage=self.stage)
             state.clear()
             state["masks"] = masks
             if not masks:
@@ -94,7 +111,7 @@ class MaskingCallback(CompressionCallback):
     ) -> None:
         """Cut masks and other tensors with their weights; drop those of weights that are gone."""
         cut_masks(pl_module, self.state(pl_module), kept)
-        self._weights = self._plan(pl_module, {})
+        self._run_plan = plan_pruning(type(self).__name__, pl_module, self.options)
         self._watch(trainer, pl_module)
 
     @override
@@ -109,7 +126,7 @@ class MaskingCallback(CompressionCallback):
         """Remove the hooks, and the references to the network."""
         if self._step_hooks is not None:
             self._step_hooks.release()
-        self._step_hooks, self._weights = None, ()
+        self._step_hooks, self._run_plan, self._known = None, None, None
         super().teardown(trainer, pl_module, stage)
 
     @override
@@ -119,9 +136,17 @@ class MaskingCallback(CompressionCallback):
 
     # For subclasses.
 
-    @abstractmethod
-    def _plan(self, pl_module: LightningModule, masks: Mapping[str, Tensor]) -> Sequence[MaskableWeight]:
-        """Find the weights and check the whole run, without a change. ``masks``: those that hold already."""
+    @property
+    def _plan(self) -> PruningPlan:
+        assert self._run_plan is not None  # since `on_fit_start`
+        return self._run_plan
+
+    @property
+    def _weights(self) -> Sequence[MaskableWeight]:
+        return self._plan.weights
+
+    def _check_plan(self, masks: Mapping[str, Tensor]) -> None:
+        """Refuse a plan that the method cannot follow, before any change. ``masks``: those that hold already."""
 
     @abstractmethod
     def _no_effect_reason(self, pl_module: LightningModule) -> str | None:
@@ -136,12 +161,24 @@ class MaskingCallback(CompressionCallback):
         return masks
 
     def _fraction_due(self, trainer: Trainer, ahead: int = 0) -> float:
-        """The fraction of the way to the budget that is due ``ahead`` steps from now."""
+        """The fraction of the way to the budget that is due ``ahead`` steps from now.
+
+        It is asked at every step and changes at few, so a value is kept for the steps that it certainly holds for.
+        """
+        step, known = steps_done(trainer) + ahead, self._known
+        if known is not None and known.epoch == trainer.current_epoch and known.start <= step < known.stop:
+            return known.fraction
         planned = steps_planned(trainer)
         if planned != self._planned_steps:
             self._points, self._planned_steps = self._events.points(trainer.max_epochs, planned), planned
-        due = self._events.due(self._points, progress_at_step(trainer, ahead), planned)
-        return self._points[due - 1][1] if due else 0.0
+        progress = progress_at_step(trainer, ahead)
+        due = self._events.due(self._points, progress, planned)
+        fraction = self._points[due - 1][1] if due else 0.0
+        if trainer.lightning_module.automatic_optimization:  # else the length of the run is an estimate
+            following = self._points[due][0] if due < len(self._points) else math.inf
+            steps = max((following - progress) * planned / 2, 1.0)
+            self._known = _Known(trainer.current_epoch, step, step + steps, fraction)
+        return fraction
 
     def _set_masks(self, trainer: Trainer, pl_module: LightningModule, masks: dict[str, Tensor]) -> float:
         """Replace the masks on every rank, and mask weights and averaged copies.
@@ -188,7 +225,7 @@ class MaskingCallback(CompressionCallback):
     def _refuse_overlap(self, trainer: Trainer) -> None:
         mine = {weight.name for weight in self._weights}
         for other in callbacks_of(trainer):
-            if not isinstance(other, MaskingCallback) or other is self:
+            if not isinstance(other, MaskingCallback) or other is self or other._run_plan is None:
                 continue
             both = sorted(mine & {weight.name for weight in other._weights})
             if both:

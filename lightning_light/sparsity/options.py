@@ -55,7 +55,7 @@ class WeightPruningOptions:
 
         Raises:
             ValueError: no budget, a budget beside the one of `NM`, or one that leaves no weight.
-            UnsupportedError: the criterion scores whole groups of channels.
+            UnsupportedError: the criterion scores coupled channels.
         """
         check_needs(call, self.criterion)
         if isinstance(self.pattern, NM):
@@ -68,7 +68,7 @@ class WeightPruningOptions:
         elif self.budget is None and not self.remaining:
             raise ValueError(
                 f"`{call}()`: expected a budget, `remaining`, or an N:M pattern, found none. To mask nine weights of "
-                f"ten write `{call}(Sparsity(0.9))`."
+                f"ten give `budget=Sparsity(0.9)`."
             )
         if self.budget is not None:
             check_sparsity(call, self.budget)

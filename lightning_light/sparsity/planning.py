@@ -9,13 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_light.errors import BudgetError, TargetError
-from lightning_light.order import Stage
 from lightning_light.sparsity.options import WeightPruningOptions
 from lightning_light.sparsity.patterns import NM, Pattern
 from lightning_light.sparsity.scope import Scope, apportion, erk_densities, lowest, select_globally
 from lightning_light.sparsity.scores import check_evidence
 from lightning_light.sparsity.weights import MaskableWeight, find_weights
-from lightning_light.surgery.attachment import check_owners
 from lightning_light.targets import as_targets
 
 __all__ = ["PruningPlan", "check_existing_masks", "plan_pruning"]
@@ -91,11 +89,10 @@ def plan_pruning(method: str, model: nn.Module, options: WeightPruningOptions) -
 
     Raises:
         TargetError: the targets match nothing, or a layer that the pattern does not divide.
-        UnsupportedError: evidence that a layer cannot give, or a layer that a later method owns.
+        UnsupportedError: evidence that a layer cannot give.
         BudgetError: the budget leaves a layer without a unit.
     """
     weights = find_weights(model, as_targets(options.targets), method)
-    check_owners(model, [weight.layer for weight in weights], method=method, stage=Stage.MASKS)
     _check_pattern(method, weights, options.pattern)
     check_evidence(method, options.criterion, weights)
     own: dict[str, float] = {}

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor
 from typing_extensions import override
 
 from lightning_light.schedules import OneShot, Schedule, require_rising
@@ -14,9 +12,7 @@ from lightning_light.sparsity.mask_state import MaskState
 from lightning_light.sparsity.masking import MaskingCallback
 from lightning_light.sparsity.options import WeightPruningOptions
 from lightning_light.sparsity.patterns import NM
-from lightning_light.sparsity.planning import PruningPlan, plan_pruning
 from lightning_light.sparsity.straight_through import StraightThroughMasks
-from lightning_light.sparsity.weights import MaskableWeight
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.targets import TargetsLike
 from lightning_light.timing import Events
@@ -74,7 +70,6 @@ class SRSTE(MaskingCallback):
         self.decay = decay
         self.schedule = schedule
         self.targets = targets
-        self._plan_of_run: PruningPlan | None = None
 
     # Lightning's hooks, in the order a run meets them.
 
@@ -103,22 +98,11 @@ class SRSTE(MaskingCallback):
         super().on_train_end(trainer, pl_module)
 
     @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remove the hooks."""
-        self._plan_of_run = None
-        super().teardown(trainer, pl_module, stage)
-
-    @override
     def window(self, max_epochs: int | None) -> tuple[float, float] | None:
         """From the first masks to the end of the run."""
         return self._events.window(max_epochs)[0], 1.0
 
     # Private.
-
-    @override
-    def _plan(self, pl_module: LightningModule, masks: Mapping[str, Tensor]) -> Sequence[MaskableWeight]:
-        self._plan_of_run = plan_pruning(type(self).__name__, pl_module, self.options)
-        return self._plan_of_run.weights
 
     @override
     def _no_effect_reason(self, pl_module: LightningModule) -> str | None:
@@ -131,13 +115,12 @@ class SRSTE(MaskingCallback):
         return StraightThroughMasks(self._weights, self.pattern, self.decay, lambda: self.state(pl_module))
 
     def _prune(self, trainer: Trainer, pl_module: LightningModule, fraction: float) -> None:
-        assert self._plan_of_run is not None  # since `on_fit_start`
         state = self.state(pl_module)
         dense = state.setdefault("per_weight", {}).setdefault("dense", {})
         for weight in self._weights:
             dense.setdefault(weight.name, weight.parameter.detach().clone())
         scores = {weight.name: weight.oriented(dense[weight.name].abs()) for weight in self._weights}
-        churn = self._set_masks(trainer, pl_module, self._plan_of_run.masks(scores, fraction))
+        churn = self._set_masks(trainer, pl_module, self._plan.masks(scores, fraction))
         state["fraction"] = fraction
         self._report(trainer, pl_module, churn, restart=churn > 0.0)
 

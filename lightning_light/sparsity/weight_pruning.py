@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -21,11 +21,10 @@ from lightning_light.sparsity.mask_state import MaskState
 from lightning_light.sparsity.masking import MaskingCallback
 from lightning_light.sparsity.options import WeightPruningOptions
 from lightning_light.sparsity.patterns import Pattern
-from lightning_light.sparsity.planning import PruningPlan, check_existing_masks, plan_pruning
+from lightning_light.sparsity.planning import check_existing_masks
 from lightning_light.sparsity.rewind import check_rewinding, rewind_weights, store_weights
 from lightning_light.sparsity.scope import Scope
 from lightning_light.sparsity.scores import score_weights
-from lightning_light.sparsity.weights import MaskableWeight
 from lightning_light.surgery.distributed import reduce_mean
 from lightning_light.targets import TargetsLike
 from lightning_light.timing import Events
@@ -134,7 +133,6 @@ class WeightPruning(MaskingCallback):
         self.every_n_steps = every_n_steps
         self.calibration_batches = calibration_batches
         self.seed = seed
-        self._plan_of_run: PruningPlan | None = None
         self._collector: EvidenceCollector | None = None
 
     # Lightning's hooks, in the order a run meets them.
@@ -162,7 +160,7 @@ class WeightPruning(MaskingCallback):
         state = self.state(pl_module)
         self._store_origin(trainer, pl_module)
         fraction = self._target(trainer, state)
-        if self._is_due(trainer, state) and (fraction == 0.0 or self._is_ready()):
+        if abs(fraction - state.get("fraction", 0.0)) > _SAME and (fraction == 0.0 or self._is_ready()):
             self._prune(trainer, pl_module, fraction)
         self._collector.begin_batch(
             self._needs_batches and self._is_due(trainer, state, ahead=self.options.calibration_batches)
@@ -200,17 +198,15 @@ class WeightPruning(MaskingCallback):
         """Remove the hooks."""
         if self._collector is not None:
             self._collector.remove()
-        self._collector, self._plan_of_run = None, None
+        self._collector = None
         super().teardown(trainer, pl_module, stage)
 
     # Private.
 
     @override
-    def _plan(self, pl_module: LightningModule, masks: Mapping[str, Tensor]) -> Sequence[MaskableWeight]:
-        self._plan_of_run = plan_pruning(type(self).__name__, pl_module, self.options)
+    def _check_plan(self, masks: Mapping[str, Tensor]) -> None:
         if self.schedule.monotone:
-            check_existing_masks(type(self).__name__, self._plan_of_run, masks)
-        return self._plan_of_run.weights
+            check_existing_masks(type(self).__name__, self._plan, masks)
 
     @override
     def _no_effect_reason(self, pl_module: LightningModule) -> str | None:
@@ -231,8 +227,10 @@ class WeightPruning(MaskingCallback):
 
     def _store_origin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Store the weights to rewind to, once, at their moment."""
+        if not isinstance(self.schedule, Rewinding):
+            return
         state = self.state(pl_module)
-        if not isinstance(self.schedule, Rewinding) or "events" in state or "origin" in state.get("per_weight", {}):
+        if "events" in state or "origin" in state.get("per_weight", {}):
             return
         if progress_at_step(trainer) + _SAME >= self.schedule.rewind_to:
             state.setdefault("per_weight", {})["origin"] = store_weights(pl_module)
@@ -243,7 +241,8 @@ class WeightPruning(MaskingCallback):
         return max(target, reached) if self.schedule.monotone else target
 
     def _is_due(self, trainer: Trainer, state: Mapping[str, Any], ahead: int = 0) -> bool:
-        return abs(self._target(trainer, state, ahead) - state.get("fraction", 0.0)) > _SAME
+        reached: float = state.get("fraction", 0.0)
+        return abs(self._target(trainer, state, ahead) - reached) > _SAME
 
     def _is_ready(self) -> bool:
         """Whether the criterion's evidence has been gathered, of every kind."""
@@ -279,10 +278,9 @@ class WeightPruning(MaskingCallback):
         self, trainer: Trainer, pl_module: LightningModule, fraction: float, current: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         assert self._collector is not None  # since `on_fit_start`
-        assert self._plan_of_run is not None  # since `on_fit_start`
         if fraction == 0.0:  # masks are lifted: what was masked starts at zero
             return {weight.name: torch.ones_like(weight.parameter, dtype=torch.bool) for weight in self._weights}
         events = self.state(pl_module).get("events", 0)
         generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + events)
         scores = score_weights(self._weights, self.options.criterion, self._collector.means(), generator)
-        return self._plan_of_run.masks(scores, fraction, current)
+        return self._plan.masks(scores, fraction, current)

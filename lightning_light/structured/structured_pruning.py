@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict, TypeVar
 
 from typing_extensions import override
@@ -15,7 +15,6 @@ from lightning_light.callback import CompressionCallback
 from lightning_light.criteria.collector import EvidenceCollector, EvidenceStorage, Gathered, check_needs
 from lightning_light.criteria.evidence import Criterion
 from lightning_light.dependency import ChannelGroup, DependencyGraph, trace_dependencies
-from lightning_light.errors import LightningLightError
 from lightning_light.example_input import Capture, ExampleInput
 from lightning_light.order import DEFAULT_WINDOWS, Stage
 from lightning_light.progress import steps_done, steps_planned, training_progress
@@ -26,7 +25,7 @@ from lightning_light.structured.plan import Goal, Plan, check_prunable, check_ru
 from lightning_light.structured.ranking import Ranking
 from lightning_light.structured.regularization import SparsityRegularizer, add_penalty
 from lightning_light.surgery.averaged_models import averaged_models_of
-from lightning_light.surgery.distributed import broadcast, log_rank_zero, reduce_mean
+from lightning_light.surgery.distributed import broadcast, log_rank_zero, on_rank_zero, reduce_mean
 from lightning_light.surgery.edit import cut
 from lightning_light.surgery.stored_example import restore_or_capture_example, store_example
 from lightning_light.targets import Targets, as_targets
@@ -223,8 +222,13 @@ class StructuredPruning(CompressionCallback):
         store_example(state, self._capture)
         if self._collector is not None:
             self._collector.end_batch(lambda tensor: reduce_mean(trainer, tensor))
-        if self._recorder is not None:
-            state["inputs"] = [*state.get("inputs", []), *self._recorder.take()][-self.calibration_batches :]
+        if self._recorder is not None and (calls := self._recorder.take()):
+            state["inputs"] = [*state.get("inputs", []), *calls][-self.calibration_batches :]
+
+    @override
+    def before_surgery(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the unchanged network before another method changes it."""
+        self._plan_run(trainer, pl_module)
 
     @override
     def on_surgery(
@@ -262,8 +266,9 @@ class StructuredPruning(CompressionCallback):
 
     def _is_ready(self, pl_module: LightningModule) -> bool:
         """Whether the run is planned, and the evidence that the criterion needs has been gathered."""
-        planned = bool(self.state(pl_module).get("planned"))
-        return planned and (self._collector is None or self._collector.batches >= self.calibration_batches)
+        known = self._capture is not None and self._capture.example is not None
+        gathered = self._collector is None or self._collector.batches >= self.calibration_batches
+        return known and gathered and bool(self.state(pl_module).get("planned"))
 
     @property
     def _needs_data(self) -> bool:
@@ -293,7 +298,7 @@ class StructuredPruning(CompressionCallback):
         graph = self._trace(pl_module, example)
         state.setdefault("original", widths_of(graph))
         goal = self._goal(trainer, pl_module, example, fraction=1.0)
-        _on_rank_zero(trainer, lambda: check_run(pl_module, graph, self.options, goal))
+        on_rank_zero(trainer, lambda: check_run(pl_module, graph, self.options, goal))
         state["planned"] = True
 
     def _goal(self, trainer: Trainer, pl_module: LightningModule, example: ExampleInput, fraction: float) -> Goal:
@@ -340,13 +345,14 @@ class StructuredPruning(CompressionCallback):
     def _decide(self, trainer: Trainer, pl_module: LightningModule, graph: DependencyGraph, goal: Goal) -> Plan:
         """Return the plan of rank 0, on every rank, or raise its error on every rank."""
         gathered = self._collector.means() if self._collector is not None else Gathered()
-        return _on_rank_zero(trainer, lambda: plan_channels(pl_module, graph, self.options, goal, gathered))
+        return on_rank_zero(trainer, lambda: plan_channels(pl_module, graph, self.options, goal, gathered))
 
     def _carry_out(self, trainer: Trainer, pl_module: LightningModule, plan: Plan, summary: str, *, last: bool) -> None:
         """Cut the network and everything that follows it; after the last cut, correct the batch-norm statistics."""
         assert self._graph is not None
         state, graph = self.state(pl_module), self._graph
         kept, averaged_models = graph.kept_positions(plan.kept), averaged_models_of(trainer, pl_module)
+        self._before_surgery(trainer, pl_module)
         before = self._statistics(trainer, pl_module) if last else {}
         edit = cut(
             pl_module,
@@ -368,7 +374,7 @@ class StructuredPruning(CompressionCallback):
         if self._recorder is None:
             return {}
         calls = [ExampleInput(**call).to(pl_module) for call in self.state(pl_module).get("inputs", [])]
-        return _on_rank_zero(trainer, lambda: measure_statistics(pl_module, calls))
+        return on_rank_zero(trainer, lambda: measure_statistics(pl_module, calls))
 
     def _summary(self, plan: Plan, goal: Goal, number: int) -> str:
         reached = ""
@@ -395,20 +401,6 @@ class StructuredPruning(CompressionCallback):
         if self._last_plan.kept:
             return f"the network meets the budget as it is: {self.budget!r}. {reasons}"
         return f"no layer may lose channels. {reasons}"
-
-
-def _on_rank_zero(trainer: Trainer, function: Callable[[], T]) -> T:
-    """Return on every rank what ``function`` returns on rank 0, or raise its error."""
-    outcome: T | LightningLightError | None = None
-    if trainer.is_global_zero:
-        try:
-            outcome = function()
-        except LightningLightError as error:
-            outcome = error
-    outcome = broadcast(trainer, outcome)
-    if isinstance(outcome, LightningLightError):
-        raise outcome
-    return outcome  # type: ignore[return-value]  # rank 0 has one
 
 
 def _start_over(state: dict[str, Any]) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_light.errors import RankMismatchError, UnsupportedError
+from lightning_light.errors import LightningLightError, RankMismatchError, UnsupportedError
 from lightning_light.host.classes import loaded_hosts
 from lightning_light.host.trainer import returns_weights, shards_parameters, start_method
 
@@ -78,6 +78,20 @@ def refuse_unsupported(trainer: Trainer, method: str) -> None:
 def broadcast(trainer: Trainer, decision: T) -> T:
     """Return the value of rank 0 on every rank."""
     return trainer.strategy.broadcast(decision, src=0)
+
+
+def on_rank_zero(trainer: Trainer, function: Callable[[], T]) -> T:
+    """Call ``function`` on rank 0, and return its result, or raise its error of this package, on every rank."""
+    outcome: T | LightningLightError | None = None
+    if trainer.is_global_zero:
+        try:
+            outcome = function()
+        except LightningLightError as error:
+            outcome = error
+    outcome = broadcast(trainer, outcome)
+    if isinstance(outcome, LightningLightError):
+        raise outcome
+    return cast("T", outcome)
 
 
 def reduce_mean(trainer: Trainer, tensor: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from lightning_light.surgery.attributes import implied_attributes
 from lightning_light.surgery.data import set_data
 from lightning_light.surgery.optimizer import check_sliceable, slice_state
 from lightning_light.surgery.ownership import layers_of
+from lightning_light.validation import validated
 
 __all__ = ["Edit", "cut", "take", "trial"]
 
@@ -57,6 +58,7 @@ def take(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
     return tensor
 
 
+@validated
 def cut(
     model: nn.Module,
     kept: Positions,

@@ -7,8 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import parametrize
@@ -19,6 +18,7 @@ from lightning_light.clustering import (
     CentroidTraining,
     StraightThroughEstimator,
     WeightClustering,
+    WeightClusteringOptions,
     cluster,
     clustered_sizes,
     load_clustered,
@@ -268,20 +268,21 @@ def test_tied_weights_are_clustered_once_and_stay_tied() -> None:
     [
         ({"clusters": 1}, "expected 2 <= clusters <= 256"),
         ({"clusters": 300}, "expected 2 <= clusters <= 256"),
-        ({"start": 1.5}, "a fraction of the run"),
         ({"granularity": "row"}, "expected one of 'layer', 'channel'"),
         ({"initialization": "kmeans++"}, "expected one of 'linear', 'density'"),
     ],
 )
-@pytest.mark.parametrize("call", [WeightClustering, lambda **options: cluster(nn.Linear(8, 8), **options)])
+@pytest.mark.parametrize("call", [WeightClustering, WeightClusteringOptions])
 def test_bad_values_are_refused(call, options, sentence) -> None:
-    if "start" in options and call is not WeightClustering:
-        pytest.skip("the function has no start")
     with pytest.raises(ValueError, match=sentence):
         call(**options)
 
 
-def test_values_of_a_wrong_type_are_refused() -> None:
+def test_further_values_are_refused() -> None:
+    with pytest.raises(ValueError, match="a fraction of the run"):
+        WeightClustering(start=1.5)
+    with pytest.raises(TypeError, match=r"Write `cluster\(model, None, 8\)`"):
+        cluster(nn.Linear(8, 8), 8)
     with pytest.raises(TypeError, match="expected a ClusterTraining"):
         WeightClustering(training="dkm")
     with pytest.raises(TypeError, match="Pass an instance"):

@@ -51,7 +51,7 @@ def random_masks(graph: DependencyGraph, seed: int) -> dict[str, Tensor]:
     return masks
 
 
-def answers(net: nn.Module, args: Any, kwargs: Any) -> list[Tensor]:
+def outputs_of(net: nn.Module, args: Any, kwargs: Any) -> list[Tensor]:
     with torch.no_grad():
         out = net.eval()(*args, **kwargs)
     return list(out.values()) if isinstance(out, dict) else [out]
@@ -59,13 +59,13 @@ def answers(net: nn.Module, args: Any, kwargs: Any) -> list[Tensor]:
 
 @torch.no_grad()
 def silence(net: nn.Module, graph: DependencyGraph, masks: dict[str, Tensor]) -> None:
-    """The channels that leave make zeros instead."""
+    """Set the parameters of removed channels to zero."""
     parameters = dict(net.named_parameters())
     for group in prunable(graph):
         for member in group.members:
             if member.role in {"out", "norm", "bias"} and member.tensor in parameters:
-                gone = member.index[~masks[group.name]].reshape(-1)
-                parameters[member.tensor].index_fill_(member.dim, gone, 0.0)
+                removed = member.index[~masks[group.name]].reshape(-1)
+                parameters[member.tensor].index_fill_(member.dim, removed, 0.0)
 
 
 @pytest.mark.parametrize(("name", "heads"), ROWS)
@@ -73,17 +73,17 @@ def test_any_channels_of_a_prunable_group_can_be_removed(name, heads) -> None:
     net, args, kwargs = built(name)
     graph = trace_dependencies(net, args, kwargs, heads=heads)
     assert prunable(graph), "every net of the zoo has something to prune"
-    before = answers(net, args, kwargs)
+    before = outputs_of(net, args, kwargs)
     for seed in range(3):
         masks = random_masks(graph, seed)
         small, dense = copy.deepcopy(net), copy.deepcopy(net)
         cut(small, graph.kept_positions(masks), attributes=graph.attributes(small, masks))
-        after = answers(small, args, kwargs)
+        after = outputs_of(small, args, kwargs)
         assert [value.shape for value in after] == [value.shape for value in before]
         assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in net.parameters())
         silence(dense, graph, masks)
         if name not in MIXES:
-            for value, expected in zip(after, answers(dense, args, kwargs), strict=True):
+            for value, expected in zip(after, outputs_of(dense, args, kwargs), strict=True):
                 torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -100,7 +100,7 @@ def test_a_cut_network_trains_and_is_traced_again(name, heads) -> None:
     again = trace_dependencies(net, args, kwargs, heads=heads)
     wide = {g.name: int(masks[g.name].sum()) for g in prunable(graph) if int(masks[g.name].sum()) > 1}
     found = {group.name: group.width for group in prunable(again)}
-    assert {name: found.get(name) for name in wide} == wide, "names and widths are those that the cut has left"
+    assert {name: found.get(name) for name in wide} == wide, "names and widths are those after the cut"
 
 
 @pytest.mark.parametrize(("name", "heads"), ROWS)
@@ -187,4 +187,4 @@ def test_a_trial_cut_of_every_group_gives_the_shapes() -> None:
     graph = trace_dependencies(net, args, kwargs)
     masks = random_masks(graph, 0)
     with trial(net, graph.kept_positions(masks), graph.attributes(net, masks)):
-        assert answers(net, args, kwargs)[0].shape == (2, 5)
+        assert outputs_of(net, args, kwargs)[0].shape == (2, 5)

@@ -6,10 +6,23 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
+from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_light.errors import LightningLightError
 from lightning_light.export import MobileExport, Tolerance
 from tests.export.nets import Images, Lit, batches, lightning
+
+
+class Measured(Lit):
+    """Has a metric, which the first process computes for the file."""
+
+    def __init__(self, net: Images) -> None:
+        super().__init__(net)
+        self.accuracy = MulticlassAccuracy(5)
+
+    def validation_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
+        self.accuracy(self.output(batch), batch["label"])
+        self.log("accuracy", self.accuracy, sync_dist=True)
 
 
 def main(folder: Path, way: str) -> None:
@@ -17,7 +30,7 @@ def main(folder: Path, way: str) -> None:
     torch.manual_seed(0)
     tolerance = Tolerance() if way == "works" else Tolerance(absolute=0.0, relative=0.0)
     export = MobileExport(folder / "model.ptl", parity=tolerance, latency_runs=2)
-    module = Lit(Images())
+    module = Measured(Images())
     trainer = lightning.pytorch.Trainer(
         accelerator="cpu",
         devices=2,
@@ -39,6 +52,7 @@ def main(folder: Path, way: str) -> None:
         "failure": failure,
         "report": export.report is not None,
         "batches": export.report.parity_batches if export.report else None,
+        "metrics": list(export.report.evaluation.metrics) if export.report and export.report.evaluation else None,
         "hooks": sum(len(part._forward_pre_hooks) for part in module.modules()),
     }
     (folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(seen))

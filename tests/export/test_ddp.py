@@ -23,8 +23,8 @@ def two_processes(folder: Path, way: str) -> list[dict[str, Any]]:
 @pytest.mark.slow
 def test_first_process_exports(tmp_path: Path) -> None:
     first, second = two_processes(tmp_path, "works")
-    assert first == {"failure": None, "report": True, "batches": 2, "hooks": 0}
-    assert second == {"failure": None, "report": False, "batches": None, "hooks": 0}
+    assert first == {"failure": None, "report": True, "batches": 2, "metrics": ["accuracy"], "hooks": 0}
+    assert second == {"failure": None, "report": False, "batches": None, "metrics": None, "hooks": 0}
     assert (tmp_path / "model.ptl").exists()
 
 

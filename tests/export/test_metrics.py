@@ -15,6 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, M
 from lightning_light.errors import UnsupportedError
 from lightning_light.export import ExportReport, MobileExport, export_model
 from lightning_light.measure.metrics import metric_values, metrics_of
+from lightning_light.quantization import Int8, QuantizationAwareTraining
 from tests.export.nets import HOSTS
 from tests.zoo import noise, tokens
 
@@ -172,7 +173,7 @@ def module_of(task: type[Task], host: Any = lightning.pytorch) -> Any:
     return type(task.__name__, (task, host.LightningModule), {})()
 
 
-def fit(module: Any, task: type[Task], *exports: MobileExport, host: Any = lightning.pytorch, **options: Any) -> Any:
+def fit(module: Any, task: type[Task], *exports: Any, host: Any = lightning.pytorch, **options: Any) -> Any:
     """Train one epoch."""
     quiet: dict[str, Any] = {
         "accelerator": "cpu",
@@ -328,3 +329,17 @@ def test_the_function_evaluates_data(tmp_path: Path) -> None:
     assert value.file == value.model == pytest.approx(float(accuracy.compute()))
     assert report.evaluation.top1_agreement == 1.0
     assert report.parity_batches == len(data)
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pte"])
+def test_metrics_of_an_int8_file(suffix: str, tmp_path: Path) -> None:
+    export = MobileExport(tmp_path / f"model{suffix}", latency_runs=1)
+    module = module_of(Classification)
+    fit(module, Classification, QuantizationAwareTraining(Int8(), start=0.0, calibration_batches=1), export)
+    assert export.report is not None
+    assert export.report.details["int8_layers"] > 0
+    evaluation = export.report.evaluation
+    assert evaluation is not None
+    assert evaluation.metrics.keys() == NAMES[Classification]
+    assert evaluation.top1_agreement is not None
+    assert evaluation.top1_agreement >= 0.9

@@ -1,6 +1,7 @@
 """Networks that are planned, calibrated and fake-quantized without a Trainer."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,18 @@ from lightning_light.quantization.range_observer import RangeObserver
 from lightning_light.quantization.recipes import Int8, Recipe
 from lightning_light.quantization.trace import trace_ops
 from lightning_light.surgery.attachment import attach, release
+
+A, B = TypeVar("A"), TypeVar("B")
+
+
+def in_turn(first: Sequence[A], second: Sequence[B]) -> list[tuple[A, B]]:
+    """Each of ``first`` with one of ``second``, which take turns: a cover of both, not of all pairs.
+
+    Example:
+        >>> in_turn("abc", [1, 2])
+        [('a', 1), ('b', 2), ('c', 1)]
+    """
+    return [(one, second[place % len(second)]) for place, one in enumerate(first)]
 
 
 def plan_of(model: nn.Module, *args: Any, recipe: Recipe = Int8(), **kwargs: Any) -> QuantizationPlan:

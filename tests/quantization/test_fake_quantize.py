@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 
@@ -52,9 +51,9 @@ def test_ties_are_rounded_as_by_the_operations_of_torch() -> None:
         ties = (torch.arange(-zero, 255 - zero) + 0.5) * scale
         x = torch.cat([ties, ties.nextafter(torch.ones(())), ties.nextafter(-torch.ones(()))])
         q = ops.quantize_per_tensor.default(x, scale, zero, 0, 255, torch.uint8)
-        rounded = fake_quantize(x, qparams)
-        assert torch.equal(rounded, ops.dequantize_per_tensor.default(q, scale, zero, 0, 255, torch.uint8))
-        assert torch.equal(rounded, torch.fake_quantize_per_tensor_affine(x, scale, zero, 0, 255))
+        quantized = fake_quantize(x, qparams)
+        assert torch.equal(quantized, ops.dequantize_per_tensor.default(q, scale, zero, 0, 255, torch.uint8))
+        assert torch.equal(quantized, torch.fake_quantize_per_tensor_affine(x, scale, zero, 0, 255))
 
 
 def test_gradients_pass_straight_through_within_the_range() -> None:
@@ -63,7 +62,7 @@ def test_gradients_pass_straight_through_within_the_range() -> None:
     assert x.grad is not None
     assert x.grad.tolist() == [0.0, 1.0, 1.0, 0.0]
     w = noise(4, 3).requires_grad_()
-    (fake_quantize_weight(w, INT8) * noise(4, 3)).sum().backward()
+    (fake_quantize_weight(w, INT8)[0] * noise(4, 3)).sum().backward()
     assert torch.equal(w.grad, noise(4, 3))  # type: ignore[arg-type]
 
 
@@ -74,7 +73,7 @@ def test_weights(per_channel, limit) -> None:
     largest = w.double().abs().flatten(1).amax(1) if per_channel else w.double().abs().amax().expand(6)
     scale = (largest / limit)[:, None, None, None]
     torch.testing.assert_close(
-        fake_quantize_weight(w, WeightSpec(8, -limit, limit, per_channel=per_channel)).double(),
+        fake_quantize_weight(w, WeightSpec(8, -limit, limit, per_channel=per_channel))[0].double(),
         scale * torch.round(w.double() / scale),
         atol=1e-6,
         rtol=1e-6,
@@ -85,20 +84,20 @@ def test_zeros_stay_zero_and_a_dead_channel_has_a_scale() -> None:
     w = noise(6, 8)
     w[:, ::2] = 0.0
     w[3] = 0.0
-    rounded = fake_quantize_weight(w, INT8)
-    assert torch.equal(rounded == 0, (rounded == 0) | (w == 0))
-    assert (rounded[w == 0] == 0).all()
+    quantized = fake_quantize_weight(w, INT8)[0]
+    assert torch.equal(quantized == 0, (quantized == 0) | (w == 0))
+    assert (quantized[w == 0] == 0).all()
     assert (quantize_weight(w, INT8)[1] > 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_types_are_kept(dtype) -> None:
-    assert fake_quantize_weight(noise(3, 4).to(dtype), INT8).dtype == dtype
+    assert fake_quantize_weight(noise(3, 4).to(dtype), INT8)[0].dtype == dtype
     assert fake_quantize(noise(3, 4).to(dtype), QParams(0.02, 128)).dtype == dtype
 
 
 def test_quantizing_before_the_fold_is_quantizing_after_it() -> None:
-    """What the engine does (fold, then round) and what training does (round, then normalize) are one network."""
+    """Fold, then quantize, as in a file; and quantize, then normalize, as in training: the same function."""
     conv, bn = nn.Conv2d(3, 8, 3, bias=False).eval(), nn.BatchNorm2d(8).eval()
     with torch.no_grad():
         bn.weight.copy_(noise(8))  # of both signs
@@ -106,8 +105,8 @@ def test_quantizing_before_the_fold_is_quantizing_after_it() -> None:
         bn.running_mean.copy_(noise(8))
         images = noise(2, 3, 8, 8)
         folded = fuse_conv_bn_eval(conv, bn)
-        engine = torch.conv2d(images, fake_quantize_weight(folded.weight, INT8), folded.bias)
-        training = bn(torch.conv2d(images, fake_quantize_weight(conv.weight, INT8)))
+        engine = torch.conv2d(images, fake_quantize_weight(folded.weight, INT8)[0], folded.bias)
+        training = bn(torch.conv2d(images, fake_quantize_weight(conv.weight, INT8)[0]))
     torch.testing.assert_close(engine, training, atol=1e-5, rtol=1e-5)
 
 
@@ -128,9 +127,9 @@ def test_quantization_parameters_of_ranges() -> None:
 
 
 def test_moving_average() -> None:
-    infinite, share = torch.tensor([[torch.inf, -torch.inf]]), torch.tensor([0.25])
-    first = merge_ranges(infinite, torch.tensor([[-1.0, 2.0]]), share)
+    infinite, momentum = torch.tensor([[torch.inf, -torch.inf]]), torch.tensor([0.25])
+    first = merge_ranges(infinite, torch.tensor([[-1.0, 2.0]]), momentum)
     assert first.tolist() == [[-1.0, 2.0]]
-    assert merge_ranges(first, torch.tensor([[-2.0, 6.0]]), share).tolist() == [[-1.25, 3.0]]
-    assert merge_ranges(first, infinite, share).tolist() == first.tolist()
-    assert merge_ranges(first, torch.tensor([[torch.nan, torch.inf]]), share).tolist() == first.tolist()
+    assert merge_ranges(first, torch.tensor([[-2.0, 6.0]]), momentum).tolist() == [[-1.25, 3.0]]
+    assert merge_ranges(first, infinite, momentum).tolist() == first.tolist()
+    assert merge_ranges(first, torch.tensor([[torch.nan, torch.inf]]), momentum).tolist() == first.tolist()

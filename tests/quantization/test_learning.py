@@ -1,4 +1,4 @@
-"""LSQ, LSQ+, PACT and straight-through rounding against their papers' formulas, restated here in float64."""
+"""LSQ, LSQ+, PACT and straight-through gradients against their papers' formulas, restated here in float64."""
 
 import pytest
 import torch
@@ -45,12 +45,12 @@ def test_lsq_of_a_weight(low, high) -> None:
     w = w.requires_grad_()
     s = torch.tensor(step, requires_grad=True)
     upstream = other(len(w))
-    rounded = fake_quantize_weight(w, WeightSpec(0, low, high, per_channel=False, learned=True), s)
-    (rounded * upstream).sum().backward()
+    quantized = fake_quantize_weight(w, WeightSpec(0, low, high, per_channel=False, learned=True), s)[0]
+    (quantized * upstream).sum().backward()
     right, of_w, of_s = esser(w.detach(), step, low, high, upstream.double())
     assert w.grad is not None
     assert s.grad is not None
-    torch.testing.assert_close(rounded.double(), right, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(quantized.double(), right, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(w.grad.double(), of_w)
     assert float(s.grad) == pytest.approx(of_s / (len(w) * high) ** 0.5, rel=1e-4)
 
@@ -58,10 +58,10 @@ def test_lsq_of_a_weight(low, high) -> None:
 def test_every_channel_has_its_own_step_and_gradient() -> None:
     w, rule = noise(4, 3, 3, 3).requires_grad_(), WeightSpec(4, -8, 7, learned=True)
     steps = torch.tensor([0.05, 0.1, 0.2, 0.4], requires_grad=True)
-    (fake_quantize_weight(w, rule, steps) * other(4, 3, 3, 3)).sum().backward()
+    (fake_quantize_weight(w, rule, steps)[0] * other(4, 3, 3, 3)).sum().backward()
     for channel in range(4):
         one = steps.detach()[channel].clone().requires_grad_()
-        alone = fake_quantize_weight(w.detach()[channel], WeightSpec(4, -8, 7, per_channel=False, learned=True), one)
+        alone = fake_quantize_weight(w.detach()[channel], WeightSpec(4, -8, 7, per_channel=False, learned=True), one)[0]
         (alone * other(4, 3, 3, 3)[channel]).sum().backward()
         torch.testing.assert_close(steps.grad[channel], one.grad)  # type: ignore[index]
 
@@ -78,24 +78,24 @@ def test_lsq_of_numbers_counts_those_of_one_sample(positive) -> None:
 
 
 def test_lsq_plus() -> None:
-    """Equations 3 to 5 of Bhalgat et al., with the offset on the grid: ``x_hat = round(clamp((x - b) / s)) s + b``."""
+    """Equations 3 to 5 of Bhalgat et al., with an exact zero: ``x_hat = round(clamp((x - b) / s)) s + b``."""
     step, zero, high = 0.1, 4, 15
     beta = -step * zero
     x = away_from_ties(noise(4000), step).requires_grad_()
     s, b = torch.tensor(step, requires_grad=True), torch.tensor(beta, requires_grad=True)
     upstream = other(len(x)).double()
-    rounded = fake_quantize_learned(x, ActivationSpec(bits=4, learned="scale and offset"), s, b)
-    (rounded.double() * upstream).sum().backward()
+    quantized = fake_quantize_learned(x, ActivationSpec(bits=4, learned="scale and offset"), s, b)
+    (quantized.double() * upstream).sum().backward()
     v = (x.detach().double() - beta) / step
     right = torch.round(v).clamp(0, high) * step + beta
     inside = (v > 0) & (v < high)
     of_s = torch.where(inside, torch.round(v) - v, torch.where(v > 0, float(high), 0.0))
-    share = (1 * high) ** -0.5  # a sample has one number here
-    torch.testing.assert_close(rounded.detach().double(), right, atol=1e-5, rtol=1e-5)
+    factor = (1 * high) ** -0.5  # a sample has one value here
+    torch.testing.assert_close(quantized.detach().double(), right, atol=1e-5, rtol=1e-5)
     assert s.grad is not None
     assert b.grad is not None
-    assert float(s.grad) == pytest.approx(float((upstream * of_s).sum()) * share, rel=1e-4)
-    assert float(b.grad) == pytest.approx(float((upstream * ~inside).sum()) * share, rel=1e-4)
+    assert float(s.grad) == pytest.approx(float((upstream * of_s).sum()) * factor, rel=1e-4)
+    assert float(b.grad) == pytest.approx(float((upstream * ~inside).sum()) * factor, rel=1e-4)
 
 
 def test_pact() -> None:
@@ -104,11 +104,11 @@ def test_pact() -> None:
     x = away_from_ties(noise(4000), alpha / 15).requires_grad_()
     a = torch.tensor(alpha, requires_grad=True)
     upstream = other(len(x))
-    rounded = fake_quantize_learned(x, ActivationSpec(non_negative=True, bits=k, learned="clip"), a)
-    (rounded * upstream).sum().backward()
+    quantized = fake_quantize_learned(x, ActivationSpec(non_negative=True, bits=k, learned="clip"), a)
+    (quantized * upstream).sum().backward()
     y = 0.5 * (x.detach().double().abs() - (x.detach().double() - alpha).abs() + alpha)
     right = torch.round(y * (2**k - 1) / alpha) * alpha / (2**k - 1)
-    torch.testing.assert_close(rounded.detach().double(), right, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(quantized.detach().double(), right, atol=1e-5, rtol=1e-5)
     assert float(a.grad) == pytest.approx(float(upstream[x >= alpha].sum()), rel=1e-4)  # type: ignore[arg-type]
     assert torch.equal(x.grad != 0, (x > 0) & (x < alpha))  # type: ignore[operator]
 

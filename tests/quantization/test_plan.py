@@ -17,12 +17,12 @@ from lightning_light.quantization.operators import is_view
 from lightning_light.quantization.plan import FusedOps, QuantizationPlan
 from lightning_light.quantization.recipes import Int8
 from lightning_light.quantization.specs import WeightSpec
-from tests.quantization.helpers import calibrated, decibels, plan_of
+from lightning_light.targets import Targets
+from tests.quantization.helpers import calibrated, decibels, in_turn, plan_of
 from tests.zoo import ZOO, noise
 
 
-@pytest.mark.parametrize("name", list(ZOO))
-@pytest.mark.parametrize("engine", ["qnnpack", "x86"])
+@pytest.mark.parametrize(("name", "engine"), in_turn(list(ZOO), ["qnnpack", "x86"]))
 def test_every_net_of_the_zoo_is_quantized_and_stays_close(name, engine) -> None:
     torch.manual_seed(0)
     net = ZOO[name]().eval()
@@ -190,3 +190,9 @@ def test_a_batch_of_any_size_may_be_multiplied_by_its_size(tmp_path) -> None:
     with torch.no_grad():
         for batch in (noise(1, 4), noise(5, 4)):
             assert torch.equal(torch.as_tensor(tree_leaves(run(batch))[0]), net(batch))
+
+
+def test_layers_are_excluded_by_targets() -> None:
+    plan = plan_of(ZOO["plain"](), noise(2, 3, 8, 8), recipe=Int8(exclude=Targets(types="Linear")))
+    assert [op.module for op in plan.layers] == ["conv1", "conv2"]
+    assert plan.left_float == {"fc": "excluded by the recipe"}

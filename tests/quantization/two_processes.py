@@ -86,7 +86,7 @@ def main(folder: Path) -> None:
     found = {
         "apart": float((held[0] - held[1]).abs().max()),
         "resumed": float((tensors(again, resumed) - mine).abs().max()),
-        "rounded": state["enabled"],
+        "enabled": state["enabled"],
         "example": state["example"],
     }
     (folder / f"rank{run.global_rank}.json").write_text(json.dumps(found))

@@ -24,10 +24,12 @@ from tests.zoo import noise, tokens
 
 CASES: dict[str, Callable[[], Any]] = {
     "taylor": lambda: ll.WeightPruning(ll.Sparsity(0.7), criterion=ll.Taylor(), calibration_batches=2, every_n_steps=2),
-    "wanda": lambda: ll.WeightPruning(ll.Sparsity(0.7), criterion=ll.Wanda(), calibration_batches=2, scope="local"),
+    "wanda": lambda: ll.WeightPruning(
+        ll.Sparsity(0.7), criterion=ll.criteria.Wanda(), calibration_batches=2, scope="local"
+    ),
     "sr_ste": lambda: SRSTE(targets=ll.Targets(exclude="features.stem")),
     "rigl": lambda: ll.DynamicSparseTraining(ll.Sparsity(0.7), every_n_steps=3),
-    "set": lambda: ll.DynamicSparseTraining(ll.Sparsity(0.7), method=ll.SET(), every_n_steps=3),
+    "set": lambda: ll.DynamicSparseTraining(ll.Sparsity(0.7), method=ll.sparsity.SET(), every_n_steps=3),
 }
 
 

@@ -20,7 +20,7 @@ KEY = "dynamic_sparse_training"
 
 
 def sparse(method: Any = RIGL, **options: Any) -> ll.DynamicSparseTraining:
-    schedule = ll.Window(ll.Cosine(), options.pop("start", 0.0), options.pop("end", 1.0))
+    schedule = ll.Window(ll.schedules.Cosine(), options.pop("start", 0.0), options.pop("end", 1.0))
     options = {"every_n_steps": 2, "schedule": schedule, **options}
     return ll.DynamicSparseTraining(ll.Sparsity(0.8), method=method, **options)
 
@@ -30,7 +30,7 @@ def counts(module: Any) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("scope", ["erk", "local", "global"])
-@pytest.mark.parametrize("method", [ll.SET(), ll.RigL(), ll.Static()], ids=str)
+@pytest.mark.parametrize("method", [ll.sparsity.SET(), ll.RigL(), ll.sparsity.Static()], ids=str)
 def test_the_sparsity_is_exact_at_every_step_and_nothing_leaks(method, scope) -> None:
     seen: list[dict[str, int]] = []
 
@@ -47,7 +47,7 @@ def test_the_sparsity_is_exact_at_every_step_and_nothing_leaks(method, scope) ->
         assert sum(seen[0].values()) == total - round(0.8 * total) == pytest.approx(exact, abs=1)
 
 
-@pytest.mark.parametrize("method", [ll.SRigL(), ll.SRigL(fraction=0.9, min_salient=0.9)], ids=str)
+@pytest.mark.parametrize("method", [ll.sparsity.SRigL(), ll.sparsity.SRigL(fraction=0.9, min_salient=0.9)], ids=str)
 def test_the_fan_in_is_one_number_at_every_step(method) -> None:
     def look(run: Any, module: Any) -> None:
         assert leaks(run, module, masks_of(module, KEY)) == 0.0
@@ -60,7 +60,7 @@ def test_the_fan_in_is_one_number_at_every_step(method) -> None:
 
 def test_static_keeps_its_masks_and_others_update_them() -> None:
     moved = {}
-    for method in (ll.Static(), ll.SET(), ll.RigL(), ll.SRigL()):
+    for method in (ll.sparsity.Static(), ll.sparsity.SET(), ll.RigL(), ll.sparsity.SRigL()):
         first: dict[str, torch.Tensor] = {}
         _, module = fitted(sparse(method), look=lambda t, m, first=first: first or first.update(masks_of(m, KEY)))
         moved[type(method).__name__] = any(
@@ -90,7 +90,7 @@ def test_rigl_grows_where_the_dense_gradient_of_the_step_before_was_largest() ->
                 moments = trainer.optimizers[0].state[pl_module.features.conv1.weight]["momentum_buffer"]
                 assert not bool(moments[now & ~before].any())
 
-    schedule = ll.Window(ll.Cosine(), 0.0, 0.5)
+    schedule = ll.Window(ll.schedules.Cosine(), 0.0, 0.5)
     fitted(Seen(ll.Sparsity(0.8), every_n_steps=5, schedule=schedule), body=Watching)
     (before, weight, now), (last, _, unchanged) = after
     assert torch.equal(last, unchanged)  # at the end of the schedule the fraction is zero
@@ -142,7 +142,7 @@ def test_seeds_differ_and_repeat() -> None:
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
-@pytest.mark.parametrize("method", [ll.RigL(), ll.SRigL(), ll.SET()], ids=str)
+@pytest.mark.parametrize("method", [ll.RigL(), ll.sparsity.SRigL(), ll.sparsity.SET()], ids=str)
 def test_growing_in_a_frozen_layer_is_refused(method) -> None:
     module = module_class(FrozenBackbone, lightning.pytorch)()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
@@ -169,8 +169,9 @@ def test_a_run_without_effect_warns() -> None:
 
 
 def test_its_repr_makes_an_equal_one() -> None:
-    callback = sparse(ll.SRigL(min_salient=0.5), start=0.1)
-    again = eval(repr(callback), vars(ll))
+    callback = sparse(ll.sparsity.SRigL(min_salient=0.5), start=0.1)
+    names = {**vars(ll.sparsity), **vars(ll.schedules), "Sparsity": ll.Sparsity}
+    again = eval(repr(callback), names)
     assert repr(again) == repr(callback)
     assert "method=SRigL(fraction=0.3, min_salient=0.5)" in repr(callback)
 
@@ -185,7 +186,7 @@ def test_its_repr_makes_an_equal_one() -> None:
         (lambda: sparse(every_n_steps=0), ValueError, "expected an integer >= 1"),
         (lambda: sparse(start=0.9, end=0.5), ValueError, "expected start < end"),
         (lambda: sparse(criterion=ll.Taylor()), UnsupportedError, "expected a criterion that needs some of"),
-        (lambda: sparse(schedule=ll.Alternating()), ValueError, "expected a schedule that rises"),
+        (lambda: sparse(schedule=ll.sparsity.Alternating()), ValueError, "expected a schedule that rises"),
     ],
 )
 def test_bad_values_are_refused_where_they_are_written(make, error, sentence) -> None:

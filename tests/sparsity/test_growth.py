@@ -4,8 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from lightning_light.schedules import Cosine
 from lightning_light.sparsity import SET, Connections, RigL, SRigL, Static

@@ -18,9 +18,9 @@ from tests.contract.runs import trainer
 from tests.sparsity.runs import fitted
 
 NO_STEM = ll.Targets(exclude="features.stem")
-RISING = [ll.OneShot(), ll.OneShot(at=0.9), ll.Window(ll.Cubic()), ll.Window(ll.Linear(), start=1, end=2)]
-FALLING = [ll.Alternating(phases=2), ll.DenseSparseDense()]
-REWINDING = [ll.Rewinding(ll.OneShot(at=0.5))]
+RISING = [ll.OneShot(), ll.OneShot(at=0.9), ll.Window(ll.Cubic()), ll.Window(ll.schedules.Linear(), start=1, end=2)]
+FALLING = [ll.sparsity.Alternating(phases=2), ll.sparsity.DenseSparseDense()]
+REWINDING = [ll.sparsity.Rewinding(ll.OneShot(at=0.5))]
 
 
 class Trained(Momentum):
@@ -61,7 +61,7 @@ WEIGHTS: dict[str, tuple[Callable[[Any], Any], type[LightningLightError]]] = {
     "pattern that does not divide": (pruning(pattern=ll.NM(2, 4)), TargetError),
     "block that does not divide": (pruning(budget=ll.Sparsity(0.5), pattern=ll.Block(7, 1)), TargetError),
     "global budget out of reach": (pruning(budget=ll.Sparsity(0.9999)), BudgetError),
-    "filters out of reach": (pruning(budget=ll.Sparsity(0.97), pattern=ll.Filter()), BudgetError),
+    "filters out of reach": (pruning(budget=ll.Sparsity(0.97), pattern=ll.patterns.Filter()), BudgetError),
     "own sparsity of an unknown layer": (
         pruning(budget=ll.Sparsity(0.5), remaining={"nothing": 0.5}),
         TargetError,
@@ -113,7 +113,7 @@ def test_a_sparsity_below_that_of_existing_masks_is_refused_under_a_rising_sched
 
 def test_the_same_sparsity_is_reached_by_a_schedule_that_selects_new_masks() -> None:
     _, module = fitted(ll.WeightPruning(ll.Sparsity(0.8), schedule=ll.OneShot()), body=Momentum)
-    trainer(ll.WeightPruning(ll.Sparsity(0.5), schedule=ll.Alternating(phases=2))).fit(module)
+    trainer(ll.WeightPruning(ll.Sparsity(0.5), schedule=ll.sparsity.Alternating(phases=2))).fit(module)
     assert ll.measure_sparsity(module).sparsity == pytest.approx(0.5, abs=1e-2)
 
 
@@ -136,7 +136,9 @@ def test_layers_of_a_later_method_are_refused(change) -> None:
     assert same(before, snapshot(module))
 
 
-@pytest.mark.parametrize("criterion", [ll.Taylor(), ll.Wanda(), ll.Activation(), ll.Movement()], ids=repr)
+@pytest.mark.parametrize(
+    "criterion", [ll.Taylor(), ll.criteria.Wanda(), ll.criteria.Activation(), ll.criteria.Movement()], ids=repr
+)
 def test_every_criterion_of_evidence_masks_in_a_run(criterion) -> None:
     pruning = ll.WeightPruning(
         ll.Sparsity(0.5), criterion=criterion, schedule=ll.OneShot(at=0.5), calibration_batches=2, scope="local"

@@ -58,7 +58,9 @@ def test_a_dead_filter_that_adds_a_constant_stays_unless_asked() -> None:
 
 
 def test_filters_that_were_masked_leave_and_the_checkpoint_knows(tmp_path) -> None:
-    pruning = ll.WeightPruning(remaining={"features.conv1": 0.5}, pattern=ll.Filter(), targets="features.conv1")
+    pruning = ll.WeightPruning(
+        remaining={"features.conv1": 0.5}, pattern=ll.patterns.Filter(), targets="features.conv1"
+    )
     run, module = fitted(pruning)
     removed = ll.remove_dead_channels(module, noise(2, 3, 8, 8), exact=False, optimizers=run.optimizers)
     assert removed == {"features.conv1": 8}
@@ -89,10 +91,14 @@ class Cut(CompressionCallback):
     "masking",
     [
         lambda: ll.WeightPruning(ll.Sparsity(0.7), schedule=ll.OneShot(at=0.2)),
-        lambda: ll.WeightPruning(ll.Sparsity(0.7), criterion=ll.Movement(), schedule=ll.Window(ll.Linear(), 0.0, 0.9)),
-        lambda: ll.WeightPruning(ll.Sparsity(0.5), schedule=ll.Rewinding(ll.OneShot(at=0.8))),
+        lambda: ll.WeightPruning(
+            ll.Sparsity(0.7), criterion=ll.criteria.Movement(), schedule=ll.Window(ll.schedules.Linear(), 0.0, 0.9)
+        ),
+        lambda: ll.WeightPruning(ll.Sparsity(0.5), schedule=ll.sparsity.Rewinding(ll.OneShot(at=0.8))),
         lambda: SRSTE(targets=ll.Targets(exclude="features.stem"), schedule=ll.OneShot(at=0.2)),
-        lambda: ll.DynamicSparseTraining(ll.Sparsity(0.7), every_n_steps=3, schedule=ll.Window(ll.Cosine(), 0.0, 1.0)),
+        lambda: ll.DynamicSparseTraining(
+            ll.Sparsity(0.7), every_n_steps=3, schedule=ll.Window(ll.schedules.Cosine(), 0.0, 1.0)
+        ),
     ],
     ids=["one_shot", "movement", "rewinding", "sr_ste", "rigl"],
 )
@@ -170,9 +176,22 @@ def test_one_shot_without_a_trainer() -> None:
         ll.prune_weights(model, None, ll.Sparsity(0.5), criterion=ll.Taylor())
 
 
+def test_a_budget_in_the_place_of_the_example_inputs_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"Write `prune_weights\(model, None, Sparsity\(amount=0.5\)\)`"):
+        ll.prune_weights(nn.Linear(4, 4), ll.Sparsity(0.5))
+
+
 @pytest.mark.parametrize(
     "criterion",
-    [ll.Taylor(), ll.Hessian(), ll.SNIP(), ll.Wanda(), ll.Movement(), ll.Activation(), ll.Random(3)],
+    [
+        ll.Taylor(),
+        ll.criteria.Hessian(),
+        ll.criteria.SNIP(),
+        ll.criteria.Wanda(),
+        ll.criteria.Movement(),
+        ll.criteria.Activation(),
+        ll.criteria.Random(3),
+    ],
     ids=lambda criterion: type(criterion).__name__,
 )
 def test_every_criterion_works_without_a_trainer(criterion) -> None:
@@ -224,12 +243,12 @@ def test_sparse_kernels_are_refused_where_they_are_missing() -> None:
     with pytest.raises(
         ValueError, match=r"`0`: expected at most 2 nonzero weights of every 4 .* found more.*NM\(2, 4\)"
     ):
-        ll.to_semi_structured(model)
+        ll.sparsity.to_semi_structured(model)
     ll.prune_weights(model, pattern=ll.NM(2, 4))
     with pytest.raises(
         UnsupportedError, match=r"`0`: expected weights on an NVIDIA GPU .* found cpu.*compressed size only"
     ):
-        ll.to_semi_structured(model)
+        ll.sparsity.to_semi_structured(model)
     with pytest.raises(ValueError, match=r"`0`: expected at most 2 nonzero"):
-        ll.to_semi_structured(nn.Sequential(nn.Linear(6, 4)))
+        ll.sparsity.to_semi_structured(nn.Sequential(nn.Linear(6, 4)))
     assert [model[0].weight, model[2].weight] == before

@@ -26,7 +26,7 @@ SOON = ll.Window(ll.Cubic(), start=0.1, end=0.7)
 NO_STEM = ll.Targets(exclude="features.stem")
 
 
-class Falling(ll.Schedule):
+class Falling(ll.schedules.Schedule):
     """A user's schedule that falls and does not declare it."""
 
     def __call__(self, progress: float) -> float:
@@ -157,7 +157,7 @@ def test_every_n_steps_lie_between_two_changes_and_the_last_is_on_time() -> None
             changes.append(steps_done(run))
         before["masks"] = masks
 
-    fitted(gradual(every_n_steps=3, schedule=ll.Window(ll.Linear(), 0.0, 1.0)), look=look)
+    fitted(gradual(every_n_steps=3, schedule=ll.Window(ll.schedules.Linear(), 0.0, 1.0)), look=look)
     changes = [step for step in changes if step > 0]
     assert changes[-1] == 11  # the last step counts as the end
     assert all(b - a >= 3 for a, b in itertools.pairwise(changes[:-1]))
@@ -264,7 +264,7 @@ def test_ac_dc_alternates_and_grows_from_zero() -> None:
         first.setdefault(len(shares), masks_of(module))
 
     _, module = fitted(
-        ll.WeightPruning(ll.Sparsity(0.5), schedule=ll.Alternating(phases=2, start=0.25, end=0.95)),
+        ll.WeightPruning(ll.Sparsity(0.5), schedule=ll.sparsity.Alternating(phases=2, start=0.25, end=0.95)),
         body=Momentum,
         look=look,
     )
@@ -276,7 +276,7 @@ def test_ac_dc_alternates_and_grows_from_zero() -> None:
 def test_dense_sparse_dense_ends_dense() -> None:
     shares: list[float] = []
     fitted(
-        ll.WeightPruning(ll.Sparsity(0.3), schedule=ll.DenseSparseDense(0.25, 0.75)),
+        ll.WeightPruning(ll.Sparsity(0.3), schedule=ll.sparsity.DenseSparseDense(0.25, 0.75)),
         look=lambda t, m: shares.append(zero_fraction(m) if masks_of(m) else 0.0),
     )
     assert [round(share, 2) for share in shares] == [0.0] * 3 + [0.3] * 6 + [0.0] * 3
@@ -287,7 +287,7 @@ def test_rewinding_resets_the_remaining_weights(rewind_to) -> None:
     """Frankle & Carbin, 2019: ``f(x; m * theta_k)``; the optimizer state is reset as well."""
     steps: list[dict[str, torch.Tensor]] = []
     torch.manual_seed(3)
-    schedule = ll.Rewinding(ll.OneShot(at=0.5), rewind_to=rewind_to)
+    schedule = ll.sparsity.Rewinding(ll.OneShot(at=0.5), rewind_to=rewind_to)
     rewound: dict[str, Any] = {}
 
     class Before(ll.WeightPruning):
@@ -310,7 +310,7 @@ def test_rewinding_resets_the_remaining_weights(rewind_to) -> None:
 
 
 def test_lottery_rounds_remove_the_same_fraction_of_the_remaining_weights() -> None:
-    schedule = ll.Rewinding()
+    schedule = ll.sparsity.Rewinding()
     left = [1.0 - 0.9 * schedule(round_ / 6) for round_ in range(6)]
     assert left == pytest.approx([0.1 ** (round_ / 5) for round_ in range(6)], abs=1e-6)
 
@@ -326,10 +326,10 @@ def test_movement_accumulates_weight_times_gradient() -> None:
                 if p.ndim > 1:
                     expected[name] = expected.get(name, 0.0) - p.detach() * p.grad
 
-    _, module = fitted(gradual(criterion=ll.Movement(), schedule=ll.OneShot(at=0.9)), body=Sums, max_epochs=1)
+    _, module = fitted(gradual(criterion=ll.criteria.Movement(), schedule=ll.OneShot(at=0.9)), body=Sums, max_epochs=1)
     # the cut is before the last of four steps
     _, three = fitted(
-        gradual(criterion=ll.Movement(), schedule=ll.OneShot(at=0.9)), body=Sums, max_epochs=1, max_steps=4
+        gradual(criterion=ll.criteria.Movement(), schedule=ll.OneShot(at=0.9)), body=Sums, max_epochs=1, max_steps=4
     )
     found = state_of(three).state["weight_pruning"]["evidence"]["movement"]
     assert found.keys() == {name for name, p in three.named_parameters() if p.ndim > 1}
@@ -352,7 +352,11 @@ def test_wanda_scores_weight_times_norm_of_its_input() -> None:
 
     seen: list[torch.Tensor] = []  # after each step
     pruning = ll.WeightPruning(
-        ll.Sparsity(0.5), criterion=ll.Wanda(), schedule=ll.OneShot(at=0.5), scope="local", calibration_batches=2
+        ll.Sparsity(0.5),
+        criterion=ll.criteria.Wanda(),
+        schedule=ll.OneShot(at=0.5),
+        scope="local",
+        calibration_batches=2,
     )
     _, module = fitted(
         pruning, body=Linear, max_epochs=1, look=lambda t, m: seen.append(m.head.weight.detach().clone())
@@ -388,11 +392,11 @@ def test_wanda_scores_weight_times_norm_of_its_input() -> None:
         (lambda: ll.WeightPruning(ll.Sparsity(0.9), schedule=0.5), TypeError, "expected a Schedule"),
         (lambda: ll.WeightPruning(ll.Sparsity(0.9), schedule=Falling()), ValueError, "expected a schedule that rises"),
         (lambda: SRSTE(decay=-1.0), ValueError, "expected a number >= 0"),
-        (lambda: SRSTE(schedule=ll.Alternating()), ValueError, "expected a schedule that rises"),
-        (lambda: ll.Alternating(phases=0), ValueError, "expected an integer >= 1"),
-        (lambda: ll.DenseSparseDense(0.7, 0.3), ValueError, "expected start < end"),
-        (lambda: ll.Rewinding(rewind_to=2.0), ValueError, "expected 0 <= rewind_to <= 1"),
-        (lambda: ll.Rewinding(rewind_to=1.0), ValueError, "expected a fraction of the run"),
+        (lambda: SRSTE(schedule=ll.sparsity.Alternating()), ValueError, "expected a schedule that rises"),
+        (lambda: ll.sparsity.Alternating(phases=0), ValueError, "expected an integer >= 1"),
+        (lambda: ll.sparsity.DenseSparseDense(0.7, 0.3), ValueError, "expected start < end"),
+        (lambda: ll.sparsity.Rewinding(rewind_to=2.0), ValueError, "expected 0 <= rewind_to <= 1"),
+        (lambda: ll.sparsity.Rewinding(rewind_to=1.0), ValueError, "expected a fraction of the run"),
     ],
 )
 def test_bad_values_are_refused_where_they_are_written(make, error, sentence) -> None:
@@ -433,9 +437,13 @@ def test_evidence_that_a_layer_cannot_give_is_refused() -> None:
 
 
 def test_rewinding_to_a_moment_after_the_first_cut_is_refused() -> None:
-    late = ll.Rewinding(ll.OneShot(at=0.2), rewind_to=0.5)
+    late = ll.sparsity.Rewinding(ll.OneShot(at=0.2), rewind_to=0.5)
     refused(ValueError, "before the first rise of the schedule", gradual(schedule=late))
-    refused(ValueError, "the ticket would not be trained", gradual(schedule=ll.Rewinding(ll.Staircase(ll.Linear(), 2))))
+    refused(
+        ValueError,
+        "the ticket would not be trained",
+        gradual(schedule=ll.sparsity.Rewinding(ll.schedules.Staircase(ll.schedules.Linear(), 2))),
+    )
 
 
 def test_a_layer_without_evidence_is_named() -> None:
@@ -445,7 +453,7 @@ def test_a_layer_without_evidence_is_named() -> None:
             self.unused = nn.Linear(4, 4)
 
     with pytest.raises(UnsupportedError, match=r"on `unused.weight`: expected grad from \d+ batches, found none"):
-        fitted(gradual(criterion=ll.SNIP(), calibration_batches=1), body=Unused)
+        fitted(gradual(criterion=ll.criteria.SNIP(), calibration_batches=1), body=Unused)
 
 
 def test_torchs_own_masks_are_refused() -> None:

@@ -8,8 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch_pruning as tp
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from lightning_light.budgets import Budget, Channels, Latency, MACs, Params, Size
@@ -30,11 +29,12 @@ from lightning_light.dependency import trace_dependencies
 from lightning_light.errors import BudgetError, TargetError, UnsupportedError
 from lightning_light.example_input import ExampleInput
 from lightning_light.measure.cost import count_cost
+from lightning_light.quantization import LSQ, Int8, quantize
 from lightning_light.structured import Global, Isomorphic, Local, Ranking, Widths, prune_channels
 from lightning_light.structured.ranking import removal_order
 from lightning_light.surgery.edit import cut
 from lightning_light.targets import Targets
-from tests.zoo import ZOO, Net
+from tests.zoo import ZOO, Net, noise
 
 RANKINGS = [Local(), Global(), Isomorphic()]
 
@@ -357,3 +357,12 @@ def test_budgets_of_two_cuts_count_from_the_same_network() -> None:
     pruned(net, MACs(0.7))
     pruned(net, MACs(0.5))
     assert 0.4 * dense < cost(net, MACs(0.5)) <= 0.5 * dense
+
+
+@pytest.mark.parametrize("recipe", [Int8(), LSQ()], ids=repr)
+def test_quantized_layers_are_refused(recipe) -> None:
+    net = built("plain")
+    quantize(net, [noise(4, 3, 8, 8)], recipe)
+    with pytest.raises(UnsupportedError, match="`quantization_aware_training` owns"):
+        pruned(net, MACs(0.5))
+    assert net.conv1.out_channels == 8

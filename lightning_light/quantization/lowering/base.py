@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from lightning_light.int8 import LoweredModel
+from lightning_light.int8 import QUANTIZED_TENSORS_ARE_DEPRECATED, LoweredModel
 from lightning_light.quantization.lowering.weights import QuantizedWeight, fold
 from lightning_light.quantization.op_calls import OpCall, OpId
 from lightning_light.quantization.operators import METADATA, arguments, operator_of
 from lightning_light.quantization.specs import QParams
-from lightning_light.quantization.tracer_warnings import deprecation_silenced
+from lightning_light.warning_filters import ignored_warnings
 
 if TYPE_CHECKING:
     from lightning_light.quantization.fake_quantizer import FakeQuantizer
@@ -145,12 +145,12 @@ def lowered(quantizer: FakeQuantizer, call: Callable[[], Any], lowering: Lowerin
     """
     try:
         quantizer.lowering = lowering
-        with torch.no_grad(), deprecation_silenced():
+        with torch.no_grad(), ignored_warnings(QUANTIZED_TENSORS_ARE_DEPRECATED):
             call()
             lowering.build()
             call()
         lowering.checking = False
-        with deprecation_silenced():
+        with ignored_warnings(QUANTIZED_TENSORS_ARE_DEPRECATED):
             yield lowering.description()
     finally:
         quantizer.reset()

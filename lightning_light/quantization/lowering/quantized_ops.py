@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_light.int8 import Int8Weights, LoweredModel
+from lightning_light.nested import map_tensors
 from lightning_light.quantization.lowering.base import Lowering, scalar
 from lightning_light.quantization.lowering.weights import QuantizedWeight, share_storage
 from lightning_light.quantization.op_calls import OpCall, OpId
@@ -208,12 +209,5 @@ def _quantized(x: Tensor, qparams: QParams) -> Tensor:
 
 
 def _dequantized(value: Any) -> Any:
-    """Quantized tensors in lists, tuples and dicts, dequantized."""
-    if isinstance(value, Tensor):
-        return value.dequantize() if value.is_quantized else value
-    if isinstance(value, dict):
-        return {key: _dequantized(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        items = [_dequantized(item) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    return value
+    """Quantized tensors in ``value``, dequantized."""
+    return map_tensors(lambda x: x.dequantize() if x.is_quantized else x, value)

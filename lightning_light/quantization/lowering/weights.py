@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_light.quantization.batch_norm import gain_and_shift
-from lightning_light.quantization.fake_quantize import quantize_weight
+from lightning_light.quantization.fake_quantize import gain_and_shift, quantize_weight
 from lightning_light.quantization.specs import WeightSpec
 
 __all__ = ["QuantizedWeight", "fold", "share_storage"]

@@ -10,24 +10,23 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_light.errors import UnsupportedError
-from lightning_light.example_input import ExampleInput, tensors_in
+from lightning_light.example_input import ExampleInput
 from lightning_light.int8 import quantizers_of
+from lightning_light.nested import tensors_in
 
 __all__ = ["calls_from", "check_calibration", "explained", "first_of"]
 
 _CURE = "Give a list of tensors, for instance `[images for images, _ in loader]`."
 
 
-def check_calibration(function: str, model: Any, calibration: Any) -> None:
-    """Refuse what is no network, or no collection of batches, and a network that is fake-quantized already.
+def check_calibration(function: str, model: nn.Module, calibration: Iterable[Any]) -> None:
+    """Refuse one batch in place of several, and a network that is fake-quantized already.
 
     Raises:
-        TypeError: one of the first two.
-        UnsupportedError: the third.
+        TypeError: the former.
+        UnsupportedError: the latter.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"`{function}({model!r}, ...)`: expected a module, found {type(model).__name__}.")
-    if isinstance(calibration, Tensor | str | dict) or not isinstance(calibration, Iterable):
+    if isinstance(calibration, Tensor | dict):
         raise TypeError(
             f"`{function}({type(model).__name__}, calibration, ...)`: expected an iterable of batches, found "
             f"{type(calibration).__name__}. {_CURE}"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_light.example_input import ExampleInput
-from lightning_light.quantization.batch_norm import gain_and_shift
+from lightning_light.quantization.fake_quantize import gain_and_shift
 from lightning_light.quantization.post_training.layer_calls import WritableParameters, channel_dim, named
 from lightning_light.quantization.trace import OpNode, trace_ops
 

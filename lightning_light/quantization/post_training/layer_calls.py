@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_light.example_input import tensors_in
+from lightning_light.nested import tensors_in
 from lightning_light.quantization.operators import arguments
 from lightning_light.quantization.trace import OpNode, Trace
 

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_light.example_input import ExampleInput
-from lightning_light.quantization.batch_norm import gain_and_shift
-from lightning_light.quantization.fake_quantize import fake_quantize_weight, quantize_weight
+from lightning_light.quantization.fake_quantize import fake_quantize_weight, gain_and_shift, quantize_weight
 from lightning_light.quantization.fake_quantizer import FakeQuantizer
 from lightning_light.quantization.learned_qparams import weight_scale
 from lightning_light.quantization.op_calls import OpId
@@ -111,7 +110,7 @@ class Refinement:
             self.scales[weight_scale(layer.id)] = quantize_weight(learned, replace(spec, learned=False))[1]
 
     def _correct(self, layer: _Layer, parameters: WritableParameters, inputs: list[Tensor], right: Tensor) -> None:
-        weight = fake_quantize_weight(layer.weight, *self.quantizer.weight(layer.id))
+        weight, _ = fake_quantize_weight(layer.weight, *self.quantizer.weight(layer.id))
         samples = torch.tensor([x.numel() for x in inputs]).to(right)
         shift = samples @ (right - torch.stack([layer.means(x, weight) for x in inputs])) / samples.sum()
         own, norm = named(layer.node).get("bias"), None if layer.norm is None else named(layer.norm)

@@ -19,9 +19,10 @@ from lightning_light.quantization.plan import QuantizationPlan, plan_quantizatio
 from lightning_light.quantization.post_training.calibration import calls_from, check_calibration, explained, first_of
 from lightning_light.quantization.post_training.layer_calls import named
 from lightning_light.quantization.post_training.progress_bar import with_progress_bar
-from lightning_light.quantization.recipes import Engine, IntN
+from lightning_light.quantization.recipes import Bits, Engine, IntN
 from lightning_light.quantization.specs import LayerSpec, WeightSpec
 from lightning_light.quantization.trace import trace_ops
+from lightning_light.validation import validated
 
 __all__ = ["Distance", "Sensitivity", "measure_sensitivity"]
 
@@ -75,17 +76,9 @@ class Sensitivity:
 
     def rows(self) -> list[dict[str, Any]]:
         """One dict per layer and width, for a table or a plot: layer, bits, distance, weights, macs."""
-        return [
-            {
-                "layer": layer,
-                "bits": bits,
-                "distance": distance,
-                "weights": self.weights[layer],
-                "macs": self.macs.get(layer, 0),
-            }
-            for layer, found in self.distances.items()
-            for bits, distance in found.items()
-        ]
+        names = ("layer", "bits", "distance", "weights", "macs")
+        found = [(layer, bits, one) for layer, row in self.distances.items() for bits, one in row.items()]
+        return [dict(zip(names, (*row, self.weights[row[0]], self.macs.get(row[0], 0)), strict=True)) for row in found]
 
     def __str__(self) -> str:
         """A table: one line per layer, one column per width."""
@@ -93,20 +86,18 @@ class Sensitivity:
         for layer, found in self.distances.items():
             lines.append([layer, str(self.weights[layer]), *(f"{found[bits]:.3g}" for bits in self.widths)])
         sizes = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join(
-            "  ".join(
-                [line[0].ljust(sizes[0]), *(text.rjust(size) for text, size in zip(line[1:], sizes[1:], strict=True))]
-            )
-            for line in lines
-        )
+        aligned = [[text.rjust(size) for text, size in zip(line, sizes, strict=True)] for line in lines]
+        names = (line[0].ljust(sizes[0]) for line in lines)
+        return "\n".join("  ".join([name, *texts[1:]]) for name, texts in zip(names, aligned, strict=True))
 
 
 @torch.no_grad()
+@validated
 def measure_sensitivity(
     model: nn.Module,
     calibration: Iterable[Any],
     *,
-    bits: Sequence[int] = (2, 3, 4, 6, 8),
+    bits: Sequence[Bits] = (2, 3, 4, 6, 8),
     distance: Distance = "kl",
     engine: Engine = "qnnpack",
     progress_bar: bool = True,
@@ -139,11 +130,6 @@ def measure_sensitivity(
         Int8(exclude=['0'])
     """
     check_calibration("measure_sensitivity", model, calibration)
-    if isinstance(bits, int) or distance not in _DISTANCES:
-        raise ValueError(
-            f"`measure_sensitivity(..., bits={bits!r}, distance={distance!r})`: expected widths, for instance (4, 8), "
-            f"and a distance of {sorted(_DISTANCES)}."
-        )
     found_calls = calls_from("measure_sensitivity", model, calibration)
     inputs = [first_of("measure_sensitivity", model, found_calls), *found_calls]
     widths = {width: IntN(weights=width, engine=engine).spec().weight for width in bits}

@@ -1,4 +1,4 @@
-"""Numbers that leave an int8 kernel's thirty-two bits, and operations that only look as if they kept a grid."""
+"""Values that overflow the accumulator of an int8 kernel, and operators that only look like views."""
 
 from pathlib import Path
 from typing import Any
@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -15,6 +14,7 @@ from lightning_light.export import ONNX, ExecuTorch, Exporter, Tolerance, TorchS
 from lightning_light.quantization import Int8, fake_quantized, quantize
 from lightning_light.quantization.lowering.weights import fold
 from lightning_light.quantization.specs import WeightSpec
+from tests.quantization.helpers import in_turn
 from tests.zoo import noise
 
 EXPORTERS = [TorchScriptLite(), ExecuTorch(), ONNX()]
@@ -99,7 +99,7 @@ def test_a_weight_on_a_wider_grid_is_the_same_weight() -> None:
 
 
 class Between(nn.Module):
-    """An operation on the numbers between two layers."""
+    """An operator on the activations between two layers."""
 
     def __init__(self, operation: Any) -> None:
         super().__init__()
@@ -119,10 +119,11 @@ OPERATIONS = {
 }
 
 
-@every_runtime
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_only_what_keeps_a_grid_is_put_back_on_it(name, exporter, tmp_path) -> None:
-    """No number is rounded in the file that is not rounded in the module."""
+@pytest.mark.parametrize(
+    ("name", "exporter"), [*in_turn([*OPERATIONS], EXPORTERS), *in_turn([*OPERATIONS], EXPORTERS[1:])], ids=str
+)
+def test_only_views_keep_quantization_parameters(name, exporter, tmp_path) -> None:
+    """Nothing is quantized in the file that is not quantized in the module."""
     report = exported(Between(OPERATIONS[name]), exporter, tmp_path)
     assert report.parity.quant_steps["output"] <= 1.01
     assert report.details["int8_layers"] == 2
@@ -176,7 +177,7 @@ def test_a_weight_that_is_computed_belongs_to_its_layer(tmp_path) -> None:
 @given(seed=st.integers(0, 50))
 @settings(deadline=None)
 def test_a_folded_batch_norm_is_equation_14_of_jacob(seed) -> None:
-    """``w g`` and ``beta + (b - mean) g`` with ``g = gamma / sqrt(var + eps)``; rounded by one scale a channel."""
+    """``w g`` and ``beta + (b - mean) g`` with ``g = gamma / sqrt(var + eps)``; quantized by one scale per channel."""
     generator = torch.Generator().manual_seed(seed)
     w, (bias, gamma, beta, mean) = torch.randn(6, 3, 3, 3, generator=generator), torch.randn(4, 6, generator=generator)
     var = torch.rand(6, generator=generator) + 0.01

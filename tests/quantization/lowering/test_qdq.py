@@ -1,4 +1,4 @@
-"""One graph of quantize and dequantize operations: ONNX Runtime and ExecuTorch answer as the rounded module."""
+"""QDQ graphs: files for ONNX Runtime and ExecuTorch agree with the fake-quantized module."""
 
 import subprocess
 import sys
@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 from lightning_light.errors import TraceError
 from lightning_light.example_input import ExampleInput
 from lightning_light.export import ONNX, ExecuTorch, Exporter, Tolerance, export_model
-from lightning_light.int8 import QDQConstraints
-from lightning_light.quantization import DynamicObserver, Int8, IntN, Recipe
+from lightning_light.int8 import QDQConstraints, quantizers_of
+from lightning_light.quantization import DynamicObserver, Int8, IntN, Recipe, fake_quantized, quantize
 from tests.quantization.helpers import calibrated
 from tests.zoo import ZOO, noise
 
@@ -49,7 +49,7 @@ def exported(name: str, exporter: Exporter, folder: Path, **options: Any) -> Any
 
 
 @pytest.mark.parametrize("name", list(ZOO))
-def test_the_graph_is_the_rounded_module(name) -> None:
+def test_the_graph_agrees_with_the_module(name) -> None:
     """Up to one quantization step of the output, since a batch norm is folded into its layer."""
     torch.manual_seed(0)
     net = ZOO[name]().eval()
@@ -181,3 +181,16 @@ def test_an_operation_that_writes_into_its_input_is_followed() -> None:
         right = net(images)
         with quantizer.qdq(lambda: net(images), QDQConstraints("xnnpack", signed=False)):
             torch.testing.assert_close(net(images), right)
+
+
+def test_the_quantizer_at_work_is_found_in_the_compression_state() -> None:
+    net = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), nn.Conv2d(4, 4, 1)).eval()
+    images = noise(2, 3, 8, 8)
+    quantize(net, [images], Int8())
+    assert quantizers_of(net) == []
+    with fake_quantized(net):
+        (quantizer,) = quantizers_of(nn.Sequential(net))  # also in a module that wraps it
+        assert quantizer.enabled
+        with pytest.warns(UserWarning, match="found no lowering.*not a part of it"):
+            torch.export.export(net[0], (images,))
+    assert quantizers_of(net) == []

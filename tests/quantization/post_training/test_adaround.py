@@ -6,8 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from lightning_light.quantization.fake_quantize import fake_quantize_weight, quantize_weight
@@ -57,8 +56,8 @@ def test_beta_falls_along_a_cosine_after_the_warm_up() -> None:
     found = AdaRound(steps=200, warm_up=0.1, beta=(20.0, 2.0))
     assert found.beta_at(19) is None
     for step in range(20, 200):
-        share = (step - 20) / 180
-        assert found.beta_at(step) == pytest.approx(2 + 18 * 0.5 * (1 + math.cos(math.pi * share)))
+        progress = (step - 20) / 180
+        assert found.beta_at(step) == pytest.approx(2 + 18 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def test_it_comes_close_to_the_best_of_all_roundings() -> None:
@@ -69,14 +68,14 @@ def test_it_comes_close_to_the_best_of_all_roundings() -> None:
         weight, x = torch.randn(1, 12, generator=generator), torch.randn(64, 12, generator=generator) * 0.3 + 1
         scale = weight.abs().max() / 3
         ways = torch.tensor(list(itertools.product((0.0, 1.0), repeat=12)))
-        rounded = torch.cat(
+        quantized = torch.cat(
             [
                 ((weight / scale).floor() + ways).clamp(-3, 3) * scale,
                 (weight / scale).round() * scale,
                 learned(weight, 3, x),
             ]
         )
-        errors = (x.double() @ (rounded - weight).double().T).square().mean(0)
+        errors = (x.double() @ (quantized - weight).double().T).square().mean(0)
         best, nearest, found = best + float(errors.min()), nearest + float(errors[-2]), found + float(errors[-1])
     assert found <= nearest / 3
     assert found <= 1.2 * best
@@ -100,8 +99,8 @@ def test_plain_rounding_gives_what_was_learned_to_the_last_bit(seed, high, dtype
     found, step = quantize_weight(written, rule(high, per_channel))
     assert torch.equal(found, q)
     assert torch.equal(step, quantize_weight(weight.to(dtype), rule(high, per_channel))[1]), "the scale is the same"
-    again = fake_quantize_weight(written, rule(high, per_channel))
-    assert torch.equal(again, fake_quantize_weight(again, rule(high, per_channel)))
+    again = fake_quantize_weight(written, rule(high, per_channel))[0]
+    assert torch.equal(again, fake_quantize_weight(again, rule(high, per_channel))[0])
 
 
 def test_weights_stay_next_to_where_they_were_and_zeros_are_zeros() -> None:
@@ -128,8 +127,7 @@ def test_one_seed_is_one_result() -> None:
     ("wrong", "sentence"),
     [
         ({"steps": 0}, r"AdaRound\(steps=0\)`: expected an integer >= 1"),
-        ({"batch_size": 2.5}, r"batch_size=2.5\)`: expected an integer"),
-        ({"learning_rate": 0.0}, "expected numbers above 0"),
+        ({"learning_rate": 0.0}, "expected a number > 0"),
         ({"warm_up": 1.0}, "0 <= warm_up < 1"),
         ({"beta": (2.0, 20.0)}, "two exponents that fall"),
     ],

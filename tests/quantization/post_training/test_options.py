@@ -36,27 +36,27 @@ def transposed() -> nn.Module:
 
 
 @torch.no_grad()
-def answers(net: nn.Module) -> Tensor:
+def outputs(net: nn.Module) -> Tensor:
     return torch.cat([net(x) for x in IMAGES])
 
 
-def rounded_answers(net: nn.Module, recipe: Any, **options: Any) -> Tensor:
+def quantized_outputs(net: nn.Module, recipe: Any, **options: Any) -> Tensor:
     net = quantize(copy.deepcopy(net), IMAGES, recipe, **options)
     with fake_quantized(net):
-        return answers(net)
+        return outputs(net)
 
 
 def error(net: nn.Module, recipe: Any, **options: Any) -> float:
-    right = answers(net)
-    return float((rounded_answers(net, recipe, **options) - right).square().sum() / right.square().sum())
+    right = outputs(net)
+    return float((quantized_outputs(net, recipe, **options) - right).square().sum() / right.square().sum())
 
 
 def test_corrected_biases_put_every_channels_mean_right() -> None:
-    """``E[y] - E[y_rounded]`` of each output channel is 0 on the calibration batches, also after other layers."""
+    """``E[y] - E[y_quantized]`` of each output channel is 0 on the calibration batches, also after other layers."""
     net, recipe = residual(), IntN(weights=3, activations=None)
-    right = answers(net).mean(0)
-    off = (rounded_answers(net, recipe).mean(0) - right).abs()
-    corrected = (rounded_answers(net, recipe, correct_bias=True).mean(0) - right).abs()
+    right = outputs(net).mean(0)
+    off = (quantized_outputs(net, recipe).mean(0) - right).abs()
+    corrected = (quantized_outputs(net, recipe, correct_bias=True).mean(0) - right).abs()
     assert off.max() > 0.1
     assert corrected.max() < 1e-4
 
@@ -179,16 +179,16 @@ def test_step_sizes_that_training_learns_begin_with_the_learned_rounding() -> No
 
 
 def test_a_bias_before_a_batch_norm_without_one_is_corrected_in_its_own_units() -> None:
-    """``b + (E[y] - E[y_rounded]) / g``, ``g = 1 / sqrt(var + eps)``: Nagel et al. (2019), section 4.2."""
+    """``b + (E[y] - E[y_quantized]) / g``, ``g = 1 / sqrt(var + eps)``: Nagel et al. (2019), section 4.2."""
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False)).eval()
     net[1].running_var.copy_(torch.tensor([0.01, 1.0, 9.0, 0.25]))  # type: ignore[operator, union-attr]
-    bias, right = net[0].bias.detach().double().clone(), answers(net).double().mean((0, 2, 3))  # type: ignore[union-attr, operator]
+    bias, right = net[0].bias.detach().double().clone(), outputs(net).double().mean((0, 2, 3))  # type: ignore[union-attr, operator]
     recipe = IntN(weights=2, activations=None)
     with fake_quantized(quantize(copy.deepcopy(net), IMAGES, recipe)) as plain:
-        off = right - answers(plain).double().mean((0, 2, 3))
+        off = right - outputs(plain).double().mean((0, 2, 3))
     assert off.abs().min() > 1e-3
     corrected = quantize(net, IMAGES, recipe, correct_bias=True)
     expected = bias + off * torch.tensor([0.01, 1.0, 9.0, 0.25], dtype=torch.float64).add(1e-5).sqrt()
     torch.testing.assert_close(net[0].bias.detach().double(), expected, rtol=1e-4, atol=1e-5)  # type: ignore[union-attr, operator]
     with fake_quantized(corrected):
-        torch.testing.assert_close(answers(corrected).double().mean((0, 2, 3)), right, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(outputs(corrected).double().mean((0, 2, 3)), right, rtol=1e-4, atol=1e-4)

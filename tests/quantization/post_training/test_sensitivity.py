@@ -30,7 +30,7 @@ def test_one_layer_at_a_time_is_quantized() -> None:
     for layer in ("depthwise", "fc2"):
         changed = copy.deepcopy(net)
         weight = changed.get_submodule(layer).weight
-        weight.data = fake_quantize_weight(weight.data, IntN(weights=3).spec().weight)
+        weight.data = fake_quantize_weight(weight.data, IntN(weights=3).spec().weight)[0]
         found = []
         for x in IMAGES:
             with torch.no_grad():
@@ -58,7 +58,12 @@ def test_what_it_is_for() -> None:
         (nn.Linear(3, 4), [[noise(2, 3)]], {}, "found a list"),
         (nn.Sequential(nn.ReLU()), [noise(2, 3)], {}, "found 0 convolution or linear layers"),
         (nn.Sequential(nn.Linear(3, 1)), [noise(2, 3)], {}, "Write `distance='error'`"),
-        (nn.Sequential(nn.Linear(3, 4)), [noise(2, 3)], {"bits": (4, 11)}, "number of bits in"),
+        (
+            nn.Sequential(nn.Linear(3, 4)),
+            [noise(2, 3)],
+            {"bits": (4, 11)},
+            "of 2 <= value <= 8, found 11",
+        ),
     ],
 )
 def test_what_it_refuses(net, batches, options, sentence) -> None:

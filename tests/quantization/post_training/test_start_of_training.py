@@ -26,7 +26,7 @@ def test_training_goes_on_from_its_ranges(recipe) -> None:
     assert not torch.equal(weight, net.features.conv1.weight), "it learns"
     state = qat.state(net)
     moved = [name for name, value in steps.items() if not torch.equal(value, state["learned"][name])]
-    assert bool(moved) == isinstance(recipe, LSQ), "step sizes begin where rounding was learned, and learn"
+    assert bool(moved) == isinstance(recipe, LSQ), "scales begin where rounding was learned, and learn"
 
 
 @pytest.mark.parametrize(
