@@ -6,6 +6,7 @@ sequence does not depend on strides, so it is the same in every pass over the sa
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from lightning_light.dependency.labels import varying
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "METADATA",
+    "SET_DATA",
     "Call",
     "Expectation",
     "ModuleResult",
@@ -60,6 +63,7 @@ _FILLS = {"bernoulli", "bernoulli_", "normal_", "uniform_", "exponential_", "ran
 _DROPOUTS = {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout"}
 _RANDOM = _DRAWS | _FILLS | _DROPOUTS
 _NAMES: dict[Any, str] = {}
+_GET_DATA, SET_DATA = Tensor.data.__get__, Tensor.data.__set__  # type: ignore[attr-defined]  # a descriptor
 _TENSOR = object()
 """Stands for a tensor in the structure of a recorded result."""
 
@@ -90,6 +94,7 @@ def wrap_forwards(model: nn.Module, run: Callable[[tuple[str, int], Callable[[],
     numbers: Counter[str] = Counter()
 
     def wrapped(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(forward)
         def call(*args: Any, **kwargs: Any) -> Any:
             numbers[name] += 1
             return run((name, numbers[name]), lambda: forward(*args, **kwargs))
@@ -210,9 +215,14 @@ class Recorder(TorchFunctionMode):
         seed_for(function, len(self.calls))
         before = tuple(self._recorded(tensor) for tensor in inputs)
         out = function(*args, **kwargs)
+        if function == _GET_DATA:  # no operation, so that no rule sees it
+            self.tracer.share_labels(args[0], out)
+        elif function == SET_DATA:
+            with _disable_current_modes():
+                self.tracer.couple_labels(*args)
         tensors, structure = structure_of(out)
         outputs = tuple(self._recorded(tensor, inputs) for tensor in tensors)
-        if outputs or name == "setitem":
+        if outputs or name == "setitem" or function == SET_DATA:
             operations = slice(start, len(self.tracer.history))
             running = self.tracer.modules.current
             module = "" if running is None else running.name

@@ -21,6 +21,7 @@ from lightning_light.dependency.labels import FIXED, LabelUnion, varying
 from lightning_light.dependency.placeholders import PRODUCT_FUNCTIONS, Placeholders, ValueNeededError
 from lightning_light.dependency.recording import (
     METADATA,
+    SET_DATA,
     Call,
     Expectation,
     ModuleResult,
@@ -261,6 +262,8 @@ class Rehearsal(TorchFunctionMode):
         self, call: Call, args: Any, kwargs: Any, inputs: Sequence[Tensor]
     ) -> tuple[Any, str | None, Tensor | None]:
         """Run a call; return its result, how it differs from the one expected, and the labels concerned if known."""
+        if call.function == SET_DATA and args[0].shape != args[1].shape:
+            return None, f"`data` of shape {tuple(args[0].shape)} would be set to {tuple(args[1].shape)}", None
         if call.name in _FREE_OF_COUNTS:
             skip = self._tracer.skip_products and call.name in PRODUCT_FUNCTIONS
             out = self._placeholders.product(call.name, call.function, args, kwargs) if skip else None

@@ -19,6 +19,7 @@ from lightning_light.dependency.placeholders import PRODUCTS, Placeholders, Valu
 from lightning_light.dependency.recording import Recorder, wrap_forwards
 from lightning_light.dependency.rules import RULES, elementwise, operands, outputs_of, unknown
 from lightning_light.errors import TraceError
+from lightning_light.host.modules import is_step_call
 from lightning_light.isolation import isolated, unfused_kernels
 from lightning_light.module_stack import ModuleCall, ModuleStack
 from lightning_light.nested import tensors_in
@@ -206,14 +207,24 @@ def _run_model(
             with tracer, tracer.recorder:
                 out = model(*args, **kwargs)
         except FORWARD_ERRORS as error:
-            raise TraceError(
-                f"`{type(model).__name__}` does not run on the example input: {type(error).__name__}: {error}. "
-                "Expected one forward pass in eval mode. Give an input that `forward` accepts: "
-                "`self.example_input_array = ...` in the module."
-            ) from error
+            raise TraceError(_failure(model, error)) from error
         finally:
             tracer.modules.remove()
     return list(tensors_in(out, objects=True))
+
+
+def _failure(model: nn.Module, error: Exception) -> str:
+    found = f"{type(error).__name__}: {error}"
+    if is_step_call(model):
+        return (
+            f"`{type(model).__name__}.training_step` does not run in a trace of the first batch: {found}. Expected one "
+            "step without logging, gradients and optimizers. Give an input of `forward` to trace that instead: "
+            "`self.example_input_array = ...` in the module."
+        )
+    return (
+        f"`{type(model).__name__}` does not run on the example input: {found}. Expected one forward pass in eval mode. "
+        "Give an input that `forward` accepts: `self.example_input_array = ...` in the module."
+    )
 
 
 def _operation_name(function: Any) -> str:

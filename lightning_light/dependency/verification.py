@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_light.dependency.groups import ChannelGroup, DependencyGraph, graph_of
-from lightning_light.dependency.trace import trace
+from lightning_light.dependency.trace import Tracer, trace
 from lightning_light.dependency.trials import TOO_FEW, Trials
 
-__all__ = ["trace_dependencies"]
+__all__ = ["trace_dependencies", "trace_verified"]
 
 
 def trace_dependencies(
@@ -35,9 +35,19 @@ def trace_dependencies(
     Raises:
         TraceError: the forward pass fails on the input given.
     """
+    return trace_verified(model, args, kwargs or {}, heads=heads, keep_unread=False)
+
+
+def trace_verified(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, heads: str, keep_unread: bool
+) -> DependencyGraph:
+    """Trace and verify the dependency groups of one call; ``keep_unread`` protects channels that no layer reads."""
     tracer = trace(model, args, kwargs, heads=heads)
-    trials = Trials(model, args, kwargs or {}, tracer)
+    trials = Trials(model, args, kwargs, tracer)
     graph = graph_of(model, tracer)
+    if keep_unread:
+        _protect_unread(tracer, graph)
+        graph = graph_of(model, tracer)
     failing = trials.failing(graph)
     for couple in (_couple_with_width, _couple_equal_parts):
         if failing and couple(trials, failing):
@@ -46,6 +56,13 @@ def trace_dependencies(
     for group, error in failing:  # the others passed every trial without these
         tracer.union.protect(group.roots, f"is read by code with a fixed size ({error})")
     return graph_of(model, tracer) if failing else graph
+
+
+def _protect_unread(tracer: Tracer, graph: DependencyGraph) -> None:
+    """Protect channels that no layer reads: the loss compares them, or the step returns them."""
+    for group in graph.groups:
+        if group.reason is None and not any(member.role == "in" for member in group.members):
+            tracer.union.protect(group.roots, "is read by no layer: the training step compares or returns it")
 
 
 def _couple_with_width(trials: Trials, failing: Sequence[tuple[ChannelGroup, str]]) -> bool:

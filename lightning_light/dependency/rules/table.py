@@ -78,6 +78,11 @@ def unknown(context: TraceContext, name: str, args: Sequence[Any], kwargs: dict[
     "masked_fill",
     "masked_fill_",
     "bernoulli",
+    "bernoulli_",
+    "uniform_",
+    "normal_",
+    "exponential_",
+    "random_",
 )
 def elementwise(context: TraceContext, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
     """Couple the labels of all operands position by position."""
@@ -91,6 +96,22 @@ def elementwise(context: TraceContext, name: str, args: Sequence[Any], kwargs: d
             _protect_where_fixed(context, padded, tensor, inputs, rank)
             kept = _merged_with(context, kept, padded)
     context.set_labels(output, kept)
+
+
+@rule(
+    "mse_loss",
+    "smooth_l1_loss",
+    "huber_loss",
+    "soft_margin_loss",
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
+)
+def _loss(context: TraceContext, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+    """Couple what is compared position by position: with a target it is kept, with another output it is removed."""
+    larger = args[0] if args[0].dim() >= args[1].dim() else args[1]
+    elementwise(context, name, args[:2], {}, larger)
+    if out.dim():
+        context.set_labels(out, context.labels_of(larger))
 
 
 def _merged_with(context: TraceContext, kept: Labels, label: Tensor) -> Labels:
