@@ -147,7 +147,7 @@ def trained(net: nn.Module, batches: list[Tensor], engine: str, folder: Path) ->
     """Ranges from the first two batches, then training fake-quantized on the others."""
     recipe = ll.Int8(engine=engine)
     module = Randomly(copy.deepcopy(net))
-    ll.quantize(module, batches[:2], recipe)
+    ll.quantize(module, None, recipe, data=batches[:2])
     qat = ll.QuantizationAwareTraining(recipe, start=0.0, freeze_observers=0.0, freeze_batch_norm=1.0)
     trainer = Trainer(
         max_epochs=1,
@@ -168,8 +168,8 @@ def decibels(right: Tensor, found: Tensor) -> float:
     return float("inf") if noise == 0 else round(float(20 * torch.log10(right.double().norm() / noise)), 1)
 
 
-def first(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else first(output[0])
+def first(answer: Any) -> Tensor:
+    return answer if isinstance(answer, Tensor) else first(answer[0])
 
 
 def measure(name: str, seed: int, runtimes: list[str], folder: Path) -> dict[str, Any]:
@@ -201,15 +201,15 @@ def measure(name: str, seed: int, runtimes: list[str], folder: Path) -> dict[str
 
 
 def row_of(
-    row: dict[str, Any], runtime: str, net: nn.Module, x: Tensor, references: tuple[Tensor, ...], folder: Path
+    row: dict[str, Any], runtime: str, net: nn.Module, x: Tensor, outputs: tuple[Tensor, ...], folder: Path
 ) -> None:
     exporter = RUNTIMES[runtime]
     path = folder / f"net{exporter.suffix}"
     with torch.no_grad():
         details = exporter.write(Positional(detached_copy(net), ExampleInput((x,))), (x,), path)
     run = exporter.load(path)
-    found = first(run(x))
-    row["sqnr"][runtime] = [decibels(right, found) for right in references]
+    result = first(run(x))
+    row["sqnr"][runtime] = [decibels(output, result) for output in outputs]
     row["ms"][runtime] = measure_latency(lambda: run(x), runs=5).median * 1e3
     row["bytes"][runtime], row["left_float"][runtime] = path.stat().st_size, sorted(details["left_float"])
 

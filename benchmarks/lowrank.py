@@ -4,7 +4,7 @@
 
 The matrices are those whose rank a form lowers; for Tucker-2 both unfoldings. A conversion decomposes the weights,
 chooses ranks under a budget, builds the layers and puts them into the network. The last column adds what `factorize`
-does besides: two forward passes that find the layers and count their cost.
+does besides: forward passes that find the layers and count their cost.
 """
 
 import argparse
@@ -65,9 +65,7 @@ def decompose_all(given: list[Tensor]) -> None:
         torch.linalg.svd(matrix, full_matrices=False)
 
 
-def convert(net: nn.Module, layers: Any, reasons: Any, options: FactorizationOptions, dense: float) -> None:
-    budget = MACs(0.5)
-    goal = Goal(budget, dense, limit=0.5 * dense, final=0.5 * dense, price=price_of(budget, net))
+def convert(net: nn.Module, layers: Any, reasons: Any, options: FactorizationOptions, goal: Goal) -> None:
     apply_factors(net, plan_layers(net, layers, reasons, goal, options, gathered=Gathered()))
 
 
@@ -90,11 +88,12 @@ def main() -> None:
             options = FactorizationOptions(form=form, allocation=RankAllocation(round_to=4))
             names = [name for name, _ in net.named_modules()]
             dense, turns = count_cost(net, example).macs, []
+            goal = Goal(MACs(0.5), dense, limit=0.5 * dense, final=0.5 * dense, price=price_of(MACs(0.5), net))
             for _ in range(args.turns):
                 fresh, given = copy.deepcopy(net), matrices(net, form)
                 plain = seconds(partial(decompose_all, given))
                 layers, reasons = find_layers(fresh, ExampleInput(example), names, form=form, split={})
-                ours = seconds(partial(convert, fresh, layers, reasons, options, dense))
+                ours = seconds(partial(convert, fresh, layers, reasons, options, goal))
                 whole = seconds(
                     partial(factorize, copy.deepcopy(net), example, MACs(0.5), form=form, allocation=options.allocation)
                 )

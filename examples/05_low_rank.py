@@ -74,7 +74,7 @@ def train(callbacks: list[L.Callback], name: str, args: argparse.Namespace) -> l
     )
     trainer.fit(module, datamodule=data)
     (metrics,) = trainer.test(module, datamodule=data, verbose=False)
-    cost, packed = count_cost(module, (torch.zeros(1, 1, 28, 28),)), args.out / f"{name}.llwc"
+    cost, packed = count_cost(module, (torch.zeros(1, 1, 28, 28),)), args.out / f"{name}.safetensors"
     save_clustered(module, packed)
     return [
         f"{metrics['test_accuracy']:.2%}",

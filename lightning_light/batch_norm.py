@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +30,7 @@ class Statistics:
     var: Tensor
 
 
-def measure_statistics(model: nn.Module, inputs: Iterable[ExampleInput]) -> dict[str, Statistics]:
+def measure_statistics(model: nn.Module, inputs: Sequence[ExampleInput]) -> dict[str, Statistics]:
     """Measure the batch statistics of every batch-norm layer, averaged over ``inputs``.
 
     Each layer normalizes with the statistics of its batch, as in training; everything else is in evaluation mode, and
@@ -43,7 +43,9 @@ def measure_statistics(model: nn.Module, inputs: Iterable[ExampleInput]) -> dict
     Returns:
         Module name -> its statistics, for the layers that keep running statistics and were reached.
     """
-    layers = dict(_layers(model))
+    layers = dict(_layers(model)) if inputs else {}
+    if not layers:
+        return {}
     found: dict[str, list[Statistics]] = {name: [] for name in layers}
     with isolated(model), _recording(layers, found):
         for call in inputs:

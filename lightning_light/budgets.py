@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import torch
 from typing_extensions import override
 
+from lightning_light.merging import is_training_branch
 from lightning_light.validation import Fraction, OpenFraction, check_argument, validated
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ class Budget(ABC):
         return _attributed(model, macs, self.measure(model, example) / max(sum(macs.values()), 1))
 
 
+@validated
 def require_reducible(call: str, budget: Budget, by: Change) -> None:
     """Refuse a budget whose quantity the changes of a method do not reduce.
 
@@ -193,11 +195,13 @@ class Params(RelativeBudget):
 
     @override
     def measure(self, model: nn.Module, example: ExampleInput | None) -> float:
-        return float(sum(parameter.numel() for parameter in model.parameters()))
+        return sum(self.tensor_costs(model, example).values())
 
     @override
     def tensor_costs(self, model: nn.Module, example: ExampleInput | None) -> dict[str, float]:
-        return {name: float(parameter.numel()) for name, parameter in model.named_parameters()}
+        merged_away = is_training_branch(model)
+        counted = ((name, parameter) for name, parameter in model.named_parameters() if not merged_away(name))
+        return {name: float(parameter.numel()) for name, parameter in counted}
 
 
 @validated
@@ -311,15 +315,15 @@ class Size(Budget):
 
     @override
     def measure(self, model: nn.Module, example: ExampleInput | None) -> float:
-        from lightning_light.measure.size import tensor_bytes
-
-        return float(tensor_bytes(model))
+        return sum(self.tensor_costs(model, example).values())
 
     @override
     def tensor_costs(self, model: nn.Module, example: ExampleInput | None) -> dict[str, float]:
         from lightning_light.measure.size import stored_tensors
 
-        return {name: float(tensor.numel() * tensor.element_size()) for name, tensor in stored_tensors(model).items()}
+        merged_away = is_training_branch(model)
+        counted = ((name, tensor) for name, tensor in stored_tensors(model).items() if not merged_away(name))
+        return {name: float(tensor.numel() * tensor.element_size()) for name, tensor in counted}
 
 
 @validated

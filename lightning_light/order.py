@@ -23,6 +23,7 @@ class Stage(IntEnum):
     """
 
     DISTILLATION = 0
+    REPARAMETERIZATION = 5
     STRUCTURED = 10
     MASKS = 20
     FACTORS = 30
@@ -51,7 +52,7 @@ def check_order(items: Sequence[Item]) -> None:
     comes last. Two methods with windows are compared by them: the later stage may begin when the earlier one has ended
     or, if it also comes later in the list, at that very point. Two methods of which one has no window are compared by
     their places in the list. A stage below `Stage.STRUCTURED` or above `Stage.EXPORT` (distillation, monitors) is in
-    no order.
+    no order; re-parameterization, which expands before pruning and merges after it, checks its own.
 
     Args:
         items: for each method in the order of the Trainer's list: name, stage (one of `Stage`, or any number between),

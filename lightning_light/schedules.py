@@ -59,6 +59,7 @@ class Schedule(ABC):
         return (min(changes), max(changes)) if changes else (0.0, 1.0)
 
 
+@validated
 def resolve(schedule: Schedule, max_epochs: int | None) -> Schedule:
     """Turn the epochs of every `Window` in ``schedule`` into fractions of the run.
 
@@ -77,6 +78,7 @@ def resolve(schedule: Schedule, max_epochs: int | None) -> Schedule:
     return _with_windows(schedule, lambda window: window.resolved(max_epochs))
 
 
+@validated
 def resolve_moment(moment: Moment, max_epochs: int | None, call: str = "resolve_moment") -> float:
     """Turn a moment (an int is an epoch, a float a fraction of the run) into a fraction of the run.
 
@@ -107,6 +109,7 @@ def resolve_moment(moment: Moment, max_epochs: int | None, call: str = "resolve_
     return moment / max_epochs
 
 
+@validated
 def require_rising(call: str, schedule: Schedule) -> None:
     """Refuse a schedule that falls, for a method that cannot undo a change.
 

@@ -26,6 +26,7 @@ from typing_extensions import override
 __all__ = [
     "Constraint",
     "Fraction",
+    "FractionBelowOne",
     "Moment",
     "NonNegativeFloat",
     "NonNegativeInt",
@@ -59,23 +60,26 @@ class Constraint(ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Range(Constraint):
-    """A finite number between ``low`` and ``high``; ``above`` excludes ``low`` itself."""
+    """A finite number between ``low`` and ``high``; ``above`` excludes ``low`` itself, ``below`` excludes ``high``."""
 
     low: float
     high: float = math.inf
     above: bool = False
+    below: bool = False
 
     @override
     def admits(self, value: Any) -> bool:
         return bool(
-            abs(value) < math.inf and (self.low < value if self.above else self.low <= value) and value <= self.high
+            abs(value) < math.inf
+            and (self.low < value if self.above else self.low <= value)
+            and (value < self.high if self.below else value <= self.high)
         )
 
     @override
     def expected(self, kind: str, name: str) -> str:
         if math.isinf(self.high):
             return f"{kind} {'>' if self.above else '>='} {self.low:g}"
-        return f"{self.low:g} {'<' if self.above else '<='} {name} <= {self.high:g}"
+        return f"{self.low:g} {'<' if self.above else '<='} {name} {'<' if self.below else '<='} {self.high:g}"
 
     @override
     def hint(self, name: str, value: Any) -> str:
@@ -107,6 +111,7 @@ PositiveFloat: TypeAlias = Annotated[float, Range(0.0, above=True)]
 NonNegativeFloat: TypeAlias = Annotated[float, Range(0.0)]
 Fraction: TypeAlias = Annotated[float, Range(0.0, 1.0)]
 OpenFraction: TypeAlias = Annotated[float, Range(0.0, 1.0, above=True)]
+FractionBelowOne: TypeAlias = Annotated[float, Range(0.0, 1.0, below=True)]
 Moment: TypeAlias = Annotated[int | float, MomentRange()]
 """A point of a run: an int is an epoch, counted from 0; a float is a fraction of the run."""
 

@@ -51,10 +51,10 @@ OPTIONAL = {"executorch", "jsonargparse", "matplotlib", "onnx_ir", "onnxruntime"
 RETIRED = (
     r"\b(?:the|in|of|our|each) (?:house|wing|ground|room)s?\b(?! truth)",
     r"method cards?|\bthe card\b",
-    r"whole numbers?|\bhalves\b|in_whole_numbers",
+    r"whole numbers?|in_whole_numbers",
     r"\bgrids? of numbers\b|on the grid|grid's",
     r"\banew\b|\blikewise\b|\bat last\b|hangs? together|\boverhear|learns? to live",
-    r"\bcouplings?\b|\bledgers?\b|\bjournals?\b|\bblueprints?\b|\bmirrors?\b|\bchronicles?\b|\bkeepers?\b|\bregimes?\b",
+    r"\bcouplings?\b|\bledgers?\b|\bjournals?\b|\bblueprints?\b|\bmirrors\b|\bchronicles?\b|\bkeepers?\b|\bregimes?\b",
     r"\btaps?\b",
     r"\banswers\b|\bis told\b|\bare told\b|\bsays so\b|\bminds\b|\bspares?\b",
     r"evidence_batches|observe_batches|keep_float|\bamounts\b",

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_light.clustering.coding import code_lengths, decode, encode, entropy
+from lightning_light.validation import validated
 
 __all__ = ["ClusteredTensor", "clustered_sizes", "load_clustered", "save_clustered"]
 
@@ -61,6 +62,7 @@ class _Coded:
         return sum(getattr(self, part).nbytes for part in _PARTS)
 
 
+@validated
 def save_clustered(model: nn.Module | Mapping[str, Tensor], path: str | Path) -> list[ClusteredTensor]:
     """Write the state dict of ``model``; tensors of few different values as codebook and Huffman codes.
 
@@ -101,6 +103,7 @@ def save_clustered(model: nn.Module | Mapping[str, Tensor], path: str | Path) ->
     return rows
 
 
+@validated
 def load_clustered(path: str | Path) -> dict[str, Tensor]:
     """Read the state dict that `save_clustered` wrote, for ``model.load_state_dict``.
 
@@ -129,6 +132,7 @@ def load_clustered(path: str | Path) -> dict[str, Tensor]:
         ) from error
 
 
+@validated
 def clustered_sizes(model: nn.Module | Mapping[str, Tensor]) -> list[ClusteredTensor]:
     """Compute the size of each tensor of ``model`` in a file, without writing one."""
     return [_size(name, tensor, _coded(tensor)) for name, tensor in _state(model).items()]

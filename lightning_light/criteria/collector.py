@@ -86,6 +86,7 @@ Storage = dict[str, Any]
 Loss = Callable[[Any, Any], Tensor]
 
 
+@validated
 def check_needs(
     call: str, criterion: Criterion, supported: frozenset[str] = KINDS, *, scores_groups: bool = False
 ) -> None:
@@ -191,6 +192,7 @@ class Gathered:
         return Evidence(weight.detach().movedim(dim, 0), role=role, generator=generator, **placed)
 
 
+@validated
 class EvidenceCollector:
     """Gather evidence of ``layers`` during a training run.
 

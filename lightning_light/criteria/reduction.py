@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from lightning_light.validation import validated
 
-__all__ = ["Normalizer", "Reduction", "channel_scores", "check_names", "combine", "normalize"]
+__all__ = ["Normalizer", "Reduction", "channel_scores", "combine", "normalize"]
 
 Reduction: TypeAlias = Literal["sum", "mean", "max", "prod", "first"]
 Normalizer: TypeAlias = Literal["mean", "sum", "max", "standardization", "gaussian", "lamp"]
@@ -18,6 +18,7 @@ Normalizer: TypeAlias = Literal["mean", "sum", "max", "standardization", "gaussi
 _TINY = 1e-8
 
 
+@validated
 def channel_scores(score: Tensor) -> Tensor:
     """Sum a score over everything but its channels: ``(channels, ...)`` -> ``(channels,)``.
 
@@ -25,26 +26,6 @@ def channel_scores(score: Tensor) -> Tensor:
     tensor([75., 75.])
     """
     return score.reshape(len(score), -1).sum(dim=1)
-
-
-def check_names(call: str, *, reduction: str = "sum", normalizer: str | None = None) -> None:
-    """Refuse an unknown name.
-
-    Args:
-        call: the callback or function, for the message.
-        reduction: to be one of `Reduction`.
-        normalizer: to be one of `Normalizer`, or None.
-
-    Raises:
-        ValueError: one of the names is not known.
-    """
-    given = {"reduction": (reduction, get_args(Reduction)), "normalizer": (normalizer, (None, *get_args(Normalizer)))}
-    for argument, (name, known) in given.items():
-        if name not in known:
-            raise ValueError(
-                f"`{call}({argument}={name!r})`: expected one of {', '.join(map(repr, known))}. "
-                f"Write for instance `{argument}='mean'`."
-            )
 
 
 @validated

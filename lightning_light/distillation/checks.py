@@ -25,10 +25,10 @@ def check_arguments(
             "`KnowledgeDistillation(...)`: expected at least one teacher and one loss, found none. Leave `losses` out "
             "for `SoftTargets()`."
         )
-    if weights is not None and (len(weights) != len(sources) or min(weights) < 0):
+    if weights is not None and len(weights) != len(sources):
         raise ValueError(
-            f"`KnowledgeDistillation(..., teacher_weights={weights})`: expected a weight >= 0 for each of "
-            f"{len(sources)} teachers. Leave it out for equal weights."
+            f"`KnowledgeDistillation(..., teacher_weights={weights})`: expected a weight for each of "
+            f"{len(sources)} teachers, found {len(weights)}. Leave it out for equal weights."
         )
     if len([source for source in sources if isinstance(source, SelfTeacher)]) > 1:
         raise ValueError(

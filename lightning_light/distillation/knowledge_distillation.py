@@ -39,7 +39,7 @@ from lightning_light.progress import steps_done, training_progress
 from lightning_light.schedules import Schedule, resolve, resolve_moment
 from lightning_light.selectors import Selector
 from lightning_light.surgery.distributed import log_rank_zero, reduce_mean
-from lightning_light.validation import Moment, PositiveInt, validated
+from lightning_light.validation import Moment, NonNegativeFloat, PositiveInt, validated
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -140,7 +140,7 @@ class KnowledgeDistillation(CompressionCallback):
         output: Selector = None,
         teacher_output: Selector = None,
         batch: BatchFields = BatchFields(),  # noqa: B008  # frozen
-        teacher_weights: list[float] | None = None,
+        teacher_weights: list[NonNegativeFloat] | None = None,
         stop: Moment | None = None,
         balance_every_n_steps: PositiveInt | None = None,
         cache: TeacherCache | None = None,

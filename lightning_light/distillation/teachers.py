@@ -7,14 +7,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import nn
 from typing_extensions import override
 
 from lightning_light.surgery.checkpoint import load_from_checkpoint
-from lightning_light.validation import validated
+from lightning_light.validation import Range, validated
 
 __all__ = [
     "BuiltTeacher",
@@ -146,14 +146,7 @@ class SelfTeacher(TeacherSource):
         SelfTeacher(decay=0.999)
     """
 
-    decay: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.decay is not None and not 0.0 < self.decay < 1.0:
-            raise ValueError(
-                f"`SelfTeacher(decay={self.decay})`: expected 0 < decay < 1, or None for a frozen copy, found "
-                f"{self.decay}. Usual is `SelfTeacher(decay=0.999)`."
-            )
+    decay: Annotated[float, Range(0.0, 1.0, above=True, below=True)] | None = None
 
     @property
     @override

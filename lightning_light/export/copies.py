@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_light.example_input import ExampleInput
 from lightning_light.int8 import quantizers_of
 from lightning_light.isolation import uncompile
+from lightning_light.merging import TOLERANCE, check_merged, merge_blocks, merging_method
 
-__all__ = ["detached_copy"]
+__all__ = ["detached_copy", "merged_copy"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -47,6 +49,26 @@ def detached_copy(model: M) -> M:
             _share(value, memo, hooks=name.endswith("_hooks"))
     copied = _uncompiled(_deepcopy(model, memo))
     return copied.cpu().eval().requires_grad_(False)
+
+
+def merged_copy(model: M, example: ExampleInput) -> tuple[M, dict[str, str]]:
+    """Copy ``model`` as `detached_copy` does, and merge the branches of its blocks; of a quantized network none.
+
+    Returns:
+        The copy, and the name of each merged block with the method that merged it.
+
+    Raises:
+        ParityError: the outputs on ``example`` are no longer the same.
+    """
+    copied = detached_copy(model)
+    quantized = any(quantizer.enabled for quantizer in quantizers_of(copied))
+    if quantized or not any(map(merging_method, copied.modules())):
+        return copied, {}
+    merged = merge_blocks(copied)
+    copied.requires_grad_(False)
+    mend = "Or export it as it is, with `merge_branches=False`."
+    check_merged(f"export of {type(model).__name__}", detached_copy(model), copied, example, TOLERANCE, mend=mend)
+    return copied, merged
 
 
 def _deepcopy(model: M, memo: dict[int, Any]) -> M:

@@ -22,6 +22,7 @@ from lightning_light.export.inputs import Positional
 from lightning_light.export.int8 import traced_int8
 from lightning_light.export.program import FAILURES, Program, advice, flat_tensors, quiet_torch
 from lightning_light.int8 import QDQConstraints
+from lightning_light.validation import PositiveInt, validated
 from lightning_light.warning_filters import ignored_warnings
 
 __all__ = ["ExecuTorch"]
@@ -32,6 +33,7 @@ _DELEGATE = "executorch_call_delegate"
 _PARTITIONER = "executorch.backends.xnnpack.partition.xnnpack_partitioner"
 
 
+@validated
 @dataclass(frozen=True)
 class ExecuTorch(Exporter):
     """Export by `torch.export` and ExecuTorch's lowering; the file is run by ExecuTorch's Python bindings.
@@ -52,13 +54,7 @@ class ExecuTorch(Exporter):
     suffix: ClassVar[str] = ".pte"
 
     partitioner: Literal["xnnpack"] | None = "xnnpack"
-    max_batch: int = 8
-
-    def __post_init__(self) -> None:
-        if self.partitioner not in ("xnnpack", None) or self.max_batch < 1:
-            raise ValueError(
-                f"`{self}`: expected `partitioner='xnnpack'` or None, and `max_batch` >= 1. Usual is `ExecuTorch()`."
-            )
+    max_batch: PositiveInt = 8
 
     @property
     @override

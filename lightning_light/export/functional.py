@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
 from lightning_light.criteria.collector import example_of_batch
 from lightning_light.errors import ParityError
 from lightning_light.example_input import ExampleInput
-from lightning_light.export.copies import detached_copy
+from lightning_light.export.copies import detached_copy, merged_copy
 from lightning_light.export.evaluation import DataEvaluator, Evaluator, MetricInputs
 from lightning_light.export.exporter import Exporter
 from lightning_light.export.formats import exporter_of
@@ -31,6 +32,7 @@ from lightning_light.export.inputs import (
     samples,
     tripled,
 )
+from lightning_light.export.int8 import check_details
 from lightning_light.export.networks import ExportedNetwork, ReferenceNetwork
 from lightning_light.export.parity import Parity, Tolerance, compare_outputs
 from lightning_light.export.report import ExportReport
@@ -60,6 +62,8 @@ class ExportOptions:
             at a time; ``as_given``: the inputs have no batch dimension, or keep exactly their shapes.
         latency_runs: timed calls of the file, after a warm-up.
         latency_threads: threads of the runtime in them.
+        merge_branches: export blocks of parallel branches merged: those of `Reparameterization`, and blocks with a
+            method ``fuse``, ``reparameterize`` or ``switch_to_deploy``. Not in a quantized network.
     """
 
     exporter: Exporter | None = None
@@ -67,6 +71,7 @@ class ExportOptions:
     batch: Batch = "any"
     latency_runs: PositiveInt = 50
     latency_threads: PositiveInt = 1
+    merge_branches: bool = True
 
     def for_path(self, path: str | os.PathLike[str]) -> Exporter:
         """Check the options, and return the exporter for ``path``.
@@ -97,6 +102,7 @@ def export_model(
     batch: Batch = ExportOptions.batch,
     latency_runs: PositiveInt = ExportOptions.latency_runs,
     latency_threads: PositiveInt = ExportOptions.latency_threads,
+    merge_branches: bool = ExportOptions.merge_branches,
 ) -> ExportReport:
     """Export a copy of ``model`` to a file, and verify the file in its runtime.
 
@@ -120,6 +126,7 @@ def export_model(
         batch: see `ExportOptions`.
         latency_runs: see `ExportOptions`.
         latency_threads: see `ExportOptions`.
+        merge_branches: see `ExportOptions`.
 
     Raises:
         TraceError: the format cannot express the model.
@@ -136,7 +143,7 @@ def export_model(
     batches = iter(data)
     compared = list(itertools.islice(batches, _PARITY_BATCHES))
     evaluator = DataEvaluator(model, itertools.chain(compared, batches), metrics, metric_inputs) if compared else None
-    options = ExportOptions(exporter, parity, batch, latency_runs, latency_threads)
+    options = ExportOptions(exporter, parity, batch, latency_runs, latency_threads, merge_branches)
     calls = [example_of_batch(one, model) for one in compared]
     return export_verified(model, ExampleInput.of(example_inputs), path, options, calls, lambda details: evaluator)
 
@@ -166,8 +173,11 @@ def export_verified(
         example = given if options.batch == "as_given" else first_sample(given)
         reference = Positional(detached_copy(model), example)
         tensors = reference.tensors(example)
-        copy = Positional(detached_copy(model), example, batched(given) if options.batch == "any" else None)
-        details = exporter.write(copy, reference.tensors(cloned(example)), part)
+        network, merged = merged_copy(model, example) if options.merge_branches else (detached_copy(model), {})
+        cost = count_cost(network, example.args, example.kwargs)
+        copy = Positional(network, example, batched(given) if options.batch == "any" else None)
+        details = {**exporter.write(copy, reference.tensors(cloned(example)), part), "merged_branches": merged}
+        check_details(repr(exporter), model, details)
         with torch_threads(options.latency_threads):
             run = exporter.load(part)
         fitting = [
@@ -183,7 +193,6 @@ def export_verified(
             file = ExportedNetwork(reference, run, structure, limit, str(path))
             evaluation = metrics(ReferenceNetwork(reference), file, reference)
         latency = measure_latency(lambda: run(*tensors), runs=options.latency_runs, threads=options.latency_threads)
-        cost = count_cost(reference.model, example.args, example.kwargs)
         report = ExportReport(
             file=str(path),
             exporter=repr(exporter),
@@ -270,7 +279,7 @@ def _described(reference: Positional, tensors: tuple[Any, ...]) -> list[dict[str
 def _unfinished(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; the file is renamed to ``path``, or removed after an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.part{path.suffix}")  # two runs may write at once
     try:
         yield part
         part.replace(path)

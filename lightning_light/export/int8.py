@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -13,7 +13,7 @@ from lightning_light.export.inputs import Positional
 from lightning_light.export.program import Program, flat_tensors, traced
 from lightning_light.int8 import LoweredModel, QDQConstraints, Quantizer, quantizers_of
 
-__all__ = ["describe", "quantizer_of", "traced_int8"]
+__all__ = ["check_details", "describe", "quantizer_of", "traced_int8"]
 
 
 def quantizer_of(call: str, model: nn.Module) -> Quantizer | None:
@@ -72,6 +72,20 @@ def describe(call: str, model: Positional, lowered: LoweredModel) -> dict[str, A
         "never_int8": _never_int8(model.model, lowered),
         "output_scales": [float(scale) for scale in flat_tensors(lowered.output_scales)],
     }
+
+
+def check_details(call: str, model: nn.Module, details: Mapping[str, Any]) -> None:
+    """Refuse a file that an exporter wrote in float from a fake-quantized network.
+
+    Raises:
+        UnsupportedError: names the function that traces a network as int8.
+    """
+    if "int8_layers" not in details and quantizer_of(call, model) is not None:
+        raise UnsupportedError(
+            f"`{call}` on `{type(model).__name__}`: expected an int8 file of a fake-quantized network, found an "
+            "exporter that writes float operations. In `write`, trace with `lightning_light.export.int8.traced_int8` "
+            "and return its details; for a float file, export the network before it is quantized."
+        )
 
 
 def _never_int8(model: nn.Module, lowered: LoweredModel) -> dict[str, str]:

@@ -10,10 +10,12 @@ from typing import Any
 from lightning_light.export.exporter import Exporter
 from lightning_light.export.functional import Batch, ExportOptions
 from lightning_light.export.networks import run_in_parts
+from lightning_light.validation import validated
 
 __all__ = ["load_exported"]
 
 
+@validated
 def load_exported(
     path: str | os.PathLike[str],
     *,

@@ -77,6 +77,8 @@ class MobileExport(CompressionCallback):
         metric_batches: validation batches for the metrics, at most; None for all, 0 for no metrics.
         latency_runs: timed calls of the file, after a warm-up.
         latency_threads: threads of the runtime in them.
+        merge_branches: export blocks of parallel branches merged: those of `Reparameterization`, and blocks with a
+            method ``fuse``, ``reparameterize`` or ``switch_to_deploy``. Not in a quantized network.
 
     Raises:
         ValueError: an argument is wrong, two exports have one path, or there is no ``ModelCheckpoint`` for ``best``.
@@ -107,8 +109,9 @@ class MobileExport(CompressionCallback):
         metric_batches: NonNegativeInt | None = None,
         latency_runs: PositiveInt = ExportOptions.latency_runs,
         latency_threads: PositiveInt = ExportOptions.latency_threads,
+        merge_branches: bool = ExportOptions.merge_branches,
     ) -> None:
-        self._options = ExportOptions(exporter, parity, batch, latency_runs, latency_threads)
+        self._options = ExportOptions(exporter, parity, batch, latency_runs, latency_threads, merge_branches)
         self._exporter = self._options.for_path(path)
         self.path = path
         self.exporter = exporter
@@ -120,6 +123,7 @@ class MobileExport(CompressionCallback):
         self.metric_batches = metric_batches
         self.latency_runs = latency_runs
         self.latency_threads = latency_threads
+        self.merge_branches = merge_branches
         self.report: ExportReport | None = None
         self._capture = Capture()
         self._recorder = Recorder(limit=_PARITY_BATCHES)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,15 +20,16 @@ from lightning_light.export.inputs import Positional
 from lightning_light.export.int8 import traced_int8
 from lightning_light.export.program import FAILURES, Program, advice, flat_tensors, quiet_torch
 from lightning_light.int8 import QDQConstraints
+from lightning_light.validation import Range, validated
 
 __all__ = ["ONNX"]
 
 _PAIRS = (("0.7", "2.13"), ("0.7", "2.15"))  # releases of onnxscript and torch that the tests have passed on
 _INT8 = QDQConstraints("onnxruntime", signed=False)
-_OPSETS = range(18, 24)
 _NUMPY_LACKS = frozenset({torch.bfloat16})
 
 
+@validated
 @dataclass(frozen=True)
 class ONNX(Exporter):
     """Export by `torch.export` and onnxscript; the file is run by ONNX Runtime on the CPU.
@@ -45,12 +46,8 @@ class ONNX(Exporter):
 
     suffix: ClassVar[str] = ".onnx"
 
-    opset: int = 18
+    opset: Annotated[int, Range(18, 23)] = 18
     dynamic_batch: bool = True
-
-    def __post_init__(self) -> None:
-        if self.opset not in _OPSETS:
-            raise ValueError(f"`{self}`: expected an opset from {_OPSETS[0]} to {_OPSETS[-1]}. Usual is `ONNX()`: 18.")
 
     @property
     @override

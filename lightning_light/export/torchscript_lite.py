@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -27,6 +27,7 @@ from lightning_light.export.exporter import Exporter
 from lightning_light.export.inputs import Positional
 from lightning_light.export.int8 import describe, quantizer_of
 from lightning_light.int8 import QUANTIZED_TENSORS_ARE_DEPRECATED, Int8Weights
+from lightning_light.validation import validated
 from lightning_light.warning_filters import ignored_warnings
 
 __all__ = ["Engine", "TorchScriptLite"]
@@ -37,6 +38,7 @@ _DEPRECATIONS = (r"`torch\.jit\.\w+` is deprecated", r"Lite Interpreter is depre
 _TORCH = os.path.dirname(torch.__file__)
 
 
+@validated
 @dataclass(frozen=True)
 class TorchScriptLite(Exporter):
     """Export by trace and freeze for the lite interpreter; a quantized network gives an int8 file.
@@ -60,13 +62,6 @@ class TorchScriptLite(Exporter):
     suffix: ClassVar[str] = ".ptl"
 
     engine: Engine | None = None
-
-    def __post_init__(self) -> None:
-        if self.engine not in (None, *get_args(Engine)):
-            raise ValueError(
-                f"`{self}`: expected one of {list(get_args(Engine))}, or None for the recipe's. For phones write "
-                "'qnnpack'."
-            )
 
     @override
     def check(self) -> None:

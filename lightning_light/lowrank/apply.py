@@ -21,6 +21,7 @@ from lightning_light.lowrank.splitting import replacing_parameters, split_module
 from lightning_light.order import Stage
 from lightning_light.surgery.attachment import check_owners
 from lightning_light.surgery.replace import replace_modules
+from lightning_light.validation import validated
 
 __all__ = ["METHOD", "apply_factors", "balance_factors", "check_unowned"]
 
@@ -78,6 +79,7 @@ def check_unowned(model: nn.Module, layers: Iterable[str]) -> None:
     check_owners(model, layers, method=METHOD, stage=Stage.FACTORS, replaces=True)
 
 
+@validated
 def balance_factors(model: nn.Module) -> list[str]:
     """Distribute the scale of every factorized layer evenly over its factors; the layer computes the same.
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_light.validation import Fraction, NonNegativeFloat, validated
+
 __all__ = ["ActivationSVD", "FisherSVD", "Fit", "WeightSVD", "WhitenedSVD"]
 
 Evidence = Mapping[str, Tensor]
@@ -36,6 +38,7 @@ class Fit(ABC):
         """Return ``M M^T`` as ``(groups, in, in)``, or ``(groups, 1, in)`` if it is diagonal; None for the identity."""
 
 
+@validated
 @dataclass(frozen=True)
 class WeightSVD(Fit):
     """Minimize the error of the weight itself (``M = I``); needs no data."""
@@ -45,6 +48,7 @@ class WeightSVD(Fit):
         return None
 
 
+@validated
 @dataclass(frozen=True)
 class WhitenedSVD(Fit):
     """Minimize the error of the layer's outputs on data: ``M M^T = E[x x^T]``.
@@ -62,11 +66,7 @@ class WhitenedSVD(Fit):
 
     needs: ClassVar[frozenset[str]] = frozenset({"input_covariance"})
 
-    damping: float = 1e-6
-
-    def __post_init__(self) -> None:
-        if self.damping < 0.0:
-            raise ValueError(f"`WhitenedSVD(damping={self.damping})`: expected a fraction >= 0, such as 1e-6.")
+    damping: NonNegativeFloat = 1e-6
 
     @override
     def metric(self, evidence: Evidence) -> Tensor | None:
@@ -76,6 +76,7 @@ class WhitenedSVD(Fit):
         return covariance + self.damping * mean * torch.eye(covariance.shape[-1]).to(covariance)
 
 
+@validated
 @dataclass(frozen=True)
 class ActivationSVD(Fit):
     """Weight errors by the magnitude of the inputs: ``M = diag(E|x| ** alpha)``.
@@ -92,17 +93,14 @@ class ActivationSVD(Fit):
 
     needs: ClassVar[frozenset[str]] = frozenset({"input_absolute"})
 
-    alpha: float = 0.5
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.alpha <= 1.0:
-            raise ValueError(f"`ActivationSVD(alpha={self.alpha})`: expected 0 <= alpha <= 1, such as 0.5.")
+    alpha: Fraction = 0.5
 
     @override
     def metric(self, evidence: Evidence) -> Tensor | None:
         return _diagonal(evidence["input_absolute"].double() ** (2 * self.alpha))
 
 
+@validated
 @dataclass(frozen=True)
 class FisherSVD(Fit):
     """Weight errors by the Fisher information of the weights: ``M = diag(sqrt(sum over outputs of E[g^2]))``.

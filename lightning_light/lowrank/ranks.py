@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_light.lowrank.spectra import MatrixSpectrum, Ranks, Spectrum, TuckerSpectrum
+from lightning_light.validation import FractionBelowOne, OpenFraction, PositiveFloat, validated
 
 __all__ = ["EVBMF", "RetainedEnergy", "OutputChange", "RankRatio", "RankRule", "evbmf_rank", "rounded"]
 
@@ -38,6 +39,7 @@ class RankRule(ABC):
         """
 
 
+@validated
 @dataclass(frozen=True)
 class RetainedEnergy(RankRule):
     """Keep the smallest ranks that retain ``fraction`` of the squared norm of the weight.
@@ -49,16 +51,14 @@ class RetainedEnergy(RankRule):
         ValueError: unless ``0 < fraction <= 1``.
     """
 
-    fraction: float = 0.95
-
-    def __post_init__(self) -> None:
-        _require_fraction("RetainedEnergy", self.fraction)
+    fraction: OpenFraction = 0.95
 
     @override
     def __call__(self, spectrum: Spectrum, measure: Measure | None) -> Ranks:
         return _smallest(spectrum, spectrum.errors() <= (1.0 - self.fraction + 1e-12) * spectrum.total)
 
 
+@validated
 @dataclass(frozen=True)
 class RankRatio(RankRule):
     """Keep the same fraction of the full rank in every layer.
@@ -70,16 +70,14 @@ class RankRatio(RankRule):
         ValueError: unless ``0 < ratio <= 1``.
     """
 
-    ratio: float = 0.25
-
-    def __post_init__(self) -> None:
-        _require_fraction("RankRatio", self.ratio)
+    ratio: OpenFraction = 0.25
 
     @override
     def __call__(self, spectrum: Spectrum, measure: Measure | None) -> Ranks:
         return tuple(max(1, round(self.ratio * full)) for full in spectrum.full)
 
 
+@validated
 @dataclass(frozen=True)
 class EVBMF(RankRule):
     """Keep the singular values above the noise level found by empirical variational Bayes, which has no parameter.
@@ -95,11 +93,7 @@ class EVBMF(RankRule):
         ValueError: unless ``0 <= weaken < 1``.
     """
 
-    weaken: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.weaken < 1.0:
-            raise ValueError(f"`EVBMF(weaken={self.weaken})`: expected 0 <= weaken < 1; 0 is the method itself.")
+    weaken: FractionBelowOne = 0.0
 
     @override
     def __call__(self, spectrum: Spectrum, measure: Measure | None) -> Ranks:
@@ -108,6 +102,7 @@ class EVBMF(RankRule):
         return tuple(max(1, round(rank + self.weaken * (full - rank))) for rank, full in pairs)
 
 
+@validated
 @dataclass(frozen=True)
 class OutputChange(RankRule):
     """Keep the smallest ranks at which the layer alone changes the network's output by at most ``limit``.
@@ -124,11 +119,7 @@ class OutputChange(RankRule):
 
     measures: ClassVar[bool] = True
 
-    limit: float = 0.01
-
-    def __post_init__(self) -> None:
-        if self.limit <= 0.0:
-            raise ValueError(f"`OutputChange(limit={self.limit})`: expected a number above 0, such as 0.01.")
+    limit: PositiveFloat = 0.01
 
     @override
     def __call__(self, spectrum: Spectrum, measure: Measure | None) -> Ranks:
@@ -230,10 +221,3 @@ def _smallest(spectrum: Spectrum, good: Tensor) -> Ranks:
 
 def _in_proportion(full: Ranks, largest: int) -> Ranks:
     return tuple(max(1, math.ceil(largest * rank / max(full))) for rank in full)
-
-
-def _require_fraction(kind: str, value: float) -> None:
-    if not 0.0 < value <= 1.0:
-        raise ValueError(
-            f"`{kind}({value})`: expected a fraction in (0, 1], no percentage. For a half write `{kind}(0.5)`."
-        )

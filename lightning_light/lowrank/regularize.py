@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_light.validation import PositiveFloat, validated
+
 __all__ = ["NuclearNorm", "Orthogonality", "RankRegularizer", "add_regularizer_gradients"]
 
 
@@ -21,6 +23,7 @@ class RankRegularizer(ABC):
         """Return the gradient of the regularizer, in the shape of ``matrix``."""
 
 
+@validated
 @dataclass(frozen=True)
 class NuclearNorm(RankRegularizer):
     """Add ``strength * sum of singular values``, which drives small singular values to zero.
@@ -36,10 +39,7 @@ class NuclearNorm(RankRegularizer):
         ValueError: ``strength`` is not above 0.
     """
 
-    strength: float = 3e-4
-
-    def __post_init__(self) -> None:
-        _require_positive(self)
+    strength: PositiveFloat = 3e-4
 
     @override
     def gradient(self, matrix: Tensor) -> Tensor:
@@ -49,6 +49,7 @@ class NuclearNorm(RankRegularizer):
         return gradient
 
 
+@validated
 @dataclass(frozen=True)
 class Orthogonality(RankRegularizer):
     """Add ``strength / 2 * ||G - I||^2`` of the smaller Gram matrix ``G``, which keeps singular values close to 1.
@@ -64,10 +65,7 @@ class Orthogonality(RankRegularizer):
         ValueError: ``strength`` is not above 0.
     """
 
-    strength: float = 1e-3
-
-    def __post_init__(self) -> None:
-        _require_positive(self)
+    strength: PositiveFloat = 1e-3
 
     @override
     def gradient(self, matrix: Tensor) -> Tensor:
@@ -95,8 +93,3 @@ def add_regularizer_gradients(
             matrices = weight.detach().float().reshape(groups, len(weight) // groups, -1)
             gradients = torch.stack([regularizer.gradient(matrix) for matrix in matrices])
             weight.grad.add_(gradients.reshape(weight.shape).to(weight.grad.dtype))
-
-
-def _require_positive(value: NuclearNorm | Orthogonality) -> None:
-    if not value.strength > 0.0:
-        raise ValueError(f"`{value!r}`: expected a strength above 0, such as `{type(value).__name__}()` has.")

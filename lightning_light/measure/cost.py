@@ -17,7 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import override
 
 from lightning_light.isolation import isolated, unfused_kernels
+from lightning_light.merging import is_training_branch
 from lightning_light.module_stack import ModuleCall, ModuleStack
+from lightning_light.validation import validated
 
 __all__ = ["Cost", "count_cost", "count_params"]
 
@@ -39,6 +41,7 @@ class Cost:
     params_by_module: dict[str, int]
 
 
+@validated
 def count_cost(
     model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, *, shapes_only: bool = True
 ) -> Cost:
@@ -48,7 +51,7 @@ def count_cost(
     ``einsum``, recurrent layers) and bilinear layers: half of what `torch.utils.flop_counter` finds. Not counted are
     bias additions, activations, softmax, norms, pooling, embeddings, elementwise operations of recurrent layers, and
     custom or quantized kernels. Causal or padded attention counts in full, and so do weights that are zero. A module
-    that runs twice counts twice.
+    that runs twice counts twice. Of a layer that is expanded to branches what it merges into counts.
 
     The model is left as found: see `isolated`. Its forward hooks do not run.
 
@@ -88,7 +91,10 @@ def count_params(model: nn.Module) -> Cost:
 def _params_by_module(model: nn.Module) -> dict[str, int]:
     seen: set[nn.Parameter] = set()
     counts: dict[str, int] = {}
+    merged_away = is_training_branch(model)
     for name, module in model.named_modules():
+        if merged_away(name):
+            continue
         own = [parameter for parameter in module.parameters(recurse=False) if parameter not in seen]
         if any(is_lazy(parameter) for parameter in own):
             raise ValueError(
@@ -127,7 +133,8 @@ def _run(
         stack.enter_context(counter)
         model(*args, **kwargs)
         flops.update()
-    return {name: count // 2 for name, count in flops.counts.items() if count}
+    merged_away = is_training_branch(model)
+    return {name: count // 2 for name, count in flops.counts.items() if count and not merged_away(name)}
 
 
 class _FlopsByModule(ModuleStack):

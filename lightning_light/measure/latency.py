@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from lightning_light.validation import NonNegativeInt, PositiveInt, validated
+
 __all__ = ["LatencyStats", "measure_latency", "torch_threads"]
 
 
@@ -31,8 +33,13 @@ class LatencyStats:
     threads: int
 
 
+@validated
 def measure_latency(
-    run: Callable[[], object], *, warmup: int = 10, runs: int = 50, threads: int | None = None
+    run: Callable[[], object],
+    *,
+    warmup: NonNegativeInt = 10,
+    runs: PositiveInt = 50,
+    threads: PositiveInt | None = None,
 ) -> LatencyStats:
     """Time ``runs`` calls of ``run()``, one after the other.
 
@@ -50,11 +57,6 @@ def measure_latency(
         >>> latency.runs, 0.0 < latency.p10 <= latency.median <= latency.p90
         (5, True)
     """
-    if warmup < 0 or runs < 1 or (threads is not None and threads < 1):
-        raise ValueError(
-            f"`measure_latency(warmup={warmup}, runs={runs}, threads={threads})`: expected warmup >= 0, runs >= 1 and "
-            "threads >= 1 or None. Use, for instance, `warmup=10, runs=50, threads=1`."
-        )
     with torch_threads(threads):
         for _ in range(warmup):
             run()

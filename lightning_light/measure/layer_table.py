@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 
 from lightning_light.measure.cost import Cost
 from lightning_light.measure.sparsity import dead_filters, zero_fraction
+from lightning_light.validation import validated
 
 __all__ = ["LayerRow", "effective_macs", "layer_table", "layer_weights", "weight_matrices"]
 
@@ -54,6 +55,7 @@ class LayerRow:
     dead_filters: int = 0
 
 
+@validated
 def layer_table(model: nn.Module, cost: Cost) -> list[LayerRow]:
     """Return a row for each module that has parameters of its own or MACs, in the model's order.
 

@@ -10,11 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lightning_light.validation import validated
+
 __all__ = ["deflated_bytes", "file_bytes", "stored_tensors", "tensor_bytes"]
 
 _CHUNK = 1 << 20
 
 
+@validated
 def tensor_bytes(model: nn.Module) -> int:
     """Count the bytes of all parameters and persistent buffers, each once.
 
@@ -28,6 +31,7 @@ def tensor_bytes(model: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in stored_tensors(model).values())
 
 
+@validated
 def file_bytes(path: str | os.PathLike[str]) -> int:
     """Count the bytes of a file, or of all files below a folder.
 
@@ -37,6 +41,7 @@ def file_bytes(path: str | os.PathLike[str]) -> int:
     return sum(file.stat().st_size for file in _files(Path(path)))
 
 
+@validated
 def deflated_bytes(source: str | os.PathLike[str] | nn.Module) -> int:
     """Count the bytes after lossless compression (DEFLATE, as in a zip or an app package): the download size.
 

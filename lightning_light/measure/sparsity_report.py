@@ -11,6 +11,7 @@ from lightning_light.measure.cost import Cost, count_params
 from lightning_light.measure.layer_table import LayerRow, effective_macs, layer_table, weight_matrices
 from lightning_light.measure.size import deflated_bytes, tensor_bytes
 from lightning_light.measure.sparsity import zero_fraction
+from lightning_light.validation import validated
 
 __all__ = ["SparsityReport", "measure_sparsity"]
 
@@ -38,6 +39,7 @@ class SparsityReport:
     deflated: int
 
 
+@validated
 def measure_sparsity(model: nn.Module, cost: Cost | None = None) -> SparsityReport:
     """Measure the sparsity of ``model`` and what it saves.
 

@@ -28,6 +28,7 @@ from lightning_light.order import Stage
 from lightning_light.progress import steps_done
 from lightning_light.surgery.distributed import refuse_sharding
 from lightning_light.targets import Targets, as_targets
+from lightning_light.validation import PositiveInt, validated
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 __all__ = ["CompressionMonitor"]
 
 
+@validated
 class CompressionMonitor(CompressionCallback):
     """Log the cost of a network while it is compressed, and print a table of every layer before and after.
 
@@ -102,7 +104,7 @@ class CompressionMonitor(CompressionCallback):
     def __init__(
         self,
         *,
-        every_n_steps: int | None = None,
+        every_n_steps: PositiveInt | None = None,
         layers: Targets | str | Sequence[str] | None = None,
         per_layer: bool = True,
         histograms: bool = True,
@@ -113,8 +115,6 @@ class CompressionMonitor(CompressionCallback):
         progress_bar: bool = True,
         table: bool = True,
     ) -> None:
-        if every_n_steps is not None and every_n_steps < 1:
-            raise ValueError(f"`CompressionMonitor(every_n_steps={every_n_steps})`: expected an integer >= 1, or None.")
         self.every_n_steps = every_n_steps
         self.layers = layers
         self.per_layer = per_layer

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_light.monitors.history import History
+from lightning_light.validation import validated
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,6 +34,7 @@ _TITLES = {
 }
 
 
+@validated
 def heat_map(history: History, quantity: Quantity = "channels") -> Tensor:
     """Return an image of shape ``(height, width, 3)`` in 8 bits: a row per layer, training steps from left to right.
 

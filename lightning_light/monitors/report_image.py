@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lightning_light.monitors.heat_map import short_names
 from lightning_light.monitors.history import History
+from lightning_light.validation import validated
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,6 +22,7 @@ _NAMES = {"macs": "MACs", "params": "parameters", "bytes": "tensor bytes"}
 _METRIC_COLORS = ("#d95f0e", "#993404", "#fe9929")  # warm, against the cool ones of the costs
 
 
+@validated
 def report_image(
     history: History,
     path: str | os.PathLike[str],

@@ -14,6 +14,7 @@ from lightning_light.measure.cost import Cost, count_params
 from lightning_light.measure.layer_table import LayerRow, effective_macs, layer_table, layer_weights, weight_matrices
 from lightning_light.measure.size import tensor_bytes
 from lightning_light.measure.sparsity import zero_fraction
+from lightning_light.validation import validated
 
 __all__ = ["Snapshot", "matrix_layers", "row_bytes", "structure", "take_snapshot"]
 
@@ -74,6 +75,7 @@ class Snapshot:
         return replace(self, rows=tuple(rows), sparsity=earlier.sparsity)
 
 
+@validated
 def take_snapshot(
     model: nn.Module, cost: Cost | None = None, stats: Mapping[str, Mapping[str, float]] | None = None
 ) -> Snapshot:

@@ -12,6 +12,7 @@ from rich.text import Text
 from lightning_light.measure.layer_table import LayerRow
 from lightning_light.monitors.layer_matching import LayerPair, is_within, match_layers
 from lightning_light.monitors.snapshot import Snapshot, row_bytes
+from lightning_light.validation import validated
 
 __all__ = ["compression_markdown", "compression_table", "human_bytes", "human_count"]
 
@@ -19,6 +20,7 @@ _UNKNOWN = "?"
 _Rows = tuple[LayerRow, ...]
 
 
+@validated
 def compression_table(
     before: Snapshot,
     after: Snapshot,
@@ -70,6 +72,7 @@ def compression_table(
     return table
 
 
+@validated
 def compression_markdown(
     before: Snapshot, after: Snapshot, *, layers: Collection[str] | None = None, notes: Sequence[str] = ()
 ) -> str:

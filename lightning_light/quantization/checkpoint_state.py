@@ -18,6 +18,7 @@ from lightning_light.quantization.plan import QuantizationPlan, plan_quantizatio
 from lightning_light.quantization.recipes import Recipe
 from lightning_light.quantization.trace import trace_ops
 from lightning_light.surgery.attachment import state_of
+from lightning_light.validation import validated
 
 __all__ = ["METHOD", "QuantizationState", "attach_fake_quantizer", "begin", "fake_quantized", "read_state"]
 
@@ -103,6 +104,7 @@ def attach_fake_quantizer(model: nn.Module, state: dict[str, Any]) -> FakeQuanti
     return quantizer
 
 
+@validated
 @contextmanager
 def fake_quantized(model: nn.Module) -> Iterator[nn.Module]:
     """Inside, ``model`` is fake-quantized, and exporters write int8.

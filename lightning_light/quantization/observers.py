@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 from typing_extensions import override
+
+from lightning_light.validation import OpenFraction, Range, validated
 
 __all__ = [
     "DynamicObserver",
@@ -62,6 +64,7 @@ class _Extremes(Observer):
         return torch.stack(torch.aminmax(x))
 
 
+@validated
 @dataclass(frozen=True)
 class MovingAverage(_Extremes):
     """The smallest and the largest value of each batch, averaged over batches.
@@ -75,12 +78,10 @@ class MovingAverage(_Extremes):
         ValueError: ``momentum`` out of range.
     """
 
-    momentum: float = 0.01
-
-    def __post_init__(self) -> None:
-        _check_momentum(self)
+    momentum: OpenFraction = 0.01
 
 
+@validated
 @dataclass(frozen=True)
 class MinMax(_Extremes):
     """The smallest and the largest value of all batches: nothing that was observed is clipped."""
@@ -91,6 +92,7 @@ class MinMax(_Extremes):
         return
 
 
+@validated
 @dataclass(frozen=True)
 class Percentile(Observer):
     """The range that holds a fraction of a batch's values at each end, from a histogram of 2048 bins.
@@ -110,16 +112,8 @@ class Percentile(Observer):
         tensor([1., 9.])
     """
 
-    fraction: float = 0.999
-    momentum: float = 0.01
-
-    def __post_init__(self) -> None:
-        _check_momentum(self)
-        if not 0.5 < self.fraction < 1.0:
-            raise ValueError(
-                f"`Percentile(fraction={self.fraction})`: expected 0.5 < fraction < 1, the values that are kept at "
-                "each end. Usual is 0.999; for all of them write `MinMax()`."
-            )
+    fraction: Annotated[float, Range(0.5, 1.0, above=True, below=True)] = 0.999
+    momentum: OpenFraction = 0.01
 
     @override
     def range_of(self, x: Tensor, quant_max: int, non_negative: bool) -> Tensor:
@@ -130,6 +124,7 @@ class Percentile(Observer):
         return torch.stack([edges[places[0]], edges[places[1] + 1]])
 
 
+@validated
 @dataclass(frozen=True)
 class MSEObserver(Observer):
     """The range with the smallest mean squared quantization error of a batch.
@@ -146,10 +141,7 @@ class MSEObserver(Observer):
         ValueError: ``momentum`` out of range.
     """
 
-    momentum: float = 0.01
-
-    def __post_init__(self) -> None:
-        _check_momentum(self)
+    momentum: OpenFraction = 0.01
 
     @override
     def range_of(self, x: Tensor, quant_max: int, non_negative: bool) -> Tensor:
@@ -165,6 +157,7 @@ class MSEObserver(Observer):
         return torch.cat([low[best], top[best]]).to(edges.dtype)
 
 
+@validated
 @dataclass(frozen=True)
 class DynamicObserver(_Extremes):
     """Dynamic quantization: no range is kept, each forward pass uses that of the tensor itself."""
@@ -175,6 +168,7 @@ class DynamicObserver(_Extremes):
         return
 
 
+@validated
 @dataclass(frozen=True)
 class LSQObserver(Observer):
     """The range of the scale that `LSQ` begins with: ``2 * mean|x| / sqrt(quant_max)``.
@@ -182,7 +176,7 @@ class LSQObserver(Observer):
     Esser et al., 2020, section 2.1. https://arxiv.org/abs/1902.08153
     """
 
-    momentum: float = 0.1
+    momentum: OpenFraction = 0.1
 
     @override
     def range_of(self, x: Tensor, quant_max: int, non_negative: bool) -> Tensor:
@@ -198,11 +192,3 @@ def _histogram(x: Tensor) -> tuple[Tensor, Tensor]:
     places = ((x.flatten() - low) / width).long().clamp_(0, _BINS - 1)
     counts = torch.bincount(places, minlength=_BINS)
     return counts, low + width * torch.arange(_BINS + 1, device=x.device, dtype=x.dtype)
-
-
-def _check_momentum(observer: Any) -> None:
-    if not 0.0 < observer.momentum <= 1.0:
-        raise ValueError(
-            f"`{type(observer).__name__}(momentum={observer.momentum})`: expected 0 < momentum <= 1, the weight of a "
-            "new batch in the moving average. Usual is 0.01."
-        )

@@ -13,19 +13,19 @@ from typing_extensions import override
 from lightning_light.callback import CompressionCallback
 from lightning_light.example_input import Capture
 from lightning_light.int8 import Int8Weights
-from lightning_light.order import Stage
+from lightning_light.order import DEFAULT_WINDOWS, Stage
 from lightning_light.progress import training_progress
 from lightning_light.quantization.checkpoint_state import attach_fake_quantizer, begin
 from lightning_light.quantization.fake_quantize import merge_ranges
 from lightning_light.quantization.fake_quantizer import FakeQuantizer
 from lightning_light.quantization.learned_qparams import LearnedQParams, initial_values, weight_scale
-from lightning_light.quantization.moments import check_moments, resolve_moment
 from lightning_light.quantization.range_observer import RangeObserver
 from lightning_light.quantization.recipes import Int8, Recipe
-from lightning_light.schedules import Schedule, resolve
+from lightning_light.schedules import Schedule, resolve, resolve_moment
 from lightning_light.surgery.checkpoint_monitoring import reset_monitoring
 from lightning_light.surgery.distributed import check_agreement, log_rank_zero, reduce_max, reduce_mean
 from lightning_light.surgery.stored_example import restore_or_capture_example, store_example
+from lightning_light.validation import Moment, PositiveInt, validated
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["QuantizationAwareTraining"]
 
 
+@validated
 class QuantizationAwareTraining(CompressionCallback):
     """Train with fake quantization in every forward pass, in place.
 
@@ -51,12 +52,13 @@ class QuantizationAwareTraining(CompressionCallback):
 
     Example:
         >>> from lightning_light.quantization import Int8, QuantizationAwareTraining
-        >>> QuantizationAwareTraining(Int8(), start=0.7)
-        QuantizationAwareTraining(start=0.7)
+        >>> QuantizationAwareTraining(Int8(), start=0.5)
+        QuantizationAwareTraining(start=0.5)
 
     Args:
         recipe: how many bits, and for whose kernels.
-        start: when observation begins; an int is an epoch, a float a fraction of the run. 0.0 for a trained network.
+        start: when observation begins; an int is an epoch, a float a fraction of the run. The default
+            follows the windows of the methods before it; 0.0 for a trained network.
         calibration_batches: training batches that are observed before anything is quantized.
         freeze_observers: from when on ranges stay as they are; 1.0 for never.
         freeze_batch_norm: from when on the batch norms that are folded use their running statistics and keep them; 1.0
@@ -65,8 +67,8 @@ class QuantizationAwareTraining(CompressionCallback):
             ``Window(Staircase(Linear(), steps=2), end=0.6)`` goes 8, 6, 4 for a recipe of four bits. None: at once.
 
     Raises:
+        TypeError: an argument of the wrong type.
         ValueError: an argument out of range, moments out of order, or a second such callback in the Trainer.
-        TypeError: ``recipe`` is no recipe, or ``bit_width_schedule`` no schedule.
         TargetError: the recipe's ``exclude`` names nothing.
         OrderError: another method changes the structure after ``start``.
 
@@ -87,20 +89,14 @@ class QuantizationAwareTraining(CompressionCallback):
         self,
         recipe: Recipe = Int8(),
         *,
-        start: int | float = 0.0,
-        calibration_batches: int = 32,
-        freeze_observers: int | float = 0.9,
-        freeze_batch_norm: int | float = 0.95,
+        start: Moment = DEFAULT_WINDOWS[Stage.QUANTIZATION][0],
+        calibration_batches: PositiveInt = 32,
+        freeze_observers: Moment = 0.9,
+        freeze_batch_norm: Moment = 0.95,
         bit_width_schedule: Schedule | None = None,
     ) -> None:
-        check_moments(
-            recipe,
-            calibration_batches,
-            bit_width_schedule,
-            start=start,
-            freeze_observers=freeze_observers,
-            freeze_batch_norm=freeze_batch_norm,
-        )
+        moments = {"start": start, "freeze_observers": freeze_observers, "freeze_batch_norm": freeze_batch_norm}
+        _check_order(type(self).__name__, moments)
         self.recipe = recipe
         self.start = start
         self.calibration_batches = calibration_batches
@@ -123,9 +119,14 @@ class QuantizationAwareTraining(CompressionCallback):
         _refuse_several(trainer)
         if stage == "fit":
             self._moments = {
-                name: resolve_moment(name, getattr(self, name), trainer.max_epochs)
+                name: self._resolved(name, trainer.max_epochs)
                 for name in ("start", "freeze_observers", "freeze_batch_norm")
             }
+            if self._moments["start"] >= 1.0:
+                raise ValueError(
+                    f"`{type(self).__name__}(start={self.start})`: expected a start before the end of the run, found "
+                    f"`Trainer(max_epochs={trainer.max_epochs})`. Start earlier, for instance `start=0.7`."
+                )
             self._bit_width_schedule = self.bit_width_schedule and resolve(self.bit_width_schedule, trainer.max_epochs)
 
     @override
@@ -230,7 +231,7 @@ class QuantizationAwareTraining(CompressionCallback):
     @override
     def window(self, max_epochs: int | None) -> tuple[float, float] | None:
         """From the first observation to the end: the ranges belong to the network that is exported."""
-        return resolve_moment("start", self.start, max_epochs), 1.0
+        return self._resolved("start", max_epochs), 1.0
 
     @override
     def int8_weights(self) -> Int8Weights | None:
@@ -329,6 +330,12 @@ class QuantizationAwareTraining(CompressionCallback):
         left = plan.left_float or "none"
         log_rank_zero(trainer, f"{self.method}: observing {len(plan.layers)} layers; left in float: {left}")
 
+    def _resolved(self, name: str, max_epochs: int | None) -> float:
+        """The argument ``name`` as a fraction of the run; nothing is frozen from an epoch after the last on."""
+        moment: Moment = getattr(self, name)
+        within = moment if name == "start" or isinstance(moment, float) else min(moment, max_epochs or 0)
+        return resolve_moment(within, max_epochs, f"{type(self).__name__}({name}={moment})")
+
     def _why_nothing(self, state: dict[str, Any]) -> str:
         if "plan" not in state:
             return (
@@ -340,6 +347,15 @@ class QuantizationAwareTraining(CompressionCallback):
         return (
             f"the run was over after {state['batches']} of `calibration_batches={self.calibration_batches}`. Start "
             "earlier, or observe fewer."
+        )
+
+
+def _check_order(call: str, moments: dict[str, Moment]) -> None:
+    fractions = [moment for moment in moments.values() if isinstance(moment, float)]
+    if fractions != sorted(fractions):
+        raise ValueError(
+            f"`{call}({', '.join(f'{name}={moment}' for name, moment in moments.items())})`: expected start <= "
+            "freeze_observers <= freeze_batch_norm, found another order. To freeze nothing write 1.0."
         )
 
 

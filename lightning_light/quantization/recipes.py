@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeAlias
 
 from torch import nn
 from typing_extensions import override
@@ -13,15 +13,18 @@ from typing_extensions import override
 from lightning_light.quantization.observers import LSQObserver, MovingAverage, MSEObserver, Observer
 from lightning_light.quantization.specs import ActivationSpec, LayerSpec, Learned, WeightSpec
 from lightning_light.targets import Targets, as_targets
+from lightning_light.validation import Range, validated
 
-__all__ = ["LSQ", "PACT", "Binary", "Engine", "Int8", "IntN", "MixedPrecision", "Recipe", "Ternary"]
+__all__ = ["LSQ", "PACT", "Binary", "Bits", "Engine", "Int8", "IntN", "MixedPrecision", "Recipe", "Ternary"]
 
 Engine = Literal["qnnpack", "x86", "xnnpack", "onnx"]
 Exclude = Targets | str | list[str] | None
+Bits: TypeAlias = Annotated[int, Range(2, 8)]
 
 _WEIGHT_LIMIT = {"x86": 63}
 
 
+@validated
 @dataclass(frozen=True)
 class Recipe(ABC):
     """How a network is quantized; a frozen value.
@@ -33,25 +36,12 @@ class Recipe(ABC):
         exclude: layers that stay float: a pattern, several, or `Targets`, for instance ``Targets(types="Linear")``.
 
     Raises:
+        TypeError: an argument of the wrong type.
         ValueError: an argument out of range.
-        TypeError: ``observer`` of a subclass is none.
     """
 
     engine: Engine = field(default="qnnpack", kw_only=True)
     exclude: Exclude = field(default=None, kw_only=True)
-
-    def __post_init__(self) -> None:
-        if self.engine not in get_args(Engine):
-            raise ValueError(
-                f"`{type(self).__name__}(engine={self.engine!r})`: expected one of {list(get_args(Engine))}. For "
-                "phones write 'qnnpack'."
-            )
-        observer = getattr(self, "observer", None)
-        if observer is not None and not isinstance(observer, Observer):
-            raise TypeError(
-                f"`{type(self).__name__}(observer={observer!r})`: expected an observer, found "
-                f"{type(observer).__name__}. Write `observer=MSEObserver()`, for instance."
-            )
 
     def __repr__(self) -> str:
         """The call that makes an equal recipe."""
@@ -81,6 +71,7 @@ class Recipe(ABC):
         return WeightSpec(bits, -top - (learned and bits < 8), top, per_channel=per_channel, learned=learned)
 
 
+@validated
 @dataclass(frozen=True, repr=False)
 class Int8(Recipe):
     """Quantize to eight bits, as the int8 kernels of mobile and server CPUs do.
@@ -116,6 +107,7 @@ class Int8(Recipe):
         return LayerSpec(self._weight(8, per_channel=self.per_channel), ActivationSpec(observer=self.observer))
 
 
+@validated
 @dataclass(frozen=True, repr=False)
 class IntN(Recipe):
     """Quantize to any number of bits, with ranges from the values themselves.
@@ -144,14 +136,10 @@ class IntN(Recipe):
         ValueError: an argument out of range.
     """
 
-    weights: int = 4
-    activations: int | None = 8
+    weights: Bits = 4
+    activations: Bits | None = 8
     observer: Observer = MovingAverage()
     per_channel: bool = field(default=True, kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_bits(self, self.weights, self.activations)
 
     @override
     def spec(self) -> LayerSpec:
@@ -160,6 +148,7 @@ class IntN(Recipe):
         )
 
 
+@validated
 @dataclass(frozen=True, repr=False)
 class Ternary(Recipe):
     """Quantize weights to -s, 0 and s: ``q = sign(w)`` where ``|w| > 0.7 * mean|w|``, ``s`` the mean ``|w|`` of those.
@@ -178,18 +167,15 @@ class Ternary(Recipe):
         ValueError: an argument out of range.
     """
 
-    activations: int | None = 8
+    activations: Bits | None = 8
     observer: Observer = MovingAverage()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_bits(self, 2, self.activations)
 
     @override
     def spec(self) -> LayerSpec:
         return LayerSpec(WeightSpec(2, -1, 1, "ternary"), _activation(self.activations, self.observer))
 
 
+@validated
 @dataclass(frozen=True, repr=False)
 class Binary(Recipe):
     """Quantize weights to -s and s: ``sign(w) * mean|w|``, one mean per output channel; masked weights stay zero.
@@ -209,18 +195,15 @@ class Binary(Recipe):
         ValueError: an argument out of range.
     """
 
-    activations: int | None = 8
+    activations: Bits | None = 8
     observer: Observer = MovingAverage()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_bits(self, 2, self.activations)
 
     @override
     def spec(self) -> LayerSpec:
         return LayerSpec(WeightSpec(1, -1, 1, "binary"), _activation(self.activations, self.observer))
 
 
+@validated
 @dataclass(frozen=True, repr=False)
 class LSQ(Recipe):
     """Learn the scale of every weight and activation along with the weights (learned step size quantization).
@@ -250,13 +233,9 @@ class LSQ(Recipe):
         ValueError: an argument out of range.
     """
 
-    weights: int = 4
-    activations: int | None = 4
+    weights: Bits = 4
+    activations: Bits | None = 4
     offset: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_bits(self, self.weights, self.activations)
 
     @override
     def spec(self) -> LayerSpec:
@@ -265,6 +244,7 @@ class LSQ(Recipe):
         return LayerSpec(self._weight(self.weights, learned=True), activation)
 
 
+@validated
 @dataclass(frozen=True, repr=False)
 class PACT(Recipe):
     """Learn the value ``a`` at which a ReLU is clipped: ``x_hat = s * round(clamp(x, 0, a) / s)``.
@@ -286,18 +266,15 @@ class PACT(Recipe):
         ValueError: an argument out of range.
     """
 
-    weights: int = 4
-    activations: int = 4
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_bits(self, self.weights, self.activations, may_be_float=False)
+    weights: Bits = 4
+    activations: Bits = 4
 
     @override
     def spec(self) -> LayerSpec:
         return LayerSpec(self._weight(self.weights), _activation(self.activations, MovingAverage(momentum=0.1), "clip"))
 
 
+@validated
 @dataclass(frozen=True, repr=False)
 class MixedPrecision(Recipe):
     """Quantize layers by recipes of their own: by name, or the first and the last one.
@@ -318,7 +295,7 @@ class MixedPrecision(Recipe):
 
     Raises:
         ValueError: a part has ``exclude``, is mixed itself, or is for another engine than the others.
-        TypeError: a part is no recipe.
+        TypeError: a part is not a recipe.
     """
 
     layers: Mapping[str, Recipe] = field(default_factory=dict)
@@ -330,10 +307,6 @@ class MixedPrecision(Recipe):
     def __post_init__(self) -> None:
         parts = [*self.layers.values(), self.default, *filter(None, (self.first, self.last))]
         for part in parts:
-            if not isinstance(part, Recipe):
-                raise TypeError(
-                    f"`MixedPrecision(...)`: expected recipes, found {part!r}. Write `Int8()`, for instance."
-                )
             if isinstance(part, MixedPrecision) or part.exclude is not None:
                 raise ValueError(
                     f"`MixedPrecision(...)` with {part!r}: expected recipes that are neither mixed nor exclude layers "
@@ -368,20 +341,3 @@ def _default(one: Field[Any]) -> Any:
 def _activation(bits: int | None, observer: Observer, learned: Learned = "") -> ActivationSpec | None:
     """How what layers read is quantized to ``bits``; None leaves it float."""
     return None if bits is None else ActivationSpec(bits=bits, observer=observer, learned=learned)
-
-
-def _check_bits(recipe: Recipe, weights: int, activations: int | None, *, may_be_float: bool = True) -> None:
-    """Refuse invalid numbers of bits; ``activations=None`` leaves them float, if they ``may_be_float``.
-
-    Raises:
-        ValueError: not an integer in [2, 8].
-    """
-    cure = "; to leave activations float, `activations=None`" if may_be_float else ""
-    for name, bits in (("weights", weights), ("activations", activations)):
-        if bits is None and name == "activations" and may_be_float:
-            continue
-        if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= 8:
-            raise ValueError(
-                f"`{type(recipe).__name__}({name}={bits!r})`: expected an integer number of bits in [2, 8]. For one "
-                f"bit write `Binary()`{cure}."
-            )

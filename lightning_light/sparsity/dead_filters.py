@@ -16,16 +16,18 @@ from lightning_light.isolation import isolated
 from lightning_light.sparsity.mask_state import cut_masks
 from lightning_light.surgery.attachment import attach, has_state
 from lightning_light.surgery.edit import cut, trial
+from lightning_light.validation import NonNegativeFloat, validated
 
 __all__ = ["remove_dead_channels"]
 
 
+@validated
 def remove_dead_channels(
     model: nn.Module,
     example_inputs: Any,
     *,
     exact: bool = True,
-    tolerance: float = 1e-5,
+    tolerance: NonNegativeFloat = 1e-5,
     optimizers: Iterable[Optimizer] = (),
 ) -> dict[str, int]:
     """Remove channels without a nonzero weight that produces or reads them, in place; masks are cut with the weights.

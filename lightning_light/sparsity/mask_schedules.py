@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing_extensions import override
 
 from lightning_light.schedules import Exponential, Schedule, Staircase, Window
-from lightning_light.validation import Fraction, PositiveInt, validated
+from lightning_light.validation import Fraction, FractionBelowOne, PositiveInt, validated
 
 __all__ = ["Alternating", "DenseSparseDense", "Rewinding"]
 
@@ -119,13 +119,7 @@ class Rewinding(Schedule):
     """
 
     schedule: Schedule = Window(Staircase(Exponential(rate=2.302585), steps=5), end=5 / 6)
-    rewind_to: Fraction = 0.0
-
-    def __post_init__(self) -> None:
-        if self.rewind_to >= 1.0:
-            raise ValueError(
-                f"`Rewinding(rewind_to={self.rewind_to})`: expected a fraction of the run in [0, 1), for instance 0.02."
-            )
+    rewind_to: FractionBelowOne = 0.0
 
     @override
     def __call__(self, progress: float) -> float:

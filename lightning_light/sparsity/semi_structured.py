@@ -8,10 +8,12 @@ from torch import Tensor, nn
 from lightning_light.errors import UnsupportedError
 from lightning_light.sparsity.patterns import NM
 from lightning_light.targets import Targets, as_targets
+from lightning_light.validation import validated
 
 __all__ = ["to_semi_structured"]
 
 
+@validated
 def to_semi_structured(model: nn.Module, *, targets: Targets | str | list[str] | None = None) -> list[str]:
     """Compress the weights of 2:4 sparse linear layers, in place, for inference on a GPU with sparse tensor cores.
 

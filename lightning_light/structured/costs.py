@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -44,7 +45,6 @@ class Estimator:
         self._budget, self._example = budget, example
         self._widths = torch.tensor([group.width for group in self._groups])
         self._dims = _shrinking_dims(graph, self._groups)
-        self._costs = {} if budget.channel_cost is not None else budget.tensor_costs(model, example)
         self.now = measure(model, budget, example, graph)
 
     def __call__(self, widths: Tensor) -> float:
@@ -59,6 +59,10 @@ class Estimator:
                 fraction *= 1.0 - float((removed[numbers] * positions).sum()) / size
             total -= self._costs.get(tensor, 0.0) * (1.0 - fraction)
         return total
+
+    @functools.cached_property
+    def _costs(self) -> dict[str, float]:
+        return self._budget.tensor_costs(self._model, self._example)
 
     def exact(self, kept: Mapping[str, Tensor]) -> float:
         """Count or measure the cost of the model in the shape that it would have."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any, Literal
@@ -100,8 +101,10 @@ def prune_channels(
     )
     example = ExampleInput.of(example_inputs).to(model)
     graph = graph or trace_dependencies(model, example.args, example.kwargs, heads=heads)
-    state = state_of(model)
-    dense = 0.0 if budget is None else state.reference(budget, lambda: measure(model, budget, example, graph))
+    dense = 0.0
+    if budget is not None:
+        now = functools.partial(measure, model, budget, example, graph)
+        dense = state_of(model).reference(budget, now) if has_state(model) else now()
     goal = Goal(budget, example, widths_of(graph), dense)
     check_run(model, graph, options, goal)
     batches = [] if data is None else list(islice(data, calibration_batches))
@@ -109,7 +112,8 @@ def prune_channels(
     if plan.removed and not dry_run:
         calls = [example_of_batch(batch, model) for batch in batches] if correct_batch_norm else []
         _carry_out(model, graph, plan, calls, optimizers)
-        state_of(model).references.update(state.references)
+        if budget is not None:
+            state_of(model).reference(budget, lambda: dense)
     return plan
 
 

@@ -120,10 +120,14 @@ def check_run(model: nn.Module, graph: DependencyGraph, options: ChannelPruningO
     check_prunable(model)
     candidates = _Candidates.of(model, graph, options, goal.original)
     check_scorable(candidates.groups, options.criterion)
-    layers = {layer_of(member.tensor) for group in candidates.groups for member in group.members}
-    check_owners(model, sorted(layers), method="structured_pruning", stage=Stage.STRUCTURED)
+    met = candidates.has_fixed_widths()
     if goal.budget is not None:
-        _check_reachable(candidates, Estimator(model, graph, candidates.groups, goal.budget, goal.example), goal)
+        estimator = Estimator(model, graph, candidates.groups, goal.budget, goal.example)
+        _check_reachable(candidates, estimator, goal)
+        met = met and estimator.now <= goal.budget.goal(goal.dense)
+    if not met:
+        layers = {layer_of(member.tensor) for group in candidates.groups for member in group.members}
+        check_owners(model, sorted(layers), method="structured_pruning", stage=Stage.STRUCTURED)
 
 
 def plan_channels(
@@ -214,6 +218,11 @@ class _Candidates:
                 wanted = max(self.floors[group.name], round(self.original[group.name] * (1.0 - removed)))
                 widths[group.name] = self._rounded(group, wanted)
         return widths
+
+    def has_fixed_widths(self) -> bool:
+        """Whether every layer of `remaining` has its final width."""
+        widths = self.fixed_widths(1.0)
+        return all(group.width == widths.get(group.name, group.width) for group in self.groups)
 
     def smallest_widths(self) -> dict[str, int]:
         """Group name -> the smallest width that it can end at."""

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_light.criteria.reduction import Normalizer, Reduction, check_names
+from lightning_light.criteria.reduction import Normalizer, Reduction
 from lightning_light.dependency import ChannelGroup
+from lightning_light.validation import validated
 
 __all__ = ["Global", "Isomorphic", "Local", "Ranking", "removal_order"]
 
 
+@validated
 @dataclass(frozen=True)
 class Ranking(ABC):
     """Decide which dependency groups are ranked together, and how their scores become comparable.
@@ -35,14 +37,12 @@ class Ranking(ABC):
     reduction: Reduction = "mean"
     normalizer: Normalizer | None = "mean"
 
-    def __post_init__(self) -> None:
-        check_names(type(self).__name__, reduction=self.reduction, normalizer=self.normalizer)
-
     @abstractmethod
     def scope(self, group: ChannelGroup, model: nn.Module) -> str:
         """Name the scope of ``group``: groups of one scope are ranked together."""
 
 
+@validated
 @dataclass(frozen=True)
 class Local(Ranking):
     """Rank each dependency group by itself: all lose the same fraction of their channels."""
@@ -52,6 +52,7 @@ class Local(Ranking):
         return group.name
 
 
+@validated
 @dataclass(frozen=True)
 class Global(Ranking):
     """Rank all channels of the network together: layers with many unimportant channels lose more."""
@@ -61,6 +62,7 @@ class Global(Ranking):
         return "all"
 
 
+@validated
 @dataclass(frozen=True)
 class Isomorphic(Ranking):
     """Rank groups of the same structure together: attention heads with heads, residual streams with streams.
@@ -75,6 +77,7 @@ class Isomorphic(Ranking):
         return " ".join(sorted(places))
 
 
+@validated
 def removal_order(
     groups: Sequence[ChannelGroup], scores: Mapping[str, Tensor], scopes: Sequence[str], original: Mapping[str, int]
 ) -> tuple[Tensor, Tensor]:

@@ -222,8 +222,8 @@ class StructuredPruning(CompressionCallback):
         store_example(state, self._capture)
         if self._collector is not None:
             self._collector.end_batch(lambda tensor: reduce_mean(trainer, tensor))
-        if self._recorder is not None:
-            state["inputs"] = [*state.get("inputs", []), *self._recorder.take()][-self.calibration_batches :]
+        if self._recorder is not None and (calls := self._recorder.take()):
+            state["inputs"] = [*state.get("inputs", []), *calls][-self.calibration_batches :]
 
     @override
     def before_surgery(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -266,8 +266,9 @@ class StructuredPruning(CompressionCallback):
 
     def _is_ready(self, pl_module: LightningModule) -> bool:
         """Whether the run is planned, and the evidence that the criterion needs has been gathered."""
-        planned = bool(self.state(pl_module).get("planned"))
-        return planned and (self._collector is None or self._collector.batches >= self.calibration_batches)
+        known = self._capture is not None and self._capture.example is not None
+        gathered = self._collector is None or self._collector.batches >= self.calibration_batches
+        return known and gathered and bool(self.state(pl_module).get("planned"))
 
     @property
     def _needs_data(self) -> bool:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from typing_extensions import override
 
 from lightning_light.surgery.attachment import attach, has_state, release
+from lightning_light.validation import validated
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from lightning.pytorch import LightningModule
 
     _Base = LightningModule
@@ -27,6 +27,7 @@ __all__ = ["CompressibleMixin", "load_from_checkpoint"]
 _PATCHING = threading.RLock()
 
 
+@validated
 def load_from_checkpoint(cls: type[Module], path: str | Path, **kwargs: Any) -> Module:
     """Load a compressed network: ``cls.load_from_checkpoint``, which alone builds the uncompressed structure.
 

@@ -18,6 +18,7 @@ from lightning_light.surgery.attributes import implied_attributes
 from lightning_light.surgery.data import set_data
 from lightning_light.surgery.optimizer import check_sliceable, slice_state
 from lightning_light.surgery.ownership import layers_of
+from lightning_light.validation import validated
 
 __all__ = ["Edit", "cut", "take", "trial"]
 
@@ -56,6 +57,7 @@ def take(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
     return tensor
 
 
+@validated
 def cut(
     model: nn.Module,
     kept: Positions,

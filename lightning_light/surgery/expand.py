@@ -16,6 +16,7 @@ from lightning_light.nested import tensors_in
 from lightning_light.surgery.attachment import attach, release
 from lightning_light.surgery.manifest import KEY, Kept, Manifest, check_fingerprint
 from lightning_light.surgery.structure import PRIVATE_PREFIX
+from lightning_light.validation import validated
 
 __all__ = ["expand_checkpoint"]
 
@@ -26,6 +27,7 @@ _OF_THE_RUN = (KEY, "optimizer_states", "lr_schedulers", "callbacks", "current_m
 _COUPLED = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.Softmax, nn.LogSoftmax, nn.Softmax2d)
 
 
+@validated
 def expand_checkpoint(path: str | Path, out: str | Path, model: nn.Module, *, example_input: Any = None) -> None:
     """Write a checkpoint that the original, uncompressed class loads and that computes what the compressed one does.
 

@@ -90,7 +90,7 @@ def replace_parameters(
 
     Args:
         optimizers: torch optimizers, or Lightning's wrappers.
-        replacements: old parameter -> what takes its place, possibly nothing.
+        replacements: old parameter -> what takes its place, possibly nothing; if it is among them, its state is kept.
         names: for optimizers made from ``named_parameters()``, the names of the new ones.
 
     Returns:
@@ -100,8 +100,9 @@ def replace_parameters(
     for optimizer in map(unwrap, optimizers):
         for group in optimizer.param_groups:
             filled += _replace_in_group(group, replacements, names or {})
-        for old in replacements:
-            optimizer.state.pop(old, None)
+        for old, followers in replacements.items():
+            if not any(follower is old for follower in followers):
+                optimizer.state.pop(old, None)
     return filled
 
 

@@ -90,7 +90,7 @@ def replace_modules(
             that is used under several names is replaced under all of them; none may lie inside another.
         optimizers: torch optimizers, or Lightning's wrappers.
         parameters: for each parameter of the old modules that the new ones do not have: what takes its place in the
-            optimizers, possibly nothing.
+            optimizers, possibly nothing. A parameter that stays may be followed by itself and new ones.
         averaged_models: averaged copies of ``model``, which get copies of the new modules.
         method: the method that replaces.
         stage: its stage.
@@ -155,7 +155,8 @@ def _check_parameters(
     arriving = {id(parameter) for followers in parameters.values() for parameter in followers}
     for name, (old, new) in pairs.items():
         for path, parameter in old.named_parameters():
-            if parameter in parameters and id(parameter) in staying:
+            stays = any(follower is parameter for follower in parameters.get(parameter, ()))
+            if parameter in parameters and id(parameter) in staying and not stays:
                 raise SurgeryError(
                     f"`{name}.{path}` is used elsewhere in the model too, so nothing may take its place."
                 )

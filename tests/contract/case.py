@@ -25,7 +25,7 @@ class Case:
             ``export``, ``ddp``.
         plant: makes a callback decide otherwise than its equals on other ranks, which every rank must notice; for
             structural methods.
-        tolerance: how far the exported file's answers may be off the module's.
+        tolerance: how far the outputs of the exported file may differ from the module's.
         full: run every contract; False for variants of a method that only have to fit, resume and round-trip. The first
             full row of a method is fast, further ones are slow.
     """

@@ -81,7 +81,7 @@ def differences(first: Any, second: Any, path: str = "") -> list[str]:
 
 @contextlib.contextmanager
 def unless_refused(case: Case, contract: str) -> Iterator[None]:
-    """Inside, the contract is met; or, where the row says so, refused by its sentence."""
+    """Expect the contract to be met or, where the row refuses it, the sentence of the refusal."""
     if contract not in case.refuses:
         yield
         return

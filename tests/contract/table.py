@@ -36,10 +36,11 @@ FULL = list(rows_for_every_contract(CASES))
 
 
 def public_callbacks() -> set[type[Any]]:
-    """Every method that `lightning_light` and its wings list."""
-    wings = [module for module in pkgutil.iter_modules(lightning_light.__path__) if module.ispkg]
+    """Every method that `lightning_light` and its subpackages list."""
+    names = [module.name for module in pkgutil.iter_modules(lightning_light.__path__) if module.ispkg]
+    subpackages = [importlib.import_module(f"lightning_light.{name}") for name in names]
     found = set()
-    for package in [lightning_light, *(importlib.import_module(f"lightning_light.{wing.name}") for wing in wings)]:
+    for package in [lightning_light, *subpackages]:
         values = [getattr(package, name) for name in getattr(package, "__all__", ())]
         found |= {value for value in values if isinstance(value, type) and _is_method(value)}
     return found

@@ -1,5 +1,6 @@
 """A callback can be written down: its ``repr`` makes an equal one, and so does YAML, there and back."""
 
+import importlib
 import inspect
 import pkgutil
 from pathlib import PosixPath
@@ -16,12 +17,12 @@ from tests.contract.table import CASES
 
 
 def names() -> dict[str, Any]:
-    """What a user has at hand: the package, its wings, and paths."""
+    """Public names of the package and of its modules, and paths."""
     found: dict[str, Any] = {"PosixPath": PosixPath}
-    for wing in (module.name for module in pkgutil.iter_modules(lightning_light.__path__) if module.ispkg):
-        package = __import__(f"lightning_light.{wing}", fromlist=["_"])
-        found |= {name: getattr(package, name) for name in getattr(package, "__all__", ())}
-    return found | {name: getattr(lightning_light, name) for name in lightning_light.__all__}
+    for module in pkgutil.iter_modules(lightning_light.__path__):
+        loaded = importlib.import_module(f"lightning_light.{module.name}")
+        found |= {name: getattr(loaded, name) for name in getattr(loaded, "__all__", ())}
+    return found
 
 
 def as_config(value: Any) -> Any:

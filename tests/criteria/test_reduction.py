@@ -1,4 +1,4 @@
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
 import torch
@@ -9,7 +9,6 @@ from lightning_light.criteria.reduction import (
     Normalizer,
     Reduction,
     channel_scores,
-    check_names,
     combine,
     normalize,
 )
@@ -69,18 +68,6 @@ def test_lamp_of_lee_2021() -> None:
 @pytest.mark.parametrize("scores", [torch.zeros(4), torch.zeros(1), torch.zeros(0)], ids=str)
 def test_zeros_stay_zeros(normalizer: Normalizer, scores: Tensor) -> None:
     assert torch.equal(normalize(scores, normalizer), scores)
-
-
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        ({"reduction": "median"}, r"`Pruning\(reduction='median'\)`: expected one of 'sum', 'mean'"),
-        ({"normalizer": "l2"}, r"`Pruning\(normalizer='l2'\)`: expected one of None, 'mean'"),
-    ],
-)
-def test_unknown_names_are_refused(names: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        check_names("Pruning", **names)
 
 
 def test_a_group_without_scores_is_refused() -> None:

@@ -217,9 +217,7 @@ def test_dict_inputs_may_have_any_order_of_keys(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: ONNX(opset=3), r"`ONNX\(opset=3, dynamic_batch=True\)`: expected an opset from 18 to 23"),
-        (lambda: ExecuTorch(partitioner="vulkan"), "expected `partitioner='xnnpack'` or None"),  # type: ignore[arg-type]
-        (lambda: ExecuTorch(max_batch=0), "`max_batch` >= 1"),
+        (lambda: ONNX(opset=3), r"`ONNX\(opset=3\)`: expected .* <= opset <= "),
         (lambda: MobileExport("m.onnx", exporter=ONNX(dynamic_batch=False)), "Write `batch='one'`"),
         (lambda: MobileExport("m.pte", exporter=ONNX()), "Write 'm.onnx'"),
     ],

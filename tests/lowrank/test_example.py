@@ -19,7 +19,7 @@ def test_example_factorizes_clusters_and_compares(tmp_path) -> None:
     macs = {name: float(re.findall(r"[\d.]+", cells[2])[0]) for name, cells in rows.items()}
     assert macs["factorized"] <= 0.51 * macs["dense"]
     files = {
-        name: (Path(tmp_path) / "runs" / "low_rank" / f"{name}.llwc").stat().st_size
+        name: (Path(tmp_path) / "runs" / "low_rank" / f"{name}.safetensors").stat().st_size
         for name in ("factorized", "clustered")
     }
     assert files["clustered"] < 0.5 * files["factorized"]

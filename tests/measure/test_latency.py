@@ -42,9 +42,3 @@ def test_threads_are_restored_after_a_failure() -> None:
     with pytest.raises(ZeroDivisionError):
         measure_latency(lambda: 1 / 0, threads=before + 1)
     assert torch.get_num_threads() == before
-
-
-@pytest.mark.parametrize("arguments", [{"runs": 0}, {"warmup": -1}, {"threads": 0}])
-def test_arguments_out_of_range_are_refused(arguments: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match=r"`measure_latency\(.*\)`: expected warmup >= 0, runs >= 1"):
-        measure_latency(lambda: None, **arguments)

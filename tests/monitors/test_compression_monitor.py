@@ -525,12 +525,6 @@ def test_weights_that_are_not_finite_do_not_end_the_run(board: TensorBoardLogger
 # Bad input.
 
 
-@pytest.mark.parametrize("steps", [0, -5])
-def test_an_interval_below_one_is_refused(steps: int) -> None:
-    with pytest.raises(ValueError, match=rf"`CompressionMonitor\(every_n_steps={steps}\)`: expected an integer >= 1"):
-        CompressionMonitor(every_n_steps=steps)
-
-
 def test_layers_that_the_model_does_not_have_are_refused_before_training() -> None:
     module = Lit()
     with pytest.raises(TargetError, match=r"net\.cnov1"):

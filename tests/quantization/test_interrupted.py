@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lightning_light.quantization import LSQ, Int8, QuantizationAwareTraining, fake_quantized
-from lightning_light.schedules import Linear
 from tests.contract.bodies import Body, module_class
 from tests.contract.runs import differences, trainer
 
@@ -83,18 +82,6 @@ def test_places_that_training_never_comes_by_are_named() -> None:
     ) as warned:
         trainer(QuantizationAwareTraining(Int8(), **STAGES), limit_val_batches=0).fit(net)
     assert sum("found none at" in str(one.message) for one in warned) == 1
-
-
-@pytest.mark.parametrize("moment", ["0.5", None, True, 1.5])
-def test_moments_that_are_none(moment) -> None:
-    with pytest.raises(ValueError, match=r"`QuantizationAwareTraining\(start=.*expected a fraction of the run"):
-        QuantizationAwareTraining(Int8(), start=moment)
-
-
-@pytest.mark.parametrize("schedule", ["linear", Linear])
-def test_a_bit_width_schedule_that_is_no_schedule(schedule) -> None:
-    with pytest.raises(TypeError, match=r"`QuantizationAwareTraining\(bit_width_schedule=.*expected a schedule"):
-        QuantizationAwareTraining(Int8(), bit_width_schedule=schedule)
 
 
 class Again(Body):

@@ -170,7 +170,8 @@ def test_a_run_without_effect_warns() -> None:
 
 def test_its_repr_makes_an_equal_one() -> None:
     callback = sparse(ll.sparsity.SRigL(min_salient=0.5), start=0.1)
-    again = eval(repr(callback), vars(ll))
+    names = {**vars(ll.sparsity), **vars(ll.schedules), "Sparsity": ll.Sparsity}
+    again = eval(repr(callback), names)
     assert repr(again) == repr(callback)
     assert "method=SRigL(fraction=0.3, min_salient=0.5)" in repr(callback)
 

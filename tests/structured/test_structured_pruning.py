@@ -136,11 +136,22 @@ def test_layers_of_a_later_method_are_refused_before_the_first_batch() -> None:
 
 def test_a_module_quantized_by_this_package_is_refused_before_the_first_batch() -> None:
     module = body(WithExample)
-    quantize(module, [noise(4, 3, 8, 8)], Int8())
+    quantize(module, noise(4, 3, 8, 8), Int8())
     with pytest.raises(UnsupportedError, match="`quantization_aware_training` owns"):
         trainer(StructuredPruning(MACs(0.5))).fit(module)
     assert shapes(module) == shapes(body())
     assert not module.losses
+
+
+def test_a_network_that_meets_the_budget_may_have_layers_of_a_later_method() -> None:
+    """As in a second fit of the same callbacks."""
+    module = body(WithExample)
+    prune_channels(module, module.example_input_array, MACs(0.5))
+    attach(module).claim(module, "quantizer", Stage.QUANTIZATION, ["features"])
+    before = shapes(module)
+    with pytest.warns(NoEffectWarning, match="meets the budget as it is"):
+        trainer(StructuredPruning(MACs(0.5))).fit(module)
+    assert shapes(module) == before
 
 
 def test_layers_claimed_during_the_run_are_refused_before_the_next_cut() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_light.quantization.fake_quantize import SMALLEST_SCALE
+from lightning_light.validation import FractionBelowOne, PositiveFloat, PositiveInt, validated
 
 __all__ = ["AdaRound", "learn_rounding", "logits_of", "dequantized", "rectified_sigmoid", "regularizer"]
 
@@ -17,6 +18,7 @@ ZETA, GAMMA = 1.1, -0.1
 Batch = tuple[Tensor, Tensor]
 
 
+@validated
 @dataclass(frozen=True)
 class AdaRound:
     """Learn which weights to round up and which down, without labels: nearest is not best.
@@ -46,28 +48,19 @@ class AdaRound:
         ValueError: an argument out of range.
     """
 
-    steps: int = 1000
-    batch_size: int = 32
-    learning_rate: float = 0.01
-    regularization: float = 0.01
-    warm_up: float = 0.2
+    steps: PositiveInt = 1000
+    batch_size: PositiveInt = 32
+    learning_rate: PositiveFloat = 0.01
+    regularization: PositiveFloat = 0.01
+    warm_up: FractionBelowOne = 0.2
     beta: tuple[float, float] = (20.0, 2.0)
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"`AdaRound({name}={getattr(self, name)!r})`: expected an integer >= 1.")
-        if not (self.learning_rate > 0 and self.regularization > 0):
+        if not self.beta[0] >= self.beta[1] > 1:
             raise ValueError(
-                f"`AdaRound(learning_rate={self.learning_rate}, regularization={self.regularization})`: expected "
-                "numbers above 0. Usual are 0.01 and 0.01."
-            )
-        if not 0.0 <= self.warm_up < 1.0:
-            raise ValueError(f"`AdaRound(warm_up={self.warm_up})`: expected a fraction of the steps, 0 <= warm_up < 1.")
-        if len(self.beta) != 2 or not self.beta[0] >= self.beta[1] > 1:
-            raise ValueError(
-                f"`AdaRound(beta={self.beta})`: expected two exponents that fall, above 1, for instance (20.0, 2.0)."
+                f"`AdaRound(beta={self.beta})`: expected two exponents that fall, above 1, found others. Write "
+                "for instance (20.0, 2.0)."
             )
 
     def beta_at(self, step: int) -> float | None:

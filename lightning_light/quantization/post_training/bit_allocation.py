@@ -12,13 +12,15 @@ from torch import Tensor
 from lightning_light.budgets import Size
 from lightning_light.errors import BudgetError
 from lightning_light.quantization.post_training.sensitivity import Sensitivity
-from lightning_light.quantization.recipes import IntN, MixedPrecision
+from lightning_light.quantization.recipes import Bits, IntN, MixedPrecision
+from lightning_light.validation import OpenFraction, validated
 
 __all__ = ["BitBudget"]
 
 _STATES = 20_000  # of the front; more are thinned out, the best of each interval of costs stays
 
 
+@validated
 @dataclass(frozen=True)
 class BitBudget:
     """Allocate bits to each layer, within a budget for the whole network.
@@ -49,20 +51,17 @@ class BitBudget:
     """
 
     size: int | str | None = None
-    bops: float | None = None
-    widths: Sequence[int] | None = None
+    bops: OpenFraction | None = None
+    widths: Sequence[Bits] | None = None
 
     def __post_init__(self) -> None:
         if (self.size is None) == (self.bops is None):
             raise ValueError(
-                f"`{self!r}`: expected one of `size` and `bops`. Write for instance `BitBudget(size='40 kB')`."
+                f"`{self!r}`: expected one of `size` and `bops`, found {'none' if self.size is None else 'both'}. "
+                "Write for instance `BitBudget(size='40 kB')`."
             )
         if self.size is not None:
             Size(self.size)
-        if self.bops is not None and not 0.0 < self.bops <= 1.0:
-            raise ValueError(f"`BitBudget(bops={self.bops})`: expected 0 < bops <= 1, the fraction that remains.")
-        for width in self.widths or ():
-            IntN(weights=width)
 
     def solve(self, scan: Sensitivity) -> dict[str, int]:
         """Layer -> bits.

@@ -79,7 +79,7 @@ CASES += [
             KnowledgeDistillation(teacher=MENTOR, losses=[SoftTargets(), FeatureHint(feature_layers="features.conv1")]),
             StructuredPruning(Channels(0.75), schedule=OneShot(at=0.1)),
             WeightPruning(Sparsity(0.4), schedule=OneShot(at=0.25)),
-            LowRankFactorization(MACs(0.8), schedule=OneShot(at=0.4), allocation=RankAllocation(round_to=2)),
+            LowRankFactorization(MACs(0.4), schedule=OneShot(at=0.4), allocation=RankAllocation(round_to=2)),
             QuantizationAwareTraining(LSQ_WITH_INT8_ENDS, **{**STAGES, "start": 0.5}),
         ],
         tolerance=5.0,

@@ -111,7 +111,7 @@ def test_a_budget_that_cannot_be_kept_says_what_is_least(scan) -> None:
         ({"size": "1 kB", "bops": 0.5}, "expected one of `size` and `bops`"),
         ({"size": "much"}, "expected a number and a unit"),
         ({"bops": 40}, "0 < bops <= 1"),
-        ({"size": "1 kB", "widths": (4, 12)}, "number of bits in"),
+        ({"size": "1 kB", "widths": (4, 12)}, "expected a sequence of 2 <= value <= 8 or None, found 12"),
     ],
 )
 def test_wrong_values_are_refused(options, sentence) -> None:

@@ -1,0 +1,395 @@
+"""Convolutions of parallel branches, and the algebra that merges them into one convolution.
+
+A kernel of ``(kh, kw)`` is placed in the middle of one of ``(KH, KW)``, at ``((KH - kh) // 2, (KW - kw) // 2)``. What a
+branch of several layers needs around the borders is padded before its first layer, so that a batch norm inside maps
+the padding as it maps any other zero, and the merged convolution is exact at the borders.
+
+Branches are layers, whose outputs are added (`BranchedConv2d`), or kernels, which are added before one convolution
+(`OnlineConv2d`).
+"""
+
+from __future__ import annotations
+
+import zlib
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_light.merging import BranchedLayer
+
+__all__ = ["Branch", "BranchedConv2d", "ExpandedConv2d", "KernelBranch", "OnlineConv2d", "Spec", "expand"]
+
+Spec: TypeAlias = tuple[str, int, int]
+"""Kind of a branch, and the height and width of its kernel."""
+
+_GAIN = 5**0.5  # of torch's own convolutions
+
+Pads: TypeAlias = tuple[tuple[int, int], tuple[int, int]]
+"""What is padded before and after, for height and width; negative where the input is cropped."""
+
+
+class ExpandedConv2d(BranchedLayer):
+    """A convolution with branches, of either kind."""
+
+    @property
+    @abstractmethod
+    def conv(self) -> nn.Conv2d:
+        """The convolution that was expanded, whose weight stays after merging."""
+
+    @abstractmethod
+    def kernel_and_bias(self) -> tuple[Tensor, Tensor | None]:
+        """Return the kernel and the bias of the merged convolution, in evaluation mode, on the CPU."""
+
+    @abstractmethod
+    def unfilled(self) -> nn.Conv2d:
+        """Return the convolution that takes the place of this layer, made of its parameter objects.
+
+        The values are still the old ones. The gradients of the objects are those of the merged weight and bias, so the
+        state that an optimizer keeps for them stays right.
+        """
+
+    @abstractmethod
+    def randomize(self, generator: torch.Generator) -> None:
+        """Give the branches, on ``meta`` so far, tensors beside those of `conv`, so that the function is preserved."""
+
+    @override
+    def fuse(self) -> nn.Conv2d:
+        kernel, bias = self.kernel_and_bias()
+        weight = self.conv.weight
+        fused = _plain_layer(self.conv, nn.Parameter(torch.empty_like(weight), weight.requires_grad))
+        fused.bias = None if bias is None else nn.Parameter(weight.new_empty(len(bias)), weight.requires_grad)
+        with torch.no_grad():
+            fused.weight.copy_(kernel)
+            if fused.bias is not None and bias is not None:
+                fused.bias.copy_(bias)
+        return fused.train(self.training)
+
+
+class Branch(nn.Module):
+    """One branch: padding, then layers that end with a batch norm.
+
+    Attributes:
+        pads: in the order of `torch.nn.functional.pad`; empty where the layers pad themselves.
+        layers: convolutions, batch norms and average poolings, in order.
+    """
+
+    def __init__(self, layers: Iterable[nn.Module], pads: Pads | None = None) -> None:
+        super().__init__()
+        self.pads = () if pads is None or not any(map(any, pads)) else (*pads[1], *pads[0])
+        self.layers = nn.Sequential(*layers)
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.layers(F.pad(x, self.pads) if self.pads else x))
+
+    @property
+    def norm(self) -> nn.BatchNorm2d:
+        """The last batch norm, whose weight scales the branch."""
+        return cast(nn.BatchNorm2d, self.layers[-1])
+
+    def kernel_and_bias(self, inputs: int, groups: int) -> tuple[Tensor, Tensor]:
+        """Return the kernel ``(out, in / groups, kh, kw)`` and the bias of the branch, in float64 on the CPU."""
+        kernel = torch.eye(inputs // groups, dtype=torch.float64).repeat(groups, 1)[..., None, None]
+        bias = torch.zeros(inputs, dtype=torch.float64)
+        for layer in self.layers:
+            if isinstance(layer, nn.BatchNorm2d):
+                scale, shift = _scale_and_shift(layer)
+                kernel, bias = kernel * scale[:, None, None, None], bias * scale + shift
+            else:
+                own = _kernel(layer, kernel.shape[0], groups)
+                bias = _grouped(own.sum((2, 3)), bias[:, None], groups)[:, 0]
+                kernel = _in_sequence(kernel, own, groups)
+        return kernel, bias
+
+
+class BranchedConv2d(ExpandedConv2d):
+    """A convolution and branches beside it, whose outputs are added.
+
+    Attributes:
+        main: the convolution that was expanded.
+        branches: of class `Branch`.
+    """
+
+    def __init__(self, main: nn.Conv2d, branches: Iterable[Branch]) -> None:
+        super().__init__()
+        self.main: nn.Conv2d = main
+        self.branches = nn.ModuleList(branches)
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        output = self.main(x)
+        for branch in self.branches:
+            output = output + branch(x)
+        return cast(Tensor, output)
+
+    @property
+    @override
+    def conv(self) -> nn.Conv2d:
+        return self.main
+
+    @override
+    def kernel_and_bias(self) -> tuple[Tensor, Tensor]:
+        kernel = _float64(self.main.weight).clone()
+        bias = torch.zeros(kernel.shape[0], dtype=torch.float64)
+        if self.main.bias is not None:
+            bias += _float64(self.main.bias)
+        for branch in cast(Iterable[Branch], self.branches):
+            own_kernel, own_bias = branch.kernel_and_bias(self.main.in_channels, self.main.groups)
+            kernel += F.pad(own_kernel, _margins(kernel.shape[2:], own_kernel.shape[2:]))
+            bias += own_bias
+        return kernel, bias
+
+    @override
+    def unfilled(self) -> nn.Conv2d:
+        layer = _plain_layer(self.main, self.main.weight)
+        if layer.bias is None:
+            layer.bias = cast(Branch, self.branches[0]).norm.bias
+        return layer.train(self.training)
+
+    @override
+    def randomize(self, generator: torch.Generator) -> None:
+        for branch in cast(Iterable[Branch], self.branches):
+            branch.to_empty(device="cpu")
+            for layer in branch.layers:
+                if isinstance(layer, nn.Conv2d):
+                    nn.init.kaiming_uniform_(layer.weight, a=_GAIN, generator=generator)
+                elif isinstance(layer, nn.BatchNorm2d):
+                    layer.reset_parameters()
+            nn.init.zeros_(branch.norm.weight)
+        self.branches.to(device=self.main.weight.device, dtype=self.main.weight.dtype)
+
+
+class KernelBranch(nn.Module):
+    """One kernel that is added to that of a convolution, times a scale.
+
+    Attributes:
+        size: of the whole kernel.
+        averages: whether a 1x1 weight is spread over the kernel, as an average of the outputs does.
+        weight: ``(out, in / groups, kh, kw)``.
+        depthwise: ``(1, in / groups, kh, kw)``, the kernels behind which a 1x1 ``weight`` stands, or None.
+        scale: ``(out,)``.
+    """
+
+    def __init__(self, conv: nn.Conv2d, kind: str, height: int, width: int) -> None:
+        super().__init__()
+        within = conv.in_channels // conv.groups
+        own = (height, width) if kind == "kernel" else (1, 1)
+        self.size: tuple[int, ...] = tuple(conv.kernel_size)
+        self.averages = kind == "kernel_average"
+        self.weight = nn.Parameter(torch.empty(conv.out_channels, within, *own, device="meta"))
+        self.depthwise: nn.Parameter | None = None
+        if kind == "kernel_separable":
+            self.depthwise = nn.Parameter(torch.empty(1, within, height, width, device="meta"))
+        self.scale = nn.Parameter(torch.empty(conv.out_channels, device="meta"))
+
+    @override
+    def forward(self) -> Tensor:
+        kernel = self.weight if self.depthwise is None else self.weight * self.depthwise
+        if self.averages:
+            kernel = kernel.expand(-1, -1, *self.size) / (self.size[0] * self.size[1])
+        return F.pad(kernel, _margins(self.size, kernel.shape[2:])) * self.scale[:, None, None, None]
+
+
+class OnlineConv2d(nn.Conv2d, ExpandedConv2d):
+    """A convolution with the sum of its own kernel and those of its branches.
+
+    Attributes:
+        branches: of class `KernelBranch`.
+    """
+
+    @property
+    @override
+    def conv(self) -> nn.Conv2d:
+        return self
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self._conv_forward(x, self._kernel(), self.bias))
+
+    @override
+    def kernel_and_bias(self) -> tuple[Tensor, Tensor | None]:
+        return self._kernel().detach().cpu(), None if self.bias is None else self.bias.detach().cpu()
+
+    @override
+    def unfilled(self) -> nn.Conv2d:
+        return _plain_layer(self, self.weight).train(self.training)
+
+    @override
+    def randomize(self, generator: torch.Generator) -> None:
+        for branch in cast(Iterable[KernelBranch], self.branches):
+            branch.to_empty(device="cpu")
+            for weight in (branch.weight, branch.depthwise):
+                if weight is not None:
+                    nn.init.kaiming_uniform_(weight, a=_GAIN, generator=generator)
+            nn.init.zeros_(branch.scale)
+        self.branches.to(device=self.weight.device, dtype=self.weight.dtype)
+
+    def _kernel(self) -> Tensor:
+        kernel: Tensor = self.weight
+        for branch in self.branches:
+            kernel = kernel + branch()
+        return kernel
+
+
+def expand(conv: nn.Conv2d, specs: Sequence[Sequence[Any]], name: str | None = None) -> ExpandedConv2d:
+    """Return a layer around the parameter objects of ``conv``, which preserves its function.
+
+    Args:
+        conv: is not changed.
+        specs: kind and kernel size of the branches: of layers, ``"conv"``, ``"identity"``, ``"conv_conv"`` (1x1, then
+            the kernel), ``"conv_pool"`` (1x1, then an average over the kernel), ``"pool"``; or of kernels,
+            ``"kernel"``, ``"kernel_separable"``, ``"kernel_average"``.
+        name: seeds the generator that kernels are drawn from, so that all processes draw the same and the random
+            numbers of the run are not changed. None leaves the branches on ``meta``, for a replay.
+
+    Raises:
+        ValueError: a kind is unknown, or layers and kernels are mixed.
+    """
+    kinds = {kind for kind, _, _ in specs}
+    expanded: ExpandedConv2d
+    if kinds <= _BUILDERS.keys():
+        branches = [_BUILDERS[kind](conv, (height, width)) for kind, height, width in specs]
+        expanded = BranchedConv2d(_plain_layer(conv, conv.weight), branches)
+    elif kinds <= set(_KERNELS):
+        expanded = cast(OnlineConv2d, _plain_layer(conv, conv.weight, OnlineConv2d))
+        expanded.branches = nn.ModuleList(KernelBranch(conv, *spec) for spec in specs)
+    else:
+        raise ValueError(
+            f"`Form.branches` returned the kinds {sorted(kinds)}: expected them to be among {sorted(_BUILDERS)}, or "
+            f"among {sorted(_KERNELS)}. Layers and kernels do not mix."
+        )
+    if name is not None:
+        expanded.randomize(torch.Generator().manual_seed(zlib.crc32(name.encode())))
+    return expanded
+
+
+def _plain_layer(conv: nn.Conv2d, weight: Tensor, kind: type[nn.Conv2d] = nn.Conv2d) -> nn.Conv2d:
+    """Return a convolution like ``conv``, without its hooks, with the parameter ``weight`` and the same bias object."""
+    layer = kind(
+        conv.in_channels,
+        conv.out_channels,
+        cast("tuple[int, int]", conv.kernel_size),
+        cast("tuple[int, int]", conv.stride),
+        cast("str | tuple[int, int]", conv.padding),
+        cast("tuple[int, int]", conv.dilation),
+        conv.groups,
+        bias=False,
+        padding_mode=conv.padding_mode,
+        device="meta",
+    )
+    layer._parameters.update(weight=cast(nn.Parameter, weight), bias=cast("nn.Parameter | None", conv.bias))
+    return layer
+
+
+def _conv(conv: nn.Conv2d, kernel: tuple[int, int]) -> Branch:
+    pads = _pads(conv, kernel)
+    own = [before for before, after in pads if before == after >= 0]
+    layer = _convolution(conv, conv.out_channels, kernel, padding=tuple(own) if len(own) == 2 else (0, 0))
+    return Branch([layer, _norm(conv.out_channels)], None if len(own) == 2 else pads)
+
+
+def _identity(conv: nn.Conv2d, kernel: tuple[int, int]) -> Branch:
+    return Branch([_norm(conv.in_channels)], _pads(conv, kernel))
+
+
+def _conv_conv(conv: nn.Conv2d, kernel: tuple[int, int]) -> Branch:
+    middle, last = _pointwise(conv, conv.in_channels), _convolution(conv, conv.out_channels, kernel)
+    return Branch([middle, _norm(conv.in_channels), last, _norm(conv.out_channels)], _pads(conv, kernel))
+
+
+def _conv_pool(conv: nn.Conv2d, kernel: tuple[int, int]) -> Branch:
+    norm = _norm(conv.out_channels)
+    return Branch([_pointwise(conv, conv.out_channels), norm, *_pool(conv, kernel).layers], _pads(conv, kernel))
+
+
+def _pool(conv: nn.Conv2d, kernel: tuple[int, int]) -> Branch:
+    average = nn.AvgPool2d(kernel, cast("tuple[int, int]", conv.stride))
+    return Branch([average, _norm(conv.out_channels)], _pads(conv, kernel))
+
+
+_BUILDERS: dict[str, Callable[[nn.Conv2d, tuple[int, int]], Branch]] = {
+    "conv": _conv,
+    "identity": _identity,
+    "conv_conv": _conv_conv,
+    "conv_pool": _conv_pool,
+    "pool": _pool,
+}
+_KERNELS = ("kernel", "kernel_separable", "kernel_average")
+
+
+def _convolution(
+    conv: nn.Conv2d, outputs: int, kernel: tuple[int, int], *, padding: tuple[int, ...] = (0, 0)
+) -> nn.Conv2d:
+    options: Any = {"stride": conv.stride, "dilation": conv.dilation, "padding": padding}
+    return nn.Conv2d(conv.in_channels, outputs, kernel, groups=conv.groups, bias=False, device="meta", **options)
+
+
+def _pointwise(conv: nn.Conv2d, outputs: int) -> nn.Conv2d:
+    return nn.Conv2d(conv.in_channels, outputs, 1, groups=conv.groups, bias=False, device="meta")
+
+
+def _norm(channels: int) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(channels, device="meta")
+
+
+def _pads(conv: nn.Conv2d, kernel: tuple[int, int]) -> Pads:
+    """What a kernel in the middle of that of ``conv`` has to pad to see what it is placed on."""
+    both = [
+        _pads_of_axis(conv.padding if isinstance(conv.padding, str) else int(conv.padding[axis]), *sizes)
+        for axis, sizes in enumerate(zip(conv.kernel_size, kernel, conv.dilation, strict=True))
+    ]
+    return both[0], both[1]
+
+
+def _pads_of_axis(padding: str | int, size: int, own: int, dilation: int) -> tuple[int, int]:
+    total = dilation * (size - 1)
+    before, after = (padding, padding) if isinstance(padding, int) else (total // 2, total - total // 2)
+    if padding == "valid":
+        before = after = 0
+    start = (size - own) // 2
+    return before - dilation * start, after - dilation * (size - own - start)
+
+
+def _margins(size: Sequence[int], own: Sequence[int]) -> tuple[int, int, int, int]:
+    top, left = (size[0] - own[0]) // 2, (size[1] - own[1]) // 2
+    return left, size[1] - own[1] - left, top, size[0] - own[0] - top
+
+
+def _float64(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().double()
+
+
+def _scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Return ``g / sqrt(var + eps)`` and ``b - mean * g / sqrt(var + eps)``."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = _float64(norm.weight) / (_float64(norm.running_var) + norm.eps).sqrt()
+    return scale, _float64(norm.bias) - _float64(norm.running_mean) * scale
+
+
+def _kernel(layer: nn.Module, channels: int, groups: int) -> Tensor:
+    """Return the kernel of a convolution, or of an average pooling as a convolution of ``groups`` groups."""
+    if isinstance(layer, nn.Conv2d):
+        return _float64(layer.weight)
+    assert isinstance(layer, nn.AvgPool2d)
+    height, width = cast("tuple[int, int]", layer.kernel_size)
+    each = torch.eye(channels // groups, dtype=torch.float64).repeat(groups, 1)
+    return each[..., None, None].expand(-1, -1, height, width) / (height * width)
+
+
+def _in_sequence(first: Tensor, second: Tensor, groups: int) -> Tensor:
+    """Return the kernel of a 1x1 convolution followed by another convolution."""
+    split = second.reshape(groups, -1, *second.shape[1:])
+    pointwise = first[..., 0, 0].reshape(groups, -1, first.shape[1])
+    return torch.einsum("gomhw,gmi->goihw", split, pointwise).flatten(0, 1)
+
+
+def _grouped(weight: Tensor, values: Tensor, groups: int) -> Tensor:
+    """Multiply a grouped matrix ``(out, in / groups)`` with ``(in, n)``."""
+    split = weight.reshape(groups, -1, weight.shape[1])
+    return (split @ values.reshape(groups, weight.shape[1], -1)).flatten(0, 1)

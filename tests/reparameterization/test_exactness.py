@@ -1,0 +1,207 @@
+"""Expansion and merging preserve the function of any convolution, borders included."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given, settings, strategies as st
+from torch import Tensor, nn
+
+from lightning_light.errors import NoEffectWarning
+from lightning_light.reparameterization import ACB, DBB, OREPA, Branches, Form, RepVGG, expand_branches, merge_branches
+from lightning_light.reparameterization.apply import branched_layers
+
+FORMS = [ACB(), RepVGG(), Branches(3), DBB(), OREPA()]
+BOUNDS = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+
+@st.composite
+def convolutions(draw: Any) -> dict[str, Any]:
+    """Arguments of a convolution that runs on an image of 13 x 11."""
+    kernel = draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
+    stride = draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
+    groups = draw(st.sampled_from([1, 2, 4]))
+    named = draw(st.sampled_from([None, "valid", "same" if stride == (1, 1) else "valid"]))
+    return {
+        "in_channels": 4,
+        "out_channels": draw(st.sampled_from([4, 8])),
+        "kernel_size": kernel,
+        "stride": stride,
+        "padding": named or draw(st.tuples(st.integers(0, 3), st.integers(0, 3))),
+        "dilation": draw(st.tuples(st.integers(1, 2), st.integers(1, 2))),
+        "groups": groups,
+        "bias": draw(st.booleans()),
+    }
+
+
+def difference(found: Tensor, wanted: Tensor) -> float:
+    assert found.shape == wanted.shape
+    return float((found - wanted).detach().abs().max() / wanted.detach().abs().max())
+
+
+def trained(model: nn.Module, x: Tensor) -> None:
+    """Give every parameter other values, and every batch norm other statistics, as training does."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+        for _ in range(3):
+            model.train()(x + torch.randn_like(x))
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize("dtype", list(BOUNDS), ids=str)
+@pytest.mark.parametrize("form", FORMS, ids=repr)
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(arguments=convolutions())
+def test_any_convolution_is_expanded_and_merged_exactly(
+    form: Form, dtype: torch.dtype, arguments: dict[str, Any]
+) -> None:
+    assume(form.branches(nn.Conv2d(**arguments)))
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(**arguments)).to(dtype), torch.randn(3, 4, 13, 11, dtype=dtype)
+    before = model(x)
+    expand_branches(model, x, form)
+    assert branched_layers(model)
+    for mode in (True, False):
+        assert difference(model.train(mode)(x), before) <= BOUNDS[dtype]
+    trained(model, x)
+    expanded = model.eval()(x)
+    assert difference(expanded, before) > 1e-2, "the branches take part"
+    assert merge_branches(model, x).layers == ("0",)
+    assert [type(part) for part in model] == [nn.Conv2d]
+    assert difference(model(x), expanded) <= BOUNDS[dtype]
+
+
+def test_a_whole_network_of_trained_weights_is_preserved() -> None:
+    torch.manual_seed(0)
+    layers = [(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()) for _ in range(4)]
+    model, x = nn.Sequential(*itertools.chain(*layers)), torch.randn(4, 8, 10, 10)
+    trained(model, x)
+    before = model.eval()(x)
+    expand_branches(model, x, ACB())
+    assert difference(model(x), before) <= 1e-5
+    trained(model, x)
+    expanded = model.eval()(x)
+    merge_branches(model)
+    assert difference(model(x), expanded) <= 1e-5
+
+
+@pytest.mark.parametrize("form", FORMS, ids=repr)
+def test_every_branch_learns(form: Form) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU())
+    expand_branches(model, None, form)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(8, 4, 6, 6)).square().mean().backward()
+        optimizer.step()
+    still = [name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])]
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    kernels = [name for name, parameter in model.named_parameters() if parameter.ndim == 4]
+    branches = branched_layers(model)["0"].branches
+    scales = [names[id(branch.scale if form == OREPA() else branch.norm.weight)] for branch in branches]
+    assert not set(still) & {*kernels, *scales}
+
+
+def test_the_same_branches_are_drawn_in_every_process_and_no_random_number_is_taken() -> None:
+    weights = []
+    for seed in (1, 2):
+        model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1))
+        torch.manual_seed(seed)
+        state = torch.get_rng_state()
+        expand_branches(model, None, Branches(3))
+        assert torch.equal(torch.get_rng_state(), state)
+        weights.append([value for name, value in model.state_dict().items() if "branches" in name])
+    assert all(map(torch.equal, *weights))
+    kernels = [value for value in weights[0] if value.shape == (4, 4, 3, 3)]
+    assert len(kernels) == 2
+    assert not torch.equal(*kernels), "branches that start equal stay equal"
+
+
+class Odd(nn.Module):
+    """Convolutions that are left alone, each for a reason."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.good = nn.Conv2d(4, 4, 3, padding=1)
+        self.point = nn.Conv2d(4, 4, 1)
+        self.transposed = nn.ConvTranspose2d(4, 4, 3, padding=1)
+        self.mirrored = nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")
+        self.normed = torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3, padding=1))
+        self.frozen = nn.Conv2d(4, 4, 3, padding=1).requires_grad_(False)
+        self.first, self.second = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.second.weight = self.first.weight
+        self.untrained = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.children():
+            x = part(x)
+        return x
+
+
+def test_what_cannot_be_expanded_is_left_alone_and_named_with_the_reason() -> None:
+    torch.manual_seed(0)
+    model, x = Odd(), torch.randn(2, 4, 8, 8)
+    before = model(x)
+    parameters = [parameter for name, parameter in model.named_parameters() if "untrained" not in name]
+    plan = expand_branches(model, x, ACB(), optimizers=[torch.optim.SGD(parameters, lr=0.1)])
+    assert list(plan.layers) == ["good"]
+    reasons = {
+        "point": "ACB has no branches for a 1x1 kernel",
+        "transposed": "a ConvTranspose2d",
+        "mirrored": "padding_mode='reflect'",
+        "normed": "parametrization",
+        "frozen": "frozen",
+        "first": "shared with second.weight",
+        "second": "shared with first.weight",
+        "untrained": "no optimizer",
+    }
+    assert set(plan.skipped) == set(reasons)
+    for name, reason in reasons.items():
+        assert reason in plan.skipped[name]
+    assert difference(model(x), before) <= 1e-5
+
+
+def test_nothing_to_expand_is_warned_about_with_the_reason() -> None:
+    with pytest.warns(NoEffectWarning, match="ACB has no branches for a 1x1 kernel"):
+        plan = expand_branches(nn.Sequential(nn.Conv2d(4, 4, 1)), None, ACB())
+    assert not plan.layers
+
+
+def test_a_second_expansion_leaves_branches_alone() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3))
+    expand_branches(model, None, ACB(), targets="0")
+    plan = expand_branches(model, None, ACB())
+    assert list(plan.layers) == ["1"]
+    assert not plan.skipped
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_optimizer_state_of_the_convolution_stays_and_branches_join_its_group(bias: bool) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, bias=bias), nn.Conv2d(4, 4, 1)), torch.randn(2, 4, 8, 8)
+    groups = [{"params": list(model[1].parameters())}, {"params": list(model[0].parameters()), "lr": 0.02}]
+    optimizer = torch.optim.Adam(groups, lr=0.01)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+    step()
+    weight = model[0].weight
+    momentum = optimizer.state[weight]["exp_avg"].clone()
+    expand_branches(model, x, ACB(), optimizers=[optimizer])
+    assert {id(p) for p in optimizer.param_groups[1]["params"]} == {id(p) for p in model[0].parameters()}
+    assert torch.equal(optimizer.state[weight]["exp_avg"], momentum)
+    step()
+    momentum = optimizer.state[weight]["exp_avg"].clone()
+    merge_branches(model, x, optimizers=[optimizer])
+    assert model[0].weight is weight
+    assert {id(p) for p in optimizer.param_groups[1]["params"]} == {id(p) for p in model[0].parameters()}
+    assert torch.equal(optimizer.state[weight]["exp_avg"], momentum)
+    assert set(optimizer.state) == set(model.parameters())
+    step()
