@@ -23,10 +23,17 @@ _SAMPLES = 2  # batch norm in training mode needs two
 
 @dataclass(frozen=True, eq=False)
 class ExampleInput:
-    """Arguments and keyword arguments of one call of a module."""
+    """Arguments and keyword arguments of one call of a module.
+
+    Attributes:
+        args: positional arguments.
+        kwargs: keyword arguments.
+        step: whether they are those of ``training_step``, see `step_as_forward`, in place of ``forward``.
+    """
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
+    step: bool = False
 
     @classmethod
     def of(cls, value: Any) -> ExampleInput:
@@ -64,12 +71,12 @@ class ExampleInput:
         """Return a detached copy with at most ``samples`` samples, if the first dimensions of all tensors agree."""
         sizes = {tensor.shape[0] if tensor.ndim else None for tensor in tensors_in((self.args, self.kwargs))}
         most = samples if len(sizes) == 1 and None not in sizes else None
-        return ExampleInput(_copy(self.args, most), _copy(self.kwargs, most))
+        return ExampleInput(_copy(self.args, most), _copy(self.kwargs, most), self.step)
 
     def to(self, model: nn.Module) -> ExampleInput:
         """Return a copy on the device and in the floating-point type of ``model``."""
         reference = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-        return ExampleInput(_move(self.args, reference), _move(self.kwargs, reference))
+        return ExampleInput(_move(self.args, reference), _move(self.kwargs, reference), self.step)
 
 
 class Capture:

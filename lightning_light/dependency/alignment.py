@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_light.dependency.labels import FIXED, LabelUnion, collapsed
+from lightning_light.dependency.labels import FIXED, collapsed
 from lightning_light.dependency.trace import Tracer
 
-__all__ = ["misalignment"]
+__all__ = ["LAYOUT_OPS", "channel_orders", "misalignment"]
 
-_LAYOUT_OPS = {
+LAYOUT_OPS = {
     "clone",
     "contiguous",
     "_to_copy",
@@ -48,26 +48,32 @@ def misalignment(before: Tracer, after: Tracer, removed: Tensor, single: Tensor)
     remaining = torch.zeros(max(before.union.parent.numel(), after.union.parent.numel()), dtype=torch.bool)
     remaining[known] = True
     remaining[removed] = False
-    old = [step for step in before.history if step[0] not in _LAYOUT_OPS]
-    new = [step for step in after.history if step[0] not in _LAYOUT_OPS]
+    old = [step for step in before.history if step[0] not in LAYOUT_OPS]
+    new = [step for step in after.history if step[0] not in LAYOUT_OPS]
     if [name for name, _ in old] != [name for name, _ in new]:
         old, new = old[-1:], new[-1:]
     for (name, was), (_, now) in zip(old, new, strict=True):
         if len(was) != len(now):
             return f"`{name}` would give {len(now)} tensors instead of {len(was)}"
         for left, right in zip(was, now, strict=True):
-            if _channel_orders(before.union, left, remaining, name) != _channel_orders(
-                after.union, right, remaining, name
+            if channel_orders([before.union.roots(label) for label in left], remaining, name) != channel_orders(
+                [after.union.roots(label) for label in right], remaining, name
             ):
                 return f"`{name}` would read other channels than before"
     return None
 
 
-def _channel_orders(union: LabelUnion, labels: list[Tensor], remaining: Tensor, name: str) -> set[tuple[int, ...]]:
-    """Return the remaining channels along every labelled dimension, in order; a single one only after a selection."""
+def channel_orders(labels: list[Tensor], remaining: Tensor, name: str) -> set[tuple[int, ...]]:
+    """Return the remaining channels along every labelled dimension, in order; a single one only after a selection.
+
+    Args:
+        labels: representatives of the labels of one tensor.
+        remaining: which labels remain, as a mask over all labels.
+        name: of the operation.
+    """
     orders = set()
     for label in labels:
-        order = collapsed(union.roots(label)).reshape(-1)
+        order = collapsed(label).reshape(-1)
         orders.add(tuple(order[remaining[order]].tolist()))
     least = 1 if name == "select" else 2
     return {order for order in orders if len(set(order) - {FIXED}) >= least}

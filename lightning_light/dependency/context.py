@@ -89,6 +89,21 @@ class TraceContext:
         canonical = [self.union.canonical(label) for label in self._labels.get(tensor, ())]
         return [label for label in canonical if varying(label)]
 
+    def stored_labels(self, tensor: Tensor) -> Sequence[Tensor]:
+        """Return the labels of ``tensor`` as they were set, which later merges may have coupled."""
+        return self._labels.get(tensor, ())
+
+    def share_labels(self, source: Tensor, alias: Tensor) -> None:
+        """Give ``alias``, which shares the memory of ``source``, its labels."""
+        self._labels[alias] = self._labels.get(source, [])
+
+    def couple_labels(self, target: Tensor, source: Tensor) -> None:
+        """Couple the channels of ``target`` with those of ``source``, which is written into it."""
+        for own in self.labels_of(target):
+            for other in self.labels_of(source):
+                if varying(own) == varying(other):
+                    self.union.merge(own, other)
+
     def set_labels(self, tensor: Tensor, labels: Sequence[Tensor]) -> None:
         """Set the labels of ``tensor``."""
         self._labels[tensor] = [label for label in labels if varying(label)]

@@ -22,7 +22,7 @@ def collapsed(labels: Tensor) -> Tensor:
     """Reduce every dimension along which all labels are equal to size one."""
     for dim in varying(labels):
         first = labels.narrow(dim, 0, 1)
-        if torch.equal(first.expand_as(labels), labels):
+        if labels.stride(dim) == 0 or torch.equal(first.expand_as(labels), labels):  # 0: an expanded dimension
             labels = first
     return labels
 
@@ -53,12 +53,12 @@ class LabelUnion:
     def roots(self, labels: Tensor) -> Tensor:
         """Return the representative of every label, in the same shape."""
         roots = self.parent[labels]
-        while True:
-            above = self.parent[roots]
-            if torch.equal(above, roots):
-                break
-            roots = above
-        self.parent[labels] = roots
+        above = self.parent[roots]
+        if torch.equal(above, roots):
+            return roots
+        while not torch.equal(above, roots):
+            roots, above = above, self.parent[above]
+        self.parent[labels] = roots  # shorten the path for the next call
         return roots
 
     def canonical(self, labels: Tensor) -> Tensor:
@@ -70,7 +70,9 @@ class LabelUnion:
 
         A label that is coupled to `FIXED` is protected for ``reason``.
         """
-        left, right = left + torch.zeros_like(right), right + torch.zeros_like(left)
+        if left.shape == right.shape and torch.equal(left, right):
+            return
+        left, right = torch.broadcast_tensors(left, right)  # type: ignore[no-untyped-call]  # torch's own signature
         left, right = self.roots(left.reshape(-1)), self.roots(right.reshape(-1))
         single = (left == FIXED) != (right == FIXED)
         if single.any():

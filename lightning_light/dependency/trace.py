@@ -10,14 +10,16 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import override
 
 from lightning_light.dependency.context import SizeAttribute, TraceContext
 from lightning_light.dependency.labels import LabelUnion
-from lightning_light.dependency.rules import RULES, elementwise, unknown
+from lightning_light.dependency.placeholders import PRODUCTS, Placeholders, ValueNeededError
+from lightning_light.dependency.recording import Recorder, wrap_forwards
+from lightning_light.dependency.rules import RULES, elementwise, operands, outputs_of, unknown
 from lightning_light.errors import TraceError
+from lightning_light.host.modules import is_step_call
 from lightning_light.isolation import isolated, unfused_kernels
 from lightning_light.module_stack import ModuleCall, ModuleStack
 from lightning_light.nested import tensors_in
@@ -34,6 +36,8 @@ FORWARD_ERRORS = (
     ArithmeticError,
 )
 """Errors of a forward pass on an input or a shape that it was not written for."""
+
+_NAMES: dict[Any, str] = {}
 
 Known: TypeAlias = "Mapping[tuple[str, int], Tensor]"
 
@@ -54,51 +58,84 @@ class Tracer(TraceContext, TorchDispatchMode):  # type: ignore[no-untyped-call] 
     Attributes:
         leaves: the dimensions that were labelled.
         output_shapes: of the model.
+        recorder: of the torch functions that the user's code calls.
+        placeholders: the tensors whose values are not computed.
+        skip_products: do not compute matrix products and convolutions.
     """
 
     leaves: list[Leaf] = field(default_factory=list)
     output_shapes: list[tuple[int, ...]] = field(default_factory=list)
+    recorder: Recorder = field(init=False)
+    placeholders: Placeholders = field(default_factory=Placeholders)
+    skip_products: bool = False
     _names: MutableMapping[Tensor, str] = field(default_factory=WeakIdKeyDictionary)
     _used: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         TorchDispatchMode.__init__(self)  # type: ignore[no-untyped-call]
         self.modules = _Modules(self)
+        self.recorder = Recorder(self)
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run the operation, then its rule."""
-        kwargs = kwargs or {}
-        self.shape_before = args[0].shape if args and isinstance(args[0], Tensor) else torch.Size()
-        before = self._labels.get(args[0]) if args and isinstance(args[0], Tensor) else None
-        read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        with torch._C.DisableTorchFunction():  # what runs here is not the user's code
+            return self._dispatched(function, args, kwargs or {})
+
+    def _dispatched(self, function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        first = args[0] if args and isinstance(args[0], Tensor) else None
+        self.shape_before = torch.Size() if first is None else first.shape
+        before = None if first is None else self._labels.get(first)
+        read = operands(args, kwargs)
         self._used.update(self._names[x] for x in read if x in self._names)
         for label in (label for x in read for label in self._indices.get(x, ())):
             self.union.protect(label, "is selected by a computed index")
-        out = function(*args, **kwargs)
+        name = _operation_name(function)
+        out = self._run(name, function, args, kwargs, read)
         self._function = function
-        name = function._schema.name.split("::")[1]
         found = RULES.get(name) or (elementwise if torch.Tag.pointwise in function.tags else unknown)
-        if before is not None and args[0] is out:
-            self._labels[out] = before
+        if first is not None and before is not None and first is out:
+            self._labels[first] = before
         found(self, name, args, kwargs, out)
-        self.history.append((name, [self._labels.get(x, []) for x in tensors_in(out)]))
+        self.history.append((name, [self._labels.get(x, []) for x in outputs_of(out)]))
+        return out
+
+    def _run(
+        self, name: str, function: Any, args: Sequence[Any], kwargs: dict[str, Any], read: Sequence[Tensor]
+    ) -> Any:
+        """Run the operation; of a product only the shape where nothing needs its values."""
+        self.placeholders.check_read(name, read)
+        out = (
+            self.placeholders.product(name, function, args, kwargs) if self.skip_products and name in PRODUCTS else None
+        )
+        out = function(*args, **kwargs) if out is None else out
+        if self.placeholders.among(read):
+            self.placeholders.add(outputs_of(out))
         return out
 
     def watch(self, model: nn.Module, known: Known | None = None) -> None:
         """Label every dimension of every parameter and buffer of ``model``, with new labels or those in ``known``."""
         named = [*model.named_parameters(), *model.named_buffers()]
+        known = self._new_labels(named) if known is None else known
         for name, tensor in named:
             own = []
             for dim, size in enumerate(tensor.shape if tensor.is_floating_point() else ()):
                 if size > 1:
-                    labels = self.union.new(size) if known is None else known[name, dim]
+                    labels = known[name, dim]
                     self.leaves.append(Leaf(name, dim, labels))
                     own.append(labels.reshape([size if d == dim else 1 for d in range(tensor.dim())]))
             self._labels[tensor] = own
             self._names[tensor] = name
         self.modules.watch(model)
+
+    def _new_labels(self, named: Sequence[tuple[str, Tensor]]) -> Known:
+        """Return a new label for each position of every dimension."""
+        tensors = [(name, tensor) for name, tensor in named if tensor.is_floating_point()]
+        sizes = {(name, dim): size for name, x in tensors for dim, size in enumerate(x.shape) if size > 1}
+        counts = list(sizes.values())
+        labels = self.union.new(sum(counts)).split(counts)  # type: ignore[no-untyped-call]  # torch's own signature
+        return dict(zip(sizes, labels, strict=True))
 
     def after(self, positions: Mapping[str, Mapping[int, Tensor]]) -> tuple[LabelUnion, Known]:
         """Return the labels to start a second trace with, when only ``positions`` of the tensors are left."""
@@ -126,7 +163,8 @@ def trace(
 ) -> Tracer:
     """Follow every channel of ``model`` through one forward pass on ``args`` and ``kwargs``.
 
-    The model is left as it was: see `isolated`.
+    The model is left as it was: see `isolated`. Matrix products and convolutions are not computed in a first trace,
+    unless the code reads values that depend on them.
 
     Args:
         model: the module.
@@ -139,21 +177,13 @@ def trace(
     Raises:
         TraceError: the forward pass fails.
     """
-    tracer = Tracer(heads=heads, union=union or LabelUnion())
-    with running(model):
-        tracer.watch(model, known)
+    for skip in (True, False) if known is None else (False,):
+        tracer = Tracer(heads=heads, union=union or LabelUnion(), skip_products=skip)
         try:
-            with tracer:
-                out = model(*args, **(kwargs or {}))
-        except FORWARD_ERRORS as error:
-            raise TraceError(
-                f"`{type(model).__name__}` does not run on the example input: {type(error).__name__}: {error}. "
-                "Expected one forward pass in eval mode. Give an input that `forward` accepts: "
-                "`self.example_input_array = ...` in the module."
-            ) from error
-        finally:
-            tracer.modules.remove()
-    outputs = list(tensors_in(out, objects=True))
+            outputs = _run_model(tracer, model, args, kwargs or {}, known)
+            break
+        except ValueNeededError:
+            continue
     tracer.output_shapes = [tuple(tensor.shape) for tensor in outputs]
     for tensor in outputs:
         for label in tracer.labels_of(tensor):
@@ -164,6 +194,43 @@ def trace(
         _protect_projections(model, tracer)
         tracer.protect_unused()
     return tracer
+
+
+def _run_model(
+    tracer: Tracer, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], known: Known | None
+) -> list[Tensor]:
+    """Run ``model`` under ``tracer``, and return the tensors in its output."""
+    with running(model):
+        tracer.watch(model, known)
+        wrap_forwards(model, tracer.recorder.run_forward)
+        try:
+            with tracer, tracer.recorder:
+                out = model(*args, **kwargs)
+        except FORWARD_ERRORS as error:
+            raise TraceError(_failure(model, error)) from error
+        finally:
+            tracer.modules.remove()
+    return list(tensors_in(out, objects=True))
+
+
+def _failure(model: nn.Module, error: Exception) -> str:
+    found = f"{type(error).__name__}: {error}"
+    if is_step_call(model):
+        return (
+            f"`{type(model).__name__}.training_step` does not run in a trace of the first batch: {found}. Expected one "
+            "step without logging, gradients and optimizers. Give an input of `forward` to trace that instead: "
+            "`self.example_input_array = ...` in the module."
+        )
+    return (
+        f"`{type(model).__name__}` does not run on the example input: {found}. Expected one forward pass in eval mode. "
+        "Give an input that `forward` accepts: `self.example_input_array = ...` in the module."
+    )
+
+
+def _operation_name(function: Any) -> str:
+    if function not in _NAMES:
+        _NAMES[function] = function._schema.name.split("::")[1]
+    return _NAMES[function]
 
 
 @contextmanager
@@ -184,7 +251,7 @@ class _Modules(ModuleStack):
     @override
     def entered(self, call: ModuleCall) -> None:
         source = next((arg for arg in call.args if isinstance(arg, Tensor) and arg.dim()), None)
-        with _disable_current_modes():
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
             width = None if source is None else self._tracer.along(source, source.dim() - 1)
         self._tracer._widths.append(width)
 

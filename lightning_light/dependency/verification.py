@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_light.dependency.alignment import misalignment
 from lightning_light.dependency.groups import ChannelGroup, DependencyGraph, graph_of
 from lightning_light.dependency.trace import Tracer, trace
-from lightning_light.errors import TraceError
-from lightning_light.surgery.edit import trial
+from lightning_light.dependency.trials import TOO_FEW, Trials
+from lightning_light.validation import validated
 
-__all__ = ["trace_dependencies"]
-
-Kept = Mapping[str, Tensor]
-_TOO_FEW = 2
-"""With so few channels, the positions of the remaining one cannot be compared."""
+__all__ = ["trace_dependencies", "trace_verified"]
 
 
+@validated
 def trace_dependencies(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None, *, heads: str = "dim"
 ) -> DependencyGraph:
@@ -42,93 +37,39 @@ def trace_dependencies(
     Raises:
         TraceError: the forward pass fails on the input given.
     """
+    return trace_verified(model, args, kwargs or {}, heads=heads, keep_unread=False)
+
+
+def trace_verified(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, heads: str, keep_unread: bool
+) -> DependencyGraph:
+    """Trace and verify the dependency groups of one call; ``keep_unread`` protects channels that no layer reads."""
     tracer = trace(model, args, kwargs, heads=heads)
-    attempt = _Attempt(model, args, kwargs or {}, tracer)
+    trials = Trials(model, args, kwargs, tracer)
     graph = graph_of(model, tracer)
-    failing = attempt.failing(graph)
-    if failing and _couple_with_width(tracer, failing):
+    if keep_unread:
+        _protect_unread(tracer, graph)
         graph = graph_of(model, tracer)
-        failing = attempt.failing(graph)
-    if failing and _couple_equal_parts(attempt, failing):
-        graph = graph_of(model, tracer)
-        failing = attempt.failing(graph)
-    while failing:
-        for group, error in failing:
-            tracer.union.protect(group.roots, f"is read by code with a fixed size ({error})")
-        graph = graph_of(model, tracer)
-        failing = attempt.failing(graph)
-    return graph
+    failing = trials.failing(graph)
+    for couple in (_couple_with_width, _couple_equal_parts):
+        if failing and couple(trials, failing):
+            graph = graph_of(model, tracer)
+            failing = trials.failing(graph)
+    for group, error in failing:  # the others passed every trial without these
+        tracer.union.protect(group.roots, f"is read by code with a fixed size ({error})")
+    return graph_of(model, tracer) if failing else graph
 
 
-class _Attempt:
-    """Trace the model as it would be after a cut."""
-
-    def __init__(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], tracer: Tracer) -> None:
-        self.model, self.tracer = model, tracer
-        self._args, self._kwargs = args, kwargs
-
-    def failing(self, graph: DependencyGraph) -> list[tuple[ChannelGroup, str]]:
-        """Return the groups that cannot lose channels, each with the reason; few passes where there are none."""
-        free = [group for group in graph.groups if group.reason is None and group.width > 1]
-        selected = torch.cat(
-            [torch.empty(0).long(), *(self.tracer.union.roots(labels) for labels in self.tracer.selected)]
-        )
-        few = [group for group in free if group.width <= _TOO_FEW and torch.isin(group.roots, selected).any()]
-        found = [(group, f"{group.width} channels that the code selects by position") for group in few]
-        groups = [group for group in free if not any(group is other for other in few)]
-        while (error := self.failure(graph, groups)) is not None:
-            first = self._first_failing(graph, groups)
-            alone = self.failure(graph, [first])
-            found.append((first, alone or error))
-            groups = [group for group in groups if group is not first]
-        return found
-
-    def failure(self, graph: DependencyGraph, groups: Sequence[ChannelGroup]) -> str | None:
-        """Describe why the pass fails when ``groups`` lose channels; None where it does not."""
-        errors = (self._error(graph, kept) for kept in _patterns(groups))
-        return next((error for error in errors if error is not None), None)
-
-    def _first_failing(self, graph: DependencyGraph, groups: Sequence[ChannelGroup]) -> ChannelGroup:
-        """Find the group whose removal makes the pass fail, by bisection: the last of the shortest failing prefix."""
-        low, high = 1, len(groups)
-        while low < high:
-            middle = (low + high) // 2
-            if self.failure(graph, groups[:middle]) is None:
-                low = middle + 1
-            else:
-                high = middle
-        return groups[high - 1]
-
-    def _error(self, graph: DependencyGraph, kept: Kept) -> str | None:
-        positions, attributes = graph.kept_positions(kept), graph.attributes(self.model, kept)
-        union, known = self.tracer.after(positions)
-        with trial(self.model, positions, attributes, values=True):
-            try:
-                again = trace(self.model, self._args, self._kwargs, heads=self.tracer.heads, known=known, union=union)
-            except TraceError as error:
-                return str(error.__cause__).partition("\n")[0]
-        last = [group.roots for group in graph.groups if group.name in kept and int(kept[group.name].sum()) == 1]
-        single = torch.cat(last) if last else torch.empty(0, dtype=torch.long)
-        return misalignment(self.tracer, again, graph.removed(kept), single)
+def _protect_unread(tracer: Tracer, graph: DependencyGraph) -> None:
+    """Protect channels that no layer reads: the loss compares them, or the step returns them."""
+    for group in graph.groups:
+        if group.reason is None and not any(member.role == "in" for member in group.members):
+            tracer.union.protect(group.roots, "is read by no layer: the training step compares or returns it")
 
 
-def _patterns(groups: Sequence[ChannelGroup]) -> Iterator[Kept]:
-    """Yield cuts of different channels and numbers of channels: a size fixed in the code fits only one of them."""
-    generator = torch.Generator().manual_seed(0)
-    many, few = [g for g in groups if g.width > _TOO_FEW], [g for g in groups if g.width <= _TOO_FEW]
-    for chosen, fraction in [*itertools.product((many, many[::2], many[1::2]), (0.5, 0.0)), (few, 0.0)]:
-        kept = {}
-        for group in chosen:
-            most = max(1, min(group.width - 2, int(group.width * fraction)))
-            count = int(torch.randint(1, most + 1, (1,), generator=generator))
-            removed = torch.randperm(group.width, generator=generator)[:count] if fraction else torch.zeros(1).long()
-            kept[group.name] = torch.ones(group.width, dtype=torch.bool).index_fill(0, removed, False)
-        if kept:
-            yield kept
-
-
-def _couple_with_width(tracer: Tracer, failing: Sequence[tuple[ChannelGroup, str]]) -> bool:
+def _couple_with_width(trials: Trials, failing: Sequence[tuple[ChannelGroup, str]]) -> bool:
     """Couple what a module splits with its input where both have one width: ``x.reshape(n, heads, width // heads)``."""
+    tracer = trials.tracer
     roots = torch.cat([group.roots for group, _ in failing])
     coupled = False
     for split in tracer.splits:
@@ -140,22 +81,36 @@ def _couple_with_width(tracer: Tracer, failing: Sequence[tuple[ChannelGroup, str
     return coupled
 
 
-def _couple_equal_parts(attempt: _Attempt, failing: Sequence[tuple[ChannelGroup, str]]) -> bool:
-    """Couple the same position of all parts of ``a, b = x.chunk(2, dim=1)``, where that makes failing groups pass."""
-    tracer, coupled = attempt.tracer, False
+def _couple_equal_parts(trials: Trials, failing: Sequence[tuple[ChannelGroup, str]]) -> bool:
+    """Couple the same position of all parts of ``a, b = x.chunk(2, dim=1)``, where that makes failing groups pass.
+
+    All candidates are coupled at once; those with groups that still fail are dropped, and the others tried again.
+    """
+    tracer, before = trials.tracer, trials.tracer.union
     roots = torch.cat([group.roots for group, _ in failing])
-    for parts in {tuple(tracer.union.roots(part).flatten().tolist()): part for part in tracer.parts}.values():
-        if parts.shape[1] <= _TOO_FEW or not torch.isin(tracer.union.roots(parts), roots).any():
-            continue
-        before = tracer.union
+    distinct = {tuple(before.roots(part).flatten().tolist()): part for part in tracer.parts}.values()
+    parts = [x for x in distinct if x.shape[1] > TOO_FEW and torch.isin(before.roots(x), roots).any()]
+    while parts:
         tracer.union = before.copy()
-        tracer.union.merge(parts, parts[:1])
-        graph = graph_of(attempt.model, tracer)
-        coupled_roots = tracer.union.roots(parts)
-        free = [group for group in graph.groups if group.reason is None and group.width > 1]
-        groups = [group for group in free if torch.isin(group.roots, coupled_roots).any()]
-        if not groups or attempt.failure(graph, groups) is not None:
-            tracer.union = before
-        else:
-            coupled = True
-    return coupled
+        for part in parts:
+            tracer.union.merge(part, part[:1])
+        passing = _passing(trials, parts)
+        if len(passing) == len(parts):
+            return True
+        parts = passing
+    tracer.union = before
+    return False
+
+
+def _passing(trials: Trials, parts: Sequence[Tensor]) -> list[Tensor]:
+    """Return the coupled ``parts`` that have free groups, all of which pass."""
+    graph, union = graph_of(trials.model, trials.tracer), trials.tracer.union
+    coupled = torch.cat([union.roots(part).reshape(-1) for part in parts])
+    free = [group for group in graph.groups if group.reason is None and group.width > 1]
+    groups = [group for group in free if torch.isin(group.roots, coupled).any()]
+    none = torch.empty(0, dtype=torch.long)
+    failed = torch.cat([none, *(group.roots for group, _ in trials.failing_among(graph, groups))])
+    able = torch.cat([none, *(group.roots for group in groups)])
+    labels = [union.roots(part) for part in parts]
+    passes = [bool(torch.isin(x, able).any()) and not bool(torch.isin(x, failed).any()) for x in labels]
+    return [part for part, passed in zip(parts, passes, strict=True) if passed]

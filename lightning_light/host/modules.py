@@ -9,10 +9,21 @@ from torch import nn
 
 from lightning_light.host.patches import InstancePatch
 
-__all__ = ["RUN_STATE", "add_hparams", "compiled_methods", "is_step_call", "logs_hparams", "trainer_of"]
+__all__ = [
+    "RUN_STATE",
+    "STEP_AS_FORWARD",
+    "add_hparams",
+    "compiled_methods",
+    "is_step_call",
+    "logs_hparams",
+    "trainer_of",
+]
 
 RUN_STATE = ("_trainer", "_fabric")
 """Attributes of a LightningModule that belong to the run, not to the network."""
+
+STEP_AS_FORWARD = "_step_as_forward"
+"""The qualified name of a ``forward`` that this package replaced by a step of the module."""
 
 
 def trainer_of(module: nn.Module) -> Any:
@@ -21,11 +32,12 @@ def trainer_of(module: nn.Module) -> Any:
 
 
 def is_step_call(module: nn.Module) -> bool:
-    """Check whether the running call of ``module`` is one of its steps: DDP calls them through a patched ``forward``.
+    """Check whether the running call of ``module`` is one of its steps: DDP, and a trace of the training
+    step, call them through a patched ``forward``.
 
     The arguments of such a call are those of the step, not those of ``forward``.
     """
-    return getattr(vars(module).get("forward"), "__qualname__", "").startswith("_ForwardRedirection")
+    return getattr(vars(module).get("forward"), "__qualname__", "").startswith(("_ForwardRedirection", STEP_AS_FORWARD))
 
 
 def compiled_methods(module: nn.Module) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from lightning_light.reparameterization.reparameterization import Reparameteriza
 
 __all__ = [
     "ACB",
-    "DBB",
     "Branches",
+    "DBB",
     "Expansion",
     "Form",
     "Merging",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict, TypeVar
 
 from typing_extensions import override
@@ -14,7 +15,7 @@ from lightning_light.budgets import Budget
 from lightning_light.callback import CompressionCallback
 from lightning_light.criteria.collector import EvidenceCollector, EvidenceStorage, Gathered, check_needs
 from lightning_light.criteria.evidence import Criterion
-from lightning_light.dependency import ChannelGroup, DependencyGraph, trace_dependencies
+from lightning_light.dependency import ChannelGroup, DependencyGraph, trace_dependencies, trace_step
 from lightning_light.example_input import Capture, ExampleInput
 from lightning_light.order import DEFAULT_WINDOWS, Stage
 from lightning_light.progress import steps_done, steps_planned, training_progress
@@ -30,6 +31,7 @@ from lightning_light.surgery.edit import cut
 from lightning_light.surgery.stored_example import restore_or_capture_example, store_example
 from lightning_light.targets import Targets, as_targets
 from lightning_light.timing import Events
+from lightning_light.training_step import step_arguments, step_as_forward
 from lightning_light.validation import OpenFraction, PositiveInt, validated
 
 if TYPE_CHECKING:
@@ -72,8 +74,9 @@ class StructuredPruning(CompressionCallback):
 
     When a channel is removed, the layer that computes it, every layer that reads it and the optimizer's state shrink
     in the same step, and training continues. Which channels are coupled is found by following each through one forward
-    pass; the outputs of the network are never removed. The whole run is planned before the first cut: what cannot be
-    reached is refused with the network unchanged.
+    pass, or through the training step of the first batch where that does not call ``self(...)`` and there is no
+    ``example_input_array``; the outputs of the network are never removed. The whole run is planned before the first
+    cut: what cannot be reached is refused with the network unchanged.
 
     Fang et al., 2023, "DepGraph: Towards Any Structural Pruning". https://arxiv.org/abs/2301.12900
 
@@ -157,6 +160,7 @@ class StructuredPruning(CompressionCallback):
         self._collector: EvidenceCollector | None = None
         self._recorder: InputRecorder | None = None
         self._graph: DependencyGraph | None = None
+        self._batch: Any = None
         self._last_plan: Plan | None = None
 
     @property
@@ -195,6 +199,7 @@ class StructuredPruning(CompressionCallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Make the cut that is due: before the batch, so that no checkpoint pairs new weights with an old metric."""
         state = self.state(pl_module)
+        self._batch = batch if self._capture is not None and self._capture.example is None else None
         due = Events.due(self._points, training_progress(trainer), steps_planned(trainer))
         if due > state.get("events", 0) and self._is_ready(pl_module):
             self._cut(trainer, pl_module, due)
@@ -207,6 +212,7 @@ class StructuredPruning(CompressionCallback):
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Plan the run, if that was not possible before; read the gradients, then add the penalty to them."""
+        self._use_step(pl_module)
         self._plan_run(trainer, pl_module)
         if self._collector is not None:
             self._collector.observe_step(p for group in optimizer.param_groups for p in group["params"])
@@ -252,6 +258,7 @@ class StructuredPruning(CompressionCallback):
             if held is not None:
                 held.remove()
         self._capture, self._collector, self._recorder, self._graph = None, None, None, None
+        self._batch = None
         super().teardown(trainer, pl_module, stage)
 
     @override
@@ -289,6 +296,13 @@ class StructuredPruning(CompressionCallback):
 
     # Private: what.
 
+    def _use_step(self, pl_module: LightningModule) -> None:
+        """Trace the training step on its first batch, if that has not called ``self(...)``."""
+        if self._capture is not None and self._capture.example is None and self._batch is not None:
+            self._capture.remove()
+            self._capture.example = ExampleInput(step_arguments(pl_module, self._batch), step=True).small()
+        self._batch = None
+
     def _plan_run(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check, once per fit and as soon as the example input is known, that the last cut can be made."""
         state = self.state(pl_module)
@@ -297,8 +311,9 @@ class StructuredPruning(CompressionCallback):
         example = self._capture.example.to(pl_module)
         graph = self._trace(pl_module, example)
         state.setdefault("original", widths_of(graph))
-        goal = self._goal(trainer, pl_module, example, fraction=1.0)
-        on_rank_zero(trainer, lambda: check_run(pl_module, graph, self.options, goal))
+        with _callable_with(pl_module, example):
+            goal = self._goal(trainer, pl_module, example, fraction=1.0)
+            on_rank_zero(trainer, lambda: check_run(pl_module, graph, self.options, goal))
         state["planned"] = True
 
     def _goal(self, trainer: Trainer, pl_module: LightningModule, example: ExampleInput, fraction: float) -> Goal:
@@ -313,7 +328,10 @@ class StructuredPruning(CompressionCallback):
     def _trace(self, pl_module: LightningModule, example: ExampleInput) -> DependencyGraph:
         """Trace the dependencies once, and again where another method has changed the network."""
         if self._graph is None or not self._graph.fits(pl_module):
-            self._graph = trace_dependencies(pl_module, example.args, example.kwargs, heads=self.heads)
+            if example.step:
+                self._graph = trace_step(pl_module, *example.args, heads=self.heads)
+            else:
+                self._graph = trace_dependencies(pl_module, example.args, example.kwargs, heads=self.heads)
         return self._graph
 
     def _penalized(self, pl_module: LightningModule) -> Sequence[ChannelGroup]:
@@ -328,8 +346,9 @@ class StructuredPruning(CompressionCallback):
         assert self._capture.example is not None  # `_is_ready`
         example, state = self._capture.example.to(pl_module), self.state(pl_module)
         graph, fraction = self._trace(pl_module, example), self._points[due - 1][1]
-        goal = self._goal(trainer, pl_module, example, fraction)
-        plan = self._decide(trainer, pl_module, graph, goal)
+        with _callable_with(pl_module, example):
+            goal = self._goal(trainer, pl_module, example, fraction)
+            plan = self._decide(trainer, pl_module, graph, goal)
         self._last_plan = plan
         if self.dry_run:
             log_rank_zero(trainer, "\n  ".join([f"{self.method}: dry run, nothing is removed", *plan.lines()]))
@@ -401,6 +420,11 @@ class StructuredPruning(CompressionCallback):
         if self._last_plan.kept:
             return f"the network meets the budget as it is: {self.budget!r}. {reasons}"
         return f"no layer may lose channels. {reasons}"
+
+
+def _callable_with(pl_module: LightningModule, example: ExampleInput) -> AbstractContextManager[None]:
+    """Make ``pl_module(*example.args)`` work: inside, for arguments of a training step, it runs that step."""
+    return step_as_forward(pl_module) if example.step else nullcontext()
 
 
 def _start_over(state: dict[str, Any]) -> None:

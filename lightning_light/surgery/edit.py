@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -210,7 +211,7 @@ def trial(
 ) -> Iterator[None]:
     """Give ``model`` the shape it would have after `cut`, inside the block only.
 
-    Without ``values`` only the shapes are right: the tensors are views of the first positions, and nothing is copied.
+    Without ``values`` only the shapes are right: the tensors are views of the first elements, and nothing is copied.
     For forward passes without gradients: nodes that accumulate them, and DDP's hooks on those, live through a trial.
     """
     tensors = _named_tensors(model)
@@ -234,6 +235,9 @@ def trial(
 
 
 def _first(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
+    shape = [kept[dim].numel() if dim in kept else size for dim, size in enumerate(tensor.shape)]
+    if tensor.is_contiguous():
+        return tensor.reshape(-1)[: math.prod(shape)].view(shape)  # contiguous too, for code that views a parameter
     for dim, positions in kept.items():
         tensor = tensor.narrow(dim, 0, positions.numel())
     return tensor

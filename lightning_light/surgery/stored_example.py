@@ -34,5 +34,7 @@ def store_example(state: dict[str, Any], found: Capture | None) -> None:
         return
     try:
         state[_KEY] = plain_copy({"args": found.example.args, "kwargs": found.example.kwargs}, _KEY)
+        if found.example.step:
+            state[_KEY]["step"] = True
     except TypeError:  # it contains other objects
         state[_KEY] = {}

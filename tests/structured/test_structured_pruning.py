@@ -24,7 +24,7 @@ from lightning_light.criteria import (
     Taylor,
     Wanda,
 )
-from lightning_light.errors import BudgetError, NoEffectWarning, TargetError, UnsupportedError
+from lightning_light.errors import BudgetError, NoEffectWarning, TargetError, TraceError, UnsupportedError
 from lightning_light.measure.cost import count_cost
 from lightning_light.order import Stage
 from lightning_light.quantization import Int8, quantize
@@ -40,7 +40,7 @@ from lightning_light.structured import (
 )
 from lightning_light.surgery.attachment import attach
 from tests.contract.bodies import Body, module_class
-from tests.contract.runs import DEFAULT_HOST, differences, shapes, trainer
+from tests.contract.runs import DEFAULT_HOST, checkpoints, differences, outcome, shapes, trainer
 from tests.zoo import noise
 
 
@@ -370,17 +370,48 @@ def test_lbfgs_is_refused_before_the_first_batch() -> None:
     assert not module.losses
 
 
-def test_a_module_that_is_never_called_gives_a_warning() -> None:
-    class Direct(Body):
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
-            return F.cross_entropy(self.head(self.features(batch[0])), batch[1])
+class Direct(Body):
+    """The step calls the layers, not the module."""
 
-    with pytest.warns(UserWarning, match="was never called"):
-        trainer(StructuredPruning(MACs(0.5))).fit(body(Direct))
-    module = body(Direct)
-    module.example_input_array = noise(2, 3, 8, 8)
-    trainer(StructuredPruning(MACs(0.5))).fit(module)
-    assert shapes(module) != shapes(body())
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = F.cross_entropy(self.head(self.features(batch[0])), batch[1])
+        self.losses.append(loss.item())
+        return loss
+
+
+@pytest.mark.parametrize("budget", [MACs(0.5), Params(0.5), Channels(0.5)], ids=repr)
+def test_a_step_that_does_not_call_the_module_is_traced_itself(budget) -> None:
+    module, with_example = body(Direct), body(Direct)
+    run = trainer(StructuredPruning(budget))
+    run.fit(module)
+    with_example.example_input_array = noise(2, 3, 8, 8)
+    trainer(StructuredPruning(budget)).fit(with_example)
+    assert shapes(module) == shapes(with_example) != shapes(body())
+    assert len(module.losses) == run.global_step
+    assert module.losses == pytest.approx(with_example.losses)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_run_whose_step_is_traced_resumes(tmp_path) -> None:
+    whole, resumed = body(Direct), body(Direct)
+    run = trainer(StructuredPruning(MACs(0.5)), *checkpoints(tmp_path))
+    run.fit(whole)
+    again = trainer(StructuredPruning(MACs(0.5)))
+    again.fit(resumed, ckpt_path=tmp_path / "step=3.ckpt")
+    assert not differences(outcome(run, whole), outcome(again, resumed))
+
+
+def test_a_step_that_the_trace_cannot_run_is_refused_before_the_first_optimizer_step() -> None:
+    class Impossible(Direct):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if not torch.is_grad_enabled():
+                raise ValueError("no gradients")
+            return super().training_step(batch, batch_idx)
+
+    module, fresh = body(Impossible), body(Impossible)
+    with pytest.raises(TraceError, match=r"training_step` does not run in a trace.*no gradients.*example_input_array"):
+        trainer(StructuredPruning(MACs(0.5))).fit(module)
+    assert shapes(module) == shapes(fresh)
 
 
 # Arguments.

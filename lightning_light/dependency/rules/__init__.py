@@ -5,6 +5,6 @@ every channel that reaches it, so it can cost compression, never correctness.
 """
 
 from lightning_light.dependency.rules import layers, products, views
-from lightning_light.dependency.rules.table import RULES, elementwise, unknown
+from lightning_light.dependency.rules.table import RULES, elementwise, operands, outputs_of, unknown
 
-__all__ = ["RULES", "elementwise", "layers", "views", "products", "unknown"]
+__all__ = ["RULES", "elementwise", "layers", "operands", "outputs_of", "products", "unknown", "views"]

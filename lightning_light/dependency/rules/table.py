@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_light.dependency.context import TraceContext
 from lightning_light.dependency.labels import varying
 
-__all__ = ["RULES", "Labels", "Rule", "elementwise", "outputs_of", "rule", "unknown"]
+__all__ = ["RULES", "Labels", "Rule", "elementwise", "operands", "outputs_of", "rule", "unknown"]
 
 Labels: TypeAlias = list[Tensor]
 Rule: TypeAlias = "Callable[[TraceContext, str, Sequence[Any], dict[str, Any], Any], None]"
@@ -34,13 +34,14 @@ def outputs_of(out: Any) -> list[Tensor]:
     return [item for item in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(item, Tensor)]
 
 
-def _tensors(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+def operands(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+    """List the tensors that an operation reads, in order."""
     return [tensor for value in [*args, *kwargs.values()] for tensor in outputs_of(value)]
 
 
 def unknown(context: TraceContext, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
     """Protect the channels of the inputs, and give the output none: the rule for operations without a rule."""
-    for tensor in _tensors(args, kwargs):
+    for tensor in operands(args, kwargs):
         for label in context.labels_of(tensor):
             context.union.protect(label, f"passes through `{name}`, which has no tracing rule")
 
@@ -77,12 +78,17 @@ def unknown(context: TraceContext, name: str, args: Sequence[Any], kwargs: dict[
     "masked_fill",
     "masked_fill_",
     "bernoulli",
+    "bernoulli_",
+    "uniform_",
+    "normal_",
+    "exponential_",
+    "random_",
 )
 def elementwise(context: TraceContext, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
     """Couple the labels of all operands position by position."""
     output = outputs_of(out)[0]
     rank = output.dim()
-    inputs = [tensor for tensor in _tensors(args, kwargs) if tensor.dim() <= rank]
+    inputs = [tensor for tensor in operands(args, kwargs) if tensor.dim() <= rank]
     kept: Labels = []
     for tensor in inputs:
         for label in context.labels_of(tensor):
@@ -90,6 +96,22 @@ def elementwise(context: TraceContext, name: str, args: Sequence[Any], kwargs: d
             _protect_where_fixed(context, padded, tensor, inputs, rank)
             kept = _merged_with(context, kept, padded)
     context.set_labels(output, kept)
+
+
+@rule(
+    "mse_loss",
+    "smooth_l1_loss",
+    "huber_loss",
+    "soft_margin_loss",
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
+)
+def _loss(context: TraceContext, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+    """Couple what is compared position by position: with a target it is kept, with another output it is removed."""
+    larger = args[0] if args[0].dim() >= args[1].dim() else args[1]
+    elementwise(context, name, args[:2], {}, larger)
+    if out.dim():
+        context.set_labels(out, context.labels_of(larger))
 
 
 def _merged_with(context: TraceContext, kept: Labels, label: Tensor) -> Labels:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_light.dependency.context import TraceContext
-from lightning_light.dependency.labels import FIXED, varying
+from lightning_light.dependency.labels import FIXED, collapsed, varying
 from lightning_light.dependency.rules.table import Labels, outputs_of, rule
 
 __all__: list[str] = []
@@ -67,17 +68,51 @@ def _view(context: TraceContext, name: str, args: Sequence[Any], kwargs: dict[st
     shape = context.shape_before
     moved: list[Labels] = [[] for _ in outputs]
     for label in context.labels_of(source):
-        full = label if name in _FREE_OF_SIZE else label.expand(tuple(shape))
-        full = full.clone() if name.endswith("_") else full
-        results = [full.reshape(out.shape)] if name in _RESHAPES else outputs_of(context.rerun(full, args[1:], kwargs))
-        canonical = [context.union.canonical(result) for result in results]
-        _note_selection(context, name, label, canonical)
-        for slot, result in zip(moved, canonical, strict=True):
+        if name in _RESHAPES:
+            results = [_in_new_shape(label, shape, out.shape)]
+        else:
+            full = label if name in _FREE_OF_SIZE else label.expand(tuple(shape))
+            full = full.clone() if name.endswith("_") else full
+            results = outputs_of(context.rerun(full, args[1:], kwargs))
+        reduced = [collapsed(result) for result in results]
+        _note_selection(context, name, label, reduced)
+        for slot, result in zip(moved, reduced, strict=True):
             slot.append(result)
     if name in _RESHAPES:
         moved = [[_reshaped(context, label) for label in moved[0]]]
     for tensor, slot in zip(outputs, moved, strict=True):
         context.set_labels(tensor, slot)
+
+
+def _in_new_shape(label: Tensor, before: Sequence[int], after: Sequence[int]) -> Tensor:
+    """Reshape ``label`` from the shape ``before`` to ``after``, expanding only the dimensions that it varies along.
+
+    Both shapes are split into the shortest blocks of dimensions with equal products; a block along which the label does
+    not vary has size one in the result.
+    """
+    if 0 in before or prod(before) != prod(after):  # the latter for a view of another dtype
+        return label.expand(tuple(before)).reshape(tuple(after))
+    expanded: list[int] = []
+    result: list[int] = []
+    for old, new in _blocks(before, after):
+        varies = any(label.shape[dim] > 1 for dim in old)
+        expanded += [before[dim] if varies else 1 for dim in old]
+        result += [after[dim] if varies else 1 for dim in new]
+    return label.expand(expanded).reshape(result)
+
+
+def _blocks(before: Sequence[int], after: Sequence[int]) -> Iterator[tuple[range, range]]:
+    """Yield the dimensions of two shapes of one size in the shortest blocks whose products agree."""
+    left = right = 0
+    while left < len(before) or right < len(after):
+        old, new = left, right
+        left, right = min(left + 1, len(before)), min(right + 1, len(after))
+        while (a := prod(before[old:left])) != (b := prod(after[new:right])):
+            if a < b:
+                left += 1
+            else:
+                right += 1
+        yield range(old, left), range(new, right)
 
 
 def _note_selection(context: TraceContext, name: str, label: Tensor, results: Labels) -> None:
