@@ -168,8 +168,8 @@ def decibels(right: Tensor, found: Tensor) -> float:
     return float("inf") if noise == 0 else round(float(20 * torch.log10(right.double().norm() / noise)), 1)
 
 
-def first(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else first(output[0])
+def first(answer: Any) -> Tensor:
+    return answer if isinstance(answer, Tensor) else first(answer[0])
 
 
 def measure(name: str, seed: int, runtimes: list[str], folder: Path) -> dict[str, Any]:

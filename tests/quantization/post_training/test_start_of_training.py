@@ -45,7 +45,7 @@ def test_a_second_fit_starts_over() -> None:
     net = module()
     quantize(net, IMAGES, IntN())
     for enabled in ([True] * 3, [None, False, False]):
-        qat = QuantizationAwareTraining(IntN(), calibration_batches=2)
+        qat = QuantizationAwareTraining(IntN(), start=0.0, calibration_batches=2)
         diary: Any = Diary(qat)
         trainer(qat, diary).fit(net)
         assert diary.enabled[:3] == enabled
