@@ -124,9 +124,15 @@ def _inert_methods(module: nn.Module) -> dict[str, Any]:
     def nothing(*args: Any, **kwargs: Any) -> None: ...
 
     inert = [_InertOptimizer() for _ in range(_optimizer_count(module))]
-    found = inert[0] if len(inert) == 1 else inert
+
+    def optimizers(*args: Any, **kwargs: Any) -> Any:
+        return inert[0] if len(inert) == 1 else inert
+
+    def lr_schedulers() -> Any:
+        return optimizers()
+
     methods: dict[str, Any] = dict.fromkeys(_SILENT, nothing)
-    methods |= {"optimizers": lambda *args, **kwargs: found, "lr_schedulers": lambda: _InertOptimizer()}
+    methods |= {"optimizers": optimizers, "lr_schedulers": lr_schedulers}
     return {name: method for name, method in methods.items() if hasattr(type(module), name)}
 
 

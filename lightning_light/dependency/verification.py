@@ -84,11 +84,14 @@ def _couple_with_width(trials: Trials, failing: Sequence[tuple[ChannelGroup, str
 def _couple_equal_parts(trials: Trials, failing: Sequence[tuple[ChannelGroup, str]]) -> bool:
     """Couple the same position of all parts of ``a, b = x.chunk(2, dim=1)``, where that makes failing groups pass.
 
+    The same for channels that one size attribute counts, such as the positions of query and value heads.
+
     All candidates are coupled at once; those with groups that still fail are dropped, and the others tried again.
     """
     tracer, before = trials.tracer, trials.tracer.union
     roots = torch.cat([group.roots for group, _ in failing])
-    distinct = {tuple(before.roots(part).flatten().tolist()): part for part in tracer.parts}.values()
+    candidates = [*tracer.parts, *_counted_together(tracer)]
+    distinct = {tuple(before.roots(part).flatten().tolist()): part for part in candidates}.values()
     parts = [x for x in distinct if x.shape[1] > TOO_FEW and torch.isin(before.roots(x), roots).any()]
     while parts:
         tracer.union = before.copy()
@@ -100,6 +103,16 @@ def _couple_equal_parts(trials: Trials, failing: Sequence[tuple[ChannelGroup, st
         parts = passing
     tracer.union = before
     return False
+
+
+def _counted_together(tracer: Tracer) -> list[Tensor]:
+    """Return the different channels that one size attribute counts, shape ``(kinds, size)``."""
+    counted: dict[tuple[str, str], dict[tuple[int, ...], Tensor]] = {}
+    for attribute in tracer.size_attributes:
+        roots = tracer.union.roots(attribute.labels)
+        counted.setdefault((attribute.module, attribute.attribute), {})[tuple(roots.tolist())] = roots
+    kinds = [list(found.values()) for found in counted.values() if len(found) > 1]
+    return [torch.stack(found) for found in kinds if len({labels.numel() for labels in found}) == 1]
 
 
 def _passing(trials: Trials, parts: Sequence[Tensor]) -> list[Tensor]:

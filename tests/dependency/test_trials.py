@@ -27,6 +27,22 @@ class FixedHeads(nn.Module):
         return x + self.down(F.relu(self.up(x)))
 
 
+class CountedOnce(nn.Module):
+    """One attribute counts the positions of query, key and value heads, whose widths differ from the input's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head_dim = 8
+        self.q, self.k, self.v, self.o = nn.Linear(32, 48), nn.Linear(32, 24), nn.Linear(32, 24), nn.Linear(48, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = (layer(x).view(b, n, -1, self.head_dim).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        k, v = (y.repeat_interleave(2, dim=1) for y in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, scale=0.3)
+        return x + self.o(y.transpose(1, 2).reshape(b, n, -1))
+
+
 class Asserting(nn.Module):
     """The inner width is checked in Python, outside of all torch functions."""
 
@@ -123,6 +139,7 @@ def test_the_number_of_passes_does_not_grow_with_depth(block) -> None:
 @pytest.mark.parametrize(
     ("block", "names"),
     [
+        (CountedOnce, {"q"}),
         (Asserting, {"gate"}),
         (TwoPaths, {"up"}),
         (TwoPathsOneWrong, set()),
