@@ -39,7 +39,7 @@ def written(name: str, net: nn.Module, x: Tensor, folder: Path) -> tuple[ll.expo
     path = folder / f"{name.replace(' ', '_')}{exporter.suffix}"
     if engine is None:
         return ll.export_model(net, (x,), path, **options), exporter.load(path)
-    ll.quantize(net, [torch.randn(2, *x.shape[1:]) for _ in range(2)], ll.Int8(engine=engine))
+    ll.quantize(net, torch.randn(4, *x.shape[1:]), ll.Int8(engine=engine))
     with ll.fake_quantized(net):
         return ll.export_model(net, (x,), path, parity=ll.Tolerance(quant_steps=255), **options), exporter.load(path)
 

@@ -147,7 +147,7 @@ def trained(net: nn.Module, batches: list[Tensor], engine: str, folder: Path) ->
     """Ranges from the first two batches, then training fake-quantized on the others."""
     recipe = ll.Int8(engine=engine)
     module = Randomly(copy.deepcopy(net))
-    ll.quantize(module, batches[:2], recipe)
+    ll.quantize(module, None, recipe, data=batches[:2])
     qat = ll.QuantizationAwareTraining(recipe, start=0.0, freeze_observers=0.0, freeze_batch_norm=1.0)
     trainer = Trainer(
         max_epochs=1,

@@ -76,7 +76,7 @@ def main() -> None:
     plain: dict[str, int] = {}
     rows("float", net, data["test"], args.runtimes, plain)
     calibration = [x for x, _ in DataLoader(TensorDataset(*data["train"][:512]), 128)]
-    with ll.fake_quantized(ll.quantize(net, calibration, recipe)):
+    with ll.fake_quantized(ll.quantize(net, None, recipe, data=calibration)):
         rows("after training", net, data["test"], args.runtimes, plain)
     if args.epochs:
         module, top1, _ = trained_on(trained(args), recipe, data, args)

@@ -41,7 +41,7 @@ def write(folder: Path) -> None:
             if form == "float":
                 report = ll.export_model(net, ExampleInput(args, kwargs), path, latency_runs=1)
             else:
-                ll.quantize(net, [args or kwargs], ll.Int8(engine=form))
+                ll.quantize(net, args or kwargs, ll.Int8(engine=form))
                 with ll.fake_quantized(net):
                     report = ll.export_model(net, ExampleInput(args, kwargs), path, latency_runs=1)
             inputs = [value for value in (*args, *kwargs.values()) if not isinstance(value, (bool, int, float))]

@@ -76,7 +76,7 @@ def trained_on(
     L.seed_everything(args.seed, verbose=False)
     module = OwnCrops(net.train().to(memory_format=torch.channels_last), args.lr)  # a Trainer leaves evaluation as is
     qat = ll.QuantizationAwareTraining(
-        recipe, calibration_batches=args.observe, freeze_observers=args.freeze, freeze_batch_norm=args.freeze
+        recipe, start=0.0, calibration_batches=args.observe, freeze_observers=args.freeze, freeze_batch_norm=args.freeze
     )
     look = LookAtFirst(args.observe, data["test"])
     quiet = {

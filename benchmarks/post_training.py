@@ -53,7 +53,7 @@ class Bench:
                 steps=self.args.steps, batch_size=self.args.batch, seed=self.args.seed
             )
         began = time.perf_counter()
-        net = ll.quantize(self.net(), self.calibration, recipe, **options)
+        net = ll.quantize(self.net(), None, recipe, data=self.calibration, **options)
         took = time.perf_counter() - began
         with ll.fake_quantized(net):
             found = accuracy(net, self.test)
@@ -68,7 +68,7 @@ class Bench:
     def mixed(self) -> None:
         """Bits for each layer against the same for all, at the same size."""
         began = time.perf_counter()
-        scan = ll.measure_sensitivity(self.net(), self.calibration, bits=(2, 3, 4, 5, 6, 8))
+        scan = ll.measure_sensitivity(self.net(), data=self.calibration, bits=(2, 3, 4, 5, 6, 8))
         print(f"{scan}\nmeasured in {time.perf_counter() - began:.0f} s", flush=True)
         for bits in self.args.bits:
             size = sum(scan.weights.values()) * bits // 8

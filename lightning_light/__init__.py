@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         measure as measure,
         monitors as monitors,
         quantization as quantization,
+        reparameterization as reparameterization,
         schedules as schedules,
         sparsity as sparsity,
         structured as structured,
@@ -86,6 +87,10 @@ if TYPE_CHECKING:
         observers as observers,
         quantize as quantize,
         recipes as recipes,
+    )
+    from lightning_light.reparameterization import (
+        Reparameterization as Reparameterization,
+        merge_branches as merge_branches,
     )
     from lightning_light.schedules import Cubic as Cubic, OneShot as OneShot, Window as Window
     from lightning_light.sparsity import (
@@ -159,6 +164,7 @@ _NAMES = {
     ),
     "measure": ("measure_sparsity",),
     "monitors": ("CompressionMonitor",),
+    "reparameterization": ("Reparameterization", "merge_branches"),
     "quantization": (
         "Int8",
         "IntN",
@@ -213,6 +219,7 @@ _MODULES = {
     "quantization": "quantization",
     "ranking": "structured.ranking",
     "recipes": "quantization.recipes",
+    "reparameterization": "reparameterization",
     "schedules": "schedules",
     "sparsity": "sparsity",
     "structured": "structured",

@@ -16,7 +16,7 @@ from lightning_light.host.modules import compiled_methods
 from lightning_light.host.patches import InstancePatch
 from lightning_light.warning_filters import ignored_warnings
 
-__all__ = ["isolated", "plain_execution", "uncompile", "uncompiled", "unfused_kernels"]
+__all__ = ["isolated", "plain_attention", "plain_execution", "uncompile", "uncompiled", "unfused_kernels"]
 
 _TABLES = ("_parameters", "_buffers", "_modules")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -117,23 +117,32 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def plain_attention() -> Iterator[None]:
+    """Disable the fused fast path of transformer layers, which computes without calling the modules inside."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
 def unfused_kernels(*, convolutions: bool = False) -> Iterator[None]:
     """Disable fused kernels for attention and recurrent layers, which hide the matrix products inside them.
 
     Args:
         convolutions: keep oneDNN and cuDNN, which recurrent layers use as well; for networks that have none.
     """
-    mha, mkldnn, cudnn = torch.backends.mha, torch.backends.mkldnn, torch.backends.cudnn
-    before = mha.get_fastpath_enabled(), mkldnn.enabled, cudnn.enabled
+    mkldnn, cudnn = torch.backends.mkldnn, torch.backends.cudnn
+    before = mkldnn.enabled, cudnn.enabled
     try:
-        mha.set_fastpath_enabled(False)
         if not convolutions:
             mkldnn.enabled = cudnn.enabled = False  # type: ignore[assignment]  # typed as the descriptor it is
-        with sdpa_kernel(SDPBackend.MATH):
+        with plain_attention(), sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
-        mha.set_fastpath_enabled(before[0])
-        mkldnn.enabled, cudnn.enabled = before[1:]
+        mkldnn.enabled, cudnn.enabled = before
 
 
 def _contents(module: nn.Module) -> dict[str, dict[str, Any]]:

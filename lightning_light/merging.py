@@ -41,11 +41,9 @@ class BranchedLayer(nn.Module, ABC):
     """A layer that was expanded to parallel branches, and computes in evaluation mode what one layer can.
 
     Attributes:
-        main: of the class and the shape of the merged layer; the cost of the layer is counted as its cost.
-        branches: what is added to the output of ``main`` during training.
+        branches: what disappears when it is merged; the rest costs what the merged layer costs.
     """
 
-    main: nn.Module
     branches: nn.ModuleList
 
     @abstractmethod

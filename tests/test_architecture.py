@@ -33,7 +33,6 @@ METHODS = {
 CORE = {"criteria", "dependency", "host", "measure", "surgery"}
 HOSTS = {"lightning", "pytorch_lightning", "lightning_fabric"}
 HOST_FOLDER = "host"  # the one folder of the core that may import a host, and use its private names
-NOT_YET = {"quantization"}  # still uses private names of Lightning
 DEPENDENCIES = HOSTS | {
     "PIL",
     "lightning_light",
@@ -135,7 +134,7 @@ def violations(file: str, text: str) -> list[str]:
     found = []
     if {name.split(".")[0] for name in names} & HOSTS and mine != HOST_FOLDER and not holds_callback(tree):
         found.append(f"{file} imports Lightning at run time, but holds no callback: take what it needs as arguments.")
-    if mine not in {HOST_FOLDER, *NOT_YET} and (private := sorted(private_names_used(tree))):
+    if mine != HOST_FOLDER and (private := sorted(private_names_used(tree))):
         found.append(f"{file} uses {', '.join(private)}, private in Lightning: add a function to `host/` that does.")
     packages = {name.split(".")[0] for name in names if not name.startswith(".")} - sys.stdlib_module_names
     if unknown := sorted(packages - DEPENDENCIES - OPTIONAL):

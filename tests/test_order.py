@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 
+import lightning_light as ll
 from lightning_light.errors import OrderError
 from lightning_light.order import DEFAULT_WINDOWS, Stage, check_order
 
@@ -79,3 +80,20 @@ def test_a_stage_of_a_user_stands_between_two_of_ours() -> None:
         check_order([own, prune(0.5, 0.8)])
     with pytest.raises(OrderError, match="Quantize beginning at 10% of the run, while Own continues until 60%"):
         check_order([own, quantize(0.1)])
+
+
+def test_the_default_windows_of_the_callbacks_follow_one_another() -> None:
+    callbacks = [
+        ll.KnowledgeDistillation("self"),
+        ll.StructuredPruning(ll.MACs(0.5)),
+        ll.WeightPruning(ll.Sparsity(0.5)),
+        ll.LowRankFactorization(ll.MACs(0.4)),
+        ll.WeightClustering(8),
+        ll.QuantizationAwareTraining(),
+        ll.CompressionMonitor(),
+        ll.MobileExport("model.ptl"),
+    ]
+    check_order([(type(one).__name__, one.stage, one.window(10)) for one in callbacks])
+    starts = [window[0] for one in callbacks if (window := one.window(10)) is not None]
+    assert len(starts) == 5
+    assert starts == sorted(starts)

@@ -6,8 +6,7 @@ is in checkpoints and a run that was interrupted while gathering continues bit f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal, TypedDict
@@ -21,7 +20,7 @@ from lightning_light.criteria.evidence import Criterion, Evidence, GroupCriterio
 from lightning_light.criteria.movement import Movement
 from lightning_light.errors import UnsupportedError
 from lightning_light.example_input import ExampleInput
-from lightning_light.isolation import isolated
+from lightning_light.isolation import isolated, plain_attention
 from lightning_light.nested import tensors_in
 from lightning_light.surgery.edit import take
 from lightning_light.validation import PositiveInt, validated
@@ -458,7 +457,7 @@ def collect_evidence(
         )
     storage: Storage = {}
     before = {parameter: parameter.grad for parameter in model.parameters()}
-    with isolated(model), _every_module_called(), torch.set_grad_enabled(gradients):
+    with isolated(model), plain_attention(), torch.set_grad_enabled(gradients):
         collector = EvidenceCollector(model, layers, needs, storage, accumulate=accumulate)
         try:
             for index, batch in enumerate(islice(data, batches)):
@@ -580,17 +579,6 @@ def _attention_inputs(inputs: Mapping[str, Tensor], own: str, layer: str, weight
         return None
     rows = weight.shape[0] // len(found)
     return torch.cat([norms.reshape(1, -1).expand(rows, -1) for norms in found if norms is not None])
-
-
-@contextmanager
-def _every_module_called() -> Iterator[None]:
-    """Disable the fast path of transformer layers, which computes without calling the modules inside."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _training_step(model: nn.Module) -> Callable[..., Any] | None:

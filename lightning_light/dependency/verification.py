@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from lightning_light.dependency.groups import ChannelGroup, DependencyGraph, graph_of
 from lightning_light.dependency.trace import Tracer, trace
 from lightning_light.dependency.trials import TOO_FEW, Trials
+from lightning_light.validation import validated
 
 __all__ = ["trace_dependencies", "trace_verified"]
 
 
+@validated
 def trace_dependencies(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None, *, heads: str = "dim"
 ) -> DependencyGraph:

@@ -2,20 +2,25 @@
 
 from lightning_light.distillation.batch_fields import BatchFields
 from lightning_light.distillation.cache import TeacherCache
-from lightning_light.distillation.features import (
+from lightning_light.distillation.knowledge_distillation import KnowledgeDistillation
+from lightning_light.distillation.losses import (
+    DIST,
+    DKD,
     RKD,
     SRD,
     AttentionTransfer,
     ChannelWise,
     ContrastiveHint,
+    Decreasing,
+    DistillationLoss,
     FeatureHint,
+    FeatureLoss,
     KnowledgeReview,
+    LogitStandardization,
     OutputRegression,
     SimilarityPreserving,
+    SoftTargets,
 )
-from lightning_light.distillation.knowledge_distillation import KnowledgeDistillation
-from lightning_light.distillation.logits import DIST, DKD, LogitStandardization, SoftTargets
-from lightning_light.distillation.loss import Decreasing, DistillationLoss, FeatureLoss
 from lightning_light.distillation.teachers import (
     BuiltTeacher,
     CheckpointTeacher,

@@ -16,8 +16,8 @@ from typing_extensions import override
 
 from lightning_light.errors import LightningLightError, TraceError
 from lightning_light.example_input import ExampleInput
-from lightning_light.export.attention import plain_attention
 from lightning_light.export.inputs import Positional, cloned, in_order
+from lightning_light.isolation import plain_attention
 from lightning_light.warning_filters import ignored_warnings
 
 __all__ = ["Flat", "Program", "flat_tensors", "quiet_torch", "traced"]

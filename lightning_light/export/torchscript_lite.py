@@ -22,11 +22,11 @@ from torch.jit._trace import TracerWarning
 from typing_extensions import override
 
 from lightning_light.errors import TraceError, UnsupportedError
-from lightning_light.export.attention import plain_attention
 from lightning_light.export.exporter import Exporter
 from lightning_light.export.inputs import Positional
 from lightning_light.export.int8 import describe, quantizer_of
 from lightning_light.int8 import QUANTIZED_TENSORS_ARE_DEPRECATED, Int8Weights
+from lightning_light.isolation import plain_attention
 from lightning_light.validation import validated
 from lightning_light.warning_filters import ignored_warnings
 

@@ -23,7 +23,6 @@ from lightning_light.quantization.plan import QuantizationPlan
 from lightning_light.quantization.post_training.adaround import AdaRound
 from lightning_light.quantization.post_training.calibration import (
     calls_from,
-    check_calibration,
     explained,
     first_of,
 )
@@ -40,9 +39,10 @@ __all__ = ["quantize"]
 @validated
 def quantize(
     model: nn.Module,
-    calibration: Iterable[Any],
+    example_inputs: Any,
     recipe: Recipe,
     *,
+    data: Iterable[Any] | None = None,
     equalize: bool = False,
     correct_bias: bool = False,
     rounding: AdaRound | None = None,
@@ -57,9 +57,11 @@ def quantize(
 
     Args:
         model: trained; in any mode, on any device.
-        calibration: inputs of ``model``: a tensor, a tuple of arguments, or a dict of keyword arguments for each call.
-            A hundred training images are a good start, a thousand for ``rounding``; without labels.
+        example_inputs: what ``model`` is called with: a tensor, a tuple of positional arguments or a dict of keyword
+            arguments; the calibration batch where there is no ``data``.
         recipe: how many bits, and for whose kernels.
+        data: calibration batches; of a tuple or list the first item is the input, a dict holds keyword arguments. A
+            hundred training images are a good start, a thousand for ``rounding``.
         equalize: first, equalize the ranges of consecutive layers, channel by channel; the network computes the same
             function. Through batch norm, ReLU and leaky ReLU, not through ReLU6. For networks of depthwise
             convolutions, whose channels have very different ranges.
@@ -84,11 +86,10 @@ def quantize(
     Example:
         >>> from lightning_light.quantization import Int8, fake_quantized, quantize
         >>> images = torch.randn(4, 3, 8, 8)
-        >>> with fake_quantized(quantize(model, [images], Int8(), equalize=True)):
+        >>> with fake_quantized(quantize(model, images, Int8(), equalize=True)):
         ...     logits = model(images)
     """
-    check_calibration("quantize", model, calibration)
-    inputs = calls_from("quantize", model, calibration)
+    inputs = calls_from("quantize", model, example_inputs, data)
     state: dict[str, Any] = {}
     changes = equalize or correct_bias or rounding is not None
     with _restored_on_failure(model, changes), torch.no_grad(), uncompiled(model):
@@ -105,7 +106,7 @@ def quantize(
         quantizer = attach_fake_quantizer(model, state)
         if quantizer is None:
             raise ValueError(
-                f"`quantize({type(model).__name__}, calibration, {recipe!r})`: expected layers to quantize, found no "
+                f"`quantize({type(model).__name__}, ..., {recipe!r})`: expected layers to quantize, found no "
                 f"convolution or linear layer that can be; left in float: {plan.left_float or 'none'}. Give the part "
                 "of the network that has some, or exclude fewer."
             )
@@ -168,7 +169,7 @@ def _check_finite(plan: QuantizationPlan, seen: Tensor, batch: int) -> None:
     if bad.any():
         module = next(op.module for op, activation in plan.sites() if bad[activation])
         raise ValueError(
-            f"`quantize(..., calibration)`: expected finite values, found others in batch {batch}, at "
+            f"`quantize(...)`: expected finite values, found others in batch {batch}, at "
             f"`{module or 'the network itself'}`. Look in the batch and in the weights: `torch.isfinite(x).all()`."
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,9 +13,10 @@ from typing_extensions import override
 
 from lightning_light.callback import CompressionCallback
 from lightning_light.example_input import Capture
+from lightning_light.host.trainer import is_accumulating, is_backward_skipped, is_restoring
 from lightning_light.int8 import Int8Weights
-from lightning_light.order import Stage
-from lightning_light.progress import training_progress
+from lightning_light.order import DEFAULT_WINDOWS, Stage
+from lightning_light.progress import steps_planned, training_progress
 from lightning_light.quantization.checkpoint_state import attach_fake_quantizer, begin
 from lightning_light.quantization.fake_quantize import merge_ranges
 from lightning_light.quantization.fake_quantizer import FakeQuantizer
@@ -52,12 +54,13 @@ class QuantizationAwareTraining(CompressionCallback):
 
     Example:
         >>> from lightning_light.quantization import Int8, QuantizationAwareTraining
-        >>> QuantizationAwareTraining(Int8(), start=0.7)
-        QuantizationAwareTraining(start=0.7)
+        >>> QuantizationAwareTraining(Int8(), start=0.5)
+        QuantizationAwareTraining(start=0.5)
 
     Args:
         recipe: how many bits, and for whose kernels.
-        start: when observation begins; an int is an epoch, a float a fraction of the run. 0.0 for a trained network.
+        start: when observation begins; an int is an epoch, a float a fraction of the run. The default
+            follows the windows of the methods before it; 0.0 for a trained network.
         calibration_batches: training batches that are observed before anything is quantized.
         freeze_observers: from when on ranges stay as they are; 1.0 for never.
         freeze_batch_norm: from when on the batch norms that are folded use their running statistics and keep them; 1.0
@@ -88,7 +91,7 @@ class QuantizationAwareTraining(CompressionCallback):
         self,
         recipe: Recipe = Int8(),
         *,
-        start: Moment = 0.0,
+        start: Moment = DEFAULT_WINDOWS[Stage.QUANTIZATION][0],
         calibration_batches: PositiveInt = 32,
         freeze_observers: Moment = 0.9,
         freeze_batch_norm: Moment = 0.95,
@@ -102,6 +105,7 @@ class QuantizationAwareTraining(CompressionCallback):
         self.freeze_observers = freeze_observers
         self.freeze_batch_norm = freeze_batch_norm
         self.bit_width_schedule = bit_width_schedule
+        self._warned = False
         self._bit_width_schedule: Schedule | None = None
         self._learned: LearnedQParams | None = None
         self._moments: dict[str, float] = {}
@@ -121,6 +125,11 @@ class QuantizationAwareTraining(CompressionCallback):
                 name: self._resolved(name, trainer.max_epochs)
                 for name in ("start", "freeze_observers", "freeze_batch_norm")
             }
+            if self._moments["start"] >= 1.0:
+                raise ValueError(
+                    f"`{type(self).__name__}(start={self.start})`: expected a start before the end of the run, found "
+                    f"`Trainer(max_epochs={trainer.max_epochs})`. Start earlier, for instance `start=0.7`."
+                )
             self._bit_width_schedule = self.bit_width_schedule and resolve(self.bit_width_schedule, trainer.max_epochs)
 
     @override
@@ -131,7 +140,7 @@ class QuantizationAwareTraining(CompressionCallback):
         self._learned = None
         state = self.state(pl_module)
         continues = self._continues_from_quantize(trainer, state)
-        if not trainer._checkpoint_connector._loaded_checkpoint and not continues:
+        if not is_restoring(trainer) and not continues:
             state.clear()
         self._attach(pl_module)
         if state.get("enabled"):
@@ -141,6 +150,20 @@ class QuantizationAwareTraining(CompressionCallback):
         self.recipe.specs(pl_module, [])  # checks its patterns
         if "plan" not in state:
             self._capture = restore_or_capture_example(pl_module, state)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn if the run ends before the ranges are calibrated, while it can still be changed."""
+        if not self.state(pl_module).get("enabled") and not getattr(trainer, "fast_dev_run", False):
+            planned = steps_planned(trainer) * trainer.accumulate_grad_batches
+            left = math.floor((1.0 - self._moments["start"]) * planned)
+            self._warned = left <= self.calibration_batches
+            if self._warned:
+                self._no_effect(
+                    f"about {left} training batches remain after `start={self.start}`, and the first "
+                    f"`calibration_batches={self.calibration_batches}` of them calibrate the ranges. Start earlier, or "
+                    "calibrate on fewer batches."
+                )
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -172,12 +195,12 @@ class QuantizationAwareTraining(CompressionCallback):
         self._quantizer.observer = self._observer if observes else None
         # In its last epoch `StochasticWeightAveraging` collects statistics again, and does not train.
         freeze = progress >= self._moments["freeze_batch_norm"]
-        self._quantizer.freeze_batch_norm = freeze and not _is_collecting_statistics(trainer)
+        self._quantizer.freeze_batch_norm = freeze and not is_backward_skipped(trainer)
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """DDP does not know learned quantization parameters: take the mean of their gradients."""
-        accumulating = pl_module.automatic_optimization and trainer.fit_loop._should_accumulate()
+        accumulating = pl_module.automatic_optimization and is_accumulating(trainer)
         if self._learned is not None and trainer.world_size > 1 and not accumulating:
             self._learned.reduce(trainer)
 
@@ -208,7 +231,7 @@ class QuantizationAwareTraining(CompressionCallback):
         if self._quantizer is not None:
             self._quantizer.freeze_batch_norm = False
         state = self.state(pl_module)
-        if not state.get("enabled") and not getattr(trainer, "fast_dev_run", False):
+        if not state.get("enabled") and not getattr(trainer, "fast_dev_run", False) and not self._warned:
             self._no_effect(self._why_nothing(state))
 
     @override
@@ -377,7 +400,3 @@ def _warn_of_unseen(modules: Sequence[str]) -> None:
         "`self(...)`, in the same way as the example?",
         stacklevel=2,
     )
-
-
-def _is_collecting_statistics(trainer: Trainer) -> bool:
-    return bool(getattr(trainer.fit_loop, "_skip_backward", False))

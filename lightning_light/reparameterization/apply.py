@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from lightning_light.errors import UnsupportedError
 from lightning_light.merging import BranchedLayer, branch_of
 from lightning_light.order import Stage
-from lightning_light.reparameterization.branches import Branch, BranchedConv2d, Spec, expand, merged_layer, randomize
+from lightning_light.reparameterization.branches import Branch, BranchedConv2d, ExpandedConv2d, Spec, expand
 from lightning_light.reparameterization.forms import Form
 from lightning_light.surgery.operations import register_operation
 from lightning_light.surgery.optimizer import unwrap
@@ -35,8 +35,8 @@ METHOD = "reparameterization"
 EXPAND = "reparameterization/expand"
 MERGE = "reparameterization/merge"
 
-Merged = dict[str, tuple[Tensor, Tensor]]
-"""Name of a layer -> kernel and bias of the convolution that it merges into, in float64 on the CPU."""
+Merged = dict[str, tuple[Tensor, Tensor | None]]
+"""Name of a layer -> kernel and bias of the convolution that it merges into, on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,11 @@ def plan_expansion(
     plan = Expansion()
     inside = tuple(f"{name}." for name in branched_layers(model))
     for name, module in targets.select(model).items():
-        if not isinstance(module, nn.modules.conv._ConvNd) or name.startswith(inside):
+        if (
+            not isinstance(module, nn.modules.conv._ConvNd)
+            or isinstance(module, BranchedLayer)
+            or name.startswith(inside)
+        ):
             continue
         reason = _reason(model, name, module, owners, trained)
         specs = [] if reason or not isinstance(module, nn.Conv2d) else form.branches(module)
@@ -117,9 +121,7 @@ def expand_layers(
     for name, specs in layers.items():
         conv = model.get_submodule(name)
         assert isinstance(conv, nn.Conv2d)
-        branched = expand(conv, specs)
-        randomize(branched, name)
-        new[name] = branched
+        new[name] = branched = expand(conv, specs, name)
         weight = cast(nn.Parameter, conv.weight)
         followers[weight] = [weight, *branched.branches.parameters()]
     replace_modules(
@@ -134,9 +136,9 @@ def expand_layers(
     return {"op": EXPAND, "layers": {name: [list(spec) for spec in specs] for name, specs in layers.items()}}
 
 
-def branched_layers(model: nn.Module) -> dict[str, BranchedConv2d]:
+def branched_layers(model: nn.Module) -> dict[str, ExpandedConv2d]:
     """Return the expanded convolutions of ``model`` by their first names."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, BranchedConv2d)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, ExpandedConv2d)}
 
 
 def merged_tensors(model: nn.Module, live: nn.Module | None = None) -> Merged:
@@ -186,8 +188,8 @@ def merge_layers(
     followers: dict[nn.Parameter, list[nn.Parameter]] = {}
     for name in merged:
         branched = model.get_submodule(name)
-        assert isinstance(branched, BranchedConv2d)
-        new[name] = layer = merged_layer(branched)
+        assert isinstance(branched, ExpandedConv2d)
+        new[name] = layer = branched.unfilled()
         staying = {id(parameter) for parameter in layer.parameters()}
         followers |= {parameter: [] for parameter in branched.parameters() if id(parameter) not in staying}
     replace_modules(
@@ -219,7 +221,7 @@ def replay_merging(model: nn.Module, entry: Mapping[str, Any]) -> None:
     """Put merged convolutions in the place of the expanded ones; their tensors come from the state dict."""
     for name in entry["layers"]:
         branched: Any = model.get_submodule(name)
-        put_module(model, name, merged_layer(branched))
+        put_module(model, name, branched.unfilled())
 
 
 def _reason(
@@ -257,7 +259,9 @@ def _parameters(optimizers: Iterable[Any]) -> Iterable[nn.Parameter]:
     return (parameter for group in groups for parameter in group["params"])
 
 
-def _check_intact(name: str, branched: BranchedConv2d) -> None:
+def _check_intact(name: str, branched: ExpandedConv2d) -> None:
+    if not isinstance(branched, BranchedConv2d):
+        return
     branches = cast(Iterable[Branch], branched.branches)
     layers = (branched.main, *(layer for branch in branches for layer in branch.layers))
     plain = (nn.Conv2d, nn.BatchNorm2d, nn.AvgPool2d)
@@ -276,8 +280,8 @@ def _take_missing_statistics(copied: BranchedLayer, live: nn.Module) -> None:
             own.load_state_dict({**own.state_dict(), **dict(other.named_buffers())})
 
 
-def _assign(layer: nn.Module, kernel: Tensor, bias: Tensor) -> None:
+def _assign(layer: nn.Module, kernel: Tensor, bias: Tensor | None) -> None:
     with torch.no_grad():
         for parameter, value in ((layer.weight, kernel), (layer.bias, bias)):
-            assert isinstance(parameter, nn.Parameter)
-            parameter.copy_(value)
+            if isinstance(parameter, nn.Parameter) and value is not None:
+                parameter.copy_(value)

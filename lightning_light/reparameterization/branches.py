@@ -3,11 +3,15 @@
 A kernel of ``(kh, kw)`` is placed in the middle of one of ``(KH, KW)``, at ``((KH - kh) // 2, (KW - kw) // 2)``. What a
 branch of several layers needs around the borders is padded before its first layer, so that a batch norm inside maps
 the padding as it maps any other zero, and the merged convolution is exact at the borders.
+
+Branches are layers, whose outputs are added (`BranchedConv2d`), or kernels, which are added before one convolution
+(`OnlineConv2d`).
 """
 
 from __future__ import annotations
 
 import zlib
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias, cast
 
@@ -18,13 +22,52 @@ from typing_extensions import override
 
 from lightning_light.merging import BranchedLayer
 
-__all__ = ["Branch", "BranchedConv2d", "Spec", "build_branch", "expand", "merged_layer", "plain_layer", "randomize"]
+__all__ = ["Branch", "BranchedConv2d", "ExpandedConv2d", "KernelBranch", "OnlineConv2d", "Spec", "expand"]
 
 Spec: TypeAlias = tuple[str, int, int]
 """Kind of a branch, and the height and width of its kernel."""
 
+_GAIN = 5**0.5  # of torch's own convolutions
+
 Pads: TypeAlias = tuple[tuple[int, int], tuple[int, int]]
 """What is padded before and after, for height and width; negative where the input is cropped."""
+
+
+class ExpandedConv2d(BranchedLayer):
+    """A convolution with branches, of either kind."""
+
+    @property
+    @abstractmethod
+    def conv(self) -> nn.Conv2d:
+        """The convolution that was expanded, whose weight stays after merging."""
+
+    @abstractmethod
+    def kernel_and_bias(self) -> tuple[Tensor, Tensor | None]:
+        """Return the kernel and the bias of the merged convolution, in evaluation mode, on the CPU."""
+
+    @abstractmethod
+    def unfilled(self) -> nn.Conv2d:
+        """Return the convolution that takes the place of this layer, made of its parameter objects.
+
+        The values are still the old ones. The gradients of the objects are those of the merged weight and bias, so the
+        state that an optimizer keeps for them stays right.
+        """
+
+    @abstractmethod
+    def randomize(self, generator: torch.Generator) -> None:
+        """Give the branches, on ``meta`` so far, tensors beside those of `conv`, so that the function is preserved."""
+
+    @override
+    def fuse(self) -> nn.Conv2d:
+        kernel, bias = self.kernel_and_bias()
+        weight = self.conv.weight
+        fused = _plain_layer(self.conv, nn.Parameter(torch.empty_like(weight), weight.requires_grad))
+        fused.bias = None if bias is None else nn.Parameter(weight.new_empty(len(bias)), weight.requires_grad)
+        with torch.no_grad():
+            fused.weight.copy_(kernel)
+            if fused.bias is not None and bias is not None:
+                fused.bias.copy_(bias)
+        return fused.train(self.training)
 
 
 class Branch(nn.Module):
@@ -64,7 +107,7 @@ class Branch(nn.Module):
         return kernel, bias
 
 
-class BranchedConv2d(BranchedLayer):
+class BranchedConv2d(ExpandedConv2d):
     """A convolution and branches beside it, whose outputs are added.
 
     Attributes:
@@ -84,8 +127,13 @@ class BranchedConv2d(BranchedLayer):
             output = output + branch(x)
         return cast(Tensor, output)
 
+    @property
+    @override
+    def conv(self) -> nn.Conv2d:
+        return self.main
+
+    @override
     def kernel_and_bias(self) -> tuple[Tensor, Tensor]:
-        """Return the kernel and the bias of the sum, in evaluation mode, in float64 on the CPU."""
         kernel = _float64(self.main.weight).clone()
         bias = torch.zeros(kernel.shape[0], dtype=torch.float64)
         if self.main.bias is not None:
@@ -97,30 +145,132 @@ class BranchedConv2d(BranchedLayer):
         return kernel, bias
 
     @override
-    def fuse(self) -> nn.Conv2d:
-        kernel, bias = self.kernel_and_bias()
-        weight = self.main.weight
-        fused = plain_layer(self.main, nn.Parameter(torch.empty_like(weight), weight.requires_grad))
-        fused.bias = nn.Parameter(weight.new_empty(len(bias)), weight.requires_grad)
-        with torch.no_grad():
-            fused.weight.copy_(kernel)
-            fused.bias.copy_(bias)
-        return fused.train(self.training)
+    def unfilled(self) -> nn.Conv2d:
+        layer = _plain_layer(self.main, self.main.weight)
+        if layer.bias is None:
+            layer.bias = cast(Branch, self.branches[0]).norm.bias
+        return layer.train(self.training)
+
+    @override
+    def randomize(self, generator: torch.Generator) -> None:
+        for branch in cast(Iterable[Branch], self.branches):
+            branch.to_empty(device="cpu")
+            for layer in branch.layers:
+                if isinstance(layer, nn.Conv2d):
+                    nn.init.kaiming_uniform_(layer.weight, a=_GAIN, generator=generator)
+                elif isinstance(layer, nn.BatchNorm2d):
+                    layer.reset_parameters()
+            nn.init.zeros_(branch.norm.weight)
+        self.branches.to(device=self.main.weight.device, dtype=self.main.weight.dtype)
 
 
-def expand(conv: nn.Conv2d, specs: Iterable[Sequence[Any]]) -> BranchedConv2d:
-    """Return a layer around the parameters of ``conv``, with branches that have tensors on ``meta``.
+class KernelBranch(nn.Module):
+    """One kernel that is added to that of a convolution, times a scale.
+
+    Attributes:
+        size: of the whole kernel.
+        averages: whether a 1x1 weight is spread over the kernel, as an average of the outputs does.
+        weight: ``(out, in / groups, kh, kw)``.
+        depthwise: ``(1, in / groups, kh, kw)``, the kernels behind which a 1x1 ``weight`` stands, or None.
+        scale: ``(out,)``.
+    """
+
+    def __init__(self, conv: nn.Conv2d, kind: str, height: int, width: int) -> None:
+        super().__init__()
+        within = conv.in_channels // conv.groups
+        own = (height, width) if kind == "kernel" else (1, 1)
+        self.size: tuple[int, ...] = tuple(conv.kernel_size)
+        self.averages = kind == "kernel_average"
+        self.weight = nn.Parameter(torch.empty(conv.out_channels, within, *own, device="meta"))
+        self.depthwise: nn.Parameter | None = None
+        if kind == "kernel_separable":
+            self.depthwise = nn.Parameter(torch.empty(1, within, height, width, device="meta"))
+        self.scale = nn.Parameter(torch.empty(conv.out_channels, device="meta"))
+
+    @override
+    def forward(self) -> Tensor:
+        kernel = self.weight if self.depthwise is None else self.weight * self.depthwise
+        if self.averages:
+            kernel = kernel.expand(-1, -1, *self.size) / (self.size[0] * self.size[1])
+        return F.pad(kernel, _margins(self.size, kernel.shape[2:])) * self.scale[:, None, None, None]
+
+
+class OnlineConv2d(nn.Conv2d, ExpandedConv2d):
+    """A convolution with the sum of its own kernel and those of its branches.
+
+    Attributes:
+        branches: of class `KernelBranch`.
+    """
+
+    @property
+    @override
+    def conv(self) -> nn.Conv2d:
+        return self
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self._conv_forward(x, self._kernel(), self.bias))
+
+    @override
+    def kernel_and_bias(self) -> tuple[Tensor, Tensor | None]:
+        return self._kernel().detach().cpu(), None if self.bias is None else self.bias.detach().cpu()
+
+    @override
+    def unfilled(self) -> nn.Conv2d:
+        return _plain_layer(self, self.weight).train(self.training)
+
+    @override
+    def randomize(self, generator: torch.Generator) -> None:
+        for branch in cast(Iterable[KernelBranch], self.branches):
+            branch.to_empty(device="cpu")
+            for weight in (branch.weight, branch.depthwise):
+                if weight is not None:
+                    nn.init.kaiming_uniform_(weight, a=_GAIN, generator=generator)
+            nn.init.zeros_(branch.scale)
+        self.branches.to(device=self.weight.device, dtype=self.weight.dtype)
+
+    def _kernel(self) -> Tensor:
+        kernel: Tensor = self.weight
+        for branch in self.branches:
+            kernel = kernel + branch()
+        return kernel
+
+
+def expand(conv: nn.Conv2d, specs: Sequence[Sequence[Any]], name: str | None = None) -> ExpandedConv2d:
+    """Return a layer around the parameter objects of ``conv``, which preserves its function.
 
     Args:
-        conv: the parameter objects are shared, the module is not.
-        specs: of the branches, see `build_branch`.
+        conv: is not changed.
+        specs: kind and kernel size of the branches: of layers, ``"conv"``, ``"identity"``, ``"conv_conv"`` (1x1, then
+            the kernel), ``"conv_pool"`` (1x1, then an average over the kernel), ``"pool"``; or of kernels,
+            ``"kernel"``, ``"kernel_separable"``, ``"kernel_average"``.
+        name: seeds the generator that kernels are drawn from, so that all processes draw the same and the random
+            numbers of the run are not changed. None leaves the branches on ``meta``, for a replay.
+
+    Raises:
+        ValueError: a kind is unknown, or layers and kernels are mixed.
     """
-    return BranchedConv2d(plain_layer(conv, conv.weight), [build_branch(conv, *spec) for spec in specs])
+    kinds = {kind for kind, _, _ in specs}
+    expanded: ExpandedConv2d
+    if kinds <= _BUILDERS.keys():
+        branches = [_BUILDERS[kind](conv, (height, width)) for kind, height, width in specs]
+        expanded = BranchedConv2d(_plain_layer(conv, conv.weight), branches)
+    elif kinds <= set(_KERNELS):
+        expanded = cast(OnlineConv2d, _plain_layer(conv, conv.weight, OnlineConv2d))
+        expanded.branches = nn.ModuleList(KernelBranch(conv, *spec) for spec in specs)
+    else:
+        raise ValueError(
+            f"`Form.branches` returned the kinds {sorted(kinds)}: expected them to be among {sorted(_BUILDERS)}, or "
+            f"among {sorted(_KERNELS)}. Layers and kernels do not mix."
+        )
+    if name is not None:
+        expanded.randomize(torch.Generator().manual_seed(zlib.crc32(name.encode())))
+    return expanded
 
 
-def plain_layer(conv: nn.Conv2d, weight: Tensor) -> nn.Conv2d:
+def _plain_layer(conv: nn.Conv2d, weight: Tensor, kind: type[nn.Conv2d] = nn.Conv2d) -> nn.Conv2d:
     """Return a convolution like ``conv``, without its hooks, with the parameter ``weight`` and the same bias object."""
-    layer = nn.Conv2d(
+    layer = kind(
         conv.in_channels,
         conv.out_channels,
         cast("tuple[int, int]", conv.kernel_size),
@@ -134,50 +284,6 @@ def plain_layer(conv: nn.Conv2d, weight: Tensor) -> nn.Conv2d:
     )
     layer._parameters.update(weight=cast(nn.Parameter, weight), bias=cast("nn.Parameter | None", conv.bias))
     return layer
-
-
-def merged_layer(branched: BranchedConv2d) -> nn.Conv2d:
-    """Return the convolution that takes the place of ``branched``, made of its parameter objects.
-
-    The weight is that of ``main``, the bias too, or else that of the first branch's batch norm: their gradients are
-    those of the merged weight and bias, so the state that an optimizer keeps for them stays right. The values are still
-    the old ones, see `BranchedConv2d.kernel_and_bias`.
-    """
-    layer = plain_layer(branched.main, branched.main.weight)
-    if layer.bias is None:
-        layer.bias = cast(Branch, branched.branches[0]).norm.bias
-    return layer.train(branched.training)
-
-
-def randomize(branched: BranchedConv2d, name: str) -> None:
-    """Give the branches, on ``meta`` so far, tensors beside those of ``main``, with weights that preserve the function.
-
-    Kernels are drawn as torch draws them, from a generator seeded by ``name``, so that all processes draw the same and
-    the random numbers of the run are not changed. The weight of every branch's last batch norm is zero.
-    """
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    for branch in cast(Iterable[Branch], branched.branches):
-        branch.to_empty(device="cpu")
-        for layer in branch.layers:
-            if isinstance(layer, nn.Conv2d):
-                nn.init.kaiming_uniform_(layer.weight, a=5**0.5, generator=generator)
-            elif isinstance(layer, nn.BatchNorm2d):
-                layer.reset_parameters()
-        nn.init.zeros_(branch.norm.weight)
-        branch.to(device=branched.main.weight.device, dtype=branched.main.weight.dtype)
-
-
-def build_branch(conv: nn.Conv2d, kind: str, height: int, width: int) -> Branch:
-    """Return a branch beside ``conv``, with tensors on ``meta``.
-
-    Args:
-        conv: says channels, stride, padding, dilation and groups.
-        kind: ``"conv"``, ``"identity"``, ``"conv_conv"`` (1x1, then the kernel), ``"conv_pool"`` (1x1, then an average
-            over the kernel) or ``"pool"``.
-        height: of the kernel.
-        width: of the kernel.
-    """
-    return _BUILDERS[kind](conv, (height, width))
 
 
 def _conv(conv: nn.Conv2d, kernel: tuple[int, int]) -> Branch:
@@ -213,6 +319,7 @@ _BUILDERS: dict[str, Callable[[nn.Conv2d, tuple[int, int]], Branch]] = {
     "conv_pool": _conv_pool,
     "pool": _pool,
 }
+_KERNELS = ("kernel", "kernel_separable", "kernel_average")
 
 
 def _convolution(

@@ -11,11 +11,11 @@ from typing_extensions import override
 from lightning_light.reparameterization.branches import Spec
 from lightning_light.validation import PositiveInt, validated
 
-__all__ = ["ACB", "DBB", "Branches", "Form", "RepVGG"]
+__all__ = ["ACB", "DBB", "OREPA", "Branches", "Form", "RepVGG"]
 
 
 class Form(ABC):
-    """Which branches a convolution gets beside itself, each with a batch norm at its end.
+    """Which branches a convolution gets beside itself.
 
     A form of your own is one frozen dataclass with `branches`.
     """
@@ -24,8 +24,10 @@ class Form(ABC):
     def branches(self, conv: nn.Conv2d) -> list[Spec]:
         """Return the kind and the kernel size of every branch.
 
-        Kinds: ``"conv"``, ``"identity"`` (for as many outputs as inputs, without a stride), ``"conv_conv"`` (1x1, then
-        the kernel), ``"conv_pool"`` (1x1, then an average over the kernel, without dilation), ``"pool"``.
+        Branches of layers, each with a batch norm at its end: ``"conv"``, ``"identity"`` (for as many outputs as
+        inputs, without a stride), ``"conv_conv"`` (1x1, then the kernel), ``"conv_pool"`` (1x1, then an average over
+        the kernel, without dilation), ``"pool"``. Or branches of kernels, which are scaled and added before the one
+        convolution: ``"kernel"``, ``"kernel_separable"`` (depthwise, then 1x1), ``"kernel_average"``.
         Empty where the form has none for this convolution.
         """
 
@@ -97,6 +99,25 @@ class DBB(Form):
         depthwise = conv.groups == conv.in_channels == conv.out_channels
         average: list[Spec] = [("pool" if depthwise else "conv_pool", height, width)]
         return [("conv", 1, 1), ("conv_conv", height, width), *(average if max(conv.dilation) == 1 else [])]
+
+
+@validated
+@dataclass(frozen=True)
+class OREPA(Form):
+    """Online re-parameterization: 1x1, depthwise then 1x1, and 1x1 then an average, added before one convolution.
+
+    Each has a learned scale per output channel in place of a batch norm. The input passes one convolution, so a step
+    takes little longer than without branches.
+
+    Hu et al., 2022, "Online Convolutional Re-parameterization". https://arxiv.org/abs/2204.00826
+    """
+
+    @override
+    def branches(self, conv: nn.Conv2d) -> list[Spec]:
+        height, width = conv.kernel_size
+        if max(height, width) == 1:
+            return []
+        return [("kernel", 1, 1), ("kernel_separable", height, width), ("kernel_average", height, width)]
 
 
 def _identity(conv: nn.Conv2d) -> list[Spec]:

@@ -61,7 +61,7 @@ def expand_branches(
         model: any module. The checkpoints of a LightningModule know what was expanded.
         example_inputs: a tensor, a tuple of positional arguments, a dict of keyword arguments, or an `ExampleInput`;
             if given, the outputs before and after are compared on it. None to compare nothing.
-        form: which branches: `ACB`, `RepVGG`, `Branches`, `DBB`.
+        form: which branches: `ACB`, `RepVGG`, `Branches`, `DBB`, `OREPA`.
         targets: layers to expand, all convolutions by default: patterns or `Targets`.
         optimizers: each branch joins them behind the weight of its convolution.
         tolerance: of the comparison: largest difference over the largest output.

@@ -53,9 +53,9 @@ class _State(TypedDict, total=False):
 class Reparameterization(CompressionCallback):
     """Train convolutions as several parallel branches, and merge them into one convolution for deployment.
 
-    A convolution becomes the sum of itself and of branches that end with a batch norm. Expansion preserves the function
-    at whatever time it happens: the weight of each branch's last batch norm starts at zero. Merging is exact in
-    evaluation mode. What is deployed has the layers it had before, at no cost.
+    A convolution becomes the sum of itself and of branches, each of which ends with a batch norm or a scale. Expansion
+    preserves the function at whatever time it happens, because that starts at zero. Merging is exact in evaluation
+    mode. What is deployed has the layers it had before, at no cost.
 
     Branches are merged at ``merge``; by default when the first later method of the Trainer that needs one weight per
     layer begins (masks, factors, clustering, quantization). Without such a method they stay until `merge_branches` is
@@ -63,11 +63,12 @@ class Reparameterization(CompressionCallback):
     budgets count the merged layers.
 
     Example:
-        >>> Reparameterization(ACB(), targets=Targets(exclude="stem"), merge=0.8)
-        Reparameterization(form=ACB(), targets=Targets(include=('*',), exclude=('stem',), ...), merge=0.8)
+        >>> from lightning_light.reparameterization import ACB
+        >>> Reparameterization(ACB(), start=0.1, merge=0.8)
+        Reparameterization(form=ACB(), start=0.1, merge=0.8)
 
     Args:
-        form: which branches: `ACB`, `RepVGG`, `Branches`, `DBB`.
+        form: which branches: `ACB`, `RepVGG`, `Branches`, `DBB`, `OREPA`.
         targets: layers to expand, all convolutions by default: patterns or `Targets`.
         start: when they are expanded; an int is an epoch, a float a fraction of the run.
         merge: when they are merged, or None; 1.0 is before the last batch.

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import math
 import pickle
+import pkgutil
 import types
 import typing
 from collections.abc import Iterator
@@ -48,8 +49,10 @@ def public() -> list[Any]:
     Not exceptions, which are raised for a user, nor records, which are made for one: they document their attributes and
     no arguments.
     """
-    modules = [ll, *(importlib.import_module(f"{ll.__name__}.{module}") for module in ll._MODULES.values())]
-    values = {id(value): value for module in modules for value in (getattr(module, name) for name in module.__all__)}
+    packages = {module.name for module in pkgutil.iter_modules(ll.__path__) if module.ispkg}
+    modules = [importlib.import_module(f"{ll.__name__}.{one}") for one in sorted(packages | {*ll._MODULES.values()})]
+    found = [getattr(module, name) for module in (ll, *modules) for name in getattr(module, "__all__", ())]
+    values = {id(value): value for value in found}
     return [value for value in values.values() if inspect.isfunction(value) or _is_constructor(value)]
 
 
@@ -255,9 +258,9 @@ NAMED: dict[str, tuple[Any, str]] = {
         lambda: ll.MACs(40),
         r"`MACs\(remaining=40\)`: expected 0 < remaining <= 1, found 40. .* not a percentage: write `remaining=0.4`",
     ),
-    "calibration": (
-        lambda: ll.quantize(NET, None, ll.Int8()),  # type: ignore[arg-type]
-        r"`quantize\(calibration=None\)`: expected an iterable of .*, found None",
+    "recipe name": (
+        lambda: ll.quantize(NET, X, recipe="int8"),  # type: ignore[arg-type]
+        r"`quantize\(recipe='int8'\)`: expected a Recipe, found str 'int8'. Write `recipe=Int8\(\)`",
     ),
 }
 

@@ -137,7 +137,7 @@ def clustered() -> Any:
 
 def quantized() -> Any:
     module = LIT()
-    trainer(QuantizationAwareTraining(Int8(), calibration_batches=2), max_epochs=1).fit(module)
+    trainer(QuantizationAwareTraining(Int8(), start=0.0, calibration_batches=2), max_epochs=1).fit(module)
     return module
 
 

@@ -46,7 +46,7 @@ def test_bits_of_rounded_layers_follow_the_ladder(tmp_path: Any, capsys: Any) ->
     module, logger = module_class(Body, lightning.pytorch)(), CSVLogger(tmp_path)
     recipe = MixedPrecision(default=IntN(4, 4), first=IntN(2, None))
     ladder = Window(Staircase(Linear(), steps=2), end=0.6)
-    qat = QuantizationAwareTraining(recipe, calibration_batches=2, bit_width_schedule=ladder)
+    qat = QuantizationAwareTraining(recipe, start=0.0, calibration_batches=2, bit_width_schedule=ladder)
     monitor = CompressionMonitor(every_n_steps=1)
     trainer(qat, monitor, logger=logger).fit(module)
     assert monitor.after.stats["features.stem"] == {"weight_bits": 2.0}
@@ -61,5 +61,5 @@ def test_bits_of_rounded_layers_follow_the_ladder(tmp_path: Any, capsys: Any) ->
 
 def test_a_network_that_was_quantized_without_training_has_bits_too() -> None:
     module = module_class(Body, lightning.pytorch)()
-    quantize(module, [noise(4, 3, 8, 8)], Int8())
+    quantize(module, noise(4, 3, 8, 8), Int8())
     assert layer_stats(state_of(module).state)["head"] == {"weight_bits": 8.0, "activation_bits": 8.0}

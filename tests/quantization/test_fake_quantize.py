@@ -1,13 +1,18 @@
 """Against the formulas of Jacob et al. (2018), restated here in float64."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
+from torch.overrides import TorchFunctionMode
 
+from lightning_light.example_input import ExampleInput
 from lightning_light.quantization.fake_quantize import (
     fake_quantize,
+    fake_quantize_bias,
     fake_quantize_weight,
     merge_ranges,
     qparams_of,
@@ -15,6 +20,7 @@ from lightning_light.quantization.fake_quantize import (
 )
 from lightning_light.quantization.lowering.qdq import register_operations
 from lightning_light.quantization.specs import ActivationSpec, QParams, WeightSpec
+from tests.quantization.helpers import calibrated
 from tests.zoo import noise
 
 INT8 = WeightSpec(8, -127, 127)
@@ -133,3 +139,44 @@ def test_moving_average() -> None:
     assert merge_ranges(first, torch.tensor([[-2.0, 6.0]]), momentum).tolist() == [[-1.25, 3.0]]
     assert merge_ranges(first, infinite, momentum).tolist() == first.tolist()
     assert merge_ranges(first, torch.tensor([[torch.nan, torch.inf]]), momentum).tolist() == first.tolist()
+
+
+def test_biases_are_int32_in_units_of_input_times_weight() -> None:
+    bias, unit = noise(6).requires_grad_(), torch.full((6,), 0.003).double()
+    found = fake_quantize_bias(bias, unit)
+    steps = found.detach().double() / unit
+    torch.testing.assert_close(steps, steps.round(), rtol=0.0, atol=1e-3)
+    assert float((found - bias).detach().abs().max()) <= 0.00151
+    found.sum().backward()
+    assert bias.grad is not None
+    assert bias.grad.tolist() == [1.0] * 6
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_bias_of_a_folded_batch_norm_is_quantized_where_the_batch_norm_adds_it(bias) -> None:
+    """``beta + (b - mean) g`` is a multiple of ``s_x s_w |g|``, ``g = gamma / sqrt(var + eps)``."""
+    conv, bn = nn.Conv2d(3, 8, 3, bias=bias), nn.BatchNorm2d(8)
+    with torch.no_grad():
+        for tensor in (bn.weight, bn.bias, bn.running_mean):
+            tensor.copy_(noise(8))  # type: ignore[union-attr]
+    net, images = nn.Sequential(conv, bn).eval(), noise(2, 3, 8, 8)
+    quantizer = calibrated(net, ExampleInput((images,)))
+    (site,) = quantizer.plan.layers.values()
+    reads = quantizer.qparams[site.input or 0]
+    assert reads is not None
+    seen: list[Tensor] = []
+
+    class Spy(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if getattr(func, "__name__", "") == "batch_norm":
+                seen.append(kwargs["bias"].detach().double())
+            return func(*args, **(kwargs or {}))
+
+    with Spy(), torch.no_grad():
+        net(images)
+        gain = bn.weight.double() / (bn.running_var.double() + bn.eps).sqrt()  # type: ignore[union-attr]
+        own = torch.zeros(8) if conv.bias is None else conv.bias
+        shift = seen[-1] + (own.double() - bn.running_mean.double()) * gain  # type: ignore[union-attr]
+        steps = shift / (reads.scale * quantize_weight(conv.weight, INT8)[1].double() * gain.abs())
+    torch.testing.assert_close(steps, steps.round(), rtol=0.0, atol=0.02)
+    assert float((seen[-1] - bn.bias.detach()).abs().max()) > 0.0

@@ -57,7 +57,7 @@ def calibrated(name: str, recipe: Recipe) -> tuple[nn.Module, tuple[Any, ...], d
     torch.manual_seed(0)
     net = ZOO[name]().eval()
     args, kwargs = net.example
-    quantize(net, [dict(inspect.signature(net.forward).bind(*args, **kwargs).arguments)], recipe)
+    quantize(net, dict(inspect.signature(net.forward).bind(*args, **kwargs).arguments), recipe)
     return net, args, kwargs
 
 
@@ -94,6 +94,6 @@ def test_training_mode_computes_the_same_function(recipe) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 5))
     images = torch.randn(4, 3, 8, 8)
-    quantize(net, [images], recipe)
+    quantize(net, images, recipe)
     with fake_quantized(net):
         assert torch.equal(net.train()(images), net.eval()(images))

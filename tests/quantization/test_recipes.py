@@ -339,7 +339,7 @@ class Halved(Observer):
 
 
 def test_an_observer_of_the_users_own_is_found_again() -> None:
-    net = quantize(ZOO["plain"]().eval(), [noise(2, 3, 8, 8)], Int8(observer=Halved(0.25)))
+    net = quantize(ZOO["plain"]().eval(), noise(2, 3, 8, 8), Int8(observer=Halved(0.25)))
     activations = state_of(net).state["quantization_aware_training"]["plan"]["activations"]
     assert {spec["observer"]["kind"] for spec in activations} == {f"{__name__}.Halved"}
     assert decode(Observer, activations[0]["observer"], "observer") == Halved(0.25)
@@ -369,7 +369,7 @@ DAMAGES: dict[str, Any] = {
 
 @pytest.mark.parametrize("sentence", DAMAGES)
 def test_a_damaged_state_is_refused_by_the_name_of_its_part(sentence) -> None:
-    net = quantize(ZOO["plain"]().eval(), [noise(2, 3, 8, 8)], Int8())
+    net = quantize(ZOO["plain"]().eval(), noise(2, 3, 8, 8), Int8())
     DAMAGES[sentence](state_of(net).state["quantization_aware_training"])
     with pytest.raises(ManifestError, match=sentence), fake_quantized(net):
         pass

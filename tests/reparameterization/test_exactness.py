@@ -9,10 +9,10 @@ from hypothesis import assume, given, settings, strategies as st
 from torch import Tensor, nn
 
 from lightning_light.errors import NoEffectWarning
-from lightning_light.reparameterization import ACB, DBB, Branches, Form, RepVGG, expand_branches, merge_branches
+from lightning_light.reparameterization import ACB, DBB, OREPA, Branches, Form, RepVGG, expand_branches, merge_branches
 from lightning_light.reparameterization.apply import branched_layers
 
-FORMS = [ACB(), RepVGG(), Branches(3), DBB()]
+FORMS = [ACB(), RepVGG(), Branches(3), DBB(), OREPA()]
 BOUNDS = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 
@@ -101,7 +101,8 @@ def test_every_branch_learns(form: Form) -> None:
     still = [name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])]
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     kernels = [name for name, parameter in model.named_parameters() if parameter.ndim == 4]
-    scales = [names[id(branch.norm.weight)] for branch in branched_layers(model)["0"].branches]
+    branches = branched_layers(model)["0"].branches
+    scales = [names[id(branch.scale if form == OREPA() else branch.norm.weight)] for branch in branches]
     assert not set(still) & {*kernels, *scales}
 
 

@@ -13,7 +13,7 @@ from lightning_light.measure.cost import count_cost
 from lightning_light.merging import merge_blocks
 from lightning_light.order import Stage
 from lightning_light.quantization import Int8, QuantizationAwareTraining
-from lightning_light.reparameterization import ACB, DBB, Branches, Reparameterization, RepVGG, expand_branches
+from lightning_light.reparameterization import ACB, DBB, OREPA, Branches, Reparameterization, RepVGG, expand_branches
 from lightning_light.reparameterization.apply import branched_layers
 from lightning_light.schedules import Linear, OneShot, Window
 from lightning_light.sparsity import WeightPruning
@@ -24,7 +24,7 @@ from tests.contract.bodies import Body, module_class
 from tests.contract.runs import DEFAULT_HOST, shapes, trainer
 from tests.zoo import Depthwise, Plain, Residual, noise
 
-FORMS = [ACB(), RepVGG(), Branches(3), DBB()]
+FORMS = [ACB(), RepVGG(), Branches(3), DBB(), OREPA()]
 
 
 def fresh(body: type[Body] = Body) -> Any:
@@ -207,6 +207,14 @@ def test_a_chain_reaches_its_budget_on_the_merged_network() -> None:
     trainer(Reparameterization(ACB(), start=0.1, merge=0.6), pruning).fit(module)
     assert not branched_layers(module)
     assert 0.4 * dense <= count_cost(module, (example,)).macs <= 0.6 * dense
+
+
+def test_merged_kernels_leave_the_network_as_it_was_built() -> None:
+    module = fresh()
+    before = shapes(module)
+    trainer(Reparameterization(OREPA(), start=0.2, merge=0.8)).fit(module)
+    assert shapes(module) == before
+    assert [entry["op"].rpartition("/")[2] for entry in state_of(module).edit_log] == ["expand", "merge"]
 
 
 def test_a_layer_that_is_masked_is_not_expanded() -> None:

@@ -395,8 +395,8 @@ def test_wanda_scores_weight_times_norm_of_its_input() -> None:
         (lambda: SRSTE(schedule=ll.sparsity.Alternating()), ValueError, "expected a schedule that rises"),
         (lambda: ll.sparsity.Alternating(phases=0), ValueError, "expected an integer >= 1"),
         (lambda: ll.sparsity.DenseSparseDense(0.7, 0.3), ValueError, "expected start < end"),
-        (lambda: ll.sparsity.Rewinding(rewind_to=2.0), ValueError, "expected 0 <= rewind_to <= 1"),
-        (lambda: ll.sparsity.Rewinding(rewind_to=1.0), ValueError, "expected a fraction of the run"),
+        (lambda: ll.sparsity.Rewinding(rewind_to=2.0), ValueError, "expected 0 <= rewind_to < 1"),
+        (lambda: ll.sparsity.Rewinding(rewind_to=1.0), ValueError, "expected 0 <= rewind_to < 1"),
     ],
 )
 def test_bad_values_are_refused_where_they_are_written(make, error, sentence) -> None:

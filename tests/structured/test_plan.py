@@ -362,7 +362,7 @@ def test_budgets_of_two_cuts_count_from_the_same_network() -> None:
 @pytest.mark.parametrize("recipe", [Int8(), LSQ()], ids=repr)
 def test_quantized_layers_are_refused(recipe) -> None:
     net = built("plain")
-    quantize(net, [noise(4, 3, 8, 8)], recipe)
+    quantize(net, noise(4, 3, 8, 8), recipe)
     with pytest.raises(UnsupportedError, match="`quantization_aware_training` owns"):
         pruned(net, MACs(0.5))
     assert net.conv1.out_channels == 8

@@ -136,7 +136,7 @@ def test_layers_of_a_later_method_are_refused_before_the_first_batch() -> None:
 
 def test_a_module_quantized_by_this_package_is_refused_before_the_first_batch() -> None:
     module = body(WithExample)
-    quantize(module, [noise(4, 3, 8, 8)], Int8())
+    quantize(module, noise(4, 3, 8, 8), Int8())
     with pytest.raises(UnsupportedError, match="`quantization_aware_training` owns"):
         trainer(StructuredPruning(MACs(0.5))).fit(module)
     assert shapes(module) == shapes(body())

@@ -45,7 +45,7 @@ class Method(CompressionCallback):
 
 STATE = {
     "events": 2,
-    "masks": {"0.weight": torch.ones(2)},
+    "masks": {"weight": torch.ones(2, 2, dtype=torch.bool)},
     "mode": "soft",
     "sums": {"0": {"total": torch.zeros(())}},
     "pairs": [(1, 0.5), (2, 1)],
@@ -70,7 +70,7 @@ def method_state(**changes: Any) -> Callable[[dict[str, Any]], None]:
 
 DAMAGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "manifest['state']['schema_test']['events']": method_state(events="2"),
-    "manifest['state']['schema_test']['masks']['0.weight']": method_state(masks={"0.weight": [1, 0]}),
+    "manifest['state']['schema_test']['masks']['weight']": method_state(masks={"weight": [1, 0]}),
     "manifest['state']['schema_test']['mode']": method_state(mode="loud"),
     "manifest['state']['schema_test']['sums']['0']": method_state(sums={"0": {}}),
     "manifest['state']['schema_test']['pairs'][1][0]": method_state(pairs=[(1, 0.5), (True, 1.0)]),

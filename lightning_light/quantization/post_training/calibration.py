@@ -7,62 +7,48 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from lightning_light.criteria.collector import example_of_batch
 from lightning_light.errors import UnsupportedError
 from lightning_light.example_input import ExampleInput
 from lightning_light.int8 import quantizers_of
 from lightning_light.nested import tensors_in
 
-__all__ = ["calls_from", "check_calibration", "explained", "first_of"]
+__all__ = ["calls_from", "explained", "first_of"]
 
-_CURE = "Give a list of tensors, for instance `[images for images, _ in loader]`."
+_CURE = "Pass `data`, batches for calibration, for instance `data=val_dataloader`."
 
 
-def check_calibration(function: str, model: nn.Module, calibration: Iterable[Any]) -> None:
-    """Refuse one batch in place of several, and a network that is fake-quantized already.
+def calls_from(
+    function: str, model: nn.Module, example_inputs: Any, data: Iterable[Any] | None
+) -> Iterator[ExampleInput]:
+    """Yield the calls of ``model`` that it is calibrated on: those of ``data``, or the one with ``example_inputs``.
 
     Raises:
-        TypeError: the former.
-        UnsupportedError: the latter.
+        UnsupportedError: the network is fake-quantized already.
+        ValueError: a batch has no tensor or no sample, or does not fit the arguments of ``forward``.
     """
-    if isinstance(calibration, Tensor | dict):
-        raise TypeError(
-            f"`{function}({type(model).__name__}, calibration, ...)`: expected an iterable of batches, found "
-            f"{type(calibration).__name__}. {_CURE}"
-        )
     if any(quantizer.enabled for quantizer in quantizers_of(model)):
         raise UnsupportedError(
             f"`{function}({type(model).__name__}, ...)`: expected a float network, found one that is fake-quantized. "
             "Leave `fake_quantized` first, and a Trainer with `QuantizationAwareTraining`."
         )
+    if data is None and example_inputs is not None:
+        return iter([_checked(function, model, ExampleInput.of(example_inputs).to(model))])
+    return (_checked(function, model, example_of_batch(batch, model)) for batch in data or ())
 
 
-def calls_from(function: str, model: nn.Module, calibration: Iterable[Any]) -> Iterator[ExampleInput]:
-    """How ``model`` is called with each batch.
-
-    Raises:
-        ValueError: a batch is a list, as a loader of images and labels gives it, has no tensor or no sample, or does
-            not fit the arguments of ``forward``.
-    """
-    for batch in calibration:
-        if isinstance(batch, list):
-            raise ValueError(
-                f"`{function}(..., calibration)`: expected what the model is called with (a tensor, a tuple, a dict), "
-                "found a list, as a loader of images and labels gives it. Write `(images for images, _ in loader)`."
-            )
-        call = ExampleInput.of(batch).to(model)
-        if not any(True for _ in tensors_in((call.args, call.kwargs))):
-            raise ValueError(
-                f"`{function}(..., calibration)`: expected batches of tensors, found {type(batch).__name__}. {_CURE}"
-            )
-        if not call.samples:
-            raise ValueError(
-                f"`{function}(..., calibration)`: expected a sample in each batch, found {_described(call)}. "
-                "Leave empty batches out."
-            )
-        _check_arguments(function, model, call)
-        yield call
+def _checked(function: str, model: nn.Module, call: ExampleInput) -> ExampleInput:
+    if not any(True for _ in tensors_in((call.args, call.kwargs))):
+        kinds = [type(value).__name__ for value in (*call.args, *call.kwargs.values())]
+        raise ValueError(f"`{function}(...)`: expected batches of tensors, found {', '.join(kinds)}. {_CURE}")
+    if not call.samples:
+        raise ValueError(
+            f"`{function}(...)`: expected a sample in each batch, found {_described(call)}. Leave empty batches out."
+        )
+    _check_arguments(function, model, call)
+    return call
 
 
 def first_of(function: str, model: nn.Module, calls: Iterator[ExampleInput]) -> ExampleInput:
@@ -74,7 +60,7 @@ def first_of(function: str, model: nn.Module, calls: Iterator[ExampleInput]) -> 
     first = next(calls, None)
     if first is None:
         raise ValueError(
-            f"`{function}({type(model).__name__}, calibration, ...)`: expected inputs to calibrate on, found no batch; "
+            f"`{function}({type(model).__name__}, ...)`: expected inputs to calibrate on, found no batch; "
             f"a generator gives its batches only once. {_CURE}"
         )
     return first
@@ -92,9 +78,9 @@ def explained(function: str, model: nn.Module, call: ExampleInput) -> Iterator[N
     except (RuntimeError, TypeError, ValueError, LookupError, AssertionError) as error:
         lines = str(error).strip().splitlines() or [""]
         raise ValueError(
-            f"`{function}({type(model).__name__}, calibration, ...)`: expected batches that the model runs with, found "
+            f"`{function}({type(model).__name__}, ...)`: expected batches that the model runs with, found "
             f"that {_described(call)} stops it: {type(error).__name__}: {lines[0].rstrip('.')}. Check that "
-            "`model(*batch)` runs for a tuple, `model(**batch)` for a dict, and `model(batch)` for a tensor."
+            "`model(batch[0])` runs for a tuple or list, `model(**batch)` for a dict, and `model(batch)` for a tensor."
         ) from error
 
 
@@ -104,9 +90,9 @@ def _check_arguments(function: str, model: nn.Module, call: ExampleInput) -> Non
         signature.bind(*call.args, **call.kwargs)
     except TypeError as error:
         raise ValueError(
-            f"`{function}(..., calibration)`: expected what `{type(model).__name__}.forward{signature}` takes, "
-            f"found {_described(call)}: {error}. A tuple holds arguments and a dict keyword arguments; labels are not "
-            "wanted: `(images for images, _ in loader)`."
+            f"`{function}(...)`: expected what `{type(model).__name__}.forward{signature}` takes, "
+            f"found {_described(call)}: {error}. Of a tuple or list the first item is the input; a dict holds keyword "
+            "arguments; for several positional arguments give an `ExampleInput`."
         ) from error
 
 

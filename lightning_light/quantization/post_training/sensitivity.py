@@ -16,7 +16,7 @@ from lightning_light.isolation import isolated
 from lightning_light.measure.cost import count_cost
 from lightning_light.quantization.fake_quantizer import FakeQuantizer
 from lightning_light.quantization.plan import QuantizationPlan, plan_quantization
-from lightning_light.quantization.post_training.calibration import calls_from, check_calibration, explained, first_of
+from lightning_light.quantization.post_training.calibration import calls_from, explained, first_of
 from lightning_light.quantization.post_training.layer_calls import named
 from lightning_light.quantization.post_training.progress_bar import with_progress_bar
 from lightning_light.quantization.recipes import Bits, Engine, IntN
@@ -95,8 +95,9 @@ class Sensitivity:
 @validated
 def measure_sensitivity(
     model: nn.Module,
-    calibration: Iterable[Any],
+    example_inputs: Any = None,
     *,
+    data: Iterable[Any] | None = None,
     bits: Sequence[Bits] = (2, 3, 4, 6, 8),
     distance: Distance = "kl",
     engine: Engine = "qnnpack",
@@ -112,7 +113,8 @@ def measure_sensitivity(
 
     Args:
         model: trained; it stays as it is.
-        calibration: inputs, as for `quantize`; a few hundred images.
+        example_inputs: as for `quantize`.
+        data: as for `quantize`; a few hundred images.
         bits: widths to measure.
         distance: ``"kl"`` for class scores; ``"error"`` for any other output: ``|y - y_quantized|^2 / |y|^2``.
         engine: for whose kernels weights of eight bits are quantized.
@@ -125,12 +127,11 @@ def measure_sensitivity(
 
     Example:
         >>> from lightning_light.quantization import Int8, measure_sensitivity
-        >>> scan = measure_sensitivity(model, [torch.randn(4, 3, 8, 8)], bits=(4, 8))
+        >>> scan = measure_sensitivity(model, torch.randn(4, 3, 8, 8), bits=(4, 8))
         >>> Int8(exclude=scan.most_sensitive(1))
         Int8(exclude=['0'])
     """
-    check_calibration("measure_sensitivity", model, calibration)
-    found_calls = calls_from("measure_sensitivity", model, calibration)
+    found_calls = calls_from("measure_sensitivity", model, example_inputs, data)
     inputs = [first_of("measure_sensitivity", model, found_calls), *found_calls]
     widths = {width: IntN(weights=width, engine=engine).spec().weight for width in bits}
     with explained("measure_sensitivity", model, inputs[0]):
@@ -182,7 +183,7 @@ def _check_finite(right: Sequence[list[Tensor]]) -> None:
     for place, outputs in enumerate(right):
         if not all(bool(output.isfinite().all()) for output in outputs):
             raise ValueError(
-                f"`measure_sensitivity(..., calibration)`: expected finite outputs, found others for batch {place}. "
+                f"`measure_sensitivity(...)`: expected finite outputs, found others for batch {place}. "
                 "Look for them in the batch and in the weights: `torch.isfinite(x).all()`."
             )
 

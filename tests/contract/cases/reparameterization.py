@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning_light.budgets import MACs, Sparsity
 from lightning_light.quantization import Int8, MovingAverage, QuantizationAwareTraining
-from lightning_light.reparameterization import ACB, DBB, Branches, Reparameterization, RepVGG
+from lightning_light.reparameterization import ACB, DBB, OREPA, Branches, Reparameterization, RepVGG
 from lightning_light.schedules import Linear, OneShot, Window
 from lightning_light.sparsity import WeightPruning
 from lightning_light.structured import StructuredPruning
@@ -42,6 +42,7 @@ CASES = [
     case("acb", ACB(), full=True),
     case("branches", Branches(3), merge=None, full=True),
     case("dbb", DBB(), body=Momentum),
+    case("orepa", OREPA(), merge=None),
     case("repvgg", RepVGG(), start=1, merge=2, targets=Targets(exclude="features.stem"), body=Momentum),
     Case(
         "reparameterization_then_pruning_and_quantization",

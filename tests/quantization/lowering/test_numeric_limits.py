@@ -24,7 +24,7 @@ every_runtime = pytest.mark.parametrize("exporter", EXPORTERS, ids=["lite", "exe
 
 
 def exported(net: nn.Module, exporter: Exporter, folder: Path, images: Tensor = IMAGES, **options: Any) -> Any:
-    quantize(net.eval(), [images], Int8())
+    quantize(net.eval(), images, Int8())
     with fake_quantized(net):
         return export_model(
             net,

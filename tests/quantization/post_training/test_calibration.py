@@ -33,9 +33,7 @@ def with_one(value: float) -> Tensor:
 
 
 BATCHES: dict[str, tuple[Any, type[Exception], str]] = {
-    "a tensor": (X, TypeError, r"expected an iterable of batches, found Tensor\. Give a list of tensors"),
-    "labels in a tuple": ([(X, torch.arange(2))], ValueError, r"`Plain\.forward\(x.*labels are not wanted"),
-    "another name": ([{"image": X}], ValueError, r"as image: .* dict keyword arguments"),
+    "another name": ([{"image": X}], ValueError, r"as image: .* dict holds keyword"),
     "an array": ([X.numpy()], ValueError, "expected batches of tensors, found ndarray"),
     "nothing": ([None], ValueError, "expected batches of tensors, found NoneType"),
     "integers": ([X.int()], ValueError, r"\(2, 3, 8, 8\) torch.int32 stops it: RuntimeError"),
@@ -61,7 +59,7 @@ def test_wrong_batches(name, options) -> None:
     net = ZOO["plain"]().train()
     before = {key: value.clone() for key, value in net.state_dict().items()}
     with pytest.raises(kind, match=message):
-        quantize(net, iter(()) if name == "exhausted" else batches, Int8(), **options)
+        quantize(net, None, Int8(), data=iter(()) if name == "exhausted" else batches, **options)
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     assert all(module.training and not module._forward_pre_hooks for module in net.modules())
     assert not has_state(net)
@@ -71,20 +69,20 @@ def test_wrong_batches(name, options) -> None:
 def test_every_observer_sees_what_is_no_number(recipe) -> None:
     for value in (torch.nan, torch.inf):
         with pytest.raises(ValueError, match="expected finite values"):
-            quantize(ZOO["plain"](), [with_one(value)], recipe)
+            quantize(ZOO["plain"](), with_one(value), recipe)
 
 
 @pytest.mark.parametrize(
     ("call", "kind", "message"),
     [
-        (lambda: quantize(nn.ReLU(), [X], Int8()), ValueError, "no convolution or linear layer that can be; .*none"),
+        (lambda: quantize(nn.ReLU(), X, Int8()), ValueError, "no convolution or linear layer that can be; .*none"),
         (
-            lambda: quantize(ZOO["plain"](), [X], Int8(exclude="*")),
+            lambda: quantize(ZOO["plain"](), X, Int8(exclude="*")),
             ValueError,
             "by the recipe.*or exclude fewer",
         ),
-        (lambda: measure_sensitivity(ZOO["plain"](), [with_one(torch.nan)]), ValueError, "outputs, found .* batch 0"),
-        (lambda: measure_sensitivity(ZOO["plain"](), [X[:, 1:]]), ValueError, r"`measure_sensitivity\(.*stops it"),
+        (lambda: measure_sensitivity(ZOO["plain"](), with_one(torch.nan)), ValueError, "outputs, found .* batch 0"),
+        (lambda: measure_sensitivity(ZOO["plain"](), X[:, 1:]), ValueError, r"`measure_sensitivity\(.*stops it"),
     ],
 )
 def test_wrong_arguments(call: Callable[[], Any], kind, message) -> None:
@@ -93,18 +91,18 @@ def test_wrong_arguments(call: Callable[[], Any], kind, message) -> None:
 
 
 def test_unbatched_inputs_are_fine() -> None:
-    net = quantize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), [X[0]], Int8())
+    net = quantize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), X[0], Int8())
     with fake_quantized(net):
         assert net(X[0]).unique().numel() <= 256
 
 
 def test_a_fake_quantized_network_is_refused() -> None:
-    net = quantize(ZOO["plain"]().eval(), [X], Int8())
+    net = quantize(ZOO["plain"]().eval(), X, Int8())
     with (
         fake_quantized(net),
         pytest.raises(UnsupportedError, match=r"a float network.*Leave `fake_quantized`"),
     ):
-        quantize(net, [X], IntN(4, 8))
+        quantize(net, X, IntN(4, 8))
     with (
         pytest.raises(LightningLightError, match=r"`quantize` was called on, .*not a part of it"),
         fake_quantized(net.fc),
@@ -118,7 +116,7 @@ def test_a_module_that_is_compiled_in_place_is_quantized_and_stays_compiled() ->
         right = net(X)
         graphs: list[int] = []
         net.compile(backend=lambda graph, _: graphs.append(1) or graph.forward)
-        quantize(net, [X], Int8())
+        quantize(net, X, Int8())
         with fake_quantized(net):
             quantized = net(X)
         assert not graphs

@@ -41,7 +41,7 @@ def outputs(net: nn.Module) -> Tensor:
 
 
 def quantized_outputs(net: nn.Module, recipe: Any, **options: Any) -> Tensor:
-    net = quantize(copy.deepcopy(net), IMAGES, recipe, **options)
+    net = quantize(copy.deepcopy(net), None, recipe, data=IMAGES, **options)
     with fake_quantized(net):
         return outputs(net)
 
@@ -73,7 +73,7 @@ def test_the_correction_is_the_papers_formula() -> None:
         (nn.Sequential(copy.deepcopy(conv), copy.deepcopy(bn)), "1.bias", bn.bias.detach() + gain * moved),
     ):
         before = {name: value.clone() for name, value in net.state_dict().items()}
-        quantize(net, [images], IntN(weights=3, activations=None), correct_bias=True)
+        quantize(net, images, IntN(weights=3, activations=None), correct_bias=True)
         after = net.state_dict()
         torch.testing.assert_close(after[changed], right, rtol=1e-5, atol=1e-6)
         assert all(torch.equal(after[name], before[name]) for name in before if name != changed)
@@ -88,7 +88,7 @@ def test_learned_rounding_is_better_than_nearest(make, activations) -> None:
 
 def test_learned_weights_lie_on_the_grid_that_was_there() -> None:
     net = residual()
-    found = quantize(copy.deepcopy(net), IMAGES, IntN(weights=4), rounding=QUICK)
+    found = quantize(copy.deepcopy(net), None, IntN(weights=4), data=IMAGES, rounding=QUICK)
     changed = 0
     for name, before in net.named_parameters():
         after = found.get_parameter(name)
@@ -113,7 +113,7 @@ def test_the_same_seed_gives_the_same_network_and_leaves_randomness_alone() -> N
     net, state = residual(), torch.get_rng_state()
     settings = {"rounding": AdaRound(steps=10), "correct_bias": True, "equalize": True}
     with pytest.warns(NoEffectWarning, match="no two layers in a row"):
-        first, second = (quantize(copy.deepcopy(net), iter(IMAGES), IntN(), **settings) for _ in range(2))  # type: ignore[arg-type]
+        first, second = (quantize(copy.deepcopy(net), None, IntN(), data=iter(IMAGES), **settings) for _ in range(2))  # type: ignore[arg-type]
     assert torch.equal(state, torch.get_rng_state())
     for name, value in first.state_dict().items():
         assert torch.equal(value, second.state_dict()[name])
@@ -140,7 +140,7 @@ def test_a_failure_at_any_time_leaves_the_module_as_it_was(at) -> None:
     net.net.bn1.eval()
     before, modes = copy.deepcopy(net.state_dict()), [module.training for module in net.modules()]
     with pytest.raises((RuntimeError, ValueError), match="broken"):
-        quantize(net, IMAGES, IntN(), equalize=True, correct_bias=True, rounding=AdaRound(steps=10))
+        quantize(net, None, IntN(), data=IMAGES, equalize=True, correct_bias=True, rounding=AdaRound(steps=10))
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert [module.training for module in net.modules()] == modes
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
@@ -157,19 +157,19 @@ def test_layers_that_an_option_cannot_help_are_named() -> None:
             return self.fc(F.relu(self.tied(F.relu(self.tied(x)))))
 
     with pytest.warns(NoEffectWarning) as caught:
-        quantize(Odd(), [noise(8, 6)], IntN(), correct_bias=True, rounding=AdaRound(steps=10))
+        quantize(Odd(), noise(8, 6), IntN(), correct_bias=True, rounding=AdaRound(steps=10))
     nearest, uncorrected = sorted(str(warning.message) for warning in caught)
     assert "correct_bias=True" in nearest
     assert "['tied']" in nearest
     assert "rounding=AdaRound" in uncorrected
     assert "['tied', 'fc']" in uncorrected
     with pytest.warns(NoEffectWarning, match="rounding=AdaRound"):
-        quantize(residual(), IMAGES, Binary(), rounding=AdaRound(steps=10))
+        quantize(residual(), None, Binary(), data=IMAGES, rounding=AdaRound(steps=10))
 
 
 def test_step_sizes_that_training_learns_begin_with_the_learned_rounding() -> None:
     net = residual()
-    quantize(net, IMAGES, LSQ(weights=4, activations=8), rounding=AdaRound(steps=10))
+    quantize(net, None, LSQ(weights=4, activations=8), data=IMAGES, rounding=AdaRound(steps=10))
     state = state_of(net).state["quantization_aware_training"]
     weight = net.get_submodule("conv2").weight
     step = state["learned"][weight_scale(OpId("conv2", 1, "conv2d", 1))]
@@ -184,10 +184,10 @@ def test_a_bias_before_a_batch_norm_without_one_is_corrected_in_its_own_units() 
     net[1].running_var.copy_(torch.tensor([0.01, 1.0, 9.0, 0.25]))  # type: ignore[operator, union-attr]
     bias, right = net[0].bias.detach().double().clone(), outputs(net).double().mean((0, 2, 3))  # type: ignore[union-attr, operator]
     recipe = IntN(weights=2, activations=None)
-    with fake_quantized(quantize(copy.deepcopy(net), IMAGES, recipe)) as plain:
+    with fake_quantized(quantize(copy.deepcopy(net), None, recipe, data=IMAGES)) as plain:
         off = right - outputs(plain).double().mean((0, 2, 3))
     assert off.abs().min() > 1e-3
-    corrected = quantize(net, IMAGES, recipe, correct_bias=True)
+    corrected = quantize(net, None, recipe, data=IMAGES, correct_bias=True)
     expected = bias + off * torch.tensor([0.01, 1.0, 9.0, 0.25], dtype=torch.float64).add(1e-5).sqrt()
     torch.testing.assert_close(net[0].bias.detach().double(), expected, rtol=1e-4, atol=1e-5)  # type: ignore[union-attr, operator]
     with fake_quantized(corrected):

@@ -19,7 +19,7 @@ IMAGES = [noise(2, 3, 8, 8), noise(2, 3, 8, 8) * 0.5]
 def test_one_layer_at_a_time_is_quantized() -> None:
     net = trained(MobileBlocks()).train()
     before = copy.deepcopy(net.state_dict())
-    scan = measure_sensitivity(net, iter(IMAGES), bits=(3, 8))
+    scan = measure_sensitivity(net, data=iter(IMAGES), bits=(3, 8))
     assert net.training
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert not any(module._forward_hooks for module in net.modules())
@@ -41,7 +41,7 @@ def test_one_layer_at_a_time_is_quantized() -> None:
 
 
 def test_what_it_is_for() -> None:
-    scan = measure_sensitivity(trained(ZOO["residual"]()), IMAGES, bits=(2, 8), distance="error")
+    scan = measure_sensitivity(trained(ZOO["residual"]()), data=IMAGES, bits=(2, 8), distance="error")
     worst = max(scan.distances, key=lambda layer: scan.distances[layer][2])
     assert scan.most_sensitive(1) == [worst]
     assert set(scan.most_sensitive(2, bits=8)) <= set(scan.distances)
@@ -55,7 +55,6 @@ def test_what_it_is_for() -> None:
     ("net", "batches", "options", "sentence"),
     [
         (nn.Linear(3, 4), [], {}, "found no batch"),
-        (nn.Linear(3, 4), [[noise(2, 3)]], {}, "found a list"),
         (nn.Sequential(nn.ReLU()), [noise(2, 3)], {}, "found 0 convolution or linear layers"),
         (nn.Sequential(nn.Linear(3, 1)), [noise(2, 3)], {}, "Write `distance='error'`"),
         (
@@ -68,7 +67,7 @@ def test_what_it_is_for() -> None:
 )
 def test_what_it_refuses(net, batches, options, sentence) -> None:
     with pytest.raises(ValueError, match=sentence):
-        measure_sensitivity(net, batches, **options)
+        measure_sensitivity(net, data=batches, **options)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
 
 
@@ -76,10 +75,10 @@ def test_what_it_refuses(net, batches, options, sentence) -> None:
 def test_from_the_scan_to_a_quantized_network(name) -> None:
     net = trained(ZOO[name]())
     batches = [net.example[0]]
-    scan = measure_sensitivity(net, batches, bits=(2, 4, 8), distance="error", progress_bar=False)
+    scan = measure_sensitivity(net, data=batches, bits=(2, 4, 8), distance="error", progress_bar=False)
     budget = BitBudget(size=sum(scan.weights.values()) * 4 // 8)
     assert len(set(budget.solve(scan).values())) > 1
-    quantize(net, batches, budget.recipe(scan, IntN(activations=8)))
+    quantize(net, None, budget.recipe(scan, IntN(activations=8)), data=batches)
     plan = read_state(state_of(net).state["quantization_aware_training"]).plan
     assert {op.module: site.weight.bits for op, site in plan.layers.items()} == budget.solve(scan)
     assert isinstance(scan, Sensitivity)

@@ -14,7 +14,7 @@ from tests.quantization.test_quantization_aware_training import IMAGES, Diary, m
 @pytest.mark.parametrize("recipe", [IntN(weights=4), LSQ(weights=4, activations=8)], ids=["IntN", "LSQ"])
 def test_training_goes_on_from_its_ranges(recipe) -> None:
     net = module()
-    quantize(net, [IMAGES], recipe, rounding=AdaRound(steps=5), correct_bias=True)
+    quantize(net, IMAGES, recipe, rounding=AdaRound(steps=5), correct_bias=True)
     found = state_of(net).state["quantization_aware_training"]
     ranges, steps = found["ranges"].clone(), {name: value.clone() for name, value in found["learned"].items()}
     weight = net.features.conv1.weight.detach().clone()
@@ -32,20 +32,20 @@ def test_training_goes_on_from_its_ranges(recipe) -> None:
 @pytest.mark.parametrize(
     ("recipe", "options"), [(Int8(), {"start": 0.0}), (IntN(), {"start": 0.25})], ids=["another recipe", "later"]
 )
-def test_otherwise_it_observes_anew(recipe, options) -> None:
+def test_otherwise_it_observes_again(recipe, options) -> None:
     net = module()
-    quantize(net, [IMAGES], IntN())
+    quantize(net, IMAGES, IntN())
     qat = QuantizationAwareTraining(recipe, calibration_batches=2, **options)
     diary: Any = Diary(qat)
     trainer(qat, diary).fit(net)
     assert [one for one in diary.enabled if one is not None][:3] == [False, False, True]
 
 
-def test_a_second_fit_begins_anew() -> None:
+def test_a_second_fit_starts_over() -> None:
     net = module()
-    quantize(net, [IMAGES], IntN())
+    quantize(net, IMAGES, IntN())
     for enabled in ([True] * 3, [None, False, False]):
-        qat = QuantizationAwareTraining(IntN(), calibration_batches=2)
+        qat = QuantizationAwareTraining(IntN(), start=0.0, calibration_batches=2)
         diary: Any = Diary(qat)
         trainer(qat, diary).fit(net)
         assert diary.enabled[:3] == enabled
