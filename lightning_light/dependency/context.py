@@ -16,8 +16,9 @@ from lightning_light.module_stack import ModuleStack
 __all__ = ["SizeAttribute", "Split", "TraceContext"]
 
 HEAD_COUNTS = ("num_heads", "n_heads", "nheads", "n_head", "nhead", "heads", "num_attention_heads")
-HEAD_SIZES = ("head_dim", "dim_head", "d_head", "head_size", "attention_head_size", "d_k")
-WIDTHS = ("embed_dim", "all_head_size", "inner_dim", "hidden_size", "d_model", "dim", "width")
+HEAD_SIZES = ("head_dim", "dim_head", "d_head", "head_size", "attention_head_size", "d_k", "key_value_proj_dim")
+PART_SIZES = (*HEAD_SIZES, "key_dim", "value_dim", "val_dim", "d_v")
+WIDTHS = ("embed_dim", "all_head_size", "inner_dim", "hidden_size", "d_model", "dim", "width", "val_attn_dim")
 
 
 @dataclass(frozen=True)
@@ -169,9 +170,13 @@ class TraceContext:
 
     def note_parts(self, label: Tensor, dims: Sequence[int]) -> None:
         """Note the attributes that count the heads, or the positions of a head."""
-        names, dim = (HEAD_COUNTS, dims[-2]) if label.shape[dims[-2]] > 1 else (HEAD_SIZES, dims[-1])
+        names, dim = (HEAD_COUNTS, dims[-2]) if label.shape[dims[-2]] > 1 else (PART_SIZES, dims[-1])
         if label.shape[dim] > 1:
             self._note_attribute_named(names, label)
+
+    def note_selection(self, label: Tensor) -> None:
+        """Note the attribute that counts channels which the code selects by position, as ``split`` does."""
+        self._note_attribute_named(PART_SIZES, label)
 
     def note_merge(self, label: Tensor) -> None:
         """Note the attribute that states a width, where a reshape merges dimensions."""

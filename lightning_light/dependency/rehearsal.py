@@ -155,6 +155,9 @@ class _TrialTracer(Tracer):  # type: ignore[no-untyped-call]  # torch's own sign
     def note_parts(self, label: Tensor, dims: Sequence[int]) -> None: ...
 
     @override
+    def note_selection(self, label: Tensor) -> None: ...
+
+    @override
     def note_merge(self, label: Tensor) -> None: ...
 
 

@@ -43,6 +43,23 @@ class CountedOnce(nn.Module):
         return x + self.o(y.transpose(1, 2).reshape(b, n, -1))
 
 
+class SplitHeads(nn.Module):
+    """Attributes count the positions of keys and values, which one layer makes together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.key_dim, self.value_dim = 2, 6, 10
+        self.qkv, self.o = nn.Linear(32, 2 * (6 + 6 + 10)), nn.Linear(20, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        sizes = [self.key_dim, self.key_dim, self.value_dim]
+        q, k, v = self.qkv(x).view(b, n, self.heads, -1).split(sizes, dim=3)
+        scores = q.permute(0, 2, 1, 3) @ k.permute(0, 2, 3, 1) * 0.3
+        y = scores.softmax(-1) @ v.permute(0, 2, 1, 3)
+        return x + self.o(y.transpose(1, 2).reshape(b, n, self.heads * self.value_dim))
+
+
 class Asserting(nn.Module):
     """The inner width is checked in Python, outside of all torch functions."""
 
@@ -140,6 +157,7 @@ def test_the_number_of_passes_does_not_grow_with_depth(block) -> None:
     ("block", "names"),
     [
         (CountedOnce, {"q"}),
+        (SplitHeads, {"qkv"}),
         (Asserting, {"gate"}),
         (TwoPaths, {"up"}),
         (TwoPathsOneWrong, set()),

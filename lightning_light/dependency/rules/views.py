@@ -129,6 +129,8 @@ def _note_selection(context: TraceContext, name: str, label: Tensor, results: La
         if size > 1 and channels % size == 0 and start % size == 0:
             context.parts.append(label.reshape(channels // size, size))
         context.selected += selected
+        for result in results:
+            context.note_selection(result)
 
 
 def _reshaped(context: TraceContext, label: Tensor) -> Tensor:
