@@ -174,7 +174,7 @@ def export_verified(
         reference = Positional(detached_copy(model), example)
         tensors = reference.tensors(example)
         network, merged = merged_copy(model, example) if options.merge_branches else (detached_copy(model), {})
-        cost = count_cost(network, example.args, example.kwargs)
+        cost = count_cost(network, example.args, example.kwargs) if merged else None  # `write` may change the network
         copy = Positional(network, example, batched(given) if options.batch == "any" else None)
         details = {**exporter.write(copy, reference.tensors(cloned(example)), part), "merged_branches": merged}
         check_details(repr(exporter), model, details)
@@ -193,6 +193,7 @@ def export_verified(
             file = ExportedNetwork(reference, run, structure, limit, str(path))
             evaluation = metrics(ReferenceNetwork(reference), file, reference)
         latency = measure_latency(lambda: run(*tensors), runs=options.latency_runs, threads=options.latency_threads)
+        cost = cost or count_cost(reference.model, example.args, example.kwargs)
         report = ExportReport(
             file=str(path),
             exporter=repr(exporter),
