@@ -9,10 +9,12 @@ from torch import nn
 from lightning_light.dependency.groups import DependencyGraph
 from lightning_light.dependency.verification import trace_verified
 from lightning_light.training_step import step_as_forward
+from lightning_light.validation import validated
 
 __all__ = ["trace_step"]
 
 
+@validated
 def trace_step(module: nn.Module, *args: Any, heads: str = "dim") -> DependencyGraph:
     """Find the dependency groups of what ``module.training_step(*args)`` runs, and verify each one.
 
