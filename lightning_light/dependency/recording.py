@@ -94,7 +94,7 @@ def wrap_forwards(model: nn.Module, run: Callable[[tuple[str, int], Callable[[],
     numbers: Counter[str] = Counter()
 
     def wrapped(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(forward)
+        @functools.wraps(forward, updated=())
         def call(*args: Any, **kwargs: Any) -> Any:
             numbers[name] += 1
             return run((name, numbers[name]), lambda: forward(*args, **kwargs))
