@@ -35,10 +35,3 @@ def test_python_in_documents_parses_and_names_what_exists(document: Path) -> Non
         nodes = ast.walk(ast.parse(block))
         names = [node.attr for node in nodes if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "ll"]
         assert [name for name in names if not hasattr(ll, name)] == []
-
-
-def test_the_guide_to_extending_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {"__name__": "guide"}
-    for block in blocks(ROOT / "docs" / "extending.md", "python"):
-        exec(block, names)
