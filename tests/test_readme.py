@@ -4,9 +4,11 @@ import ast
 import re
 from pathlib import Path
 
+import lightning.pytorch
 import pytest
 
 import lightning_light as ll
+from tests.contract.bodies import Body, module_class
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
@@ -35,3 +37,13 @@ def test_python_in_documents_parses_and_names_what_exists(document: Path) -> Non
         nodes = ast.walk(ast.parse(block))
         names = [node.attr for node in nodes if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "ll"]
         assert [name for name in names if not hasattr(ll, name)] == []
+
+
+def test_the_example_of_the_readme_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    module, teacher = module_class(Body, lightning.pytorch)(), module_class(Body, lightning.pytorch)()
+    names = {"module": module, "teacher": teacher, "data": None}  # the module has its own loaders
+    exec(blocks(ROOT / "README.md", "python")[0], names)
+    (export,) = [callback for callback in names["trainer"].callbacks if isinstance(callback, ll.MobileExport)]
+    assert export.report is not None
+    assert export.report.details["int8_layers"] > 0
