@@ -33,7 +33,7 @@ class ExampleInput:
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
-    step: bool = False
+    step: bool = field(default=False, repr=False)
 
     @classmethod
     def of(cls, value: Any) -> ExampleInput:

@@ -74,9 +74,9 @@ def final_weights(out: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_an_example_is_short_and_says_what_it_does(script: Path) -> None:
+def test_an_example_is_short_and_has_a_docstring(script: Path) -> None:
     text = script.read_text()
-    assert text.count("\n") < 100
+    assert text.count("\n") < 110
     assert text.startswith('"""')
 
 
