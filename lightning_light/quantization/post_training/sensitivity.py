@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torchmetrics import Metric
 
 from lightning_light.example_input import ExampleInput
 from lightning_light.isolation import isolated
 from lightning_light.measure.cost import count_cost
+from lightning_light.measure.metrics import local_copy
+from lightning_light.nested import map_tensors, tensors_in
 from lightning_light.quantization.fake_quantizer import FakeQuantizer
 from lightning_light.quantization.plan import QuantizationPlan, plan_quantization
 from lightning_light.quantization.post_training.calibration import calls_from, explained, first_of
@@ -100,6 +104,7 @@ def measure_sensitivity(
     data: Iterable[Any] | None = None,
     bits: Sequence[Bits] = (2, 3, 4, 6, 8),
     distance: Distance = "kl",
+    metric: Metric | None = None,
     engine: Engine = "qnnpack",
     progress_bar: bool = True,
 ) -> Sensitivity:
@@ -117,13 +122,15 @@ def measure_sensitivity(
         data: as for `quantize`; a few hundred images.
         bits: widths to measure.
         distance: ``"kl"`` for class scores; ``"error"`` for any other output: ``|y - y_quantized|^2 / |y|^2``.
+        metric: of torchmetrics, updated with (outputs, target); its absolute change is then the distance. ``data`` has
+            to be batches ``(inputs, target)``.
         engine: for whose kernels weights of eight bits are quantized.
         progress_bar: whether a terminal shows the progress.
 
     Raises:
         ValueError: no calibration data, or such as the model cannot be called with; outputs that are not finite; no
             layer to quantize, a width that no recipe has, or outputs that are no class
-            scores although ``distance`` takes them for that.
+            scores although ``distance`` takes them for that; ``metric`` without targets.
 
     Example:
         >>> from lightning_light.quantization import Int8, measure_sensitivity
@@ -131,6 +138,7 @@ def measure_sensitivity(
         >>> Int8(exclude=scan.most_sensitive(1))
         Int8(exclude=['0'])
     """
+    data, targets = _with_targets(data, metric)
     found_calls = calls_from("measure_sensitivity", model, example_inputs, data)
     inputs = [first_of("measure_sensitivity", model, found_calls), *found_calls]
     widths = {width: IntN(weights=width, engine=engine).spec().weight for width in bits}
@@ -148,10 +156,15 @@ def measure_sensitivity(
     with isolated(model):
         right = [_outputs(model, call) for call in inputs]
         _check_finite(right)
+        before = 0.0 if metric is None else _metric_value(model, metric, inputs, targets)
         for layer in with_progress_bar(layers, len(layers), "Sensitivity", shown=progress_bar):
             for width, spec in widths.items():
                 with _quantized(model, plan, layer, spec, engine):
-                    found[layer][width] = _mean_distance(model, inputs, right, distance)
+                    found[layer][width] = (
+                        _mean_distance(model, inputs, right, distance)
+                        if metric is None
+                        else abs(_metric_value(model, metric, inputs, targets) - before)
+                    )
     tensors: dict[str, set[Tensor]] = {layer: set() for layer in layers}
     for op in plan.layers:
         tensors[op.module].add(named(trace.node(op))["weight"])
@@ -197,6 +210,34 @@ def _mean_distance(
         for first, second in zip(outputs, _outputs(model, call), strict=True)
     ]
     return float(torch.stack(found).mean())
+
+
+def _with_targets(data: Iterable[Any] | None, metric: Metric | None) -> tuple[Iterable[Any] | None, list[Any]]:
+    """Return the batches and, for a metric, their targets."""
+    if metric is None:
+        return data, []
+    batches = list(data or ())
+    if not batches or not all(isinstance(batch, tuple | list) and len(batch) > 1 for batch in batches):
+        kinds = sorted({type(batch).__name__ for batch in batches})
+        raise ValueError(
+            f"`measure_sensitivity(..., metric={type(metric).__name__}())`: expected `data`, batches "
+            f"`(inputs, target)`, found {', '.join(kinds) or 'no batch'}. Pass `data=val_dataloader`."
+        )
+    return batches, [batch[1] for batch in batches]
+
+
+def _metric_value(model: nn.Module, metric: Metric, inputs: Sequence[ExampleInput], targets: Sequence[Any]) -> float:
+    """Compute ``metric`` over all batches, in a copy of it."""
+    copied: Any = local_copy(metric)
+    for call, target in zip(inputs, targets, strict=True):
+        outputs = model(*call.args, **call.kwargs)
+        like = next(tensors_in(outputs))
+        copied.to(like.device).update(outputs, map_tensors(partial(_on_device_of, like), target))
+    return float(copied.compute())
+
+
+def _on_device_of(like: Tensor, tensor: Tensor) -> Tensor:
+    return tensor.to(like.device)
 
 
 def _outputs(model: nn.Module, call: ExampleInput) -> list[Tensor]:

@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torchmetrics import MeanSquaredError
 
-from lightning_light.quantization import BitBudget, IntN, Sensitivity, measure_sensitivity, quantize
+from lightning_light.quantization import BitBudget, IntN, Sensitivity, fake_quantized, measure_sensitivity, quantize
 from lightning_light.quantization.checkpoint_state import read_state
 from lightning_light.quantization.fake_quantize import fake_quantize_weight
 from lightning_light.surgery.attachment import state_of
@@ -82,3 +83,20 @@ def test_from_the_scan_to_a_quantized_network(name) -> None:
     plan = read_state(state_of(net).state["quantization_aware_training"]).plan
     assert {op.module: site.weight.bits for op, site in plan.layers.items()} == budget.solve(scan)
     assert isinstance(scan, Sensitivity)
+
+
+def test_a_metric_of_the_user_judges_the_layers() -> None:
+    net, metric = trained(ZOO["plain"]()), MeanSquaredError()
+    with torch.no_grad():
+        batches = [(images, net(images)) for images in IMAGES]
+    scan = measure_sensitivity(net, data=batches, bits=(2, 8), metric=metric, progress_bar=False)
+    layer = scan.most_sensitive(1)[0]
+    others = [one for one in scan.distances if one != layer]
+    quantize(net, None, IntN(weights=2, activations=None, exclude=others), data=batches)
+    with fake_quantized(net), torch.no_grad():
+        errors = torch.cat([(net(images) - target).square().flatten() for images, target in batches])
+    assert scan.distances[layer][2] == pytest.approx(float(errors.mean()))
+    assert scan.distances[layer][2] > scan.distances[layer][8] > 0.0
+    assert not metric.update_called
+    with pytest.raises(ValueError, match=r"metric=MeanSquaredError.*batches `\(inputs, target\)`, found Tensor"):
+        measure_sensitivity(net, data=IMAGES, metric=metric)
