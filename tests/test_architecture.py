@@ -173,6 +173,24 @@ def test_every_subpackage_is_a_method_or_core() -> None:
     assert folders <= METHODS | CORE, "a new folder: add it to METHODS or CORE"
 
 
+def imports_within_the_package() -> dict[str, set[str]]:
+    """Module -> modules of the package that it imports as it runs, also inside functions."""
+    modules = {".".join(("lightning_light", *file.relative_to(ROOT).with_suffix("").parts)): file for file in FILES}
+    modules = {name.removesuffix(".__init__"): file for name, file in modules.items()}
+    graph: dict[str, set[str]] = {}
+    for name, file in modules.items():
+        tree = ast.parse(file.read_text())
+        graph[name] = {found for found in imported(tree) if found in modules} - {name}
+    return graph
+
+
+def test_there_are_no_import_circles() -> None:
+    graph = imports_within_the_package()
+    while leaves := [name for name, needs in graph.items() if not needs & set(graph)]:
+        graph = {name: needs for name, needs in graph.items() if name not in leaves}
+    assert {name: sorted(needs & set(graph)) for name, needs in graph.items()} == {}
+
+
 TEXTS = [
     *FILES,
     *(REPOSITORY / "tests").rglob("*.py"),
