@@ -131,6 +131,7 @@ class WeightClustering(CompressionCallback):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._start_fraction(trainer.max_epochs)
+            self.disclaim(pl_module)  # a fit starts over, unless a checkpoint brings the claim back
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -140,7 +141,6 @@ class WeightClustering(CompressionCallback):
         if not self.resumed(pl_module):
             check_owners(pl_module, layers, method=self.method, stage=self.stage)
             self.state(pl_module).clear()
-            self.disclaim(pl_module)
         self._stepped = set()
 
     @override

@@ -131,6 +131,7 @@ class QuantizationAwareTraining(CompressionCallback):
                     f"`Trainer(max_epochs={trainer.max_epochs})`. Start earlier, for instance `start=0.7`."
                 )
             self._bit_width_schedule = self.bit_width_schedule and resolve(self.bit_width_schedule, trainer.max_epochs)
+            self.disclaim(pl_module)  # a fit starts over, unless a checkpoint brings the claim back
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -144,6 +145,7 @@ class QuantizationAwareTraining(CompressionCallback):
             state.clear()
         self._attach(pl_module)
         if state.get("enabled"):
+            self.claim(pl_module, state["layers"])
             self._learn(trainer, pl_module)
         super().on_fit_start(trainer, pl_module)
         state = self.state(pl_module)
