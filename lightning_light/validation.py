@@ -283,11 +283,16 @@ def _is_instance(value: Any, kind: Any) -> bool:
     if hasattr(kind, "__supertype__"):  # of `typing.NewType`
         return _conforms(value, kind.__supertype__)
     unchecked = getattr(kind, "_is_protocol", False) and not getattr(kind, "_is_runtime_protocol", False)
-    return not isinstance(kind, type) or unchecked or isinstance(value, kind)
+    return not _is_class(kind) or unchecked or isinstance(value, kind)
 
 
 def _is_subclass(value: type, kind: Any) -> bool:
-    return not isinstance(kind, type) or issubclass(value, kind)
+    return not _is_class(kind) or issubclass(value, kind)
+
+
+def _is_class(annotation: Any) -> bool:
+    """Whether an annotation is a class; on Python 3.10 ``list[int]`` is an instance of ``type`` too."""
+    return isinstance(annotation, type) and get_origin(annotation) is None
 
 
 def _items_conform(value: Any, origin: Any, arguments: tuple[Any, ...], constraints: bool) -> bool:
@@ -408,7 +413,7 @@ def _alternatives(annotation: Any) -> list[Any]:
 
 def _conforms_as_instance(value: type, annotation: Any) -> bool:
     """Whether an instance of the class ``value`` would fit."""
-    kinds = [one for one in _alternatives(annotation) if isinstance(one, type)]
+    kinds = [one for one in _alternatives(annotation) if _is_class(one)]
     return any(issubclass(value, kind) for kind in kinds)
 
 
