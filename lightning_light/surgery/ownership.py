@@ -34,8 +34,8 @@ class Claim:
         method: key of the method's state, for instance ``"weight_pruning"``; a second callback has a ``#2`` behind it.
         stage: of `lightning_light.order.Stage`.
         layers: names of modules; what lies inside them is claimed as well.
-        follows_cuts: whether what the method keeps for a layer stays right when channels are cut: because the method is
-            told and cuts it as well, or because it keeps nothing.
+        follows_cuts: whether what the method keeps for a layer stays right when channels are cut: because the method
+            follows the cut, or because it keeps nothing.
     """
 
     method: str

@@ -33,6 +33,8 @@ def fitted(case: Case, folder: Path, host: Any, *, resume: Path | None = None) -
         **outcome(run, module),
         "compression_state": compression_state.state,
         "edit_log": compression_state.edit_log,
+        "claims": {method: vars(claim) for method, claim in compression_state.claims.items()},
+        "references": compression_state.references,
     }, module.losses
 
 

@@ -7,7 +7,7 @@ from tests.contract.table import CASES, public_callbacks
 def test_every_public_callback_is_in_the_table(tmp_path) -> None:
     built = {type(callback) for case in CASES for callback in case.build(tmp_path)}
     missing = {callback.__name__ for callback in public_callbacks() - built}
-    assert not missing, f"add a row to tests/contract/cases/<wing>.py for {sorted(missing)}"
+    assert not missing, f"add a row to tests/contract/cases/<subpackage>.py for {sorted(missing)}"
 
 
 def test_every_public_callback_has_a_row_for_every_contract(tmp_path) -> None:
