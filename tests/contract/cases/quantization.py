@@ -83,5 +83,8 @@ CASES += [
             QuantizationAwareTraining(LSQ_WITH_INT8_ENDS, **{**STAGES, "start": 0.5}),
         ],
         tolerance=5.0,
+        refuses={
+            "second_fit": r"`weight_pruning` on `features.conv1.0`: expected a layer that no other method works on"
+        },
     ),
 ]
