@@ -1,7 +1,7 @@
 # One verb: `make check`. It uses the Python that is active; CONTRIBUTING.md says how to set one up.
 PYTHON ?= python
 
-.PHONY: check lint types test slow
+.PHONY: check lint types test slow docs
 check: lint types test slow
 
 lint:
@@ -16,3 +16,6 @@ test:
 
 slow:
 	$(PYTHON) -m pytest -m slow $(TESTS)
+
+docs:
+	$(PYTHON) -m sphinx -W --keep-going -q docs docs/_build

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lightning_light.errors import NoEffectWarning
 from lightning_light.host.classes import Callback
+from lightning_light.host.random_state import RunPosition
 from lightning_light.host.strategy import rebuild_ddp
 from lightning_light.host.trainer import callbacks_of, is_restoring
 from lightning_light.int8 import Int8Weights
@@ -42,7 +43,7 @@ class CompressionCallback(Callback):
     ``state_dict``: Lightning loads the weights before a callback's state, and a weights-only checkpoint has no
     callback state at all.
 
-    A subclass that overrides ``setup``, ``on_fit_start`` or ``teardown`` calls ``super()`` first.
+    A subclass that overrides ``setup``, ``on_fit_start``, ``on_train_start`` or ``teardown`` calls ``super()`` first.
     """
 
     method: ClassVar[str]
@@ -58,6 +59,7 @@ class CompressionCallback(Callback):
     """What `state` may hold, a `TypedDict` with ``total=False``: checked whenever a checkpoint is loaded."""
 
     _key: str | None = None
+    _run_position: RunPosition | None = None
 
     @override
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -86,6 +88,7 @@ class CompressionCallback(Callback):
         key = type(self).method  # the class's: an argument may have the same name
         place = [id(peer) for peer in peers if type(peer).method == key].index(id(self)) + 1
         self._key = key if place == 1 else f"{key}#{place}"
+        self._run_position = RunPosition() if peers[-1] is self else None  # the last restores after all others
         attach(pl_module)
 
     @override
@@ -94,6 +97,32 @@ class CompressionCallback(Callback):
         if self.structural:
             check_optimizers(trainer.optimizers)
         attach(pl_module).reconcile(trainer.optimizers, pl_module, resuming=is_restoring(trainer))
+        if self._run_position is not None:
+            self._run_position.before_first_epoch(trainer)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Continue with the batch that the interrupted run would have used next."""
+        if self._run_position is not None:
+            self._run_position.after_loaders_started(trainer)
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the random state from which the loader of this epoch starts."""
+        if self._run_position is not None:
+            self._run_position.before_epoch(trainer)
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the random states and the position in the training data."""
+        if self._run_position is not None:
+            self._run_position.save(trainer, checkpoint)
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take the random states; they are restored when a run goes on from the checkpoint."""
+        if self._run_position is not None:
+            self._run_position.load(trainer, checkpoint)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -1,18 +1,18 @@
 """Errors: everything that a user of this package may want to catch.
 
-```
-Exception
-└── LightningLightError
-    ├── BudgetError        (ValueError)           the budget cannot be reached
-    ├── TargetError        (ValueError)           the targets match no layer
-    ├── OrderError         (ValueError)           callbacks in an order that cannot work
-    ├── TraceError         (RuntimeError)         the model cannot be traced
-    ├── SurgeryError       (RuntimeError)         an edit was refused; the model is unchanged
-    ├── ManifestError      (RuntimeError)         a checkpoint of another model, or a damaged one
-    ├── RankMismatchError  (RuntimeError)         the processes of a run have diverged
-    ├── ParityError        (RuntimeError)         the outputs of an exported file differ from the model's
-    └── UnsupportedError   (NotImplementedError)  a strategy, optimizer, launcher or layer that is not supported
-```
+::
+
+    Exception
+    └── LightningLightError
+        ├── BudgetError        (ValueError)           the budget cannot be reached
+        ├── TargetError        (ValueError)           the targets match no layer
+        ├── OrderError         (ValueError)           callbacks in an order that cannot work
+        ├── TraceError         (RuntimeError)         the model cannot be traced
+        ├── SurgeryError       (RuntimeError)         an edit was refused; the model is unchanged
+        ├── ManifestError      (RuntimeError)         a checkpoint of another model, or a damaged one
+        ├── RankMismatchError  (RuntimeError)         the processes of a run have diverged
+        ├── ParityError        (RuntimeError)         the outputs of an exported file differ from the model's
+        └── UnsupportedError   (NotImplementedError)  a strategy, optimizer, launcher or layer that is not supported
 
 A message consists of: the call as the user wrote it, what was expected, what was found, how to correct it.
 """

@@ -65,16 +65,16 @@ def combine(scores: Sequence[Tensor], reduction: Reduction) -> Tensor:
 def normalize(scores: Tensor, normalizer: Normalizer | None) -> Tensor:
     """Normalize the scores of one group, so that they can be compared with those of others.
 
-    ===================  ========================================================================
-    ``None``             as they are
-    ``"mean"``           ``s / mean(s)``
-    ``"sum"``            ``s / sum(s)``
-    ``"max"``            ``s / max(s)``
+    =====================  ========================================================================
+    ``None``               as they are
+    ``"mean"``             ``s / mean(s)``
+    ``"sum"``              ``s / sum(s)``
+    ``"max"``              ``s / max(s)``
     ``"standardization"``  ``(s - min(s)) / (max(s) - min(s))``
-    ``"gaussian"``       ``(s - mean(s)) / std(s)``
-    ``"lamp"``           ``s_i / sum(s_j for s_j >= s_i)``; Lee et al., 2021, "Layer-adaptive Sparsity for the
-                         Magnitude-based Pruning", with ``s = w**2``. https://arxiv.org/abs/2010.07611
-    ===================  ========================================================================
+    ``"gaussian"``         ``(s - mean(s)) / std(s)``
+    ``"lamp"``             ``s_i / sum(s_j for s_j >= s_i)``; Lee et al., 2021, "Layer-adaptive Sparsity for the
+                           Magnitude-based Pruning", with ``s = w**2``. https://arxiv.org/abs/2010.07611
+    =====================  ========================================================================
 
     Scores that are all zero stay zero.
 

@@ -201,6 +201,7 @@ class LowRankFactorization(CompressionCallback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Place the events in the run; earlier, asking for its length would lose the position of a resumed loader."""
+        super().on_train_start(trainer, pl_module)
         self._points = self._events.points(trainer.max_epochs, steps_planned(trainer))
 
     @override

@@ -157,6 +157,7 @@ class CompressionMonitor(CompressionCallback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restore the user's hyper-parameters, which Lightning has logged by now."""
+        super().on_train_start(trainer, pl_module)
         self._remove_hparams()
         self._last_step = None
         self._masks = self._copy_masks(pl_module)

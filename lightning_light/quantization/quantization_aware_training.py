@@ -156,6 +156,7 @@ class QuantizationAwareTraining(CompressionCallback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn if the run ends before the ranges are calibrated, while it can still be changed."""
+        super().on_train_start(trainer, pl_module)
         if not self.state(pl_module).get("enabled") and not getattr(trainer, "fast_dev_run", False):
             planned = steps_planned(trainer) * trainer.accumulate_grad_batches
             left = math.floor((1.0 - self._moments["start"]) * planned)

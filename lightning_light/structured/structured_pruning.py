@@ -193,6 +193,7 @@ class StructuredPruning(CompressionCallback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Place the cuts in the run."""
+        super().on_train_start(trainer, pl_module)
         self._points = self._events().points(trainer.max_epochs, steps_planned(trainer))
 
     @override
