@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from lightning_light.example_input import ExampleInput
 from lightning_light.quantization.fake_quantize import gain_and_shift
-from lightning_light.quantization.post_training.layer_calls import WritableParameters, channel_dim, named
-from lightning_light.quantization.trace import OpNode, trace_ops
+from lightning_light.quantization.trace import OpNode, WritableParameters, trace_ops
 
 __all__ = ["Pair", "equalize", "equalizing_scales", "find_pairs"]
 
@@ -117,16 +116,13 @@ def _keeps_channels(first: OpNode, before: OpNode, node: OpNode) -> bool:
         return False
     if node.role == "average" or node.id.function in _SPATIAL:
         return True
-    assert node.call is not None
-    assert before.call is not None
     result = node.call.result
     return bool(node.id.function in _RESHAPING and result.dim() == 2 and result.shape[0] == before.call.result.shape[0])
 
 
 def _columns(first: OpNode, second: OpNode) -> int:
     """How many inputs of ``second`` each channel of ``first`` is; 0 if they do not fit."""
-    assert first.call is not None
-    x, weight, result = named(second)["input"], named(second)["weight"], first.call.result
+    x, weight, result = second.named["input"], second.named["weight"], first.call.result
     if second.operator.name == "linear":
         if first.operator.name != "linear" and x.dim() != 2:
             return 0  # it reads the last dimension, which is spatial
@@ -135,16 +131,16 @@ def _columns(first: OpNode, second: OpNode) -> int:
         return 0
     else:
         inputs = x.shape[1]
-    channels = result.shape[channel_dim(first)]
+    channels = result.shape[first.channel_dim]
     return int(inputs // channels) if inputs % channels == 0 else 0
 
 
 def _is_writable(pair: Pair, parameters: WritableParameters) -> bool:
-    first, scaled = named(pair.first), [named(pair.second)["weight"]]
+    first, scaled = pair.first.named, [pair.second.named["weight"]]
     if pair.batch_norm is None:
         scaled += [first["weight"], *[bias for bias in [first.get("bias")] if bias is not None]]
     else:
-        norm = named(pair.batch_norm)
+        norm = pair.batch_norm.named
         if norm.get("weight") is None or norm.get("bias") is None or norm.get("running_var") is None:
             return False
         scaled += [norm["weight"], norm["bias"]]
@@ -156,16 +152,16 @@ class _Weights:
 
     def __init__(self, pair: Pair, parameters: WritableParameters) -> None:
         self.first, self.second, self.columns = pair.first, pair.second, pair.columns
-        self.norm = None if pair.batch_norm is None else named(pair.batch_norm)
-        divided = named(self.first) if self.norm is None else self.norm
+        self.norm = None if pair.batch_norm is None else pair.batch_norm.named
+        divided = self.first.named if self.norm is None else self.norm
         self.divided = [name for key in ("weight", "bias") if (name := parameters.name_of(divided.get(key)))]
-        self.read = str(parameters.name_of(named(self.second)["weight"]))
-        self.made = parameters.name_of(named(self.first)["weight"])  # None where only its norm is written
+        self.read = str(parameters.name_of(self.second.named["weight"]))
+        self.made = parameters.name_of(self.first.named["weight"])  # None where only its norm is written
         self.names = [*self.divided, self.read, *([self.made] if self.made else [])]
 
     def equalize(self, values: dict[str, Tensor]) -> float:
         """Scale ``values``; returns how far the farthest scale was from 1."""
-        made = named(self.first)["weight"].detach().double() if self.made is None else values[self.made]
+        made = self.first.named["weight"].detach().double() if self.made is None else values[self.made]
         first = _over(made, self.first, outputs=True).abs().amax((1, 3)).flatten()
         if self.norm is not None:
             first = first * gain_and_shift({**self.norm, "weight": values[self.divided[0]]})[0].abs()
@@ -189,5 +185,5 @@ def _over(weight: Tensor, node: OpNode, *, outputs: bool) -> Tensor:
     """``(groups, others, channels per group, kernel)``: the channels that a layer makes, or those that it reads."""
     if outputs == (node.operator.name != "conv_transpose"):  # they are rows
         return weight.reshape(1, 1, weight.shape[0], -1)
-    groups = int(named(node).get("groups", 1))
+    groups = int(node.named.get("groups", 1))
     return weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)

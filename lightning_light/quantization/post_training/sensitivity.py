@@ -21,7 +21,6 @@ from lightning_light.nested import map_tensors, tensors_in
 from lightning_light.quantization.fake_quantizer import FakeQuantizer
 from lightning_light.quantization.plan import QuantizationPlan, plan_quantization
 from lightning_light.quantization.post_training.calibration import calls_from, explained, first_of
-from lightning_light.quantization.post_training.layer_calls import named
 from lightning_light.quantization.post_training.progress_bar import with_progress_bar
 from lightning_light.quantization.recipes import Bits, Engine, IntN
 from lightning_light.quantization.specs import LayerSpec, WeightSpec
@@ -167,7 +166,7 @@ def measure_sensitivity(
                     )
     tensors: dict[str, set[Tensor]] = {layer: set() for layer in layers}
     for op in plan.layers:
-        tensors[op.module].add(named(trace.node(op))["weight"])
+        tensors[op.module].add(next(node for node in trace.nodes if node.id == op).named["weight"])
     cost = count_cost(model, inputs[0].args, inputs[0].kwargs).macs_by_module
     sizes = {layer: sum(one.numel() for one in weights) for layer, weights in tensors.items()}
     return Sensitivity(found, sizes, {layer: cost.get(layer, 0) for layer in layers})
