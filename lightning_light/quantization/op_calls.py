@@ -68,6 +68,12 @@ class OpCall:
         return self.args[0] if self.args else self.kwargs.get("input")
 
     @property
+    def reads(self) -> str:
+        """Name of the property that is read, ``dtype`` for ``x.dtype``; else that of the function."""
+        name: str = getattr(getattr(self.function, "__self__", None), "__name__", self.id.function)
+        return name
+
+    @property
     def values(self) -> list[Any]:
         """All arguments in order; an argument's position is its place in this list."""
         return [*self.args, *self.kwargs.values()]

@@ -204,6 +204,8 @@ def _classify(node: OpNode, made: list[Tensor]) -> Operator:
             return FLOAT  # a constant, or one operand is broadcast
     if operator.role == "layer" and (len(inputs) != 1 or inputs[0][0] != 0):
         return FLOAT  # the weight is computed from the data
+    if operator.role == "batch_norm" and inputs[0][1].role == "layer" and inputs[0][1].channel_dim != 1:
+        return FLOAT  # it normalizes another dimension than the one that the layer's weight can take a gain for
     if (call.id.function == "mean" and not _is_spatial(call)) or (operator is _VIEW and not is_view(call)):
         return FLOAT
     return _RELU6 if node.bounds == (0.0, 6.0) else operator

@@ -56,8 +56,7 @@ class QuantizedOpsLowering(Lowering):
     """
 
     def __init__(self, quantizer: FakeQuantizer, engine: str) -> None:
-        super().__init__(quantizer)
-        self.engine = engine
+        super().__init__(quantizer, engine)
         self.layers: dict[OpId, _PackedLayer] = {}
         self._views: dict[OpId, QParams] = {}  # of quantized tensors whose view is computed in float
 
@@ -72,10 +71,8 @@ class QuantizedOpsLowering(Lowering):
 
     @override
     def prepare(self, op: OpId, named: dict[str, Any]) -> str | None:
-        operator, qparams = operator_of(op.function), self.qparams_of_output(op)
+        qparams = self.qparams_of_output(op)
         assert qparams is not None  # `build` has refused the others
-        if self.engine in operator.refused:
-            return operator.refused[self.engine]
         kernel = op.function + ("_relu" if self.plan.layers[op].fused.activation is not None else "")
         try:
             self.layers[op] = _PackedLayer.of(op.function, kernel, self._shared[op], named, qparams, self._zeros)
@@ -103,6 +100,12 @@ class QuantizedOpsLowering(Lowering):
                 if result is not None:
                     return result
         return self._in_float(call)
+
+    @override
+    def read(self, call: OpCall) -> Any:
+        if call.input.is_quantized and call.reads in ("dtype", "is_floating_point"):
+            return call.function(torch.empty(0))  # as of the floating point tensor that it stands for
+        return call.run()
 
     @override
     def description(self) -> LoweredModel:
@@ -141,7 +144,7 @@ class QuantizedOpsLowering(Lowering):
             return None
         if operator.kernel is None or output is None:
             return None
-        return operator.kernel(KernelCall(call, output, self.engine, relu, self.checking))
+        return operator.kernel(KernelCall(call, output, self.runtime, relu, self.checking))
 
     def _output(self, call: OpCall) -> QParams | None:
         if call.id in self.plan.joins:
