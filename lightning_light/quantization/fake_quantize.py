@@ -234,68 +234,25 @@ def gain_and_shift(norm: Mapping[str, Any], bias: Tensor | None = None) -> tuple
     return gain, beta + centered * gain
 
 
-# Gradients.
-
-
 def _straight_through(x: Tensor, rounded: Tensor) -> Tensor:
     """``rounded``, with a gradient of 1 to ``x``."""
-    if not (x.requires_grad and torch.is_grad_enabled()):
-        return rounded
-    found: Tensor = _StraightThrough.apply(x, rounded)  # type: ignore[no-untyped-call]
-    return found
-
-
-class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    @override
-    def forward(ctx: Any, x: Tensor, rounded: Tensor) -> Tensor:
-        return rounded.view_as(rounded)
-
-    @staticmethod
-    @override
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        return gradient, None
+    return rounded + (x - x.detach()) if x.requires_grad and torch.is_grad_enabled() else rounded
 
 
 def _with_learned_scale(x: Tensor, scale: Tensor, offset: Tensor | None, low: int, top: int, count: int) -> Tensor:
-    """LSQ: ``count`` values share a scale, whose gradient is divided by ``sqrt(count * top)``."""
-    scale = scale.abs().clamp_min(SMALLEST_SCALE)
-    if not (torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad)):
-        return _with_scale(x, scale, offset, low, top)[0]
-    factor = float((count * max(top, 1)) ** -0.5)
-    found: Tensor = _LearnedScale.apply(x, scale, offset, low, top, factor)  # type: ignore[no-untyped-call]
-    return found
+    """LSQ and LSQ+ as their papers write them, for any shape of ``scale``; ``count`` values share one.
 
-
-def _with_scale(x: Tensor, scale: Tensor, offset: Tensor | None, low: int, top: int) -> tuple[Tensor, Tensor | None]:
-    steps = x.mul(1.0 / scale).round_()
-    if offset is None:
-        return steps.clamp_(low, top).mul_(scale), None
-    zero_point = (-offset / scale).round().clamp_(0.0, top - low)  # 0 stays exact
-    return steps.clamp_(low - zero_point, top - zero_point).mul_(scale), zero_point
-
-
-class _LearnedScale(torch.autograd.Function):
-    """Gradients of Esser et al. to the scale, and of Bhalgat et al. to the offset, for any shape of them."""
-
-    @staticmethod
-    @override
-    def forward(ctx: Any, x: Tensor, scale: Tensor, offset: Tensor | None, low: int, top: int, factor: float) -> Tensor:
-        rounded, zero_point = _with_scale(x, scale, offset, low, top)
-        ctx.save_for_backward(x, scale, rounded, zero_point)
-        ctx.ends, ctx.factor = (low, top), factor
-        return rounded
-
-    @staticmethod
-    @override
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        x, scale, rounded, zero_point = ctx.saved_tensors
-        low, top = ctx.ends
-        steps = x / scale if zero_point is None else x / scale + zero_point
-        inside = (steps > low) & (steps < top)
-        through = gradient * inside
-        # Inside round(v) - v, outside the end of the range; v = (x - offset) / scale.
-        ends = rounded / scale if zero_point is None else rounded / scale + zero_point
-        of_scale = gradient * torch.where(inside, (rounded - x) / scale, ends)
-        of_offset = None if zero_point is None else (gradient - through).sum_to_size(scale.shape) * ctx.factor
-        return through, of_scale.sum_to_size(scale.shape) * ctx.factor, of_offset, None, None, None
+    Esser et al. divide the gradients to scale and offset by ``sqrt(count * top)``.
+    """
+    factor = (count * max(top, 1)) ** -0.5
+    scale, shift = scale.abs().clamp_min(SMALLEST_SCALE), None if offset is None else -offset
+    for learned in (scale, shift):
+        if learned is not None and learned.requires_grad:
+            learned.register_hook(lambda gradient: gradient * factor)  # type: ignore[no-untyped-call]
+    ends: list[Any] = [low, top]
+    if shift is not None:
+        steps = shift / scale
+        zero_point = _straight_through(steps, steps.detach().round().clamp(0, top - low))  # 0 stays exact
+        ends = [low - zero_point, top - zero_point]
+    clipped = (x * (1.0 / scale)).clamp(*ends)
+    return _straight_through(clipped, clipped.detach().round()) * scale

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_light.host.modules import compiled_methods
+from lightning_light.host.patches import InstancePatch
 from lightning_light.int8 import LoweredModel, QDQConstraints, Quantizer
+from lightning_light.isolation import uncompile
 from lightning_light.quantization.fake_quantize import (
     SMALLEST_SCALE,
     fake_quantize,
@@ -74,7 +75,7 @@ class FakeQuantizer(OpStack, Quantizer):
         self._active: list[object] = []  # of the compression state, where exporters look
         self._norms: dict[OpId, tuple[Tensor, Tensor | None]] = {}  # folded ones: unit and bias of the layer before
         self._modes: list[Any] = []
-        self._compiled: list[tuple[nn.Module, str, Any]] = []
+        self._compiled: list[InstancePatch] = []
 
     def attach(self, model: nn.Module) -> None:
         """Hook ``model``; modules that are compiled in place run as written until `detach`."""
@@ -82,29 +83,20 @@ class FakeQuantizer(OpStack, Quantizer):
         if has_state(model):
             self._active = state_of(model).active
             self._active.append(self)
-        for module in model.modules():
-            if (compiled := getattr(module, "_compiled_call_impl", None)) is not None:
-                self._compiled.append((module, "_compiled_call_impl", compiled))
-                module._compiled_call_impl = None
-            for name, written in compiled_methods(module).items():
-                self._compiled.append((module, name, vars(module)[name]))
-                setattr(module, name, written)
+        self._compiled = uncompile(model)
 
     def detach(self) -> None:
         """Undo `attach`; more than once does no harm."""
         self.remove()
         self._active[:] = [one for one in self._active if one is not self]
         while self._compiled:
-            module, name, compiled = self._compiled.pop()
-            setattr(module, name, compiled)
+            self._compiled.pop().undo()
 
     def update(self, ranges: Tensor, min_bits: int = 0) -> None:
         """Compute all quantization parameters from ``ranges`` and what is learned, with no fewer than ``min_bits``."""
         if min_bits != self.min_bits:
             self.weights = {op: site.weight.with_min_bits(min_bits) for op, site in self.plan.layers.items()}
             self.activations = [spec.with_min_bits(min_bits) for spec in self.plan.activations]
-            if self.observer is not None:
-                self.observer.specs = self.activations
         self._values = {name: value.detach() for name, value in self.learned.items()}
         self.ranges, self.min_bits, self.qparams = ranges, min_bits, qparams_of(self.activations, ranges)
         for activation, spec in enumerate(self.activations):
@@ -220,7 +212,7 @@ class FakeQuantizer(OpStack, Quantizer):
             return x
         spec = self.activations[activation]
         if self.observer is not None and not (spec.learned and self.enabled):
-            self.observer.observe(activation, x)
+            self.observer.observe(activation, spec, x)
         if not self.enabled:
             return x
         if spec.is_dynamic:

@@ -10,7 +10,7 @@ from lightning_light.quantization.operators import FLOAT
 from lightning_light.quantization.specs import ActivationSpec, LayerSpec, WeightSpec
 from lightning_light.quantization.trace import OpNode
 
-__all__ = ["FusedOps", "LayerSite", "QuantizationPlan", "plan_quantization"]
+__all__ = ["FusedOps", "LayerSite", "QuantizationPlan", "origin_of", "plan_quantization"]
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class _Planner:
     def _layer(self, node: OpNode) -> None:
         ((position, source),) = node.inputs
         spec = self._specs[node]
-        if _origin(source).role == "integer":
+        if origin_of(source).role == "integer":
             self.plan.left_float[node.id.module] = "reads integers"
         elif spec.no_kernel:
             self._layer_without_kernel(node, position, source, spec)
@@ -170,7 +170,7 @@ class _Planner:
         self.plan.layers[node.id] = LayerSite(spec.weight, FusedOps(norm or node.id, norm), None, spec.no_kernel)
 
     def _join(self, node: OpNode) -> None:
-        sources = [_origin(source) for _, source in node.inputs]
+        sources = [origin_of(source) for _, source in node.inputs]
         if any(source.role == "integer" for source in sources) or not any(
             source in self._activations for source in sources
         ):
@@ -190,7 +190,7 @@ class _Planner:
 
     def _quantize_input(self, node: OpNode, position: int, source: OpNode, spec: ActivationSpec | None = None) -> int:
         """Quantize where it is made, but at its reader if no single operator returns it alone."""
-        origin = _origin(source)
+        origin = origin_of(source)
         if origin.returns_several:
             self.plan.activations.append(_bounded(origin, spec or self._default))
             activation = len(self.plan.activations) - 1
@@ -216,7 +216,7 @@ class _Planner:
         return node.role in ("float", "integer", "batch_norm") or self._lacks_kernel(node)
 
 
-def _origin(node: OpNode) -> OpNode:
+def origin_of(node: OpNode) -> OpNode:
     """The node whose values these are."""
     while node.role == "view" and node.inputs:
         node = node.inputs[0][1]
@@ -230,7 +230,7 @@ def _is_quantized_by_readers(origin: OpNode) -> bool:
 
 def _bounded(node: OpNode, spec: ActivationSpec) -> ActivationSpec:
     """``spec``, with what the operator tells about its result."""
-    origin = _origin(node)
+    origin = origin_of(node)
     non_negative = _is_non_negative(origin)
     learned = "" if spec.learned == "clip" and not non_negative else spec.learned
     return replace(spec, non_negative=non_negative, upper_bound=origin.operator.upper_bound, learned=learned)
@@ -238,7 +238,7 @@ def _bounded(node: OpNode, spec: ActivationSpec) -> ActivationSpec:
 
 def _is_non_negative(node: OpNode) -> bool:
     if (node.role == "average" or node.operator.name == "cat") and node.inputs:
-        return all(_is_non_negative(_origin(source)) for _, source in node.inputs)
+        return all(_is_non_negative(origin_of(source)) for _, source in node.inputs)
     return node.operator.non_negative
 
 

@@ -324,8 +324,6 @@ class QuantizationAwareTraining(CompressionCallback):
             if name in state["learned"]:
                 state["learned"][name].mul_(before[name] / quant_max)  # the parameters' own memory
         quantizer.update(state["ranges"], min_bits)
-        if self._observer is not None:
-            self._observer.specs = quantizer.activations
         state["min_bits"] = min_bits
         if state["enabled"]:
             state["layers"] = plan.bits_of_layers(min_bits)

@@ -15,27 +15,24 @@ __all__ = ["RangeObserver"]
 
 
 class RangeObserver:
-    """Collects what the observers of ``specs`` find.
+    """Collects what the observers of the activations find.
+
+    Args:
+        specs: of the activations.
 
     Attributes:
-        specs: of the activations.
+        momentum: ``(n,)``, weight of a new batch in each moving average; nan for the widest range of all batches.
         weight_scales: LSQ's first scale of each learned weight that was seen.
     """
 
     def __init__(self, specs: Sequence[ActivationSpec]) -> None:
-        self.specs = specs
+        momenta = (spec.observer.momentum for spec in specs)
+        self.momentum = torch.tensor([torch.nan if momentum is None else momentum for momentum in momenta])
         self.weight_scales: dict[OpId, Tensor] = {}
         self._found: dict[int, Tensor] = {}
 
-    @property
-    def momentum(self) -> Tensor:
-        """``(n,)``: weight of a new batch in each moving average; nan for the widest range of all batches."""
-        momenta = (spec.observer.momentum for spec in self.specs)
-        return torch.tensor([torch.nan if momentum is None else momentum for momentum in momenta])
-
-    def observe(self, activation: int, x: Tensor) -> None:
+    def observe(self, activation: int, spec: ActivationSpec, x: Tensor) -> None:
         """Take in the values of one activation."""
-        spec = self.specs[activation]
         if spec.is_dynamic or not x.numel():
             return
         found = spec.observer.range_of(x.detach().float(), spec.quant_max, spec.non_negative)
@@ -55,6 +52,6 @@ class RangeObserver:
     def take(self, device: torch.device) -> Tensor:
         """``(n, 2)``: the ranges since the last call; (inf, -inf) where nothing was observed."""
         nothing = torch.tensor([torch.inf, -torch.inf], device=device)
-        ranges = [self._found.get(activation, nothing).to(device) for activation in range(len(self.specs))]
+        ranges = [self._found.get(activation, nothing).to(device) for activation in range(len(self.momentum))]
         self._found = {}
         return torch.stack(ranges) if ranges else torch.empty(0, 2, device=device)
