@@ -61,30 +61,26 @@ class Lowering(ABC):
     def build(self) -> None:
         """Fold every layer, and go on to the second round."""
         for op in self.plan.layers:
-            if op not in self.refused and (reason := self._missing(op) or self._fold(op)):
+            if op not in self.refused and (reason := self._fold(op)):
                 self.refused[op] = reason
         for op in list(self.weights):
             if reason := self.prepare(op, self._collected[op]):
                 self.refused[op] = reason
         self._collected, self._collecting = {}, False
 
-    def _missing(self, op: OpId) -> str | None:
-        """What a kernel would need: XNNPACK accepts a layer whose input is float, and computes wrong values."""
-        site = self.plan.layers[op]
+    def _fold(self, op: OpId) -> str | None:
+        """Fold a layer, or give the reason why it stays float.
+
+        XNNPACK accepts an int8 layer whose input is float, and computes wrong values.
+        """
+        site, writes = self.plan.layers[op], self.qparams_of_output(op)
+        reads = None if site.input is None else self.qparams[site.input]
         if (reason := operator_of(op.function).refused.get(self.runtime)) is not None:
             return reason
         if op not in self._collected:
             return "the forward pass did not call it"
-        if site.input is None or self.qparams[site.input] is None:
-            return "its input was never observed"
-        return "its output was never observed" if self.qparams_of_output(op) is None else None
-
-    def _fold(self, op: OpId) -> str | None:
-        site, writes = self.plan.layers[op], self.qparams_of_output(op)
-        assert site.input is not None
-        reads = self.qparams[site.input]
-        assert reads is not None  # `_missing` has checked both
-        assert writes is not None
+        if reads is None or writes is None:
+            return f"its {'output' if writes is None else 'input'} was never observed"
         norm = None if site.fused.batch_norm is None else self._collected[site.fused.batch_norm]
         weight = fold(self._collected[op], norm, *self.quantizer.weight(op), reads.scale, writes.scale)
         if weight.is_too_coarse(reads.scale, writes.scale):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,12 +50,11 @@ class QDQLowering(Lowering):
     def prepare(self, op: OpId, named: dict[str, Any]) -> str | None:
         if (dtype := named["weight"].dtype) is not torch.float32:
             return f"its weight is {dtype}, and the runtimes compute in torch.float32: `module.float()`"
-        weight, rest = self.weights[op], (-_WEIGHT_MAX, _WEIGHT_MAX, torch.int8)
+        weight = self.weights[op]
+        qparams: tuple[Any, ...] = (float(weight.scale.max()), 0)
         if weight.per_channel:
-            zeros = torch.zeros_like(weight.scale, dtype=torch.int64)
-            self._constants[op] = (weight.integers, weight.scale.float(), zeros, 0, *rest)
-        else:
-            self._constants[op] = (weight.integers, float(weight.scale), 0, *rest)
+            qparams = (weight.scale.float(), torch.zeros_like(weight.scale, dtype=torch.int64), 0)
+        self._constants[op] = (weight.integers, *qparams, -_WEIGHT_MAX, _WEIGHT_MAX, torch.int8)
         return None
 
     @override
@@ -79,7 +77,7 @@ class QDQLowering(Lowering):
         else:
             self._set_operands(call)
             result = call.run()
-        qparams = known[2] if activation is None and known else None if activation is None else self.qparams[activation]
+        qparams = self.qparams[activation] if activation is not None else known[2] if known else None
         return result if qparams is None else tree_map(lambda leaf: self._qdq(leaf, qparams), result)
 
     @override
@@ -146,7 +144,7 @@ class QDQLowering(Lowering):
             _, integers, qparams = self._quantized[id(value)]
             dequantize = torch.ops.quantized_decomposed.dequantize_per_tensor.default
             return _cast(value.dtype, dequantize(integers, *self._arguments(qparams)))
-        if isinstance(value, Mapping):
+        if isinstance(value, dict):
             return {key: self._read(item) for key, item in value.items()}
         return type(value)(map(self._read, value)) if type(value) in (list, tuple) else value
 
