@@ -22,7 +22,7 @@ def encode(value: Any) -> Any:
         {'fraction': 0.99, 'momentum': 0.01, 'kind': 'Percentile'}
     """
     if is_dataclass(value) and not isinstance(value, type):
-        found = {field.name: encode(getattr(value, field.name)) for field in fields(value)}
+        found = {field.name: encode(getattr(value, field.name)) for field in fields(value) if field.init}
         return {**found, "kind": value.kind()} if isinstance(value, Observer) else found
     if isinstance(value, dict):
         pairs = [(encode(key), encode(item)) for key, item in value.items()]
@@ -67,7 +67,7 @@ def decode(kind: Any, plain: Any, path: str) -> Any:
 
 
 def _decode_dataclass(kind: Any, plain: Any, path: str) -> Any:
-    names, hints = [field.name for field in fields(kind)], get_type_hints(kind)
+    names, hints = [field.name for field in fields(kind) if field.init], get_type_hints(kind)
     check_schema(plain, TypedDict(kind.__name__, dict.fromkeys(names, Any)), path)  # type: ignore[operator]
     values = {name: decode(hints[name], plain[name], f"{path}.{name}") for name in names}
     try:

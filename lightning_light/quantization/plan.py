@@ -139,7 +139,7 @@ class _Planner:
 
     def _fuse(self, node: OpNode) -> None:
         tail, parts = node, {}
-        for role in () if self._lacks_kernel(node) else node.operator.fuses:
+        for role in ("batch_norm",) if self._lacks_kernel(node) else node.operator.fuses:
             follower = tail.only_user
             if follower is not None and follower.role == role:
                 tail, parts[role] = follower, follower.id
@@ -163,11 +163,8 @@ class _Planner:
 
     def _layer_without_kernel(self, node: OpNode, position: int, source: OpNode, spec: LayerSpec) -> None:
         if spec.activation is not None:
-            self.plan.inputs.setdefault(node.id, {})[position] = len(self.plan.activations)
-            self.plan.activations.append(_bounded(source, spec.activation))
-        follower = node.only_user
-        norm = follower.id if follower is not None and follower.role == "batch_norm" else None
-        self.plan.layers[node.id] = LayerSite(spec.weight, FusedOps(norm or node.id, norm), None, spec.no_kernel)
+            self.plan.inputs.setdefault(node.id, {})[position] = self._new_activation(source, spec.activation)
+        self.plan.layers[node.id] = LayerSite(spec.weight, self._fused[node], None, spec.no_kernel)
 
     def _join(self, node: OpNode) -> None:
         sources = [origin_of(source) for _, source in node.inputs]
@@ -191,11 +188,8 @@ class _Planner:
     def _quantize_input(self, node: OpNode, position: int, source: OpNode, spec: ActivationSpec | None = None) -> int:
         """Quantize where it is made, but at its reader if no single operator returns it alone."""
         origin = origin_of(source)
-        if origin.returns_several:
-            self.plan.activations.append(_bounded(origin, spec or self._default))
-            activation = len(self.plan.activations) - 1
-        else:
-            activation = self._activation(origin, spec)
+        several = origin.returns_several
+        activation = self._new_activation(origin, spec) if several else self._activation(origin, spec)
         if _is_quantized_by_readers(origin):
             self.plan.inputs.setdefault(node.id, {})[position] = activation
         else:
@@ -208,9 +202,17 @@ class _Planner:
     def _activation(self, node: OpNode, spec: ActivationSpec | None) -> int:
         """The activation that is its result; the first layer at a tensor decides how it is quantized."""
         if node not in self._activations:
-            self._activations[node] = len(self.plan.activations)
-            self.plan.activations.append(_bounded(node, spec or self._default))
+            self._activations[node] = self._new_activation(node, spec)
         return self._activations[node]
+
+    def _new_activation(self, node: OpNode, spec: ActivationSpec | None) -> int:
+        """Another one, quantized as by ``spec``, with what the operator tells about its result."""
+        origin, spec = origin_of(node), spec or self._default
+        non_negative = _is_non_negative(origin)
+        learned = "" if spec.learned == "clip" and not non_negative else spec.learned
+        bounded = replace(spec, non_negative=non_negative, upper_bound=origin.operator.upper_bound, learned=learned)
+        self.plan.activations.append(bounded)
+        return len(self.plan.activations) - 1
 
     def _is_float(self, node: OpNode) -> bool:
         return node.role in ("float", "integer", "batch_norm") or self._lacks_kernel(node)
@@ -226,14 +228,6 @@ def origin_of(node: OpNode) -> OpNode:
 def _is_quantized_by_readers(origin: OpNode) -> bool:
     """Whether no operator makes it, or one that returns several tensors: output and states of an LSTM."""
     return origin.role == "input" or origin.returns_several
-
-
-def _bounded(node: OpNode, spec: ActivationSpec) -> ActivationSpec:
-    """``spec``, with what the operator tells about its result."""
-    origin = origin_of(node)
-    non_negative = _is_non_negative(origin)
-    learned = "" if spec.learned == "clip" and not non_negative else spec.learned
-    return replace(spec, non_negative=non_negative, upper_bound=origin.operator.upper_bound, learned=learned)
 
 
 def _is_non_negative(node: OpNode) -> bool:
