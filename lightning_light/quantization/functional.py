@@ -142,17 +142,16 @@ def _restored_on_failure(model: nn.Module, changes: bool) -> Iterator[None]:
     """Training modes are as before in any case, parameters that the block ``changes`` if it raises."""
     modes = {module: module.training for module in model.modules()}
     before = {parameter: parameter.detach().clone() for parameter in model.parameters() if changes}
-    done = False
     try:
         yield
-        done = True
+    except BaseException:
+        with torch.no_grad():
+            for parameter, value in before.items():
+                parameter.copy_(value)
+        raise
     finally:
         for module, mode in modes.items():
             module.training = mode
-        if not done:
-            with torch.no_grad():
-                for parameter, value in before.items():
-                    parameter.copy_(value)
 
 
 def _check_finite(plan: QuantizationPlan, seen: Tensor, batch: int) -> None:

@@ -154,8 +154,7 @@ def measure_sensitivity(
         )
     found: dict[str, dict[int, float]] = {layer: {} for layer in layers}
     with isolated(model):
-        right = [_outputs(model, call) for call in inputs]
-        _check_finite(right)
+        right = [_finite_outputs(model, call, place) for place, call in enumerate(inputs)]
         before = 0.0 if metric is None else _metric_value(model, metric, inputs, targets)
         for layer in with_progress_bar(layers, len(layers), "Sensitivity", shown=progress_bar):
             for width, spec in widths.items():
@@ -184,13 +183,14 @@ def _quantized(model: nn.Module, calls: Mapping[OpId, OpNode], spec: WeightSpec)
     return intercepted(model, handle)
 
 
-def _check_finite(right: Sequence[list[Tensor]]) -> None:
-    for place, outputs in enumerate(right):
-        if not all(bool(output.isfinite().all()) for output in outputs):
-            raise ValueError(
-                f"`measure_sensitivity(...)`: expected finite outputs, found others for batch {place}. "
-                "Look for them in the batch and in the weights: `torch.isfinite(x).all()`."
-            )
+def _finite_outputs(model: nn.Module, call: ExampleInput, batch: int) -> list[Tensor]:
+    outputs = _outputs(model, call)
+    if not all(bool(output.isfinite().all()) for output in outputs):
+        raise ValueError(
+            f"`measure_sensitivity(...)`: expected finite outputs, found others for batch {batch}. "
+            "Look for them in the batch and in the weights: `torch.isfinite(x).all()`."
+        )
+    return outputs
 
 
 def _mean_distance(
