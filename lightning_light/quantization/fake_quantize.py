@@ -15,6 +15,7 @@ from lightning_light.quantization.specs import ActivationSpec, QParams, WeightSp
 
 __all__ = [
     "SMALLEST_SCALE",
+    "columns",
     "fake_quantize",
     "fake_quantize_bias",
     "fake_quantize_dynamic",
@@ -72,9 +73,9 @@ def merge_ranges(ranges: Tensor, batch: Tensor, momentum: Tensor) -> Tensor:
         batch: ``(n, 2)``, infinite where this batch was not observed.
         momentum: ``(n,)``, weight of the batch; nan for the widest range of all batches.
     """
-    columns = momentum[:, None]
+    weight = momentum[:, None]
     wide = torch.stack([torch.minimum(ranges[:, 0], batch[:, 0]), torch.maximum(ranges[:, 1], batch[:, 1])], 1)
-    averaged = torch.where(columns.isnan(), wide, torch.lerp(ranges, batch, columns.nan_to_num()))
+    averaged = torch.where(weight.isnan(), wide, torch.lerp(ranges, batch, weight.nan_to_num()))
     return torch.where(batch.isfinite(), torch.where(ranges.isfinite(), averaged, batch), ranges)
 
 
@@ -196,13 +197,13 @@ def fake_quantize_weight(w: Tensor, spec: WeightSpec, scale: Tensor | None = Non
     """
     if scale is not None and spec.learned:
         count = w.numel() // max(scale.numel(), 1)
-        columns = _columns(scale.float(), w)
-        learned = _with_learned_scale(w.float(), columns, None, spec.quant_min, spec.quant_max, count).to(w.dtype)
+        ends = (spec.quant_min, spec.quant_max)
+        learned = _with_learned_scale(w.float(), columns(scale.float(), w), None, *ends, count).to(w.dtype)
         return learned, scale.detach().float().abs().clamp_min(SMALLEST_SCALE)
     q, found = quantize_weight(w, spec)
     if spec.form == "binary":
         w = w.clamp(-1.0, 1.0)
-    return _straight_through(w, q.mul_(_columns(found, w)).to(w.dtype)), found
+    return _straight_through(w, q.mul_(columns(found, w)).to(w.dtype)), found
 
 
 def fake_quantize_bias(bias: Tensor, unit: Tensor) -> Tensor:
@@ -215,7 +216,8 @@ def _mean(magnitude: Tensor, kept: Tensor) -> Tensor:
     return (magnitude * kept).sum(-1, keepdim=True) / kept.sum(-1, keepdim=True).clamp_min(1)
 
 
-def _columns(scale: Tensor, w: Tensor) -> Tensor:
+def columns(scale: Tensor, w: Tensor) -> Tensor:
+    """``scale`` of each output channel, or of all, in a shape that broadcasts to ``w``."""
     return scale.reshape(-1, *[1] * (w.dim() - 1)) if scale.dim() else scale
 
 

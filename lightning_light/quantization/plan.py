@@ -138,13 +138,9 @@ class _Planner:
         return self.plan
 
     def _fuse(self, node: OpNode) -> None:
-        tail, parts = node, {}
-        for role in ("batch_norm",) if self._lacks_kernel(node) else node.operator.fuses:
-            follower = tail.only_user
-            if follower is not None and follower.role == role:
-                tail, parts[role] = follower, follower.id
-        self._tails[node] = tail
-        self._fused[node] = FusedOps(tail.id, **parts)
+        parts = node.followers(*(("batch_norm",) if self._lacks_kernel(node) else node.operator.fuses))
+        self._tails[node] = tail = [node, *parts.values()][-1]
+        self._fused[node] = FusedOps(tail.id, **{role: part.id for role, part in parts.items()})
 
     def _lacks_kernel(self, node: OpNode) -> bool:
         return node in self._specs and self._specs[node].no_kernel is not None

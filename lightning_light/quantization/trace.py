@@ -61,6 +61,15 @@ class OpNode:
         """The node that alone reads the result."""
         return self.users[0] if len(self.users) == 1 and not self.is_output else None
 
+    def followers(self, *roles: str) -> dict[str, OpNode]:
+        """Role -> the operator of that role, in this order, which alone reads the result so far."""
+        tail, found = self, dict[str, OpNode]()
+        for role in roles:
+            follower = tail.only_user
+            if follower is not None and follower.role == role:
+                tail = found[role] = follower
+        return found
+
     @property
     def named(self) -> dict[str, Any]:
         """The arguments of the call by name."""

@@ -12,9 +12,8 @@ from typing_extensions import override
 
 from lightning_light.errors import UnsupportedError
 from lightning_light.int8 import QDQConstraints
-from lightning_light.quantization.fake_quantize import gain_and_shift, quantize_weight
+from lightning_light.quantization.fake_quantize import fake_quantize_weight, gain_and_shift
 from lightning_light.quantization.lowering.base import Lowering, scalar
-from lightning_light.quantization.lowering.weights import QuantizedWeight
 from lightning_light.quantization.op_calls import OpCall, OpId
 from lightning_light.quantization.operators import arguments, is_view, operator_of
 from lightning_light.quantization.specs import QParams
@@ -105,10 +104,8 @@ class QDQLowering(Lowering):
     def _set_float_weight(self, call: OpCall) -> None:
         """The fake-quantized weight, as a float constant."""
         if call.id not in self._float_weights:
-            weight = call.get("weight", 1)
-            integers, scale = quantize_weight(weight, *self.quantizer.weight(call.id))
-            found = QuantizedWeight(integers.to(torch.int8), scale.double(), None).dequantized().to(weight.dtype)
-            self._float_weights[call.id] = found
+            weight, _ = fake_quantize_weight(call.get("weight", 1), *self.quantizer.weight(call.id))
+            self._float_weights[call.id] = weight.detach()
         call.set("weight", 1, self._float_weights[call.id])
 
     def _normalized(self, call: OpCall) -> Tensor:

@@ -131,11 +131,8 @@ class _Layer:
 
     @classmethod
     def of(cls, node: OpNode) -> _Layer:
-        tail, norm = node, None
-        if (follower := tail.only_user) is not None and follower.role == "batch_norm":
-            tail = norm = follower
-        follower = tail.only_user
-        return cls(node, norm, follower if follower is not None and follower.role == "activation" else None)
+        parts = node.followers("batch_norm", "activation")
+        return cls(node, parts.get("batch_norm"), parts.get("activation"))
 
     @property
     def id(self) -> OpId:
