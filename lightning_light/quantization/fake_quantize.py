@@ -238,7 +238,22 @@ def gain_and_shift(norm: Mapping[str, Any], bias: Tensor | None = None) -> tuple
 
 def _straight_through(x: Tensor, rounded: Tensor) -> Tensor:
     """``rounded``, with a gradient of 1 to ``x``."""
-    return rounded + (x - x.detach()) if x.requires_grad and torch.is_grad_enabled() else rounded
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return rounded
+    found: Tensor = _StraightThrough.apply(x, rounded)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    @override
+    def forward(ctx: Any, x: Tensor, rounded: Tensor) -> Tensor:
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return gradient, None
 
 
 def _with_learned_scale(x: Tensor, scale: Tensor, offset: Tensor | None, low: int, top: int, count: int) -> Tensor:

@@ -20,7 +20,7 @@ from lightning_light.quantization.fake_quantizer import FakeQuantizer
 from lightning_light.quantization.observers import MinMax, MovingAverage
 from lightning_light.quantization.plan import QuantizationPlan
 from lightning_light.quantization.post_training.adaround import AdaRound
-from lightning_light.quantization.post_training.calibration import calls_from, explained, first_of
+from lightning_light.quantization.post_training.calibration import calls_from, explained
 from lightning_light.quantization.post_training.equalization import equalize as equalize_layers
 from lightning_light.quantization.post_training.refinement import Refinement
 from lightning_light.quantization.range_observer import RangeObserver
@@ -91,7 +91,7 @@ def quantize(
         if changes:
             examples = list(inputs)
             inputs = iter(examples)
-        first = first_of("quantize", model, inputs)
+        first = next(inputs)
         with isolated(model), explained("quantize", model, first):
             model(*first.args, **first.kwargs)
         model.eval()

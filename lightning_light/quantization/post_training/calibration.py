@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -14,7 +15,7 @@ from lightning_light.example_input import ExampleInput
 from lightning_light.int8 import quantizers_of
 from lightning_light.nested import tensors_in
 
-__all__ = ["calls_from", "explained", "first_of"]
+__all__ = ["calls_from", "explained"]
 
 _CURE = "Pass `data`, batches for calibration, for instance `data=val_dataloader`."
 
@@ -26,7 +27,7 @@ def calls_from(
 
     Raises:
         UnsupportedError: the network is fake-quantized already.
-        ValueError: a batch has no tensor or no sample.
+        ValueError: there is no batch, or one has no tensor or no sample.
     """
     if any(quantizer.enabled for quantizer in quantizers_of(model)):
         raise UnsupportedError(
@@ -35,7 +36,14 @@ def calls_from(
         )
     if data is None and example_inputs is not None:
         return iter([_checked(function, ExampleInput.of(example_inputs).to(model))])
-    return (_checked(function, example_of_batch(batch, model)) for batch in data or ())
+    calls = (_checked(function, example_of_batch(batch, model)) for batch in data or ())
+    first = next(calls, None)
+    if first is None:
+        raise ValueError(
+            f"`{function}({type(model).__name__}, ...)`: expected inputs to calibrate on, found no batch; "
+            f"a generator gives its batches only once. {_CURE}"
+        )
+    return chain([first], calls)
 
 
 def _checked(function: str, call: ExampleInput) -> ExampleInput:
@@ -47,21 +55,6 @@ def _checked(function: str, call: ExampleInput) -> ExampleInput:
             f"`{function}(...)`: expected a sample in each batch, found {_described(call)}. Leave empty batches out."
         )
     return call
-
-
-def first_of(function: str, model: nn.Module, calls: Iterator[ExampleInput]) -> ExampleInput:
-    """The first call.
-
-    Raises:
-        ValueError: there is none.
-    """
-    first = next(calls, None)
-    if first is None:
-        raise ValueError(
-            f"`{function}({type(model).__name__}, ...)`: expected inputs to calibrate on, found no batch; "
-            f"a generator gives its batches only once. {_CURE}"
-        )
-    return first
 
 
 @contextmanager

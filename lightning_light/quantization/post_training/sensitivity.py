@@ -20,7 +20,7 @@ from lightning_light.nested import map_tensors, tensors_in
 from lightning_light.quantization.fake_quantize import fake_quantize_weight
 from lightning_light.quantization.op_calls import OpCall, OpId, intercepted
 from lightning_light.quantization.plan import origin_of
-from lightning_light.quantization.post_training.calibration import calls_from, explained, first_of
+from lightning_light.quantization.post_training.calibration import calls_from, explained
 from lightning_light.quantization.post_training.progress_bar import with_progress_bar
 from lightning_light.quantization.recipes import Bits, Engine, IntN
 from lightning_light.quantization.specs import WeightSpec
@@ -138,8 +138,7 @@ def measure_sensitivity(
         Int8(exclude=['0'])
     """
     data, targets = _with_targets(data, metric)
-    found_calls = calls_from("measure_sensitivity", model, example_inputs, data)
-    inputs = [first_of("measure_sensitivity", model, found_calls), *found_calls]
+    inputs = list(calls_from("measure_sensitivity", model, example_inputs, data))
     widths = {width: IntN(weights=width, engine=engine).spec().weight for width in bits}
     with explained("measure_sensitivity", model, inputs[0]):
         nodes = trace_ops(model, inputs[0].args, inputs[0].kwargs).nodes
