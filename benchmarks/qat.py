@@ -3,7 +3,8 @@
     python benchmarks/qat.py --rounds 30
 
 All ways train copies of one network in one process, a step of each in turn; a round's overhead is a way's time over the
-float step of the same round, less one. Observers observe and tensors are fake-quantized in all.
+float step of the same round, less one. Observers observe and tensors are fake-quantized in all. Times are processor
+times of one thread, which other processes on the machine change less than wall times.
 
 Then what a validation batch costs: its time over the forward pass of a training batch, both fake-quantized.
 """
@@ -73,11 +74,11 @@ def pt2e(net: nn.Module, x: Tensor) -> nn.Module:
 
 
 def step(net: nn.Module, x: Tensor, after_batch: Callable[[], None] | None) -> float:
-    started = time.perf_counter()
+    started = time.process_time()
     net(x).square().mean().backward()
     if after_batch is not None:
         after_batch()
-    taken = time.perf_counter() - started
+    taken = time.process_time() - started
     for parameter in net.parameters():
         parameter.grad = None
     return taken
@@ -87,13 +88,13 @@ def evaluation(net: nn.Module, x: Tensor, rounds: int) -> list[float]:
     """Of each round: the time of a validation batch over the forward pass of a training batch."""
     ratios = []
     for turn in range(rounds + 3):
-        started = time.perf_counter()
+        started = time.process_time()
         net.train()(x)
-        between = time.perf_counter()
+        between = time.process_time()
         with torch.no_grad():
             net.eval()(x)
         if turn >= 3:
-            ratios.append((time.perf_counter() - between) / (between - started))
+            ratios.append((time.process_time() - between) / (between - started))
     return ratios
 
 

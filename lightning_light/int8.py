@@ -19,13 +19,17 @@ __all__ = [
     "LoweredModel",
     "QDQConstraints",
     "Quantizer",
+    "largest_weight",
     "quantizers_of",
 ]
 
 QUANTIZED_TENSORS_ARE_DEPRECATED = r"torch\.quantize_per_tensor, torch\.quantize_per_channel"
 """How torch's deprecation warning of its int8 kernels begins."""
 
-_LIMITS = {"x86": 63}  # without VNNI two products have to fit into 16 bits
+
+def largest_weight(engine: str) -> int:
+    """The largest int8 weight for the kernels of ``engine``; on x86 without VNNI two products must fit in 16 bits."""
+    return 63 if engine == "x86" else 127
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Int8Weights:
         Raises:
             UnsupportedError: names the engine to train for.
         """
-        limit = _LIMITS.get(engine, 127)
+        limit = largest_weight(engine)
         if self.quant_max > limit:
             raise UnsupportedError(
                 f"`TorchScriptLite(engine={engine!r})`: expected weights quantized to [-{limit}, {limit}], found "

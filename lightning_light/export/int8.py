@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -91,14 +91,10 @@ def check_details(call: str, model: nn.Module, details: Mapping[str, Any]) -> No
 def _never_int8(model: nn.Module, lowered: LoweredModel) -> dict[str, str]:
     """Modules with a weight that int8 is not for (embeddings, recurrent layers, fused attention), and their types."""
     done = {*lowered.modules, *lowered.left_float}
-    return {
-        name: type(model.get_submodule(name)).__name__
-        for name in dict.fromkeys(path.partition(".parametrizations")[0] for path in _with_weights(model))
-        if name not in done
-    }
-
-
-def _with_weights(model: nn.Module) -> Iterator[str]:
+    found: dict[str, str] = {}
     for path, module in model.named_modules():
-        if any(one.dim() > 1 and one.is_floating_point() for one in module.parameters(recurse=False)):
-            yield path
+        name = path.partition(".parametrizations")[0]
+        has_weight = any(one.dim() > 1 and one.is_floating_point() for one in module.parameters(recurse=False))
+        if has_weight and name not in done:
+            found[name] = type(model.get_submodule(name)).__name__
+    return found

@@ -13,14 +13,25 @@ from torch import Tensor, nn
 from lightning_light.errors import LightningLightError, ManifestError
 from lightning_light.example_input import ExampleInput
 from lightning_light.quantization.encoding import decode, encode
+from lightning_light.quantization.fake_quantize import merge_ranges
 from lightning_light.quantization.fake_quantizer import FakeQuantizer
+from lightning_light.quantization.learned_qparams import initial_values
 from lightning_light.quantization.plan import QuantizationPlan, plan_quantization
 from lightning_light.quantization.recipes import Recipe
 from lightning_light.quantization.trace import trace_ops
 from lightning_light.surgery.attachment import state_of
 from lightning_light.validation import validated
 
-__all__ = ["METHOD", "QuantizationState", "attach_fake_quantizer", "begin", "fake_quantized", "read_state"]
+__all__ = [
+    "METHOD",
+    "QuantizationState",
+    "attach_fake_quantizer",
+    "begin",
+    "enable",
+    "fake_quantized",
+    "merge",
+    "read_state",
+]
 
 METHOD = "quantization_aware_training"
 """Key of the method's state in the compression state."""
@@ -37,7 +48,7 @@ class QuantizationState:
         batches: how many were observed.
         enabled: whether tensors are quantized; before, ranges are only observed.
         min_bits: stage of a bit-width schedule.
-        learned: values of what is learned, by the names of `LearnedQParam`.
+        learned: values of what is learned, by name.
         optimizer_groups: name of what is learned -> optimizer and parameter group that train it.
         layers: layer -> bits, for monitors.
         recipe: of `quantize`, which a training may continue.
@@ -80,6 +91,25 @@ def begin(state: dict[str, Any], model: nn.Module, example: ExampleInput, recipe
     state.clear()
     state |= encode(QuantizationState(plan, ranges, recipe.engine))
     return plan
+
+
+def merge(state: dict[str, Any], seen: Tensor, momentum: Tensor) -> None:
+    """Merge the ranges of one batch into those of ``state``.
+
+    Args:
+        state: as `begin` has made it.
+        seen: ``(activations, 2)``, of the batch.
+        momentum: as in `merge_ranges`.
+    """
+    state["ranges"] = merge_ranges(state["ranges"].to(seen), seen, momentum.to(seen))
+    state["batches"] += 1
+
+
+def enable(state: dict[str, Any], quantizer: FakeQuantizer) -> None:
+    """Quantize from now on, with the ranges that have been observed; what is learned begins with them."""
+    state["enabled"] = quantizer.enabled = True
+    state["layers"] = quantizer.plan.bits_of_layers(state["min_bits"])
+    state["learned"] |= initial_values(quantizer.activations, quantizer.qparams)
 
 
 def attach_fake_quantizer(model: nn.Module, state: dict[str, Any]) -> FakeQuantizer | None:

@@ -15,6 +15,7 @@ from lightning_light.quantization.specs import ActivationSpec, QParams, WeightSp
 
 __all__ = [
     "SMALLEST_SCALE",
+    "columns",
     "fake_quantize",
     "fake_quantize_bias",
     "fake_quantize_dynamic",
@@ -72,9 +73,9 @@ def merge_ranges(ranges: Tensor, batch: Tensor, momentum: Tensor) -> Tensor:
         batch: ``(n, 2)``, infinite where this batch was not observed.
         momentum: ``(n,)``, weight of the batch; nan for the widest range of all batches.
     """
-    columns = momentum[:, None]
+    weight = momentum[:, None]
     wide = torch.stack([torch.minimum(ranges[:, 0], batch[:, 0]), torch.maximum(ranges[:, 1], batch[:, 1])], 1)
-    averaged = torch.where(columns.isnan(), wide, torch.lerp(ranges, batch, columns.nan_to_num()))
+    averaged = torch.where(weight.isnan(), wide, torch.lerp(ranges, batch, weight.nan_to_num()))
     return torch.where(batch.isfinite(), torch.where(ranges.isfinite(), averaged, batch), ranges)
 
 
@@ -196,13 +197,13 @@ def fake_quantize_weight(w: Tensor, spec: WeightSpec, scale: Tensor | None = Non
     """
     if scale is not None and spec.learned:
         count = w.numel() // max(scale.numel(), 1)
-        columns = _columns(scale.float(), w)
-        learned = _with_learned_scale(w.float(), columns, None, spec.quant_min, spec.quant_max, count).to(w.dtype)
+        ends = (spec.quant_min, spec.quant_max)
+        learned = _with_learned_scale(w.float(), columns(scale.float(), w), None, *ends, count).to(w.dtype)
         return learned, scale.detach().float().abs().clamp_min(SMALLEST_SCALE)
     q, found = quantize_weight(w, spec)
     if spec.form == "binary":
         w = w.clamp(-1.0, 1.0)
-    return _straight_through(w, q.mul_(_columns(found, w)).to(w.dtype)), found
+    return _straight_through(w, q.mul_(columns(found, w)).to(w.dtype)), found
 
 
 def fake_quantize_bias(bias: Tensor, unit: Tensor) -> Tensor:
@@ -215,7 +216,8 @@ def _mean(magnitude: Tensor, kept: Tensor) -> Tensor:
     return (magnitude * kept).sum(-1, keepdim=True) / kept.sum(-1, keepdim=True).clamp_min(1)
 
 
-def _columns(scale: Tensor, w: Tensor) -> Tensor:
+def columns(scale: Tensor, w: Tensor) -> Tensor:
+    """``scale`` of each output channel, or of all, in a shape that broadcasts to ``w``."""
     return scale.reshape(-1, *[1] * (w.dim() - 1)) if scale.dim() else scale
 
 
@@ -232,9 +234,6 @@ def gain_and_shift(norm: Mapping[str, Any], bias: Tensor | None = None) -> tuple
     centered = (0.0 if bias is None else bias.detach().double()) - norm["running_mean"].double()
     beta = 0.0 if norm.get("bias") is None else norm["bias"].detach().double()
     return gain, beta + centered * gain
-
-
-# Gradients.
 
 
 def _straight_through(x: Tensor, rounded: Tensor) -> Tensor:
@@ -258,44 +257,19 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def _with_learned_scale(x: Tensor, scale: Tensor, offset: Tensor | None, low: int, top: int, count: int) -> Tensor:
-    """LSQ: ``count`` values share a scale, whose gradient is divided by ``sqrt(count * top)``."""
-    scale = scale.abs().clamp_min(SMALLEST_SCALE)
-    if not (torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad)):
-        return _with_scale(x, scale, offset, low, top)[0]
-    factor = float((count * max(top, 1)) ** -0.5)
-    found: Tensor = _LearnedScale.apply(x, scale, offset, low, top, factor)  # type: ignore[no-untyped-call]
-    return found
+    """LSQ and LSQ+ as their papers write them, for any shape of ``scale``; ``count`` values share one.
 
-
-def _with_scale(x: Tensor, scale: Tensor, offset: Tensor | None, low: int, top: int) -> tuple[Tensor, Tensor | None]:
-    steps = x.mul(1.0 / scale).round_()
-    if offset is None:
-        return steps.clamp_(low, top).mul_(scale), None
-    zero_point = (-offset / scale).round().clamp_(0.0, top - low)  # 0 stays exact
-    return steps.clamp_(low - zero_point, top - zero_point).mul_(scale), zero_point
-
-
-class _LearnedScale(torch.autograd.Function):
-    """Gradients of Esser et al. to the scale, and of Bhalgat et al. to the offset, for any shape of them."""
-
-    @staticmethod
-    @override
-    def forward(ctx: Any, x: Tensor, scale: Tensor, offset: Tensor | None, low: int, top: int, factor: float) -> Tensor:
-        rounded, zero_point = _with_scale(x, scale, offset, low, top)
-        ctx.save_for_backward(x, scale, rounded, zero_point)
-        ctx.ends, ctx.factor = (low, top), factor
-        return rounded
-
-    @staticmethod
-    @override
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        x, scale, rounded, zero_point = ctx.saved_tensors
-        low, top = ctx.ends
-        steps = x / scale if zero_point is None else x / scale + zero_point
-        inside = (steps > low) & (steps < top)
-        through = gradient * inside
-        # Inside round(v) - v, outside the end of the range; v = (x - offset) / scale.
-        ends = rounded / scale if zero_point is None else rounded / scale + zero_point
-        of_scale = gradient * torch.where(inside, (rounded - x) / scale, ends)
-        of_offset = None if zero_point is None else (gradient - through).sum_to_size(scale.shape) * ctx.factor
-        return through, of_scale.sum_to_size(scale.shape) * ctx.factor, of_offset, None, None, None
+    Esser et al. divide the gradients to scale and offset by ``sqrt(count * top)``.
+    """
+    factor = (count * max(top, 1)) ** -0.5
+    scale, shift = scale.abs().clamp_min(SMALLEST_SCALE), None if offset is None else -offset
+    for learned in (scale, shift):
+        if learned is not None and learned.requires_grad:
+            learned.register_hook(lambda gradient: gradient * factor)  # type: ignore[no-untyped-call]
+    ends: list[Any] = [low, top]
+    if shift is not None:
+        steps = shift / scale
+        zero_point = _straight_through(steps, steps.detach().round().clamp(0, top - low))  # 0 stays exact
+        ends = [low - zero_point, top - zero_point]
+    clipped = (x * (1.0 / scale)).clamp(*ends)
+    return _straight_through(clipped, clipped.detach().round()) * scale

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_light.host.modules import compiled_methods
+from lightning_light.host.patches import InstancePatch
 from lightning_light.int8 import LoweredModel, QDQConstraints, Quantizer
+from lightning_light.isolation import uncompile
 from lightning_light.quantization.fake_quantize import (
     SMALLEST_SCALE,
     fake_quantize,
@@ -24,7 +25,7 @@ from lightning_light.quantization.fake_quantize import (
     gain_and_shift,
     qparams_of,
 )
-from lightning_light.quantization.learned_qparams import LearnedQParam, learned_qparams_of, weight_scale
+from lightning_light.quantization.learned_qparams import learned_qparams_of, names_of, weight_scale
 from lightning_light.quantization.lowering.base import Lowering, lowered
 from lightning_light.quantization.lowering.qdq import QDQLowering
 from lightning_light.quantization.lowering.quantized_ops import QuantizedOpsLowering, quantized_engine
@@ -44,7 +45,7 @@ class FakeQuantizer(OpStack, Quantizer):
     Args:
         plan: of the network.
         engine: whose kernels will run it.
-        learned: values of what is learned, by the names of `LearnedQParam`.
+        learned: values of what is learned, by name.
 
     Attributes:
         enabled: whether tensors are quantized; else the network computes in float.
@@ -74,7 +75,7 @@ class FakeQuantizer(OpStack, Quantizer):
         self._active: list[object] = []  # of the compression state, where exporters look
         self._norms: dict[OpId, tuple[Tensor, Tensor | None]] = {}  # folded ones: unit and bias of the layer before
         self._modes: list[Any] = []
-        self._compiled: list[tuple[nn.Module, str, Any]] = []
+        self._compiled: list[InstancePatch] = []
 
     def attach(self, model: nn.Module) -> None:
         """Hook ``model``; modules that are compiled in place run as written until `detach`."""
@@ -82,45 +83,39 @@ class FakeQuantizer(OpStack, Quantizer):
         if has_state(model):
             self._active = state_of(model).active
             self._active.append(self)
-        for module in model.modules():
-            if (compiled := getattr(module, "_compiled_call_impl", None)) is not None:
-                self._compiled.append((module, "_compiled_call_impl", compiled))
-                module._compiled_call_impl = None
-            for name, written in compiled_methods(module).items():
-                self._compiled.append((module, name, vars(module)[name]))
-                setattr(module, name, written)
+        self._compiled = uncompile(model)
 
     def detach(self) -> None:
         """Undo `attach`; more than once does no harm."""
         self.remove()
         self._active[:] = [one for one in self._active if one is not self]
         while self._compiled:
-            module, name, compiled = self._compiled.pop()
-            setattr(module, name, compiled)
+            self._compiled.pop().undo()
 
     def update(self, ranges: Tensor, min_bits: int = 0) -> None:
         """Compute all quantization parameters from ``ranges`` and what is learned, with no fewer than ``min_bits``."""
         if min_bits != self.min_bits:
             self.weights = {op: site.weight.with_min_bits(min_bits) for op, site in self.plan.layers.items()}
             self.activations = [spec.with_min_bits(min_bits) for spec in self.plan.activations]
-            if self.observer is not None:
-                self.observer.specs = self.activations
         self._values = {name: value.detach() for name, value in self.learned.items()}
         self.ranges, self.min_bits, self.qparams = ranges, min_bits, qparams_of(self.activations, ranges)
         for activation, spec in enumerate(self.activations):
-            if spec.learned and self.learned:
-                learned = learned_qparams_of(self.learned, activation, spec)
-                self.qparams[activation] = learned or self.qparams[activation]
+            self.qparams[activation] = learned_qparams_of(self.learned, activation, spec) or self.qparams[activation]
 
-    def quant_max_of_scales(self) -> dict[str, int]:
+    def reduce_bits(self, min_bits: int, learned: Mapping[str, Tensor]) -> None:
+        """Go on to another stage of a bit-width schedule; ``learned`` scales grow, so that no range becomes smaller."""
+        before = self._quant_max_of_scales()
+        self.update(self.ranges, min_bits)
+        for name, quant_max in self._quant_max_of_scales().items():
+            if name in learned:
+                learned[name].mul_(before[name] / quant_max)  # the parameters' own memory
+        self.update(self.ranges, min_bits)
+
+    def _quant_max_of_scales(self) -> dict[str, int]:
         """``quant_max`` of all whose scale is learned, now."""
         weights = {weight_scale(op): spec.quant_max for op, spec in self.weights.items() if spec.learned}
-        return weights | {
-            str(one): spec.quant_max
-            for activation, spec in enumerate(self.activations)
-            for one in LearnedQParam.of(activation, spec)
-            if one.quantity == "scale"
-        }
+        names = ((names_of(activation, spec).get("scale"), spec) for activation, spec in enumerate(self.activations))
+        return weights | {name: spec.quant_max for name, spec in names if name is not None}
 
     def weight(self, op: OpId) -> tuple[WeightSpec, Tensor | None]:
         """How the weight of a layer call is quantized, and its scale if that is learned."""
@@ -220,14 +215,14 @@ class FakeQuantizer(OpStack, Quantizer):
             return x
         spec = self.activations[activation]
         if self.observer is not None and not (spec.learned and self.enabled):
-            self.observer.observe(activation, x)
+            self.observer.observe(activation, spec, x)
         if not self.enabled:
             return x
         if spec.is_dynamic:
             return fake_quantize_dynamic(x, spec)
         values = self.learned if torch.is_grad_enabled() else self._values
-        names = [str(one) for one in LearnedQParam.of(activation, spec)]
-        if names and names[0] in values:
-            return fake_quantize_learned(x, spec, *(values[name] for name in names))
+        learned = [values[name] for name in names_of(activation, spec).values() if name in values]
+        if learned:
+            return fake_quantize_learned(x, spec, *learned)
         qparams = self.qparams[activation]
         return x if qparams is None else fake_quantize(x, qparams)

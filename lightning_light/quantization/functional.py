@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,18 +15,12 @@ from lightning_light.errors import NoEffectWarning
 from lightning_light.example_input import ExampleInput
 from lightning_light.isolation import isolated, uncompiled
 from lightning_light.order import Stage
-from lightning_light.quantization.checkpoint_state import METHOD, attach_fake_quantizer, begin
-from lightning_light.quantization.fake_quantize import merge_ranges
+from lightning_light.quantization.checkpoint_state import METHOD, attach_fake_quantizer, begin, enable, merge
 from lightning_light.quantization.fake_quantizer import FakeQuantizer
-from lightning_light.quantization.learned_qparams import initial_values, weight_scale
 from lightning_light.quantization.observers import MinMax, MovingAverage
 from lightning_light.quantization.plan import QuantizationPlan
 from lightning_light.quantization.post_training.adaround import AdaRound
-from lightning_light.quantization.post_training.calibration import (
-    calls_from,
-    explained,
-    first_of,
-)
+from lightning_light.quantization.post_training.calibration import calls_from, explained
 from lightning_light.quantization.post_training.equalization import equalize as equalize_layers
 from lightning_light.quantization.post_training.refinement import Refinement
 from lightning_light.quantization.range_observer import RangeObserver
@@ -96,7 +91,7 @@ def quantize(
         if changes:
             examples = list(inputs)
             inputs = iter(examples)
-        first = first_of("quantize", model, inputs)
+        first = next(inputs)
         with isolated(model), explained("quantize", model, first):
             model(*first.args, **first.kwargs)
         model.eval()
@@ -111,11 +106,9 @@ def quantize(
                 "of the network that has some, or exclude fewer."
             )
         try:
-            _observe(model, quantizer, state, _chain(first, inputs))
-            state["enabled"], state["recipe"] = True, repr(recipe)
-            state["layers"] = plan.bits_of_layers()
-            state["learned"] |= initial_values(quantizer.activations, quantizer.qparams)
-            quantizer.enabled, quantizer.learned = True, state["learned"]
+            _observe(model, quantizer, state, chain([first], inputs))
+            enable(state, quantizer)
+            state["recipe"], quantizer.learned = repr(recipe), state["learned"]
             quantizer.update(state["ranges"])
             if correct_bias or rounding is not None:
                 refinement = Refinement(model, quantizer, examples, rounding, correct_bias, state["learned"])
@@ -132,15 +125,14 @@ def quantize(
 
 def _observe(model: nn.Module, quantizer: FakeQuantizer, state: dict[str, Any], inputs: Iterable[ExampleInput]) -> None:
     observer = quantizer.observer = RangeObserver(quantizer.activations)
-    widest = torch.tensor([isinstance(spec.observer, MinMax | MovingAverage) for spec in quantizer.activations])
+    widest = torch.tensor([isinstance(spec.observer, MinMax | MovingAverage) for spec in quantizer.activations]).bool()
     for batch, call in enumerate(inputs):
         with explained("quantize", model, call):
             model(*call.args, **call.kwargs)
         seen = observer.take(torch.device("cpu"))
         _check_finite(quantizer.plan, seen, batch)
-        state["ranges"] = merge_ranges(state["ranges"], seen, torch.where(widest.bool(), torch.nan, 1 / (batch + 1)))
-        state["batches"] += 1
-    state["learned"] |= {weight_scale(op): scale for op, scale in observer.weight_scales.items()}
+        merge(state, seen, torch.where(widest, torch.nan, 1 / (batch + 1)))
+    state["learned"] |= observer.weight_scales
     quantizer.observer = None
     quantizer.update(state["ranges"])
 
@@ -150,17 +142,16 @@ def _restored_on_failure(model: nn.Module, changes: bool) -> Iterator[None]:
     """Training modes are as before in any case, parameters that the block ``changes`` if it raises."""
     modes = {module: module.training for module in model.modules()}
     before = {parameter: parameter.detach().clone() for parameter in model.parameters() if changes}
-    done = False
     try:
         yield
-        done = True
+    except BaseException:
+        with torch.no_grad():
+            for parameter, value in before.items():
+                parameter.copy_(value)
+        raise
     finally:
         for module, mode in modes.items():
             module.training = mode
-        if not done:
-            with torch.no_grad():
-                for parameter, value in before.items():
-                    parameter.copy_(value)
 
 
 def _check_finite(plan: QuantizationPlan, seen: Tensor, batch: int) -> None:
@@ -174,23 +165,11 @@ def _check_finite(plan: QuantizationPlan, seen: Tensor, batch: int) -> None:
         )
 
 
-def _chain(first: ExampleInput, others: Iterable[ExampleInput]) -> Iterator[ExampleInput]:
-    yield first
-    yield from others
-
-
 def _warn_of_unchanged(refinement: Refinement) -> None:
-    if refinement.nearest:
-        _warn(
-            "rounding=AdaRound(...)",
-            f"weights that are computed, used twice or not uniform: {_once(refinement.nearest)}",
-        )
-    if refinement.uncorrected:
-        _warn("correct_bias=True", f"no bias in {_once(refinement.uncorrected)}, nor in a batch norm after it")
-
-
-def _once(names: list[str]) -> list[str]:
-    return list(dict.fromkeys(names))
+    if nearest := list(dict.fromkeys(refinement.nearest)):
+        _warn("rounding=AdaRound(...)", f"weights that are computed, used twice or not uniform: {nearest}")
+    if uncorrected := list(dict.fromkeys(refinement.uncorrected)):
+        _warn("correct_bias=True", f"no bias in {uncorrected}, nor in a batch norm after it")
 
 
 def _warn(option: str, found: str) -> None:

@@ -8,10 +8,11 @@ quantization parameters too.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from lightning_light.errors import UnsupportedError
 from lightning_light.quantization.fake_quantize import SMALLEST_SCALE
@@ -24,7 +25,7 @@ from lightning_light.surgery.optimizer import adopt, disown, unwrap
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-__all__ = ["LearnedQParam", "LearnedQParams", "initial_values", "learned_qparams_of", "weight_scale"]
+__all__ = ["LearnedQParams", "initial_values", "learned_qparams_of", "names_of", "weight_scale"]
 
 Quantity = Literal["scale", "offset", "clip"]
 _QUANTITIES: dict[str, tuple[Quantity, ...]] = {
@@ -34,38 +35,20 @@ _QUANTITIES: dict[str, tuple[Quantity, ...]] = {
 }
 
 
-class LearnedQParam(NamedTuple):
-    """What is learned: the scale of a weight, or a quantity of an activation.
+def names_of(activation: int, spec: ActivationSpec) -> dict[Quantity, str]:
+    """What is learned of one activation, and its names in checkpoints.
 
-    Attributes:
-        owner: the layer call, or the place of the activation in the plan.
-        quantity: of it.
+    Example:
+        >>> names_of(3, ActivationSpec(learned="scale and offset"))
+        {'scale': 'activation 3: scale', 'offset': 'activation 3: offset'}
     """
-
-    owner: OpId | int
-    quantity: Quantity
-
-    @classmethod
-    def of(cls, activation: int, spec: ActivationSpec) -> list[LearnedQParam]:
-        """Of one activation.
-
-        Example:
-            >>> [str(one) for one in LearnedQParam.of(3, ActivationSpec(learned="scale and offset"))]
-            ['activation 3: scale', 'activation 3: offset']
-        """
-        return [cls(activation, quantity) for quantity in _QUANTITIES.get(spec.learned, ())]
-
-    def __str__(self) -> str:
-        """Its name in checkpoints."""
-        if isinstance(self.owner, int):
-            return f"activation {self.owner}: {self.quantity}"
-        module, call, function, occurrence = self.owner
-        return f"weight of {module or 'the model'}, call {call}, {function} {occurrence}: {self.quantity}"
+    return {quantity: f"activation {activation}: {quantity}" for quantity in _QUANTITIES.get(spec.learned, ())}
 
 
 def weight_scale(op: OpId) -> str:
     """Name of the learned scale of a layer's weight."""
-    return str(LearnedQParam(op, "scale"))
+    module, call, function, occurrence = op
+    return f"weight of {module or 'the model'}, call {call}, {function} {occurrence}: scale"
 
 
 def initial_values(specs: Sequence[ActivationSpec], observed: Sequence[QParams | None]) -> dict[str, Tensor]:
@@ -80,18 +63,16 @@ def initial_values(specs: Sequence[ActivationSpec], observed: Sequence[QParams |
         if qparams is not None:
             scale, zero_point, top = qparams
             values = {"scale": scale, "offset": -scale * zero_point, "clip": scale * top}
-            for one in LearnedQParam.of(activation, spec):
-                found[str(one)] = torch.tensor(values[one.quantity])
+            found |= {name: torch.tensor(values[quantity]) for quantity, name in names_of(activation, spec).items()}
     return found
 
 
 def learned_qparams_of(learned: Mapping[str, Tensor], activation: int, spec: ActivationSpec) -> QParams | None:
     """Quantization parameters as learned so far; None where nothing is learned."""
-    values = {
-        one.quantity: learned[str(one)].detach() for one in LearnedQParam.of(activation, spec) if str(one) in learned
-    }
-    if not values:
+    names = names_of(activation, spec)
+    if not names or not learned.keys() >= set(names.values()):
         return None
+    values = {quantity: learned[name].detach() for quantity, name in names.items()}
     top = spec.quant_max
     if "clip" in values:
         return QParams(float(values["clip"].clamp_min(SMALLEST_SCALE) / top), 0, top)
@@ -148,12 +129,10 @@ class LearnedQParams:
     def reduce(self, trainer: Trainer) -> None:
         """DDP does not know the parameters: take the mean of their gradients over all ranks."""
         parameters = list(self.parameters.values())
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        if gradients:
-            mean = reduce_mean(trainer, torch.cat([gradient.flatten() for gradient in gradients]))
-            parts = torch.split(mean, [parameter.numel() for parameter in parameters])
-            for parameter, part in zip(parameters, parts, strict=True):
-                parameter.grad = part.view_as(parameter).clone()
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        vector_to_parameters(reduce_mean(trainer, parameters_to_vector(gradients)), gradients)
 
     def discard(self) -> None:
         """Take the parameters back from the optimizers, if they have them."""
@@ -166,6 +145,6 @@ def _modules(plan: QuantizationPlan) -> dict[str, str]:
     """Name of what is learned -> path of the module that it belongs to."""
     found = {weight_scale(op): op.module for op in plan.layers}
     for op, activation in plan.sites():
-        for one in LearnedQParam.of(activation, plan.activations[activation]):
-            found.setdefault(str(one), op.module)
+        for name in names_of(activation, plan.activations[activation]).values():
+            found.setdefault(name, op.module)
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -86,10 +86,7 @@ class MovingAverage(_Extremes):
 class MinMax(_Extremes):
     """The smallest and the largest value of all batches: nothing that was observed is clipped."""
 
-    @property
-    def momentum(self) -> None:  # type: ignore[override]
-        """The widest range."""
-        return
+    momentum: None = field(default=None, init=False, repr=False)
 
 
 @validated
@@ -162,10 +159,7 @@ class MSEObserver(Observer):
 class DynamicObserver(_Extremes):
     """Dynamic quantization: no range is kept, each forward pass uses that of the tensor itself."""
 
-    @property
-    def momentum(self) -> None:  # type: ignore[override]
-        """The widest range."""
-        return
+    momentum: None = field(default=None, init=False, repr=False)
 
 
 @validated

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
+from lightning_light.int8 import QUANTIZED_TENSORS_ARE_DEPRECATED
 from lightning_light.module_stack import ModuleCall, ModuleStack
-from lightning_light.quantization.tracer_warnings import attributed_to_caller
 
-__all__ = ["OpCall", "OpId", "OpMode", "OpStack"]
+__all__ = ["OpCall", "OpId", "OpMode", "OpStack", "intercepted"]
+
+_BETWEEN = (
+    str(Path(__file__).parent),
+    torch.overrides.__file__,
+    str(Path(warnings.__file__).with_name("contextlib.py")),
+)
 
 
 class OpId(NamedTuple):
@@ -55,6 +66,12 @@ class OpCall:
     def input(self) -> Any:
         """The first argument."""
         return self.args[0] if self.args else self.kwargs.get("input")
+
+    @property
+    def reads(self) -> str:
+        """Name of the property that is read, ``dtype`` for ``x.dtype``; else that of the function."""
+        name: str = getattr(getattr(self.function, "__self__", None), "__name__", self.id.function)
+        return name
 
     @property
     def values(self) -> list[Any]:
@@ -99,7 +116,7 @@ class OpMode(TorchFunctionMode):
         call = OpCall(op, func, list(args), dict(kwargs or {}))
         if torch._C._get_tracing_state() is None:
             return self._handle(call)
-        with attributed_to_caller():
+        with _attributed_to_caller():
             return self._handle(call)
 
 
@@ -112,7 +129,7 @@ class OpStack(ModuleStack):
 
     def __init__(self) -> None:
         super().__init__()
-        self._counts: list[Counter[str]] = []  # of the running calls
+        self._counts: Counter[tuple[str, int, str]] = Counter()
 
     @property
     def is_running(self) -> bool:
@@ -124,8 +141,9 @@ class OpStack(ModuleStack):
         call = self.current
         if call is None:
             return None
-        self._counts[-1][function] += 1
-        return OpId(call.name, call.number, function, self._counts[-1][function])
+        key = (call.name, call.number, function)
+        self._counts[key] += 1
+        return OpId(*key, self._counts[key])
 
     def begin(self) -> None:
         """Act before the outermost call."""
@@ -138,21 +156,47 @@ class OpStack(ModuleStack):
 
     @override
     def entered(self, call: ModuleCall) -> None:
-        if not self._counts:
+        if self.outermost is call:
+            self._counts.clear()
             self.begin()
-        self._counts.append(Counter())
 
     @override
     def left(self, call: ModuleCall, output: Any) -> Any:
-        self._counts.pop()
-        if self._counts:
+        if self.is_running:
             return None
         self.end()
         return self.output(output)
 
     @override
     def reset(self) -> None:
-        if self._counts:
+        if self.is_running:
             self.end()
-        self._counts = []
         super().reset()
+
+
+@contextmanager
+def intercepted(model: nn.Module, handle: Callable[[OpCall], Any]) -> Iterator[None]:
+    """Inside, route every operator call of ``model`` to ``handle``, which returns its result."""
+    stack = OpStack()
+    stack.watch(model)
+    try:
+        with OpMode(stack, handle):
+            yield
+    finally:
+        stack.remove()
+
+
+@contextmanager
+def _attributed_to_caller() -> Iterator[None]:
+    """Let a tracer's warnings that would name a line of this package name the line that called the operator instead."""
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_BETWEEN):
+        frame = frame.f_back
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warnings.filterwarnings("ignore", QUANTIZED_TENSORS_ARE_DEPRECATED)
+        yield
+    for warning in caught:
+        ours = warning.filename.startswith(_BETWEEN)
+        place = (frame.f_code.co_filename, frame.f_lineno) if ours else (warning.filename, warning.lineno)
+        warnings.warn_explicit(warning.message, warning.category, *place)

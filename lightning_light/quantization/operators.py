@@ -81,7 +81,7 @@ class Operator:
         same_qparams: runtimes in which operands must have the quantization parameters of the result.
         kernel: computes it in the lite interpreter; None: no kernel there. Raises `NotImplementedError` for options
             that the kernel lacks.
-        refused: engine -> why its kernel of a layer is not used.
+        refused: engine or runtime -> why a layer stays float there.
     """
 
     name: str
@@ -145,16 +145,27 @@ def _cat(kernel: KernelCall) -> Any:
 
 def _same(kernel: KernelCall) -> Any:
     """The torch function itself, on a quantized tensor; QNNPACK's pools ignore some options, and err."""
-    call = kernel.call
-    for option, (position, default) in _IGNORED.get(call.id.function, {}).items() if kernel.engine == "qnnpack" else ():
+    call, function = kernel.call, kernel.call.id.function
+    for option, (position, default) in _IGNORED.get(function, {}).items() if kernel.engine == "qnnpack" else ():
         value = call.get(option, position, default)
         if any(item != default for item in (value if isinstance(value, Sequence) else [value])):
             raise NotImplementedError(f"its kernel ignores `{option}`")
-    if call.id.function == "max_pool1d" and call.args:  # on x86 one sample in channels-last order is misread
+    if function == "max_pool1d" and call.args:  # on x86 one sample in channels-last order is misread
         call.args[0] = call.args[0].contiguous()
+    if function in _CASTS and _is_cast_to_float(call):
+        return call.input
     return call.run()
 
 
+def _is_cast_to_float(call: OpCall) -> bool:
+    """Whether a cast leaves a quantized tensor as it is: it has the values of a floating point tensor."""
+    if call.id.function == "type" and len(call.values) == 1:
+        raise NotImplementedError("it reads the type")
+    types = [getattr(value, "dtype", value) for value in call.values[1:]]
+    return all(value.is_floating_point for value in types if isinstance(value, torch.dtype))
+
+
+_CASTS = frozenset({"to", "type", "type_as", "float"})
 _IGNORED: dict[str, dict[str, tuple[int, Any]]] = {
     "avg_pool2d": {"count_include_pad": (5, True), "divisor_override": (6, None)},
     "max_pool1d": {"dilation": (4, 1)},  # which errs together with padding
@@ -167,23 +178,30 @@ def _entry(name: str, functions: str, role: Role, **options: Any) -> Operator:
 
 
 _LAYER = ("input", "weight", "bias")
+_CONV = (*_LAYER, "stride", "padding", "dilation", "groups")
+_CONV_TRANSPOSE = (*_LAYER, "stride", "padding", "output_padding", "groups", "dilation")
 _AFTER_LAYER: tuple[Role, ...] = ("batch_norm", "activation")
+_WRONG_TRANSPOSED = {"x86": "the x86 kernel of transposed convolutions computes wrong numbers"}  # dozens of steps off
+_NO_3D = dict.fromkeys(("qnnpack", "xnnpack"), "the engine has no kernel of 3-D convolutions")
 
 TABLE: Final = (
+    _entry("conv", "conv1d conv2d", "layer", fuses=_AFTER_LAYER, parameters=_CONV),
+    _entry("conv", "conv3d", "layer", fuses=_AFTER_LAYER, parameters=_CONV, refused=_NO_3D),
     _entry(
-        "conv",
-        "conv1d conv2d conv3d",
+        "conv_transpose",
+        "conv_transpose1d conv_transpose2d",
         "layer",
-        fuses=_AFTER_LAYER,
-        parameters=(*_LAYER, "stride", "padding", "dilation", "groups"),
+        per_channel=False,
+        parameters=_CONV_TRANSPOSE,
+        refused=_WRONG_TRANSPOSED,
     ),
     _entry(
         "conv_transpose",
-        "conv_transpose1d conv_transpose2d conv_transpose3d",
+        "conv_transpose3d",
         "layer",
         per_channel=False,
-        parameters=(*_LAYER, "stride", "padding", "output_padding", "groups", "dilation"),
-        refused={"x86": "the x86 kernel of transposed convolutions computes wrong numbers"},  # dozens of steps off
+        parameters=_CONV_TRANSPOSE,
+        refused={**_WRONG_TRANSPOSED, **_NO_3D},
     ),
     _entry("linear", "linear", "layer", parameters=_LAYER, fuses=_AFTER_LAYER),
     _entry("batch_norm", "batch_norm", "batch_norm", parameters=tuple(inspect.signature(F.batch_norm).parameters)),
@@ -199,7 +217,7 @@ TABLE: Final = (
         "view",
         "flatten view reshape permute transpose squeeze unsqueeze max_pool1d max_pool2d adaptive_max_pool2d contiguous "
         "chunk split __getitem__ unflatten dropout dropout1d dropout2d dropout_ expand movedim narrow select to float "
-        "type detach clone pad",
+        "type type_as detach clone pad",
         "view",
         kernel=_same,
     ),

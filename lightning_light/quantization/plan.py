@@ -10,7 +10,7 @@ from lightning_light.quantization.operators import FLOAT
 from lightning_light.quantization.specs import ActivationSpec, LayerSpec, WeightSpec
 from lightning_light.quantization.trace import OpNode
 
-__all__ = ["FusedOps", "LayerSite", "QuantizationPlan", "plan_quantization"]
+__all__ = ["FusedOps", "LayerSite", "QuantizationPlan", "origin_of", "plan_quantization"]
 
 
 @dataclass(frozen=True)
@@ -138,13 +138,9 @@ class _Planner:
         return self.plan
 
     def _fuse(self, node: OpNode) -> None:
-        tail, parts = node, {}
-        for role in () if self._lacks_kernel(node) else node.operator.fuses:
-            follower = tail.only_user
-            if follower is not None and follower.role == role:
-                tail, parts[role] = follower, follower.id
-        self._tails[node] = tail
-        self._fused[node] = FusedOps(tail.id, **parts)
+        parts = node.followers(*(("batch_norm",) if self._lacks_kernel(node) else node.operator.fuses))
+        self._tails[node] = tail = [node, *parts.values()][-1]
+        self._fused[node] = FusedOps(tail.id, **{role: part.id for role, part in parts.items()})
 
     def _lacks_kernel(self, node: OpNode) -> bool:
         return node in self._specs and self._specs[node].no_kernel is not None
@@ -152,7 +148,7 @@ class _Planner:
     def _layer(self, node: OpNode) -> None:
         ((position, source),) = node.inputs
         spec = self._specs[node]
-        if _origin(source).role == "integer":
+        if origin_of(source).role == "integer":
             self.plan.left_float[node.id.module] = "reads integers"
         elif spec.no_kernel:
             self._layer_without_kernel(node, position, source, spec)
@@ -163,14 +159,11 @@ class _Planner:
 
     def _layer_without_kernel(self, node: OpNode, position: int, source: OpNode, spec: LayerSpec) -> None:
         if spec.activation is not None:
-            self.plan.inputs.setdefault(node.id, {})[position] = len(self.plan.activations)
-            self.plan.activations.append(_bounded(source, spec.activation))
-        follower = node.only_user
-        norm = follower.id if follower is not None and follower.role == "batch_norm" else None
-        self.plan.layers[node.id] = LayerSite(spec.weight, FusedOps(norm or node.id, norm), None, spec.no_kernel)
+            self.plan.inputs.setdefault(node.id, {})[position] = self._new_activation(source, spec.activation)
+        self.plan.layers[node.id] = LayerSite(spec.weight, self._fused[node], None, spec.no_kernel)
 
     def _join(self, node: OpNode) -> None:
-        sources = [_origin(source) for _, source in node.inputs]
+        sources = [origin_of(source) for _, source in node.inputs]
         if any(source.role == "integer" for source in sources) or not any(
             source in self._activations for source in sources
         ):
@@ -190,12 +183,9 @@ class _Planner:
 
     def _quantize_input(self, node: OpNode, position: int, source: OpNode, spec: ActivationSpec | None = None) -> int:
         """Quantize where it is made, but at its reader if no single operator returns it alone."""
-        origin = _origin(source)
-        if origin.returns_several:
-            self.plan.activations.append(_bounded(origin, spec or self._default))
-            activation = len(self.plan.activations) - 1
-        else:
-            activation = self._activation(origin, spec)
+        origin = origin_of(source)
+        several = origin.returns_several
+        activation = self._new_activation(origin, spec) if several else self._activation(origin, spec)
         if _is_quantized_by_readers(origin):
             self.plan.inputs.setdefault(node.id, {})[position] = activation
         else:
@@ -208,15 +198,23 @@ class _Planner:
     def _activation(self, node: OpNode, spec: ActivationSpec | None) -> int:
         """The activation that is its result; the first layer at a tensor decides how it is quantized."""
         if node not in self._activations:
-            self._activations[node] = len(self.plan.activations)
-            self.plan.activations.append(_bounded(node, spec or self._default))
+            self._activations[node] = self._new_activation(node, spec)
         return self._activations[node]
+
+    def _new_activation(self, node: OpNode, spec: ActivationSpec | None) -> int:
+        """Another one, quantized as by ``spec``, with what the operator tells about its result."""
+        origin, spec = origin_of(node), spec or self._default
+        non_negative = _is_non_negative(origin)
+        learned = "" if spec.learned == "clip" and not non_negative else spec.learned
+        bounded = replace(spec, non_negative=non_negative, upper_bound=origin.operator.upper_bound, learned=learned)
+        self.plan.activations.append(bounded)
+        return len(self.plan.activations) - 1
 
     def _is_float(self, node: OpNode) -> bool:
         return node.role in ("float", "integer", "batch_norm") or self._lacks_kernel(node)
 
 
-def _origin(node: OpNode) -> OpNode:
+def origin_of(node: OpNode) -> OpNode:
     """The node whose values these are."""
     while node.role == "view" and node.inputs:
         node = node.inputs[0][1]
@@ -228,17 +226,9 @@ def _is_quantized_by_readers(origin: OpNode) -> bool:
     return origin.role == "input" or origin.returns_several
 
 
-def _bounded(node: OpNode, spec: ActivationSpec) -> ActivationSpec:
-    """``spec``, with what the operator tells about its result."""
-    origin = _origin(node)
-    non_negative = _is_non_negative(origin)
-    learned = "" if spec.learned == "clip" and not non_negative else spec.learned
-    return replace(spec, non_negative=non_negative, upper_bound=origin.operator.upper_bound, learned=learned)
-
-
 def _is_non_negative(node: OpNode) -> bool:
     if (node.role == "average" or node.operator.name == "cat") and node.inputs:
-        return all(_is_non_negative(_origin(source)) for _, source in node.inputs)
+        return all(_is_non_negative(origin_of(source)) for _, source in node.inputs)
     return node.operator.non_negative
 
 

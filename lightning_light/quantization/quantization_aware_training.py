@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -17,10 +16,9 @@ from lightning_light.host.trainer import is_accumulating, is_backward_skipped, i
 from lightning_light.int8 import Int8Weights
 from lightning_light.order import DEFAULT_WINDOWS, Stage
 from lightning_light.progress import steps_planned, training_progress
-from lightning_light.quantization.checkpoint_state import attach_fake_quantizer, begin
-from lightning_light.quantization.fake_quantize import merge_ranges
+from lightning_light.quantization.checkpoint_state import attach_fake_quantizer, begin, enable, merge
 from lightning_light.quantization.fake_quantizer import FakeQuantizer
-from lightning_light.quantization.learned_qparams import LearnedQParams, initial_values, weight_scale
+from lightning_light.quantization.learned_qparams import LearnedQParams
 from lightning_light.quantization.range_observer import RangeObserver
 from lightning_light.quantization.recipes import Int8, Recipe
 from lightning_light.schedules import Schedule, resolve, resolve_moment
@@ -170,18 +168,10 @@ class QuantizationAwareTraining(CompressionCallback):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Fake-quantize in ``trainer.validate`` too; within ``fit`` that is so already."""
+        """Fake-quantize in ``trainer.validate``, ``test`` and ``predict`` too; within ``fit`` that is so already."""
         self._attach(pl_module)
 
-    @override
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Fake-quantize in ``trainer.test`` too."""
-        self._attach(pl_module)
-
-    @override
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Fake-quantize in ``trainer.predict`` too."""
-        self._attach(pl_module)
+    on_test_start = on_predict_start = on_validation_start
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -220,10 +210,9 @@ class QuantizationAwareTraining(CompressionCallback):
         if (observer := quantizer.observer) is not None:
             quantizer.observer = None
             seen = self._on_all_ranks(trainer, observer.take(pl_module.device), observer.momentum)
-            state["ranges"] = merge_ranges(state["ranges"].to(seen), seen, observer.momentum.to(seen))
-            state["batches"] += 1
+            merge(state, seen, observer.momentum)
             if not state["enabled"]:
-                state["learned"] |= {weight_scale(op): scale for op, scale in observer.weight_scales.items()}
+                state["learned"] |= observer.weight_scales
         elif not quantizer.learned:
             return
         quantizer.update(state["ranges"], state["min_bits"])
@@ -290,16 +279,15 @@ class QuantizationAwareTraining(CompressionCallback):
     def _enable(self, trainer: Trainer, pl_module: LightningModule) -> None:
         state, quantizer = self.state(pl_module), self._quantizer
         assert quantizer is not None
-        state["enabled"] = quantizer.enabled = True
-        state["layers"] = quantizer.plan.bits_of_layers(state["min_bits"])
+        enable(state, quantizer)
         self.claim(pl_module, state["layers"])
-        state["learned"] |= initial_values(quantizer.activations, quantizer.qparams)
         self._learn(trainer, pl_module)
         reset_monitoring(trainer)  # else "best" is the float network
         log_rank_zero(trainer, f"{self.method}: fake quantization enabled after {state['batches']} calibration batches")
-        unknown = set(_without_range(quantizer, state["ranges"]))
-        if unseen := [op.module for op, activation in quantizer.plan.sites() if activation in unknown]:
-            _warn_of_unseen(unseen)
+        dynamic = [spec.is_dynamic for spec in quantizer.activations]
+        sites = quantizer.plan.sites()
+        if unseen := {op.module: 0 for op, place in sites if quantizer.qparams[place] is None and not dynamic[place]}:
+            _warn_of_unseen(list(unseen))
 
     def _learn(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the optimizers what is learned."""
@@ -319,14 +307,7 @@ class QuantizationAwareTraining(CompressionCallback):
         min_bits = round(8 - self._bit_width_schedule(progress) * (8 - fewest))
         if min_bits == state["min_bits"]:
             return
-        before = quantizer.quant_max_of_scales()
-        quantizer.update(state["ranges"], min_bits)
-        for name, quant_max in quantizer.quant_max_of_scales().items():
-            if name in state["learned"]:
-                state["learned"][name].mul_(before[name] / quant_max)  # the parameters' own memory
-        quantizer.update(state["ranges"], min_bits)
-        if self._observer is not None:
-            self._observer.specs = quantizer.activations
+        quantizer.reduce_bits(min_bits, state["learned"])
         state["min_bits"] = min_bits
         if state["enabled"]:
             state["layers"] = plan.bits_of_layers(min_bits)
@@ -390,16 +371,10 @@ def _refuse_several(trainer: Trainer) -> None:
         )
 
 
-def _without_range(quantizer: FakeQuantizer, ranges: Tensor) -> Iterator[int]:
-    known = ranges.isfinite().all(1).tolist()
-    specs = enumerate(quantizer.activations)
-    return (activation for activation, spec in specs if not (spec.is_dynamic or known[activation]))
-
-
-def _warn_of_unseen(modules: Sequence[str]) -> None:
+def _warn_of_unseen(modules: list[str]) -> None:
     warnings.warn(
         f"`QuantizationAwareTraining`: expected finite values of all quantized activations, found none at "
-        f"{list(dict.fromkeys(modules))} in the calibration batches: those stay float. Does `training_step` call "
+        f"{modules} in the calibration batches: those stay float. Does `training_step` call "
         "`self(...)`, in the same way as the example?",
         stacklevel=2,
     )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_light.quantization.fake_quantize import SMALLEST_SCALE
+from lightning_light.quantization.learned_qparams import weight_scale
 from lightning_light.quantization.op_calls import OpId
 from lightning_light.quantization.specs import ActivationSpec, WeightSpec
 
@@ -15,27 +16,24 @@ __all__ = ["RangeObserver"]
 
 
 class RangeObserver:
-    """Collects what the observers of ``specs`` find.
+    """Collects what the observers of the activations find.
+
+    Args:
+        specs: of the activations.
 
     Attributes:
-        specs: of the activations.
-        weight_scales: LSQ's first scale of each learned weight that was seen.
+        momentum: ``(n,)``, weight of a new batch in each moving average; nan for the widest range of all batches.
+        weight_scales: LSQ's first scale of each learned weight that was seen, by name.
     """
 
     def __init__(self, specs: Sequence[ActivationSpec]) -> None:
-        self.specs = specs
-        self.weight_scales: dict[OpId, Tensor] = {}
+        momenta = (spec.observer.momentum for spec in specs)
+        self.momentum = torch.tensor([torch.nan if momentum is None else momentum for momentum in momenta])
+        self.weight_scales: dict[str, Tensor] = {}
         self._found: dict[int, Tensor] = {}
 
-    @property
-    def momentum(self) -> Tensor:
-        """``(n,)``: weight of a new batch in each moving average; nan for the widest range of all batches."""
-        momenta = (spec.observer.momentum for spec in self.specs)
-        return torch.tensor([torch.nan if momentum is None else momentum for momentum in momenta])
-
-    def observe(self, activation: int, x: Tensor) -> None:
+    def observe(self, activation: int, spec: ActivationSpec, x: Tensor) -> None:
         """Take in the values of one activation."""
-        spec = self.specs[activation]
         if spec.is_dynamic or not x.numel():
             return
         found = spec.observer.range_of(x.detach().float(), spec.quant_max, spec.non_negative)
@@ -50,11 +48,11 @@ class RangeObserver:
         magnitude = w.detach().float().abs()
         magnitude = magnitude.flatten(1) if spec.per_channel else magnitude.flatten()
         mean = magnitude.sum(-1) / (magnitude > 0).sum(-1).clamp_min(1)
-        self.weight_scales[op] = (2.0 * mean / max(spec.quant_max, 1) ** 0.5).clamp_min(SMALLEST_SCALE)
+        self.weight_scales[weight_scale(op)] = (2.0 * mean / max(spec.quant_max, 1) ** 0.5).clamp_min(SMALLEST_SCALE)
 
     def take(self, device: torch.device) -> Tensor:
         """``(n, 2)``: the ranges since the last call; (inf, -inf) where nothing was observed."""
         nothing = torch.tensor([torch.inf, -torch.inf], device=device)
-        ranges = [self._found.get(activation, nothing).to(device) for activation in range(len(self.specs))]
+        ranges = [self._found.get(activation, nothing).to(device) for activation in range(len(self.momentum))]
         self._found = {}
         return torch.stack(ranges) if ranges else torch.empty(0, 2, device=device)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from torch import nn
 from typing_extensions import override
 
+from lightning_light.int8 import largest_weight
 from lightning_light.quantization.observers import LSQObserver, MovingAverage, MSEObserver, Observer
 from lightning_light.quantization.specs import ActivationSpec, LayerSpec, Learned, WeightSpec
 from lightning_light.targets import Targets, as_targets
@@ -20,8 +21,6 @@ __all__ = ["LSQ", "PACT", "Binary", "Bits", "Engine", "Int8", "IntN", "MixedPrec
 Engine = Literal["qnnpack", "x86", "xnnpack", "onnx"]
 Exclude = Targets | str | list[str] | None
 Bits: TypeAlias = Annotated[int, Range(2, 8)]
-
-_WEIGHT_LIMIT = {"x86": 63}
 
 
 @validated
@@ -64,9 +63,7 @@ class Recipe(ABC):
         return {layer: self.spec() for layer in layers if layer not in excluded}
 
     def _weight(self, bits: int, *, learned: bool = False, per_channel: bool = True) -> WeightSpec:
-        top = 2 ** (bits - 1) - 1
-        if bits == 8:
-            top = _WEIGHT_LIMIT.get(self.engine, top)
+        top = largest_weight(self.engine) if bits == 8 else 2 ** (bits - 1) - 1
         # LSQ's range has one step more below zero than above; that of int8 kernels has not.
         return WeightSpec(bits, -top - (learned and bits < 8), top, per_channel=per_channel, learned=learned)
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_light.example_input import ExampleInput
 from lightning_light.isolation import isolated
 from lightning_light.nested import tensors_in
-from lightning_light.quantization.op_calls import OpCall, OpId, OpMode, OpStack
-from lightning_light.quantization.operators import FLOAT, INPUT, INTEGER, Operator, is_view, operator_of
+from lightning_light.quantization.op_calls import OpCall, OpId, intercepted
+from lightning_light.quantization.operators import FLOAT, INPUT, INTEGER, Operator, arguments, is_view, operator_of
 
-__all__ = ["OpNode", "Trace", "inputs_of_layer", "trace_ops"]
+__all__ = ["OpNode", "Trace", "WritableParameters", "inputs_of_layer", "trace_ops"]
 
 _VIEW, _RELU6 = operator_of("view"), operator_of("relu6")
 
@@ -26,7 +26,7 @@ class OpNode:
     """An operator call of a traced forward pass, or an input of the network.
 
     Attributes:
-        call: with its arguments and result; None for an input.
+        call: with its arguments and result; of an input, one that returns it.
         operator: entry of the op table; `FLOAT` where the form of this call has no int8 kernel.
         inputs: the nodes whose results it reads, with the position of the argument.
         users: the nodes that read its result.
@@ -34,7 +34,7 @@ class OpNode:
         bounds: of a clamp.
     """
 
-    call: OpCall | None
+    call: OpCall
     operator: Operator
     inputs: list[tuple[int, OpNode]] = field(default_factory=list)
     users: list[OpNode] = field(default_factory=list)
@@ -44,7 +44,6 @@ class OpNode:
     @property
     def id(self) -> OpId:
         """Of the call."""
-        assert self.call is not None
         return self.call.id
 
     @property
@@ -55,12 +54,41 @@ class OpNode:
     @property
     def returns_several(self) -> bool:
         """Whether the result is a tuple or list of tensors."""
-        return self.call is not None and not isinstance(self.call.result, Tensor)
+        return not isinstance(self.call.result, Tensor)
 
     @property
     def only_user(self) -> OpNode | None:
         """The node that alone reads the result."""
         return self.users[0] if len(self.users) == 1 and not self.is_output else None
+
+    def followers(self, *roles: str) -> dict[str, OpNode]:
+        """Role -> the operator of that role, in this order, which alone reads the result so far."""
+        tail, found = self, dict[str, OpNode]()
+        for role in roles:
+            follower = tail.only_user
+            if follower is not None and follower.role == role:
+                tail = found[role] = follower
+        return found
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """The arguments of the call by name."""
+        return arguments(self.call)
+
+    @property
+    def channel_dim(self) -> int:
+        """The dimension of a layer's result that counts its output channels."""
+        dims: int = self.call.result.dim()
+        return dims - 1 if self.operator.name == "linear" else dims - self.named["weight"].dim() + 1
+
+    def rerun(self, x: Tensor, **replaced: Any) -> Tensor:
+        """The same operator on another input."""
+        call = self.call
+        if self.role in ("layer", "batch_norm"):
+            result: Tensor = call.function(**{**self.named, "input": x, **replaced})
+        else:
+            result = call.function(x, *call.args[1:], **{n: v for n, v in call.kwargs.items() if n != "input"})
+        return result
 
 
 @dataclass(frozen=True)
@@ -75,10 +103,6 @@ class Trace:
     nodes: list[OpNode]
     calls: list[OpCall]
 
-    def node(self, op: OpId) -> OpNode:
-        """The node of a call."""
-        return next(node for node in self.nodes if node.id == op)
-
 
 def trace_ops(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Trace:
     """Trace the operator calls of ``model(*args, **kwargs)`` in evaluation mode. ``model`` is as before.
@@ -86,14 +110,11 @@ def trace_ops(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     Python functions are seen as they are called, so a branch is the one that the example takes.
     """
     tracer = _Tracer()
-    with isolated(model):
-        stack = OpStack()
-        stack.watch(model)
-        for tensor in tensors_in((args, dict(kwargs))):
-            tracer.produce(tensor, OpNode(None, INPUT if tensor.is_floating_point() else INTEGER))
-        with OpMode(stack, tracer.handle):
-            result = model(*args, **kwargs)
-        stack.remove()
+    for place, tensor in enumerate(tensors_in((args, dict(kwargs)))):
+        call = OpCall(OpId("", 0, "input", place), nn.Identity(), [tensor], {}, tensor)
+        tracer.produce(tensor, OpNode(call, INPUT if tensor.is_floating_point() else INTEGER))
+    with isolated(model), intercepted(model, tracer.handle):
+        result = model(*args, **kwargs)
     for tensor in _tensors(result):
         if (node := tracer.producers.get(id(tensor))) is not None:
             node.is_output = True
@@ -110,20 +131,36 @@ def inputs_of_layer(model: nn.Module, op: OpId, examples: Iterable[ExampleInput]
             raise _Stop
         return call.run()
 
-    stack = OpStack()
-    stack.watch(model)
-    try:
-        with OpMode(stack, note):
-            for example in examples:
-                with suppress(_Stop):
-                    model(*example.args, **example.kwargs)
-    finally:
-        stack.remove()
+    with intercepted(model, note):
+        for example in examples:
+            with suppress(_Stop):
+                model(*example.args, **example.kwargs)
     return found
 
 
 class _Stop(Exception):  # noqa: N818  # ends a forward pass early
     pass
+
+
+class WritableParameters:
+    """The parameters of ``model`` that can be written without changing anything else.
+
+    Those that one operator reads, as they are: neither tied, nor part of a computed weight.
+    """
+
+    def __init__(self, model: nn.Module, trace: Trace) -> None:
+        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._uses = Counter(
+            id(tensor)
+            for call in trace.calls
+            if any(True for _ in tensors_in(call.result))
+            for tensor in tensors_in([*call.args, call.kwargs])
+            if id(tensor) in self._names
+        )
+
+    def name_of(self, tensor: Tensor | None) -> str | None:
+        """Its name in ``named_parameters``; None if it must not be written."""
+        return self._names.get(id(tensor)) if self._uses[id(tensor)] == 1 else None
 
 
 class _Tracer:
@@ -165,7 +202,6 @@ class _Tracer:
 def _classify(node: OpNode, made: list[Tensor]) -> Operator:
     """The operator of a call; some forms of an operator have no int8 kernel."""
     call, inputs = node.call, node.inputs
-    assert call is not None
     operator = operator_of(call.id.function)
     if not any(tensor.is_floating_point() for tensor in made):
         return INTEGER
@@ -177,6 +213,8 @@ def _classify(node: OpNode, made: list[Tensor]) -> Operator:
             return FLOAT  # a constant, or one operand is broadcast
     if operator.role == "layer" and (len(inputs) != 1 or inputs[0][0] != 0):
         return FLOAT  # the weight is computed from the data
+    if operator.role == "batch_norm" and inputs[0][1].role == "layer" and inputs[0][1].channel_dim != 1:
+        return FLOAT  # it normalizes another dimension than the one that the layer's weight can take a gain for
     if (call.id.function == "mean" and not _is_spatial(call)) or (operator is _VIEW and not is_view(call)):
         return FLOAT
     return _RELU6 if node.bounds == (0.0, 6.0) else operator
@@ -195,8 +233,8 @@ def _bounds(call: OpCall) -> tuple[float | None, float | None]:
     return first, second
 
 
-def _tensors(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
         yield value
     elif isinstance(value, list | tuple | dict):
         yield from tensors_in(value)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_light.example_input import ExampleInput
 from lightning_light.quantization.checkpoint_state import attach_fake_quantizer, begin
 from lightning_light.quantization.fake_quantizer import FakeQuantizer
-from lightning_light.quantization.learned_qparams import initial_values, weight_scale
+from lightning_light.quantization.learned_qparams import initial_values
 from lightning_light.quantization.plan import QuantizationPlan, plan_quantization
 from lightning_light.quantization.range_observer import RangeObserver
 from lightning_light.quantization.recipes import Int8, Recipe
@@ -48,8 +48,7 @@ def calibrated(model: nn.Module, example: ExampleInput, recipe: Recipe = Int8())
     quantizer.observer, quantizer.enabled = None, True
     ranges = observer.take(torch.device("cpu"))
     quantizer.update(ranges)
-    scales = {weight_scale(op): scale for op, scale in observer.weight_scales.items()}
-    quantizer.learned = {**scales, **initial_values(quantizer.activations, quantizer.qparams)}
+    quantizer.learned = {**observer.weight_scales, **initial_values(quantizer.activations, quantizer.qparams)}
     quantizer.update(ranges)
     return quantizer
 

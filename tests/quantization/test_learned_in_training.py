@@ -21,7 +21,6 @@ from lightning_light.quantization import (
     Ternary,
     fake_quantized,
 )
-from lightning_light.quantization.learned_qparams import LearnedQParam
 from lightning_light.schedules import Linear, OneShot, Staircase, Window
 from lightning_light.sparsity import WeightPruning
 from tests.contract.bodies import Body, TwoOptimizers, module_class
@@ -97,7 +96,7 @@ def test_every_optimizer_trains_the_scales_of_its_layers() -> None:
     net: Any = module_class(TwoOptimizers, pl)()
     first, last, run = learned_values(net, LSQ())
     features, head = ([p for group in optimizer.param_groups for p in group["params"]] for optimizer in run.optimizers)
-    of_head = {name for name in last if name.startswith("weight of head")} | {str(LearnedQParam(4, "scale"))}
+    of_head = {name for name in last if name.startswith("weight of head")} | {"activation 4: scale"}
     assert len(head) == 2 + len(of_head)
     assert len(features) == len(list(net.features.parameters())) + len(last) - len(of_head)
     assert all(not torch.equal(first[name], last[name]) for name in last)

@@ -11,7 +11,7 @@ from lightning_light.quantization.fake_quantize import (
     fake_quantize_weight,
     qparams_of,
 )
-from lightning_light.quantization.learned_qparams import LearnedQParam, initial_values, learned_qparams_of
+from lightning_light.quantization.learned_qparams import initial_values, learned_qparams_of, names_of, weight_scale
 from lightning_light.quantization.observers import LSQObserver
 from lightning_light.quantization.op_calls import OpId
 from lightning_light.quantization.range_observer import RangeObserver
@@ -116,7 +116,7 @@ def test_pact() -> None:
 def first_scale(w: Tensor, per_channel: bool) -> Tensor:
     observer, op = RangeObserver([]), OpId("fc", 1, "linear", 1)
     observer.observe_weight(op, w, WeightSpec(4, -8, 7, per_channel=per_channel))
-    return observer.weight_scales[op]
+    return observer.weight_scales[weight_scale(op)]
 
 
 def test_first_scales() -> None:
@@ -130,7 +130,7 @@ def test_first_scales() -> None:
     for positive, high in ((True, 15), (False, 7)):
         spec = ActivationSpec(non_negative=positive, bits=4, observer=LSQObserver(), learned="scale")
         ranges = spec.observer.range_of(w, spec.quant_max, positive)[None]
-        first = initial_values([spec], qparams_of([spec], ranges))[str(LearnedQParam(0, "scale"))]
+        first = initial_values([spec], qparams_of([spec], ranges))["activation 0: scale"]
         assert float(first) == pytest.approx(2 * float(w.abs().mean()) / high**0.5)
 
 
@@ -146,7 +146,7 @@ def test_first_scales() -> None:
 def test_what_is_learned_computes_the_same_without_a_gradient(spec, values) -> None:
     """Training, evaluation and export have the same quantization parameters."""
     x = noise(64, 64)
-    learned = {str(LearnedQParam(0, name)): torch.tensor(value) for name, value in values.items()}
+    learned = {name: torch.tensor(values[quantity]) for quantity, name in names_of(0, spec).items()}
     scale = learned_qparams_of(learned, 0, spec)
     assert scale is not None
     assert torch.equal(fake_quantize(x, scale), fake_quantize_learned(x, spec, *learned.values()))

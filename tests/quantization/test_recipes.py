@@ -1,6 +1,5 @@
 """Recipes, observers and what a plan makes of them."""
 
-import json
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +37,7 @@ from lightning_light.quantization.plan import QuantizationPlan
 from lightning_light.quantization.range_observer import RangeObserver
 from lightning_light.quantization.specs import ActivationSpec, WeightSpec
 from lightning_light.surgery.attachment import state_of
+from lightning_light.surgery.manifest import plain_copy
 from tests.quantization.helpers import calibrated, plan_of
 from tests.zoo import ZOO, noise
 
@@ -219,7 +219,7 @@ class TestPlans:
     @pytest.mark.parametrize("recipe", RECIPES, ids=repr)
     def test_a_plan_survives_encoding(self, recipe) -> None:
         plan = plan_of(ZOO["squeeze_excite"](), *ZOO["squeeze_excite"]().example[0], recipe=plain_net(recipe))
-        assert decode(QuantizationPlan, json.loads(json.dumps(encode(plan))), "plan") == plan
+        assert decode(QuantizationPlan, plain_copy(encode(plan), "plan"), "plan") == plan
 
 
 def plain_net(recipe: Recipe) -> Recipe:
@@ -356,9 +356,7 @@ DAMAGES: dict[str, Any] = {
     r"quantization_aware_training\.plan\.activations\[0\]\.learned": lambda s: s["plan"]["activations"][0].update(
         learned="all"
     ),
-    r"quantization_aware_training\.plan`: expected QuantizationPlan, found 'no layers": lambda s: s["plan"].pop(
-        "layers"
-    ),
+    r"quantization_aware_training\.plan`: expected the key 'layers'": lambda s: s["plan"].pop("layers"),
     r"quantization_aware_training\.plan\.outputs": lambda s: s["plan"].update(outputs=[1, 2]),
     r"quantization_aware_training\.ranges`: expected a tensor of shape \(4, 2\)": lambda s: s.update(
         ranges=torch.zeros(3, 2)

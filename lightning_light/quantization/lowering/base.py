@@ -31,14 +31,16 @@ class Lowering(ABC):
     The third does the same again, and can be traced.
 
     Attributes:
+        runtime: name of the engine or runtime in the op table.
         quantizer: the fake quantizer whose plan it follows.
         weights: layer call -> its weight in integers.
         refused: operator call -> why it stays float.
         checking: whether this is the first or the second round.
     """
 
-    def __init__(self, quantizer: FakeQuantizer) -> None:
-        self.quantizer, self.plan, self.qparams = quantizer, quantizer.plan, quantizer.qparams
+    def __init__(self, quantizer: FakeQuantizer, runtime: str) -> None:
+        self.runtime, self.quantizer = runtime, quantizer
+        self.plan, self.qparams = quantizer.plan, quantizer.qparams
         self.weights: dict[OpId, QuantizedWeight] = {}
         self.refused = {op: site.no_kernel for op, site in self.plan.layers.items() if site.no_kernel}
         self.checking = True
@@ -54,33 +56,31 @@ class Lowering(ABC):
             if call.id in self.plan.layers or operator_of(call.id.function).role == "batch_norm":
                 self._collected[call.id] = arguments(call)
             return self.quantizer.compute(call)
-        return call.run() if call.id.function in METADATA else self.run(call)
+        return self.read(call) if call.id.function in METADATA else self.run(call)
 
     def build(self) -> None:
         """Fold every layer, and go on to the second round."""
         for op in self.plan.layers:
-            if op not in self.refused and (reason := self._missing(op) or self._fold(op)):
+            if op not in self.refused and (reason := self._fold(op)):
                 self.refused[op] = reason
         for op in list(self.weights):
             if reason := self.prepare(op, self._collected[op]):
                 self.refused[op] = reason
         self._collected, self._collecting = {}, False
 
-    def _missing(self, op: OpId) -> str | None:
-        """What a kernel would need: XNNPACK accepts a layer whose input is float, and computes wrong values."""
-        site = self.plan.layers[op]
+    def _fold(self, op: OpId) -> str | None:
+        """Fold a layer, or give the reason why it stays float.
+
+        XNNPACK accepts an int8 layer whose input is float, and computes wrong values.
+        """
+        site, writes = self.plan.layers[op], self.qparams_of_output(op)
+        reads = None if site.input is None else self.qparams[site.input]
+        if (reason := operator_of(op.function).refused.get(self.runtime)) is not None:
+            return reason
         if op not in self._collected:
             return "the forward pass did not call it"
-        if site.input is None or self.qparams[site.input] is None:
-            return "its input was never observed"
-        return "its output was never observed" if self.qparams_of_output(op) is None else None
-
-    def _fold(self, op: OpId) -> str | None:
-        site, writes = self.plan.layers[op], self.qparams_of_output(op)
-        assert site.input is not None
-        reads = self.qparams[site.input]
-        assert reads is not None  # `_missing` has checked both
-        assert writes is not None
+        if reads is None or writes is None:
+            return f"its {'output' if writes is None else 'input'} was never observed"
         norm = None if site.fused.batch_norm is None else self._collected[site.fused.batch_norm]
         weight = fold(self._collected[op], norm, *self.quantizer.weight(op), reads.scale, writes.scale)
         if weight.is_too_coarse(reads.scale, writes.scale):
@@ -95,6 +95,10 @@ class Lowering(ABC):
     @abstractmethod
     def run(self, call: OpCall) -> Any:
         """Compute one operator call, in the second and the third round."""
+
+    def read(self, call: OpCall) -> Any:
+        """Read a shape or a type."""
+        return call.run()
 
     @abstractmethod
     def scale_of(self, leaf: Tensor) -> Tensor:

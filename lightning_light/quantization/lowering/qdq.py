@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,11 +12,10 @@ from typing_extensions import override
 
 from lightning_light.errors import UnsupportedError
 from lightning_light.int8 import QDQConstraints
-from lightning_light.quantization.fake_quantize import quantize_weight
+from lightning_light.quantization.fake_quantize import fake_quantize_weight, gain_and_shift
 from lightning_light.quantization.lowering.base import Lowering, scalar
-from lightning_light.quantization.lowering.weights import QuantizedWeight
 from lightning_light.quantization.op_calls import OpCall, OpId
-from lightning_light.quantization.operators import is_view, operator_of
+from lightning_light.quantization.operators import arguments, is_view, operator_of
 from lightning_light.quantization.specs import QParams
 
 if TYPE_CHECKING:
@@ -39,23 +37,23 @@ class QDQLowering(Lowering):
     """
 
     def __init__(self, quantizer: FakeQuantizer, constraints: QDQConstraints) -> None:
-        super().__init__(quantizer)
+        super().__init__(quantizer, constraints.runtime)
         register_operations()
         self.constraints = constraints
         self._constants: dict[OpId, tuple[Any, ...]] = {}  # made once: a runtime looks for constants
         self._float_weights: dict[OpId, Tensor] = {}  # fake-quantized weights of layers that stay float
+        self._norms: dict[OpId, list[Tensor]] = {}  # gain and shift of batch norms that are not folded
         self._quantized: dict[int, tuple[Tensor, Tensor, QParams]] = {}  # by identity: the tensor, integers, qparams
 
     @override
     def prepare(self, op: OpId, named: dict[str, Any]) -> str | None:
         if (dtype := named["weight"].dtype) is not torch.float32:
             return f"its weight is {dtype}, and the runtimes compute in torch.float32: `module.float()`"
-        weight, rest = self.weights[op], (-_WEIGHT_MAX, _WEIGHT_MAX, torch.int8)
+        weight = self.weights[op]
+        qparams: tuple[Any, ...] = (float(weight.scale.max()), 0)
         if weight.per_channel:
-            zeros = torch.zeros_like(weight.scale, dtype=torch.int64)
-            self._constants[op] = (weight.integers, weight.scale.float(), zeros, 0, *rest)
-        else:
-            self._constants[op] = (weight.integers, float(weight.scale), 0, *rest)
+            qparams = (weight.scale.float(), torch.zeros_like(weight.scale, dtype=torch.int64), 0)
+        self._constants[op] = (weight.integers, *qparams, -_WEIGHT_MAX, _WEIGHT_MAX, torch.int8)
         return None
 
     @override
@@ -70,12 +68,15 @@ class QDQLowering(Lowering):
             self._set_float_weight(call)
         for position, index in self.plan.inputs.get(call.id, {}).items():
             self._quantize_input(call, position, index, in_float=site is not None and site.no_kernel is not None)
-        if self.is_fused(call.id) and operator_of(call.id.function).role == "batch_norm":
+        is_norm = operator_of(call.id.function).role == "batch_norm"
+        if is_norm and self.is_fused(call.id):
             result = call.input
+        elif is_norm and self.runtime == "xnnpack" and call.get("running_var", 2) is not None:
+            result = self._normalized(call)
         else:
             self._set_operands(call)
             result = call.run()
-        qparams = known[2] if activation is None and known else None if activation is None else self.qparams[activation]
+        qparams = self.qparams[activation] if activation is not None else known[2] if known else None
         return result if qparams is None else tree_map(lambda leaf: self._qdq(leaf, qparams), result)
 
     @override
@@ -95,7 +96,7 @@ class QDQLowering(Lowering):
             dequantize = ops.dequantize_per_channel if weight.per_channel else ops.dequantize_per_tensor
             call.set("weight", 1, dequantize.default(*self._constants[call.id]))
             call.set("bias", 2, weight.bias)
-        elif call.id in self.plan.joins and self.constraints.runtime in operator_of(call.id.function).same_qparams:
+        elif call.id in self.plan.joins and self.runtime in operator_of(call.id.function).same_qparams:
             qparams = self.qparams_of_output(call.id)
             if qparams is not None:
                 call.replace(0, [self._qdq(value, qparams) for value in call.values[0]])
@@ -103,11 +104,18 @@ class QDQLowering(Lowering):
     def _set_float_weight(self, call: OpCall) -> None:
         """The fake-quantized weight, as a float constant."""
         if call.id not in self._float_weights:
-            weight = call.get("weight", 1)
-            integers, scale = quantize_weight(weight, *self.quantizer.weight(call.id))
-            found = QuantizedWeight(integers.to(torch.int8), scale.double(), None).dequantized().to(weight.dtype)
-            self._float_weights[call.id] = found
+            weight, _ = fake_quantize_weight(call.get("weight", 1), *self.quantizer.weight(call.id))
+            self._float_weights[call.id] = weight.detach()
         call.set("weight", 1, self._float_weights[call.id])
+
+    def _normalized(self, call: OpCall) -> Tensor:
+        """By a product and a sum: ExecuTorch makes a convolution of a batch norm, and fails if its input is int8."""
+        if call.id not in self._norms:
+            columns = (-1, *[1] * (call.input.dim() - 2))
+            self._norms[call.id] = [value.to(call.input).reshape(columns) for value in gain_and_shift(arguments(call))]
+        gain, shift = self._norms[call.id]
+        result: Tensor = call.input * gain + shift
+        return result
 
     def _quantize_input(self, call: OpCall, position: int, activation: int, *, in_float: bool) -> None:
         """By plain operators where the layer is float; no runtime fuses those."""
@@ -133,7 +141,7 @@ class QDQLowering(Lowering):
             _, integers, qparams = self._quantized[id(value)]
             dequantize = torch.ops.quantized_decomposed.dequantize_per_tensor.default
             return _cast(value.dtype, dequantize(integers, *self._arguments(qparams)))
-        if isinstance(value, Mapping):
+        if isinstance(value, dict):
             return {key: self._read(item) for key, item in value.items()}
         return type(value)(map(self._read, value)) if type(value) in (list, tuple) else value
 

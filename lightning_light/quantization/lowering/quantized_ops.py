@@ -56,8 +56,7 @@ class QuantizedOpsLowering(Lowering):
     """
 
     def __init__(self, quantizer: FakeQuantizer, engine: str) -> None:
-        super().__init__(quantizer)
-        self.engine = engine
+        super().__init__(quantizer, engine)
         self.layers: dict[OpId, _PackedLayer] = {}
         self._views: dict[OpId, QParams] = {}  # of quantized tensors whose view is computed in float
 
@@ -72,13 +71,12 @@ class QuantizedOpsLowering(Lowering):
 
     @override
     def prepare(self, op: OpId, named: dict[str, Any]) -> str | None:
-        operator, qparams = operator_of(op.function), self.qparams_of_output(op)
+        qparams = self.qparams_of_output(op)
         assert qparams is not None  # `build` has refused the others
-        if self.engine in operator.refused:
-            return operator.refused[self.engine]
         kernel = op.function + ("_relu" if self.plan.layers[op].fused.activation is not None else "")
         try:
-            self.layers[op] = _PackedLayer.of(op.function, kernel, self._shared[op], named, qparams, self._zeros)
+            packed = _packed(op.function, self._shared[op], named, self._zeros)
+            self.layers[op] = _PackedLayer(getattr(torch.ops.quantized, kernel), packed, qparams)
         except (RuntimeError, NotImplementedError, AttributeError) as error:
             return f"the engine has no kernel: {str(error).strip().splitlines()[0]}"
         return None
@@ -105,6 +103,12 @@ class QuantizedOpsLowering(Lowering):
         return self._in_float(call)
 
     @override
+    def read(self, call: OpCall) -> Any:
+        if call.input.is_quantized and call.reads in ("dtype", "is_floating_point"):
+            return call.function(torch.empty(0))  # as of the floating point tensor that it stands for
+        return call.run()
+
+    @override
     def description(self) -> LoweredModel:
         found = super().description()
         found.packed = [layer.packed for op, layer in self.layers.items() if op not in self.refused]
@@ -124,8 +128,10 @@ class QuantizedOpsLowering(Lowering):
             if not call.input.is_quantized:
                 raise NotImplementedError("its input is not quantized")
             return self.layers[call.id](call.input)
-        operator, output, relu = operator_of(call.id.function), self._output(call), False
+        operator, relu, activation = operator_of(call.id.function), False, self.plan.outputs.get(call.id)
+        output = None if activation is None else self.qparams[activation]
         if call.id in self.plan.joins:
+            output = self.qparams_of_output(call.id)
             operands = call.values[0] if operator.name == "cat" else call.values[:2]
             if output is None or not all(isinstance(value, Tensor) and value.is_quantized for value in operands):
                 raise NotImplementedError("not all of its operands are quantized")
@@ -133,21 +139,12 @@ class QuantizedOpsLowering(Lowering):
         elif not (isinstance(call.input, Tensor) and call.input.is_quantized):
             return None
         elif is_view(call) or call.id in self.plan.averages:
-            operator, output = (
-                _VIEW,
-                QParams(1.0, 0),
-            )  # the quantization parameters of the input, which the kernel keeps
+            operator, output = _VIEW, QParams(1.0, 0)  # the kernel keeps those of the input
         elif operator.role != "unary":
             return None
         if operator.kernel is None or output is None:
             return None
-        return operator.kernel(KernelCall(call, output, self.engine, relu, self.checking))
-
-    def _output(self, call: OpCall) -> QParams | None:
-        if call.id in self.plan.joins:
-            return self.qparams_of_output(call.id)
-        activation = self.plan.outputs.get(call.id)
-        return None if activation is None else self.qparams[activation]
+        return operator.kernel(KernelCall(call, output, self.runtime, relu, self.checking))
 
     def _in_float(self, call: OpCall) -> Any:
         first = call.input
@@ -173,26 +170,23 @@ class _PackedLayer:
     def __call__(self, x: Tensor) -> Any:
         return self.kernel(x, self.packed, self.output.scale, self.output.zero_point)
 
-    @classmethod
-    def of(
-        cls, function: str, kernel: str, weight: QuantizedWeight, named: dict[str, Any], output: QParams, zeros: Tensor
-    ) -> _PackedLayer:
-        """Pack the weight; raises what torch raises where the engine has no such kernel."""
-        packing: list[Any]
-        if weight.per_channel:
-            points = zeros[: len(weight.scale)]
-            packing = [torch._make_per_channel_quantized_tensor(weight.integers, weight.scale, points, 0)]
-        else:
-            packing = [torch._make_per_tensor_quantized_tensor(weight.integers, float(weight.scale), 0)]
-        packing.append(weight.bias)
-        dims, geometry = weight.integers.dim() - 2, operator_of(function).parameters[3:]
-        for name in geometry:
-            if name != "groups":
-                packing.append(_listed(named.get(name, int(name in ("stride", "dilation"))), dims))
-        if geometry:
-            packing.append(named.get("groups", 1))  # last, whatever their place is in the arguments
-        ops = torch.ops.quantized
-        return cls(getattr(ops, kernel), getattr(ops, f"{function}_prepack")(*packing), output)
+
+def _packed(function: str, weight: QuantizedWeight, named: dict[str, Any], zeros: Tensor) -> Any:
+    """Pack the weight of a layer; raises what torch raises where the engine has no such kernel."""
+    if weight.per_channel:
+        points = zeros[: len(weight.scale)]
+        integers = torch._make_per_channel_quantized_tensor(weight.integers, weight.scale, points, 0)
+    else:
+        integers = torch._make_per_tensor_quantized_tensor(weight.integers, float(weight.scale), 0)
+    names = operator_of(function).parameters[3:]
+    packing: list[Any] = [integers, weight.bias]
+    for name in names:
+        if name != "groups":
+            default = int(name in ("stride", "dilation"))
+            packing.append(_listed(named.get(name, default), weight.integers.dim() - 2))
+    if names:
+        packing.append(named.get("groups", 1))  # last, whatever their place is in the arguments
+    return getattr(torch.ops.quantized, f"{function}_prepack")(*packing)
 
 
 def _listed(value: Any, dims: int) -> list[int]:
@@ -203,9 +197,8 @@ def _listed(value: Any, dims: int) -> list[int]:
 
 
 def _quantized(x: Tensor, qparams: QParams) -> Tensor:
-    return (
-        x if x.is_quantized else torch.quantize_per_tensor(x.float(), qparams.scale, qparams.zero_point, torch.quint8)
-    )
+    scale, zero_point, _ = qparams
+    return x if x.is_quantized else torch.quantize_per_tensor(x.float(), scale, zero_point, torch.quint8)
 
 
 def _dequantized(value: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_light.quantization.fake_quantize import gain_and_shift, quantize_weight
+from lightning_light.quantization.fake_quantize import columns, gain_and_shift, quantize_weight
 from lightning_light.quantization.specs import WeightSpec
 
 __all__ = ["QuantizedWeight", "fold", "share_storage"]
@@ -41,10 +41,6 @@ class QuantizedWeight:
         """Whether one step of the accumulator is more than the whole range of an output of scale ``writes``."""
         return reads * float(self.scale.max()) >= _COARSEST * writes
 
-    def dequantized(self) -> Tensor:
-        """The weight in float."""
-        return self.integers.float() * _columns(self.scale, self.integers).float()
-
 
 def fold(
     named: Mapping[str, Any],
@@ -74,13 +70,13 @@ def fold(
     found = found.double()
     if norm is not None:
         gain, shift = gain_and_shift(norm, bias)
-        integers, found, bias = integers * _columns(gain.sign().float(), integers), found * gain.abs(), shift.float()
+        integers, found, bias = integers * columns(gain.sign().float(), integers), found * gain.abs(), shift.float()
     most = torch.full_like(found, writes)
     if bias is not None:
         largest = bias.double().abs()
         most = torch.maximum(most, largest if found.dim() else largest.amax())
     fitting = torch.maximum(found, most / (_MOST * reads))
-    return QuantizedWeight((integers * _columns(found / fitting, integers)).round().to(torch.int8), fitting, bias)
+    return QuantizedWeight((integers * columns(found / fitting, integers)).round().to(torch.int8), fitting, bias)
 
 
 def share_storage(weights: Mapping[Any, QuantizedWeight]) -> dict[Any, QuantizedWeight]:
@@ -107,7 +103,3 @@ def _joined(parts: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
         return {}
     views = torch.split(torch.cat(list(parts.values())), [len(part) for part in parts.values()])
     return dict(zip(parts, views, strict=True))
-
-
-def _columns(values: Tensor, weight: Tensor) -> Tensor:
-    return values.reshape(-1, *[1] * (weight.dim() - 1)) if values.dim() else values

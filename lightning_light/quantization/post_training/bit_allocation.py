@@ -82,9 +82,14 @@ class BitBudget:
         units = scan.weights if self.bops is None else scan.macs
         costs = {layer: [units[layer] * width for width in widths] for layer in scan.distances}
         losses = {layer: [found[width] for width in widths] for layer, found in scan.distances.items()}
-        limit = self._limit(costs)
-        if sum(row[0] for row in costs.values()) > limit:
-            raise BudgetError(self._too_small(costs, widths))
+        least, most = (sum(row[end] for row in costs.values()) for end in (0, -1))
+        if self.size is not None:
+            limit, remains = 8.0 * Size(self.size).bytes, f"the weights still take {-(-least // 8)} bytes"
+        else:
+            fraction = least / max(most, 1)
+            limit, remains = (self.bops or 0.0) * most, f"{fraction:.3f} of the bit operations remain"
+        if least > limit:
+            raise BudgetError(f"`{self!r}`: with {widths[0]} bits in every layer {remains}.")
         return {layer: widths[choice] for layer, choice in zip(costs, _best(costs, losses, limit), strict=True)}
 
     def recipe(self, scan: Sensitivity, base: IntN = IntN()) -> MixedPrecision:
@@ -103,20 +108,6 @@ class BitBudget:
         inner_first = sorted(solved, key=lambda layer: -layer.count("."))  # a pattern names what is inside, too
         layers = {f"re:{re.escape(layer)}": replace(plain, weights=solved[layer]) for layer in inner_first}
         return MixedPrecision(layers, default=plain, exclude=base.exclude)
-
-    def _limit(self, costs: Mapping[str, Sequence[int]]) -> float:
-        """In bits, or in MACs times bits."""
-        if self.size is not None:
-            return 8.0 * Size(self.size).bytes
-        assert self.bops is not None
-        return self.bops * sum(row[-1] for row in costs.values())
-
-    def _too_small(self, costs: Mapping[str, Sequence[int]], widths: Sequence[int]) -> str:
-        least = sum(row[0] for row in costs.values())
-        if self.size is not None:
-            return f"`{self!r}`: with {widths[0]} bits in every layer the weights still take {-(-least // 8)} bytes."
-        remaining = least / sum(row[-1] for row in costs.values())
-        return f"`{self!r}`: with {widths[0]} bits in every layer {remaining:.3f} of the bit operations remain."
 
 
 def _best(costs: Mapping[str, Sequence[int]], losses: Mapping[str, Sequence[float]], limit: float) -> list[int]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -15,7 +15,7 @@ from lightning_light.example_input import ExampleInput
 from lightning_light.int8 import quantizers_of
 from lightning_light.nested import tensors_in
 
-__all__ = ["calls_from", "explained", "first_of"]
+__all__ = ["calls_from", "explained"]
 
 _CURE = "Pass `data`, batches for calibration, for instance `data=val_dataloader`."
 
@@ -27,7 +27,7 @@ def calls_from(
 
     Raises:
         UnsupportedError: the network is fake-quantized already.
-        ValueError: a batch has no tensor or no sample, or does not fit the arguments of ``forward``.
+        ValueError: there is no batch, or one has no tensor or no sample.
     """
     if any(quantizer.enabled for quantizer in quantizers_of(model)):
         raise UnsupportedError(
@@ -35,11 +35,18 @@ def calls_from(
             "Leave `fake_quantized` first, and a Trainer with `QuantizationAwareTraining`."
         )
     if data is None and example_inputs is not None:
-        return iter([_checked(function, model, ExampleInput.of(example_inputs).to(model))])
-    return (_checked(function, model, example_of_batch(batch, model)) for batch in data or ())
+        return iter([_checked(function, ExampleInput.of(example_inputs).to(model))])
+    calls = (_checked(function, example_of_batch(batch, model)) for batch in data or ())
+    first = next(calls, None)
+    if first is None:
+        raise ValueError(
+            f"`{function}({type(model).__name__}, ...)`: expected inputs to calibrate on, found no batch; "
+            f"a generator gives its batches only once. {_CURE}"
+        )
+    return chain([first], calls)
 
 
-def _checked(function: str, model: nn.Module, call: ExampleInput) -> ExampleInput:
+def _checked(function: str, call: ExampleInput) -> ExampleInput:
     if not any(True for _ in tensors_in((call.args, call.kwargs))):
         kinds = [type(value).__name__ for value in (*call.args, *call.kwargs.values())]
         raise ValueError(f"`{function}(...)`: expected batches of tensors, found {', '.join(kinds)}. {_CURE}")
@@ -47,23 +54,7 @@ def _checked(function: str, model: nn.Module, call: ExampleInput) -> ExampleInpu
         raise ValueError(
             f"`{function}(...)`: expected a sample in each batch, found {_described(call)}. Leave empty batches out."
         )
-    _check_arguments(function, model, call)
     return call
-
-
-def first_of(function: str, model: nn.Module, calls: Iterator[ExampleInput]) -> ExampleInput:
-    """The first call.
-
-    Raises:
-        ValueError: there is none.
-    """
-    first = next(calls, None)
-    if first is None:
-        raise ValueError(
-            f"`{function}({type(model).__name__}, ...)`: expected inputs to calibrate on, found no batch; "
-            f"a generator gives its batches only once. {_CURE}"
-        )
-    return first
 
 
 @contextmanager
@@ -79,20 +70,9 @@ def explained(function: str, model: nn.Module, call: ExampleInput) -> Iterator[N
         lines = str(error).strip().splitlines() or [""]
         raise ValueError(
             f"`{function}({type(model).__name__}, ...)`: expected batches that the model runs with, found "
-            f"that {_described(call)} stops it: {type(error).__name__}: {lines[0].rstrip('.')}. Check that "
-            "`model(batch[0])` runs for a tuple or list, `model(**batch)` for a dict, and `model(batch)` for a tensor."
-        ) from error
-
-
-def _check_arguments(function: str, model: nn.Module, call: ExampleInput) -> None:
-    signature = inspect.signature(model.forward)
-    try:
-        signature.bind(*call.args, **call.kwargs)
-    except TypeError as error:
-        raise ValueError(
-            f"`{function}(...)`: expected what `{type(model).__name__}.forward{signature}` takes, "
-            f"found {_described(call)}: {error}. Of a tuple or list the first item is the input; a dict holds keyword "
-            "arguments; for several positional arguments give an `ExampleInput`."
+            f"that {_described(call)} stops it: {type(error).__name__}: {lines[0].rstrip('.')}. Of a tuple or list "
+            "the first item is the input; a dict holds keyword arguments; for several positional arguments give an "
+            "`ExampleInput`."
         ) from error
 
 

@@ -7,15 +7,13 @@ https://arxiv.org/abs/1906.04721
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lightning_light.example_input import ExampleInput
 from lightning_light.quantization.fake_quantize import gain_and_shift
-from lightning_light.quantization.post_training.layer_calls import WritableParameters, channel_dim, named
-from lightning_light.quantization.trace import OpNode, trace_ops
+from lightning_light.quantization.trace import OpNode, WritableParameters, trace_ops
 
 __all__ = ["Pair", "equalize", "equalizing_scales", "find_pairs"]
 
@@ -44,7 +42,6 @@ def equalizing_scales(first: Tensor, second: Tensor) -> Tensor:
     return torch.where(alive, (first * second).sqrt() / torch.where(alive, second, 1.0), 1.0)
 
 
-@dataclass(frozen=True)
 class Pair:
     """Two layers of which the second alone reads the first, through operators that a positive scale commutes with.
 
@@ -53,12 +50,51 @@ class Pair:
         batch_norm: after it, which takes the scale instead of its weight.
         second: a layer.
         columns: how many inputs of the second one channel of the first is; more than one after flattening.
+        divided: names of the weight and the bias that are divided by the scale; None for one that must not be written.
+        multiplied: name of the weight that is multiplied by it, or None.
+        names: of all parameters that the scales are computed from.
     """
 
-    first: OpNode
-    batch_norm: OpNode | None
-    second: OpNode
-    columns: int
+    def __init__(
+        self, first: OpNode, batch_norm: OpNode | None, second: OpNode, columns: int, parameters: WritableParameters
+    ) -> None:
+        self.first, self.batch_norm, self.second, self.columns = first, batch_norm, second, columns
+        scaled = (first if batch_norm is None else batch_norm).named
+        tensors = [scaled.get(key) for key in ("weight", "bias")]
+        if batch_norm is None and tensors[1] is None:
+            tensors.pop()  # a layer needs no bias; a batch norm has nothing else
+        self.divided = [parameters.name_of(tensor) for tensor in tensors]
+        self.multiplied = parameters.name_of(second.named["weight"])
+        self._made = parameters.name_of(first.named["weight"])
+        self.names = [name for name in (*self.divided, self.multiplied, self._made) if name is not None]
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether all that has to be scaled are parameters that nothing else reads."""
+        has_statistics = self.batch_norm is None or self.batch_norm.named.get("running_var") is not None
+        return has_statistics and None not in (*self.divided, self.multiplied)
+
+    def equalize(self, values: dict[str, Tensor]) -> float:
+        """Scale ``values``; returns how far the farthest scale was from 1."""
+        made = self.first.named["weight"].detach().double() if self._made is None else values[self._made]
+        first = _over(made, self.first, outputs=True).abs().amax((1, 3)).flatten()
+        if self.batch_norm is not None:
+            first = first * gain_and_shift({**self.batch_norm.named, "weight": values[str(self.divided[0])]})[0].abs()
+        multiplied = str(self.multiplied)
+        read = _over(values[multiplied], self.second, outputs=False)
+        second = read.abs().amax((1, 3)).reshape(-1, self.columns).amax(1)
+        scales = equalizing_scales(first, second)
+        for name in map(str, self.divided):
+            values[name] = self._divided(values[name], scales)
+        columns = scales.repeat_interleave(self.columns).reshape(read.shape[0], 1, read.shape[2], 1)
+        values[multiplied] = (read * columns).reshape(values[multiplied].shape)
+        return float((scales - 1).abs().max())
+
+    def _divided(self, value: Tensor, scales: Tensor) -> Tensor:
+        if value.dim() == 1:
+            return value / scales
+        rows = _over(value, self.first, outputs=True)
+        return (rows / scales.reshape(rows.shape[0], 1, rows.shape[2], 1)).reshape(value.shape)
 
 
 def equalize(model: nn.Module, example: ExampleInput) -> int:
@@ -68,8 +104,7 @@ def equalize(model: nn.Module, example: ExampleInput) -> int:
         How many pairs there were.
     """
     trace = trace_ops(model, example.args, example.kwargs)
-    parameters = WritableParameters(model, trace)
-    pairs = [_Weights(pair, parameters) for pair in find_pairs(trace.nodes, parameters)]
+    pairs = find_pairs(trace.nodes, WritableParameters(model, trace))
     written = dict(model.named_parameters())
     values = {name: written[name].detach().double() for pair in pairs for name in pair.names}
     for _ in range(_SWEEPS):
@@ -89,16 +124,16 @@ def find_pairs(nodes: Sequence[OpNode], parameters: WritableParameters) -> list[
         nodes: of one forward pass.
         parameters: which of them can be written.
     """
-    found = [_pair_of(node) for node in nodes if node.role == "layer"]
-    return [pair for pair in found if pair is not None and _is_writable(pair, parameters)]
+    found = [_pair_of(node, parameters) for node in nodes if node.role == "layer"]
+    return [pair for pair in found if pair is not None and pair.is_writable]
 
 
-def _pair_of(first: OpNode) -> Pair | None:
+def _pair_of(first: OpNode, parameters: WritableParameters) -> Pair | None:
     batch_norm, before = None, first
     while (after := before.only_user) is not None:
         if after.role == "layer":
             columns = _columns(first, after)
-            return Pair(first, batch_norm, after, columns) if columns else None
+            return Pair(first, batch_norm, after, columns, parameters) if columns else None
         if after.role == "batch_norm" and before is first:
             batch_norm = after
         elif not (after.id.function in _ELEMENTWISE or _is_relu(after) or _keeps_channels(first, before, after)):
@@ -117,16 +152,13 @@ def _keeps_channels(first: OpNode, before: OpNode, node: OpNode) -> bool:
         return False
     if node.role == "average" or node.id.function in _SPATIAL:
         return True
-    assert node.call is not None
-    assert before.call is not None
     result = node.call.result
     return bool(node.id.function in _RESHAPING and result.dim() == 2 and result.shape[0] == before.call.result.shape[0])
 
 
 def _columns(first: OpNode, second: OpNode) -> int:
     """How many inputs of ``second`` each channel of ``first`` is; 0 if they do not fit."""
-    assert first.call is not None
-    x, weight, result = named(second)["input"], named(second)["weight"], first.call.result
+    x, weight, result = second.named["input"], second.named["weight"], first.call.result
     if second.operator.name == "linear":
         if first.operator.name != "linear" and x.dim() != 2:
             return 0  # it reads the last dimension, which is spatial
@@ -135,59 +167,13 @@ def _columns(first: OpNode, second: OpNode) -> int:
         return 0
     else:
         inputs = x.shape[1]
-    channels = result.shape[channel_dim(first)]
+    channels = result.shape[first.channel_dim]
     return int(inputs // channels) if inputs % channels == 0 else 0
-
-
-def _is_writable(pair: Pair, parameters: WritableParameters) -> bool:
-    first, scaled = named(pair.first), [named(pair.second)["weight"]]
-    if pair.batch_norm is None:
-        scaled += [first["weight"], *[bias for bias in [first.get("bias")] if bias is not None]]
-    else:
-        norm = named(pair.batch_norm)
-        if norm.get("weight") is None or norm.get("bias") is None or norm.get("running_var") is None:
-            return False
-        scaled += [norm["weight"], norm["bias"]]
-    return all(parameters.name_of(tensor) is not None for tensor in scaled)
-
-
-class _Weights:
-    """The tensors of one pair, by name."""
-
-    def __init__(self, pair: Pair, parameters: WritableParameters) -> None:
-        self.first, self.second, self.columns = pair.first, pair.second, pair.columns
-        self.norm = None if pair.batch_norm is None else named(pair.batch_norm)
-        divided = named(self.first) if self.norm is None else self.norm
-        self.divided = [name for key in ("weight", "bias") if (name := parameters.name_of(divided.get(key)))]
-        self.read = str(parameters.name_of(named(self.second)["weight"]))
-        self.made = parameters.name_of(named(self.first)["weight"])  # None where only its norm is written
-        self.names = [*self.divided, self.read, *([self.made] if self.made else [])]
-
-    def equalize(self, values: dict[str, Tensor]) -> float:
-        """Scale ``values``; returns how far the farthest scale was from 1."""
-        made = named(self.first)["weight"].detach().double() if self.made is None else values[self.made]
-        first = _over(made, self.first, outputs=True).abs().amax((1, 3)).flatten()
-        if self.norm is not None:
-            first = first * gain_and_shift({**self.norm, "weight": values[self.divided[0]]})[0].abs()
-        read = _over(values[self.read], self.second, outputs=False)
-        second = read.abs().amax((1, 3)).reshape(-1, self.columns).amax(1)
-        scales = equalizing_scales(first, second)
-        for name in self.divided:
-            values[name] = self._divided(values[name], scales)
-        columns = scales.repeat_interleave(self.columns).reshape(read.shape[0], 1, read.shape[2], 1)
-        values[self.read] = (read * columns).reshape(values[self.read].shape)
-        return float((scales - 1).abs().max())
-
-    def _divided(self, value: Tensor, scales: Tensor) -> Tensor:
-        if value.dim() == 1:
-            return value / scales
-        rows = _over(value, self.first, outputs=True)
-        return (rows / scales.reshape(rows.shape[0], 1, rows.shape[2], 1)).reshape(value.shape)
 
 
 def _over(weight: Tensor, node: OpNode, *, outputs: bool) -> Tensor:
     """``(groups, others, channels per group, kernel)``: the channels that a layer makes, or those that it reads."""
     if outputs == (node.operator.name != "conv_transpose"):  # they are rows
         return weight.reshape(1, 1, weight.shape[0], -1)
-    groups = int(named(node).get("groups", 1))
+    groups = int(node.named.get("groups", 1))
     return weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)

@@ -19,9 +19,8 @@ from lightning_light.quantization.fake_quantizer import FakeQuantizer
 from lightning_light.quantization.learned_qparams import weight_scale
 from lightning_light.quantization.op_calls import OpId
 from lightning_light.quantization.post_training.adaround import AdaRound, learn_rounding
-from lightning_light.quantization.post_training.layer_calls import WritableParameters, channel_dim, named, rerun
 from lightning_light.quantization.post_training.progress_bar import with_progress_bar
-from lightning_light.quantization.trace import OpNode, inputs_of_layer, trace_ops
+from lightning_light.quantization.trace import OpNode, WritableParameters, inputs_of_layer, trace_ops
 
 __all__ = ["Refinement"]
 
@@ -101,7 +100,7 @@ class Refinement:
             spec.quant_max,
             batches,
             layer.output,
-            channel_dim(layer.node),
+            layer.node.channel_dim,
             settings,
             subsets=layer.takes_subsets,
         )
@@ -113,7 +112,7 @@ class Refinement:
         weight, _ = fake_quantize_weight(layer.weight, *self.quantizer.weight(layer.id))
         samples = torch.tensor([x.numel() for x in inputs]).to(right)
         shift = samples @ (right - torch.stack([layer.means(x, weight) for x in inputs])) / samples.sum()
-        own, norm = named(layer.node).get("bias"), None if layer.norm is None else named(layer.norm)
+        own, norm = layer.node.named.get("bias"), None if layer.norm is None else layer.norm.named
         if norm is not None and parameters.name_of(norm.get("bias")) is not None:
             norm["bias"].add_(shift)
         elif own is not None and parameters.name_of(own) is not None:
@@ -132,11 +131,8 @@ class _Layer:
 
     @classmethod
     def of(cls, node: OpNode) -> _Layer:
-        tail, norm = node, None
-        if (follower := tail.only_user) is not None and follower.role == "batch_norm":
-            tail = norm = follower
-        follower = tail.only_user
-        return cls(node, norm, follower if follower is not None and follower.role == "activation" else None)
+        parts = node.followers("batch_norm", "activation")
+        return cls(node, parts.get("batch_norm"), parts.get("activation"))
 
     @property
     def id(self) -> OpId:
@@ -145,25 +141,25 @@ class _Layer:
     @property
     def weight(self) -> Tensor:
         """As it was called with: the parameter itself, if it is one."""
-        weight: Tensor = named(self.node)["weight"]
+        weight: Tensor = self.node.named["weight"]
         return weight
 
     @property
     def takes_subsets(self) -> bool:
         """Whether the first dimension of its input counts samples."""
-        return self.node.operator.name == "linear" or named(self.node)["input"].dim() == self.weight.dim()
+        return self.node.operator.name == "linear" or self.node.named["input"].dim() == self.weight.dim()
 
     def before_relu(self, x: Tensor, weight: Tensor) -> Tensor:
         """The layer and its batch norm."""
-        found = rerun(self.node, x, weight=weight)
-        return found if self.norm is None else rerun(self.norm, found, training=False)
+        found = self.node.rerun(x, weight=weight)
+        return found if self.norm is None else self.norm.rerun(found, training=False)
 
     def means(self, x: Tensor, weight: Tensor) -> Tensor:
         """``(channels,)``: of each channel before the ReLU."""
         found = self.before_relu(x, weight)
-        return found.transpose(0, channel_dim(self.node)).flatten(1).mean(1)
+        return found.transpose(0, self.node.channel_dim).flatten(1).mean(1)
 
     def output(self, x: Tensor, weight: Tensor) -> Tensor:
         """All of it."""
         found = self.before_relu(x, weight)
-        return found if self.relu is None else rerun(self.relu, found)
+        return found if self.relu is None else self.relu.rerun(found)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,14 +17,14 @@ from lightning_light.isolation import isolated
 from lightning_light.measure.cost import count_cost
 from lightning_light.measure.metrics import local_copy
 from lightning_light.nested import map_tensors, tensors_in
-from lightning_light.quantization.fake_quantizer import FakeQuantizer
-from lightning_light.quantization.plan import QuantizationPlan, plan_quantization
-from lightning_light.quantization.post_training.calibration import calls_from, explained, first_of
-from lightning_light.quantization.post_training.layer_calls import named
+from lightning_light.quantization.fake_quantize import fake_quantize_weight
+from lightning_light.quantization.op_calls import OpCall, OpId, intercepted
+from lightning_light.quantization.plan import origin_of
+from lightning_light.quantization.post_training.calibration import calls_from, explained
 from lightning_light.quantization.post_training.progress_bar import with_progress_bar
 from lightning_light.quantization.recipes import Bits, Engine, IntN
-from lightning_light.quantization.specs import LayerSpec, WeightSpec
-from lightning_light.quantization.trace import trace_ops
+from lightning_light.quantization.specs import WeightSpec
+from lightning_light.quantization.trace import OpNode, trace_ops
 from lightning_light.validation import validated
 
 __all__ = ["Distance", "Sensitivity", "measure_sensitivity"]
@@ -139,14 +138,14 @@ def measure_sensitivity(
         Int8(exclude=['0'])
     """
     data, targets = _with_targets(data, metric)
-    found_calls = calls_from("measure_sensitivity", model, example_inputs, data)
-    inputs = [first_of("measure_sensitivity", model, found_calls), *found_calls]
+    inputs = list(calls_from("measure_sensitivity", model, example_inputs, data))
     widths = {width: IntN(weights=width, engine=engine).spec().weight for width in bits}
     with explained("measure_sensitivity", model, inputs[0]):
-        trace = trace_ops(model, inputs[0].args, inputs[0].kwargs)
-    names = {node.id.module for node in trace.nodes if node.role == "layer"}
-    plan = plan_quantization(trace.nodes, {layer: LayerSpec(activation=None) for layer in names if layer})
-    layers = list(dict.fromkeys(op.module for op in plan.layers))
+        nodes = trace_ops(model, inputs[0].args, inputs[0].kwargs).nodes
+    layers: dict[str, dict[OpId, OpNode]] = {}
+    for node in nodes:
+        if node.role == "layer" and node.id.module and origin_of(node.inputs[0][1]).role != "integer":
+            layers.setdefault(node.id.module, {})[node.id] = node
     if not layers or not widths:
         raise ValueError(
             f"`measure_sensitivity({type(model).__name__}, ..., bits={tuple(bits)})`: expected layers to quantize and "
@@ -154,51 +153,43 @@ def measure_sensitivity(
         )
     found: dict[str, dict[int, float]] = {layer: {} for layer in layers}
     with isolated(model):
-        right = [_outputs(model, call) for call in inputs]
-        _check_finite(right)
+        right = [_finite_outputs(model, call, place) for place, call in enumerate(inputs)]
         before = 0.0 if metric is None else _metric_value(model, metric, inputs, targets)
         for layer in with_progress_bar(layers, len(layers), "Sensitivity", shown=progress_bar):
             for width, spec in widths.items():
-                with _quantized(model, plan, layer, spec, engine):
+                with _quantized(model, layers[layer], spec):
                     found[layer][width] = (
                         _mean_distance(model, inputs, right, distance)
                         if metric is None
                         else abs(_metric_value(model, metric, inputs, targets) - before)
                     )
-    tensors: dict[str, set[Tensor]] = {layer: set() for layer in layers}
-    for op in plan.layers:
-        tensors[op.module].add(named(trace.node(op))["weight"])
     cost = count_cost(model, inputs[0].args, inputs[0].kwargs).macs_by_module
-    sizes = {layer: sum(one.numel() for one in weights) for layer, weights in tensors.items()}
+    weights = {layer: {node.named["weight"] for node in calls.values()} for layer, calls in layers.items()}
+    sizes = {layer: sum(one.numel() for one in tensors) for layer, tensors in weights.items()}
     return Sensitivity(found, sizes, {layer: cost.get(layer, 0) for layer in layers})
 
 
-@contextmanager
-def _quantized(
-    model: nn.Module, plan: QuantizationPlan, layer: str, spec: WeightSpec, engine: Engine
-) -> Iterator[None]:
-    """Inside, the weight of ``layer`` alone is fake-quantized."""
-    here = {op: site for op, site in plan.layers.items() if op.module == layer}
-    specs = {op: replace(spec, per_channel=site.weight.per_channel) for op, site in here.items()}
-    quantizer = FakeQuantizer(
-        QuantizationPlan(layers={op: replace(site, weight=specs[op]) for op, site in here.items()}), engine
-    )
-    quantizer.update(torch.empty(0, 2))
-    quantizer.enabled = True
-    quantizer.attach(model)
-    try:
-        yield
-    finally:
-        quantizer.detach()
+def _quantized(model: nn.Module, calls: Mapping[OpId, OpNode], spec: WeightSpec) -> AbstractContextManager[None]:
+    """Inside, the weight of one layer alone, of all its ``calls``, is fake-quantized."""
+
+    def handle(call: OpCall) -> Any:
+        if (node := calls.get(call.id)) is not None:
+            per_channel = spec.per_channel and node.operator.per_channel
+            weight, _ = fake_quantize_weight(call.get("weight", 1), replace(spec, per_channel=per_channel))
+            call.set("weight", 1, weight)
+        return call.run()
+
+    return intercepted(model, handle)
 
 
-def _check_finite(right: Sequence[list[Tensor]]) -> None:
-    for place, outputs in enumerate(right):
-        if not all(bool(output.isfinite().all()) for output in outputs):
-            raise ValueError(
-                f"`measure_sensitivity(...)`: expected finite outputs, found others for batch {place}. "
-                "Look for them in the batch and in the weights: `torch.isfinite(x).all()`."
-            )
+def _finite_outputs(model: nn.Module, call: ExampleInput, batch: int) -> list[Tensor]:
+    outputs = _outputs(model, call)
+    if not all(bool(output.isfinite().all()) for output in outputs):
+        raise ValueError(
+            f"`measure_sensitivity(...)`: expected finite outputs, found others for batch {batch}. "
+            "Look for them in the batch and in the weights: `torch.isfinite(x).all()`."
+        )
+    return outputs
 
 
 def _mean_distance(
@@ -231,13 +222,9 @@ def _metric_value(model: nn.Module, metric: Metric, inputs: Sequence[ExampleInpu
     copied: Any = local_copy(metric)
     for call, target in zip(inputs, targets, strict=True):
         outputs = model(*call.args, **call.kwargs)
-        like = next(tensors_in(outputs))
-        copied.to(like.device).update(outputs, map_tensors(partial(_on_device_of, like), target))
+        device = next(tensors_in(outputs)).device
+        copied.to(device).update(outputs, map_tensors(lambda tensor: tensor.to(device), target))  # noqa: B023
     return float(copied.compute())
-
-
-def _on_device_of(like: Tensor, tensor: Tensor) -> Tensor:
-    return tensor.to(like.device)
 
 
 def _outputs(model: nn.Module, call: ExampleInput) -> list[Tensor]:

@@ -33,7 +33,7 @@ def with_one(value: float) -> Tensor:
 
 
 BATCHES: dict[str, tuple[Any, type[Exception], str]] = {
-    "another name": ([{"image": X}], ValueError, r"as image: .* dict holds keyword"),
+    "another name": ([{"image": X}], ValueError, r"as image stops it: TypeError: .* dict holds keyword"),
     "an array": ([X.numpy()], ValueError, "expected batches of tensors, found ndarray"),
     "nothing": ([None], ValueError, "expected batches of tensors, found NoneType"),
     "integers": ([X.int()], ValueError, r"\(2, 3, 8, 8\) torch.int32 stops it: RuntimeError"),

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from lightning_light.example_input import ExampleInput
 from lightning_light.quantization.post_training.equalization import equalize, equalizing_scales, find_pairs
-from lightning_light.quantization.post_training.layer_calls import WritableParameters
-from lightning_light.quantization.trace import trace_ops
+from lightning_light.quantization.trace import WritableParameters, trace_ops
 from tests.zoo import ZOO, Net, noise
 
 
