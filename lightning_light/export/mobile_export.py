@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from typing_extensions import override
 
 from lightning_light.callback import CompressionCallback
+from lightning_light.capture import Capture, capture
 from lightning_light.errors import LightningLightError
-from lightning_light.example_input import Capture, ExampleInput, capture
+from lightning_light.example_input import ExampleInput
 from lightning_light.export.copies import detached_copy
 from lightning_light.export.evaluation import Evaluator, MetricInputs
 from lightning_light.export.exporter import Exporter

@@ -12,8 +12,9 @@ from typing_extensions import override
 from lightning_light.batch_norm import InputRecorder, Statistics, has_statistics, measure_statistics, move_statistics
 from lightning_light.budgets import Budget
 from lightning_light.callback import CompressionCallback
+from lightning_light.capture import Capture
 from lightning_light.criteria.collector import EvidenceCollector, Gathered, collect_evidence
-from lightning_light.example_input import Capture, ExampleInput
+from lightning_light.example_input import ExampleInput
 from lightning_light.host.trainer import callbacks_of, steps_done
 from lightning_light.lowrank.apply import METHOD, apply_factors, check_unowned
 from lightning_light.lowrank.build import factor_form

@@ -11,7 +11,7 @@ from rich.measure import Measurement
 from typing_extensions import override
 
 from lightning_light.callback import CompressionCallback
-from lightning_light.example_input import capture
+from lightning_light.capture import capture
 from lightning_light.host.classes import is_host
 from lightning_light.host.modules import add_hparams, logs_hparams
 from lightning_light.host.patches import InstancePatch

@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lightning_light.example_input import Capture, ExampleInput
+from lightning_light.capture import Capture
+from lightning_light.example_input import ExampleInput
 from lightning_light.measure.cost import Cost, count_cost
 from lightning_light.monitors.history import History
 from lightning_light.monitors.layer_matching import is_within

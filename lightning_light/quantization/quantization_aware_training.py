@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_light.callback import CompressionCallback
-from lightning_light.example_input import Capture
+from lightning_light.capture import Capture
 from lightning_light.host.trainer import is_accumulating, is_backward_skipped, is_restoring
 from lightning_light.int8 import Int8Weights
 from lightning_light.order import DEFAULT_WINDOWS, Stage
