@@ -61,8 +61,9 @@ class Capture:
         """
         if self.example is None and self.observed is not None:
             raise LightningLightError(
-                f"`{call}`: expected an example of the inputs of `forward`, found no `example_input_array`, and none in "
-                f"the first training step: {self.observed.error}. Set `self.example_input_array = ...` in the module."
+                f"`{call}`: expected an example of the inputs of `forward`, found no `example_input_array`, and none "
+                f"in the first training step: {self.observed.error}. Set `self.example_input_array = ...` in the "
+                "module."
             )
 
     def remove(self) -> None:
@@ -76,7 +77,7 @@ class Capture:
     def _capture(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if is_step_call(module) or torch.compiler.is_compiling() or not _is_training(module):
             return
-        self.example = ExampleInput(args, kwargs).small()
+        self.example = ExampleInput(args, kwargs).small().copied()
         self.remove()
 
     def _around_step(self, module: nn.Module, step: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -204,7 +205,7 @@ class _Calls:
 
     def _record(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if name not in self.first:
-            self.first[name] = ExampleInput(args, kwargs).small()
+            self.first[name] = ExampleInput(args, kwargs).small().copied()
         if not self._depth and name not in self.outermost:
             self.outermost.append(name)
         self._depth += 1
@@ -232,10 +233,10 @@ def _run_smallest(module: nn.Module, call: ExampleInput) -> tuple[_Calls, Exampl
 def _accepted(module: nn.Module, step: _Calls, batch: Any) -> ExampleInput | None:
     """Return the first call on which ``forward`` runs, and runs parts that the training step runs."""
     for call in _candidates(module, step, batch):
-        calls = _Calls(module)
+        calls, copied = _Calls(module), call.copied()
         try:
             with calls.recording(), isolated(module, hooks=True):
-                module(*call.args, **call.kwargs)
+                module(*copied.args, **copied.kwargs)
         except CALL_ERRORS:
             continue
         if any(name and calls.has_parameters(name) for name in calls.first.keys() & step.first.keys()):

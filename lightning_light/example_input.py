@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 from lightning_light.nested import map_tensors, tensors_in
 
@@ -63,6 +64,12 @@ class ExampleInput:
     def samples(self) -> int:
         """Return the number of samples: the first dimension of the first tensor; 1 without tensors."""
         return next((len(tensor) for tensor in tensors_in((self.args, self.kwargs)) if tensor.ndim), 1)
+
+    @property
+    def has_objects(self) -> bool:
+        """Whether there are objects other than tensors and plain values, in which a call may write."""
+        leaves = tree_leaves((self.args, self.kwargs))
+        return not all(leaf is None or isinstance(leaf, Tensor | bool | int | float | str) for leaf in leaves)
 
     def small(self, samples: int = _SAMPLES) -> ExampleInput:
         """Return a detached copy with at most ``samples`` samples, if the first dimensions of all tensors agree."""

@@ -44,12 +44,19 @@ def step_call(module: nn.Module, batch: Any, step: str = TRAINING_STEP) -> Examp
 
 
 def callable_with(module: nn.Module, example: ExampleInput) -> AbstractContextManager[None]:
-    """Make ``module(*example.args)`` work: inside, for arguments of the training step, it runs that step."""
-    return nullcontext() if example.method == "forward" else step_as_forward(module)
+    """Make ``module(*example.args)`` work: inside, for arguments of the training step, it runs that step.
+
+    For ``forward`` it gets copies of objects, so that it may write into them.
+    """
+    if example.method == "forward" and not example.has_objects:
+        return nullcontext()
+    return step_as_forward(module, method=example.method)
 
 
 @contextmanager
-def step_as_forward(module: nn.Module, calls: Sequence[ExampleInput] = ()) -> Iterator[None]:
+def step_as_forward(
+    module: nn.Module, calls: Sequence[ExampleInput] = (), method: str = TRAINING_STEP
+) -> Iterator[None]:
     """Inside, ``module(...)`` runs ``module.training_step(...)`` as it runs in training, or all ``calls`` in turn.
 
     The training step runs in the training modes that the modules have, other calls in evaluation mode. Nothing is
@@ -60,6 +67,7 @@ def step_as_forward(module: nn.Module, calls: Sequence[ExampleInput] = ()) -> It
     Args:
         module: a LightningModule.
         calls: of its ``forward`` and its steps; ``module()`` then returns the results in a tuple.
+        method: what ``module(...)`` runs without ``calls``.
     """
     modes = {inner: inner.training or not module.training for inner in module.modules()}
     original = vars(module).get("forward")
@@ -70,20 +78,21 @@ def step_as_forward(module: nn.Module, calls: Sequence[ExampleInput] = ()) -> It
         if original is not None:
             vars(module)["forward"] = original  # for a step that calls `self(...)`
         try:
+            call = call.copied()
             if call.method == "forward":
                 return module(*call.args, **call.kwargs)
             with _copied_tensors(module), _NoBackward(), silent_loggers(trainer_of(module)):
                 for inner, training in modes.items():
                     vars(inner)["training"] = training and call.method == TRAINING_STEP
                 vars(module).update(_inert_methods(module))
-                return _run_step(module, call.copied())
+                return _run_step(module, call)
         finally:
             for live, attributes in before:
                 live.clear()
                 live.update(attributes)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return tuple(map(run, calls)) if calls else run(ExampleInput(args, kwargs, TRAINING_STEP))
+        return tuple(map(run, calls)) if calls else run(ExampleInput(args, kwargs, method))
 
     forward.__qualname__ = STEP_AS_FORWARD
     patch = InstancePatch(module, "forward", forward)

@@ -15,7 +15,7 @@ from lightning_light.callback import CompressionCallback
 from lightning_light.capture import Capture, has_lazy_layers, runs_beside_forward
 from lightning_light.criteria.collector import EvidenceCollector, EvidenceStorage, Gathered, check_needs
 from lightning_light.criteria.evidence import Criterion
-from lightning_light.dependency import ChannelGroup, DependencyGraph, trace_calls, trace_dependencies
+from lightning_light.dependency import ChannelGroup, DependencyGraph, trace_calls
 from lightning_light.dependency.trace import UNUSED
 from lightning_light.errors import TraceError
 from lightning_light.example_input import ExampleInput
@@ -337,15 +337,14 @@ class StructuredPruning(CompressionCallback):
         assert self._capture is not None
         example, name = self._capture.example, f"{type(pl_module).__name__}.training_step"
         if safe and example is not None:
-            call = example.to(pl_module)
-            graph = trace_dependencies(pl_module, call.args, call.kwargs, heads=self.heads)
+            graph = trace_calls(pl_module, [example.to(pl_module)], heads=self.heads)
             if not any(group.reason == UNUSED for group in graph.groups):
                 reason = f"`{name}` does not run in a trace: {error}"
                 log_rank_zero(trainer, f"{self.method}: channels are followed through `forward` alone: {reason}")
                 return
         raise TraceError(
-            f"`{name}` does not run in a trace of the first batch: {error}. Expected a step that runs without gradients, "
-            "optimizers and logging: what it reads of a channel has to be known before the channel is removed. Let it "
+            f"`{name}` does not run in a trace of the first batch: {error}. Expected a step that runs without "
+            "gradients, optimizers and logging: what it reads of a channel has to be known before the channel is removed. Let it "
             "run under `torch.no_grad()`; or let all layers run in `forward`, call nothing but `self(...)`, and set "
             "`self.example_input_array = ...` in the module."
         )

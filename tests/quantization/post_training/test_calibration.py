@@ -20,7 +20,7 @@ from lightning_light.quantization import (
     measure_sensitivity,
     quantize,
 )
-from lightning_light.surgery.attachment import has_state
+from lightning_light.surgery.quantizer import has_state
 from tests.zoo import ZOO, noise
 
 X = noise(2, 3, 8, 8)

@@ -15,7 +15,7 @@ from lightning_light.quantization.fake_quantize import quantize_weight
 from lightning_light.quantization.learned_qparams import weight_scale
 from lightning_light.quantization.op_calls import OpId
 from lightning_light.quantization.specs import WeightSpec
-from lightning_light.surgery.attachment import state_of
+from lightning_light.surgery.quantizer import state_of
 from tests.quantization.post_training.test_equalization import MobileBlocks, trained
 from tests.zoo import ZOO, noise
 

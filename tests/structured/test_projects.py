@@ -1,0 +1,48 @@
+"""Networks whose training reads more than ``forward``: pruned to a budget, trained on, resumed, and loaded."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import lightning_light as ll
+from lightning_light.budgets import Params
+from lightning_light.schedules import OneShot
+from lightning_light.structured import StructuredPruning
+from tests.contract.runs import checkpoints, differences, outcome, shapes, trainer
+from tests.projects import PROJECTS
+
+GOALS = {"graph network": 0.7, "forecaster": 0.8}
+STAY: dict[str, dict[str, tuple[int, ...]]] = {
+    "autoencoder": {"decoder.2.bias": (3,), "encoder.1.bias": (6,)},
+    "mean teacher": {"perceptual.0.bias": (6,)},
+    "auxiliary heads": {"neck.bias": (10,)},
+    "gan": {"generator.2.bias": (192,)},
+    "forecaster": {"model.mean.bias": (4,)},
+}
+"""Tensors that keep their shape, because of what training does with them."""
+
+
+def parameters(module: Any) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize("name", list(PROJECTS))
+def test_a_project_is_pruned_trained_on_resumed_and_loaded(name, tmp_path) -> None:
+    kind, goal = PROJECTS[name], GOALS.get(name, 0.6)
+
+    def pruning() -> StructuredPruning:
+        return StructuredPruning(Params(goal), schedule=OneShot(at=0.5))
+
+    module, resumed = kind(), kind()
+    whole = trainer(pruning(), checkpoints(tmp_path)[1], max_epochs=2)
+    whole.fit(module)
+    assert parameters(module) <= goal * parameters(kind())
+    assert all(torch.isfinite(tensor).all() for tensor in module.state_dict().values())
+    assert {key: shapes(module)[key] for key in STAY.get(name, {})} == STAY.get(name, {})
+    again = trainer(pruning(), max_epochs=2)
+    again.fit(resumed, ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert not differences(outcome(whole, module), outcome(again, resumed))
+    loaded = ll.load_from_checkpoint(kind, tmp_path / "epoch=1.ckpt")
+    assert not differences(dict(module.state_dict()), dict(loaded.state_dict()))
