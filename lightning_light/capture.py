@@ -28,14 +28,11 @@ CALL_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, Run
 """Errors of the user's code on an input, or in an isolation, that it was not written for."""
 
 
-_NO_CALL = "it does not call `{}`, and that does not run on what the parts of the module get"
-
-
 class Capture:
     """Captures the example input of a module in the first training step.
 
     Attributes:
-        example: of ``forward``, or of ``training_step`` where ``forward`` is not implemented; None until it is known.
+        example: of ``forward``, or of ``training_step`` where that does not show one; None until it is known.
         observed: what an isolated run of the training step has shown; None where that was not needed.
     """
 
@@ -119,9 +116,9 @@ class Observation:
 
     Attributes:
         step: the call of ``training_step``, with few samples where it runs on them; None where it does not run.
-        error: why the step does not run, or why there is no example.
-        example: of ``forward``, as the step calls it or, where it does not, as it can be called with what its parts
-            get; of the step where ``forward`` is not implemented.
+        error: why the step does not run, or why there is no example; empty otherwise.
+        example: of ``forward``, as the step calls it or, where it does not, as it runs on what the parts of the module
+            get; of the step where ``forward`` is not implemented or does not run on that.
         only_forward: whether the step called ``forward``, and no part with parameters beside it.
     """
 
@@ -149,9 +146,10 @@ def observe(module: nn.Module, batch: Any, part: str = "") -> Observation:
     found.only_forward = "" in calls.outermost and not calls.beside_forward
     found.example = calls.first.get(part)
     if found.example is None and not part and found.step is not None:
-        found.example = _accepted(module, calls, batch) if overrides(module, "forward") else found.step
+        own = _accepted(module, calls, batch) if overrides(module, "forward") else None
+        found.example = own or found.step
     if found.example is None:
-        found.error = found.error or _NO_CALL.format(part or "self(...)")
+        found.error = found.error or f"it does not call `{part}`"
     return found
 
 

@@ -54,6 +54,21 @@ def convolutions(channels: int = 12) -> nn.Sequential:
     )
 
 
+class Board(pl.loggers.logger.DummyLogger):
+    """A logger that counts the images it gets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.images = 0
+
+    @property
+    def experiment(self) -> Any:
+        return self
+
+    def add_image(self, *_: Any) -> None:
+        self.images += 1
+
+
 class Project(pl.LightningModule):
     """The same weights at every construction; images and labels."""
 
@@ -92,8 +107,7 @@ class Segmentation(Project):
         mask = (batch[0].mean(1, keepdim=True) > 0).float()
         logits = self.model(batch[0])
         self.outputs.append(logits.detach())
-        if self.logger is not None:
-            self.logger.experiment.add_image("mask", logits[0].sigmoid(), self.global_step)
+        self.logger.experiment.add_image("mask", logits[0].sigmoid(), self.global_step)
         return self.loss(logits, mask)
 
 
@@ -113,9 +127,10 @@ class Autoencoder(Project):
 
 
 class VAE(Project):
-    """The evidence lower bound in the step, through ``encode`` and ``decode``; ``forward`` samples images."""
+    """The evidence lower bound in the step, through ``encode`` and ``decode``; ``forward`` reads the mean alone."""
 
     def make(self) -> None:
+        self.example_input_array = noise(2, 3, 8, 8)
         self.encoder = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.ReLU())
         self.mean, self.log_var = nn.Linear(16, 6), nn.Linear(16, 6)
         self.decoder = nn.Sequential(nn.Linear(6, 14), nn.ReLU(), nn.Linear(14, 192))
@@ -280,9 +295,10 @@ class GraphNetwork(Project):
 
 
 class Forecaster(Project):
-    """Dicts with covariates that may be None, through keyword arguments of an inner model."""
+    """Dicts with covariates that may be None, through keyword arguments; the example has none of them."""
 
     def make(self) -> None:
+        self.example_input_array = {"past": noise(2, 12, 2)}
         self.model = Seasonal()
 
     def train_dataloader(self) -> Any:

@@ -345,5 +345,5 @@ def _notes(trainer: Trainer, now: Snapshot) -> list[str]:
     if now.deflated is not None:
         notes.append(f"size after compression (DEFLATE): {human_bytes(now.deflated)}")
     if now.macs is None:
-        notes.append("MACs are unknown: `forward` was not called. Set the module's `example_input_array`.")
+        notes.append("MACs are unknown: no input of `forward` was found. Set the module's `example_input_array`.")
     return notes

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_light.example_input import ExampleInput
 from lightning_light.isolation import isolated
+from lightning_light.module_stack import ModuleCall
 from lightning_light.nested import tensors_in
 from lightning_light.quantization.op_calls import OpCall, OpId, OpMode, OpStack
 from lightning_light.quantization.operators import FLOAT, INPUT, INTEGER, Operator, is_view, operator_of
@@ -87,16 +89,13 @@ def trace_ops(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     """
     tracer = _Tracer()
     with isolated(model):
-        stack = OpStack()
+        stack = _Ends(tracer)
         stack.watch(model)
         for tensor in tensors_in((args, dict(kwargs))):
             tracer.produce(tensor, OpNode(None, INPUT if tensor.is_floating_point() else INTEGER))
         with OpMode(stack, tracer.handle):
-            result = model(*args, **kwargs)
+            model(*args, **kwargs)
         stack.remove()
-    for tensor in _tensors(result):
-        if (node := tracer.producers.get(id(tensor))) is not None:
-            node.is_output = True
     return Trace(tracer.nodes, tracer.calls)
 
 
@@ -126,9 +125,32 @@ class _Stop(Exception):  # noqa: N818  # ends a forward pass early
     pass
 
 
+class _Ends(OpStack):
+    """Finds the inputs and outputs of outermost calls: of the network, or of the parts that a training step calls."""
+
+    def __init__(self, tracer: _Tracer) -> None:
+        super().__init__()
+        self._tracer = tracer
+
+    @override
+    def entered(self, call: ModuleCall) -> None:
+        if self.outermost is call:
+            for tensor in _tensors(call.args):
+                if id(tensor) not in self._tracer.producers:
+                    self._tracer.produce(tensor, OpNode(None, INPUT if tensor.is_floating_point() else INTEGER))
+        super().entered(call)
+
+    @override
+    def output(self, output: Any) -> None:
+        for tensor in _tensors(output):
+            if (node := self._tracer.producers.get(id(tensor))) is not None:
+                node.is_output = True
+
+
 class _Tracer:
     def __init__(self) -> None:
         self.nodes: list[OpNode] = []
+        self._by_id: dict[OpId, OpNode] = {}
         self.calls: list[OpCall] = []
         self.producers: dict[int, OpNode] = {}
         self._alive: list[Tensor] = []  # else another tensor could get the same identity
@@ -151,6 +173,10 @@ class _Tracer:
         if call.id.function == "__get__" or not made or not (inputs or is_layer):
             return call.result  # a property gives a view of its tensor at most
         node = OpNode(call, FLOAT, inputs)
+        if self._by_id.setdefault(call.id, node) is not node:  # a part that a training step calls again
+            for tensor in made:
+                self.produce(tensor, self._by_id[call.id])
+            return call.result
         if call.id.function in operator_of("clamp").functions:
             node.bounds = _bounds(call)
         node.operator = _classify(node, made)

@@ -344,8 +344,8 @@ class StructuredPruning(CompressionCallback):
                 return
         raise TraceError(
             f"`{name}` does not run in a trace of the first batch: {error}. Expected a step that runs without "
-            "gradients, optimizers and logging: what it reads of a channel has to be known before the channel is removed. Let it "
-            "run under `torch.no_grad()`; or let all layers run in `forward`, call nothing but `self(...)`, and set "
+            "gradients, optimizers and logging: what it reads of a channel has to be known before that is removed. Let "
+            "it run under `torch.no_grad()`; or let all layers run in `forward`, call nothing but `self(...)`, and set "
             "`self.example_input_array = ...` in the module."
         )
 
@@ -441,11 +441,6 @@ class StructuredPruning(CompressionCallback):
 
     def _why_nothing(self, state: Mapping[str, Any]) -> str:
         if self._last_plan is None:
-            if not state.get("planned"):
-                return (
-                    "the LightningModule was never called, so its input is not known. Set `example_input_array`, or "
-                    "call `self(...)` in `training_step`."
-                )
             return f"the run ended before the first cut; `schedule={self.schedule!r}` has cuts at {self._points}."
         reasons = "; ".join(f"{name}: {reason}" for name, reason in self._last_plan.skipped.items())
         if self._last_plan.kept:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, strategies as st
+from lightning_light.surgery.quantizer import state_of
 from torch import Tensor, nn
 
 from lightning_light.errors import LightningLightError, ManifestError, TargetError
@@ -37,7 +38,6 @@ from lightning_light.quantization.observers import LSQObserver
 from lightning_light.quantization.plan import QuantizationPlan
 from lightning_light.quantization.range_observer import RangeObserver
 from lightning_light.quantization.specs import ActivationSpec, WeightSpec
-from lightning_light.surgery.quantizer import state_of
 from tests.quantization.helpers import calibrated, plan_of
 from tests.zoo import ZOO, noise
 

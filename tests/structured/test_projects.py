@@ -10,9 +10,9 @@ from lightning_light.budgets import Params
 from lightning_light.schedules import OneShot
 from lightning_light.structured import StructuredPruning
 from tests.contract.runs import checkpoints, differences, outcome, shapes, trainer
-from tests.projects import PROJECTS
+from tests.projects import PROJECTS, Board
 
-GOALS = {"graph network": 0.7, "forecaster": 0.8}
+GOALS = {"graph network": 0.7, "forecaster": 0.8, "autoencoder": 0.35, "gan": 0.3, "variational autoencoder": 0.2}
 STAY: dict[str, dict[str, tuple[int, ...]]] = {
     "autoencoder": {"decoder.2.bias": (3,), "encoder.1.bias": (6,)},
     "mean teacher": {"perceptual.0.bias": (6,)},
@@ -35,13 +35,14 @@ def test_a_project_is_pruned_trained_on_resumed_and_loaded(name, tmp_path) -> No
     def pruning() -> StructuredPruning:
         return StructuredPruning(Params(goal), schedule=OneShot(at=0.5))
 
-    module, resumed = kind(), kind()
-    whole = trainer(pruning(), checkpoints(tmp_path)[1], max_epochs=2)
+    module, resumed, board = kind(), kind(), Board()
+    whole = trainer(pruning(), checkpoints(tmp_path)[1], max_epochs=2, logger=board)
     whole.fit(module)
+    assert board.images == (8 if name == "segmentation" else 0)
     assert parameters(module) <= goal * parameters(kind())
     assert all(torch.isfinite(tensor).all() for tensor in module.state_dict().values())
     assert {key: shapes(module)[key] for key in STAY.get(name, {})} == STAY.get(name, {})
-    again = trainer(pruning(), max_epochs=2)
+    again = trainer(pruning(), max_epochs=2, logger=Board())
     again.fit(resumed, ckpt_path=tmp_path / "epoch=0.ckpt")
     assert not differences(outcome(whole, module), outcome(again, resumed))
     loaded = ll.load_from_checkpoint(kind, tmp_path / "epoch=1.ckpt")
