@@ -134,11 +134,11 @@ class _Ends(OpStack):
 
     @override
     def entered(self, call: ModuleCall) -> None:
-        if self.outermost is call:
-            for tensor in _tensors(call.args):
+        super().entered(call)
+        with torch._C.DisableTorchFunction():
+            for tensor in _tensors(call.args) if self.outermost is call else ():
                 if id(tensor) not in self._tracer.producers:
                     self._tracer.produce(tensor, OpNode(None, INPUT if tensor.is_floating_point() else INTEGER))
-        super().entered(call)
 
     @override
     def output(self, output: Any) -> None:
