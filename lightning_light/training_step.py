@@ -19,7 +19,7 @@ from lightning_light.example_input import ExampleInput
 from lightning_light.host.classes import loaded_hosts
 from lightning_light.host.modules import STEP_AS_FORWARD, compiled_methods, trainer_of
 from lightning_light.host.patches import InstancePatch, patches_of
-from lightning_light.host.trainer import silent_loggers
+from lightning_light.host.trainer import callbacks_of, silent_loggers
 
 __all__ = ["TRAINING_STEP", "callable_with", "overrides", "step_as_forward", "step_call"]
 
@@ -102,10 +102,10 @@ def step_as_forward(
         patch.undo()
 
 
-def overrides(module: nn.Module, method: str) -> bool:
-    """Check whether a LightningModule has a method of its own, not that of its Lightning base class."""
-    owner = getattr(getattr(type(module), method, None), "__module__", "").partition(".")[0]
-    return bool(owner) and owner not in {"torch", *(root.partition(".")[0] for root in loaded_hosts())}
+def overrides(owner: Any, method: str) -> bool:
+    """Check whether a LightningModule or callback has a method of its own, not that of its Lightning base class."""
+    root = getattr(getattr(type(owner), method, None), "__module__", "").partition(".")[0]
+    return bool(root) and root not in {"torch", *(host.partition(".")[0] for host in loaded_hosts())}
 
 
 def _run_step(module: Any, call: ExampleInput) -> Any:
@@ -120,9 +120,41 @@ def _run_step(module: Any, call: ExampleInput) -> Any:
         module.optimizer_step(0, 0, _InertOptimizer(), lambda: None)
     if overrides(module, "on_before_zero_grad"):
         module.on_before_zero_grad(_InertOptimizer())
+    outputs = {"loss": out} if isinstance(out, Tensor) else out
+    for callback in _averaging_callbacks(module):
+        with _unchanged(callback):
+            callback.on_train_batch_end(trainer_of(module), module, outputs, call.args[0], 0)
     if overrides(module, "on_train_batch_end"):
-        module.on_train_batch_end({"loss": out} if isinstance(out, Tensor) else out, call.args[0], 0)
+        module.on_train_batch_end(outputs, call.args[0], 0)
     return out
+
+
+def _averaging_callbacks(module: nn.Module) -> list[Any]:
+    """Return the user's callbacks that act after a batch, if a part is frozen that has the shapes of a trained one."""
+    frozen: set[Any] = set()
+    trained: set[Any] = set()
+    for part in module.modules():
+        shapes = tuple((name, parameter.shape) for name, parameter in part.named_parameters())
+        learning = [parameter.requires_grad for parameter in part.parameters()]
+        if shapes and len(set(learning)) == 1:
+            (trained if learning[0] else frozen).add(shapes)
+    trainer = trainer_of(module)
+    if trainer is None or not frozen & trained:
+        return []
+    own = [one for one in callbacks_of(trainer) if overrides(one, "on_train_batch_end")]
+    return [one for one in own if not type(one).__module__.startswith("lightning_light.")]
+
+
+@contextmanager
+def _unchanged(callback: Any) -> Iterator[None]:
+    """Restore the attributes of a callback, and the containers in them, afterwards."""
+    before = dict(vars(callback))
+    vars(callback).update({name: _copied(value) for name, value in before.items()})
+    try:
+        yield
+    finally:
+        vars(callback).clear()
+        vars(callback).update(before)
 
 
 def _unwrapped(module: nn.Module, step: str) -> Any:

@@ -175,6 +175,32 @@ class BYOL(Project):
             old.data = 0.9 * old.data + 0.1 * new.data
 
 
+class Follow(pl.Callback):
+    """Updates the target network, and counts."""
+
+    def __init__(self) -> None:
+        self.updates = 0
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.updates += 1
+        for old, new in zip(pl_module.target.parameters(), pl_module.online.parameters(), strict=True):
+            old.data.mul_(0.9).add_(new.data, alpha=0.1)
+
+
+class Followed(BYOL):
+    """The target network is updated by a callback, which the module brings along."""
+
+    def make(self) -> None:
+        super().make()
+        self.follow = Follow()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None: ...
+
+    def configure_callbacks(self) -> Any:
+        return [self.follow]
+
+
 class MeanTeacher(Project):
     """A teacher by `AveragedModel`, updated in ``optimizer_step``, and a frozen network that is nobody's average."""
 
@@ -340,6 +366,7 @@ PROJECTS: dict[str, type[Project]] = {
     "autoencoder": Autoencoder,
     "variational autoencoder": VAE,
     "byol": BYOL,
+    "byol by a callback": Followed,
     "mean teacher": MeanTeacher,
     "auxiliary heads": Auxiliary,
     "gan": GAN,

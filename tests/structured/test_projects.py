@@ -1,5 +1,10 @@
 """Networks whose training reads more than ``forward``: pruned to a budget, trained on, resumed, and loaded."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,6 +44,7 @@ def test_a_project_is_pruned_trained_on_resumed_and_loaded(name, tmp_path) -> No
     whole = trainer(pruning(), checkpoints(tmp_path)[1], max_epochs=2, logger=board)
     whole.fit(module)
     assert board.images == (8 if name == "segmentation" else 0)
+    assert not hasattr(module, "follow") or module.follow.updates == 8
     assert parameters(module) <= goal * parameters(kind())
     assert all(torch.isfinite(tensor).all() for tensor in module.state_dict().values())
     assert {key: shapes(module)[key] for key in STAY.get(name, {})} == STAY.get(name, {})
@@ -47,3 +53,23 @@ def test_a_project_is_pruned_trained_on_resumed_and_loaded(name, tmp_path) -> No
     assert not differences(outcome(whole, module), outcome(again, resumed))
     loaded = ll.load_from_checkpoint(kind, tmp_path / "epoch=1.ckpt")
     assert not differences(dict(module.state_dict()), dict(loaded.state_dict()))
+
+
+@pytest.mark.slow
+def test_two_processes_prune_alike(tmp_path) -> None:
+    names = ["auxiliary heads", "byol", "segmentation"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.structured.ddp_script", str(tmp_path), *names],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in names:
+        first, second = (json.loads((tmp_path / f"{name}-{rank}.json").read_text()) for rank in (0, 1))
+        assert first["shapes"] == second["shapes"] != {k: list(v) for k, v in shapes(PROJECTS[name]()).items()}
+        assert first["sum"] == second["sum"]
