@@ -20,6 +20,7 @@ from lightning_light.host.classes import loaded_hosts
 from lightning_light.host.modules import STEP_AS_FORWARD, compiled_methods, trainer_of
 from lightning_light.host.patches import InstancePatch, patches_of
 from lightning_light.host.trainer import callbacks_of, silent_loggers
+from lightning_light.isolation import uncompiled
 
 __all__ = ["TRAINING_STEP", "callable_with", "overrides", "step_as_forward", "step_call"]
 
@@ -70,7 +71,7 @@ def step_as_forward(
         method: what ``module(...)`` runs without ``calls``.
     """
     modes = {inner: inner.training or not module.training for inner in module.modules()}
-    original = vars(module).get("forward")
+    original: Any = None
 
     def run(call: ExampleInput) -> Any:
         before = [(vars(inner), dict(vars(inner))) for inner in modes]
@@ -95,11 +96,13 @@ def step_as_forward(
         return tuple(map(run, calls)) if calls else run(ExampleInput(args, kwargs, method))
 
     forward.__qualname__ = STEP_AS_FORWARD
-    patch = InstancePatch(module, "forward", forward)
-    try:
-        yield
-    finally:
-        patch.undo()
+    with uncompiled(module):
+        original = vars(module).get("forward")
+        patch = InstancePatch(module, "forward", forward)
+        try:
+            yield
+        finally:
+            patch.undo()
 
 
 def overrides(owner: Any, method: str) -> bool:

@@ -199,6 +199,27 @@ def test_only_the_step_shows_what_training_reads() -> None:
     assert "no layer" in reasons["fixed"]
 
 
+def test_a_head_that_has_not_run_keeps_what_it_might_read() -> None:
+    class Late(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.late = nn.Linear(12, 2)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            return loss if batch_idx < 100 else loss + self.late(self.net[:3](batch[0])).mean()
+
+    def reason(module: Late, tensor: str) -> str | None:
+        groups = trace_calls(module, [step_call(module, BATCH)]).groups
+        return next(group.reason for group in groups if any(member.tensor == tensor for member in group.members))
+
+    module = Late()
+    assert "may be read" in reason(module, "net.0.3.bias")
+    assert reason(module, "net.0.0.bias") is None
+    module.late.requires_grad_(False)
+    assert reason(module, "net.0.3.bias") is None
+
+
 @pytest.mark.parametrize("name", list(MODULES))
 def test_tracing_a_step_changes_nothing(name) -> None:
     torch.manual_seed(0)
