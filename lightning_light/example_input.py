@@ -1,22 +1,20 @@
-"""Example inputs: from the user's ``example_input_array``, else captured from the first training batch."""
+"""Example inputs: the arguments of one call of a module."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
-from lightning_light.errors import LightningLightError
-from lightning_light.host.modules import compiled_methods, is_step_call, trainer_of
 from lightning_light.nested import map_tensors, tensors_in
 
-if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
-
-__all__ = ["Capture", "ExampleInput", "capture"]
+__all__ = ["ExampleInput"]
 
 _SAMPLES = 2  # batch norm in training mode needs two
 
@@ -28,12 +26,12 @@ class ExampleInput:
     Attributes:
         args: positional arguments.
         kwargs: keyword arguments.
-        step: whether they are those of ``training_step``, see `step_as_forward`, in place of ``forward``.
+        method: what is called: ``"forward"``, or a step of a LightningModule, see `callable_with`.
     """
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
-    step: bool = field(default=False, repr=False)
+    method: str = field(default="forward", repr=False)
 
     @classmethod
     def of(cls, value: Any) -> ExampleInput:
@@ -67,75 +65,30 @@ class ExampleInput:
         """Return the number of samples: the first dimension of the first tensor; 1 without tensors."""
         return next((len(tensor) for tensor in tensors_in((self.args, self.kwargs)) if tensor.ndim), 1)
 
+    @property
+    def has_objects(self) -> bool:
+        """Whether there are objects other than tensors and plain values, in which a call may write."""
+        leaves = tree_leaves((self.args, self.kwargs))
+        return not all(leaf is None or isinstance(leaf, Tensor | bool | int | float | str) for leaf in leaves)
+
     def small(self, samples: int = _SAMPLES) -> ExampleInput:
         """Return a detached copy with at most ``samples`` samples, if the first dimensions of all tensors agree."""
         sizes = {tensor.shape[0] if tensor.ndim else None for tensor in tensors_in((self.args, self.kwargs))}
         most = samples if len(sizes) == 1 and None not in sizes else None
-        return ExampleInput(_copy(self.args, most), _copy(self.kwargs, most), self.step)
+        return replace(self, args=_copy(self.args, most), kwargs=_copy(self.kwargs, most))
 
     def to(self, model: nn.Module) -> ExampleInput:
         """Return a copy on the device and in the floating-point type of ``model``."""
         reference = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-        return ExampleInput(_move(self.args, reference), _move(self.kwargs, reference), self.step)
+        return replace(self, args=_move(self.args, reference), kwargs=_move(self.kwargs, reference))
 
-
-class Capture:
-    """A hook that captures the example input of a module, and removes itself as soon as it has one.
-
-    Attributes:
-        example: the captured call; None until there is one.
-    """
-
-    def __init__(self) -> None:
-        self.example: ExampleInput | None = None
-        self._handle: RemovableHandle | None = None
-
-    def remove(self) -> None:
-        """Remove the hook. More than once does no harm."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
-
-    def _capture(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if is_step_call(module) or not _is_training(module):
-            return
-        self.example = ExampleInput(args, kwargs).small()
-        self.remove()
-
-
-def capture(pl_module: nn.Module, module: nn.Module | None = None) -> Capture:
-    """Capture the example input of ``module`` without drawing a batch from the user's loader.
-
-    The module's ``example_input_array`` is used at once. Without one, a forward pre-hook captures the first call in
-    training, where the batch has its final structure, device and type. Decisions about the structure must depend on
-    the shapes alone, because a resumed run captures another batch.
-
-    Args:
-        pl_module: the LightningModule.
-        module: the submodule whose call is captured, if not ``pl_module`` itself; ``example_input_array`` is then
-            not used.
-
-    Raises:
-        LightningLightError: the steps of ``pl_module`` are compiled, and it has no ``example_input_array``.
-    """
-    found = Capture()
-    array = getattr(pl_module, "example_input_array", None) if module in (None, pl_module) else None
-    if array is not None:
-        found.example = ExampleInput.of(array).small()
-        return found
-    if compiled_methods(pl_module):
-        raise LightningLightError(
-            f"`trainer.fit(torch.compile({type(pl_module).__name__}(...)))`: expected an example input, found "
-            "compiled steps, in which no hook can capture one, and no `example_input_array`. Set it in the module, or "
-            "compile the network in place: `module.compile()`."
-        )
-    found._handle = (module or pl_module).register_forward_pre_hook(found._capture, with_kwargs=True)
-    return found
-
-
-def _is_training(module: nn.Module) -> bool:
-    trainer = trainer_of(module)
-    return module.training if trainer is None else bool(trainer.training)
+    def copied(self) -> ExampleInput:
+        """Return a copy that a call may change, also the objects in it, where they can be copied."""
+        with torch._C.DisableTorchFunction(), _disable_current_modes():
+            try:
+                return copy.deepcopy(self)
+            except (RuntimeError, TypeError):  # a tensor with a history, or an object that cannot be copied
+                return replace(self, args=_copy(self.args, None), kwargs=_copy(self.kwargs, None))
 
 
 def _copy(value: Any, samples: int | None) -> Any:

@@ -34,7 +34,7 @@ def isolated(model: nn.Module, *, hooks: bool = False) -> Iterator[None]:
     Args:
         model: any module; the modules inside ``torch.jit`` modules are left alone.
         hooks: run the user's forward hooks too. Otherwise only hooks run that are part of a layer, those of
-            ``torch.nn.utils`` that compute a weight.
+            ``torch.nn.utils`` that compute a weight. Hooks of this package never run, if they were there before.
 
     Example:
         >>> model = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(2)).train()
@@ -51,8 +51,7 @@ def isolated(model: nn.Module, *, hooks: bool = False) -> Iterator[None]:
             _copy_buffers(modules)
             for module in modules:
                 vars(module)["training"] = False
-                if not hooks:
-                    _silence_hooks(module)
+                _silence_hooks(module, users=hooks)
             yield
     finally:
         for live, attributes, contents in before:
@@ -157,13 +156,17 @@ def _copy_buffers(modules: list[nn.Module]) -> None:
                 module._buffers[name] = copies.setdefault(buffer, buffer.clone())
 
 
-def _silence_hooks(module: nn.Module) -> None:
-    """Keep the hooks that compute a layer's weight (``torch.nn.utils.weight_norm`` and the like) and no others."""
+def _silence_hooks(module: nn.Module, *, users: bool) -> None:
+    """Keep the hooks that compute a layer's weight (``torch.nn.utils.weight_norm`` and the like), and the user's."""
     attributes = vars(module)
     for table in _HOOKS:
         hooks = attributes[table]
-        kept = [(key, hook) for key, hook in hooks.items() if type(hook).__module__.startswith("torch.nn.utils.")]
-        attributes[table] = type(hooks)(kept)
+        attributes[table] = type(hooks)((key, hook) for key, hook in hooks.items() if _is_kept(hook, users=users))
+
+
+def _is_kept(hook: Any, *, users: bool) -> bool:
+    owner = getattr(hook, "__module__", None) or type(hook).__module__
+    return type(hook).__module__.startswith("torch.nn.utils.") or (users and not owner.startswith("lightning_light."))
 
 
 def _cuda_devices(model: nn.Module) -> list[torch.device]:

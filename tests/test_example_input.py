@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_light.example_input import ExampleInput, capture
+from lightning_light.capture import capture
+from lightning_light.example_input import ExampleInput
 from lightning_light.nested import tensors_in
 from tests.surgery.runs import HOSTS, MODULES, Lit, Loader, trainer
 from tests.zoo import noise

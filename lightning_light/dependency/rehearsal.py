@@ -204,9 +204,9 @@ class Rehearsal(TorchFunctionMode):
             TraceError: an error outside of all torch functions.
             ValueNeededError: a value is read that was not computed.
         """
-        self._tracer.modules.watch(model)
         try:
             with running(model):
+                self._tracer.modules.watch(model)
                 tensors = dict([*model.named_parameters(), *model.named_buffers()])
                 if self._tracer.skip_products:
                     self._placeholders.add(tensors[name] for name in changed)

@@ -24,7 +24,9 @@ from lightning_light.isolation import isolated, unfused_kernels
 from lightning_light.module_stack import ModuleCall, ModuleStack
 from lightning_light.nested import tensors_in
 
-__all__ = ["FORWARD_ERRORS", "Leaf", "Tracer", "running", "trace"]
+__all__ = ["FORWARD_ERRORS", "UNUSED", "Leaf", "Tracer", "running", "trace"]
+
+UNUSED = "is not used by the forward pass"
 
 FORWARD_ERRORS = (
     RuntimeError,  # also NotImplementedError
@@ -75,6 +77,10 @@ class Tracer(TraceContext, TorchDispatchMode):  # type: ignore[no-untyped-call] 
         TorchDispatchMode.__init__(self)  # type: ignore[no-untyped-call]
         self.modules = _Modules(self)
         self.recorder = Recorder(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tracer:
+        """Return itself: a module that the traced code copies has hooks that belong to this trace."""
+        return self
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -149,7 +155,7 @@ class Tracer(TraceContext, TorchDispatchMode):  # type: ignore[no-untyped-call] 
         """Protect the parameters and buffers that no operation has read."""
         for leaf in self.leaves:
             if leaf.tensor not in self._used:
-                self.union.protect(leaf.labels, "is not used by the forward pass")
+                self.union.protect(leaf.labels, UNUSED)
 
 
 def trace(
@@ -217,9 +223,8 @@ def _failure(model: nn.Module, error: Exception) -> str:
     found = f"{type(error).__name__}: {error}"
     if is_step_call(model):
         return (
-            f"`{type(model).__name__}.training_step` does not run in a trace of the first batch: {found}. Expected one "
-            "step without logging, gradients and optimizers. Give an input of `forward` to trace that instead: "
-            "`self.example_input_array = ...` in the module."
+            f"`{type(model).__name__}` does not run in a trace of `training_step` on the first batch: {found}. "
+            "Expected one step without logging, gradients and optimizers."
         )
     return (
         f"`{type(model).__name__}` does not run on the example input: {found}. Expected one forward pass in eval mode. "

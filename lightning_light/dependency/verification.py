@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,18 +37,23 @@ def trace_dependencies(
     Raises:
         TraceError: the forward pass fails on the input given.
     """
-    return trace_verified(model, args, kwargs or {}, heads=heads, keep_unread=False)
+    return trace_verified(model, args, kwargs or {}, heads=heads)
 
 
 def trace_verified(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, heads: str, keep_unread: bool
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    heads: str,
+    protect: Callable[[Tracer, DependencyGraph], None] | None = None,
 ) -> DependencyGraph:
-    """Trace and verify the dependency groups of one call; ``keep_unread`` protects channels that no layer reads."""
+    """Trace and verify the dependency groups of one call; ``protect`` protects more than the trace has."""
     tracer = trace(model, args, kwargs, heads=heads)
     trials = Trials(model, args, kwargs, tracer)
     graph = graph_of(model, tracer)
-    if keep_unread:
-        _protect_unread(tracer, graph)
+    if protect is not None:
+        protect(tracer, graph)
         graph = graph_of(model, tracer)
     failing = trials.failing(graph)
     for couple in (_couple_with_width, _couple_equal_parts):
@@ -58,13 +63,6 @@ def trace_verified(
     for group, error in failing:  # the others passed every trial without these
         tracer.union.protect(group.roots, f"is read by code with a fixed size ({error})")
     return graph_of(model, tracer) if failing else graph
-
-
-def _protect_unread(tracer: Tracer, graph: DependencyGraph) -> None:
-    """Protect channels that no layer reads: the loss compares them, or the step returns them."""
-    for group in graph.groups:
-        if group.reason is None and not any(member.role == "in" for member in group.members):
-            tracer.union.protect(group.roots, "is read by no layer: the training step compares or returns it")
 
 
 def _couple_with_width(trials: Trials, failing: Sequence[tuple[ChannelGroup, str]]) -> bool:

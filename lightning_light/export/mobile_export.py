@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 import tempfile
@@ -11,8 +12,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from typing_extensions import override
 
 from lightning_light.callback import CompressionCallback
-from lightning_light.errors import LightningLightError
-from lightning_light.example_input import Capture, ExampleInput, capture
+from lightning_light.capture import Capture, capture
+from lightning_light.errors import LightningLightError, UnsupportedError
+from lightning_light.example_input import ExampleInput
 from lightning_light.export.copies import detached_copy
 from lightning_light.export.evaluation import Evaluator, MetricInputs
 from lightning_light.export.exporter import Exporter
@@ -27,10 +29,12 @@ from lightning_light.int8 import quantizers_of
 from lightning_light.measure.metrics import MetricLike, metrics_of
 from lightning_light.order import Stage
 from lightning_light.surgery.distributed import broadcast, log_rank_zero, refuse_sharding
+from lightning_light.training_step import overrides
 from lightning_light.validation import NonNegativeInt, PositiveInt, validated
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+    from torch import nn
 
 __all__ = ["MobileExport"]
 
@@ -79,17 +83,22 @@ class MobileExport(CompressionCallback):
         latency_threads: threads of the runtime in them.
         merge_branches: export blocks of parallel branches merged: those of `Reparameterization`, and blocks with a
             method ``fuse``, ``reparameterize`` or ``switch_to_deploy``. Not in a quantized network.
+        module: name of the submodule that is exported, for instance ``"net"`` where the steps call ``self.net(x)`` and
+            ``forward`` is not implemented; None for the module itself. Not of a quantized network.
 
     Raises:
         ValueError: an argument is wrong, two exports have one path, or there is no ``ModelCheckpoint`` for ``best``.
-        UnsupportedError: the format is not installed, or the strategy shards the network.
+        UnsupportedError: the format is not installed, the strategy shards the network, or ``forward`` is not
+            implemented.
+        LightningLightError: after the first batch: the input of ``forward`` is not known.
         TraceError: at the end of ``fit``: the format cannot express the network.
         ParityError: at the end of ``fit``: the outputs of the file differ.
 
     Note:
         The inputs of ``forward`` are recorded in the run: an example in ``example_input_array`` or the first training
-        batch, real ones in validation. A module whose steps do not call ``self(...)`` needs an ``example_input_array``,
-        is compared on that alone, and has no metrics.
+        batch, real ones in validation. Where the training step does not call ``self(...)``, the example is what a part
+        of the module gets, if ``forward`` runs on it. Where the validation step does not, the file is compared on the
+        example alone, and has no metrics.
     """
 
     method: ClassVar[str] = "mobile_export"
@@ -110,6 +119,7 @@ class MobileExport(CompressionCallback):
         latency_runs: PositiveInt = ExportOptions.latency_runs,
         latency_threads: PositiveInt = ExportOptions.latency_threads,
         merge_branches: bool = ExportOptions.merge_branches,
+        module: str | None = None,
     ) -> None:
         self._options = ExportOptions(exporter, parity, batch, latency_runs, latency_threads, merge_branches)
         self._exporter = self._options.for_path(path)
@@ -124,6 +134,7 @@ class MobileExport(CompressionCallback):
         self.latency_runs = latency_runs
         self.latency_threads = latency_threads
         self.merge_branches = merge_branches
+        self.module = module
         self.report: ExportReport | None = None
         self._capture = Capture()
         self._recorder = Recorder(limit=_PARITY_BATCHES)
@@ -138,6 +149,7 @@ class MobileExport(CompressionCallback):
             return
         self._refuse_shared_path(trainer)
         self._exporter.check()
+        self._check_module(pl_module)
         self._check_int8(trainer, pl_module)
         refuse_sharding(
             trainer,
@@ -154,13 +166,22 @@ class MobileExport(CompressionCallback):
         super().on_fit_start(trainer, pl_module)
         self.report, self._recorder = None, Recorder(limit=_PARITY_BATCHES)
         if trainer.is_global_zero:
-            self._capture = capture(pl_module)
+            self._capture = capture(pl_module, self._exported(pl_module))
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Refuse, after the first batch, a network whose input is not known."""
+        found = self._capture.example
+        if self._capture.observed is not None and (found is None or found.method != "forward"):
+            raise self._unknown_input(pl_module)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the first inputs of each validation; those of the last one are compared."""
         if trainer.is_global_zero and trainer.state.fn == "fit":
-            self._recorder.start(pl_module)
+            self._recorder.start(self._exported(pl_module))
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -213,6 +234,11 @@ class MobileExport(CompressionCallback):
         callbacks = callbacks_of(trainer)
         found = [one.int8_weights() for one in callbacks if isinstance(one, CompressionCallback)]
         weights = next((one for one in found if one is not None), None)
+        if self.module is not None and (weights is not None or quantizers_of(pl_module)):
+            raise UnsupportedError(
+                f"`MobileExport(module={self.module!r})` with quantization: expected the quantized module, found "
+                f"a part of it. Implement `forward` in `{type(pl_module).__name__}`, and leave `module` out."
+            )
         if weights is not None or not quantizers_of(pl_module):  # within `fake_quantized` nothing is known of them yet
             self._exporter.check_int8(weights)
 
@@ -235,9 +261,11 @@ class MobileExport(CompressionCallback):
             wanted = is_int8 or self.metrics is not None or bool(metrics_of(module))
             if self.metric_batches == 0 or not wanted or not (calls or self.metrics):
                 return None
-            return ValidationEvaluator(trainer, module, self.metrics, self.metric_inputs, self.metric_batches)
+            return ValidationEvaluator(
+                trainer, module, self.metrics, self.metric_inputs, self.metric_batches, self.module or ""
+            )
 
-        return export_verified(module, example, path, self._options, calls, evaluator)
+        return export_verified(self._exported(module), example, path, self._options, calls, evaluator)
 
     def _example(self, trainer: Trainer, module: LightningModule) -> ExampleInput:
         if (found := self._capture.example) is not None:
@@ -245,11 +273,35 @@ class MobileExport(CompressionCallback):
             return ExampleInput(*trainer.precision_plugin.convert_input((found.args, found.kwargs)))
         if self._recorder.calls:
             return self._recorder.calls[0]
-        raise LightningLightError(
+        raise self._unknown_input(module)
+
+    def _unknown_input(self, module: LightningModule) -> LightningLightError:
+        what = f"{type(module).__name__}.{self.module or 'forward'}"
+        return LightningLightError(
             f"`MobileExport({str(self.path)!r})` on `{type(module).__name__}`: expected an example of the inputs of "
-            "`forward`, found no `example_input_array`, and no step that calls `self(...)`. Set the first in the "
-            "module, or call `export_model(module, (x,), path)` now."
+            f"`{what}`, found no `example_input_array`, no call in `training_step`, and that it does not run on what "
+            "the parts of the module get there. Set `self.example_input_array = ...` in the module, or export the part "
+            "that the step calls, for instance `module='net'`."
         )
+
+    def _exported(self, module: LightningModule) -> nn.Module:
+        return module.get_submodule(self.module or "")
+
+    def _check_module(self, pl_module: LightningModule) -> None:
+        """Refuse a part that is not there, and a module without ``forward``."""
+        names = [name for name, _ in pl_module.named_modules() if name]
+        if self.module is not None and self.module not in names:
+            near = difflib.get_close_matches(self.module, names, n=3, cutoff=0.0)
+            raise ValueError(
+                f"`MobileExport(module={self.module!r})`: expected the name of a submodule of "
+                f"`{type(pl_module).__name__}`, found none. The nearest are {near}."
+            )
+        if self.module is None and not overrides(pl_module, "forward"):
+            parts = [name for name, part in pl_module.named_children() if any(True for _ in part.parameters())]
+            raise UnsupportedError(
+                f"`MobileExport({str(self.path)!r})` on `{type(pl_module).__name__}`: expected a `forward` to export, "
+                f"found none. Implement `forward`, or export a part of the module by `module=...`: it has {parts}."
+            )
 
     def _conclude(self, trainer: Trainer, error: BaseException | None) -> None:
         """Broadcast the outcome; after an error save the trained network, then fail on every process."""

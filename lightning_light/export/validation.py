@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ from lightning_light.export.evaluation import (
     outputs_and_labels,
 )
 from lightning_light.export.inputs import Positional
-from lightning_light.host.classes import host_class
+from lightning_light.host.trainer import silent_loggers
 from lightning_light.measure.metrics import MetricLike, local_copy, metrics_of
 
 if TYPE_CHECKING:
@@ -50,6 +49,7 @@ class ValidationEvaluator(Evaluator):
             metrics that the module holds.
         metric_inputs: the arguments of ``update``, if they are others.
         limit: validation batches per loader, at most.
+        part: name of the submodule that the network is, in place of the module itself.
     """
 
     trainer: Trainer
@@ -57,16 +57,17 @@ class ValidationEvaluator(Evaluator):
     metrics: MetricLike | None = None
     metric_inputs: MetricInputs | None = None
     limit: int | None = None
+    part: str = ""
 
     @override
     def __call__(self, model: Callable[..., Any], file: Callable[..., Any], positional: Positional) -> Evaluation:
-        of_model, of_file = (_Shell(self.trainer, self.module, network) for network in (model, file))
+        of_model, of_file = (_Shell(self.trainer, self.module, self.part, network) for network in (model, file))
         if self.metrics is None:
             paired = PairedMetrics(of_model.metrics, of_file.metrics)
         else:
             paired = PairedMetrics.of(self.metrics)
         batches = 0
-        with _discarded_logs(self.trainer):
+        with silent_loggers(self.trainer):
             try:
                 for shell in (of_model, of_file):
                     shell.start()
@@ -106,25 +107,25 @@ class ValidationEvaluator(Evaluator):
 
 
 class _Shell:
-    """A copy of the LightningModule whose ``forward`` is another network.
+    """A copy of the LightningModule in which ``forward``, its own or of a part, is another network.
 
     Args:
         trainer: that the steps may read.
         module: the LightningModule.
+        part: name of the submodule, empty for the module itself.
         network: called in place of ``forward``.
     """
 
-    def __init__(self, trainer: Trainer, module: LightningModule, network: Callable[..., Any]) -> None:
+    def __init__(self, trainer: Trainer, module: LightningModule, part: str, network: Callable[..., Any]) -> None:
         self._module, self._network = detached_copy(module), network
         self._module.trainer = trainer  # a copy has none
         self._outputs: list[Any] = []
         self.metrics: dict[str, MetricLike] = {}
         for path in metrics_of(self._module):
             self.metrics[path] = self._replaced(path)
-        _remove_hooks(self._module)
-        vars(self._module).update(
-            forward=self._forward, log=_ignored, log_dict=_ignored, all_gather=lambda data, *args, **kwargs: data
-        )
+        _remove_hooks(self._module.get_submodule(part))
+        vars(self._module.get_submodule(part)).update(forward=self._forward)
+        vars(self._module).update(log=_ignored, log_dict=_ignored, all_gather=lambda data, *args, **kwargs: data)
 
     def start(self) -> None:
         """Call the hooks with which a validation starts."""
@@ -162,17 +163,6 @@ def _batches(trainer: Trainer, limit: int | None) -> Iterator[tuple[Any, tuple[i
             converted = trainer.precision_plugin.convert_input(batch)
             moved = trainer.strategy.batch_to_device(converted, torch.device("cpu"), dataloader_idx=number)
             yield moved, (index, number) if len(listed) > 1 else (index,)
-
-
-@contextmanager
-def _discarded_logs(trainer: Trainer) -> Iterator[None]:
-    """Replace the Trainer's loggers, which a step may reach by ``self.logger``, by ones that discard everything."""
-    before = trainer.loggers
-    trainer.loggers = [host_class(trainer, "loggers.logger.DummyLogger")() for _ in before]
-    try:
-        yield
-    finally:
-        trainer.loggers = before
 
 
 def _remove_hooks(module: nn.Module) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from lightning_light.host.classes import host_class
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -14,6 +18,7 @@ __all__ = [
     "is_restoring",
     "returns_weights",
     "shards_parameters",
+    "silent_loggers",
     "start_method",
     "steps_done",
 ]
@@ -67,3 +72,17 @@ def returns_weights(trainer: Trainer) -> bool:
 def start_method(trainer: Trainer) -> str:
     """Name how the launcher starts processes: ``spawn``, ``fork``, ``forkserver``."""
     return str(getattr(trainer.strategy.launcher, "_start_method", "spawn"))
+
+
+@contextmanager
+def silent_loggers(trainer: Trainer | None) -> Iterator[None]:
+    """Replace the loggers of ``trainer`` by Lightning's own that take everything and write nothing."""
+    if trainer is None:
+        yield
+        return
+    before = trainer.loggers
+    trainer.loggers = [host_class(trainer, "loggers.logger.DummyLogger")() for _ in before]
+    try:
+        yield
+    finally:
+        trainer.loggers = before

@@ -12,8 +12,9 @@ from typing_extensions import override
 from lightning_light.batch_norm import InputRecorder, Statistics, has_statistics, measure_statistics, move_statistics
 from lightning_light.budgets import Budget
 from lightning_light.callback import CompressionCallback
+from lightning_light.capture import Capture
 from lightning_light.criteria.collector import EvidenceCollector, Gathered, collect_evidence
-from lightning_light.example_input import Capture, ExampleInput
+from lightning_light.example_input import ExampleInput
 from lightning_light.host.trainer import callbacks_of, steps_done
 from lightning_light.lowrank.apply import METHOD, apply_factors, check_unowned
 from lightning_light.lowrank.build import factor_form
@@ -34,6 +35,7 @@ from lightning_light.surgery.distributed import broadcast, log_rank_zero, on_ran
 from lightning_light.surgery.stored_example import restore_or_capture_example, store_example
 from lightning_light.targets import Targets, as_targets
 from lightning_light.timing import Events
+from lightning_light.training_step import callable_with
 from lightning_light.validation import PositiveInt, validated
 
 if TYPE_CHECKING:
@@ -282,6 +284,8 @@ class LowRankFactorization(CompressionCallback):
         Another method that changes the network first may make the budget reachable; the refusal then waits for the
         first event.
         """
+        if self._capture is not None:
+            self._capture.require(repr(self))
         if self._is_checked or not self._has_example:
             return
         self._is_checked = True
@@ -297,7 +301,8 @@ class LowRankFactorization(CompressionCallback):
         example = self._example(pl_module)
         current = 0.0
         if trainer.is_global_zero:
-            current = quantity_of(self.budget, pl_module, example)
+            with callable_with(pl_module, example):
+                current = quantity_of(self.budget, pl_module, example)
         current = broadcast(trainer, current)
         if isinstance(self.budget, RankRule):
             return Goal(self.budget, current, limit=current, final=current, price=price_of(self.budget, pl_module))
@@ -337,7 +342,8 @@ class LowRankFactorization(CompressionCallback):
         names = dict.fromkeys([*state["names"], *factorized])
         shrinkable = () if isinstance(self.budget, RankRule) else factorized  # a rule is applied once
         example = self._example(pl_module)
-        return find_layers(pl_module, example, names, form=self.form, split=self.split or {}, shrinkable=shrinkable)
+        with callable_with(pl_module, example):
+            return find_layers(pl_module, example, names, form=self.form, split=self.split or {}, shrinkable=shrinkable)
 
     # Acting.
 
@@ -443,11 +449,6 @@ class LowRankFactorization(CompressionCallback):
         if self.last_plan is not None:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in self.last_plan.skipped.items())
             return f"no layer was factorized. {reasons}"
-        if not self._has_example:
-            return (
-                "the LightningModule was never called, so its input is not known. Set `example_input_array`, or call "
-                "`self(...)` in `training_step`."
-            )
         if self._gathers:
             return f"the run ended before {self.calibration_batches} calibration batches; lower `calibration_batches`."
         return f"the run ended before the first event, at {self._points[0][0]:.0%} of the run."

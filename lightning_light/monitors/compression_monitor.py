@@ -11,7 +11,7 @@ from rich.measure import Measurement
 from typing_extensions import override
 
 from lightning_light.callback import CompressionCallback
-from lightning_light.example_input import capture
+from lightning_light.capture import capture
 from lightning_light.host.classes import is_host
 from lightning_light.host.modules import add_hparams, logs_hparams
 from lightning_light.host.patches import InstancePatch
@@ -346,5 +346,5 @@ def _notes(trainer: Trainer, now: Snapshot) -> list[str]:
     if now.deflated is not None:
         notes.append(f"size after compression (DEFLATE): {human_bytes(now.deflated)}")
     if now.macs is None:
-        notes.append("MACs are unknown: `forward` was not called. Set the module's `example_input_array`.")
+        notes.append("MACs are unknown: no input of `forward` was found. Set the module's `example_input_array`.")
     return notes

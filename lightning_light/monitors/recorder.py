@@ -10,11 +10,13 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lightning_light.example_input import Capture, ExampleInput
+from lightning_light.capture import Capture
+from lightning_light.example_input import ExampleInput
 from lightning_light.measure.cost import Cost, count_cost
 from lightning_light.monitors.history import History
 from lightning_light.monitors.layer_matching import is_within
 from lightning_light.monitors.snapshot import Snapshot, matrix_layers, structure, take_snapshot
+from lightning_light.training_step import callable_with
 
 __all__ = ["CostCounter", "Recorder", "is_countable"]
 
@@ -94,8 +96,8 @@ class CostCounter:
             except _FORWARD_ERRORS as error:
                 self._failed, self._cost = True, None
                 warnings.warn(
-                    f"`CompressionMonitor` reports no MACs: `{type(model).__name__}.forward` does not run on the "
-                    f"example input ({type(error).__name__}: {error}). Set an `example_input_array` that fits.",
+                    f"`CompressionMonitor` reports no MACs: `{type(model).__name__}.{example.method}` does not run on "
+                    f"the example input ({type(error).__name__}: {error}). Set an `example_input_array` that fits.",
                     stacklevel=2,
                 )
             self._structure = current
@@ -108,6 +110,7 @@ def is_countable(model: nn.Module) -> bool:
 
 
 def _cost_per_sample(model: nn.Module, example: ExampleInput) -> Cost:
-    cost = count_cost(model, example.args, example.kwargs)
+    with callable_with(model, example):
+        cost = count_cost(model, example.args, example.kwargs)
     by_module = {name: macs // example.samples for name, macs in cost.macs_by_module.items()}
     return replace(cost, macs=cost.macs // example.samples, macs_by_module=by_module)

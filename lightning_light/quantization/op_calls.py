@@ -175,9 +175,9 @@ class OpStack(ModuleStack):
 
 
 @contextmanager
-def intercepted(model: nn.Module, handle: Callable[[OpCall], Any]) -> Iterator[None]:
+def intercepted(model: nn.Module, handle: Callable[[OpCall], Any], stack: OpStack | None = None) -> Iterator[None]:
     """Inside, route every operator call of ``model`` to ``handle``, which returns its result."""
-    stack = OpStack()
+    stack = stack or OpStack()
     stack.watch(model)
     try:
         with OpMode(stack, handle):

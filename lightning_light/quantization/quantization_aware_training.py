@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_light.callback import CompressionCallback
-from lightning_light.example_input import Capture
+from lightning_light.capture import Capture
 from lightning_light.host.trainer import is_accumulating, is_backward_skipped, is_restoring
 from lightning_light.int8 import Int8Weights
 from lightning_light.order import DEFAULT_WINDOWS, Stage
@@ -25,6 +25,7 @@ from lightning_light.schedules import Schedule, resolve, resolve_moment
 from lightning_light.surgery.checkpoint_monitoring import reset_monitoring
 from lightning_light.surgery.distributed import check_agreement, log_rank_zero, reduce_max, reduce_mean
 from lightning_light.surgery.stored_example import restore_or_capture_example, store_example
+from lightning_light.training_step import callable_with
 from lightning_light.validation import Moment, PositiveInt, validated
 
 if TYPE_CHECKING:
@@ -203,7 +204,8 @@ class QuantizationAwareTraining(CompressionCallback):
     ) -> None:
         """Merge what this batch has shown on all ranks into the ranges; validation is never observed."""
         state, quantizer = self.state(pl_module), self._quantizer
-        if "plan" not in state:
+        if "plan" not in state and self._capture is not None:
+            self._capture.require(repr(self))
             store_example(state, self._capture)
         if quantizer is None:
             return
@@ -324,7 +326,8 @@ class QuantizationAwareTraining(CompressionCallback):
         if self._capture is None or self._capture.example is None:
             return
         state, example = self.state(pl_module), self._capture.example.to(pl_module)
-        plan = begin(state, pl_module, example, self.recipe)
+        with callable_with(pl_module, example):
+            plan = begin(state, pl_module, example, self.recipe)
         check_agreement(trainer, "the plan of `QuantizationAwareTraining`", state["plan"])
         self.claim(pl_module, plan.bits_of_layers())
         self._attach(pl_module)
@@ -339,10 +342,7 @@ class QuantizationAwareTraining(CompressionCallback):
 
     def _why_nothing(self, state: dict[str, Any]) -> str:
         if "plan" not in state:
-            return (
-                f"the run was over before `start={self.start}`, or no step calls the module, `self(...)`, and it has "
-                "no `example_input_array`."
-            )
+            return f"the run was over before `start={self.start}`."
         if self._quantizer is None:
             return "no convolution or linear layer was found whose weight can be quantized."
         return (

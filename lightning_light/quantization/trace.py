@@ -8,12 +8,15 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_light.example_input import ExampleInput
 from lightning_light.isolation import isolated
+from lightning_light.module_stack import ModuleCall
 from lightning_light.nested import tensors_in
-from lightning_light.quantization.op_calls import OpCall, OpId, intercepted
+from lightning_light.quantization.op_calls import OpCall, OpId, OpStack, intercepted
 from lightning_light.quantization.operators import FLOAT, INPUT, INTEGER, Operator, arguments, is_view, operator_of
 
 __all__ = ["OpNode", "Trace", "WritableParameters", "inputs_of_layer", "trace_ops"]
@@ -110,14 +113,9 @@ def trace_ops(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     Python functions are seen as they are called, so a branch is the one that the example takes.
     """
     tracer = _Tracer()
-    for place, tensor in enumerate(tensors_in((args, dict(kwargs)))):
-        call = OpCall(OpId("", 0, "input", place), nn.Identity(), [tensor], {}, tensor)
-        tracer.produce(tensor, OpNode(call, INPUT if tensor.is_floating_point() else INTEGER))
-    with isolated(model), intercepted(model, tracer.handle):
-        result = model(*args, **kwargs)
-    for tensor in _tensors(result):
-        if (node := tracer.producers.get(id(tensor))) is not None:
-            node.is_output = True
+    tracer.enter(tensors_in((args, dict(kwargs))))
+    with isolated(model), intercepted(model, tracer.handle, _Ends(tracer)):
+        model(*args, **kwargs)
     return Trace(tracer.nodes, tracer.calls)
 
 
@@ -163,9 +161,31 @@ class WritableParameters:
         return self._names.get(id(tensor)) if self._uses[id(tensor)] == 1 else None
 
 
+class _Ends(OpStack):
+    """Finds the inputs and outputs of outermost calls: of the network, or of the parts that a training step calls."""
+
+    def __init__(self, tracer: _Tracer) -> None:
+        super().__init__()
+        self._tracer = tracer
+
+    @override
+    def entered(self, call: ModuleCall) -> None:
+        super().entered(call)
+        with torch._C.DisableTorchFunction():
+            self._tracer.enter(_tensors(call.args) if self.outermost is call else ())
+
+    @override
+    def output(self, output: Any) -> None:
+        for tensor in _tensors(output):
+            if (node := self._tracer.producers.get(id(tensor))) is not None:
+                node.is_output = True
+
+
 class _Tracer:
     def __init__(self) -> None:
         self.nodes: list[OpNode] = []
+        self._inputs = 0
+        self._by_id: dict[OpId, OpNode] = {}
         self.calls: list[OpCall] = []
         self.producers: dict[int, OpNode] = {}
         self._alive: list[Tensor] = []  # else another tensor could get the same identity
@@ -173,6 +193,14 @@ class _Tracer:
     def produce(self, tensor: Tensor, node: OpNode) -> None:
         self.producers[id(tensor)] = node
         self._alive.append(tensor)
+
+    def enter(self, tensors: Iterable[Tensor]) -> None:
+        """Add a node for each of the inputs that no operator has produced."""
+        for tensor in tensors:
+            if id(tensor) not in self.producers:
+                call = OpCall(OpId("", 0, "input", self._inputs), nn.Identity(), [tensor], {}, tensor)
+                self.produce(tensor, OpNode(call, INPUT if tensor.is_floating_point() else INTEGER))
+                self._inputs += 1
 
     def handle(self, call: OpCall) -> Any:
         call.result = call.run()
@@ -188,6 +216,10 @@ class _Tracer:
         if call.id.function == "__get__" or not made or not (inputs or is_layer):
             return call.result  # a property gives a view of its tensor at most
         node = OpNode(call, FLOAT, inputs)
+        if self._by_id.setdefault(call.id, node) is not node:  # a part that a training step calls again
+            for tensor in made:
+                self.produce(tensor, self._by_id[call.id])
+            return call.result
         if call.id.function in operator_of("clamp").functions:
             node.bounds = _bounds(call)
         node.operator = _classify(node, made)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict, TypeVar
 
 from typing_extensions import override
@@ -13,10 +12,13 @@ from typing_extensions import override
 from lightning_light.batch_norm import InputRecorder, Statistics, has_statistics, measure_statistics, move_statistics
 from lightning_light.budgets import Budget
 from lightning_light.callback import CompressionCallback
+from lightning_light.capture import Capture, has_lazy_layers, runs_beside_forward
 from lightning_light.criteria.collector import EvidenceCollector, EvidenceStorage, Gathered, check_needs
 from lightning_light.criteria.evidence import Criterion
-from lightning_light.dependency import ChannelGroup, DependencyGraph, trace_dependencies, trace_step
-from lightning_light.example_input import Capture, ExampleInput
+from lightning_light.dependency import ChannelGroup, DependencyGraph, trace_calls
+from lightning_light.dependency.trace import UNUSED
+from lightning_light.errors import TraceError
+from lightning_light.example_input import ExampleInput
 from lightning_light.order import DEFAULT_WINDOWS, Stage
 from lightning_light.progress import steps_done, steps_planned, training_progress
 from lightning_light.schedules import Cubic, Schedule, Window, require_rising
@@ -31,7 +33,7 @@ from lightning_light.surgery.edit import cut
 from lightning_light.surgery.stored_example import restore_or_capture_example, store_example
 from lightning_light.targets import Targets, as_targets
 from lightning_light.timing import Events
-from lightning_light.training_step import step_arguments, step_as_forward
+from lightning_light.training_step import callable_with, overrides, step_call
 from lightning_light.validation import OpenFraction, PositiveInt, validated
 
 if TYPE_CHECKING:
@@ -73,10 +75,10 @@ class StructuredPruning(CompressionCallback):
     """Remove the least important channels, a few at a time, until the network meets ``budget``.
 
     When a channel is removed, the layer that computes it, every layer that reads it and the optimizer's state shrink
-    in the same step, and training continues. Which channels are coupled is found by following each through one forward
-    pass, or through the training step of the first batch where that does not call ``self(...)`` and there is no
-    ``example_input_array``; the outputs of the network are never removed. The whole run is planned before the first
-    cut: what cannot be reached is refused with the network unchanged.
+    in the same step, and training continues. Which channels are coupled is found by following each through ``forward``
+    and through the training step of the first batch together, in isolation; the outputs of the network are never
+    removed. The whole run is planned before the first training step: what cannot be reached is refused with the network
+    unchanged.
 
     Fang et al., 2023, "DepGraph: Towards Any Structural Pruning". https://arxiv.org/abs/2301.12900
 
@@ -107,10 +109,10 @@ class StructuredPruning(CompressionCallback):
     Raises:
         TypeError: an argument has the wrong type; at construction.
         ValueError: an argument is out of range, or the schedule falls; at construction.
-        BudgetError: the budget cannot be reached; before the first cut, and before the first optimizer step where the
-            network is called through its ``forward``.
+        BudgetError: the budget cannot be reached; before the first training step.
         TargetError: ``targets`` or ``remaining`` match no layer.
-        TraceError: the network does not run on the example input.
+        TraceError: the training step does not run in isolation, and ``forward`` does not show all that it reads; or the
+            network does not run on the example input.
         UnsupportedError: a strategy, launcher or optimizer whose state cannot follow, or a layer that a later method
             has changed.
 
@@ -160,6 +162,7 @@ class StructuredPruning(CompressionCallback):
         self._collector: EvidenceCollector | None = None
         self._recorder: InputRecorder | None = None
         self._graph: DependencyGraph | None = None
+        self._calls: list[ExampleInput] = []
         self._batch: Any = None
         self._last_plan: Plan | None = None
 
@@ -180,7 +183,7 @@ class StructuredPruning(CompressionCallback):
             as_targets(pattern).select(pl_module)
         if not self.resumed(pl_module):
             _start_over(self.state(pl_module))
-        self._graph = None
+        self._graph, self._calls = None, []
         self._capture = restore_or_capture_example(pl_module, self.state(pl_module))
         if self._needs_data:
             self._collector = EvidenceCollector.for_criterion(
@@ -188,7 +191,6 @@ class StructuredPruning(CompressionCallback):
             )
         if self.correct_batch_norm and not self.dry_run and has_statistics(pl_module):
             self._recorder = InputRecorder(pl_module)
-        self._plan_run(trainer, pl_module)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -200,7 +202,9 @@ class StructuredPruning(CompressionCallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Make the cut that is due: before the batch, so that no checkpoint pairs new weights with an old metric."""
         state = self.state(pl_module)
-        self._batch = batch if self._capture is not None and self._capture.example is None else None
+        self._batch = None if self._calls else batch
+        if not has_lazy_layers(pl_module):
+            self._plan_run(trainer, pl_module)
         due = Events.due(self._points, training_progress(trainer), steps_planned(trainer))
         if due > state.get("events", 0) and self._is_ready(pl_module):
             self._cut(trainer, pl_module, due)
@@ -212,13 +216,12 @@ class StructuredPruning(CompressionCallback):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Plan the run, if that was not possible before; read the gradients, then add the penalty to them."""
-        self._use_step(pl_module)
+        """Plan the run, if layers had no shape before; read the gradients, then add the penalty to them."""
         self._plan_run(trainer, pl_module)
         if self._collector is not None:
             self._collector.observe_step(p for group in optimizer.param_groups for p in group["params"])
         if self.regularizer is not None and not self._is_finished(pl_module):
-            add_penalty(pl_module, self._penalized(pl_module), self.regularizer, self._phase(trainer))
+            add_penalty(pl_module, self._penalized(trainer, pl_module), self.regularizer, self._phase(trainer))
 
     @override
     def on_train_batch_end(
@@ -235,7 +238,8 @@ class StructuredPruning(CompressionCallback):
     @override
     def before_surgery(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the unchanged network before another method changes it."""
-        self._plan_run(trainer, pl_module)
+        if not has_lazy_layers(pl_module):
+            self._plan_run(trainer, pl_module)
 
     @override
     def on_surgery(
@@ -259,7 +263,7 @@ class StructuredPruning(CompressionCallback):
             if held is not None:
                 held.remove()
         self._capture, self._collector, self._recorder, self._graph = None, None, None, None
-        self._batch = None
+        self._batch, self._calls = None, []
         super().teardown(trainer, pl_module, stage)
 
     @override
@@ -274,9 +278,8 @@ class StructuredPruning(CompressionCallback):
 
     def _is_ready(self, pl_module: LightningModule) -> bool:
         """Whether the run is planned, and the evidence that the criterion needs has been gathered."""
-        known = self._capture is not None and self._capture.example is not None
         gathered = self._collector is None or self._collector.batches >= self.calibration_batches
-        return known and gathered and bool(self.state(pl_module).get("planned"))
+        return bool(self._calls) and gathered and bool(self.state(pl_module).get("planned"))
 
     @property
     def _needs_data(self) -> bool:
@@ -297,28 +300,58 @@ class StructuredPruning(CompressionCallback):
 
     # Private: what.
 
-    def _use_step(self, pl_module: LightningModule) -> None:
-        """Trace the training step on its first batch, if that has not called ``self(...)``."""
-        if self._capture is not None and self._capture.example is None and self._batch is not None:
-            self._capture.remove()
-            self._capture.example = ExampleInput(step_arguments(pl_module, self._batch), step=True).small()
-        self._batch = None
-
     def _plan_run(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check, once per fit and as soon as the example input is known, that the last cut can be made."""
+        """Check, once per fit and on the first batch, that the last cut can be made.
+
+        Where another method changes the network before that, it is measured by its forward pass.
+        """
         state = self.state(pl_module)
+        if self._batch is not None:
+            self._calls, self._batch, self._graph = self._observe(trainer, pl_module, self._batch), None, None
         if state.get("planned") or self._capture is None or self._capture.example is None:
             return
         example = self._capture.example.to(pl_module)
-        graph = self._trace(pl_module, example)
-        state.setdefault("original", widths_of(graph))
-        with _callable_with(pl_module, example):
+        graph = self._trace(trainer, pl_module, example)
+        state["original"] = widths_of(graph) | state.get("original", {})
+        with callable_with(pl_module, example):
             goal = self._goal(trainer, pl_module, example, fraction=1.0)
-            on_rank_zero(trainer, lambda: check_run(pl_module, graph, self.options, goal))
-        state["planned"] = True
+            if self._calls:
+                on_rank_zero(trainer, lambda: check_run(pl_module, graph, self.options, goal))
+                state["planned"] = True
+
+    def _observe(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> list[ExampleInput]:
+        """Return the calls whose channels are followed: of ``forward``, the training step, the validation step."""
+        assert self._capture is not None
+        found = self._capture.observe(pl_module, batch)
+        example = self._capture.example
+        calls = [example] if example is not None and example.method == "forward" else []
+        if found.step is None:
+            self._check_forward_suffices(trainer, pl_module, found.error, safe=bool(calls) and found.only_forward)
+            return calls
+        validation = overrides(pl_module, "validation_step") and step_call(pl_module, batch, "validation_step")
+        if validation and (call := runs_beside_forward(pl_module, validation)):
+            calls.append(call)
+        return [*calls, found.step]
+
+    def _check_forward_suffices(self, trainer: Trainer, pl_module: LightningModule, error: str, *, safe: bool) -> None:
+        """Refuse to prune by ``forward`` alone where the training step may read more than that shows."""
+        assert self._capture is not None
+        example, name = self._capture.example, f"{type(pl_module).__name__}.training_step"
+        if safe and example is not None:
+            graph = trace_calls(pl_module, [example.to(pl_module)], heads=self.heads)
+            if not any(group.reason == UNUSED for group in graph.groups):
+                reason = f"`{name}` does not run in a trace: {error}"
+                log_rank_zero(trainer, f"{self.method}: channels are followed through `forward` alone: {reason}")
+                return
+        raise TraceError(
+            f"`{name}` does not run in a trace of the first batch: {error}. Expected a step that runs without "
+            "gradients, optimizers and logging: what it reads of a channel has to be known before that is removed. Let "
+            "it run under `torch.no_grad()`; or let all layers run in `forward`, call nothing but `self(...)`, and set "
+            "`self.example_input_array = ...` in the module."
+        )
 
     def _goal(self, trainer: Trainer, pl_module: LightningModule, example: ExampleInput, fraction: float) -> Goal:
-        state, graph, budget = self.state(pl_module), self._trace(pl_module, example), self.budget
+        state, graph, budget = self.state(pl_module), self._trace(trainer, pl_module, example), self.budget
         dense = 0.0
         if budget is not None:
             dense = self.compression_state(pl_module).reference(
@@ -326,19 +359,17 @@ class StructuredPruning(CompressionCallback):
             )
         return Goal(budget, example, widths_of(graph, state["original"]), dense, fraction, seed=state.get("events", 0))
 
-    def _trace(self, pl_module: LightningModule, example: ExampleInput) -> DependencyGraph:
-        """Trace the dependencies once, and again where another method has changed the network."""
+    def _trace(self, trainer: Trainer, pl_module: LightningModule, example: ExampleInput) -> DependencyGraph:
+        """Trace the dependencies once, and again where another method has changed the network; rank 0 decides."""
         if self._graph is None or not self._graph.fits(pl_module):
-            if example.step:
-                self._graph = trace_step(pl_module, *example.args, heads=self.heads)
-            else:
-                self._graph = trace_dependencies(pl_module, example.args, example.kwargs, heads=self.heads)
+            calls = [call.to(pl_module) for call in self._calls or [example]]
+            self._graph = broadcast(trainer, trace_calls(pl_module, calls, heads=self.heads))
         return self._graph
 
-    def _penalized(self, pl_module: LightningModule) -> Sequence[ChannelGroup]:
+    def _penalized(self, trainer: Trainer, pl_module: LightningModule) -> Sequence[ChannelGroup]:
         if self._capture is None or self._capture.example is None:
             return ()
-        graph = self._trace(pl_module, self._capture.example.to(pl_module))
+        graph = self._trace(trainer, pl_module, self._capture.example.to(pl_module))
         return [group for group in graph.groups if group.reason is None]
 
     def _cut(self, trainer: Trainer, pl_module: LightningModule, due: int) -> None:
@@ -346,8 +377,8 @@ class StructuredPruning(CompressionCallback):
         assert self._capture is not None
         assert self._capture.example is not None  # `_is_ready`
         example, state = self._capture.example.to(pl_module), self.state(pl_module)
-        graph, fraction = self._trace(pl_module, example), self._points[due - 1][1]
-        with _callable_with(pl_module, example):
+        graph, fraction = self._trace(trainer, pl_module, example), self._points[due - 1][1]
+        with callable_with(pl_module, example):
             goal = self._goal(trainer, pl_module, example, fraction)
             plan = self._decide(trainer, pl_module, graph, goal)
         self._last_plan = plan
@@ -411,21 +442,11 @@ class StructuredPruning(CompressionCallback):
 
     def _why_nothing(self, state: Mapping[str, Any]) -> str:
         if self._last_plan is None:
-            if not state.get("planned"):
-                return (
-                    "the LightningModule was never called, so its input is not known. Set `example_input_array`, or "
-                    "call `self(...)` in `training_step`."
-                )
             return f"the run ended before the first cut; `schedule={self.schedule!r}` has cuts at {self._points}."
         reasons = "; ".join(f"{name}: {reason}" for name, reason in self._last_plan.skipped.items())
         if self._last_plan.kept:
             return f"the network meets the budget as it is: {self.budget!r}. {reasons}"
         return f"no layer may lose channels. {reasons}"
-
-
-def _callable_with(pl_module: LightningModule, example: ExampleInput) -> AbstractContextManager[None]:
-    """Make ``pl_module(*example.args)`` work: inside, for arguments of a training step, it runs that step."""
-    return step_as_forward(pl_module) if example.step else nullcontext()
 
 
 def _start_over(state: dict[str, Any]) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from lightning_light.example_input import Capture, ExampleInput, capture
+from lightning_light.capture import Capture, capture
+from lightning_light.example_input import ExampleInput
 from lightning_light.surgery.manifest import plain_copy
 
 __all__ = ["restore_or_capture_example", "store_example"]
@@ -34,7 +35,7 @@ def store_example(state: dict[str, Any], found: Capture | None) -> None:
         return
     try:
         state[_KEY] = plain_copy({"args": found.example.args, "kwargs": found.example.kwargs}, _KEY)
-        if found.example.step:
-            state[_KEY]["step"] = True
+        if found.example.method != "forward":
+            state[_KEY]["method"] = found.example.method
     except TypeError:  # it contains other objects
         state[_KEY] = {}

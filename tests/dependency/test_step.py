@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_light.dependency import DependencyGraph, trace_dependencies, trace_step
+from lightning_light.dependency import DependencyGraph, trace_calls, trace_dependencies
 from lightning_light.surgery.edit import cut
+from lightning_light.training_step import step_call
 from tests.zoo import noise
 
 BATCH = noise(4, 3, 8, 8), torch.tensor([0, 1, 2, 1])
@@ -159,8 +160,7 @@ MODULES: dict[str, tuple[type[L.LightningModule], set[str]]] = {
 def traced(name: str) -> tuple[L.LightningModule, DependencyGraph]:
     torch.manual_seed(0)
     module = MODULES[name][0]()
-    arguments = (BATCH,) if name == "auxiliary" else (BATCH, 0)
-    return module, trace_step(module, *arguments)
+    return module, trace_calls(module, [step_call(module, BATCH)])
 
 
 @pytest.mark.parametrize("name", list(MODULES))
@@ -194,9 +194,30 @@ def test_only_the_step_shows_what_training_reads() -> None:
     module = Auxiliary()
     forward = trace_dependencies(module, (BATCH[0],))
     assert "neck" in {group.name for group in forward.groups if group.reason is None}
-    reasons = {group.name: group.reason for group in trace_step(module, BATCH).groups}
+    reasons = {group.name: group.reason for group in trace_calls(module, [step_call(module, BATCH)]).groups}
     assert "[-1, 10]" in reasons["neck"]
     assert "no layer" in reasons["fixed"]
+
+
+def test_a_head_that_has_not_run_keeps_what_it_might_read() -> None:
+    class Late(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.late = nn.Linear(12, 2)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            return loss if batch_idx < 100 else loss + self.late(self.net[:3](batch[0])).mean()
+
+    def reason(module: Late, tensor: str) -> str | None:
+        groups = trace_calls(module, [step_call(module, BATCH)]).groups
+        return next(group.reason for group in groups if any(member.tensor == tensor for member in group.members))
+
+    module = Late()
+    assert "may be read" in reason(module, "net.0.3.bias")
+    assert reason(module, "net.0.0.bias") is None
+    module.late.requires_grad_(False)
+    assert reason(module, "net.0.3.bias") is None
 
 
 @pytest.mark.parametrize("name", list(MODULES))
@@ -209,7 +230,7 @@ def test_tracing_a_step_changes_nothing(name) -> None:
     places = [tensor.data_ptr() for tensor in [*module.parameters(), *module.buffers()]]
     tables = {key: dict(vars(inner)) for key, inner in module.named_modules()}
     random = torch.get_rng_state()
-    trace_step(module, *((BATCH,) if name == "auxiliary" else (BATCH, 0)))
+    trace_calls(module, [step_call(module, BATCH)])
     assert all(torch.equal(value, state[key]) for key, value in module.state_dict().items())
     assert places == [tensor.data_ptr() for tensor in [*module.parameters(), *module.buffers()]]
     assert torch.equal(random, torch.get_rng_state())

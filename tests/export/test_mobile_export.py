@@ -109,16 +109,14 @@ def test_without_validation_the_example_is_compared(tmp_path: Path) -> None:
     assert (export.report.parity_batches, export.report.parity.samples) == (0, 3)  # two, and one alone
 
 
-def test_steps_that_do_not_call_self_need_an_example(tmp_path: Path) -> None:
-    with pytest.raises(
-        LightningLightError, match=r"found no `example_input_array`, and no step.*The trained network is saved"
-    ):
-        fit(Lit(Images(), automatic=False), export_to(tmp_path / "model.ptl"))
+@pytest.mark.parametrize("given", [True, False])
+def test_steps_that_do_not_call_self_are_exported_by_an_example(given: bool, tmp_path: Path) -> None:
     module, export = Lit(Images(), automatic=False), export_to(tmp_path / "model.ptl")
-    module.example_input_array = noise(1, 3, 8, 8)
+    if given:
+        module.example_input_array = noise(1, 3, 8, 8)
     fit(module, export)
     assert export.report is not None
-    assert (export.report.parity_batches, export.report.parity.samples) == (0, 4)  # one, then three at once
+    assert (export.report.parity_batches, export.report.parity.samples) == (0, 4 if given else 3)
 
 
 def test_a_failed_export_saves_the_network(tmp_path: Path) -> None:
@@ -225,20 +223,14 @@ def test_precisions(precision: str, tmp_path: Path) -> None:
     assert export.report.inputs[0]["dtype"] == kind
 
 
-def test_compiled_module(tmp_path: Path) -> None:
+@pytest.mark.parametrize("given", [True, False])
+def test_compiled_module(given: bool, tmp_path: Path) -> None:
     module, export = Lit(Images()), export_to(tmp_path / "model.ptl")
-    module.example_input_array = noise(1, 3, 8, 8)
+    if given:
+        module.example_input_array = noise(1, 3, 8, 8)
     fit(torch.compile(module, backend="eager"), export)
     tensors, expected = of_live(module, next(iter(batches())))
     torch.testing.assert_close(outputs_of(tmp_path / "model.ptl", *tensors)[0], expected[0], atol=1e-4, rtol=1e-4)
-
-
-def test_compiled_steps_without_an_example_are_refused_before_training(tmp_path: Path) -> None:
-    module = Lit(Images())
-    before = {name: value.clone() for name, value in module.state_dict().items()}
-    with pytest.raises(LightningLightError, match=r"found compiled steps.*compile the network in place"):
-        fit(torch.compile(module, backend="eager"), export_to(tmp_path / "model.ptl"))
-    assert runs.same(before, module.state_dict())
 
 
 def test_a_second_fit_exports_again(tmp_path: Path) -> None:

@@ -481,13 +481,15 @@ def test_layers_of_configure_model_are_recorded(board: TensorBoardLogger) -> Non
     assert curve(board, "channels/late")[0] == (0, 2.0)
 
 
-def test_a_module_that_is_never_called_has_no_macs(board: TensorBoardLogger, capsys: Any) -> None:
-    class Inner(Boring):
+def test_a_module_whose_input_is_not_found_has_no_macs(board: TensorBoardLogger, capsys: Any) -> None:
+    class Graded(Boring):
         def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-            return F.cross_entropy(self.net(batch[0]), batch[1])
+            logits = self.net(batch[0])
+            assert logits.requires_grad  # which it does not in isolation
+            return F.cross_entropy(logits, batch[1])
 
     run = trainer(CompressionMonitor(), logger=board, max_epochs=1)
-    run.fit(Inner(), Boring.data(), Boring.data())
+    run.fit(Graded(), Boring.data(), Boring.data())
     assert "compression/macs" not in read(board).Tags()["scalars"]
     assert "compression/params_remaining" in run.progress_bar_metrics
     assert "MACs are unknown" in capsys.readouterr().out

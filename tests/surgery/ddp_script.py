@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_light.callback import CompressionCallback
+from lightning_light.capture import capture
 from lightning_light.errors import RankMismatchError
-from lightning_light.example_input import capture
 from lightning_light.order import Stage
 from lightning_light.progress import steps_done
 from lightning_light.surgery.averaged_models import averaged_models_of
