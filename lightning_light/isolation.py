@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dis
+import inspect
 import random
 import sys
+import types
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -19,6 +22,7 @@ from lightning_light.warning_filters import ignored_warnings
 __all__ = ["isolated", "plain_attention", "plain_execution", "uncompile", "uncompiled", "unfused_kernels"]
 
 _TABLES = ("_parameters", "_buffers", "_modules")
+_RETURN_NONE = frozenset({"append", "extend", "update", "__setitem__"})
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
@@ -33,8 +37,9 @@ def isolated(model: nn.Module, *, hooks: bool = False) -> Iterator[None]:
 
     Args:
         model: any module; the modules inside ``torch.jit`` modules are left alone.
-        hooks: run the user's forward hooks too. Otherwise only hooks run that are part of a layer, those of
-            ``torch.nn.utils`` that compute a weight.
+        hooks: run all forward hooks. Otherwise only hooks run that may be part of the forward pass: those of
+            ``torch.nn.utils``, which compute a weight, and those of other packages that can return another input or
+            output. A function that returns None in every case only observes.
 
     Example:
         >>> model = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(2)).train()
@@ -158,12 +163,37 @@ def _copy_buffers(modules: list[nn.Module]) -> None:
 
 
 def _silence_hooks(module: nn.Module) -> None:
-    """Keep the hooks that compute a layer's weight (``torch.nn.utils.weight_norm`` and the like) and no others."""
+    """Keep the hooks that may be part of the forward pass."""
     attributes = vars(module)
     for table in _HOOKS:
         hooks = attributes[table]
-        kept = [(key, hook) for key, hook in hooks.items() if type(hook).__module__.startswith("torch.nn.utils.")]
-        attributes[table] = type(hooks)(kept)
+        attributes[table] = type(hooks)((key, hook) for key, hook in hooks.items() if _may_change_calls(hook))
+
+
+def _may_change_calls(hook: Any) -> bool:
+    """Check whether a hook computes a weight, or can return another input or output; not for this package's own."""
+    if (type(hook).__module__ or "").startswith("torch.nn.utils."):
+        return True
+    function = inspect.unwrap(getattr(hook, "__func__", hook))
+    code = getattr(function, "__code__", None)
+    is_own = (getattr(function, "__module__", None) or type(hook).__module__).startswith("lightning_light.")
+    return not is_own and (code is None or _can_return_value(code))
+
+
+def _can_return_value(code: types.CodeType) -> bool:
+    """Check whether a function can return something other than None; a lambda that adds to a container does not."""
+    if code.co_name == "<lambda>" and not _RETURN_NONE.isdisjoint(code.co_names):
+        return False
+    before = None
+    for instruction in dis.get_instructions(code):
+        if instruction.opname == "RETURN_CONST" and instruction.argval is not None:
+            return True
+        if instruction.opname == "RETURN_VALUE":
+            from_none = before is not None and before.opname == "LOAD_CONST" and before.argval is None
+            if instruction.is_jump_target or not from_none:
+                return True
+        before = instruction
+    return False
 
 
 def _cuda_devices(model: nn.Module) -> list[torch.device]:

@@ -27,6 +27,7 @@ __all__ = [
     "CompressionState",
     "attach",
     "check_owners",
+    "detach",
     "has_state",
     "record",
     "register_operation",
@@ -125,6 +126,15 @@ def release(module: nn.Module) -> None:
     handle = vars(module).pop(_HOOK, None)
     if handle is not None:
         handle.remove()
+
+
+def detach(module: nn.Module) -> None:
+    """Remove everything that `attach` added, the compression state included."""
+    release(module)
+    vars(module).pop(_STATE, None)
+    for patch in patches_of(module):
+        if getattr(patch.value, "__func__", None) in (on_save_checkpoint, on_load_checkpoint):
+            patch.undo()
 
 
 def on_save_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:

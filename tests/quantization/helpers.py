@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
+from lightning_light.surgery.quantizer import attach, release
 from torch import Tensor, nn
 
 from lightning_light.example_input import ExampleInput
@@ -14,7 +15,6 @@ from lightning_light.quantization.plan import QuantizationPlan, plan_quantizatio
 from lightning_light.quantization.range_observer import RangeObserver
 from lightning_light.quantization.recipes import Int8, Recipe
 from lightning_light.quantization.trace import trace_ops
-from lightning_light.surgery.attachment import attach, release
 
 A, B = TypeVar("A"), TypeVar("B")
 

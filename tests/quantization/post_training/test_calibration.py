@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning_light.surgery.quantizer import has_state
 from torch import Tensor, nn
 
 from lightning_light.errors import LightningLightError, UnsupportedError
@@ -20,7 +21,6 @@ from lightning_light.quantization import (
     measure_sensitivity,
     quantize,
 )
-from lightning_light.surgery.attachment import has_state
 from tests.zoo import ZOO, noise
 
 X = noise(2, 3, 8, 8)
