@@ -204,7 +204,7 @@ class Positional(nn.Module):
     @property
     def places(self) -> list[str]:
         """The places of all tensors of the example."""
-        return [place for place, leaf in _places(self._example).items() if isinstance(leaf, Tensor)]
+        return _tensor_places(self._example)
 
     def misfit(self, call: ExampleInput) -> str | None:
         """Describe the inputs that a call lacks, or has in another structure; None if it has all."""
@@ -236,16 +236,16 @@ class Positional(nn.Module):
 
     def variation(self, call: ExampleInput) -> str:
         """List the values of a call that are constants of the file, and differ there; empty if there are none."""
-        tensors, constants = _parts(self._complete(call))
-        expected_tensors, expected = _parts({**self._defaults(), **self._example})
+        found, wanted = self._complete(call), {**self._defaults(), **self._example}
+        constants, expected = _parts(found)[1], _parts(wanted)[1]
+        names = [name for name in {**expected, **constants} if name not in _tensor_places(found)]
         differing = [
             f"{name}={constants.get(name)!r:.60} (in the file {expected.get(name)!r:.60})"
-            for name in dict.fromkeys([*expected, *constants])
-            if not _same(constants.get(name), expected.get(name)) and name not in tensors
+            for name in names
+            if not _same(constants.get(name), expected.get(name))
         ]
-        return ", ".join(
-            [*differing, *(f"{name} (not in the file)" for name in tensors if name not in expected_tensors)]
-        )
+        more = [place for place in _tensor_places(found) if place not in _tensor_places(wanted)]
+        return ", ".join([*differing, *(f"{place} (not in the file)" for place in more)])
 
     def tensors(self, call: ExampleInput) -> tuple[Any, ...]:
         """Return the positional inputs of a call without a `misfit`."""
@@ -309,6 +309,10 @@ class Positional(nn.Module):
 def _places(named: Mapping[str, Any]) -> dict[str, Any]:
     """Map the paths of all leaves of the arguments to the leaves."""
     return {name + path: leaf for name, value in named.items() for path, leaf in named_leaves(value, objects=True)}
+
+
+def _tensor_places(named: Mapping[str, Any]) -> list[str]:
+    return [place for place, leaf in _places(named).items() if isinstance(leaf, Tensor)]
 
 
 def is_within(place: str, name: str) -> bool:
