@@ -98,6 +98,7 @@ class OutOfTime(lightning.pytorch.Callback):
         trainer.should_stop = True
 
 
+@pytest.mark.filterwarnings("ignore::lightning_light.errors.NoEffectWarning")
 @pytest.mark.parametrize("case", FULL)
 def test_a_run_that_is_stopped_before_the_last_change_says_so(case, tmp_path) -> None:
     callbacks = case.build(tmp_path)

@@ -3,12 +3,12 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from lightning_light.errors import LightningLightError, UnsupportedError
 from lightning_light.export import ExportReport, MobileExport, export_model, load_exported
@@ -87,28 +87,20 @@ def test_a_full_disk_leaves_the_files_before_whole(suffixes: list[str], tmp_path
 
 
 def test_two_runs_that_export_to_one_path_at_once(tmp_path: Path) -> None:
-    nets, path = [ZOO["plain"](), ZOO["residual"]()], tmp_path / "m.ptl"
-    images, errors = noise(2, 3, 8, 8), []
+    (first, second), path = (ZOO["plain"]().eval(), ZOO["residual"]().eval()), tmp_path / "m.ptl"
+    images, labels = noise(2, 3, 8, 8), torch.tensor([0, 1])
 
-    def export(net: nn.Module) -> None:
-        try:
-            export_model(net, images, path, **QUICK)
-        except LightningLightError as error:
-            errors.append(error)
+    def batches() -> Iterator[Any]:
+        """The other run exports when the file of this one is written, and not yet renamed."""
+        yield from [(images, labels)] * 4
+        assert len(os.listdir(tmp_path)) == 1
+        export_model(second, images, path, **QUICK)
+        yield images, labels
 
-    class Other(nn.Module):
-        """Lets the other run export in the middle of this one."""
-
-        def forward(self, x: Tensor) -> Tensor:
-            if torch.jit.is_tracing():
-                export(nets[1])
-            return nets[0](x)
-
-    nets[0].eval()
-    export_model(Other(), images, path, **QUICK)
-    assert errors == []
+    export_model(first, images, path, data=batches(), **QUICK)
     assert sorted(os.listdir(tmp_path)) == ["m.ptl", "m.ptl.json"]
-    torch.testing.assert_close(load_exported(path)(images), nets[0](images))
+    with torch.no_grad():
+        torch.testing.assert_close(load_exported(path)(images), first(images))
     assert ExportReport.read(f"{path}.json").bytes == path.stat().st_size
 
 
