@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import tempfile
@@ -271,7 +272,8 @@ def _rescued(trainer: Trainer, path: str) -> str:
     try:
         trainer.save_checkpoint(path)
     except (OSError, RuntimeError) as error:
-        Path(path).unlink(missing_ok=True)  # a part of one
+        with contextlib.suppress(OSError):
+            Path(path).unlink()  # a part of one
         return f"The trained network could not be saved in {path!r} ({error}): it is in the module that was fitted."
     return f"The trained network is saved in {path!r}."
 

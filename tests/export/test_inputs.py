@@ -130,7 +130,7 @@ def test_an_object_registered_with_pytree(tmp_path: Path) -> None:
     packed = Packed(noise(2, 4), noise(2, 4))
     with pytest.raises(TraceError, match=r"forward\(pack=...\)`: .*of type Packed, .*register_pytree_node"):
         export_model(OnPacked(), ExampleInput((packed,)), tmp_path / "m.ptl", **QUICK)
-    register_pytree_node(Packed, lambda one: (list(one.both), None), lambda both, _: Packed(*both))
+    register_pytree_node(Packed, lambda one: ([one.both[0], one.both[1]], None), lambda both, _: Packed(*both))
     try:
         report = export_model(OnPacked(), ExampleInput((packed,)), tmp_path / "m.ptl", **QUICK)
         x, y = noise(3, 4), noise(3, 4) + 1

@@ -106,7 +106,7 @@ def test_without_validation_the_example_is_compared(tmp_path: Path) -> None:
     export = export_to(tmp_path / "model.ptl")
     fit(Lit(Images()), export, limit_val_batches=0)
     assert export.report is not None
-    assert (export.report.parity_batches, export.report.parity.samples) == (0, 3)  # two, and one alone
+    assert (export.report.parity_batches, export.report.parity.samples) == (0, 5)  # two, two altered, and one alone
 
 
 def test_steps_that_do_not_call_self_need_an_example(tmp_path: Path) -> None:
@@ -118,7 +118,10 @@ def test_steps_that_do_not_call_self_need_an_example(tmp_path: Path) -> None:
     module.example_input_array = noise(1, 3, 8, 8)
     fit(module, export)
     assert export.report is not None
-    assert (export.report.parity_batches, export.report.parity.samples) == (0, 4)  # one, then three at once
+    assert (export.report.parity_batches, export.report.parity.samples) == (
+        0,
+        5,
+    )  # one, one altered, then three at once
 
 
 def test_a_failed_export_saves_the_network(tmp_path: Path) -> None:
