@@ -118,10 +118,7 @@ def test_steps_that_do_not_call_self_need_an_example(tmp_path: Path) -> None:
     module.example_input_array = noise(1, 3, 8, 8)
     fit(module, export)
     assert export.report is not None
-    assert (export.report.parity_batches, export.report.parity.samples) == (
-        0,
-        5,
-    )  # one, one altered, then three at once
+    assert (export.report.parity_batches, export.report.parity.samples) == (0, 5)  # one, one altered, three
 
 
 def test_a_failed_export_saves_the_network(tmp_path: Path) -> None:
