@@ -1,4 +1,4 @@
-"""One residual network of the tests, exported three ways: size, parity, latency.
+"""One residual network of the tests, exported in every format: size, parity, latency.
 
 python benchmarks/exporters.py
 """
@@ -7,7 +7,7 @@ import tempfile
 
 import torch
 
-from lightning_light.export import ONNX, ExecuTorch, Exporter, TorchScriptLite, export_model
+from lightning_light.export import ONNX, ExecuTorch, Exporter, TorchExport, TorchScriptLite, export_model
 from tests.zoo import Residual, noise
 
 
@@ -16,8 +16,8 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     net = Residual()
-    exporters: list[Exporter] = [TorchScriptLite(), ONNX(), ExecuTorch(), ExecuTorch(partitioner=None)]
-    print("| exporter | runtime | bytes | largest difference | ms a sample |\n|---|---|---|---|---|")
+    exporters: list[Exporter] = [TorchScriptLite(), ONNX(), ExecuTorch(), ExecuTorch(partitioner=None), TorchExport()]
+    print("| exporter | runtime | bytes | largest difference | ms per sample |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for exporter in exporters:
             path = f"{folder}/net{exporter.suffix}"

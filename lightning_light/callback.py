@@ -18,7 +18,8 @@ from lightning_light.host.strategy import rebuild_ddp
 from lightning_light.host.trainer import callbacks_of, is_restoring
 from lightning_light.int8 import Int8Weights
 from lightning_light.order import check_order
-from lightning_light.surgery.attachment import attach, has_state, record, release, state_of
+from lightning_light.progress import steps_done, training_progress
+from lightning_light.surgery.attachment import attach, detach, has_state, record, release, state_of
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.checkpoint_monitoring import reset_monitoring
 from lightning_light.surgery.distributed import check_agreement, log_rank_zero, refuse_unsupported
@@ -60,6 +61,7 @@ class CompressionCallback(Callback):
 
     _key: str | None = None
     _run_position: RunPosition | None = None
+    _attached: bool = False
 
     @override
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -89,6 +91,7 @@ class CompressionCallback(Callback):
         place = [id(peer) for peer in peers if type(peer).method == key].index(id(self)) + 1
         self._key = key if place == 1 else f"{key}#{place}"
         self._run_position = RunPosition() if peers[-1] is self else None  # the last restores after all others
+        self._attached = not has_state(pl_module)
         attach(pl_module)
 
     @override
@@ -127,13 +130,29 @@ class CompressionCallback(Callback):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave nothing but what lets ``trainer.save_checkpoint()`` after the run keep the manifest."""
+        if stage == "fit":
+            self._warn_if_ended_early(trainer)
         release(pl_module)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Release the module, since Lightning calls no teardown after an error; undo all after an early refusal."""
+        self.teardown(trainer, pl_module, "exception")
+        peers = _peers(trainer)
+        untouched = steps_done(trainer) == 0 and not state_of(pl_module).edit_log
+        if peers[-1] is self and untouched and any(peer._attached for peer in peers):
+            detach(pl_module)
 
     # For subclasses.
 
     def window(self, max_epochs: int | None) -> tuple[float, float] | None:
         """From when to when the network changes, as fractions of the run; None: not during training."""
         return None
+
+    def last_change(self, max_epochs: int | None) -> float | None:
+        """When the method has done what it is to do, as a fraction of the run: the end of its window, or before."""
+        window = self.window(max_epochs)
+        return None if window is None else window[1]
 
     def int8_weights(self) -> Int8Weights | None:
         """What weights will be rounded to for int8 kernels; None: this method does not round them."""
@@ -232,6 +251,19 @@ class CompressionCallback(Callback):
             torch.compiler.reset()  # else the ninth shape falls back to eager code without a word
         reset_monitoring(trainer)
         log_rank_zero(trainer, f"{type(self).method}: {summary}")
+
+    def _warn_if_ended_early(self, trainer: Trainer) -> None:
+        """Warn if ``max_time`` or early stopping ended the run before the last change."""
+        last = self.last_change(trainer.max_epochs)
+        if not trainer.should_stop or last is None or (done := training_progress(trainer)) >= last:
+            return
+        warnings.warn(
+            f"`{type(self).__name__}`: expected the run to go on until its last change, at {last:.0%} of the planned "
+            f"steps; found that it was stopped at {done:.0%}, by `max_time`, early stopping or `trainer.should_stop`. "
+            "The method is not complete: resume from the last checkpoint, or plan a shorter run with `max_epochs` or "
+            "`max_steps`.",
+            stacklevel=2,
+        )
 
     def _no_effect(self, reason: str) -> None:
         """Warn that the method found nothing to do, by name and with the reason."""

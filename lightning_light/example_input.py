@@ -63,7 +63,7 @@ class ExampleInput:
     @property
     def samples(self) -> int:
         """Return the number of samples: the first dimension of the first tensor; 1 without tensors."""
-        return next((len(tensor) for tensor in tensors_in((self.args, self.kwargs)) if tensor.ndim), 1)
+        return next((len(tensor) for tensor in tensors_in((self.args, self.kwargs), objects=True) if tensor.ndim), 1)
 
     @property
     def has_objects(self) -> bool:
@@ -73,7 +73,8 @@ class ExampleInput:
 
     def small(self, samples: int = _SAMPLES) -> ExampleInput:
         """Return a detached copy with at most ``samples`` samples, if the first dimensions of all tensors agree."""
-        sizes = {tensor.shape[0] if tensor.ndim else None for tensor in tensors_in((self.args, self.kwargs))}
+        found = tensors_in((self.args, self.kwargs), objects=True)
+        sizes = {tensor.shape[0] if tensor.ndim else None for tensor in found}
         most = samples if len(sizes) == 1 and None not in sizes else None
         return replace(self, args=_copy(self.args, most), kwargs=_copy(self.kwargs, most))
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dis
+import inspect
 import random
 import sys
+import types
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -19,6 +22,7 @@ from lightning_light.warning_filters import ignored_warnings
 __all__ = ["isolated", "plain_attention", "plain_execution", "uncompile", "uncompiled", "unfused_kernels"]
 
 _TABLES = ("_parameters", "_buffers", "_modules")
+_RETURN_NONE = frozenset({"append", "extend", "update", "__setitem__"})
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
@@ -33,8 +37,9 @@ def isolated(model: nn.Module, *, hooks: bool = False) -> Iterator[None]:
 
     Args:
         model: any module; the modules inside ``torch.jit`` modules are left alone.
-        hooks: run the user's forward hooks too. Otherwise only hooks run that are part of a layer, those of
-            ``torch.nn.utils`` that compute a weight. Hooks of this package never run, if they were there before.
+        hooks: run all forward hooks of the user. Otherwise only hooks run that may be part of the forward pass: of
+            ``torch.nn.utils``, which compute a weight, and those that can return another input or output. A function
+            that returns None in every case only observes. Hooks of this package never run, if they were there before.
 
     Example:
         >>> model = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(2)).train()
@@ -157,7 +162,7 @@ def _copy_buffers(modules: list[nn.Module]) -> None:
 
 
 def _silence_hooks(module: nn.Module, *, users: bool) -> None:
-    """Keep the hooks that compute a layer's weight (``torch.nn.utils.weight_norm`` and the like), and the user's."""
+    """Keep the hooks that may be part of the forward pass, or all of the user's."""
     attributes = vars(module)
     for table in _HOOKS:
         hooks = attributes[table]
@@ -165,8 +170,30 @@ def _silence_hooks(module: nn.Module, *, users: bool) -> None:
 
 
 def _is_kept(hook: Any, *, users: bool) -> bool:
-    owner = getattr(hook, "__module__", None) or type(hook).__module__
-    return type(hook).__module__.startswith("torch.nn.utils.") or (users and not owner.startswith("lightning_light."))
+    """Check whether a hook computes a weight, or is the user's and can return another input or output."""
+    if (type(hook).__module__ or "").startswith("torch.nn.utils."):
+        return True
+    function = inspect.unwrap(getattr(hook, "__func__", hook))
+    if (getattr(function, "__module__", None) or type(hook).__module__).startswith("lightning_light."):
+        return False
+    code = getattr(function, "__code__", None)
+    return users or code is None or _can_return_value(code)
+
+
+def _can_return_value(code: types.CodeType) -> bool:
+    """Check whether a function can return something other than None; a lambda that adds to a container does not."""
+    if code.co_name == "<lambda>" and not _RETURN_NONE.isdisjoint(code.co_names):
+        return False
+    before = None
+    for instruction in dis.get_instructions(code):
+        if instruction.opname == "RETURN_CONST" and instruction.argval is not None:
+            return True
+        if instruction.opname == "RETURN_VALUE":
+            from_none = before is not None and before.opname == "LOAD_CONST" and before.argval is None
+            if instruction.is_jump_target or not from_none:
+                return True
+        before = instruction
+    return False
 
 
 def _cuda_devices(model: nn.Module) -> list[torch.device]:

@@ -73,10 +73,12 @@ def _limits(trainer: Trainer) -> tuple[float, float]:
     if trainer.max_epochs not in (None, -1) and not math.isinf(trainer.num_training_batches):
         by_epochs = float(_steps_by_epochs(trainer, max(trainer.max_epochs or 0, 1)))
     if math.isinf(by_epochs) and math.isinf(by_steps):
+        timed = any(is_host(callback, "Timer") for callback in callbacks_of(trainer))
         raise ValueError(
             f"`Trainer(max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps})`: expected a run with a planned "
-            f"end, found {trainer.estimated_stepping_batches} steps and {trainer.num_training_batches} batches per "
-            "epoch. Set `max_steps`, or `max_epochs` together with data of known length or `limit_train_batches`."
+            f"end, of which a schedule takes fractions; found {trainer.num_training_batches} batches per epoch"
+            f"{', and `max_time`, which does not give a number of steps' if timed else ''}. Set `max_steps`, or "
+            "`max_epochs` together with data of known length or `limit_train_batches`; `max_time` may be set beside it."
         )
     return by_epochs, by_steps
 

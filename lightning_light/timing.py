@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -67,6 +68,8 @@ class Events:
             if abs(fraction - reached) > _SAME:
                 points.append((progress, fraction))
                 reached = fraction
+        if changes is not None:
+            self._warn_if_merged([progress for progress, _ in points], planned_steps)
         return points
 
     def window(self, max_epochs: int | None) -> tuple[float, float]:
@@ -89,6 +92,17 @@ class Events:
         """
         last = 1.0 - 1.0 / max(planned_steps, 1)
         return sum(min(point, last) <= progress + _SAME for point, _ in points)
+
+    def _warn_if_merged(self, points: Sequence[float], planned_steps: int) -> None:
+        """Warn of jumps that the run has no step between; a run of one step is a rehearsal."""
+        steps = {math.ceil(min(point * planned_steps, planned_steps - 1) - _SAME) for point in points}
+        if len(steps) < len(points) and planned_steps > 1:
+            warnings.warn(
+                f"`schedule={self.schedule!r}`: expected an optimizer step between two of its {len(points)} changes, "
+                f"found that they fall on {len(steps)} of the {planned_steps} steps of the run: changes at the same "
+                "step are made as one. Use fewer steps in the schedule, a wider window, or a longer run.",
+                stacklevel=2,
+            )
 
     def _grid(self, schedule: Schedule, planned_steps: int) -> list[float]:
         start, end = schedule.span()

@@ -36,7 +36,11 @@ def states() -> list[Any]:
 @pytest.mark.parametrize("hooks", [False, True])
 def test_nothing_is_left_behind(hooks: bool) -> None:
     model, calls = Restless().train(), []
-    model.norm.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+
+    def observe(*_: Any) -> None:
+        calls.append(torch.is_grad_enabled())
+
+    model.norm.register_forward_hook(observe)
     before, tensors = states(), {name: value.clone() for name, value in model.state_dict().items()}
     with torch.autocast("cpu"), isolated(model, hooks=hooks):
         assert model(torch.randn(4, 2)).dtype == torch.float32
@@ -56,6 +60,40 @@ def test_inference_mode_is_off_inside() -> None:
     model = nn.Linear(2, 2)
     with torch.inference_mode(), isolated(model):
         assert not model(torch.ones(1, 2)).is_inference()
+
+
+class Logits(nn.Module):
+    """A callable object as a hook: what it returns is not known."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        return output["logits"]
+
+
+def test_hooks_that_the_output_depends_on_run() -> None:
+    """Without them the model would compute something else: the hook of a wrapped segmentation network, for instance."""
+
+    class Inner(nn.Module):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"logits": x}
+
+    seen: list[Any] = []
+
+    def observe(module: nn.Module, args: Any, output: Any) -> None:
+        if output is not None:
+            seen.append(output)
+            return
+
+    def double(module: nn.Module, args: Any) -> Any:
+        return (args[0] * 2,) if args else None
+
+    model = nn.Sequential(Inner(), nn.Identity())
+    model[0].register_forward_hook(Logits())
+    model[1].register_forward_pre_hook(double)
+    model[1].register_forward_hook(observe)
+    model.register_forward_hook(lambda module, args, output: output + 1)
+    with isolated(model):
+        assert model(torch.ones(1)).item() == 3.0
+    assert seen == []
 
 
 class Two(pl.LightningModule):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pack_sequence
 
-from lightning_light.nested import map_tensors, tensors_in
+from lightning_light.nested import map_tensors, named_leaves, tensors_in
 
 Pair = namedtuple("Pair", ["left", "right"])
 
@@ -58,10 +58,26 @@ def test_attributes_of_other_objects_on_request() -> None:
 
 
 def test_containers_keep_their_kind() -> None:
-    other = Plain()
-    value = (Pair(torch.tensor(1), "text"), Dict(a=[torch.tensor(2)]), torch.Size([3]), other)
+    value = (Pair(torch.tensor(1), "text"), Dict(a=[torch.tensor(2)]), "text", Plain(), [Output()])
     changed = map_tensors(lambda tensor: tensor + 1, value)
-    assert type(changed[0]) is Pair
-    assert [int(tensor) for tensor in tensors_in(changed)] == [2, 3]
-    assert changed[0].right == "text"
-    assert changed[2:] == (torch.Size([3]), other)
+    assert [type(item) for item in changed] == [Pair, Dict, str, Plain, list]
+    assert [int(tensor) for tensor in tensors_in(changed, objects=True)] == [2, 3, 2, 2]
+    assert (changed[0].right, changed[2], changed[4][0].hidden) == ("text", "text", None)
+    assert int(value[3].logits[0]) == 1
+
+
+def test_leaves_have_paths() -> None:
+    parent, child = Plain(), Plain()
+    parent.child, child.parent = child, parent  # type: ignore[attr-defined]
+    value = {"pair": Pair(1, [None]), "output": Output("a", {"b": 2}), "parent": parent}
+    found = dict(named_leaves(value, objects=True))
+    assert [path for path in found if path.startswith("['parent']")] == [
+        "['parent'].logits[0]",
+        "['parent'].child.logits[0]",
+    ]
+    assert {path: leaf for path, leaf in found.items() if not path.startswith("['parent']")} == {
+        "['pair'].left": 1,
+        "['pair'].right[0]": None,
+        "['output'].logits": "a",
+        "['output'].hidden['b']": 2,
+    }

@@ -66,11 +66,20 @@ def test_jumps_are_events_wherever_they_are() -> None:
     assert Events(Constant(0.0)).points(None, 100) == []
 
 
+def test_rounds_without_a_step_between_them_are_not_merged_in_silence() -> None:
+    events = Events(Window(Staircase(Linear(), 6), end=0.5))
+    with pytest.warns(UserWarning, match=r"two of its 6 changes, found that they fall on 4 of the 8 steps of the run"):
+        merged = events.points(None, 8)
+    assert [due for _, due in acts(events, range(9), 12, done=0)] == [1, 2, 3, 4, 5, 6]
+    assert len(merged) == 6
+    assert len(events.points(None, 1)) == 6  # a rehearsal
+
+
 @given(at=st.floats(0.0, 1.0), start=st.floats(0.0, 0.9), length=st.floats(0.05, 0.1), steps=st.integers(1, 9))
 def test_no_jump_is_lost_to_rounding(at: float, start: float, length: float, steps: int) -> None:
     window = (start, start + length)
-    assert [fraction for _, fraction in Events(Window(OneShot(at), *window)).points(None, 100)] == [1.0]
-    fractions = [fraction for _, fraction in Events(Window(Staircase(Linear(), steps), *window)).points(None, 100)]
+    assert [fraction for _, fraction in Events(Window(OneShot(at), *window)).points(None, 1000)] == [1.0]
+    fractions = [fraction for _, fraction in Events(Window(Staircase(Linear(), steps), *window)).points(None, 1000)]
     assert fractions == [step / steps for step in range(1, steps + 1)]
 
 

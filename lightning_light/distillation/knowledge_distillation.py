@@ -271,11 +271,6 @@ class KnowledgeDistillation(CompressionCallback):
             )
 
     @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Release the run: Lightning calls no teardown after an error."""
-        self._release()
-
-    @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Undo patches, remove hooks and release the teachers."""
         self._release()

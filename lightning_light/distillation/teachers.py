@@ -123,9 +123,17 @@ class FileTeacher(BuiltTeacher):
                 f"`KnowledgeDistillation(teacher={self.path!r})`: expected 'self', or the path of a TorchScript or "
                 "`.pt2` file, found no such file. For a Lightning checkpoint write `CheckpointTeacher(module, path)`."
             )
-        if Path(self.path).suffix == ".pt2":
-            return torch.export.load(self.path).module()
-        scripted: nn.Module = torch.jit.load(self.path, map_location="cpu")  # type: ignore[no-untyped-call]
+        try:
+            if Path(self.path).suffix == ".pt2":
+                return torch.export.load(self.path).module()
+            scripted: nn.Module = torch.jit.load(self.path, map_location="cpu")  # type: ignore[no-untyped-call]
+        except (RuntimeError, ValueError, LookupError, OSError) as error:
+            raise ValueError(
+                f"`KnowledgeDistillation(teacher={self.path!r})`: expected a TorchScript or `.pt2` file, found one "
+                f"that torch does not load as such: {next(iter(str(error).splitlines()), type(error).__name__)} For a "
+                "Lightning checkpoint write `CheckpointTeacher(module, path)`; for a state dict load it into a "
+                "module, and give the module."
+            ) from error
         return scripted
 
 

@@ -8,6 +8,7 @@ from lightning_light.export.mobile_export import MobileExport
 from lightning_light.export.onnx import ONNX
 from lightning_light.export.parity import Parity, Tolerance
 from lightning_light.export.report import ExportReport
+from lightning_light.export.torch_export import TorchExport
 from lightning_light.export.torchscript_lite import TorchScriptLite
 
 __all__ = [  # plain order, capitals or not
@@ -18,6 +19,7 @@ __all__ = [  # plain order, capitals or not
     "ONNX",
     "Parity",
     "Tolerance",
+    "TorchExport",
     "TorchScriptLite",
     "export_model",
     "load_exported",

@@ -150,7 +150,7 @@ class DataEvaluator(Evaluator):
         paired, inputs, batches = PairedMetrics.of(self.metrics), self.metric_inputs or outputs_and_labels, 0
         for batch in self.data:
             call = example_of_batch(batch, self.network)
-            if isinstance(batch, ExampleInput | Tensor) or not positional.fits(call):
+            if isinstance(batch, ExampleInput | Tensor):
                 continue
             of_model, of_file = model(*call.args, **call.kwargs), file(*call.args, **call.kwargs)
             if self.metrics is not None:

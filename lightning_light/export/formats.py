@@ -8,11 +8,12 @@ from pathlib import Path
 from lightning_light.export.executorch import ExecuTorch
 from lightning_light.export.exporter import Exporter
 from lightning_light.export.onnx import ONNX
+from lightning_light.export.torch_export import TorchExport
 from lightning_light.export.torchscript_lite import TorchScriptLite
 
 __all__ = ["exporter_of"]
 
-_EXPORTERS: tuple[type[Exporter], ...] = (TorchScriptLite, ExecuTorch, ONNX)
+_EXPORTERS: tuple[type[Exporter], ...] = (TorchScriptLite, ExecuTorch, ONNX, TorchExport)
 
 
 def exporter_of(path: str | os.PathLike[str], exporter: Exporter | None) -> Exporter:

@@ -11,24 +11,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor, nn
-from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
+from torch import nn
 
 from lightning_light.criteria.collector import example_of_batch
 from lightning_light.errors import ParityError
 from lightning_light.example_input import ExampleInput
 from lightning_light.export.copies import detached_copy, merged_copy
+from lightning_light.export.dependence import needed_inputs
 from lightning_light.export.evaluation import DataEvaluator, Evaluator, MetricInputs
 from lightning_light.export.exporter import Exporter
 from lightning_light.export.formats import exporter_of
 from lightning_light.export.inputs import (
     Positional,
+    altered,
     batch_size,
-    batched,
     cloned,
     first_sample,
     first_samples,
     in_order,
+    is_within,
     samples,
     tripled,
 )
@@ -40,6 +41,7 @@ from lightning_light.isolation import plain_execution
 from lightning_light.measure import count_cost, deflated_bytes, file_bytes, measure_latency
 from lightning_light.measure.latency import torch_threads
 from lightning_light.measure.metrics import MetricLike
+from lightning_light.nested import named_leaves
 from lightning_light.validation import PositiveInt, validated
 
 __all__ = ["Batch", "ExportOptions", "export_model", "export_verified"]
@@ -47,6 +49,14 @@ __all__ = ["Batch", "ExportOptions", "export_model", "export_verified"]
 Batch = Literal["any", "one", "as_given"]
 
 _PARITY_BATCHES = 4
+_CONSTANT = "It was exported from one sample, and a size became a constant, in `forward` or in the runtime:"
+_ADVICE: dict[Batch, str] = {
+    "any": f"{_CONSTANT} use tensor operations (`x.flatten(1)`, `x.shape[0]` without `int(...)`), or export for one "
+    "sample at a time with `batch='one'`; inputs without a batch dimension need `batch='as_given'`.",
+    "one": f"{_CONSTANT} use tensor operations; inputs that always have the example's shapes need `batch='as_given'`.",
+    "as_given": "A size became a constant, in `forward` or in the runtime: give batches of the example's shapes "
+    "(`drop_last=True` in a loader), or export with `batch='any'`.",
+}
 _SAMPLES = 8  # of each batch, where samples are compared one at a time
 
 
@@ -64,6 +74,9 @@ class ExportOptions:
         latency_threads: threads of the runtime in them.
         merge_branches: export blocks of parallel branches merged: those of `Reparameterization`, and blocks with a
             method ``fuse``, ``reparameterize`` or ``switch_to_deploy``. Not in a quantized network.
+        inputs: the inputs of the file: arguments of ``forward`` (``x``), or tensors in them (``batch['image']``). Other
+            arguments are left out of the call if they have a default, items of dicts are left out of the dict, and what
+            remains must not change the outputs. None: all inputs that the outputs are computed from.
     """
 
     exporter: Exporter | None = None
@@ -72,6 +85,7 @@ class ExportOptions:
     latency_runs: PositiveInt = 50
     latency_threads: PositiveInt = 1
     merge_branches: bool = True
+    inputs: Sequence[str] | None = None
 
     def for_path(self, path: str | os.PathLike[str]) -> Exporter:
         """Check the options, and return the exporter for ``path``.
@@ -103,6 +117,7 @@ def export_model(
     latency_runs: PositiveInt = ExportOptions.latency_runs,
     latency_threads: PositiveInt = ExportOptions.latency_threads,
     merge_branches: bool = ExportOptions.merge_branches,
+    inputs: Sequence[str] | None = ExportOptions.inputs,
 ) -> ExportReport:
     """Export a copy of ``model`` to a file, and verify the file in its runtime.
 
@@ -116,7 +131,7 @@ def export_model(
         example_inputs: a tensor, a tuple of positional inputs, a dict of keyword inputs, or an `ExampleInput` with
             both; the batch is the first dimension. What is not a tensor becomes a constant of the file; tensors become
             positional inputs, in the order of the signature of ``forward``.
-        path: of the file; its suffix ``.ptl``, ``.pte`` or ``.onnx`` chooses the exporter.
+        path: of the file; its suffix ``.ptl``, ``.pte``, ``.onnx`` or ``.pt2`` chooses the exporter.
         exporter: file format and runtime, if not the default for the suffix.
         data: batches ``(inputs, target)`` or inputs alone. The first four are compared in every output; all with a
             target are evaluated.
@@ -127,10 +142,13 @@ def export_model(
         latency_runs: see `ExportOptions`.
         latency_threads: see `ExportOptions`.
         merge_branches: see `ExportOptions`.
+        inputs: see `ExportOptions`.
 
     Raises:
-        TraceError: the format cannot express the model.
-        ParityError: the outputs of the file differ from the model's, or the file does not run.
+        ValueError: ``inputs`` has a name that is not in the example, or lacks an input that changes the outputs.
+        TraceError: the format cannot express the model, or the file would have no inputs, or constant outputs.
+        ParityError: the outputs of the file differ from the model's, the file does not run, or a batch of ``data``
+            lacks one of its inputs.
         UnsupportedError: the format or its runtime is not installed.
 
     Example:
@@ -143,7 +161,7 @@ def export_model(
     batches = iter(data)
     compared = list(itertools.islice(batches, _PARITY_BATCHES))
     evaluator = DataEvaluator(model, itertools.chain(compared, batches), metrics, metric_inputs) if compared else None
-    options = ExportOptions(exporter, parity, batch, latency_runs, latency_threads, merge_branches)
+    options = ExportOptions(exporter, parity, batch, latency_runs, latency_threads, merge_branches, inputs)
     calls = [example_of_batch(one, model) for one in compared]
     return export_verified(model, ExampleInput.of(example_inputs), path, options, calls, lambda details: evaluator)
 
@@ -168,30 +186,27 @@ def export_verified(
     """
     exporter = options.for_path(path)
     exporter.check()
-    with plain_execution(), _unfinished(Path(path)) as part:
-        given = cloned(example)
+    with plain_execution(), _unfinished(Path(path)) as (part, report_part):
+        reference, given = _reference(model, cloned(example), options)
         example = given if options.batch == "as_given" else first_sample(given)
-        reference = Positional(detached_copy(model), example)
+        calls = [reference.only(call, options.inputs) for call in calls]
         tensors = reference.tensors(example)
         network, merged = merged_copy(model, example) if options.merge_branches else (detached_copy(model), {})
         cost = count_cost(network, example.args, example.kwargs) if merged else None  # `write` may change the network
-        copy = Positional(network, example, batched(given) if options.batch == "any" else None)
+        copy = Positional(network, example, given if options.batch == "any" else None, reference.kept)
         details = {**exporter.write(copy, reference.tensors(cloned(example)), part), "merged_branches": merged}
         check_details(repr(exporter), model, details)
         with torch_threads(options.latency_threads):
             run = exporter.load(part)
-        fitting = [
-            call for call in calls if reference.fits(call) and (options.batch != "as_given" or _alike(call, example))
-        ]
-        compared = _calls([given, *fitting], options.batch, exporter.largest_batch)
-        parity = _compare(reference, run, compared, options.parity, details.get("output_scales"))
+        compared = _calls([given, *(calls or [altered(given)])], options.batch, exporter.largest_batch)
+        parity = _compare(reference, run, compared, options, details.get("output_scales"))
         metrics = evaluator(details)
         evaluation = None
         if metrics is not None:
             limit = None if options.batch == "as_given" else 1 if options.batch == "one" else exporter.largest_batch
             structure = reference(*reference.tensors(cloned(example)))
-            file = ExportedNetwork(reference, run, structure, limit, str(path))
-            evaluation = metrics(ReferenceNetwork(reference), file, reference)
+            file = ExportedNetwork(reference, run, structure, limit, str(path), options.inputs)
+            evaluation = metrics(ReferenceNetwork(reference, options.inputs), file, reference)
         latency = measure_latency(lambda: run(*tensors), runs=options.latency_runs, threads=options.latency_threads)
         cost = cost or count_cost(reference.model, example.args, example.kwargs)
         report = ExportReport(
@@ -204,7 +219,7 @@ def export_verified(
             macs=cost.macs,
             latency=latency,
             parity=parity,
-            parity_batches=len(fitting),
+            parity_batches=len(calls),
             tolerance=options.parity,
             inputs=_described(reference, tensors),
             built_in={name: repr(value) for name, value in reference.constants.items()},
@@ -212,16 +227,35 @@ def export_verified(
             details=details,
             evaluation=evaluation,
         )
-    report.write(f"{path}.json")
+        report.write(report_part)
     return report
 
 
-def _alike(call: ExampleInput, example: ExampleInput) -> bool:
-    shapes = [
-        [leaf.shape for leaf in tree_leaves((one.args, one.kwargs)) if isinstance(leaf, Tensor)]
-        for one in (call, example)
-    ]
-    return shapes[0] == shapes[1]
+def _reference(model: nn.Module, example: ExampleInput, options: ExportOptions) -> tuple[Positional, ExampleInput]:
+    """Return a copy of the model that takes the inputs of the file, and the example with what they need."""
+    whole = Positional(detached_copy(model), example)
+    if options.inputs is not None:
+        _check_names(whole, options.inputs)
+        example = whole.only(example, options.inputs)
+        whole = Positional(whole.model, example)
+    one = example if options.batch == "as_given" else first_sample(example)
+    kept = needed = needed_inputs(whole, one, any_batch=options.batch == "any")
+    if options.inputs is not None:
+        kept = {place for place in whole.places if any(is_within(place, name) for name in options.inputs)}
+        if missing := sorted(needed - kept):
+            raise ValueError(
+                f"`inputs={list(options.inputs)}`: expected all inputs that the outputs are computed from, found that "
+                f"{', '.join(missing)} is not among them, and has no default in `forward`. Add it, or give it one."
+            )
+    return Positional(whole.model, one, keep=kept), example
+
+
+def _check_names(model: Positional, inputs: Sequence[str]) -> None:
+    if unknown := [name for name in inputs if not any(is_within(place, name) for place in model.places)]:
+        raise ValueError(
+            f"`inputs={list(inputs)}`: expected inputs of `{type(model.model).__name__}.forward` that the example has "
+            f"({', '.join(model.places)}), found {', '.join(unknown)}."
+        )
 
 
 def _calls(given: list[ExampleInput], batch: Batch, largest: int | None) -> list[ExampleInput]:
@@ -242,47 +276,63 @@ def _compare(
     reference: Positional,
     run: Callable[..., Any],
     calls: list[ExampleInput],
-    tolerance: Tolerance,
+    options: ExportOptions,
     scales: list[float] | None,
 ) -> Parity:
+    for call in calls:
+        if (misfit := reference.misfit(call)) is not None:
+            raise ParityError(
+                f"The exported file and a batch: {misfit}. Export an example with the same inputs, or choose the "
+                "file's with `inputs=[...]`."
+            )
+    running: list[ExampleInput] = []
+
+    def run_model(call: ExampleInput) -> Any:
+        running[:] = [call]
+        call = cloned(call)
+        return reference.model(*call.args, **call.kwargs)
+
     def run_file(call: ExampleInput) -> Any:
         try:
             return run(*reference.tensors(cloned(call)))
-        except (RuntimeError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except Exception as error:  # each runtime has its own exceptions
+            reason = next(iter(str(error).strip().splitlines()), "")
             raise ParityError(
                 f"The exported file, run on {batch_size(call)} samples: expected it to run as the model does, found "
-                f"{type(error).__name__}: {reason}. It was exported from one sample, and a size became a constant, in "
-                "`forward` or in the runtime: use tensor operations (`x.flatten(1)`, `x.shape[0]` without `int(...)`), "
-                "or export for one sample at a time with `batch='one'`; inputs without a batch dimension need "
-                "`batch='as_given'`."
+                f"{type(error).__name__}: {reason}. {_ADVICE[options.batch]}"
             ) from error
 
-    return compare_outputs(
-        lambda call: reference(*reference.tensors(cloned(call))),
-        run_file,
-        [(batch_size(call) or 1, call) for call in calls],
-        tolerance,
-        scales,
-    )
+    try:
+        sized = [(batch_size(call) or 1, call) for call in calls]
+        return compare_outputs(run_model, run_file, sized, options.parity, scales)
+    except ParityError as error:
+        if running and (varying := reference.variation(running[0])):
+            raise ParityError(
+                f"{error} This batch has values that are constants of the file: {varying}. Give them as tensors, or "
+                "export a module that sets them."
+            ) from error
+        raise
 
 
 def _described(reference: Positional, tensors: tuple[Any, ...]) -> list[dict[str, Any]]:
     return [
-        {"name": name + keystr(place), "shape": list(leaf.shape), "dtype": str(leaf.dtype).removeprefix("torch.")}
+        {"name": name + place, "shape": list(leaf.shape), "dtype": str(leaf.dtype).removeprefix("torch.")}
         for name, value in zip(reference.names, tensors, strict=True)
-        for place, leaf in tree_flatten_with_path(in_order(value))[0]
-        if isinstance(leaf, Tensor)
+        for place, leaf in named_leaves(in_order(value))
     ]
 
 
 @contextmanager
-def _unfinished(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; the file is renamed to ``path``, or removed after an error."""
+def _unfinished(path: Path) -> Iterator[tuple[Path, Path]]:
+    """Yield temporary paths of the file and of its report; both are renamed in the end, or removed after an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.part{path.suffix}")  # two runs may write at once
+    unique = secrets.token_hex(4)  # two runs may write at once
+    part = path.with_name(f".{path.stem}.{unique}.part{path.suffix}")
+    report_part = path.with_name(f".{path.stem}.{unique}.part.json")
     try:
-        yield part
+        yield part, report_part
         part.replace(path)
+        report_part.replace(f"{path}.json")
     finally:
-        part.unlink(missing_ok=True)
+        for unfinished in (part, report_part):
+            unfinished.unlink(missing_ok=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -68,7 +70,7 @@ class MobileExport(CompressionCallback):
         (['model.ptl', 'model.ptl.json'], True)
 
     Args:
-        path: of the file; its suffix ``.ptl``, ``.pte`` or ``.onnx`` chooses the exporter.
+        path: of the file; its suffix ``.ptl``, ``.pte``, ``.onnx`` or ``.pt2`` chooses the exporter.
         exporter: file format and runtime, if not the default for the suffix.
         parity: maximum difference of an output of the file to the module's.
         checkpoint: which weights: ``last``, or the ``best`` of the first ``ModelCheckpoint``.
@@ -85,6 +87,7 @@ class MobileExport(CompressionCallback):
             method ``fuse``, ``reparameterize`` or ``switch_to_deploy``. Not in a quantized network.
         module: name of the submodule that is exported, for instance ``"net"`` where the steps call ``self.net(x)`` and
             ``forward`` is not implemented; None for the module itself. Not of a quantized network.
+        inputs: names of the file's inputs, see `ExportOptions`; None: all that the outputs are computed from.
 
     Raises:
         ValueError: an argument is wrong, two exports have one path, or there is no ``ModelCheckpoint`` for ``best``.
@@ -120,8 +123,9 @@ class MobileExport(CompressionCallback):
         latency_threads: PositiveInt = ExportOptions.latency_threads,
         merge_branches: bool = ExportOptions.merge_branches,
         module: str | None = None,
+        inputs: Sequence[str] | None = ExportOptions.inputs,
     ) -> None:
-        self._options = ExportOptions(exporter, parity, batch, latency_runs, latency_threads, merge_branches)
+        self._options = ExportOptions(exporter, parity, batch, latency_runs, latency_threads, merge_branches, inputs)
         self._exporter = self._options.for_path(path)
         self.path = path
         self.exporter = exporter
@@ -135,6 +139,7 @@ class MobileExport(CompressionCallback):
         self.latency_threads = latency_threads
         self.merge_branches = merge_branches
         self.module = module
+        self.inputs = inputs
         self.report: ExportReport | None = None
         self._capture = Capture()
         self._recorder = Recorder(limit=_PARITY_BATCHES)
@@ -198,11 +203,6 @@ class MobileExport(CompressionCallback):
                 log_rank_zero(trainer, f"{self.method}: {self.report.summary()}")
         finally:
             self._conclude(trainer, sys.exc_info()[1])
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Remove the hooks after an error."""
-        self._remove_hooks()
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -311,14 +311,23 @@ class MobileExport(CompressionCallback):
             return
         saved = ""
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            rescue = f"{self.path}.ckpt"
-            trainer.save_checkpoint(rescue)
-            saved = f" The trained network is saved in {rescue!r}.{self._others(trainer)}"
+            saved = f" {_rescued(trainer, f'{self.path}.ckpt')}{self._others(trainer)}"
         if isinstance(error, LightningLightError):
             raise type(error)(f"{error}{saved}") from error
         raise LightningLightError(
             f"`MobileExport({str(self.path)!r})` failed after training: {failure}{saved}"
         ) from error
+
+
+def _rescued(trainer: Trainer, path: str) -> str:
+    """Save the trained network, and describe where it is; a full disk may be what the export failed of."""
+    try:
+        trainer.save_checkpoint(path)
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            Path(path).unlink()  # a part of one
+        return f"The trained network could not be saved in {path!r} ({error}): it is in the module that was fitted."
+    return f"The trained network is saved in {path!r}."
 
 
 def _best_of(trainer: Trainer) -> Any:

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_light.errors import UnsupportedError
+from lightning_light.errors import ParityError, UnsupportedError
 from lightning_light.example_input import ExampleInput
-from lightning_light.export.inputs import Positional, batch_size, cloned, sliced
+from lightning_light.export.inputs import Positional, batch_size, cloned, in_order, sliced
 from lightning_light.export.program import flat_tensors
+from lightning_light.nested import map_tensors, tensors_in
 
 __all__ = ["ExportedNetwork", "ReferenceNetwork", "run_in_parts", "with_structure"]
 
 
 class ReferenceNetwork:
-    """The copy of the model that the file is compared with, called as the model is."""
+    """The copy of the model that the file is compared with, called as the model is.
 
-    def __init__(self, positional: Positional) -> None:
-        self.positional = positional
+    Args:
+        positional: the model's inputs by position.
+        inputs: what is left of a call; None for all of it.
+    """
+
+    def __init__(self, positional: Positional, inputs: Collection[str] | None = None) -> None:
+        self.positional, self._inputs = positional, inputs
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the copy; the inputs may be on any device and are not changed."""
-        call = cloned(ExampleInput(args, kwargs))
+        call = cloned(self.positional.only(ExampleInput(args, kwargs), self._inputs))
         return self.positional.model(*call.args, **call.kwargs)
 
 
@@ -37,6 +43,7 @@ class ExportedNetwork:
         structure: an output of the model.
         largest_batch: the largest batch that the file takes; larger ones are run in parts. None: any.
         path: of the file, for messages.
+        inputs: as of `ReferenceNetwork`.
     """
 
     def __init__(
@@ -46,23 +53,20 @@ class ExportedNetwork:
         structure: Any,
         largest_batch: int | None,
         path: str,
+        inputs: Collection[str] | None = None,
     ) -> None:
         self._positional, self._run, self._structure = positional, run, structure
-        self._largest_batch, self._path = largest_batch, path
+        self._largest_batch, self._path, self._inputs = largest_batch, path, inputs
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the file.
 
         Raises:
-            UnsupportedError: the call has other arguments than the example that was exported.
+            ParityError: the call lacks an input of the file.
         """
-        call = cloned(ExampleInput(args, kwargs))
-        if not self._positional.fits(call):
-            raise UnsupportedError(
-                f"The file {self._path!r}: expected a call with the inputs that were exported "
-                f"({', '.join(self._positional.names)}), found {len(args)} positional and the keyword arguments "
-                f"{list(kwargs)}. Export an example with these inputs."
-            )
+        call = cloned(self._positional.only(ExampleInput(args, kwargs), self._inputs))
+        if (misfit := self._positional.misfit(call)) is not None:
+            raise ParityError(f"The file {self._path!r}: {misfit}. Export an example with the same inputs.")
         outputs = run_in_parts(self._run, self._positional.tensors(call), self._largest_batch, self._path)
         return with_structure(outputs, self._structure)
 
@@ -104,19 +108,6 @@ def with_structure(tensors: list[Tensor], structure: Any) -> Any:
         >>> found
         {'b': tensor(2), 'a': tensor(1)}
     """
-    remaining = iter(tensors)
-    return _filled(structure, remaining)
-
-
-def _filled(structure: Any, remaining: Any) -> Any:
-    if isinstance(structure, Tensor):
-        return next(remaining)
-    if isinstance(structure, Mapping):
-        values = {key: _filled(structure[key], remaining) for key in sorted(structure, key=str)}
-        filled = {key: values[key] for key in structure}
-        return filled if type(structure) is dict else type(structure)(**filled)
-    if isinstance(structure, tuple) and hasattr(structure, "_fields"):
-        return type(structure)(*[_filled(item, remaining) for item in structure])
-    if isinstance(structure, list | tuple):
-        return type(structure)([_filled(item, remaining) for item in structure])
-    return structure
+    ordered = tensors_in(in_order(structure), objects=True)
+    placed = {id(old): tensor for old, tensor in zip(ordered, tensors, strict=True)}
+    return map_tensors(lambda old: placed[id(old)], structure)

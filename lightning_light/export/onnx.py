@@ -113,10 +113,8 @@ class _Session:
         options.intra_op_num_threads = torch.get_num_threads()
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        self._errors = tuple(
-            getattr(onnxruntime.capi.onnxruntime_pybind11_state, name)
-            for name in ("Fail", "InvalidArgument", "InvalidGraph", "NotImplemented", "RuntimeException")
-        )
+        state = vars(onnxruntime.capi.onnxruntime_pybind11_state).values()
+        self._errors = tuple(kind for kind in state if isinstance(kind, type) and issubclass(kind, Exception))
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except self._errors as error:

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from lightning_light.errors import ParityError
 from lightning_light.export.inputs import in_order
+from lightning_light.nested import named_leaves
 from lightning_light.validation import NonNegativeFloat, validated
 
 __all__ = ["Parity", "Tolerance", "compare_outputs"]
@@ -100,8 +100,8 @@ def compare_outputs(
 
 
 def _outputs(result: Any) -> list[tuple[str, Tensor]]:
-    leaves, _ = tree_flatten_with_path(in_order(result))
-    return [(f"output{keystr(path)}", leaf) for path, leaf in leaves if isinstance(leaf, Tensor)]
+    leaves = named_leaves(in_order(result), objects=True)
+    return [(f"output{path}", leaf) for path, leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def _check_structure(expected: list[tuple[str, Tensor]], found: list[tuple[str, Tensor]]) -> None:

@@ -16,14 +16,15 @@ from typing_extensions import override
 
 from lightning_light.errors import LightningLightError, TraceError
 from lightning_light.example_input import ExampleInput
-from lightning_light.export.inputs import Positional, cloned, in_order
+from lightning_light.export.inputs import Positional, cloned, has_tensor, in_order
 from lightning_light.isolation import plain_attention
+from lightning_light.nested import named_leaves, tensors_in
 from lightning_light.warning_filters import ignored_warnings
 
-__all__ = ["Flat", "Program", "flat_tensors", "quiet_torch", "traced"]
+__all__ = ["FAILURES", "Flat", "Program", "advice", "check_outputs", "flat_tensors", "quiet_torch", "traced"]
 
 FAILURES = (RuntimeError, TypeError, ValueError, AssertionError, AttributeError, LookupError)
-"""Exceptions of `torch.export`, and of formats built on it, for a network that they cannot express."""
+"""Exceptions of a network's own code, and of `torch.export` and formats built on it for one they cannot express."""
 
 
 def flat_tensors(value: Any) -> list[Tensor]:
@@ -33,7 +34,22 @@ def flat_tensors(value: Any) -> list[Tensor]:
         >>> flat_tensors(({"b": torch.tensor(1), "a": torch.tensor(2)}, "flag", [torch.tensor(3)]))
         [tensor(2), tensor(1), tensor(3)]
     """
-    return [leaf for leaf in tree_leaves(in_order(value)) if isinstance(leaf, Tensor)]
+    return list(tensors_in(in_order(value), objects=True))
+
+
+def check_outputs(model: nn.Module, outputs: Any) -> None:
+    """Refuse outputs that are neither tensors nor None: they would be constants of the file.
+
+    Raises:
+        TraceError: names their types.
+    """
+    leaves = [leaf for _, leaf in named_leaves(outputs) if leaf is not None and not has_tensor(leaf)]
+    if leaves:
+        raise TraceError(
+            f"`{type(model).__name__}`: expected outputs that are tensors or None, in tuples, lists, dicts and "
+            f"objects; found {', '.join(sorted({type(leaf).__name__ for leaf in leaves}))}. Return tensors, or export "
+            "a small module that calls yours and does so."
+        )
 
 
 class Flat(nn.Module):
@@ -76,15 +92,9 @@ class Flat(nn.Module):
         """Call the module once, to name its outputs and to find out whether it writes to its inputs."""
         given = cloned(ExampleInput(tuple(self._leaves))).args
         versions = [given[place]._version for place in self._places]
-        found = tree_flatten_with_path(in_order(self.model(*tree_unflatten(list(given), self._spec))))[0]
+        found = named_leaves(in_order(self.model(*tree_unflatten(list(given), self._spec))), objects=True)
         self._writes_to_inputs = versions != [given[place]._version for place in self._places]
-        if strangers := sorted({type(leaf).__name__ for _, leaf in found if not isinstance(leaf, Tensor)}):
-            raise TraceError(
-                f"`{type(self.model.model).__name__}`: expected outputs that are tensors, in tuples, lists and dicts; "
-                f"found {', '.join(strangers)}. Return a tuple or a dict of tensors, or export a small module that "
-                "calls yours and does so."
-            )
-        return _unique([keystr(path) or "output" for path, _ in found], otherwise="output")
+        return _unique([path or "output" for path, leaf in found if isinstance(leaf, Tensor)], otherwise="output")
 
 
 def _unique(paths: list[str], otherwise: str = "") -> list[str]:

@@ -80,7 +80,7 @@ class ExportReport:
             >>> with tempfile.TemporaryDirectory() as folder:
             ...     report = export_model(model, (torch.randn(1, 3, 8, 8),), f"{folder}/model.ptl")
             >>> print(report.summary())
-            /...model.ptl: ... kB, ... ms per sample (median of 50, 1 thread), differs by at most ... on 4 samples...
+            /...model.ptl: ... kB, ... ms per sample (median of 50, 1 thread), differs by at most ... on 5 samples...
         """
         threads = f"{self.latency.threads} thread{'s' if self.latency.threads > 1 else ''}"
         return (

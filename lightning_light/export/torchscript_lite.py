@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -23,8 +22,9 @@ from typing_extensions import override
 
 from lightning_light.errors import TraceError, UnsupportedError
 from lightning_light.export.exporter import Exporter
-from lightning_light.export.inputs import Positional
+from lightning_light.export.inputs import Positional, is_plain
 from lightning_light.export.int8 import describe, quantizer_of
+from lightning_light.export.program import flat_tensors
 from lightning_light.int8 import QUANTIZED_TENSORS_ARE_DEPRECATED, Int8Weights
 from lightning_light.isolation import plain_attention
 from lightning_light.validation import validated
@@ -166,12 +166,11 @@ def _written(
         try:
             frozen = torch.jit.freeze(traced, preserved_attrs=list(_named(packed)))  # constants would be written twice
             _forget_places(frozen.graph)
-            with TemporaryDirectory(dir=path.parent) as folder:
-                short = Path(folder) / "m"  # every record repeats the file's name
-                frozen._save_for_lite_interpreter(str(short), _extra_files=dict(notes or {}))
-                short.replace(path)
+            # In memory, since torch ends the process where its own writer cannot write, to a full disk for instance.
+            content = frozen._save_to_buffer_for_lite_interpreter(_extra_files=dict(notes or {}))
         except RuntimeError as error:  # an `autograd.Function` of the user's: Python that no file can hold
             raise TraceError(_advice(exporter, model, error)) from error
+        path.write_bytes(content)
         version = _runtime()._get_model_bytecode_version(str(path))
     _warn_of(exporter, branches, type(model.model).__name__)
     return frozen, {"torch": torch.__version__, "bytecode_version": version, "built_in_values": branches}
@@ -218,7 +217,8 @@ class _TracedCall(nn.Module):
 
     @override
     def forward(self, *tensors: Any) -> Any:
-        return vars(self)["held"][0](*tensors)
+        outputs = vars(self)["held"][0](*tensors)
+        return outputs if is_plain(outputs) else tuple(flat_tensors(outputs))
 
 
 def _trace(

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from lightning_light.errors import LightningLightError, UnsupportedError
+from lightning_light.errors import LightningLightError, ParityError, UnsupportedError
 from lightning_light.export.copies import detached_copy
 from lightning_light.export.evaluation import (
     Evaluation,
@@ -75,6 +75,8 @@ class ValidationEvaluator(Evaluator):
                     found = [shell.step(copy.deepcopy(batch), place) for shell in (of_model, of_file)]
                     self._update(paired, found, batch)
                     batches += 1
+            except ParityError:  # a batch that lacks an input of the file
+                raise
             except _FAILURES as error:
                 return self._without_metrics(error)
         return paired.evaluation(batches)

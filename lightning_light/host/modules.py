@@ -10,14 +10,19 @@ from torch import nn
 from lightning_light.host.patches import InstancePatch
 
 __all__ = [
+    "BUILDER",
     "RUN_STATE",
     "STEP_AS_FORWARD",
     "add_hparams",
+    "name_loader",
     "compiled_methods",
     "is_step_call",
     "logs_hparams",
     "trainer_of",
 ]
+
+BUILDER = "_instantiator"
+"""The hyper-parameter, and the argument of ``load_from_checkpoint``, that names what builds the module."""
 
 RUN_STATE = ("_trainer", "_fabric")
 """Attributes of a LightningModule that belong to the run, not to the network."""
@@ -45,6 +50,18 @@ def compiled_methods(module: nn.Module) -> dict[str, Any]:
     context = vars(module).get("_compiler_ctx") or {}
     methods = ((key.removeprefix("original_"), value) for key, value in context.items() if key.startswith("original_"))
     return {name: method for name, method in methods if name in vars(module)}
+
+
+def name_loader(module: Any, checkpoint: dict[str, Any], loader: str) -> None:
+    """Let ``cls.load_from_checkpoint`` of Lightning fail with an error that has ``loader`` in it.
+
+    Lightning refuses a checkpoint that names what builds the module, unless it is its own command line's.
+    """
+    key = module.CHECKPOINT_HYPER_PARAMS_KEY
+    hparams = checkpoint.get(key, {})
+    as_one = checkpoint.get(module.CHECKPOINT_HYPER_PARAMS_NAME, "kwargs") != "kwargs"  # given to one argument, whole
+    if isinstance(hparams, dict) and BUILDER not in hparams and not as_one:
+        checkpoint[key] = {**hparams, BUILDER: loader}
 
 
 def logs_hparams(owner: Any) -> bool:

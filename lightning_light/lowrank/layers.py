@@ -81,8 +81,8 @@ class _CallRecorder:
     positions: dict[nn.Module, list[float]] = field(default_factory=dict)
     shapes: dict[nn.Module, tuple[int, ...]] = field(default_factory=dict)
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        x, y = next(tensors_in(args)), next(tensors_in(output))
+    def __call__(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+        x, y = next(tensors_in((args, kwargs.get("query"), kwargs))), next(tensors_in(output))
         totals = self.positions.setdefault(module, [0.0, 0.0, 0.0])
         for index, count in enumerate(_positions(module, x, y)):
             totals[index] += count / self.samples
@@ -262,7 +262,7 @@ def _record_calls(model: nn.Module, example: ExampleInput) -> _CallRecorder:
     with isolated(model), ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, (*_FACTORIZABLE, nn.MultiheadAttention)) or factor_form(module):
-                stack.callback(module.register_forward_hook(calls).remove)
+                stack.callback(module.register_forward_hook(calls, with_kwargs=True).remove)
         fast = torch.backends.mha.get_fastpath_enabled()
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
         torch.backends.mha.set_fastpath_enabled(False)

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -53,7 +53,7 @@ def count_cost(
     custom or quantized kernels. Causal or padded attention counts in full, and so do weights that are zero. A module
     that runs twice counts twice. Of a layer that is expanded to branches what it merges into counts.
 
-    The model is left as found: see `isolated`. Its forward hooks do not run.
+    The model is left as found: see `isolated`. Forward hooks that only observe do not run.
 
     Args:
         model: on any device; its ``forward`` is called once or twice.
@@ -122,6 +122,7 @@ def _run(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], shapes: FakeTensorMode | None
 ) -> dict[str, int]:
     counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+    counter.mod_tracker = _NoModules()  # type: ignore[assignment]
     flops = _FlopsByModule(counter.get_total_flops)
     with ExitStack() as stack:
         stack.enter_context(isolated(model))
@@ -135,6 +136,16 @@ def _run(
         flops.update()
     merged_away = is_training_branch(model)
     return {name: count // 2 for name, count in flops.counts.items() if count and not merged_away(name)}
+
+
+class _NoModules:
+    """Stands in for the modules that torch's counter follows: it fails on a module that is called with a parameter."""
+
+    parents: ClassVar[frozenset[str]] = frozenset({"Global"})
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
 
 
 class _FlopsByModule(ModuleStack):

@@ -198,12 +198,6 @@ class CompressionMonitor(CompressionCallback):
             self._report(trainer, pl_module, self._recorder)
         self._reset()
 
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Release the module: there will be no teardown."""
-        self._remove_hparams()
-        self._reset()
-
     # Private: when to record, and what.
 
     def _reset(self) -> None:

@@ -229,11 +229,6 @@ class QuantizationAwareTraining(CompressionCallback):
             self._no_effect(self._why_nothing(state))
 
     @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave no hook behind: `teardown` is not called then."""
-        self._detach()
-
-    @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave no hook behind."""
         self._detach()
@@ -243,6 +238,10 @@ class QuantizationAwareTraining(CompressionCallback):
     def window(self, max_epochs: int | None) -> tuple[float, float] | None:
         """From the first observation to the end: the ranges belong to the network that is exported."""
         return self._resolved("start", max_epochs), 1.0
+
+    @override
+    def last_change(self, max_epochs: int | None) -> float | None:
+        return self._resolved("start", max_epochs)
 
     @override
     def int8_weights(self) -> Int8Weights | None:

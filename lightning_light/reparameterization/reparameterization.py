@@ -154,6 +154,10 @@ class Reparameterization(CompressionCallback):
         end = 1.0 if self.merge is None else resolve_moment(self.merge, max_epochs, repr(self))
         return resolve_moment(self.start, max_epochs, repr(self)), end
 
+    @override
+    def last_change(self, max_epochs: int | None) -> float | None:
+        return (self.window(max_epochs) or (0.0, 1.0))[0 if self.merge is None else 1]
+
     # Private: when the hooks act.
 
     def _resolved(self, trainer: Trainer) -> tuple[float, float]:

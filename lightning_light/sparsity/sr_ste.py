@@ -102,6 +102,10 @@ class SRSTE(MaskingCallback):
         """From the first masks to the end of the run."""
         return self._events.window(max_epochs)[0], 1.0
 
+    @override
+    def last_change(self, max_epochs: int | None) -> float | None:
+        return self._events.window(max_epochs)[1]
+
     # Private.
 
     @override

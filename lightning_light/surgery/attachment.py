@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_light.host.modules import trainer_of
+from lightning_light.host.modules import name_loader, trainer_of
 from lightning_light.host.patches import InstancePatch, patches_of
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.manifest import KEY
@@ -24,15 +24,20 @@ from lightning_light.surgery.state import CompressionState
 from lightning_light.surgery.structure import PRIVATE_PREFIX
 
 __all__ = [
+    "LOADER",
     "CompressionState",
     "attach",
     "check_owners",
+    "detach",
     "has_state",
     "record",
     "register_operation",
     "release",
     "state_of",
 ]
+
+LOADER = "a compressed network, which `lightning_light.load_from_checkpoint(MyModule, path)` rebuilds"
+"""What the checkpoint of a changed structure names as its loader."""
 
 _STATE = f"{PRIVATE_PREFIX}_compression_state"
 _HOOK = f"{PRIVATE_PREFIX}_hook"
@@ -127,12 +132,23 @@ def release(module: nn.Module) -> None:
         handle.remove()
 
 
+def detach(module: nn.Module) -> None:
+    """Remove everything that `attach` added, the compression state included."""
+    release(module)
+    vars(module).pop(_STATE, None)
+    for patch in patches_of(module):
+        if getattr(patch.value, "__func__", None) in (on_save_checkpoint, on_load_checkpoint):
+            patch.undo()
+
+
 def on_save_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
     """Call the module's own hook, then write the manifest."""
     compression_state = state_of(self)
     _call_original(self, "on_save_checkpoint", checkpoint)
     trainer = trainer_of(self)
     checkpoint[KEY] = compression_state.manifest(self, [] if trainer is None else trainer.optimizers)
+    if compression_state.edit_log:
+        name_loader(self, checkpoint, LOADER)
 
 
 def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from typing_extensions import override
 
-from lightning_light.surgery.attachment import attach, has_state, release
+from lightning_light.host.modules import BUILDER
+from lightning_light.surgery.attachment import LOADER, attach, has_state, release
 from lightning_light.validation import validated
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ _PATCHING = threading.RLock()
 
 @validated
 def load_from_checkpoint(cls: type[Module], path: str | Path, **kwargs: Any) -> Module:
-    """Load a compressed network: ``cls.load_from_checkpoint``, which alone builds the uncompressed structure.
+    """Load a compressed network: ``cls.load_from_checkpoint`` alone refuses one whose structure has changed.
 
     Hyper-parameters, ``map_location``, ``strict`` and the rest are Lightning's own; the class is left as it was.
 
@@ -42,7 +43,18 @@ def load_from_checkpoint(cls: type[Module], path: str | Path, **kwargs: Any) -> 
         ManifestError: the checkpoint is of another network, or its manifest is damaged.
     """
     with _restructuring(cls):
-        return cls.load_from_checkpoint(path, **kwargs)
+        loaded: Module = _load(cls.load_from_checkpoint, path, **kwargs)
+        return loaded
+
+
+def _load(load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call Lightning's ``load_from_checkpoint``, which fails on the loader that a checkpoint names; then without it."""
+    try:
+        return load(*args, **kwargs)
+    except (ValueError, ModuleNotFoundError) as error:
+        if LOADER.partition(".")[0] not in str(error):
+            raise
+    return load(*args, **{**kwargs, BUILDER: None})
 
 
 @contextmanager
@@ -78,6 +90,12 @@ class CompressibleMixin(_Base):
         >>> import lightning as L
         >>> class MyModule(CompressibleMixin, L.LightningModule): ...
     """
+
+    @classmethod
+    @override
+    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load a checkpoint, compressed or not."""
+        return _load(super().load_from_checkpoint, *args, **kwargs)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

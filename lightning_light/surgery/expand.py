@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_light.errors import ManifestError, UnsupportedError
 from lightning_light.example_input import ExampleInput
+from lightning_light.host.modules import BUILDER
 from lightning_light.nested import tensors_in
 from lightning_light.surgery.attachment import attach, release
 from lightning_light.surgery.manifest import KEY, Kept, Manifest, check_fingerprint
@@ -62,6 +63,7 @@ def expand_checkpoint(path: str | Path, out: str | Path, model: nn.Module, *, ex
     if example is not None:
         _compare(model, checkpoint, expanded, ExampleInput.of(example))
     rest = {key: value for key, value in checkpoint.items() if key not in _OF_THE_RUN}
+    rest.get("hyper_parameters", {}).pop(BUILDER, None)
     torch.save({**rest, "state_dict": expanded}, out)
 
 

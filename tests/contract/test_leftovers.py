@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_light.distillation import KnowledgeDistillation
 from lightning_light.errors import NoEffectWarning
 from tests.contract.runs import differences, module_of, trainer
 from tests.contract.table import FULL
@@ -72,6 +73,40 @@ def test_no_hook_is_left_after_an_error_in_training(case, tmp_path) -> None:
     assert {name: trace[1] for name, trace in traces(module).items() if name} == {
         name: trace[1] for name, trace in traces(plain).items() if name
     }
+
+
+@pytest.mark.parametrize("case", FULL)
+def test_a_run_without_a_planned_end_is_refused_and_leaves_the_module_as_it_was(case, tmp_path) -> None:
+    """Also for a project that wraps ``fit`` and swallows the exception."""
+    callback = case.build(tmp_path)[0]
+    if callback.window(3) is None and not isinstance(callback, KnowledgeDistillation):
+        return
+    for options in ({"max_epochs": -1}, {"max_epochs": None, "max_time": {"hours": 1}}):
+        module = module_of(case)
+        before, weights = traces(module), {name: value.clone() for name, value in module.state_dict().items()}
+        with pytest.raises(ValueError, match=r"expected a run with a planned end.*Set `max_steps`"):
+            trainer(*case.build(tmp_path), **options).fit(module)
+        assert traces(module) == before
+        assert not [key for key in vars(module) if key in OURS or key.startswith("_lightning_light")]
+        assert not differences(weights, dict(module.state_dict()))
+
+
+class OutOfTime(lightning.pytorch.Callback):
+    """Stops the run after its first batch, as ``max_time`` does."""
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        trainer.should_stop = True
+
+
+@pytest.mark.filterwarnings("ignore::lightning_light.errors.NoEffectWarning")
+@pytest.mark.parametrize("case", FULL)
+def test_a_run_that_is_stopped_before_the_last_change_says_so(case, tmp_path) -> None:
+    callbacks = case.build(tmp_path)
+    last = callbacks[0].last_change(3)
+    if last is None or last < 0.2:
+        return
+    with pytest.warns(UserWarning, match=f"`{type(callbacks[0]).__name__}`: .* it was stopped at 8%, by `max_time`"):
+        trainer(*callbacks, OutOfTime()).fit(module_of(case))
 
 
 @pytest.mark.parametrize("case", FULL)

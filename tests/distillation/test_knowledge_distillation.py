@@ -439,6 +439,7 @@ REFUSED: list[tuple[Any, type[Exception], str]] = [
         r"found `SelfTeacher\(decay=0.5\)",
     ),
     (lambda: distilled(teacher="nowhere.pt"), ValueError, "found no such file"),
+    (lambda: distilled(teacher=__file__), ValueError, r"found one that torch does not load as such.*CheckpointTeacher"),
     (lambda: distilled(teacher=lambda: 3), TypeError, "expected a function that returns a module"),
     (lambda: KnowledgeDistillation(SelfTeacher), TypeError, "For self-distillation write"),
     (lambda: KnowledgeDistillation(mentor, losses=SoftTargets), TypeError, r"Pass an instance: `SoftTargets\(\)`"),  # type: ignore[arg-type]

@@ -305,7 +305,7 @@ def test_every_head_of_an_attention_has_its_own_ranks(options) -> None:
             self.attention = nn.MultiheadAttention(16, 2, batch_first=True, **options)
 
         def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return self.attention(query, key, value)[0]
+            return self.attention(value=value, key=key, query=query)[0]
 
     module = Net()
     attention = module.attention

@@ -89,6 +89,22 @@ def test_multihead_attention(shapes_only: bool, need_weights: bool, training: bo
 
 
 @ON_SHAPES_AND_DATA
+def test_a_layer_is_called_with_a_slice_of_a_parameter(shapes_only: bool) -> None:
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.fc = nn.Parameter(torch.ones(1, 9, 4)), nn.Linear(4, 3)
+            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            found, _ = self.attention(value=x, query=x, key=x, need_weights=False)
+            return self.fc(found) + self.fc(self.table[:, : x.shape[1]])
+
+    attention = 4 * 4 * 4 * 10 + 2 * 5 * 5 * 4 * 2
+    assert macs(Positions(), torch.zeros(2, 5, 4), shapes_only=shapes_only) == attention + (10 + 5) * 4 * 3
+
+
+@ON_SHAPES_AND_DATA
 def test_transformer_encoder(shapes_only: bool) -> None:
     layer = nn.TransformerEncoderLayer(16, 4, dim_feedforward=32, batch_first=True)
     model = nn.TransformerEncoder(layer, num_layers=3).eval()
