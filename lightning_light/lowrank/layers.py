@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Collection, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +15,13 @@ from torch.nn.utils import parametrize
 
 from lightning_light.example_input import ExampleInput
 from lightning_light.isolation import isolated
-from lightning_light.lowrank.build import current_ranks, dense_weight, factor_form
-from lightning_light.lowrank.splitting import SplitAttention, SplitLinear, split_weights, why_unsplittable
+from lightning_light.lowrank.build import current_ranks, dense_weight, exact_factors
+from lightning_light.lowrank.factors import factor_form
+from lightning_light.lowrank.splitting import SplitAttention, SplitLinear, split_module, split_weights, why_unsplittable
 from lightning_light.nested import tensors_in
+from lightning_light.surgery.replace import put_module
+from lightning_light.surgery.trial import failing_replacements
+from lightning_light.training_step import step_as_forward
 
 __all__ = ["FactorizableLayer", "find_layers"]
 
@@ -124,7 +128,23 @@ def find_layers(
             layers += _layers_inside(name, module, parts, calls)
         else:
             layers.append(_layer(name, module, calls, form))
-    return layers, reasons
+    failing = failing_replacements(model, _exact_replacements(model, layers), example)
+    return [layer for layer in layers if (layer.owner or layer.name) not in failing], reasons | failing
+
+
+def _exact_replacements(model: nn.Module, layers: Iterable[FactorizableLayer]) -> dict[str, nn.Module]:
+    """Return factors that compute what the layers do, by name, for those that are not factorized yet."""
+    found: dict[str, nn.Module] = {}
+    for layer in layers:
+        if layer.owner:
+            if layer.owner not in found:
+                found[layer.owner] = split_module(model.get_submodule(layer.owner), layer.parts)
+            inner = layer.name.removeprefix(f"{layer.owner}.")
+            linear = found[layer.owner].get_submodule(inner)
+            put_module(found[layer.owner], inner, exact_factors(linear, "linear"))
+        elif layer.limits is None:
+            found[layer.name] = exact_factors(model.get_submodule(layer.name), layer.forms[0])
+    return found
 
 
 def _outermost(model: nn.Module, names: Iterable[str]) -> list[str]:
@@ -259,7 +279,8 @@ def _shared_parameters(model: nn.Module) -> set[int]:
 def _record_calls(model: nn.Module, example: ExampleInput) -> _CallRecorder:
     """Run one forward pass in evaluation mode and record the calls of all layers."""
     calls = _CallRecorder(example.samples)
-    with isolated(model), ExitStack() as stack:
+    call = step_as_forward(model) if example.step else nullcontext()
+    with call, isolated(model), ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, (*_FACTORIZABLE, nn.MultiheadAttention)) or factor_form(module):
                 stack.callback(module.register_forward_hook(calls).remove)

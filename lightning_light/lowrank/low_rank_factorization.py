@@ -16,8 +16,8 @@ from lightning_light.criteria.collector import EvidenceCollector, Gathered, coll
 from lightning_light.example_input import Capture, ExampleInput
 from lightning_light.host.trainer import callbacks_of, steps_done
 from lightning_light.lowrank.apply import METHOD, apply_factors, check_unowned
-from lightning_light.lowrank.build import factor_form
 from lightning_light.lowrank.calibration import first_batches, watched_modules
+from lightning_light.lowrank.factors import factor_form
 from lightning_light.lowrank.fits import Fit
 from lightning_light.lowrank.functional import plan_layers
 from lightning_light.lowrank.layers import FactorizableLayer, find_layers

@@ -82,11 +82,11 @@ def expand_branches(
         >>> merge_branches(model).layers
         ('0',)
     """
-    plan = plan_expansion(model, form, as_targets(targets), optimizers=optimizers)
+    example = None if example_inputs is None else ExampleInput.of(example_inputs)
+    plan = plan_expansion(model, form, as_targets(targets), optimizers=optimizers, example=example)
     if not plan.layers:
         warnings.warn(f"`expand_branches` had no effect: {plan.summary()}.", NoEffectWarning, stacklevel=3)
         return plan
-    example = None if example_inputs is None else ExampleInput.of(example_inputs)
     if example is not None:
         trial = copy.deepcopy(model)
         expand_layers(trial, plan.layers)
