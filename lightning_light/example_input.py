@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_light.errors import LightningLightError
 from lightning_light.host.modules import compiled_methods, is_step_call, trainer_of
+from lightning_light.host.patches import RunHook
 from lightning_light.nested import map_tensors, tensors_in
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ def capture(pl_module: nn.Module, module: nn.Module | None = None) -> Capture:
             "compiled steps, in which no hook can capture one, and no `example_input_array`. Set it in the module, or "
             "compile the network in place: `module.compile()`."
         )
-    found._handle = (module or pl_module).register_forward_pre_hook(found._capture, with_kwargs=True)
+    found._handle = (module or pl_module).register_forward_pre_hook(RunHook(found._capture), with_kwargs=True)
     return found
 
 
