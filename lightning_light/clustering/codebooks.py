@@ -12,35 +12,51 @@ from torch.nn.utils import parametrize
 from lightning_light.clustering.cluster_training import Clusters
 from lightning_light.clustering.kmeans import assign, kmeans
 from lightning_light.clustering.options import WeightClusteringOptions
+from lightning_light.errors import UnsupportedError
 from lightning_light.targets import as_targets
+from lightning_light.trained_weights import trained_weights
 
 __all__ = ["clusterable_weights", "clusters_of", "first_clusters", "harden", "plain_entry", "weight_of"]
 
 _SMALLEST = 4  # weights per value, below which a codebook is larger than the weights it replaces
 
 
-def clusterable_weights(model: nn.Module, options: WeightClusteringOptions) -> Iterator[tuple[str, nn.Parameter]]:
+def clusterable_weights(
+    model: nn.Module, options: WeightClusteringOptions, call: str = "WeightClustering"
+) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield the name and the weight of every layer to cluster; a shared weight once.
 
     Raises:
         TargetError: the targets match nothing.
+        UnsupportedError: a layer under weight norm, with one codebook for all of its outputs.
     """
     seen: set[int] = set()
     for name, module in as_targets(options.targets).select(model).items():
         weight = weight_of(module)
         if weight is not None and weight.dim() > 1 and weight.numel() >= 2 * _SMALLEST and id(weight) not in seen:
+            _refuse_shared_codebook(call, name, module, options)
             seen.add(id(weight))
             yield name, weight
 
 
 def weight_of(module: nn.Module) -> nn.Parameter | None:
     """Return the trained weight of a layer, also where a parametrization computes the layer's weight from it."""
-    if parametrize.is_parametrized(module, "weight"):
-        found = getattr(module.parametrizations, "weight", None)
-        original = getattr(found, "original", None)
-        return original if isinstance(original, nn.Parameter) else None
-    weight = module._parameters.get("weight")
-    return weight if weight is not None and not nn.parameter.is_lazy(weight) else None
+    found = next((source.parameter for source in trained_weights(module) if source.tensor == "weight"), None)
+    if found is None and parametrize.is_parametrized(module, "weight"):
+        original = getattr(getattr(module.parametrizations, "weight", None), "original", None)
+        found = original if isinstance(original, nn.Parameter) else None
+    return found if found is not None and not nn.parameter.is_lazy(found) else None
+
+
+def _refuse_shared_codebook(call: str, name: str, module: nn.Module, options: WeightClusteringOptions) -> None:
+    """Refuse one codebook for all outputs of a layer under weight norm, which scales every output by its own factor."""
+    normed = any(source.norm == "weight norm" and source.tensor == "weight" for source in trained_weights(module))
+    if normed and options.granularity == "layer":
+        raise UnsupportedError(
+            f"`{call}(granularity='layer')` on `{name}`: expected a weight that the layer computes with, found one "
+            "under weight norm, which scales every output by its own factor: there would be more values than clusters. "
+            f"Write `granularity='channel'`, or exclude the layer: `targets=Targets(exclude={name!r})`."
+        )
 
 
 def first_clusters(weight: Tensor, options: WeightClusteringOptions) -> Clusters:

@@ -63,7 +63,7 @@ def cluster(
             f"in their place. Write `cluster(model, None, {example_inputs})`."
         )
     options = WeightClusteringOptions(clusters, granularity, initialization, preserve_sparsity, targets)
-    weights = dict(clusterable_weights(model, options))
+    weights = dict(clusterable_weights(model, options, "cluster"))
     check_owners(model, weights, method="cluster", stage=Stage.CLUSTERING)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for weight in weights.values():

@@ -21,6 +21,7 @@ from lightning_light.lowrank.splitting import SplitAttention, SplitLinear, split
 from lightning_light.nested import tensors_in
 from lightning_light.surgery.replace import put_module
 from lightning_light.surgery.trial import failing_replacements
+from lightning_light.trained_weights import trained_weights
 from lightning_light.training_step import step_as_forward
 
 __all__ = ["FactorizableLayer", "find_layers"]
@@ -177,10 +178,12 @@ def _why_not(module: nn.Module, shared: set[int], calls: _CallRecorder, parts: i
 
 
 def _why_special(module: nn.Module) -> str | None:
+    if norm := next((source.norm for source in trained_weights(module) if source.norm), None):
+        return f"its weight is computed by {norm}, which factors would not follow: remove it first"
     if parametrize.is_parametrized(module):
         return "its weight is computed by a parametrization"
     if "weight" not in module._parameters:
-        return "its weight is computed by a hook (`weight_norm`, a mask of `torch.nn.utils.prune`): make it permanent"
+        return "its weight is computed by a hook (a mask of `torch.nn.utils.prune`): make it permanent"
     if hasattr(module, "weight_fake_quant") or hasattr(module, "activation_post_process"):
         return "it is prepared for quantization: factorize first, then quantize"
     if type(module) not in _FACTORIZABLE:

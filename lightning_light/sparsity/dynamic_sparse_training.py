@@ -148,6 +148,13 @@ class DynamicSparseTraining(MaskingCallback):
 
     @override
     def _check_plan(self, masks: Mapping[str, Tensor]) -> None:
+        normed = [weight.layer for weight in self._weights if weight.source.norm == "weight norm"]
+        if normed:
+            exclude = f"`targets=Targets(exclude={normed})`"
+            raise UnsupportedError(
+                f"`{type(self).__name__}`: expected plain weights, found weight norm in {normed[:3]}: a filter that "
+                f"loses all connections would be divided by zero. Exclude them, {exclude}, or use `WeightPruning`."
+            )
         frozen = [weight.layer for weight in self._weights if not weight.parameter.requires_grad]
         if frozen and not isinstance(self._rule, Static):
             raise UnsupportedError(

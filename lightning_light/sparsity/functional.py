@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,11 +20,14 @@ from lightning_light.sparsity.patterns import Pattern
 from lightning_light.sparsity.planning import PruningPlan, plan_pruning
 from lightning_light.sparsity.scope import Scope
 from lightning_light.sparsity.scores import score_weights
+from lightning_light.sparsity.weights import uncovered_parameters
 from lightning_light.surgery.attachment import check_owners
-from lightning_light.targets import TargetsLike
+from lightning_light.targets import TargetsLike, as_targets
 from lightning_light.validation import OpenFraction, PositiveInt, validated
 
 __all__ = ["prune_weights"]
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @validated
@@ -87,6 +91,8 @@ def prune_weights(
     options = WeightPruningOptions(budget, criterion, pattern, scope, targets, remaining, calibration_batches, seed)
     options.check("prune_weights")
     plan = plan_pruning("prune_weights", model, options)
+    if uncovered := uncovered_parameters(model, plan.weights, as_targets(targets)):
+        _LOGGER.info("prune_weights: not covered, in no layer with known weights: %s", uncovered)
     check_owners(model, [weight.layer for weight in plan.weights], method="prune_weights", stage=Stage.MASKS)
     gathered = _gather(model, plan, data, loss)
     generator = torch.Generator().manual_seed(seed)

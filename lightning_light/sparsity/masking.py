@@ -20,12 +20,13 @@ from lightning_light.sparsity.mask_enforcer import MaskEnforcer, StepHooks, mask
 from lightning_light.sparsity.mask_state import cut_masks
 from lightning_light.sparsity.options import WeightPruningOptions
 from lightning_light.sparsity.planning import PruningPlan, plan_pruning
-from lightning_light.sparsity.weights import MaskableWeight
+from lightning_light.sparsity.weights import MaskableWeight, uncovered_parameters
 from lightning_light.surgery.attachment import check_owners
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.checkpoint_monitoring import reset_monitoring
 from lightning_light.surgery.distributed import broadcast, log_rank_zero, refuse_sharding
 from lightning_light.surgery.masks import true_masks
+from lightning_light.targets import as_targets
 from lightning_light.timing import Events
 
 if TYPE_CHECKING:
@@ -86,6 +87,8 @@ class MaskingCallback(CompressionCallback):
         masks = state.get("masks", {}) if self.resumed(pl_module) else true_masks(pl_module, state.get("masks", {}))
         self._run_plan = plan_pruning(type(self).__name__, pl_module, self.options)
         self._check_plan(masks)
+        if uncovered := uncovered_parameters(pl_module, self._weights, as_targets(self.options.targets)):
+            log_rank_zero(trainer, f"{type(self).method}: not covered, in no layer with known weights: {uncovered}")
         self._refuse_overlap(trainer)
         if not self.resumed(pl_module):
             layers = [weight.layer for weight in self._weights]
