@@ -12,10 +12,12 @@ import torch
 from typing_extensions import override
 
 from lightning_light.errors import NoEffectWarning
+from lightning_light.helper_networks import first_call, frozen_parts, helper_networks
 from lightning_light.host.classes import Callback
 from lightning_light.host.strategy import rebuild_ddp
 from lightning_light.host.trainer import callbacks_of, is_restoring
 from lightning_light.int8 import Int8Weights
+from lightning_light.isolation import FORWARD_ERRORS
 from lightning_light.order import check_order
 from lightning_light.surgery.attachment import attach, has_state, record, release, state_of
 from lightning_light.surgery.averaged_models import averaged_models_of
@@ -203,6 +205,23 @@ class CompressionCallback(Callback):
             torch.compiler.reset()  # else the ninth shape falls back to eager code without a word
         reset_monitoring(trainer)
         log_rank_zero(trainer, f"{type(self).method}: {summary}")
+
+    def _helper_networks(self, trainer: Trainer, pl_module: LightningModule, batch: Any = None) -> list[str] | None:
+        """Name the frozen networks that are left alone, and log them; None as long as a batch is needed to tell.
+
+        A module whose step cannot be run alone has none.
+        """
+        parts, example = frozen_parts(pl_module), first_call(pl_module, batch)
+        if parts and example is None:
+            return None
+        try:
+            found = helper_networks(pl_module, example)
+        except FORWARD_ERRORS as error:
+            log_rank_zero(trainer, f"{type(self).method}: {parts} are frozen, and not left alone ({error})")
+            return []
+        if found:
+            log_rank_zero(trainer, f"{type(self).method}: left alone, frozen and only used to train: {found}")
+        return found
 
     def _no_effect(self, reason: str) -> None:
         """Warn that the method found nothing to do, by name and with the reason."""

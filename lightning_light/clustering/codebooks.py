@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,18 +13,30 @@ from lightning_light.clustering.cluster_training import Clusters
 from lightning_light.clustering.kmeans import assign, kmeans
 from lightning_light.clustering.options import WeightClusteringOptions
 from lightning_light.errors import UnsupportedError
+from lightning_light.helper_networks import inside
 from lightning_light.targets import as_targets
 from lightning_light.trained_weights import trained_weights
 
-__all__ = ["clusterable_weights", "clusters_of", "first_clusters", "harden", "plain_entry", "weight_of"]
+__all__ = [
+    "cluster_average",
+    "clusterable_weights",
+    "clusters_of",
+    "first_clusters",
+    "harden",
+    "plain_entry",
+    "weight_of",
+]
 
 _SMALLEST = 4  # weights per value, below which a codebook is larger than the weights it replaces
 
 
 def clusterable_weights(
-    model: nn.Module, options: WeightClusteringOptions, call: str = "WeightClustering"
+    model: nn.Module,
+    options: WeightClusteringOptions,
+    call: str = "WeightClustering",
+    left_alone: Sequence[str] = (),
 ) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the name and the weight of every layer to cluster; a shared weight once.
+    """Yield the name and the weight of every layer to cluster; a shared weight once, of ``left_alone`` none.
 
     Raises:
         TargetError: the targets match nothing.
@@ -32,7 +44,7 @@ def clusterable_weights(
     """
     seen: set[int] = set()
     for name, module in as_targets(options.targets).select(model).items():
-        weight = weight_of(module)
+        weight = None if inside(name, left_alone) else weight_of(module)
         if weight is not None and weight.dim() > 1 and weight.numel() >= 2 * _SMALLEST and id(weight) not in seen:
             _refuse_shared_codebook(call, name, module, options)
             seen.add(id(weight))
@@ -79,6 +91,18 @@ def harden(weight: nn.Parameter, clusters: Clusters) -> Clusters:
     hard = Clusters(clusters.centroids, assignments, zero)
     weight.copy_(hard.values().reshape(weight.shape))
     return hard
+
+
+@torch.no_grad()
+def cluster_average(weight: nn.Parameter, clusters: Clusters) -> Clusters:
+    """Set every weight of an average to the mean of its cluster, in place, and return the clusters of the average.
+
+    An average that began before the clustering, or over which assignments have changed, has more values.
+    """
+    means = clusters.pinned(clusters.means(weight.detach().reshape(clusters.assignments.shape)))
+    found = Clusters(means, clusters.assignments, clusters.zero_centroid)
+    weight.copy_(found.values().reshape(weight.shape))
+    return found
 
 
 def plain_entry(clusters: Clusters) -> dict[str, Any]:

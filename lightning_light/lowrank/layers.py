@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lightning_light.example_input import ExampleInput
+from lightning_light.helper_networks import helper_networks, inside
 from lightning_light.isolation import isolated
 from lightning_light.lowrank.build import current_ranks, dense_weight, exact_factors
 from lightning_light.lowrank.factors import factor_form
@@ -118,8 +119,13 @@ def find_layers(
     shared = _shared_parameters(model)
     layers: list[FactorizableLayer] = []
     reasons: dict[str, str] = {}
+    helpers = helper_networks(model, example)
     for name in _outermost(model, names):
         module = model.get_submodule(name)
+        if inside(name, helpers):
+            if isinstance(module, _FACTORIZABLE):
+                reasons[name] = "it is frozen, and part of a network that is only used to train"
+            continue
         parts = next((count for pattern, count in split.items() if fnmatch.fnmatchcase(name, pattern)), 0)
         reason = _why_not(module, shared, calls, parts, may_shrink=name in shrinkable)
         if reason is not None:

@@ -126,6 +126,7 @@ class DynamicSparseTraining(MaskingCallback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Become sparse, or replace connections, if that is due: between two steps."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         state = self.state(pl_module)
         if not state["masks"]:
             if progress_at_step(trainer) + _SAME >= self._events.window(trainer.max_epochs)[0]:

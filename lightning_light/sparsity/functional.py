@@ -13,6 +13,8 @@ from lightning_light.budgets import Budget, Sparsity
 from lightning_light.criteria.collector import Gathered, collect_evidence
 from lightning_light.criteria.evidence import Criterion
 from lightning_light.criteria.movement import Movement
+from lightning_light.example_input import ExampleInput
+from lightning_light.helper_networks import helper_networks
 from lightning_light.order import Stage
 from lightning_light.sparsity.mask_enforcer import mask_model
 from lightning_light.sparsity.options import WeightPruningOptions
@@ -52,7 +54,7 @@ def prune_weights(
 
     Args:
         model: any module.
-        example_inputs: not needed; there for the common signature of the functions.
+        example_inputs: of one call; frozen parts of the model that it does not call are left alone. None: all count.
         budget: ``Sparsity(amount)`` of the targets' weights. None with `NM`, which determines it, or ``remaining``.
         criterion: scores weights; the lowest scores are masked first.
         pattern: what is masked together.
@@ -90,7 +92,10 @@ def prune_weights(
         )
     options = WeightPruningOptions(budget, criterion, pattern, scope, targets, remaining, calibration_batches, seed)
     options.check("prune_weights")
-    plan = plan_pruning("prune_weights", model, options)
+    helpers = [] if example_inputs is None else helper_networks(model, ExampleInput.of(example_inputs))
+    if helpers:
+        _LOGGER.info("prune_weights: left alone, frozen and not called: %s", helpers)
+    plan = plan_pruning("prune_weights", model, options, helpers)
     if uncovered := uncovered_parameters(model, plan.weights, as_targets(targets)):
         _LOGGER.info("prune_weights: not covered, in no layer with known weights: %s", uncovered)
     check_owners(model, [weight.layer for weight in plan.weights], method="prune_weights", stage=Stage.MASKS)

@@ -80,20 +80,23 @@ class PruningPlan:
         return {name: ~pattern.expand(masked[name], scores[name].shape) for name in units}
 
 
-def plan_pruning(method: str, model: nn.Module, options: WeightPruningOptions) -> PruningPlan:
+def plan_pruning(
+    method: str, model: nn.Module, options: WeightPruningOptions, left_alone: Sequence[str] = ()
+) -> PruningPlan:
     """Find the weights and check the whole run: pattern, evidence, budget. ``model`` is not changed.
 
     Args:
         method: the name of the callback or function, for error messages.
         model: any module.
         options: what is asked.
+        left_alone: modules whose weights are not masked.
 
     Raises:
         TargetError: the targets match nothing, or a layer that the pattern does not divide.
         UnsupportedError: evidence that a layer cannot give.
         BudgetError: the budget leaves a layer without a unit.
     """
-    weights = find_weights(model, as_targets(options.targets), method)
+    weights = find_weights(model, as_targets(options.targets), method, left_alone)
     _check_pattern(method, weights, options.pattern)
     check_evidence(method, options.criterion, weights)
     own: dict[str, float] = {}

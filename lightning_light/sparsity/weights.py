@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
 from lightning_light.errors import TargetError, UnsupportedError
+from lightning_light.helper_networks import inside
 from lightning_light.targets import Targets
 from lightning_light.trained_weights import TrainedWeight, other_parametrizations, trained_weights
 
@@ -48,11 +49,13 @@ class MaskableWeight:
         return tensor.transpose(0, 1) if self.output_dim else tensor
 
 
-def find_weights(model: nn.Module, targets: Targets, method: str) -> list[MaskableWeight]:
+def find_weights(
+    model: nn.Module, targets: Targets, method: str, left_alone: Sequence[str] = ()
+) -> list[MaskableWeight]:
     """List every weight of two or more axes in ``targets`` once, without embedding tables.
 
     Weights are parameters called ``weight`` or, in layers that are not torch's, ``proj`` (of experts), and what weight
-    norm and spectral norm compute a weight from.
+    norm and spectral norm compute a weight from. Modules in ``left_alone`` have none.
 
     Raises:
         TargetError: the targets match nothing, or nothing with such a weight.
@@ -62,6 +65,7 @@ def find_weights(model: nn.Module, targets: Targets, method: str) -> list[Maskab
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found: dict[int, MaskableWeight] = {}
     selected = targets.select(model)
+    selected = {name: module for name, module in selected.items() if not inside(name, left_alone)}
     for layer, module in selected.items():
         _refuse_computed(method, layer, module)
         for source in [] if isinstance(module, _TABLES) else trained_weights(module, _MARKS):

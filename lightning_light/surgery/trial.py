@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_light.example_input import ExampleInput
-from lightning_light.isolation import isolated, plain_attention
+from lightning_light.isolation import FORWARD_ERRORS, isolated, plain_attention
 from lightning_light.nested import tensors_in
 from lightning_light.training_step import step_as_forward
 
 __all__ = ["failing_replacements"]
 
-_FORWARD_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _TOLERANCE = 1e-3  # of the largest output, for layers that compute the same
 
 
@@ -53,7 +52,7 @@ def _difference(
 ) -> str | None:
     try:
         found = _run(model, replacements, example)
-    except _FORWARD_ERRORS as error:
+    except FORWARD_ERRORS as error:
         first = next(iter(str(error).splitlines()), "")
         return f"the model does not run with a replacement of it ({type(error).__name__}: {first})"
     same = len(found) == len(expected) and all(map(_same, found, expected))
