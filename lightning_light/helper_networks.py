@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
@@ -103,7 +102,7 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
-        inputs = list(_tensors((args, kwargs)))
+        inputs = list(tensors_in((args, kwargs)))
         sources = frozenset().union(*(self.sources.get(tensor, ()) for tensor in inputs))
         if sources:
             if any(isinstance(tensor, nn.Parameter) and tensor.requires_grad for tensor in inputs):
@@ -132,7 +131,3 @@ class _Stack(ModuleStack):
     def left(self, call: ModuleCall, output: Any) -> None:
         if call.name in self._parts:
             self._watch.mark(output, frozenset([call.name]))
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    return (leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_light.lowrank.factors import Factors, compose, factor_form
@@ -62,15 +61,17 @@ def build_factors(old: nn.Module, form: str, ranks: Sequence[int], weights: Sequ
 
 
 def exact_factors(layer: nn.Module, form: str) -> Factors:
-    """Build factors of a layer that compute exactly what it does: its own weight, and identities."""
+    """Build a module with the attributes of factors of ``layer`` that computes with the layer itself.
+
+    For a trial of the replacement: it takes no memory for weights.
+    """
+    factors = build_factors(layer, form, (1, 1) if form == "tucker2" else (1,))
     weight: Any = layer.weight
-    groups: int = getattr(layer, "groups", 1)
-    width = weight.shape[1] if form == "embedding" else weight.shape[0] // groups
-    identity = torch.eye(width, dtype=weight.dtype, device=weight.device)
-    if form in {"linear", "embedding"}:
-        return build_factors(layer, form, (width,), [weight.detach(), identity])
-    last = identity.repeat(groups, 1).reshape(weight.shape[0], width, *(1 for _ in weight.shape[2:]))
-    return build_factors(layer, "channel", (width,), [weight.detach(), last])
+    for factor in factors:
+        blank = weight.detach().new_zeros(1).expand(factor.weight.shape)
+        factor.weight = nn.Parameter(blank, weight.requires_grad)
+    vars(factors).update(forward=layer, _product=lambda: weight)
+    return factors
 
 
 @register_operation(OPERATION)

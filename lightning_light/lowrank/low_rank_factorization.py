@@ -210,6 +210,8 @@ class LowRankFactorization(CompressionCallback):
         state = self.state(pl_module)
         due = Events.due(self._points, training_progress(trainer), steps_planned(trainer))
         if due > state.get("events", 0) and self._is_ready(pl_module):
+            if not state.get("events"):
+                self._helper_networks(trainer, pl_module, batch)  # logs them; the plan leaves them alone
             self._factorize(trainer, pl_module, due)
         if self._gathers and self._has_example and self._is_near(trainer, state.get("events", 0)):
             self._collect(pl_module).begin_batch()
