@@ -113,6 +113,8 @@ if TYPE_CHECKING:
         CompressibleMixin as CompressibleMixin,
         expand_checkpoint as expand_checkpoint,
         load_from_checkpoint as load_from_checkpoint,
+        manifest_of as manifest_of,
+        restructure as restructure,
     )
     from lightning_light.targets import Targets as Targets
 
@@ -198,6 +200,8 @@ _NAMES = {
         "CompressibleMixin",
         "expand_checkpoint",
         "load_from_checkpoint",
+        "manifest_of",
+        "restructure",
     ),
     "targets": ("Targets",),
 }

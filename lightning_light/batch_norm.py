@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_light.example_input import ExampleInput
 from lightning_light.host.modules import compiled_methods, is_step_call
+from lightning_light.host.patches import RunHook
 from lightning_light.isolation import isolated
 from lightning_light.surgery.edit import take
 from lightning_light.surgery.manifest import plain_copy
@@ -101,7 +102,7 @@ class InputRecorder:
         self.active = False
         self._call: dict[str, Any] | None = None
         compiled = vars(model).get("_compiled_call_impl") is not None or compiled_methods(model)
-        hook = None if compiled else model.register_forward_pre_hook(self._record, with_kwargs=True)
+        hook = None if compiled else model.register_forward_pre_hook(RunHook(self._record), with_kwargs=True)
         self._handle = hook
 
     def take(self) -> list[dict[str, Any]]:

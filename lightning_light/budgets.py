@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import torch
 from typing_extensions import override
 
+from lightning_light.helper_networks import helper_networks, inside
 from lightning_light.merging import is_training_branch
 from lightning_light.validation import Fraction, OpenFraction, check_argument, validated
 
@@ -199,8 +200,8 @@ class Params(RelativeBudget):
 
     @override
     def tensor_costs(self, model: nn.Module, example: ExampleInput | None) -> dict[str, float]:
-        merged_away = is_training_branch(model)
-        counted = ((name, parameter) for name, parameter in model.named_parameters() if not merged_away(name))
+        counts = _counts(model, example)
+        counted = ((name, parameter) for name, parameter in model.named_parameters() if counts(name))
         return {name: float(parameter.numel()) for name, parameter in counted}
 
 
@@ -321,8 +322,8 @@ class Size(Budget):
     def tensor_costs(self, model: nn.Module, example: ExampleInput | None) -> dict[str, float]:
         from lightning_light.measure.size import stored_tensors
 
-        merged_away = is_training_branch(model)
-        counted = ((name, tensor) for name, tensor in stored_tensors(model).items() if not merged_away(name))
+        counts = _counts(model, example)
+        counted = ((name, tensor) for name, tensor in stored_tensors(model).items() if counts(name))
         return {name: float(tensor.numel() * tensor.element_size()) for name, tensor in counted}
 
 
@@ -369,6 +370,13 @@ class Latency(Budget):
         call = _given(self, example)
         with isolated(model):
             return measure_latency(_synchronized(model, call), warmup=3, runs=20).median
+
+
+def _counts(model: nn.Module, example: ExampleInput | None) -> Callable[[str], bool]:
+    """Return a test whether a tensor counts: not in branches, nor in frozen networks that ``forward`` does not call."""
+    merged_away = is_training_branch(model)
+    helpers = [] if example is None or example.method != "forward" else helper_networks(model, example)
+    return lambda name: not merged_away(name) and not inside(name, helpers)
 
 
 def _given(budget: Budget, example: ExampleInput | None) -> ExampleInput:

@@ -12,11 +12,13 @@ import torch
 from typing_extensions import override
 
 from lightning_light.errors import NoEffectWarning
+from lightning_light.helper_networks import first_call, frozen_parts, helper_networks
 from lightning_light.host.classes import Callback
 from lightning_light.host.random_state import RunPosition
 from lightning_light.host.strategy import rebuild_ddp
 from lightning_light.host.trainer import callbacks_of, is_restoring
 from lightning_light.int8 import Int8Weights
+from lightning_light.isolation import FORWARD_ERRORS
 from lightning_light.order import check_order
 from lightning_light.progress import steps_done, training_progress
 from lightning_light.surgery.attachment import attach, detach, has_state, record, release, state_of
@@ -264,6 +266,23 @@ class CompressionCallback(Callback):
             "`max_steps`.",
             stacklevel=2,
         )
+
+    def _helper_networks(self, trainer: Trainer, pl_module: LightningModule, batch: Any = None) -> list[str] | None:
+        """Name the frozen networks that are left alone, and log them; None as long as a batch is needed to tell.
+
+        A module whose step cannot be run alone has none.
+        """
+        parts, example = frozen_parts(pl_module), first_call(pl_module, batch)
+        if parts and example is None:
+            return None
+        try:
+            found = helper_networks(pl_module, example)
+        except FORWARD_ERRORS as error:
+            log_rank_zero(trainer, f"{type(self).method}: {parts} are frozen, and not left alone ({error})")
+            return []
+        if found:
+            log_rank_zero(trainer, f"{type(self).method}: left alone, frozen and only used to train: {found}")
+        return found
 
     def _no_effect(self, reason: str) -> None:
         """Warn that the method found nothing to do, by name and with the reason."""

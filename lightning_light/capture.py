@@ -15,17 +15,14 @@ from torch.nn.parameter import is_lazy
 from lightning_light.errors import LightningLightError
 from lightning_light.example_input import ExampleInput
 from lightning_light.host.modules import is_step_call, trainer_of
-from lightning_light.host.patches import InstancePatch, wrap_method
-from lightning_light.isolation import isolated
+from lightning_light.host.patches import InstancePatch, RunHook, wrap_method
+from lightning_light.isolation import FORWARD_ERRORS, isolated
 from lightning_light.training_step import TRAINING_STEP, overrides, step_as_forward, step_call
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
-__all__ = ["CALL_ERRORS", "Capture", "Observation", "capture", "has_lazy_layers"]
-
-CALL_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-"""Errors of the user's code on an input, or in an isolation, that it was not written for."""
+__all__ = ["Capture", "Observation", "capture", "has_lazy_layers"]
 
 
 class Capture:
@@ -104,7 +101,7 @@ def capture(pl_module: nn.Module, module: nn.Module | None = None) -> Capture:
     if array is not None:
         found.example = ExampleInput.of(array).small()
         return found
-    found._handle = (module or pl_module).register_forward_pre_hook(found._capture, with_kwargs=True)
+    found._handle = (module or pl_module).register_forward_pre_hook(RunHook(found._capture), with_kwargs=True)
     found._part = next((name for name, inner in pl_module.named_modules() if inner is module), "")
     if hasattr(pl_module, TRAINING_STEP):
         found._patch = wrap_method(pl_module, TRAINING_STEP, functools.partial(found._around_step, pl_module))
@@ -221,7 +218,7 @@ def _run_smallest(module: nn.Module, call: ExampleInput) -> tuple[_Calls, Exampl
         try:
             with calls.recording(), step_as_forward(module, [attempt]), isolated(module, hooks=True):
                 module()
-        except CALL_ERRORS as raised:
+        except FORWARD_ERRORS as raised:
             error = error or f"{type(raised).__name__}: {raised}"
         else:
             return calls, attempt, ""
@@ -235,7 +232,7 @@ def _accepted(module: nn.Module, step: _Calls, batch: Any) -> ExampleInput | Non
         try:
             with calls.recording(), isolated(module, hooks=True):
                 module(*copied.args, **copied.kwargs)
-        except CALL_ERRORS:
+        except FORWARD_ERRORS:
             continue
         if any(name and calls.has_parameters(name) for name in calls.first.keys() & step.first.keys()):
             return call

@@ -19,7 +19,18 @@ from lightning_light.host.modules import compiled_methods
 from lightning_light.host.patches import InstancePatch
 from lightning_light.warning_filters import ignored_warnings
 
-__all__ = ["isolated", "plain_attention", "plain_execution", "uncompile", "uncompiled", "unfused_kernels"]
+__all__ = [
+    "FORWARD_ERRORS",
+    "isolated",
+    "plain_attention",
+    "plain_execution",
+    "uncompile",
+    "uncompiled",
+    "unfused_kernels",
+]
+
+FORWARD_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""Errors of a forward pass on what it was not written for."""
 
 _TABLES = ("_parameters", "_buffers", "_modules")
 _RETURN_NONE = frozenset({"append", "extend", "update", "__setitem__"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from torch import nn
@@ -10,12 +11,16 @@ from lightning_light.clustering.codebooks import clusterable_weights, first_clus
 from lightning_light.clustering.files import ClusteredTensor, clustered_sizes
 from lightning_light.clustering.kmeans import Initialization
 from lightning_light.clustering.options import ClusterCount, Granularity, WeightClusteringOptions
+from lightning_light.example_input import ExampleInput
+from lightning_light.helper_networks import helper_networks
 from lightning_light.order import Stage
 from lightning_light.surgery.attachment import check_owners
 from lightning_light.targets import TargetsLike
 from lightning_light.validation import validated
 
 __all__ = ["cluster"]
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @validated
@@ -35,7 +40,7 @@ def cluster(
 
     Args:
         model: any module.
-        example_inputs: not needed; there for the common signature of the functions.
+        example_inputs: of one call; frozen parts of the model that it does not call are left alone. None: all count.
         clusters: different values per layer, or per output channel, from 2 to 256.
         granularity: ``"layer"``, one codebook per layer; ``"channel"``, one per output channel.
         initialization: of k-means: ``"linear"`` or ``"density"``.
@@ -63,7 +68,10 @@ def cluster(
             f"in their place. Write `cluster(model, None, {example_inputs})`."
         )
     options = WeightClusteringOptions(clusters, granularity, initialization, preserve_sparsity, targets)
-    weights = dict(clusterable_weights(model, options))
+    helpers = [] if example_inputs is None else helper_networks(model, ExampleInput.of(example_inputs))
+    if helpers:
+        _LOGGER.info("cluster: left alone, frozen and not called: %s", helpers)
+    weights = dict(clusterable_weights(model, options, "cluster", helpers))
     check_owners(model, weights, method="cluster", stage=Stage.CLUSTERING)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for weight in weights.values():

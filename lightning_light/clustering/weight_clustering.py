@@ -12,6 +12,7 @@ from typing_extensions import override
 from lightning_light.callback import CompressionCallback
 from lightning_light.clustering.cluster_training import CentroidTraining, Clusters, ClusterTraining
 from lightning_light.clustering.codebooks import (
+    cluster_average,
     clusterable_weights,
     clusters_of,
     first_clusters,
@@ -26,6 +27,7 @@ from lightning_light.order import DEFAULT_WINDOWS, Stage
 from lightning_light.progress import steps_done, steps_planned, training_progress
 from lightning_light.schedules import resolve_moment
 from lightning_light.surgery.attachment import check_owners
+from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.distributed import broadcast, log_rank_zero
 from lightning_light.targets import TargetsLike
 from lightning_light.validation import Moment, validated
@@ -147,7 +149,7 @@ class WeightClustering(CompressionCallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Cluster the weights, if that is due."""
         if "layers" not in self.state(pl_module) and self._is_due(trainer):
-            self._cluster(trainer, pl_module)
+            self._cluster(trainer, pl_module, self._helper_networks(trainer, pl_module, batch) or [])
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -171,6 +173,8 @@ class WeightClustering(CompressionCallback):
         for name, parameter, entry in self._entries(pl_module):
             if name in self._stepped:
                 self._update(parameter, entry)
+        if self._stepped:
+            self._cluster_averages(trainer, pl_module)
         self._stepped = set()
 
     @override
@@ -180,14 +184,14 @@ class WeightClustering(CompressionCallback):
             if not getattr(trainer, "fast_dev_run", False):
                 self._no_effect(self._no_effect_reason(pl_module))
             return
-        self._harden(pl_module)
+        self._harden(trainer, pl_module)
         self._report(trainer, pl_module)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Repeat that, since an average may have replaced the weights; then write the file."""
         if self.state(pl_module).get("layers"):
-            self._harden(pl_module)
+            self._harden(trainer, pl_module)
             if self.path is not None and trainer.is_global_zero:
                 save_clustered(pl_module, str(self.path))
 
@@ -206,9 +210,9 @@ class WeightClustering(CompressionCallback):
         last = 1.0 - 1.0 / max(steps_planned(trainer), 1)
         return min(self._start_fraction(trainer.max_epochs), last) <= training_progress(trainer) + 1e-9
 
-    def _cluster(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _cluster(self, trainer: Trainer, pl_module: LightningModule, left_alone: list[str]) -> None:
         layers: dict[str, dict[str, Any]] = {}
-        for name, parameter in clusterable_weights(pl_module, self.options):
+        for name, parameter in clusterable_weights(pl_module, self.options, left_alone=left_alone):
             layers[name] = broadcast(trainer, plain_entry(first_clusters(parameter, self.options)))
         self.state(pl_module)["layers"] = layers
         self.claim(pl_module, layers)
@@ -216,6 +220,7 @@ class WeightClustering(CompressionCallback):
             if self.training.has_latent:
                 entry["latent"] = parameter.detach().clone()
             self._update(parameter, entry)
+        self._cluster_averages(trainer, pl_module)
         self._report(trainer, pl_module)
 
     def _update(self, parameter: nn.Parameter, entry: dict[str, Any]) -> None:
@@ -228,14 +233,24 @@ class WeightClustering(CompressionCallback):
             entry["latent"] = latent
         parameter.data.copy_(weights.reshape(parameter.shape))
 
-    def _harden(self, pl_module: LightningModule) -> None:
+    def _harden(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give every layer its few values; of weights that an average may have replaced, those of the average."""
+        give = cluster_average if averaged_models_of(trainer, pl_module) else harden
         for _, parameter, entry in self._entries(pl_module):
-            entry |= plain_entry(harden(parameter, clusters_of(entry, parameter)))
+            entry |= plain_entry(give(parameter, clusters_of(entry, parameter)))
 
-    def _entries(self, pl_module: LightningModule) -> Iterator[tuple[str, nn.Parameter, dict[str, Any]]]:
-        """Yield the clustered layers, without those that a later method has replaced or cut."""
+    def _cluster_averages(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Cluster averaged copies of the network like the network itself."""
+        for average in averaged_models_of(trainer, pl_module):
+            for _, parameter, entry in self._entries(pl_module, average):
+                cluster_average(parameter, clusters_of(entry, parameter))
+
+    def _entries(
+        self, pl_module: LightningModule, model: nn.Module | None = None
+    ) -> Iterator[tuple[str, nn.Parameter, dict[str, Any]]]:
+        """Yield the clustered layers, of an averaged copy if one is given, without those replaced or cut since."""
         layers: dict[str, dict[str, Any]] = self.state(pl_module).get("layers", {})
-        modules = dict(pl_module.named_modules()) if layers else {}
+        modules = dict((model or pl_module).named_modules()) if layers else {}
         for name, entry in layers.items():
             weight = weight_of(modules[name]) if name in modules else None
             if weight is not None and weight.numel() == entry["assignments"].numel():

@@ -20,6 +20,7 @@ from lightning_light.criteria.evidence import Criterion, Evidence, GroupCriterio
 from lightning_light.criteria.movement import Movement
 from lightning_light.errors import UnsupportedError
 from lightning_light.example_input import ExampleInput
+from lightning_light.host.patches import RunHook
 from lightning_light.isolation import isolated, plain_attention
 from lightning_light.nested import tensors_in
 from lightning_light.surgery.edit import take
@@ -373,10 +374,10 @@ class EvidenceCollector:
         self._names = {p: name for name, p in self._model.named_parameters() if p in inside}
         for name, module in watched.items():
             if "activation" in self._needs:
-                self._handles.append(module.register_forward_hook(self._output_hook(name)))
+                self._handles.append(module.register_forward_hook(RunHook(self._output_hook(name))))
             if self._needs & LAYER_KINDS - {"activation"}:
                 hook = self._input_hook(name)
-                self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                self._handles.append(module.register_forward_pre_hook(RunHook(hook), with_kwargs=True))
 
     def _output_hook(self, name: str) -> Callable[..., None]:
         def look(module: nn.Module, args: Any, output: Any) -> None:

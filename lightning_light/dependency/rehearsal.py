@@ -33,8 +33,9 @@ from lightning_light.dependency.recording import (
     tensors_of,
     wrap_forwards,
 )
-from lightning_light.dependency.trace import FORWARD_ERRORS, Tracer, running
+from lightning_light.dependency.trace import Tracer, running
 from lightning_light.errors import TraceError
+from lightning_light.isolation import FORWARD_ERRORS
 from lightning_light.module_stack import ModuleStack
 from lightning_light.nested import tensors_in
 

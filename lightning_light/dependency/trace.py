@@ -20,24 +20,14 @@ from lightning_light.dependency.recording import Recorder, wrap_forwards
 from lightning_light.dependency.rules import RULES, elementwise, operands, outputs_of, unknown
 from lightning_light.errors import TraceError
 from lightning_light.host.modules import is_step_call
-from lightning_light.isolation import isolated, unfused_kernels
+from lightning_light.isolation import FORWARD_ERRORS, isolated, unfused_kernels
 from lightning_light.module_stack import ModuleCall, ModuleStack
 from lightning_light.nested import tensors_in
 
-__all__ = ["FORWARD_ERRORS", "UNUSED", "Leaf", "Tracer", "running", "trace"]
+__all__ = ["UNUSED", "Leaf", "Tracer", "running", "trace"]
 
 UNUSED = "is not used by the forward pass"
 
-FORWARD_ERRORS = (
-    RuntimeError,  # also NotImplementedError
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    AssertionError,
-    ArithmeticError,
-)
-"""Errors of a forward pass on an input or a shape that it was not written for."""
 
 _NAMES: dict[Any, str] = {}
 

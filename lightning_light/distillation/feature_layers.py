@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_light.distillation.loss import FeatureLayers
 from lightning_light.errors import TargetError
+from lightning_light.host.patches import RunHook
 from lightning_light.nested import tensors_in
 
 __all__ = ["FeatureHooks", "match_resolutions", "module_at", "pair_feature_layers"]
@@ -86,7 +87,7 @@ class FeatureHooks:
         """Hook the modules at ``paths``, or all of them, and no others."""
         self.remove()
         for path, module in model.named_modules() if paths is None else [(p, model.get_submodule(p)) for p in paths]:
-            self._handles.append(module.register_forward_hook(self._hook(path)))
+            self._handles.append(module.register_forward_hook(RunHook(self._hook(path))))
 
     def remove(self) -> None:
         """Remove the hooks and forget the features."""

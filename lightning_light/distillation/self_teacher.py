@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import nn
 
+from lightning_light.copies import copy_network
 from lightning_light.surgery.attachment import attach
 from lightning_light.surgery.manifest import KEY
 
@@ -23,7 +23,7 @@ def copy_of_student(model: nn.Module, state: dict[str, Any], *, frozen: bool) ->
         frozen: whether the copy keeps its structure; else it is pruned along with the model.
     """
     saved = state.get("self")
-    copied = copy.deepcopy(model)
+    copied = copy_network(model)
     compression_state = attach(copied)
     compression_state.state = {}
     if saved is not None:

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_light.host.patches import RunHook
+
 __all__ = ["ForwardCall", "StudentHook"]
 
 
@@ -49,7 +51,7 @@ class StudentHook:
             }
             candidates = {"": pl_module, **children}
         for name, module in candidates.items():
-            self._handles.append(module.register_forward_hook(self._hook(name), with_kwargs=True))
+            self._handles.append(module.register_forward_hook(RunHook(self._hook(name)), with_kwargs=True))
 
     def pop(self) -> ForwardCall | None:
         """Return the student's call and forget all calls, so that their graphs can be freed.

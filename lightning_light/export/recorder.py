@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_light.example_input import ExampleInput
 from lightning_light.export.inputs import cloned
 from lightning_light.host.modules import is_step_call
+from lightning_light.host.patches import RunHook
 
 __all__ = ["Recorder"]
 
@@ -38,7 +39,7 @@ class Recorder:
         """Start a new recording; until `stop`, ``calls`` has the inputs of the last one."""
         self.stop()
         self._recording = []
-        self._handle = module.register_forward_pre_hook(self._record, with_kwargs=True, prepend=True)
+        self._handle = module.register_forward_pre_hook(RunHook(self._record), with_kwargs=True, prepend=True)
 
     def stop(self) -> None:
         """Remove the hook; without new inputs those of the last recording are kept."""

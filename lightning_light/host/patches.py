@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
-__all__ = ["InstancePatch", "patches_of", "wrap_method"]
+__all__ = ["InstancePatch", "RunHook", "patches_of", "wrap_method"]
 
 _PATCHES = "_lightning_light_patches"
 
@@ -99,20 +101,45 @@ class InstancePatch:
 
 
 def wrap_method(owner: Any, name: str, around: Callable[..., Any]) -> InstancePatch:
-    """Wrap a method of one instance.
+    """Wrap a method of one instance; a copy of the instance has the method itself, bound to the copy.
 
     Args:
         owner: the instance.
         name: of the method.
         around: called with the method and its arguments; returns what the caller gets.
     """
+    method = getattr(owner, name)
 
-    @functools.wraps(getattr(owner, name))
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return around(patch.original, *args, **kwargs) if patch.active else patch.original(*args, **kwargs)
+    @functools.wraps(method)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self is owner:
+            return around(patch.original, *args, **kwargs) if patch.active else patch.original(*args, **kwargs)
+        copied = next(one for one in patches_of(self) if getattr(one.value, "__func__", None) is wrapper)
+        return copied.original(*args, **kwargs)
 
-    patch = InstancePatch(owner, name, wrapper)
+    signature = inspect.signature(method)
+    first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    wrapper.__signature__ = signature.replace(parameters=[first, *signature.parameters.values()])  # type: ignore[attr-defined]
+    patch = InstancePatch(owner, name, MethodType(wrapper, owner))
     return patch
+
+
+class RunHook:
+    """A hook of a run on a module of the user; copies and pickles of the module have one that does nothing.
+
+    Args:
+        function: what the hook calls.
+    """
+
+    def __init__(self, function: Callable[..., Any] | None = None) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function."""
+        return None if self._function is None else self._function(*args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        return RunHook, ()
 
 
 def patches_of(owner: Any) -> list[InstancePatch]:

@@ -13,8 +13,8 @@ from lightning_light.lowrank.build import (
     current_ranks,
     dense_weight,
     disable_fast_paths,
-    factor_form,
 )
+from lightning_light.lowrank.factors import Factors, factor_form
 from lightning_light.lowrank.plan import FactorizationPlan
 from lightning_light.lowrank.spectra import decompose
 from lightning_light.lowrank.splitting import replacing_parameters, split_module
@@ -148,7 +148,7 @@ def _replace(
     )
 
 
-def _replacing_weights(old: nn.Module, factors: nn.Sequential) -> dict[nn.Parameter, list[nn.Parameter]]:
+def _replacing_weights(old: nn.Module, factors: Factors) -> dict[nn.Parameter, list[nn.Parameter]]:
     new: list[Any] = [layer.weight for layer in factors]
     if factor_form(old) is None:
         weight: Any = old.weight

@@ -5,41 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from lightning_light.lowrank.factors import Factors, compose, factor_form
 from lightning_light.lowrank.splitting import split_module
 from lightning_light.surgery.operations import register_operation
 from lightning_light.surgery.replace import put_module
 
 __all__ = [
-    "FORM",
     "OPERATION",
     "build_factors",
     "disable_fast_paths",
-    "compose",
+    "exact_factors",
     "current_ranks",
     "dense_weight",
-    "factor_form",
     "replay_factors",
 ]
 
 OPERATION = "lowrank/factors"
-FORM = "factorized_form"
-"""Attribute that marks an ``nn.Sequential`` of factors, so that its layers are not factorized again."""
-
 _CONVOLUTIONS: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 Conv = nn.modules.conv._ConvNd
 
 
-def factor_form(module: nn.Module) -> str | None:
-    """Return the form in which ``module`` was factorized, or None."""
-    return vars(module).get(FORM)
-
-
-def build_factors(old: nn.Module, form: str, ranks: Sequence[int], weights: Sequence[Tensor] = ()) -> nn.Sequential:
-    """Build the factors of ``old`` as a plain ``nn.Sequential``, without drawing random numbers.
+def build_factors(old: nn.Module, form: str, ranks: Sequence[int], weights: Sequence[Tensor] = ()) -> Factors:
+    """Build the factors of ``old`` without drawing random numbers.
 
     Args:
         old: a layer, or the factors of a layer, whose ranks are to be lowered.
@@ -65,8 +55,22 @@ def build_factors(old: nn.Module, form: str, ranks: Sequence[int], weights: Sequ
     if not weights:
         for layer in layers:
             layer.weight = nn.Parameter(layer.weight.detach().to(reference.dtype), reference.requires_grad)
-    factors = nn.Sequential(*layers)
-    setattr(factors, FORM, form)
+    factors = Factors(*layers)
+    factors.factorized_form = form
+    return factors
+
+
+def exact_factors(layer: nn.Module, form: str) -> Factors:
+    """Build a module with the attributes of factors of ``layer`` that computes with the layer itself.
+
+    For a trial of the replacement: it takes no memory for weights.
+    """
+    factors = build_factors(layer, form, (1, 1) if form == "tucker2" else (1,))
+    weight: Any = layer.weight
+    for factor in factors:
+        blank = weight.detach().new_zeros(1).expand(factor.weight.shape)
+        factor.weight = nn.Parameter(blank, weight.requires_grad)
+    vars(factors).update(forward=layer, _product=lambda: weight)
     return factors
 
 
@@ -172,21 +176,6 @@ def dense_weight(module: nn.Module) -> Tensor:
         return _grouped(module, module.weight)  # type: ignore[arg-type]  # a parameter
     layers: list[Any] = list(module.children())
     return compose(form, [layer.weight.detach() for layer in layers], getattr(layers[0], "groups", 1))
-
-
-def compose(form: str, factors: Sequence[Tensor], groups: int) -> Tensor:
-    """Multiply factors to the weight ``(groups, out, in, *kernel)``; an embedding gives ``(1, words, width)``."""
-    pieces = [factor if factor.dtype == torch.float64 else factor.float() for factor in factors]
-    if form == "embedding":
-        return (pieces[0] @ pieces[1].mT)[None]
-    if form == "linear":
-        return (pieces[1] @ pieces[0])[None]
-    first, *rest = (piece.reshape(groups, -1, *piece.shape[1:]) for piece in pieces)
-    if form == "tucker2":
-        return torch.einsum("gop,gpq...,gqi->goi...", rest[1].flatten(3)[..., 0], rest[0], first.flatten(3)[..., 0])
-    if form == "spatial":
-        return torch.einsum("grix,gory->goixy", first.flatten(3), rest[0].flatten(3))
-    return torch.einsum("gor,gri...->goi...", rest[0].flatten(3)[..., 0], first)
 
 
 def _grouped(module: nn.Module, weight: Tensor) -> Tensor:

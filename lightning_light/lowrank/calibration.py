@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_light.criteria.collector import Gathered
-from lightning_light.lowrank.build import factor_form
+from lightning_light.lowrank.factors import factor_form
 from lightning_light.lowrank.layers import FactorizableLayer
 from lightning_light.lowrank.splitting import split_weights
 

@@ -98,7 +98,7 @@ def factorize(
         >>> plan.before, plan.after
         (8192.0, 4096.0)
         >>> model[0]
-        Sequential(
+        Factors(
           (0): Linear(in_features=64, out_features=16, bias=False)
           (1): Linear(in_features=16, out_features=64, bias=True)
         )

@@ -14,10 +14,16 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lightning_light.example_input import ExampleInput
+from lightning_light.helper_networks import helper_networks, inside
 from lightning_light.isolation import isolated
-from lightning_light.lowrank.build import current_ranks, dense_weight, factor_form
-from lightning_light.lowrank.splitting import SplitAttention, SplitLinear, split_weights, why_unsplittable
+from lightning_light.lowrank.build import current_ranks, dense_weight, exact_factors
+from lightning_light.lowrank.factors import factor_form
+from lightning_light.lowrank.splitting import SplitAttention, SplitLinear, split_module, split_weights, why_unsplittable
 from lightning_light.nested import tensors_in
+from lightning_light.surgery.replace import put_module
+from lightning_light.surgery.trial import failing_replacements
+from lightning_light.trained_weights import trained_weights
+from lightning_light.training_step import callable_with
 
 __all__ = ["FactorizableLayer", "find_layers"]
 
@@ -113,8 +119,13 @@ def find_layers(
     shared = _shared_parameters(model)
     layers: list[FactorizableLayer] = []
     reasons: dict[str, str] = {}
+    helpers = helper_networks(model, example)
     for name in _outermost(model, names):
         module = model.get_submodule(name)
+        if inside(name, helpers):
+            if isinstance(module, _FACTORIZABLE):
+                reasons[name] = "it is frozen, and part of a network that is only used to train"
+            continue
         parts = next((count for pattern, count in split.items() if fnmatch.fnmatchcase(name, pattern)), 0)
         reason = _why_not(module, shared, calls, parts, may_shrink=name in shrinkable)
         if reason is not None:
@@ -124,7 +135,23 @@ def find_layers(
             layers += _layers_inside(name, module, parts, calls)
         else:
             layers.append(_layer(name, module, calls, form))
-    return layers, reasons
+    failing = failing_replacements(model, _exact_replacements(model, layers), example)
+    return [layer for layer in layers if (layer.owner or layer.name) not in failing], reasons | failing
+
+
+def _exact_replacements(model: nn.Module, layers: Iterable[FactorizableLayer]) -> dict[str, nn.Module]:
+    """Return factors that compute what the layers do, by name, for those that are not factorized yet."""
+    found: dict[str, nn.Module] = {}
+    for layer in layers:
+        if layer.owner:
+            if layer.owner not in found:
+                found[layer.owner] = split_module(model.get_submodule(layer.owner), layer.parts)
+            inner = layer.name.removeprefix(f"{layer.owner}.")
+            linear = found[layer.owner].get_submodule(inner)
+            put_module(found[layer.owner], inner, exact_factors(linear, "linear"))
+        elif layer.limits is None:
+            found[layer.name] = exact_factors(model.get_submodule(layer.name), layer.forms[0])
+    return found
 
 
 def _outermost(model: nn.Module, names: Iterable[str]) -> list[str]:
@@ -157,10 +184,12 @@ def _why_not(module: nn.Module, shared: set[int], calls: _CallRecorder, parts: i
 
 
 def _why_special(module: nn.Module) -> str | None:
+    if norm := next((source.norm for source in trained_weights(module) if source.norm), None):
+        return f"its weight is computed by {norm}, which factors would not follow: remove it first"
     if parametrize.is_parametrized(module):
         return "its weight is computed by a parametrization"
     if "weight" not in module._parameters:
-        return "its weight is computed by a hook (`weight_norm`, a mask of `torch.nn.utils.prune`): make it permanent"
+        return "its weight is computed by a hook (a mask of `torch.nn.utils.prune`): make it permanent"
     if hasattr(module, "weight_fake_quant") or hasattr(module, "activation_post_process"):
         return "it is prepared for quantization: factorize first, then quantize"
     if type(module) not in _FACTORIZABLE:
@@ -259,7 +288,7 @@ def _shared_parameters(model: nn.Module) -> set[int]:
 def _record_calls(model: nn.Module, example: ExampleInput) -> _CallRecorder:
     """Run one forward pass in evaluation mode and record the calls of all layers."""
     calls = _CallRecorder(example.samples)
-    with isolated(model), ExitStack() as stack:
+    with callable_with(model, example), isolated(model), ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, (*_FACTORIZABLE, nn.MultiheadAttention)) or factor_form(module):
                 stack.callback(module.register_forward_hook(calls, with_kwargs=True).remove)

@@ -17,8 +17,8 @@ from lightning_light.criteria.collector import EvidenceCollector, Gathered, coll
 from lightning_light.example_input import ExampleInput
 from lightning_light.host.trainer import callbacks_of, steps_done
 from lightning_light.lowrank.apply import METHOD, apply_factors, check_unowned
-from lightning_light.lowrank.build import factor_form
 from lightning_light.lowrank.calibration import first_batches, watched_modules
+from lightning_light.lowrank.factors import factor_form
 from lightning_light.lowrank.fits import Fit
 from lightning_light.lowrank.functional import plan_layers
 from lightning_light.lowrank.layers import FactorizableLayer, find_layers
@@ -213,6 +213,8 @@ class LowRankFactorization(CompressionCallback):
         state = self.state(pl_module)
         due = Events.due(self._points, training_progress(trainer), steps_planned(trainer))
         if due > state.get("events", 0) and self._is_ready(pl_module):
+            if not state.get("events"):
+                self._helper_networks(trainer, pl_module, batch)  # logs them; the plan leaves them alone
             self._factorize(trainer, pl_module, due)
         if self._gathers and self._has_example and self._is_near(trainer, state.get("events", 0)):
             self._collect(pl_module).begin_batch()

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from lightning_light.budgets import Budget, Latency, MACs
 from lightning_light.example_input import ExampleInput
 from lightning_light.isolation import isolated
-from lightning_light.lowrank.build import build_factors, compose
+from lightning_light.lowrank.build import build_factors
+from lightning_light.lowrank.factors import compose
 from lightning_light.lowrank.layers import FactorizableLayer
 from lightning_light.lowrank.ranks import RankRule
 from lightning_light.lowrank.spectra import Ranks, Spectrum

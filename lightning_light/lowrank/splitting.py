@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,12 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_light.surgery.effective import EffectiveLayer
+
 __all__ = ["SplitLinear", "SplitAttention", "replacing_parameters", "split_module", "split_weights", "why_unsplittable"]
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
-class SplitLinear(nn.Module):
+class SplitLinear(EffectiveLayer):
     """Compute a fused linear layer (query, key and value in one) as several layers with concatenated outputs.
 
     Args:
@@ -29,8 +32,18 @@ class SplitLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([part(x) for part in self.parts], dim=-1)
 
+    @override
+    def effective(self, name: str) -> tuple[Callable[[], Tensor], Sequence[int], Tensor] | None:
+        return _joined(list(self.parts), name)
 
-class SplitAttention(nn.Module):
+    @override
+    def read(self, name: str) -> Any:
+        if name == "out_features":
+            return sum(part.out_features for part in self.parts)
+        return self.parts[0].in_features if name == "in_features" else super().read(name)
+
+
+class SplitAttention(EffectiveLayer):
     """Compute `torch.nn.MultiheadAttention` with its four projections as layers; arguments and outputs are the same.
 
     Args:
@@ -42,12 +55,29 @@ class SplitAttention(nn.Module):
         super().__init__()
         self.embed_dim, self.num_heads, self.head_dim = old.embed_dim, old.num_heads, old.head_dim
         self.dropout, self.batch_first = old.dropout, old.batch_first
-        self.in_proj_bias, self._qkv_same_embed_dim = (
-            None,
-            False,
-        )  # read by torch's encoders before they take their fast path
+        self._qkv_same_embed_dim = False  # read by torch's encoders before they take their fast path
+        self.bias_k, self.bias_v, self.add_zero_attn = None, None, False
         self.q_proj, self.k_proj = layers["q_proj"], layers["k_proj"]
         self.v_proj, self.out_proj = layers["v_proj"], layers["out_proj"]
+
+    @property
+    def in_proj_weight(self) -> Any:
+        """The joint weight of the projections, as in `EffectiveLayer`, or None where their inputs differ in width."""
+        return self.effective_tensor("weight") if self.kdim == self.vdim == self.embed_dim else None
+
+    @property
+    def in_proj_bias(self) -> Any:
+        """The joint bias of the projections, as in `EffectiveLayer`, or None."""
+        return self.effective_tensor("bias")
+
+    @override
+    def effective(self, name: str) -> tuple[Callable[[], Tensor], Sequence[int], Tensor] | None:
+        return _joined([getattr(self, projection) for projection in _PROJECTIONS], name)
+
+    @override
+    def read(self, name: str) -> Any:
+        widths = {"kdim": self.k_proj, "vdim": self.v_proj}
+        return widths[name].in_features if name in widths else super().read(name)
 
     @override
     def forward(
@@ -134,6 +164,14 @@ def why_unsplittable(module: nn.MultiheadAttention) -> str | None:
     if module.bias_k is not None or module.add_zero_attn:
         return "the attention adds a key of its own (`add_bias_kv` or `add_zero_attn`)"
     return None
+
+
+def _joined(layers: list[Any], name: str) -> tuple[Callable[[], Tensor], Sequence[int], Tensor] | None:
+    """Describe the tensors ``name`` of ``layers``, one below the other, as in `EffectiveLayer.effective`."""
+    parts = [getattr(layer, name) for layer in layers]
+    if parts[0] is None:
+        return None
+    return lambda: torch.cat(parts), (sum(map(len, parts)), *parts[0].shape[1:]), parts[0]
 
 
 def _projections(module: nn.MultiheadAttention) -> list[Tensor]:

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_light.capture import Capture
 from lightning_light.example_input import ExampleInput
+from lightning_light.isolation import FORWARD_ERRORS
 from lightning_light.measure.cost import Cost, count_cost
 from lightning_light.monitors.history import History
 from lightning_light.monitors.layer_matching import is_within
@@ -21,7 +22,6 @@ from lightning_light.training_step import callable_with
 __all__ = ["CostCounter", "Recorder", "is_countable"]
 
 # Errors of the user's forward pass on an input that it was not written for: they end the count, not the training.
-_FORWARD_ERRORS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 class Recorder:
@@ -93,7 +93,7 @@ class CostCounter:
         if self._structure != current:
             try:
                 self._cost = _cost_per_sample(model, example.to(model))
-            except _FORWARD_ERRORS as error:
+            except FORWARD_ERRORS as error:
                 self._failed, self._cost = True, None
                 warnings.warn(
                     f"`CompressionMonitor` reports no MACs: `{type(model).__name__}.{example.method}` does not run on "

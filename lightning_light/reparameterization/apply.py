@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lightning_light.errors import UnsupportedError
+from lightning_light.example_input import ExampleInput
 from lightning_light.merging import BranchedLayer, branch_of
 from lightning_light.order import Stage
 from lightning_light.reparameterization.branches import Branch, BranchedConv2d, ExpandedConv2d, Spec, expand
@@ -18,6 +19,7 @@ from lightning_light.reparameterization.forms import Form
 from lightning_light.surgery.operations import register_operation
 from lightning_light.surgery.optimizer import unwrap
 from lightning_light.surgery.replace import put_module, replace_modules
+from lightning_light.surgery.trial import failing_replacements
 from lightning_light.targets import Targets
 
 __all__ = [
@@ -60,7 +62,12 @@ class Expansion:
 
 
 def plan_expansion(
-    model: nn.Module, form: Form, targets: Targets, *, optimizers: Iterable[Any] | None = None
+    model: nn.Module,
+    form: Form,
+    targets: Targets,
+    *,
+    optimizers: Iterable[Any] | None = None,
+    example: ExampleInput | None = None,
 ) -> Expansion:
     """Choose the convolutions to expand; nothing is changed.
 
@@ -69,6 +76,7 @@ def plan_expansion(
         form: says the branches.
         targets: convolutions among them are considered.
         optimizers: those that train the model; None where that is not known.
+        example: one call of the model, in which the expanded layers are tried; None to try nothing.
 
     Raises:
         TargetError: ``targets`` match no module.
@@ -91,7 +99,16 @@ def plan_expansion(
         else:
             size = "x".join(map(str, module.kernel_size))
             plan.skipped[name] = reason or f"{type(form).__name__} has no branches for a {size} kernel"
+    if example is not None:
+        failing = failing_replacements(model, _expanded(model, plan.layers), example.to(model))
+        plan.skipped.update(failing)
+        for name in failing:
+            del plan.layers[name]
     return plan
+
+
+def _expanded(model: nn.Module, layers: Mapping[str, Sequence[Spec]]) -> dict[str, ExpandedConv2d]:
+    return {name: expand(cast(nn.Conv2d, model.get_submodule(name)), specs, name) for name, specs in layers.items()}
 
 
 def expand_layers(
@@ -118,11 +135,9 @@ def expand_layers(
     """
     new: dict[str, nn.Module] = {}
     followers: dict[nn.Parameter, list[nn.Parameter]] = {}
-    for name, specs in layers.items():
-        conv = model.get_submodule(name)
-        assert isinstance(conv, nn.Conv2d)
-        new[name] = branched = expand(conv, specs, name)
-        weight = cast(nn.Parameter, conv.weight)
+    for name, branched in _expanded(model, layers).items():
+        new[name] = branched
+        weight = cast(nn.Parameter, branched.conv.weight)
         followers[weight] = [weight, *branched.branches.parameters()]
     replace_modules(
         model,

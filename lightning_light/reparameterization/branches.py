@@ -20,13 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_light.errors import UnsupportedError
 from lightning_light.merging import BranchedLayer
+from lightning_light.surgery.effective import EffectiveLayer
 
 __all__ = ["Branch", "BranchedConv2d", "ExpandedConv2d", "KernelBranch", "OnlineConv2d", "Spec", "expand"]
 
 Spec: TypeAlias = tuple[str, int, int]
 """Kind of a branch, and the height and width of its kernel."""
 
+_OF_CONVOLUTION = {*nn.Conv2d.__constants__, "transposed"}
 _GAIN = 5**0.5  # of torch's own convolutions
 
 Pads: TypeAlias = tuple[tuple[int, int], tuple[int, int]]
@@ -107,8 +110,11 @@ class Branch(nn.Module):
         return kernel, bias
 
 
-class BranchedConv2d(ExpandedConv2d):
+class BranchedConv2d(EffectiveLayer, ExpandedConv2d):
     """A convolution and branches beside it, whose outputs are added.
+
+    ``weight`` and ``bias`` are those of the merged convolution, read-only and without gradient; in training mode, where
+    the batch norms of the branches use the statistics of the batch, their values are refused.
 
     Attributes:
         main: the convolution that was expanded.
@@ -131,6 +137,26 @@ class BranchedConv2d(ExpandedConv2d):
     @override
     def conv(self) -> nn.Conv2d:
         return self.main
+
+    @override
+    def effective(self, name: str) -> tuple[Callable[[], Tensor], Sequence[int], Tensor]:
+        weight = self.main.weight.detach()
+        shape = weight.shape if name == "weight" else weight.shape[:1]
+        return lambda: self._merged(name).to(weight), shape, weight
+
+    @override
+    def read(self, name: str) -> Any:
+        return getattr(self.main, name) if name in _OF_CONVOLUTION else super().read(name)
+
+    def _merged(self, name: str) -> Tensor:
+        if self.training:
+            raise UnsupportedError(
+                f"`{type(self).__name__}.{name}` in training mode: expected code that calls the layer, or reads the "
+                f"shape and type of its {name}, found code that computes with it. The branches of the layer have no "
+                "common weight in training, where batch norms use the statistics of the batch. Exclude the layer from "
+                "`targets`."
+            )
+        return self.kernel_and_bias()[name == "bias"]
 
     @override
     def kernel_and_bias(self) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_light.copies import copy_network
 from lightning_light.errors import NoEffectWarning
 from lightning_light.example_input import ExampleInput
 from lightning_light.merging import TOLERANCE, check_merged, merge_blocks
@@ -82,13 +82,13 @@ def expand_branches(
         >>> merge_branches(model).layers
         ('0',)
     """
-    plan = plan_expansion(model, form, as_targets(targets), optimizers=optimizers)
+    example = None if example_inputs is None else ExampleInput.of(example_inputs)
+    plan = plan_expansion(model, form, as_targets(targets), optimizers=optimizers, example=example)
     if not plan.layers:
         warnings.warn(f"`expand_branches` had no effect: {plan.summary()}.", NoEffectWarning, stacklevel=3)
         return plan
-    example = None if example_inputs is None else ExampleInput.of(example_inputs)
     if example is not None:
-        trial = copy.deepcopy(model)
+        trial = copy_network(model)
         expand_layers(trial, plan.layers)
         check_merged(f"expand_branches({type(model).__name__}, ...)", model, trial, example, tolerance)
     compression_state = attach(model) if _is_lightning(model) or has_state(model) else None
@@ -126,7 +126,7 @@ def merge_branches(
     """
     error = None
     if example_inputs is not None:
-        trial = copy.deepcopy(model)
+        trial = copy_network(model)
         _merge(trial, ())
         call, example = f"merge_branches({type(model).__name__}, ...)", ExampleInput.of(example_inputs)
         error = check_merged(call, model, trial, example, tolerance)

@@ -8,6 +8,7 @@ from typing_extensions import override
 
 from lightning_light.callback import CompressionCallback
 from lightning_light.errors import OrderError
+from lightning_light.helper_networks import first_call
 from lightning_light.host.trainer import callbacks_of
 from lightning_light.order import Stage
 from lightning_light.progress import steps_planned, training_progress
@@ -136,7 +137,7 @@ class Reparameterization(CompressionCallback):
         """Expand or merge before the batch, so that no checkpoint pairs new weights with an old metric."""
         state = self.state(pl_module)
         if not state.get("expanded") and self._is_due(trainer, self._window[0]):
-            self._expand(trainer, pl_module)
+            self._expand(trainer, pl_module, batch)
             state["expanded"] = True
         if self._merges and not state.get("merged") and self._is_due(trainer, self._window[1]):
             self._merge(trainer, pl_module)
@@ -201,11 +202,16 @@ class Reparameterization(CompressionCallback):
 
     # Private: what they do.
 
-    def _plan(self, trainer: Trainer, pl_module: LightningModule) -> Expansion:
-        return plan_expansion(pl_module, self.form, as_targets(self.targets), optimizers=trainer.optimizers)
+    def _plan(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Expansion:
+        """Plan, and try the layers in a forward pass of the module, or in its training step; decided on rank 0."""
+        example = first_call(pl_module, batch)
+        targets = as_targets(self.targets)
+        plan = plan_expansion(pl_module, self.form, targets, optimizers=trainer.optimizers, example=example)
+        decided: Expansion = broadcast(trainer, plan)
+        return decided
 
-    def _expand(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        plan = self._last_plan = self._plan(trainer, pl_module)
+    def _expand(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        plan = self._last_plan = self._plan(trainer, pl_module, batch)
         if not plan.layers:
             return
         self._before_surgery(trainer, pl_module)

@@ -126,6 +126,7 @@ class DynamicSparseTraining(MaskingCallback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Become sparse, or replace connections, if that is due: between two steps."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         state = self.state(pl_module)
         if not state["masks"]:
             if progress_at_step(trainer) + _SAME >= self._events.window(trainer.max_epochs)[0]:
@@ -148,6 +149,13 @@ class DynamicSparseTraining(MaskingCallback):
 
     @override
     def _check_plan(self, masks: Mapping[str, Tensor]) -> None:
+        normed = [weight.layer for weight in self._weights if weight.source.norm == "weight norm"]
+        if normed:
+            exclude = f"`targets=Targets(exclude={normed})`"
+            raise UnsupportedError(
+                f"`{type(self).__name__}`: expected plain weights, found weight norm in {normed[:3]}: a filter that "
+                f"loses all connections would be divided by zero. Exclude them, {exclude}, or use `WeightPruning`."
+            )
         frozen = [weight.layer for weight in self._weights if not weight.parameter.requires_grad]
         if frozen and not isinstance(self._rule, Static):
             raise UnsupportedError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,6 +13,8 @@ from lightning_light.budgets import Budget, Sparsity
 from lightning_light.criteria.collector import Gathered, collect_evidence
 from lightning_light.criteria.evidence import Criterion
 from lightning_light.criteria.movement import Movement
+from lightning_light.example_input import ExampleInput
+from lightning_light.helper_networks import helper_networks
 from lightning_light.order import Stage
 from lightning_light.sparsity.mask_enforcer import mask_model
 from lightning_light.sparsity.options import WeightPruningOptions
@@ -19,11 +22,14 @@ from lightning_light.sparsity.patterns import Pattern
 from lightning_light.sparsity.planning import PruningPlan, plan_pruning
 from lightning_light.sparsity.scope import Scope
 from lightning_light.sparsity.scores import score_weights
+from lightning_light.sparsity.weights import uncovered_parameters
 from lightning_light.surgery.attachment import check_owners
-from lightning_light.targets import TargetsLike
+from lightning_light.targets import TargetsLike, as_targets
 from lightning_light.validation import OpenFraction, PositiveInt, validated
 
 __all__ = ["prune_weights"]
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @validated
@@ -48,7 +54,7 @@ def prune_weights(
 
     Args:
         model: any module.
-        example_inputs: not needed; there for the common signature of the functions.
+        example_inputs: of one call; frozen parts of the model that it does not call are left alone. None: all count.
         budget: ``Sparsity(amount)`` of the targets' weights. None with `NM`, which determines it, or ``remaining``.
         criterion: scores weights; the lowest scores are masked first.
         pattern: what is masked together.
@@ -86,7 +92,12 @@ def prune_weights(
         )
     options = WeightPruningOptions(budget, criterion, pattern, scope, targets, remaining, calibration_batches, seed)
     options.check("prune_weights")
-    plan = plan_pruning("prune_weights", model, options)
+    helpers = [] if example_inputs is None else helper_networks(model, ExampleInput.of(example_inputs))
+    if helpers:
+        _LOGGER.info("prune_weights: left alone, frozen and not called: %s", helpers)
+    plan = plan_pruning("prune_weights", model, options, helpers)
+    if uncovered := uncovered_parameters(model, plan.weights, as_targets(targets)):
+        _LOGGER.info("prune_weights: not covered, in no layer with known weights: %s", uncovered)
     check_owners(model, [weight.layer for weight in plan.weights], method="prune_weights", stage=Stage.MASKS)
     gathered = _gather(model, plan, data, loss)
     generator = torch.Generator().manual_seed(seed)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_light.callback import CompressionCallback
 from lightning_light.errors import OrderError
+from lightning_light.helper_networks import frozen_parts
 from lightning_light.host.trainer import callbacks_of
 from lightning_light.measure.sparsity import mask_churn, zero_fraction, zero_rows
 from lightning_light.order import Stage
@@ -20,12 +21,13 @@ from lightning_light.sparsity.mask_enforcer import MaskEnforcer, StepHooks, mask
 from lightning_light.sparsity.mask_state import cut_masks
 from lightning_light.sparsity.options import WeightPruningOptions
 from lightning_light.sparsity.planning import PruningPlan, plan_pruning
-from lightning_light.sparsity.weights import MaskableWeight
+from lightning_light.sparsity.weights import MaskableWeight, uncovered_parameters
 from lightning_light.surgery.attachment import check_owners
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.checkpoint_monitoring import reset_monitoring
 from lightning_light.surgery.distributed import broadcast, log_rank_zero, refuse_sharding
 from lightning_light.surgery.masks import true_masks
+from lightning_light.targets import as_targets
 from lightning_light.timing import Events
 
 if TYPE_CHECKING:
@@ -64,6 +66,8 @@ class MaskingCallback(CompressionCallback):
         self._known: _Known | None = None
         self._run_plan: PruningPlan | None = None
         self._step_hooks: StepHooks | None = None
+        self._left_alone: list[str] = []
+        self._is_settled = True
 
     # Lightning's hooks, in the order a run meets them.
 
@@ -84,8 +88,14 @@ class MaskingCallback(CompressionCallback):
         super().on_fit_start(trainer, pl_module)
         state = self.state(pl_module)
         masks = state.get("masks", {}) if self.resumed(pl_module) else true_masks(pl_module, state.get("masks", {}))
-        self._run_plan = plan_pruning(type(self).__name__, pl_module, self.options)
-        self._check_plan(masks)
+        helpers = self._helper_networks(trainer, pl_module)
+        self._is_settled = helpers is not None
+        self._left_alone = frozen_parts(pl_module) if helpers is None else helpers
+        self._run_plan = self._planned(pl_module)
+        if self._is_settled or not masks:
+            self._check_plan(masks)
+        if uncovered := uncovered_parameters(pl_module, self._weights, as_targets(self.options.targets)):
+            log_rank_zero(trainer, f"{type(self).method}: not covered, in no layer with known weights: {uncovered}")
         self._refuse_overlap(trainer)
         if not self.resumed(pl_module):
             layers = [weight.layer for weight in self._weights]
@@ -95,6 +105,14 @@ class MaskingCallback(CompressionCallback):
             if not masks:
                 self.disclaim(pl_module)
         self._watch(trainer, pl_module)
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Before the first batch, find out which frozen parts belong to the network, if that was not known."""
+        if not self._is_settled:
+            self._left_alone = self._helper_networks(trainer, pl_module, batch) or []
+            self._is_settled = True
+            self._plan_again(trainer, pl_module)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -111,7 +129,7 @@ class MaskingCallback(CompressionCallback):
     ) -> None:
         """Cut masks and other tensors with their weights; drop those of weights that are gone."""
         cut_masks(pl_module, self.state(pl_module), kept)
-        self._run_plan = plan_pruning(type(self).__name__, pl_module, self.options)
+        self._run_plan = self._planned(pl_module)
         self._watch(trainer, pl_module)
 
     @override
@@ -147,6 +165,12 @@ class MaskingCallback(CompressionCallback):
 
     def _check_plan(self, masks: Mapping[str, Tensor]) -> None:
         """Refuse a plan that the method cannot follow, before any change. ``masks``: those that hold already."""
+
+    def _plan_again(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Plan for other weights than in ``on_fit_start``; nothing is masked yet."""
+        self._run_plan = self._planned(pl_module)
+        self._check_plan(self._masks(pl_module))
+        self._watch(trainer, pl_module)
 
     @abstractmethod
     def _no_effect_reason(self, pl_module: LightningModule) -> str | None:
@@ -215,6 +239,9 @@ class MaskingCallback(CompressionCallback):
         )
 
     # Private.
+
+    def _planned(self, pl_module: LightningModule) -> PruningPlan:
+        return plan_pruning(type(self).__name__, pl_module, self.options, self._left_alone)
 
     def _watch(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._step_hooks is not None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_light.errors import BudgetError, TargetError
 from lightning_light.sparsity.options import WeightPruningOptions
-from lightning_light.sparsity.patterns import NM, Pattern
+from lightning_light.sparsity.patterns import NM, Pattern, Unstructured
 from lightning_light.sparsity.scope import Scope, apportion, erk_densities, lowest, select_globally
 from lightning_light.sparsity.scores import check_evidence
 from lightning_light.sparsity.weights import MaskableWeight, find_weights
@@ -61,6 +61,7 @@ class PruningPlan:
         masks = {}
         for weight in self.weights:
             mask = weight.oriented(selected[weight.name]).clone(memory_format=torch.contiguous_format)
+            _keep_norms(weight, mask, scores[weight.name])
             masks[weight.name] = mask & current[weight.name].to(mask.device) if weight.name in current else mask
         return masks
 
@@ -79,20 +80,23 @@ class PruningPlan:
         return {name: ~pattern.expand(masked[name], scores[name].shape) for name in units}
 
 
-def plan_pruning(method: str, model: nn.Module, options: WeightPruningOptions) -> PruningPlan:
+def plan_pruning(
+    method: str, model: nn.Module, options: WeightPruningOptions, left_alone: Sequence[str] = ()
+) -> PruningPlan:
     """Find the weights and check the whole run: pattern, evidence, budget. ``model`` is not changed.
 
     Args:
         method: the name of the callback or function, for error messages.
         model: any module.
         options: what is asked.
+        left_alone: modules whose weights are not masked.
 
     Raises:
         TargetError: the targets match nothing, or a layer that the pattern does not divide.
         UnsupportedError: evidence that a layer cannot give.
         BudgetError: the budget leaves a layer without a unit.
     """
-    weights = find_weights(model, as_targets(options.targets), method)
+    weights = find_weights(model, as_targets(options.targets), method, left_alone)
     _check_pattern(method, weights, options.pattern)
     check_evidence(method, options.criterion, weights)
     own: dict[str, float] = {}
@@ -141,17 +145,33 @@ def _refuse_lower(
 
 
 def _check_pattern(method: str, weights: Sequence[MaskableWeight], pattern: Pattern) -> None:
-    reasons = {
-        weight.layer: reason
-        for weight in weights
-        if (reason := pattern.incompatibility(weight.oriented(weight.parameter).shape)) is not None
-    }
+    reasons = {weight.layer: reason for weight in weights if (reason := _unfit(weight, pattern)) is not None}
     if reasons:
         layer, reason = next(iter(reasons.items()))
         raise TargetError(
             f"`{method}(pattern={pattern!r})` on `{layer}`: expected {reason}. Exclude the layers that do not fit: "
             f"`targets=Targets(exclude={list(reasons)})`."
         )
+
+
+def _unfit(weight: MaskableWeight, pattern: Pattern) -> str | None:
+    """Return what kind of weight the pattern expects, if this is another."""
+    if "weight" not in weight.source.tensor and not isinstance(pattern, Unstructured):
+        return f"a layer of torch, whose layout is known, or `Unstructured()`; `{weight.name}` has a layout of its own"
+    if weight.source.norm == "weight norm" and not isinstance(pattern, Unstructured | NM):
+        return "a plain weight: under weight norm a filter without weights would be divided by zero"
+    return pattern.incompatibility(weight.oriented(weight.parameter).shape)
+
+
+def _keep_norms(weight: MaskableWeight, mask: Tensor, scores: Tensor) -> None:
+    """Keep the best element of what weight norm divides by a norm, where all of it would be masked; in place."""
+    dim = weight.source.dim
+    if weight.source.norm != "weight norm" or dim is None:
+        return
+    rows = mask.movedim(dim, 0)
+    best = weight.oriented(scores).movedim(dim, 0).flatten(1).argmax(1)
+    for row in (~rows.flatten(1).any(1)).nonzero().flatten().tolist():
+        rows[row][torch.unravel_index(best[row], rows.shape[1:])] = True
 
 
 def _check_budget(method: str, plan: PruningPlan) -> None:

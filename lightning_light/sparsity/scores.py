@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_light.criteria.collector import Gathered
+from lightning_light.criteria.collector import PARAMETER_KINDS, Gathered
 from lightning_light.criteria.evidence import Criterion
 from lightning_light.errors import UnsupportedError
 from lightning_light.sparsity.weights import MaskableWeight
@@ -58,9 +58,10 @@ def score_weights(
     """
     scores = {}
     for weight in weights:
+        differential = bool(criterion.needs & PARAMETER_KINDS)  # of what is trained; else of what is computed with
         evidence = gathered.evidence(
             criterion,
-            weight.parameter,
+            weight.parameter if differential else weight.source.computed(),
             name=weight.name,
             layer=weight.layer,
             module=weight.module,

@@ -148,14 +148,12 @@ class WeightPruning(MaskingCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Plan the run, and prepare to gather evidence."""
         super().on_fit_start(trainer, pl_module)
-        layers = [weight.layer for weight in self._weights]
-        self._collector = EvidenceCollector.for_criterion(
-            pl_module, layers, self.options.criterion, lambda: self._evidence(pl_module)
-        )
+        self._collect(pl_module)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Change the masks if that is due, before the batch and its metrics."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         assert self._collector is not None  # since `on_fit_start`
         state = self.state(pl_module)
         self._store_origin(trainer, pl_module)
@@ -202,6 +200,19 @@ class WeightPruning(MaskingCallback):
         super().teardown(trainer, pl_module, stage)
 
     # Private.
+
+    def _collect(self, pl_module: LightningModule) -> None:
+        layers = [weight.layer for weight in self._weights]
+        self._collector = EvidenceCollector.for_criterion(
+            pl_module, layers, self.options.criterion, lambda: self._evidence(pl_module)
+        )
+
+    @override
+    def _plan_again(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super()._plan_again(trainer, pl_module)
+        if self._collector is not None:
+            self._collector.remove()
+        self._collect(pl_module)
 
     @override
     def _check_plan(self, masks: Mapping[str, Tensor]) -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
 from lightning_light.errors import TargetError, UnsupportedError
+from lightning_light.helper_networks import inside
 from lightning_light.targets import Targets
+from lightning_light.trained_weights import TrainedWeight, other_parametrizations, trained_weights
 
-__all__ = ["MaskableWeight", "find_weights"]
+__all__ = ["MaskableWeight", "find_weights", "uncovered_parameters"]
 
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
+_MARKS = ("weight", "proj")
+_LARGE = 0.01  # of all parameters
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -25,12 +30,14 @@ class MaskableWeight:
         parameter: the live parameter.
         layer: name of the layer that owns it.
         module: that layer.
+        source: what is masked for which weight of the layer.
     """
 
     name: str
     parameter: nn.Parameter
     layer: str
     module: nn.Module
+    source: TrainedWeight
 
     @property
     def output_dim(self) -> int:
@@ -42,29 +49,62 @@ class MaskableWeight:
         return tensor.transpose(0, 1) if self.output_dim else tensor
 
 
-def find_weights(model: nn.Module, targets: Targets, method: str) -> list[MaskableWeight]:
-    """List every weight of two or more axes in ``targets`` once, without embedding tables and parametrized weights.
+def find_weights(
+    model: nn.Module, targets: Targets, method: str, left_alone: Sequence[str] = ()
+) -> list[MaskableWeight]:
+    """List every weight of two or more axes in ``targets`` once, without embedding tables.
+
+    Weights are parameters called ``weight`` or, in layers that are not torch's, ``proj`` (of experts), and what weight
+    norm and spectral norm compute a weight from. Modules in ``left_alone`` have none.
 
     Raises:
         TargetError: the targets match nothing, or nothing with such a weight.
-        UnsupportedError: a layer has a mask of ``torch.nn.utils.prune`` already.
+        UnsupportedError: a layer has a mask of ``torch.nn.utils.prune`` already, or a weight that another
+            parametrization computes.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found: dict[int, MaskableWeight] = {}
     selected = targets.select(model)
+    selected = {name: module for name, module in selected.items() if not inside(name, left_alone)}
     for layer, module in selected.items():
-        if any(isinstance(hook, BasePruningMethod) for hook in module._forward_pre_hooks.values()):
-            raise UnsupportedError(
-                f"`{method}`: expected plain weights, found a mask of `torch.nn.utils.prune` on `{layer}`. Make it "
-                "permanent first, `torch.nn.utils.prune.remove(layer, 'weight')`, or exclude the layer from `targets`."
-            )
-        for own, parameter in module.named_parameters(recurse=False):
-            is_weight = "weight" in own and parameter.ndim >= 2 and not nn.parameter.is_lazy(parameter)
-            if is_weight and not isinstance(module, _TABLES):
-                found.setdefault(id(parameter), MaskableWeight(names[id(parameter)], parameter, layer, module))
+        _refuse_computed(method, layer, module)
+        for source in [] if isinstance(module, _TABLES) else trained_weights(module, _MARKS):
+            parameter = source.parameter
+            if not nn.parameter.is_lazy(parameter) and parameter.ndim >= 2:
+                weight = MaskableWeight(names[id(parameter)], parameter, layer, module, source)
+                found.setdefault(id(parameter), weight)
     if not found:
         raise TargetError(
             f"`{method}(targets={targets!r})`: expected at least one layer with a weight of two or more axes "
             f"(convolution, linear, attention, recurrent), found none among {len(selected)} modules. Widen `targets`."
         )
     return list(found.values())
+
+
+def uncovered_parameters(model: nn.Module, weights: Iterable[MaskableWeight], targets: Targets) -> list[str]:
+    """Name the large parameters of two or more axes that are in no layer of torch and have no mask."""
+    covered = {id(weight.parameter) for weight in weights}
+    large = _LARGE * sum(parameter.numel() for parameter in model.parameters() if not nn.parameter.is_lazy(parameter))
+    return [
+        f"{layer}.{name}" if layer else name
+        for layer, module in {"": model, **targets.select(model)}.items()
+        if not type(module).__module__.startswith("torch.nn.")
+        for name, parameter in module.named_parameters(recurse=False)
+        if id(parameter) not in covered and parameter.ndim >= 2 and parameter.numel() >= large
+    ]
+
+
+def _refuse_computed(method: str, layer: str, module: nn.Module) -> None:
+    if any(isinstance(hook, BasePruningMethod) for hook in module._forward_pre_hooks.values()):
+        raise UnsupportedError(
+            f"`{method}`: expected plain weights, found a mask of `torch.nn.utils.prune` on `{layer}`. Make it "
+            "permanent first, `torch.nn.utils.prune.remove(layer, 'weight')`, or exclude the layer from `targets`."
+        )
+    others = other_parametrizations(module)
+    if others:
+        raise UnsupportedError(
+            f"`{method}` on `{layer}`: expected a plain weight, or one under weight norm or spectral norm, found "
+            f"`{others[0]}` computed by another parametrization, through which masked elements need not stay zero. "
+            f"Exclude the layer: `targets=Targets(exclude={layer!r})`, or make the parametrization permanent with "
+            f"`torch.nn.utils.parametrize.remove_parametrizations(layer, {others[0]!r})`."
+        )

@@ -20,7 +20,7 @@ from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.manifest import KEY
 from lightning_light.surgery.operations import register_operation
 from lightning_light.surgery.ownership import all_names, refuse_owned
-from lightning_light.surgery.state import CompressionState
+from lightning_light.surgery.state import CompressionState, other_shapes
 from lightning_light.surgery.structure import PRIVATE_PREFIX
 
 __all__ = [
@@ -41,6 +41,7 @@ LOADER = "a compressed network, which `lightning_light.load_from_checkpoint(MyMo
 
 _STATE = f"{PRIVATE_PREFIX}_compression_state"
 _HOOK = f"{PRIVATE_PREFIX}_hook"
+_FOLLOWS = f"{PRIVATE_PREFIX}_follows"
 
 
 def attach(module: nn.Module) -> CompressionState:
@@ -56,6 +57,7 @@ def attach(module: nn.Module) -> CompressionState:
     for wrapper in (on_save_checkpoint, on_load_checkpoint):
         if hasattr(type(module), wrapper.__name__):
             _patch(module, wrapper)
+    attributes[_FOLLOWS] = True
     if _HOOK not in attributes:
         hook = module.register_load_state_dict_pre_hook(follow_state_dict)  # type: ignore[no-untyped-call]
         attributes[_HOOK] = hook
@@ -126,10 +128,14 @@ def has_state(module: nn.Module) -> bool:
 
 
 def release(module: nn.Module) -> None:
-    """Remove what `attach` added, except the compression state and the two wrappers that later checkpoints need."""
-    handle = vars(module).pop(_HOOK, None)
-    if handle is not None:
-        handle.remove()
+    """Remove what `attach` added, except the compression state and the two wrappers that later checkpoints need.
+
+    A compressed network keeps the hook too, which then only explains why a state dict does not fit.
+    """
+    attributes = vars(module)
+    attributes.pop(_FOLLOWS, None)
+    if _HOOK in attributes and not state_of(module).edit_log:
+        attributes.pop(_HOOK).remove()
 
 
 def detach(module: nn.Module) -> None:
@@ -172,9 +178,17 @@ def _call_original(module: nn.Module, name: str, checkpoint: dict[str, Any]) -> 
 
 
 def follow_state_dict(
-    module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *_: Any
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *lists: list[str]
 ) -> None:
-    """Let the structure follow the shapes of a bare state dict: a ``load_state_dict`` pre-hook."""
-    state_of(module).follow(
-        module, {name: value for name, value in state_dict.items() if name.startswith(prefix)}, prefix
-    )
+    """Let the structure follow the shapes of a bare state dict, or explain why they differ: a pre-hook."""
+    own = {name: value for name, value in state_dict.items() if name.startswith(prefix)}
+    if _FOLLOWS in vars(module):
+        state_of(module).follow(module, own, prefix)
+    different = state_of(module).edit_log and other_shapes(module, own, prefix)
+    if different:
+        lists[-1].append(
+            f"`{type(module).__name__}` has been compressed, and {len(different)} tensors of the state dict, such as "
+            f"`{different[0]}`, have other shapes. To rebuild the structure of a state dict use "
+            "`lightning_light.restructure(model, state_dict, manifest)`, with `manifest = "
+            "lightning_light.manifest_of(compressed_model)` saved beside it."
+        )

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from torch import nn
 from typing_extensions import override
 
 from lightning_light.host.modules import BUILDER
-from lightning_light.surgery.attachment import LOADER, attach, has_state, release
+from lightning_light.surgery.attachment import LOADER, attach, has_state, release, state_of
+from lightning_light.surgery.manifest import KEY
 from lightning_light.validation import validated
 
 if TYPE_CHECKING:
@@ -23,7 +25,9 @@ else:
     _Base = object
     Module = TypeVar("Module")
 
-__all__ = ["CompressibleMixin", "load_from_checkpoint"]
+__all__ = ["CompressibleMixin", "load_from_checkpoint", "manifest_of", "restructure"]
+
+_Network = TypeVar("_Network", bound=nn.Module)
 
 _PATCHING = threading.RLock()
 
@@ -105,6 +109,59 @@ class CompressibleMixin(_Base):
             _restructure(self, checkpoint)
 
 
-def _restructure(module: LightningModule, checkpoint: dict[str, Any]) -> None:
+@validated
+def manifest_of(model: nn.Module) -> dict[str, Any]:
+    """Return what rebuilds the structure of a compressed network, in plain types and tensors.
+
+    Checkpoints of a LightningModule contain it. A project with a save format of its own stores it beside the state
+    dict, for `restructure`; ``torch.load(..., weights_only=True)`` reads it.
+
+    Args:
+        model: a network, compressed or not, whose changes are recorded: a LightningModule, or another module that
+            `lightning_light.surgery.attach` was called on before it was compressed.
+
+    Raises:
+        ValueError: the changes of ``model`` are not recorded.
+    """
+    if not has_state(model) and not hasattr(model, "on_save_checkpoint"):
+        raise ValueError(
+            f"`manifest_of({type(model).__name__})`: expected a LightningModule, or a module whose changes are "
+            "recorded, found neither. Call `lightning_light.surgery.attach(model)` before the model is compressed."
+        )
+    return state_of(model).manifest(model)
+
+
+@validated
+def restructure(model: _Network, state_dict: Mapping[str, Any], manifest: Mapping[str, Any]) -> _Network:
+    """Give ``model`` the compressed structure that ``manifest`` describes, and load ``state_dict``.
+
+    Args:
+        model: as its class builds it, or compressed; changed in place.
+        state_dict: of the compressed network.
+        manifest: of the same network: what `manifest_of` returned, or the entry ``"lightning_light"`` of a checkpoint.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ManifestError: the manifest is of another network, damaged, or does not fit the state dict; nothing is changed.
+        RuntimeError: of ``load_state_dict``, for names that are missing or unexpected.
+
+    Example:
+        >>> import copy
+        >>> from lightning_light.lowrank import RankRatio, factorize
+        >>> fresh = copy.deepcopy(module)
+        >>> plan = factorize(module, next(iter(data))[0], RankRatio(0.2))
+        >>> saved = {"weights": module.state_dict(), "structure": manifest_of(module)}
+        >>> rebuilt = restructure(fresh, saved["weights"], saved["structure"])
+        >>> rebuilt.state_dict().keys() == module.state_dict().keys() and len(plan.layers) > 0
+        True
+    """
+    _restructure(model, {"state_dict": state_dict, KEY: manifest})
+    model.load_state_dict(state_dict)
+    return model
+
+
+def _restructure(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     attach(module).load(module, checkpoint)
     release(module)

@@ -162,7 +162,7 @@ class CompressionState:
         state_dict: Mapping[str, Any] = checkpoint.get("state_dict", {})
         if manifest.edit_log or self.edit_log:
             check_fingerprint(self._original, manifest.fingerprint, PRIVATE_PREFIX)
-            if manifest.edit_log != self.edit_log or _other_shapes(model, state_dict):
+            if manifest.edit_log != self.edit_log or other_shapes(model, state_dict):
                 self._restructure(model, manifest, state_dict)
         self.edit_log, self.state, self.kept = manifest.edit_log, copy.deepcopy(manifest.state), manifest.kept
         self.claims, self.references = manifest.owners, manifest.references
@@ -174,7 +174,7 @@ class CompressionState:
         Anything else is left as it is, for ``load_state_dict`` to report.
         """
         self._remember(model)
-        changed = _other_shapes(model, state_dict, prefix)
+        changed = other_shapes(model, state_dict, prefix)
         if not changed or any(f"{prefix}{name}" not in state_dict for name in _tensors(model)):
             return
         first = {f"{prefix}{name}": tensor for name, tensor in _tensors(self._original).items()}
@@ -247,7 +247,7 @@ class CompressionState:
         apply_structure(model, current, target)
 
 
-def _other_shapes(model: nn.Module, state_dict: Mapping[str, Any], prefix: str = "") -> list[str]:
+def other_shapes(model: nn.Module, state_dict: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Names of tensors whose shapes differ, under the names of ``state_dict``."""
     live = {f"{prefix}{name}": tensor for name, tensor in _tensors(model).items()}
     return [

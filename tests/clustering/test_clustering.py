@@ -31,7 +31,7 @@ from lightning_light.quantization import Int8, MovingAverage, QuantizationAwareT
 from lightning_light.schedules import OneShot
 from lightning_light.sparsity import WeightPruning
 from tests.contract.bodies import Body, module_class
-from tests.contract.runs import trainer
+from tests.contract.runs import checkpoints, trainer
 
 SEEDS = st.integers(0, 10**6)
 
@@ -333,3 +333,48 @@ def test_pruned_then_clustered_then_quantized_keeps_sparsity_and_clusters(traini
         if not isinstance(training, DKM):  # DKM is soft until the end
             assert all(len(row.unique()) <= 6 for row in seen.flatten(1))  # a scale for each channel, six values in it
             assert (seen[mask] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "order", "training"),
+    [
+        ("ema", "before", CentroidTraining()),
+        ("ema", "after", StraightThroughEstimator()),
+        ("swa", "before", StraightThroughEstimator()),
+        ("swa", "after", CentroidTraining()),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Swapping scheduler:UserWarning", "ignore:Be aware that when using `ckpt_path`")
+def test_averaged_copies_are_clustered_at_every_validation_and_save(training, kind, order, tmp_path) -> None:
+    import lightning.pytorch as pl
+    from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+
+    seen: list[int] = []
+
+    class Look(pl.Callback):
+        def on_validation_batch_start(self, trainer: object, pl_module: object, *_: object) -> None:
+            if trainer.current_epoch > 0:
+                seen.append(len(pl_module.head.weight.unique()))
+
+    def run(module: object, resume: object) -> dict[str, torch.Tensor]:
+        swa = {"swa_lrs": 0.01, "swa_epoch_start": 2, "annealing_epochs": 1}
+        average = EMAWeightAveraging(decay=0.9) if kind == "ema" else StochasticWeightAveraging(**swa)
+        clustering = WeightClustering(4, start=0.3, training=training)
+        both = [average, clustering] if order == "before" else [clustering, average]
+        saving = checkpoints(tmp_path) if resume is None else ()
+        trainer(*both, Look(), *saving, max_epochs=4).fit(module, ckpt_path=resume)
+        return module.state_dict()
+
+    module = lit()
+    weights = run(module, None)
+    assert seen
+    assert max(seen) <= 4
+    assert all(len(value.unique()) <= 4 for value in weights.values() if value.ndim > 1)
+    saved = torch.load(tmp_path / "epoch=3.ckpt", weights_only=True)
+    assert all(len(value.unique()) <= 4 for value in saved["state_dict"].values() if value.ndim > 1)
+    if kind == "ema":
+        live = saved["current_model_state"]
+        assert not torch.equal(saved["state_dict"]["head.weight"], live["head.weight"])  # an average, not a copy
+        assert not torch.equal(weights["head.weight"], live["head.weight"])
+        resumed = run(lit(), tmp_path / "epoch=1.ckpt")
+        assert all(torch.equal(value, resumed[name]) for name, value in weights.items())

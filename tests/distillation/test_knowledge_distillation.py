@@ -2,6 +2,7 @@
 
 import csv
 import logging
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -490,3 +491,20 @@ def test_a_teacher_without_modules_has_no_feature_layers(tmp_path: Path) -> None
     torch.export.save(program, tmp_path / "teacher.pt2")
     with pytest.raises(ValueError, match="expected a teacher made of modules"):
         distilled(FeatureHint(feature_layers={"net.conv1": "conv1"}), teacher=str(tmp_path / "teacher.pt2"))
+
+
+@pytest.mark.parametrize("decay", [None, 0.5])
+def test_a_self_teacher_of_a_module_that_cannot_be_deep_copied(decay) -> None:
+    class Locked(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lock = threading.Lock()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            self.last = loss["loss"] if isinstance(loss, dict) else loss  # a tensor that deepcopy refuses
+            return loss
+
+    locked, plain = Locked(), Plain()
+    locked.last = next(locked.net.parameters()) * 2
+    assert torch.equal(*(weights(distilled(teacher=SelfTeacher(decay=decay), module=one)) for one in (locked, plain)))

@@ -9,7 +9,8 @@ from hypothesis import assume, given, settings, strategies as st
 from torch import Tensor, nn
 
 from lightning_light.criteria.collector import EvidenceCollector
-from lightning_light.lowrank.build import build_factors, compose, dense_weight
+from lightning_light.lowrank.build import build_factors, dense_weight
+from lightning_light.lowrank.factors import Factors, compose
 from lightning_light.lowrank.fits import ActivationSVD, FisherSVD, WhitenedSVD
 from lightning_light.lowrank.spectra import decompose
 
@@ -57,7 +58,7 @@ def test_convolution_at_full_rank_computes_the_same(name, form, dtype) -> None:
     torch.testing.assert_close(factors(x), layer(x), rtol=EXACT[dtype], atol=EXACT[dtype])
     assert {type(part) for part in factors} == {make}
     assert factors[-1].bias is layer.bias
-    assert type(factors) is nn.Sequential
+    assert type(factors) is Factors
 
 
 @pytest.mark.parametrize("dtype", list(EXACT), ids=str)

@@ -23,7 +23,8 @@ from lightning_light.lowrank import (
     factorize,
 )
 from lightning_light.lowrank.allocate import Choice, allocate, frontier
-from lightning_light.lowrank.build import current_ranks, factor_form
+from lightning_light.lowrank.build import current_ranks
+from lightning_light.lowrank.factors import factor_form
 from lightning_light.lowrank.layers import FactorizableLayer, find_layers
 from lightning_light.lowrank.measurement import LayerTimer
 from lightning_light.lowrank.options import FactorizationOptions

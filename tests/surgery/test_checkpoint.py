@@ -11,16 +11,21 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.callbacks import (
     EMAWeightAveraging,
     LearningRateFinder,
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
+from torch import nn
 
+from lightning_light.budgets import MACs
 from lightning_light.errors import ManifestError
+from lightning_light.lowrank import RankAllocation, RankRatio, factorize
+from lightning_light.structured import prune_channels
 from lightning_light.surgery.attachment import attach, release, state_of
-from lightning_light.surgery.checkpoint import CompressibleMixin, load_from_checkpoint
+from lightning_light.surgery.checkpoint import CompressibleMixin, load_from_checkpoint, manifest_of, restructure
 from lightning_light.surgery.manifest import KEY
 from tests.surgery.runs import HOSTS, MODULES, Events, Lit, Loader, same, trainer
 from tests.zoo import noise
@@ -365,3 +370,34 @@ def test_state_that_a_weights_only_load_refuses_is_refused_when_saved() -> None:
     attach(module).state["method"] = {(1, 2): 1}
     with pytest.raises(TypeError, match="keys of type int or str, found tuple"):
         module.on_save_checkpoint({})
+
+
+def test_a_project_with_its_own_save_format_rebuilds_the_structure(tmp_path) -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 32), nn.Linear(32, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(F.relu(self.first(x)))
+
+    net, x = Plain(), torch.randn(2, 8)
+    with pytest.raises(ValueError, match=r"surgery\.attach\(model\)"):
+        manifest_of(net)
+    attach(net)
+    prune_channels(net, x, MACs(0.5))
+    factorize(net, x, RankRatio(0.5), targets="second", allocation=RankAllocation(round_to=1))
+    torch.save({"net": net.state_dict(), "structure": manifest_of(net)}, tmp_path / "own.pt")
+    saved = torch.load(tmp_path / "own.pt", weights_only=True)
+    rebuilt = restructure(Plain(), saved["net"], saved["structure"])
+    assert torch.equal(rebuilt(x), net(x))
+    assert type(rebuilt.second).__name__ == "Factors"
+    assert restructure(rebuilt, saved["net"], saved["structure"]) is rebuilt
+    other = Plain()
+    other.first = nn.Linear(9, 32)
+    with pytest.raises(ManifestError):
+        restructure(other, saved["net"], saved["structure"])
+    release(rebuilt)
+    for state_dict in (Plain().state_dict(), {**saved["net"], "first.weight": torch.zeros(3, 8)}):
+        with pytest.raises(RuntimeError, match=r"lightning_light\.restructure\(model, state_dict, manifest\)"):
+            rebuilt.load_state_dict(state_dict)

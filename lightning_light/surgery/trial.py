@@ -1,0 +1,82 @@
+"""Try replacements of layers in a forward pass of the whole model, before one of them is made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_light.example_input import ExampleInput
+from lightning_light.isolation import FORWARD_ERRORS, isolated, plain_attention
+from lightning_light.nested import tensors_in
+from lightning_light.training_step import TRAINING_STEP, callable_with
+
+__all__ = ["failing_replacements"]
+
+_TOLERANCE = 1e-3  # of the largest output, for layers that compute the same
+
+
+def failing_replacements(
+    model: nn.Module, replacements: Mapping[str, nn.Module], example: ExampleInput
+) -> dict[str, str]:
+    """Return the replacements with which ``model`` does not run, or computes something else, and why.
+
+    All are tried at once; if that fails, one after the other, each beside those before it that work.
+
+    Args:
+        model: left as found, see `isolated`.
+        replacements: name of a layer -> what computes the same as that layer.
+        example: one call of the model.
+    """
+    if not replacements:
+        return {}
+    expected = _run(model, {}, example)
+    if _difference(model, replacements, example, expected) is None:
+        return {}
+    working: dict[str, nn.Module] = {}
+    failing: dict[str, str] = {}
+    for name, new in replacements.items():
+        reason = _difference(model, {**working, name: new}, example, expected)
+        if reason is None:
+            working[name] = new
+        else:
+            failing[name] = reason
+    return failing
+
+
+def _difference(
+    model: nn.Module, replacements: Mapping[str, nn.Module], example: ExampleInput, expected: list[Tensor]
+) -> str | None:
+    try:
+        found = _run(model, replacements, example)
+    except FORWARD_ERRORS as error:
+        first = next(iter(str(error).splitlines()), "")
+        return f"the model does not run with a replacement of it ({type(error).__name__}: {first})"
+    same = len(found) == len(expected) and all(map(_same, found, expected))
+    return None if same else "the model computes something else with a replacement that computes the same"
+
+
+def _same(found: Tensor, expected: Tensor) -> bool:
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        return False
+    if not expected.is_floating_point() or not expected.numel():
+        return found.is_floating_point() == expected.is_floating_point()
+    scale = float(expected.abs().max())
+    return bool(torch.isclose(found, expected, rtol=0.0, atol=_TOLERANCE * scale, equal_nan=True).all())
+
+
+def _run(model: nn.Module, replacements: Mapping[str, nn.Module], example: ExampleInput) -> list[Tensor]:
+    for name, new in replacements.items():
+        new.train(example.method == TRAINING_STEP and model.get_submodule(name).training)
+    with callable_with(model, example), isolated(model), plain_attention():  # it restores the tree of modules too
+        _put(model, replacements)
+        return list(tensors_in(model(*example.args, **example.kwargs), objects=True))
+
+
+def _put(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
+    new = {model.get_submodule(name): module for name, module in replacements.items()}
+    parents: Iterable[Any] = list(model.modules())
+    for parent in parents:
+        parent._modules.update({key: new[child] for key, child in parent._modules.items() if child in new})
