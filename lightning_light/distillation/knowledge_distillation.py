@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from lightning_light.callback import CompressionCallback
 from lightning_light.distillation.agreement import Agreement
 from lightning_light.distillation.alignment import Alignment
 from lightning_light.distillation.batch_fields import BatchFields
-from lightning_light.distillation.cache import CachedOutputs, TeacherCache, samples_of, stores_of
+from lightning_light.distillation.cache import CachedOutputs, StoredOutputs, TeacherCache, samples_of, stores_of
 from lightning_light.distillation.checks import check_arguments, check_cache, check_exits
 from lightning_light.distillation.distiller import Distiller, LossTerm, OutputSelectors, StepLosses, weighted_sum
 from lightning_light.distillation.feature_layers import module_at
@@ -25,8 +25,8 @@ from lightning_light.distillation.feature_pairs import FeaturePairs
 from lightning_light.distillation.logits import SoftTargets
 from lightning_light.distillation.loss import DistillationLoss
 from lightning_light.distillation.loss_balancing import gradient_factors
-from lightning_light.distillation.projectors import Projectors, discard, owner_of
-from lightning_light.distillation.self_teacher import copy_of_student, update_average
+from lightning_light.distillation.projectors import Projectors, ProjectorState, discard, owner_of
+from lightning_light.distillation.self_teacher import SelfTeacherState, copy_of_student, update_average
 from lightning_light.distillation.step_patch import add_to_loss
 from lightning_light.distillation.student_hook import ForwardCall, StudentHook
 from lightning_light.distillation.teacher_modules import InModelTeacher, SeparateTeacher, TeacherModule
@@ -39,7 +39,8 @@ from lightning_light.progress import steps_done, training_progress
 from lightning_light.schedules import Schedule, resolve, resolve_moment
 from lightning_light.selectors import Selector
 from lightning_light.surgery.distributed import log_rank_zero, reduce_mean
-from lightning_light.validation import Moment, NonNegativeFloat, PositiveInt, validated
+from lightning_light.surgery.schema import LayerName, Length
+from lightning_light.validation import Moment, NonNegativeFloat, NonNegativeInt, PositiveInt, validated
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -79,6 +80,30 @@ class _Run:
         self.distiller.features.remove()
         for teacher in self.distiller.teachers:
             teacher.release()
+
+
+class DistillationState(TypedDict, total=False):
+    """What `KnowledgeDistillation` keeps in the compression state.
+
+    Attributes:
+        projectors: by key.
+        feature_layers: number of a loss -> pairs of paths in student and teacher.
+        cache: number of a teacher -> its stored outputs.
+        factors: loss -> balancing factor.
+        self: of a self-teacher.
+        averaged: step of the last update of the moving average.
+        student: path of the part that ``training_step`` calls.
+        used: whether a loss was ever switched on.
+    """
+
+    projectors: dict[str, ProjectorState]
+    feature_layers: dict[str, list[Annotated[list[str], Length(2)]]]
+    cache: dict[str, StoredOutputs]
+    factors: dict[str, float]
+    self: SelfTeacherState
+    averaged: NonNegativeInt
+    student: Annotated[str, LayerName()] | None
+    used: bool
 
 
 @validated
@@ -129,6 +154,7 @@ class KnowledgeDistillation(CompressionCallback):
 
     method: ClassVar[str] = "distillation"
     stage: ClassVar[int] = Stage.DISTILLATION
+    state_schema: ClassVar[Any] = DistillationState
 
     def __init__(
         self,

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-import secrets
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +12,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
 
+from lightning_light.atomic import atomic_write
 from lightning_light.criteria.collector import example_of_batch
 from lightning_light.errors import ParityError
 from lightning_light.example_input import ExampleInput
@@ -168,7 +167,7 @@ def export_verified(
     """
     exporter = options.for_path(path)
     exporter.check()
-    with plain_execution(), _unfinished(Path(path)) as part:
+    with plain_execution(), atomic_write(Path(path)) as part:
         given = cloned(example)
         example = given if options.batch == "as_given" else first_sample(given)
         reference = Positional(detached_copy(model), example)
@@ -274,15 +273,3 @@ def _described(reference: Positional, tensors: tuple[Any, ...]) -> list[dict[str
         for place, leaf in tree_flatten_with_path(in_order(value))[0]
         if isinstance(leaf, Tensor)
     ]
-
-
-@contextmanager
-def _unfinished(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; the file is renamed to ``path``, or removed after an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.part{path.suffix}")  # two runs may write at once
-    try:
-        yield part
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import types
 from dataclasses import fields, is_dataclass
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from torch import Tensor
 
 from lightning_light.errors import LightningLightError, ManifestError
 from lightning_light.quantization.observers import Observer
+from lightning_light.surgery.schema import check_schema, hints_of
 
 __all__ = ["decode", "encode"]
 
@@ -45,6 +46,10 @@ def decode(kind: Any, plain: Any, path: str) -> Any:
         LightningLightError: it names an observer that has not been imported.
     """
     origin, parts = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        value = decode(parts[0], plain, path)
+        check_schema(value, kind, path)
+        return value
     if origin is Literal:
         return _checked(plain in parts, plain, path, kind, plain)
     if origin in (Union, types.UnionType):
@@ -55,7 +60,7 @@ def decode(kind: Any, plain: Any, path: str) -> Any:
     if origin is dict:
         return _decode_dict(parts, plain, path, kind)
     if isinstance(kind, type) and issubclass(kind, tuple):
-        hints = get_type_hints(kind)
+        hints = hints_of(kind)
         _checked(isinstance(plain, list) and len(plain) == len(hints), plain, path, kind)
         return kind(*(decode(hint, item, path) for hint, item in zip(hints.values(), plain, strict=True)))
     if isinstance(kind, type) and issubclass(kind, Observer):
@@ -84,15 +89,19 @@ def _decode_dict(parts: tuple[Any, ...], plain: Any, path: str, kind: Any) -> An
 
 def _decode_dataclass(kind: Any, plain: Any, path: str) -> Any:
     _checked(isinstance(plain, dict), plain, path, kind)
-    hints, names = get_type_hints(kind), [field.name for field in fields(kind)]
+    hints, names = hints_of(kind), [field.name for field in fields(kind)]
     missing = [name for name in names if name not in plain]
     _checked(not missing, f"no {', '.join(missing)}", path, kind)
-    return kind(**{name: decode(hints[name], plain[name], f"{path}.{name}") for name in names})
+    values = {name: decode(hints[name], plain[name], f"{path}.{name}") for name in names}
+    try:
+        return kind(**values)
+    except (TypeError, ValueError) as error:  # of a class that checks its arguments
+        return _checked(False, str(error), path, kind)
 
 
 def _decode_observer(plain: Any, path: str) -> Observer:
     _checked(isinstance(plain, dict) and "kind" in plain, plain, path, Observer)
-    kind = Observer.kinds.get(plain["kind"])
+    kind = Observer.kinds.get(plain["kind"]) if isinstance(plain["kind"], str) else None
     if kind is None:
         raise LightningLightError(
             f"A checkpoint with the observer `{plain['kind']}`: expected its class to be defined, found "

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lightning_light.module_stack import ModuleCall, ModuleStack
 from lightning_light.quantization.tracer_warnings import attributed_to_caller
+from lightning_light.validation import PositiveInt
 
 __all__ = ["OpCall", "OpId", "OpMode", "OpStack"]
 
@@ -28,9 +29,9 @@ class OpId(NamedTuple):
     """
 
     module: str
-    call: int
+    call: PositiveInt
     function: str
-    occurrence: int
+    occurrence: PositiveInt
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from lightning_light.host.trainer import is_accumulating, is_backward_skipped, i
 from lightning_light.int8 import Int8Weights
 from lightning_light.order import DEFAULT_WINDOWS, Stage
 from lightning_light.progress import steps_planned, training_progress
-from lightning_light.quantization.checkpoint_state import attach_fake_quantizer, begin
+from lightning_light.quantization.checkpoint_state import SoundState, attach_fake_quantizer, begin
 from lightning_light.quantization.fake_quantize import merge_ranges
 from lightning_light.quantization.fake_quantizer import FakeQuantizer
 from lightning_light.quantization.learned_qparams import LearnedQParams, initial_values, weight_scale
@@ -86,6 +86,7 @@ class QuantizationAwareTraining(CompressionCallback):
     method: ClassVar[str] = "quantization_aware_training"
     stage: ClassVar[int] = Stage.QUANTIZATION
     structural: ClassVar[bool] = False
+    state_schema: ClassVar[Any] = Annotated[dict[str, Any], SoundState()]
 
     def __init__(
         self,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from typing_extensions import override
 
 from lightning_light.surgery.attachment import attach, has_state, release
+from lightning_light.surgery.manifest import naming_file
 from lightning_light.validation import validated
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def load_from_checkpoint(cls: type[Module], path: str | Path, **kwargs: Any) -> 
     Raises:
         ManifestError: the checkpoint is of another network, or its manifest is damaged.
     """
-    with _restructuring(cls):
+    with naming_file(path), _restructuring(cls):
         return cls.load_from_checkpoint(path, **kwargs)
 
 
