@@ -168,7 +168,10 @@ def _written(
             _forget_places(frozen.graph)
             with TemporaryDirectory(dir=path.parent) as folder:
                 short = Path(folder) / "m"  # every record repeats the file's name
-                frozen._save_for_lite_interpreter(str(short), _extra_files=dict(notes or {}))
+                extra = dict(notes or {})
+                # An error where the disk is full; torch's own writer would end the process.
+                short.write_bytes(frozen._save_to_buffer_for_lite_interpreter(_extra_files=extra))
+                frozen._save_for_lite_interpreter(str(short), _extra_files=extra)
                 short.replace(path)
         except RuntimeError as error:  # an `autograd.Function` of the user's: Python that no file can hold
             raise TraceError(_advice(exporter, model, error)) from error

@@ -89,7 +89,7 @@ class SoundState(Rule):
 
 def _check_ranges(ranges: Tensor, activations: int) -> None:
     if tuple(ranges.shape) != (activations, 2) or not ranges.is_floating_point():
-        expected = f"a float tensor of shape {(activations, 2)}, one row per quantized activation of the plan"
+        expected = f"a tensor of shape {(activations, 2)}, floats, one row per quantized activation of the plan"
         raise damage(f"{METHOD}.ranges", expected, f"{ranges.dtype!s} of shape {tuple(ranges.shape)}")
     low, high = ranges.unbind(1)
     unseen = (low == torch.inf) & (high == -torch.inf)

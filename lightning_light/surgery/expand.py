@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_light.atomic import atomic_write
+from lightning_light.atomic import atomic_save
 from lightning_light.errors import ManifestError, UnsupportedError
 from lightning_light.example_input import ExampleInput
 from lightning_light.nested import tensors_in
@@ -64,8 +64,7 @@ def expand_checkpoint(path: str | Path, out: str | Path, model: nn.Module, *, ex
     if example is not None:
         _compare(model, checkpoint, expanded, ExampleInput.of(example))
     rest = {key: value for key, value in checkpoint.items() if key not in _OF_THE_RUN}
-    with atomic_write(out) as part:
-        torch.save({**rest, "state_dict": expanded}, part)
+    atomic_save({**rest, "state_dict": expanded}, out)
 
 
 def _refuse(model: nn.Module, manifest: Manifest) -> Kept:
