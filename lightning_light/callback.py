@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -13,15 +13,16 @@ from typing_extensions import override
 
 from lightning_light.errors import NoEffectWarning
 from lightning_light.host.classes import Callback
-from lightning_light.host.strategy import rebuild_ddp
-from lightning_light.host.trainer import callbacks_of, is_restoring
+from lightning_light.host.patches import InstancePatch, wrap_method
+from lightning_light.host.strategy import read_sharded_checkpoint, rebuild_ddp
+from lightning_light.host.trainer import callbacks_of, is_restoring, shards_parameters
 from lightning_light.int8 import Int8Weights
 from lightning_light.order import check_order
 from lightning_light.surgery.attachment import attach, has_state, record, release, state_of
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.checkpoint_monitoring import reset_monitoring
 from lightning_light.surgery.distributed import check_agreement, log_rank_zero, refuse_unsupported
-from lightning_light.surgery.manifest import register_state
+from lightning_light.surgery.manifest import naming_file, register_state
 from lightning_light.surgery.optimizer import check_optimizers
 from lightning_light.surgery.state import CompressionState
 
@@ -58,6 +59,7 @@ class CompressionCallback(Callback):
     """What `state` may hold, a `TypedDict` with ``total=False``: checked whenever a checkpoint is loaded."""
 
     _key: str | None = None
+    _loading: InstancePatch | None = None
 
     @override
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -79,14 +81,15 @@ class CompressionCallback(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse unsupported settings, and attach the compression state before a checkpoint is loaded."""
-        if self.structural:
-            refuse_unsupported(trainer, type(self).__name__)
+        self.refuse_strategy(trainer)
         peers = _peers(trainer)
         check_order([(type(peer).__name__, peer.stage, peer.window(trainer.max_epochs)) for peer in peers])
         key = type(self).method  # the class's: an argument may have the same name
         place = [id(peer) for peer in peers if type(peer).method == key].index(id(self)) + 1
         self._key = key if place == 1 else f"{key}#{place}"
         attach(pl_module)
+        if shards_parameters(trainer):
+            self._check_before_loading(trainer, pl_module)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -99,12 +102,29 @@ class CompressionCallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave nothing but what lets ``trainer.save_checkpoint()`` after the run keep the manifest."""
         release(pl_module)
+        if self._loading is not None:
+            self._loading.undo()
+
+    def _check_before_loading(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check a checkpoint before shards are loaded: only after that the module's own hook sees it."""
+
+        def check(load: Callable[..., Any], path: Any, *args: Any, **kwargs: Any) -> Any:
+            with naming_file(path):
+                state_of(pl_module).refuse_other_structure(pl_module, read_sharded_checkpoint(path))
+            return load(path, *args, **kwargs)
+
+        self._loading = wrap_method(trainer.strategy, "load_checkpoint", check)
 
     # For subclasses.
 
     def window(self, max_epochs: int | None) -> tuple[float, float] | None:
         """From when to when the network changes, as fractions of the run; None: not during training."""
         return None
+
+    def refuse_strategy(self, trainer: Trainer) -> None:
+        """Refuse, in ``setup``, a strategy that the method cannot follow."""
+        if self.structural:
+            refuse_unsupported(trainer, type(self).__name__)
 
     def int8_weights(self) -> Int8Weights | None:
         """What weights will be rounded to for int8 kernels; None: this method does not round them."""

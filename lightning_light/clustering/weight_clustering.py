@@ -26,7 +26,7 @@ from lightning_light.order import DEFAULT_WINDOWS, Stage
 from lightning_light.progress import steps_done, steps_planned, training_progress
 from lightning_light.schedules import resolve_moment
 from lightning_light.surgery.attachment import check_owners
-from lightning_light.surgery.distributed import broadcast, log_rank_zero
+from lightning_light.surgery.distributed import broadcast, log_rank_zero, refuse_sharding
 from lightning_light.surgery.schema import Context, Needs, Rule, TensorOf, damage
 from lightning_light.targets import TargetsLike
 from lightning_light.validation import Moment, PositiveFloat, validated
@@ -142,6 +142,12 @@ class WeightClustering(CompressionCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Resolve the epoch, and refuse one after the end of the run."""
         super().setup(trainer, pl_module, stage)
+        refuse_sharding(
+            trainer,
+            type(self).__name__,
+            "the weights of a layer share values",
+            "Cluster on one device or with `strategy='ddp'`.",
+        )
         if stage == "fit":
             self._start_fraction(trainer.max_epochs)
             self.disclaim(pl_module)  # a fit starts over, unless a checkpoint brings the claim back

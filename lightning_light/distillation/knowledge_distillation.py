@@ -23,7 +23,7 @@ from lightning_light.distillation.distiller import Distiller, LossTerm, OutputSe
 from lightning_light.distillation.feature_layers import module_at
 from lightning_light.distillation.feature_pairs import FeaturePairs
 from lightning_light.distillation.logits import SoftTargets
-from lightning_light.distillation.loss import DistillationLoss
+from lightning_light.distillation.loss import DistillationLoss, FeatureLoss
 from lightning_light.distillation.loss_balancing import gradient_factors
 from lightning_light.distillation.projectors import Projectors, ProjectorState, discard, owner_of
 from lightning_light.distillation.self_teacher import SelfTeacherState, copy_of_student, update_average
@@ -31,6 +31,7 @@ from lightning_light.distillation.step_patch import add_to_loss
 from lightning_light.distillation.student_hook import ForwardCall, StudentHook
 from lightning_light.distillation.teacher_modules import InModelTeacher, SeparateTeacher, TeacherModule
 from lightning_light.distillation.teachers import BuiltTeacher, OnlineTeacher, SelfTeacher, TeacherSource, as_source
+from lightning_light.host.classes import is_host
 from lightning_light.host.patches import InstancePatch, wrap_method
 from lightning_light.host.trainer import is_accumulating, is_restoring
 from lightning_light.measure.metrics import MetricLike
@@ -38,7 +39,7 @@ from lightning_light.order import Stage
 from lightning_light.progress import steps_done, training_progress
 from lightning_light.schedules import Schedule, resolve, resolve_moment
 from lightning_light.selectors import Selector
-from lightning_light.surgery.distributed import log_rank_zero, reduce_mean
+from lightning_light.surgery.distributed import log_rank_zero, reduce_mean, refuse_sharding
 from lightning_light.surgery.schema import LayerName, Length
 from lightning_light.validation import Moment, NonNegativeFloat, NonNegativeInt, PositiveInt, validated
 
@@ -208,6 +209,22 @@ class KnowledgeDistillation(CompressionCallback):
             if self.stop is not None:
                 call = f"KnowledgeDistillation(..., stop={self.stop})"
                 self._end = resolve_moment(self.stop, trainer.max_epochs, call)
+
+    @override
+    def refuse_strategy(self, trainer: Trainer) -> None:
+        """Admit `ModelParallelStrategy` for a teacher of its own and losses over outputs."""
+        separate = all(isinstance(source, BuiltTeacher) for source in self._sources)
+        over_outputs = not any(isinstance(loss, FeatureLoss) for loss in self._losses)
+        if not is_host(trainer.strategy, "strategies.ModelParallelStrategy"):
+            super().refuse_strategy(trainer)
+        elif not (separate and over_outputs and self.balance_every_n_steps is None):
+            refuse_sharding(
+                trainer,
+                type(self).__name__,
+                "a self-teacher copies them, and projectors and balancing factors are computed beside them",
+                "Use a teacher of its own, losses over outputs such as `SoftTargets`, and no balancing; or distil with "
+                "`strategy='ddp'`.",
+            )
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -25,7 +25,13 @@ from lightning_light.quantization.range_observer import RangeObserver
 from lightning_light.quantization.recipes import Int8, Recipe
 from lightning_light.schedules import Schedule, resolve, resolve_moment
 from lightning_light.surgery.checkpoint_monitoring import reset_monitoring
-from lightning_light.surgery.distributed import check_agreement, log_rank_zero, reduce_max, reduce_mean
+from lightning_light.surgery.distributed import (
+    check_agreement,
+    log_rank_zero,
+    reduce_max,
+    reduce_mean,
+    refuse_sharding,
+)
 from lightning_light.surgery.stored_example import restore_or_capture_example, store_example
 from lightning_light.validation import Moment, PositiveInt, validated
 
@@ -120,6 +126,12 @@ class QuantizationAwareTraining(CompressionCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Resolve the moments, and refuse before training what cannot work."""
         super().setup(trainer, pl_module, stage)
+        refuse_sharding(
+            trainer,
+            type(self).__name__,
+            "whole weights are quantized by one scale per channel",
+            "Train with fake quantization on one device or with `strategy='ddp'`.",
+        )
         _refuse_several(trainer)
         if stage == "fit":
             self._moments = {

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_light.errors import ManifestError, SurgeryError
+from lightning_light.errors import ManifestError, SurgeryError, UnsupportedError
 from lightning_light.surgery.attributes import implied_attributes
 from lightning_light.surgery.data import set_data
 from lightning_light.surgery.manifest import (
@@ -183,6 +183,21 @@ class CompressionState:
         self.edit_log, self.state, self.kept = manifest.edit_log, copy.deepcopy(manifest.state), manifest.kept
         self.claims, self.references = manifest.owners, manifest.references
         self._order = manifest.parameter_order
+
+    def refuse_other_structure(self, model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint whose structure the ``model`` would have to take: shards of parameters cannot follow.
+
+        Raises:
+            ManifestError: the manifest is damaged.
+            UnsupportedError: the checkpoint has other edits than ``model``.
+        """
+        found = Manifest.decode(checkpoint[KEY]).edit_log if KEY in checkpoint else []
+        if found != self.edit_log:
+            raise UnsupportedError(
+                f"A checkpoint of a compressed network, and a `{type(model).__name__}` of another structure whose "
+                "parameters are sharded: expected a module that has the structure already. Build it by "
+                "`lightning_light.load_from_checkpoint(...)`, and pass that to `trainer.fit(..., ckpt_path=...)`."
+            )
 
     def follow(self, model: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> None:
         """Bring ``model`` to the shapes of a bare ``state_dict``, if those are its own, cut smaller.
