@@ -139,11 +139,11 @@ def _checked(encoded: object) -> _Parsed:
             f"The checkpoint's manifest has version {encoded['version']}, this release of lightning_light reads "
             f"version {VERSION}. {mend}."
         )
-    check_schema(encoded, _Encoded, "manifest")
     try:
-        plain_copy(encoded["state"], "state")
+        plain_copy(encoded, "manifest")
     except TypeError as error:
         raise ManifestError(f"The checkpoint's manifest is damaged: {error}") from error
+    check_schema(encoded, _Encoded, "manifest")
     parsed: _Parsed = {"edit_log": _parse(encoded, "edit_log"), "fingerprint": _parse(encoded, "fingerprint")}
     check_schema(parsed, _Parsed, "manifest")
     for place, entry in enumerate(parsed["edit_log"]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -169,6 +169,7 @@ class CompressionState:
         """
         self._remember(model)
         manifest = Manifest.decode(checkpoint[KEY]) if KEY in checkpoint else self._plain_manifest()
+        _check_order(manifest.parameter_order, checkpoint.get("optimizer_states", []))
         state_dict: Mapping[str, Any] = checkpoint.get("state_dict", {})
         if manifest.edit_log or self.edit_log:
             check_fingerprint(self._original, manifest.fingerprint, PRIVATE_PREFIX)
@@ -277,6 +278,17 @@ class CompressionState:
         _take_buffers(target, manifest.buffers)
         _check_attributes(target, {path for entry in manifest.edit_log for path in entry.get("attributes", {})})
         return current, target
+
+
+def _check_order(order: list[list[list[str | None]]], optimizer_states: Sequence[Any]) -> None:
+    """Check that every parameter of the checkpoint's optimizers has a name, at its place."""
+    for number, (groups, state) in enumerate(zip(order, optimizer_states, strict=False)):
+        sizes = [len(group["params"]) for group in state.get("param_groups", [])]
+        if sizes and [len(group) for group in groups] != sizes:
+            found = [len(group) for group in groups]
+            raise damage(
+                f"manifest['parameter_order'][{number}]", f"names for groups of {sizes} parameters", f"{found}"
+            )
 
 
 def _other_shapes(model: nn.Module, state_dict: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -250,7 +250,7 @@ def main(count: int, seed: int) -> None:
     torch.set_num_threads(1)
     total: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
-        pool = sources([case.name for case in CASES if case.full], Path(folder), (4, 7, 10, 12))
+        pool = sources([case.name for case in CASES if case.full], Path(folder), (7, 12))
         for start in range(0, count, 500):
             outcomes, wrong = survey(pool, min(500, count - start), seed * 1_000_003 + start)
             total += outcomes
