@@ -50,6 +50,8 @@ HOOKS = (
     "on_fit_end",
 )
 LAST_STEP = 12
+HUNG = 99
+"""Exit status of a fork that did not end in time."""
 
 
 @dataclass
@@ -126,7 +128,7 @@ def fit(folder: Path, kill: Kill | None, world: int) -> None:
 
 
 def forked(world: int, folder: Path, function: Callable[[], None]) -> list[int]:
-    """Run ``function`` in ``world`` forks; returns the exit status of each, negative for a signal, 99 for none."""
+    """Run ``function`` in ``world`` forks; returns the exit status of each, negative for a signal, or `HUNG`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -152,7 +154,7 @@ def _run_child(rank: int, world: int, port: int, folder: Path, function: Callabl
     os._exit(0)
 
 
-def _wait(child: int, seconds: float = 120.0) -> int:
+def _wait(child: int, seconds: float = 300.0) -> int:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -161,7 +163,7 @@ def _wait(child: int, seconds: float = 120.0) -> int:
         time.sleep(0.02)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    return 99
+    return HUNG
 
 
 def end_of(folder: Path) -> dict[str, Any]:
@@ -177,7 +179,7 @@ def trial(folder: Path, whole: dict[str, Any], rng: random.Random, world: int) -
     for kill in kills:
         forget_end_of_epoch(folder)
         statuses.append(forked(world, folder, functools.partial(fit, folder, kill, world)))
-    hung = [status for status in statuses if 99 in status]
+    hung = [status for status in statuses if HUNG in status]
     messages = [path.read_text().splitlines()[0] for path in folder.glob("error-*.txt")]
     final = forked(world, folder, lambda: fit(folder, None, world))
     if any(final):

@@ -180,8 +180,8 @@ class FieldsOf(Rule):
 class PlainExample(TypedDict, total=False):
     """One call of a network, as `store_example` keeps it; empty where it has other objects than tensors."""
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    args: Annotated[tuple[Any, ...], Needs("kwargs")]
+    kwargs: Annotated[dict[str, Any], Needs("args")]
     step: bool
 
 

@@ -34,7 +34,7 @@ from tests.contract.bodies import Body, FrozenBackbone, Loader, MadeLate, Tied, 
 from tests.contract.case import Case
 from tests.contract.runs import checkpoints, differences, outcome, trainer
 from tests.contract.table import CASES
-from tests.kill_script import forked
+from tests.kill_script import HUNG, forked
 
 REFUSED, FOREIGN = "refused", "foreign"
 
@@ -203,6 +203,8 @@ def result(row: Row, case: Case | None, folder: Path) -> str:
     """``works``, or what stopped the row."""
     folder.mkdir(parents=True, exist_ok=True)
     statuses = forked(row["processes"], folder, lambda: examine(row, case, folder))
+    if HUNG in statuses:
+        return f"{FOREIGN}: a rank did not end in time: {statuses}"
     if any(statuses):
         errors = [path.read_text() for path in sorted(folder.glob("error-*.txt"))]
         ours = [error for error in errors if "lightning_light.errors" in error.splitlines()[-1]]
