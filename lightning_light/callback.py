@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -14,9 +14,10 @@ from typing_extensions import override
 from lightning_light.errors import NoEffectWarning
 from lightning_light.helper_networks import first_call, frozen_parts, helper_networks
 from lightning_light.host.classes import Callback
+from lightning_light.host.patches import InstancePatch, wrap_method
 from lightning_light.host.random_state import RunPosition
-from lightning_light.host.strategy import rebuild_ddp
-from lightning_light.host.trainer import callbacks_of, is_restoring
+from lightning_light.host.strategy import read_sharded_checkpoint, rebuild_ddp
+from lightning_light.host.trainer import callbacks_of, is_restoring, shards_parameters
 from lightning_light.int8 import Int8Weights
 from lightning_light.isolation import FORWARD_ERRORS
 from lightning_light.order import check_order
@@ -25,7 +26,7 @@ from lightning_light.surgery.attachment import attach, detach, has_state, record
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.checkpoint_monitoring import reset_monitoring
 from lightning_light.surgery.distributed import check_agreement, log_rank_zero, refuse_unsupported
-from lightning_light.surgery.manifest import register_state
+from lightning_light.surgery.manifest import naming_file, register_state
 from lightning_light.surgery.optimizer import check_optimizers
 from lightning_light.surgery.state import CompressionState
 
@@ -64,6 +65,7 @@ class CompressionCallback(Callback):
     _key: str | None = None
     _run_position: RunPosition | None = None
     _attached: bool = False
+    _loading: InstancePatch | None = None
 
     @override
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -85,8 +87,7 @@ class CompressionCallback(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse unsupported settings, and attach the compression state before a checkpoint is loaded."""
-        if self.structural:
-            refuse_unsupported(trainer, type(self).__name__)
+        self.refuse_strategy(trainer)
         peers = _peers(trainer)
         check_order([(type(peer).__name__, peer.stage, peer.window(trainer.max_epochs)) for peer in peers])
         key = type(self).method  # the class's: an argument may have the same name
@@ -95,6 +96,8 @@ class CompressionCallback(Callback):
         self._run_position = RunPosition() if peers[-1] is self else None  # the last restores after all others
         self._attached = not has_state(pl_module)
         attach(pl_module)
+        if shards_parameters(trainer):
+            self._check_before_loading(trainer, pl_module)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -135,6 +138,18 @@ class CompressionCallback(Callback):
         if stage == "fit":
             self._warn_if_ended_early(trainer)
         release(pl_module)
+        if self._loading is not None:
+            self._loading.undo()
+
+    def _check_before_loading(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check a checkpoint before shards are loaded: only after that the module's own hook sees it."""
+
+        def check(load: Callable[..., Any], path: Any, *args: Any, **kwargs: Any) -> Any:
+            with naming_file(path):
+                state_of(pl_module).refuse_other_structure(pl_module, read_sharded_checkpoint(path))
+            return load(path, *args, **kwargs)
+
+        self._loading = wrap_method(trainer.strategy, "load_checkpoint", check)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -155,6 +170,11 @@ class CompressionCallback(Callback):
         """When the method has done what it is to do, as a fraction of the run: the end of its window, or before."""
         window = self.window(max_epochs)
         return None if window is None else window[1]
+
+    def refuse_strategy(self, trainer: Trainer) -> None:
+        """Refuse, in ``setup``, a strategy that the method cannot follow."""
+        if self.structural:
+            refuse_unsupported(trainer, type(self).__name__)
 
     def int8_weights(self) -> Int8Weights | None:
         """What weights will be rounded to for int8 kernels; None: this method does not round them."""

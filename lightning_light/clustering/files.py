@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_light.atomic import atomic_write
 from lightning_light.clustering.coding import code_lengths, decode, encode, entropy
 from lightning_light.validation import validated
 
@@ -99,7 +100,9 @@ def save_clustered(model: nn.Module | Mapping[str, Tensor], path: str | Path) ->
             stored[name] = tensor.clone()  # tied tensors share memory, which the format refuses
         else:
             stored |= {f"{name}::{part}": getattr(coded, part) for part in _PARTS}
-    save_file(stored, str(path), metadata={"format": _FORMAT, "version": _VERSION, "tensors": json.dumps(shapes)})
+    metadata = {"format": _FORMAT, "version": _VERSION, "tensors": json.dumps(shapes)}
+    with atomic_write(path) as part:
+        save_file(stored, str(part), metadata=metadata)
     return rows
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from os import PathLike
-from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypedDict
 
 from torch import Tensor, nn
 from typing_extensions import override
@@ -28,9 +28,10 @@ from lightning_light.progress import steps_done, steps_planned, training_progres
 from lightning_light.schedules import resolve_moment
 from lightning_light.surgery.attachment import check_owners
 from lightning_light.surgery.averaged_models import averaged_models_of
-from lightning_light.surgery.distributed import broadcast, log_rank_zero
+from lightning_light.surgery.distributed import broadcast, log_rank_zero, refuse_sharding
+from lightning_light.surgery.schema import Context, Needs, Rule, TensorOf, damage
 from lightning_light.targets import TargetsLike
-from lightning_light.validation import Moment, validated
+from lightning_light.validation import Moment, PositiveFloat, validated
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -39,8 +40,20 @@ if TYPE_CHECKING:
 __all__ = ["WeightClustering"]
 
 
+class _Assignments(Rule):
+    """Indices of centroids, in as many rows as ``centroids`` has, and as many as ``latent`` has weights."""
+
+    @override
+    def check(self, value: Tensor, context: Context, path: str) -> None:
+        centroids, latent = context.holder.get("centroids"), context.holder.get("latent", value)
+        if centroids is None or len(centroids) != len(value) or latent.numel() != value.numel():
+            raise damage(path, "one index per weight, in as many rows as `centroids` has", f"{tuple(value.shape)}")
+        if value.numel() and int(value.max()) >= centroids.shape[1]:
+            raise damage(path, f"indices below {centroids.shape[1]}, the number of centroids", str(int(value.max())))
+
+
 class ClusteredLayer(TypedDict, total=False):
-    """One clustered layer in the compression state.
+    """One clustered layer in the compression state. Its weight may have been cut or replaced since.
 
     Attributes:
         centroids: ``(rows, clusters)``.
@@ -50,11 +63,11 @@ class ClusteredLayer(TypedDict, total=False):
         coded_bits: bits per weight in a file.
     """
 
-    centroids: Tensor
-    assignments: Tensor
+    centroids: Annotated[Tensor, TensorOf("float", 2), Needs("assignments", "zero_centroid")]
+    assignments: Annotated[Tensor, TensorOf("integer", 2, 0), _Assignments()]
     zero_centroid: bool
-    latent: Tensor
-    coded_bits: float
+    latent: Annotated[Tensor, TensorOf()]
+    coded_bits: PositiveFloat
 
 
 class WeightClusteringState(TypedDict, total=False):
@@ -131,6 +144,12 @@ class WeightClustering(CompressionCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Resolve the epoch, and refuse one after the end of the run."""
         super().setup(trainer, pl_module, stage)
+        refuse_sharding(
+            trainer,
+            type(self).__name__,
+            "the weights of a layer share values",
+            "Cluster on one device or with `strategy='ddp'`.",
+        )
         if stage == "fit":
             self._start_fraction(trainer.max_epochs)
             self.disclaim(pl_module)  # a fit starts over, unless a checkpoint brings the claim back

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Literal, TypedDict
+from typing import Annotated, Any, Literal, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,8 @@ from lightning_light.host.patches import RunHook
 from lightning_light.isolation import isolated, plain_attention
 from lightning_light.nested import tensors_in
 from lightning_light.surgery.edit import take
-from lightning_light.validation import PositiveInt, validated
+from lightning_light.surgery.schema import TensorOf, damage
+from lightning_light.validation import NonNegativeInt, PositiveInt, validated
 
 __all__ = [
     "KINDS",
@@ -60,8 +61,8 @@ _ATTENTION_INPUTS = ("query", "key", "value")
 class EvidenceSum(TypedDict):
     """A running sum and how much was added."""
 
-    total: Tensor
-    count: Tensor
+    total: Annotated[Tensor, TensorOf()]
+    count: Annotated[Tensor, TensorOf("real", 0, 0)]
 
 
 class EvidenceStorage(TypedDict, total=False):
@@ -72,8 +73,8 @@ class EvidenceStorage(TypedDict, total=False):
         movement: parameter name -> movement.
     """
 
-    batches: int
-    movement: dict[str, Tensor]
+    batches: NonNegativeInt
+    movement: dict[str, Annotated[Tensor, TensorOf()]]
     grad: dict[str, EvidenceSum]
     grad_squared: dict[str, EvidenceSum]
     activation: dict[str, EvidenceSum]
@@ -247,6 +248,18 @@ class EvidenceCollector:
         self._handles: list[Any] = []
         self._names: dict[Tensor, str] = {}
         self._watch()
+        self._check_storage()
+
+    def _check_storage(self) -> None:
+        """Refuse evidence of a checkpoint that is not in the shape of its parameter."""
+        storage, shapes = self._storage(), {name: parameter.shape for parameter, name in self._names.items()}
+        for kind in PARAMETER_KINDS & storage.keys():
+            for name, entry in storage[kind].items():
+                total = entry if kind == "movement" else entry["total"]
+                if total.shape != shapes.get(name, total.shape):
+                    raise damage(
+                        f"evidence[{kind!r}][{name!r}]", f"shape {tuple(shapes[name])}", f"{tuple(total.shape)}"
+                    )
 
     @classmethod
     def for_criterion(
@@ -516,6 +529,10 @@ def _add(storage: Storage, kind: str, name: str, total: Tensor, count: Tensor) -
     entry = storage.setdefault(kind, {}).get(name)
     count = count.to(total.dtype)
     if entry is not None:
+        if entry["total"].shape != total.shape:
+            raise damage(
+                f"evidence[{kind!r}][{name!r}]", f"shape {tuple(total.shape)}", f"{tuple(entry['total'].shape)}"
+            )
         total, count = entry["total"].to(total.device) + total, entry["count"].to(total.device) + count
     storage[kind][name] = {"total": total, "count": count}
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
 import torch
@@ -17,9 +17,10 @@ from lightning_light.example_input import ExampleInput
 from lightning_light.nested import tensors_in
 from lightning_light.selectors import Selector, select
 from lightning_light.surgery.distributed import digest
+from lightning_light.surgery.schema import Length, Needs, TensorOf
 from lightning_light.validation import validated
 
-__all__ = ["CachedOutputs", "OutputStore", "TeacherCache", "fingerprints", "samples_of", "stores_of"]
+__all__ = ["CachedOutputs", "OutputStore", "StoredOutputs", "TeacherCache", "fingerprints", "samples_of", "stores_of"]
 
 _FIRST_ROWS = 1024
 
@@ -45,6 +46,13 @@ class TeacherCache:
     sample_index: Selector = None
     fixed_views: bool = False
     half_precision: bool = False
+
+
+class StoredOutputs(TypedDict, total=False):
+    """Rows of an `OutputStore` in memory, and of each its key and fingerprint."""
+
+    keys: Annotated[Tensor, TensorOf("integer", 2), Needs("rows"), Length("rows")]
+    rows: Annotated[Tensor, TensorOf()]
 
 
 class CachedOutputs:
@@ -259,6 +267,7 @@ class OutputStore:
                 f"`TeacherCache({str(self._path)!r})`: expected outputs of this teacher, found those of another one. "
                 "Delete the files, or give another path."
             )
-        keys = torch.from_numpy(np.fromfile(self._file("keys"), np.int64).reshape(-1, 2))
+        stored = np.fromfile(self._file("keys"), np.int64)
+        keys = torch.from_numpy(stored[: len(stored) // 2 * 2].reshape(-1, 2))  # a killed process wrote half a row
         dtype = getattr(torch, header["dtype"].removeprefix("torch."))
         self._fill(keys, self._mapped(max(len(keys), 1), tuple(header["shape"]), dtype))

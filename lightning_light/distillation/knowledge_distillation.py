@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -17,20 +17,21 @@ from lightning_light.callback import CompressionCallback
 from lightning_light.distillation.agreement import Agreement
 from lightning_light.distillation.alignment import Alignment
 from lightning_light.distillation.batch_fields import BatchFields
-from lightning_light.distillation.cache import CachedOutputs, TeacherCache, samples_of, stores_of
+from lightning_light.distillation.cache import CachedOutputs, StoredOutputs, TeacherCache, samples_of, stores_of
 from lightning_light.distillation.checks import check_arguments, check_cache, check_exits
 from lightning_light.distillation.distiller import Distiller, LossTerm, OutputSelectors, StepLosses, weighted_sum
 from lightning_light.distillation.feature_layers import module_at
 from lightning_light.distillation.feature_pairs import FeaturePairs
 from lightning_light.distillation.logits import SoftTargets
-from lightning_light.distillation.loss import DistillationLoss
+from lightning_light.distillation.loss import DistillationLoss, FeatureLoss
 from lightning_light.distillation.loss_balancing import gradient_factors
-from lightning_light.distillation.projectors import Projectors, discard, owner_of
-from lightning_light.distillation.self_teacher import copy_of_student, update_average
+from lightning_light.distillation.projectors import Projectors, ProjectorState, discard, owner_of
+from lightning_light.distillation.self_teacher import SelfTeacherState, copy_of_student, update_average
 from lightning_light.distillation.step_patch import add_to_loss
 from lightning_light.distillation.student_hook import ForwardCall, StudentHook
 from lightning_light.distillation.teacher_modules import InModelTeacher, SeparateTeacher, TeacherModule
 from lightning_light.distillation.teachers import BuiltTeacher, OnlineTeacher, SelfTeacher, TeacherSource, as_source
+from lightning_light.host.classes import is_host
 from lightning_light.host.patches import InstancePatch, wrap_method
 from lightning_light.host.trainer import is_accumulating, is_restoring
 from lightning_light.measure.metrics import MetricLike
@@ -38,8 +39,9 @@ from lightning_light.order import Stage
 from lightning_light.progress import steps_done, training_progress
 from lightning_light.schedules import Schedule, resolve, resolve_moment
 from lightning_light.selectors import Selector
-from lightning_light.surgery.distributed import log_rank_zero, reduce_mean
-from lightning_light.validation import Moment, NonNegativeFloat, PositiveInt, validated
+from lightning_light.surgery.distributed import log_rank_zero, reduce_mean, refuse_sharding
+from lightning_light.surgery.schema import LayerName, Length
+from lightning_light.validation import Moment, NonNegativeFloat, NonNegativeInt, PositiveInt, validated
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -79,6 +81,30 @@ class _Run:
         self.distiller.features.remove()
         for teacher in self.distiller.teachers:
             teacher.release()
+
+
+class DistillationState(TypedDict, total=False):
+    """What `KnowledgeDistillation` keeps in the compression state.
+
+    Attributes:
+        projectors: by key.
+        feature_layers: number of a loss -> pairs of paths in student and teacher.
+        cache: number of a teacher -> its stored outputs.
+        factors: loss -> balancing factor.
+        self: of a self-teacher.
+        averaged: step of the last update of the moving average.
+        student: path of the part that ``training_step`` calls.
+        used: whether a loss was ever switched on.
+    """
+
+    projectors: dict[str, ProjectorState]
+    feature_layers: dict[str, list[Annotated[list[str], Length(2)]]]
+    cache: dict[str, StoredOutputs]
+    factors: dict[str, float]
+    self: SelfTeacherState
+    averaged: NonNegativeInt
+    student: Annotated[str, LayerName()] | None
+    used: bool
 
 
 @validated
@@ -129,6 +155,7 @@ class KnowledgeDistillation(CompressionCallback):
 
     method: ClassVar[str] = "distillation"
     stage: ClassVar[int] = Stage.DISTILLATION
+    state_schema: ClassVar[Any] = DistillationState
 
     def __init__(
         self,
@@ -182,6 +209,22 @@ class KnowledgeDistillation(CompressionCallback):
             if self.stop is not None:
                 call = f"KnowledgeDistillation(..., stop={self.stop})"
                 self._end = resolve_moment(self.stop, trainer.max_epochs, call)
+
+    @override
+    def refuse_strategy(self, trainer: Trainer) -> None:
+        """Admit `ModelParallelStrategy` for a teacher of its own and losses over outputs."""
+        separate = all(isinstance(source, BuiltTeacher) for source in self._sources)
+        over_outputs = not any(isinstance(loss, FeatureLoss) for loss in self._losses)
+        if not is_host(trainer.strategy, "strategies.ModelParallelStrategy"):
+            super().refuse_strategy(trainer)
+        elif not (separate and over_outputs and self.balance_every_n_steps is None):
+            refuse_sharding(
+                trainer,
+                type(self).__name__,
+                "a self-teacher copies them, and projectors and balancing factors are computed beside them",
+                "Use a teacher of its own, losses over outputs such as `SoftTargets`, and no balancing; or distil with "
+                "`strategy='ddp'`.",
+            )
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -7,17 +7,38 @@ in the method's state, so that checkpoints contain them, and they are trained by
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_light.distillation.loss import pooled
 from lightning_light.errors import UnsupportedError
 from lightning_light.surgery.edit import cut
 from lightning_light.surgery.optimizer import adopt, disown, unwrap
+from lightning_light.surgery.schema import Context, Rule, TensorOf, damage
 
-__all__ = ["Projectors", "channel_source", "discard", "owner_of"]
+__all__ = ["ProjectorState", "Projectors", "channel_source", "discard", "owner_of"]
+
+
+class _Weight(Rule):
+    """The weight of a 1x1 convolution, or of a linear layer."""
+
+    @override
+    def check(self, value: Tensor, context: Context, path: str) -> None:
+        wanted = (1, 1) if context.holder.get("kind") == "conv" else ()
+        if value.ndim < 2 or tuple(value.shape[2:]) != wanted or not value.numel():
+            raise damage(path, f"shape {('outputs', 'inputs', *wanted)}", f"{tuple(value.shape)}")
+
+
+class ProjectorState(TypedDict):
+    """One projector in a checkpoint."""
+
+    kind: Literal["conv", "linear", "positions"]
+    source: str | None
+    target: str | None
+    weight: Annotated[Tensor, TensorOf(), _Weight()]
 
 
 class Projectors:

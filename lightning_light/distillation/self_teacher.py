@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_light.copies import copy_network
 from lightning_light.surgery.attachment import attach
-from lightning_light.surgery.manifest import KEY
+from lightning_light.surgery.manifest import KEY, Manifest
+from lightning_light.surgery.schema import Context, Rule, damage
 
-__all__ = ["copy_of_student", "update_average"]
+__all__ = ["SelfTeacherState", "copy_of_student", "update_average"]
 
 
 def copy_of_student(model: nn.Module, state: dict[str, Any], *, frozen: bool) -> nn.Module:
@@ -29,10 +31,28 @@ def copy_of_student(model: nn.Module, state: dict[str, Any], *, frozen: bool) ->
     if saved is not None:
         if frozen:
             compression_state.load(copied, {"state_dict": saved["weights"], KEY: saved["manifest"]})
-        copied.load_state_dict(saved["weights"])
+        try:
+            copied.load_state_dict(saved["weights"])
+        except RuntimeError as error:
+            raise damage("state['distillation']['self']", "the weights of the teacher", str(error)) from error
     weights = {name: value for name, value in copied.state_dict().items() if torch.is_tensor(value)}
     state["self"] = {"weights": weights, **({"manifest": compression_state.manifest(copied)} if frozen else {})}
     return copied.requires_grad_(False)
+
+
+class _SoundManifest(Rule):
+    """What `Manifest.encode` has written."""
+
+    @override
+    def check(self, value: Any, context: Context, path: str) -> None:
+        Manifest.decode(value)
+
+
+class SelfTeacherState(TypedDict, total=False):
+    """Weights of a self-teacher and, if it is frozen, the structure that they belong to."""
+
+    weights: dict[str, Tensor]
+    manifest: Annotated[dict[str, Any], _SoundManifest()]
 
 
 @torch.no_grad()

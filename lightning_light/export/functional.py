@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import itertools
 import os
-import secrets
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
+from lightning_light.atomic import atomic_write
 from lightning_light.criteria.collector import example_of_batch
 from lightning_light.errors import ParityError
 from lightning_light.example_input import ExampleInput
@@ -186,7 +185,7 @@ def export_verified(
     """
     exporter = options.for_path(path)
     exporter.check()
-    with plain_execution(), _unfinished(Path(path)) as (part, report_part):
+    with plain_execution(), atomic_write(Path(path)) as part:
         reference, given = _reference(model, cloned(example), options)
         example = given if options.batch == "as_given" else first_sample(given)
         calls = [reference.only(call, options.inputs) for call in calls]
@@ -227,7 +226,7 @@ def export_verified(
             details=details,
             evaluation=evaluation,
         )
-        report.write(report_part)
+    report.write(f"{path}.json")
     return report
 
 
@@ -320,19 +319,3 @@ def _described(reference: Positional, tensors: tuple[Any, ...]) -> list[dict[str
         for name, value in zip(reference.names, tensors, strict=True)
         for place, leaf in named_leaves(in_order(value))
     ]
-
-
-@contextmanager
-def _unfinished(path: Path) -> Iterator[tuple[Path, Path]]:
-    """Yield temporary paths of the file and of its report; both are renamed in the end, or removed after an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unique = secrets.token_hex(4)  # two runs may write at once
-    part = path.with_name(f".{path.stem}.{unique}.part{path.suffix}")
-    report_part = path.with_name(f".{path.stem}.{unique}.part.json")
-    try:
-        yield part, report_part
-        part.replace(path)
-        report_part.replace(f"{path}.json")
-    finally:
-        for unfinished in (part, report_part):
-            unfinished.unlink(missing_ok=True)

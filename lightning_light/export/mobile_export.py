@@ -9,12 +9,12 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
 
 from typing_extensions import override
 
 from lightning_light.callback import CompressionCallback
-from lightning_light.capture import Capture, capture
+from lightning_light.capture import Capture
 from lightning_light.errors import LightningLightError, UnsupportedError
 from lightning_light.example_input import ExampleInput
 from lightning_light.export.copies import detached_copy
@@ -31,6 +31,8 @@ from lightning_light.int8 import quantizers_of
 from lightning_light.measure.metrics import MetricLike, metrics_of
 from lightning_light.order import Stage
 from lightning_light.surgery.distributed import broadcast, log_rank_zero, refuse_sharding
+from lightning_light.surgery.schema import PlainExample
+from lightning_light.surgery.stored_example import restore_or_capture_example, store_example
 from lightning_light.training_step import overrides
 from lightning_light.validation import NonNegativeInt, PositiveInt, validated
 
@@ -41,6 +43,12 @@ if TYPE_CHECKING:
 __all__ = ["MobileExport"]
 
 _PARITY_BATCHES = 4
+
+
+class _State(TypedDict, total=False):
+    """What a checkpoint holds: one call of the network."""
+
+    example: PlainExample
 
 
 @validated
@@ -107,6 +115,7 @@ class MobileExport(CompressionCallback):
     method: ClassVar[str] = "mobile_export"
     stage: ClassVar[int] = Stage.EXPORT
     structural: ClassVar[bool] = False
+    state_schema: ClassVar[Any] = _State
 
     def __init__(
         self,
@@ -171,16 +180,23 @@ class MobileExport(CompressionCallback):
         super().on_fit_start(trainer, pl_module)
         self.report, self._recorder = None, Recorder(limit=_PARITY_BATCHES)
         if trainer.is_global_zero:
-            self._capture = capture(pl_module, self._exported(pl_module))
+            state = self.state(pl_module)
+            if not self.resumed(pl_module):
+                state.clear()
+            self._capture = restore_or_capture_example(pl_module, state, self._exported(pl_module))
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Refuse, after the first batch, a network whose input is not known."""
+        """Refuse, after the first batch, a network whose input is not known; store the example in checkpoints.
+
+        A run may be interrupted between its last step and the export.
+        """
         found = self._capture.example
         if self._capture.observed is not None and (found is None or found.method != "forward"):
             raise self._unknown_input(pl_module)
+        store_example(self.state(pl_module), self._capture)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

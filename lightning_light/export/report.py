@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lightning_light.atomic import atomic_write
 from lightning_light.export.evaluation import Evaluation, MetricComparison
 from lightning_light.export.parity import Parity, Tolerance
 from lightning_light.measure import LatencyStats
@@ -57,7 +58,8 @@ class ExportReport:
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write the report as JSON."""
-        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        with atomic_write(os.fspath(path)) as part:
+            part.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> ExportReport:

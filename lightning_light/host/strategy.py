@@ -1,15 +1,31 @@
-"""Rebuild what a strategy holds of the network."""
+"""Rebuild what a strategy holds of the network, and read what it writes."""
 
 from __future__ import annotations
 
+import pickle
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-__all__ = ["rebuild_ddp"]
+__all__ = ["read_sharded_checkpoint", "rebuild_ddp"]
+
+
+def read_sharded_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint of a strategy that shards parameters; of a distributed one what is not sharded.
+
+    Empty where it holds objects that ``weights_only`` refuses: the Trainer is about to decide on those.
+    """
+    file = Path(path) / "meta.pt" if Path(path).is_dir() else Path(path)
+    try:
+        checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        return {}
+    return checkpoint
 
 
 def rebuild_ddp(trainer: Trainer) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_light.atomic import atomic_save
 from lightning_light.batch_norm import measure_statistics, move_statistics
 from lightning_light.budgets import Budget
 from lightning_light.criteria.collector import Gathered, collect_evidence, example_of_batch
@@ -176,7 +177,7 @@ def factorize_checkpoint(
     new["state_dict"] = module.state_dict()
     new[KEY] = attach(module).manifest(module)
     release(module)
-    torch.save(new, out)
+    atomic_save(new, out)
     return plan
 
 

@@ -13,7 +13,7 @@ from lightning_light.batch_norm import InputRecorder, Statistics, has_statistics
 from lightning_light.budgets import Budget
 from lightning_light.callback import CompressionCallback
 from lightning_light.capture import Capture
-from lightning_light.criteria.collector import EvidenceCollector, Gathered, collect_evidence
+from lightning_light.criteria.collector import EvidenceCollector, EvidenceStorage, Gathered, collect_evidence
 from lightning_light.example_input import ExampleInput
 from lightning_light.host.trainer import callbacks_of, steps_done
 from lightning_light.lowrank.apply import METHOD, apply_factors, check_unowned
@@ -32,11 +32,12 @@ from lightning_light.progress import steps_planned, training_progress
 from lightning_light.schedules import OneShot, Schedule, Window, require_rising
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.distributed import broadcast, log_rank_zero, on_rank_zero, reduce_mean
+from lightning_light.surgery.schema import PlainExample
 from lightning_light.surgery.stored_example import restore_or_capture_example, store_example
 from lightning_light.targets import Targets, as_targets
 from lightning_light.timing import Events
 from lightning_light.training_step import callable_with
-from lightning_light.validation import PositiveInt, validated
+from lightning_light.validation import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, validated
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -51,11 +52,11 @@ class LayerState(TypedDict):
     """Factors of one layer, for checkpoints and monitors."""
 
     form: str
-    ranks: list[int]
-    rank: float
-    full: list[int]
-    energy_kept: float
-    reconstruction_error: float
+    ranks: list[PositiveInt]
+    rank: PositiveFloat
+    full: list[PositiveInt]
+    energy_kept: NonNegativeFloat
+    reconstruction_error: NonNegativeFloat
 
 
 class LowRankState(TypedDict, total=False):
@@ -73,13 +74,13 @@ class LowRankState(TypedDict, total=False):
     """
 
     names: list[str]
-    example: dict[str, Any]
-    events: int
-    fraction: float
+    example: PlainExample
+    events: NonNegativeInt
+    fraction: Fraction
     final_forms: dict[str, str]
     layers: dict[str, LayerState]
-    evidence: dict[str, Any]
-    inputs: list[dict[str, Any]]
+    evidence: EvidenceStorage
+    inputs: list[PlainExample]
 
 
 @validated
@@ -443,7 +444,8 @@ class LowRankFactorization(CompressionCallback):
         self.state(pl_module).pop("evidence", None)
 
     def _regularized(self, pl_module: LightningModule) -> list[nn.Module]:
-        modules = (pl_module.get_submodule(name) for name in self.state(pl_module)["names"])
+        named = dict(pl_module.named_modules(remove_duplicate=False))
+        modules = (named[name] for name in self.state(pl_module)["names"] if name in named)
         kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
         return [module for module in modules if isinstance(module, kinds) and factor_form(module) is None]
 

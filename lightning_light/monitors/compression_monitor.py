@@ -11,7 +11,6 @@ from rich.measure import Measurement
 from typing_extensions import override
 
 from lightning_light.callback import CompressionCallback
-from lightning_light.capture import capture
 from lightning_light.host.classes import is_host
 from lightning_light.host.modules import add_hparams, logs_hparams
 from lightning_light.host.patches import InstancePatch
@@ -21,12 +20,13 @@ from lightning_light.measure.size import deflated_bytes
 from lightning_light.measure.sparsity import mask_churn
 from lightning_light.monitors.dashboard import add_heat_maps, add_histograms, add_layout
 from lightning_light.monitors.hparams import method_hparams
-from lightning_light.monitors.recorder import CostCounter, Recorder, is_countable
+from lightning_light.monitors.recorder import CostCounter, PlainRecorder, Recorder, is_countable
 from lightning_light.monitors.scalars import PREFIX, custom_layout, layer_scalars, total_scalars
 from lightning_light.monitors.table import compression_markdown, compression_table, human_bytes, human_count
 from lightning_light.order import Stage
 from lightning_light.progress import steps_done
 from lightning_light.surgery.distributed import refuse_sharding
+from lightning_light.surgery.stored_example import restore_or_capture_example, store_example
 from lightning_light.targets import Targets, as_targets
 from lightning_light.validation import PositiveInt, validated
 
@@ -91,6 +91,7 @@ class CompressionMonitor(CompressionCallback):
 
     method: ClassVar[str] = "compression_monitor"
     stage: ClassVar[int] = Stage.MONITORS
+    state_schema: ClassVar[Any] = PlainRecorder
     structural: ClassVar[bool] = False
 
     _cost_counter: CostCounter | None = None
@@ -148,7 +149,7 @@ class CompressionMonitor(CompressionCallback):
         super().on_fit_start(trainer, pl_module)
         self._reset()
         self.before = self.after = self.history = None
-        self._cost_counter = CostCounter(capture(pl_module))
+        self._cost_counter = CostCounter(restore_or_capture_example(pl_module, self.state(pl_module)))
         if is_countable(pl_module):
             self._recorder = self._start_recorder(pl_module)
         if self.hparams and trainer.is_global_zero:
@@ -167,6 +168,8 @@ class CompressionMonitor(CompressionCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Record the network if that is due or the structure has changed; every method has acted by now."""
+        if self._cost_counter is not None:
+            store_example(self.state(pl_module), self._cost_counter.captured)
         if not self._is_due(trainer, pl_module):
             return
         recorder = self._record(trainer, pl_module)

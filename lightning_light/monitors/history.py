@@ -4,14 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 from lightning_light.monitors.layer_matching import is_within, match_layers, remaining
 from lightning_light.monitors.snapshot import Snapshot
+from lightning_light.surgery.schema import Length
+from lightning_light.validation import NonNegativeInt
 
-__all__ = ["History"]
+__all__ = ["History", "PlainHistory"]
 
 _MAX_COLUMNS = 256  # a picture shows no more
+
+
+class PlainHistory(TypedDict):
+    """A `History` in a checkpoint."""
+
+    layers: list[str]
+    steps: list[NonNegativeInt]
+    channels: Annotated[list[list[float]], Length("steps")]
+    weights: Annotated[list[list[float]], Length("steps")]
+    totals: Annotated[list[dict[str, float]], Length("steps")]
+    end: NonNegativeInt
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -14,14 +14,24 @@ from lightning_light.capture import Capture
 from lightning_light.example_input import ExampleInput
 from lightning_light.isolation import FORWARD_ERRORS
 from lightning_light.measure.cost import Cost, count_cost
-from lightning_light.monitors.history import History
+from lightning_light.monitors.history import History, PlainHistory
 from lightning_light.monitors.layer_matching import is_within
-from lightning_light.monitors.snapshot import Snapshot, matrix_layers, structure, take_snapshot
+from lightning_light.monitors.snapshot import PlainSnapshot, Snapshot, matrix_layers, structure, take_snapshot
+from lightning_light.surgery.schema import Needs, PlainExample
 from lightning_light.training_step import callable_with
 
-__all__ = ["CostCounter", "Recorder", "is_countable"]
+__all__ = ["CostCounter", "PlainRecorder", "Recorder", "is_countable"]
 
 # Errors of the user's forward pass on an input that it was not written for: they end the count, not the training.
+
+
+class PlainRecorder(TypedDict, total=False):
+    """A `Recorder` in a checkpoint, and one call of the network."""
+
+    example: PlainExample
+    before: Annotated[PlainSnapshot, Needs("history", "layers")]
+    history: PlainHistory
+    layers: list[str]
 
 
 class Recorder:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -14,9 +14,23 @@ from lightning_light.measure.cost import Cost, count_params
 from lightning_light.measure.layer_table import LayerRow, effective_macs, layer_table, layer_weights, weight_matrices
 from lightning_light.measure.size import tensor_bytes
 from lightning_light.measure.sparsity import zero_fraction
-from lightning_light.validation import validated
+from lightning_light.surgery.schema import FieldsOf
+from lightning_light.validation import Fraction, NonNegativeFloat, NonNegativeInt, validated
 
-__all__ = ["Snapshot", "matrix_layers", "row_bytes", "structure", "take_snapshot"]
+__all__ = ["PlainSnapshot", "Snapshot", "matrix_layers", "row_bytes", "structure", "take_snapshot"]
+
+
+class PlainSnapshot(TypedDict):
+    """A `Snapshot` in a checkpoint."""
+
+    rows: list[Annotated[list[Any], FieldsOf(LayerRow)]]
+    params: NonNegativeInt
+    macs: NonNegativeInt | None
+    bytes: NonNegativeInt
+    sparsity: Fraction
+    bits: NonNegativeFloat
+    stats: dict[str, dict[str, float]]
+    deflated: NonNegativeInt | None
 
 
 @dataclass(frozen=True)

@@ -5,22 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
-from lightning_light.errors import LightningLightError, ManifestError
+from lightning_light.errors import LightningLightError
 from lightning_light.example_input import ExampleInput
 from lightning_light.quantization.encoding import decode, encode
 from lightning_light.quantization.fake_quantize import merge_ranges
 from lightning_light.quantization.fake_quantizer import FakeQuantizer
-from lightning_light.quantization.learned_qparams import initial_values
+from lightning_light.quantization.learned_qparams import initial_values, places_of
 from lightning_light.quantization.plan import QuantizationPlan, plan_quantization
-from lightning_light.quantization.recipes import Recipe
+from lightning_light.quantization.recipes import Engine, Recipe
 from lightning_light.quantization.trace import trace_ops
 from lightning_light.surgery.attachment import state_of
-from lightning_light.validation import validated
+from lightning_light.surgery.schema import Context, PlainExample, Rule, check_schema, damage
+from lightning_light.validation import NonNegativeFloat, NonNegativeInt, Range, validated
 
 __all__ = [
     "METHOD",
@@ -56,13 +58,13 @@ class QuantizationState:
 
     plan: QuantizationPlan
     ranges: Tensor
-    engine: str
-    batches: int = 0
+    engine: Engine
+    batches: NonNegativeInt = 0
     enabled: bool = False
-    min_bits: int = 0
+    min_bits: Annotated[int, Range(0, 16)] = 0
     learned: dict[str, Tensor] = field(default_factory=dict)
-    optimizer_groups: dict[str, list[int]] = field(default_factory=dict)
-    layers: dict[str, dict[str, float]] = field(default_factory=dict)
+    optimizer_groups: dict[str, list[NonNegativeInt]] = field(default_factory=dict)
+    layers: dict[str, dict[str, NonNegativeFloat]] = field(default_factory=dict)
     recipe: str | None = None
 
 
@@ -73,13 +75,52 @@ def read_state(state: Mapping[str, Any]) -> QuantizationState:
         ManifestError: a part of it is damaged; the error names it.
     """
     found: QuantizationState = decode(QuantizationState, dict(state), METHOD)
-    expected = (len(found.plan.activations), 2)
-    if tuple(found.ranges.shape) != expected:
-        raise ManifestError(
-            f"The checkpoint's state `{METHOD}.ranges`: expected a tensor of shape {expected}, one row per quantized "
-            f"activation of the plan, found {tuple(found.ranges.shape)}. It is damaged: take an earlier checkpoint."
-        )
+    activations = len(found.plan.activations)
+    if outside := [place for place in found.plan.activations_named() if place >= activations]:
+        raise damage(f"{METHOD}.plan", f"places below {activations} in `activations`", str(outside[0]))
+    _check_ranges(found.ranges, activations)
+    _check_learned(found)
     return found
+
+
+class SoundState(Rule):
+    """What `begin` has written and training or `quantize` has completed, or only an example input."""
+
+    @override
+    def check(self, value: dict[str, Any], context: Context, path: str) -> None:
+        check_schema(value.get("example", {}), PlainExample, f"{path}['example']")
+        if value.keys() <= {"example"}:
+            return
+        found = read_state(value)
+        modules = {op.module for op in found.plan.ops()} | found.layers.keys()
+        if context.shapes is not None and (unknown := sorted(modules - context.layers)):
+            raise damage(f"{path}['plan']", "names of modules of the network", repr(unknown[0]))
+
+
+def _check_ranges(ranges: Tensor, activations: int) -> None:
+    if tuple(ranges.shape) != (activations, 2) or not ranges.is_floating_point():
+        expected = f"a tensor of shape {(activations, 2)}, floats, one row per quantized activation of the plan"
+        raise damage(f"{METHOD}.ranges", expected, f"{ranges.dtype!s} of shape {tuple(ranges.shape)}")
+    low, high = ranges.unbind(1)
+    unseen = (low == torch.inf) & (high == -torch.inf)
+    if not bool((unseen | (ranges.isfinite().all(1) & (low <= high))).all()):
+        raise damage(f"{METHOD}.ranges", "finite ranges from low to high", "others")
+
+
+def _check_learned(found: QuantizationState) -> None:
+    """What is learned is in the plan, finite, and trained by an optimizer and one of its groups."""
+    known = places_of(found.plan)
+    for name, value in found.learned.items():
+        dims = 1 if name.startswith("weight") else 0  # per channel; else of the tensor
+        if name not in known or not value.is_floating_point() or value.ndim > dims or not bool(value.isfinite().all()):
+            raise damage(
+                f"{METHOD}.learned[{name!r}]", "finite values of a quantization parameter in the plan", "others"
+            )
+    for name, place in found.optimizer_groups.items():
+        if name not in found.learned or len(place) != 2:
+            raise damage(
+                f"{METHOD}.optimizer_groups[{name!r}]", "an optimizer and a group for what is learned", str(place)
+            )
 
 
 def begin(state: dict[str, Any], model: nn.Module, example: ExampleInput, recipe: Recipe) -> QuantizationPlan:

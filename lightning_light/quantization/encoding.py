@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import fields, is_dataclass
 from types import NoneType, UnionType
-from typing import Any, TypedDict, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypedDict, Union, get_args, get_origin
 
 from lightning_light.errors import LightningLightError, ManifestError
 from lightning_light.quantization.observers import Observer
-from lightning_light.surgery.schema import check_schema
+from lightning_light.surgery.schema import check_schema, hints_of
 
 __all__ = ["decode", "encode"]
 
@@ -45,6 +45,10 @@ def decode(kind: Any, plain: Any, path: str) -> Any:
         LightningLightError: it names an observer that has not been imported.
     """
     origin, parts = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        value = decode(parts[0], plain, path)
+        check_schema(value, kind, path)
+        return value
     if origin in (Union, UnionType) and plain is not None:
         (kind,) = (part for part in parts if part is not NoneType)
         return decode(kind, plain, path)
@@ -56,7 +60,7 @@ def decode(kind: Any, plain: Any, path: str) -> Any:
         pairs = plain if isinstance(plain, list) else plain.items()
         return {decode(parts[0], key, path): decode(parts[1], item, f"{path}[{key!r}]") for key, item in pairs}
     if hasattr(kind, "_fields"):
-        check_schema(plain, tuple[tuple(get_type_hints(kind).values())], path)  # type: ignore[misc]
+        check_schema(plain, tuple[tuple(hints_of(kind).values())], path)  # type: ignore[misc]
         return kind(*plain)
     if kind is Observer:
         return _decode_observer(plain, path)
@@ -67,12 +71,12 @@ def decode(kind: Any, plain: Any, path: str) -> Any:
 
 
 def _decode_dataclass(kind: Any, plain: Any, path: str) -> Any:
-    names, hints = [field.name for field in fields(kind) if field.init], get_type_hints(kind)
+    names, hints = [field.name for field in fields(kind) if field.init], hints_of(kind)
     check_schema(plain, TypedDict(kind.__name__, dict.fromkeys(names, Any)), path)  # type: ignore[operator]
     values = {name: decode(hints[name], plain[name], f"{path}.{name}") for name in names}
     try:
         return kind(**values)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:  # of a class that checks its arguments
         raise ManifestError(f"The checkpoint's manifest is damaged at `{path}`: {error}") from error
 
 

@@ -21,11 +21,12 @@ from lightning_light.quantization.plan import QuantizationPlan
 from lightning_light.quantization.specs import ActivationSpec, QParams
 from lightning_light.surgery.distributed import reduce_mean
 from lightning_light.surgery.optimizer import adopt, disown, unwrap
+from lightning_light.surgery.schema import damage
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-__all__ = ["LearnedQParams", "initial_values", "learned_qparams_of", "names_of", "weight_scale"]
+__all__ = ["LearnedQParams", "initial_values", "learned_qparams_of", "names_of", "places_of", "weight_scale"]
 
 Quantity = Literal["scale", "offset", "clip"]
 _QUANTITIES: dict[str, tuple[Quantity, ...]] = {
@@ -102,12 +103,16 @@ class LearnedQParams:
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         self.parameters = {name: nn.Parameter(value.to(device).clone()) for name, value in state["learned"].items()}
         places: dict[str, list[int]] = state["optimizer_groups"]
-        modules = _modules(plan)
+        modules = places_of(plan)
         for name, parameter in self.parameters.items():
             state["learned"][name] = parameter.detach()
             if name not in places:
                 places[name] = self._place(model, modules[name])
             optimizer, group = places[name]
+            if optimizer >= len(self._optimizers) or group >= len(self._optimizers[optimizer].param_groups):
+                raise damage(
+                    f"optimizer_groups[{name!r}]", "an optimizer of this run and one of its groups", str(places[name])
+                )
             adopt(self._optimizers[optimizer].param_groups[group], parameter, f"quantization.{name}")
 
     def _place(self, model: nn.Module, path: str) -> list[int]:
@@ -141,7 +146,7 @@ class LearnedQParams:
                 disown(optimizer, parameter)
 
 
-def _modules(plan: QuantizationPlan) -> dict[str, str]:
+def places_of(plan: QuantizationPlan) -> dict[str, str]:
     """Name of what is learned -> path of the module that it belongs to."""
     found = {weight_scale(op): op.module for op in plan.layers}
     for op, activation in plan.sites():

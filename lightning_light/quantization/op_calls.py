@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from lightning_light.int8 import QUANTIZED_TENSORS_ARE_DEPRECATED
 from lightning_light.module_stack import ModuleCall, ModuleStack
+from lightning_light.validation import PositiveInt
 
 __all__ = ["OpCall", "OpId", "OpMode", "OpStack", "intercepted"]
 
@@ -39,9 +40,9 @@ class OpId(NamedTuple):
     """
 
     module: str
-    call: int
+    call: PositiveInt
     function: str
-    occurrence: int
+    occurrence: PositiveInt
 
 
 @dataclass

@@ -9,6 +9,7 @@ from lightning_light.quantization.op_calls import OpId
 from lightning_light.quantization.operators import FLOAT
 from lightning_light.quantization.specs import ActivationSpec, LayerSpec, WeightSpec
 from lightning_light.quantization.trace import OpNode
+from lightning_light.validation import NonNegativeInt
 
 __all__ = ["FusedOps", "LayerSite", "QuantizationPlan", "origin_of", "plan_quantization"]
 
@@ -41,7 +42,7 @@ class LayerSite:
 
     weight: WeightSpec
     fused: FusedOps
-    input: int | None = None
+    input: NonNegativeInt | None = None
     no_kernel: str | None = None
 
 
@@ -61,12 +62,23 @@ class QuantizationPlan:
     """
 
     activations: list[ActivationSpec] = field(default_factory=list)
-    outputs: dict[OpId, int] = field(default_factory=dict)
-    inputs: dict[OpId, dict[int, int]] = field(default_factory=dict)
+    outputs: dict[OpId, NonNegativeInt] = field(default_factory=dict)
+    inputs: dict[OpId, dict[NonNegativeInt, NonNegativeInt]] = field(default_factory=dict)
     layers: dict[OpId, LayerSite] = field(default_factory=dict)
     joins: dict[OpId, FusedOps] = field(default_factory=dict)
     averages: list[OpId] = field(default_factory=list)
     left_float: dict[str, str] = field(default_factory=dict)
+
+    def ops(self) -> Iterator[OpId]:
+        """Every operator call that it names."""
+        fused = [*(site.fused for site in self.layers.values()), *self.joins.values()]
+        parts = (op for one in fused for op in (one.last, one.batch_norm, one.activation) if op is not None)
+        yield from (*self.outputs, *self.inputs, *self.layers, *self.joins, *self.averages, *parts)
+
+    def activations_named(self) -> Iterator[int]:
+        """Every place in ``activations`` that it names."""
+        yield from (activation for _, activation in self.sites())
+        yield from (site.input for site in self.layers.values() if site.input is not None)
 
     def sites(self) -> Iterator[tuple[OpId, int]]:
         """Each operator call at which an activation is quantized."""

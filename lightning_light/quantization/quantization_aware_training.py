@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,14 +16,20 @@ from lightning_light.host.trainer import is_accumulating, is_backward_skipped, i
 from lightning_light.int8 import Int8Weights
 from lightning_light.order import DEFAULT_WINDOWS, Stage
 from lightning_light.progress import steps_planned, training_progress
-from lightning_light.quantization.checkpoint_state import attach_fake_quantizer, begin, enable, merge
+from lightning_light.quantization.checkpoint_state import SoundState, attach_fake_quantizer, begin, enable, merge
 from lightning_light.quantization.fake_quantizer import FakeQuantizer
 from lightning_light.quantization.learned_qparams import LearnedQParams
 from lightning_light.quantization.range_observer import RangeObserver
 from lightning_light.quantization.recipes import Int8, Recipe
 from lightning_light.schedules import Schedule, resolve, resolve_moment
 from lightning_light.surgery.checkpoint_monitoring import reset_monitoring
-from lightning_light.surgery.distributed import check_agreement, log_rank_zero, reduce_max, reduce_mean
+from lightning_light.surgery.distributed import (
+    check_agreement,
+    log_rank_zero,
+    reduce_max,
+    reduce_mean,
+    refuse_sharding,
+)
 from lightning_light.surgery.stored_example import restore_or_capture_example, store_example
 from lightning_light.training_step import callable_with
 from lightning_light.validation import Moment, PositiveInt, validated
@@ -85,6 +91,7 @@ class QuantizationAwareTraining(CompressionCallback):
     method: ClassVar[str] = "quantization_aware_training"
     stage: ClassVar[int] = Stage.QUANTIZATION
     structural: ClassVar[bool] = False
+    state_schema: ClassVar[Any] = Annotated[dict[str, Any], SoundState()]
 
     def __init__(
         self,
@@ -118,6 +125,12 @@ class QuantizationAwareTraining(CompressionCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Resolve the moments, and refuse before training what cannot work."""
         super().setup(trainer, pl_module, stage)
+        refuse_sharding(
+            trainer,
+            type(self).__name__,
+            "whole weights are quantized by one scale per channel",
+            "Train with fake quantization on one device or with `strategy='ddp'`.",
+        )
         _refuse_several(trainer)
         if stage == "fit":
             self._moments = {

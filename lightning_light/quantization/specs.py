@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from lightning_light.quantization.observers import DynamicObserver, MovingAverage, Observer
+from lightning_light.validation import NonNegativeFloat, Range
 
 __all__ = ["ActivationSpec", "LayerSpec", "QParams", "WeightSpec"]
 
 WeightForm = Literal["uniform", "ternary", "binary"]
 Learned = Literal["", "scale", "scale and offset", "clip"]
+Bits = Annotated[int, Range(1, 16)]
+_Level = Annotated[int, Range(-(2**15), 2**15)]
 
 
 class QParams(NamedTuple):
@@ -34,9 +37,9 @@ class WeightSpec:
         learned: whether the scale is trained.
     """
 
-    bits: int = 8
-    quant_min: int = -127
-    quant_max: int = 127
+    bits: Bits = 8
+    quant_min: _Level = -127
+    quant_max: _Level = 127
     form: WeightForm = "uniform"
     per_channel: bool = True
     learned: bool = False
@@ -62,8 +65,8 @@ class ActivationSpec:
     """
 
     non_negative: bool = False
-    upper_bound: float | None = None
-    bits: int = 8
+    upper_bound: NonNegativeFloat | None = None
+    bits: Bits = 8
     observer: Observer = MovingAverage()
     learned: Learned = ""
 

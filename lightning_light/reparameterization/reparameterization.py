@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypedDict
 
 from typing_extensions import override
 
@@ -26,6 +26,7 @@ from lightning_light.reparameterization.forms import Form
 from lightning_light.schedules import resolve_moment
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.distributed import broadcast
+from lightning_light.surgery.schema import LayerName
 from lightning_light.targets import Targets, as_targets
 from lightning_light.timing import Events
 from lightning_light.validation import Moment, validated
@@ -47,7 +48,7 @@ class _State(TypedDict, total=False):
 
     expanded: bool
     merged: bool
-    layers: list[str]
+    layers: list[Annotated[str, LayerName()]]
 
 
 @validated

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,9 +26,10 @@ from lightning_light.sparsity.scope import Scope
 from lightning_light.sparsity.scores import score_weights
 from lightning_light.sparsity.weights import MaskableWeight
 from lightning_light.surgery.distributed import reduce_mean
+from lightning_light.surgery.schema import Needs, Within
 from lightning_light.targets import TargetsLike
 from lightning_light.timing import Events
-from lightning_light.validation import PositiveInt, validated
+from lightning_light.validation import NonNegativeInt, PositiveInt, validated
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -49,9 +50,9 @@ class DynamicSparseTrainingState(MaskState, total=False):
         planned_steps: planned length of the run at the last update.
     """
 
-    connections: dict[str, int]
-    updates: int
-    planned_steps: int
+    connections: Annotated[dict[str, NonNegativeInt], Within("masks"), Needs("fraction", "planned_steps")]
+    updates: NonNegativeInt
+    planned_steps: NonNegativeInt
 
 
 @validated

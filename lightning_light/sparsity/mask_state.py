@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypedDict
+from typing import Annotated, Any, TypedDict
 
 from torch import Tensor, nn
 
 from lightning_light.surgery.edit import take
+from lightning_light.surgery.schema import LikeTensors
+from lightning_light.validation import Fraction
 
 __all__ = ["MaskState", "cut_masks"]
 
@@ -21,9 +23,9 @@ class MaskState(TypedDict, total=False):
         fraction: of the way to the budget that is completed.
     """
 
-    masks: dict[str, Tensor]
-    per_weight: dict[str, dict[str, Tensor]]
-    fraction: float
+    masks: Annotated[dict[str, Tensor], LikeTensors("bool")]
+    per_weight: dict[str, Annotated[dict[str, Tensor], LikeTensors()]]
+    fraction: Fraction
 
 
 def cut_masks(model: nn.Module, state: dict[str, Any], kept: Mapping[str, Mapping[int, Tensor]] | None) -> None:

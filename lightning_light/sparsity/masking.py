@@ -104,6 +104,7 @@ class MaskingCallback(CompressionCallback):
             state["masks"] = masks
             if not masks:
                 self.disclaim(pl_module)
+        state.setdefault("masks", {})  # a checkpoint of a run without this callback has none
         self._watch(trainer, pl_module)
 
     @override

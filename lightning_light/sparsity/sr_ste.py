@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_light.schedules import OneShot, Schedule, require_rising
@@ -14,6 +15,7 @@ from lightning_light.sparsity.options import WeightPruningOptions
 from lightning_light.sparsity.patterns import NM
 from lightning_light.sparsity.straight_through import StraightThroughMasks
 from lightning_light.surgery.averaged_models import averaged_models_of
+from lightning_light.surgery.schema import LikeTensors, Needs
 from lightning_light.targets import TargetsLike
 from lightning_light.timing import Events
 from lightning_light.validation import NonNegativeFloat, validated
@@ -22,6 +24,12 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 __all__ = ["SRSTE"]
+
+
+class SRSTEState(MaskState, total=False):
+    """What `SRSTE` keeps in the compression state; the dense weights are ``per_weight["dense"]``."""
+
+    per_weight: Annotated[dict[str, Annotated[dict[str, Tensor], LikeTensors()]], Needs("masks", "fraction")]
 
 
 @validated
@@ -53,7 +61,7 @@ class SRSTE(MaskingCallback):
     """
 
     method: ClassVar[str] = "sr_ste"
-    state_schema: ClassVar[Any] = MaskState
+    state_schema: ClassVar[Any] = SRSTEState
 
     def __init__(
         self,

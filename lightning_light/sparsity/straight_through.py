@@ -42,7 +42,8 @@ class StraightThroughMasks(StepHooks):
     def before_step(self, optimizer: Optimizer) -> None:
         state, own = self._state(), parameters_of(optimizer)
         dense = state.get("per_weight", {}).get("dense", {})
-        exchanged = [weight for weight in self._weights if weight.parameter in own and weight.name in dense]
+        masked = dense.keys() & state["masks"].keys()
+        exchanged = [weight for weight in self._weights if weight.parameter in own and weight.name in masked]
         exchanged = [weight for weight in exchanged if weight.parameter.grad is not None]
         for weight in exchanged:
             assert weight.parameter.grad is not None  # as selected

@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_light.budgets import Sparsity
-from lightning_light.criteria.collector import PARAMETER_KINDS, EvidenceCollector
+from lightning_light.criteria.collector import PARAMETER_KINDS, EvidenceCollector, EvidenceStorage
 from lightning_light.criteria.evidence import Criterion
 from lightning_light.order import DEFAULT_WINDOWS, Stage
 from lightning_light.progress import progress_at_step
@@ -28,7 +28,7 @@ from lightning_light.sparsity.scores import score_weights
 from lightning_light.surgery.distributed import reduce_mean
 from lightning_light.targets import TargetsLike
 from lightning_light.timing import Events
-from lightning_light.validation import OpenFraction, PositiveInt, validated
+from lightning_light.validation import NonNegativeInt, OpenFraction, PositiveInt, validated
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -49,9 +49,9 @@ class WeightPruningState(MaskState, total=False):
         most_masked: largest number of masked weights.
     """
 
-    evidence: dict[str, Any]
-    events: int
-    most_masked: int
+    evidence: EvidenceStorage
+    events: NonNegativeInt
+    most_masked: NonNegativeInt
 
 
 @validated

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypedDict, TypeVar
 
 from typing_extensions import override
 
@@ -30,11 +30,12 @@ from lightning_light.structured.regularization import SparsityRegularizer, add_p
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.distributed import broadcast, log_rank_zero, on_rank_zero, reduce_mean
 from lightning_light.surgery.edit import cut
+from lightning_light.surgery.schema import Needs, PlainExample
 from lightning_light.surgery.stored_example import restore_or_capture_example, store_example
 from lightning_light.targets import Targets, as_targets
 from lightning_light.timing import Events
 from lightning_light.training_step import callable_with, overrides, step_call
-from lightning_light.validation import OpenFraction, PositiveInt, validated
+from lightning_light.validation import Fraction, NonNegativeInt, OpenFraction, PositiveInt, validated
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -60,13 +61,13 @@ class _State(TypedDict, total=False):
         evidence: what the collector has gathered.
     """
 
-    events: int
-    fraction: float
-    removed: int
-    original: dict[str, int]
-    planned: bool
-    example: dict[str, Any]
-    inputs: list[dict[str, Any]]
+    events: NonNegativeInt
+    fraction: Fraction
+    removed: NonNegativeInt
+    original: dict[str, PositiveInt]
+    planned: Annotated[bool, Needs("original")]
+    example: PlainExample
+    inputs: list[PlainExample]
     evidence: EvidenceStorage
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_light.host.modules import name_loader, trainer_of
 from lightning_light.host.patches import InstancePatch, patches_of
 from lightning_light.surgery.averaged_models import averaged_models_of
-from lightning_light.surgery.manifest import KEY
+from lightning_light.surgery.manifest import KEY, naming_file
 from lightning_light.surgery.operations import register_operation
 from lightning_light.surgery.ownership import all_names, refuse_owned
 from lightning_light.surgery.state import CompressionState, other_shapes
@@ -161,8 +161,10 @@ def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
     """Call the module's own hook, then take the checkpoint's structure, here and in averaged copies."""
     compression_state = state_of(self)
     _call_original(self, "on_load_checkpoint", checkpoint)
-    compression_state.load(self, checkpoint)
-    for copy in averaged_models_of(trainer_of(self), self):
+    trainer = trainer_of(self)
+    with naming_file(getattr(trainer, "ckpt_path", None)):
+        compression_state.load(self, checkpoint)
+    for copy in averaged_models_of(trainer, self):
         attach(copy).load(copy, checkpoint)
         copy.load_state_dict(checkpoint.get("state_dict", {}), strict=False)
 

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lightning_light.host.modules import BUILDER
 from lightning_light.surgery.attachment import LOADER, attach, has_state, release, state_of
-from lightning_light.surgery.manifest import KEY
+from lightning_light.surgery.manifest import KEY, naming_file
 from lightning_light.validation import validated
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def load_from_checkpoint(cls: type[Module], path: str | Path, **kwargs: Any) -> 
     Raises:
         ManifestError: the checkpoint is of another network, or its manifest is damaged.
     """
-    with _restructuring(cls):
+    with naming_file(path), _restructuring(cls):
         loaded: Module = _load(cls.load_from_checkpoint, path, **kwargs)
         return loaded
 

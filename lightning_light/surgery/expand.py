@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_light.atomic import atomic_save
 from lightning_light.errors import ManifestError, UnsupportedError
 from lightning_light.example_input import ExampleInput
 from lightning_light.host.modules import BUILDER
 from lightning_light.nested import tensors_in
 from lightning_light.surgery.attachment import attach, release
-from lightning_light.surgery.manifest import KEY, Kept, Manifest, check_fingerprint
+from lightning_light.surgery.manifest import KEY, Kept, Manifest, check_fingerprint, naming_file
 from lightning_light.surgery.structure import PRIVATE_PREFIX
 from lightning_light.validation import validated
 
@@ -50,8 +51,9 @@ def expand_checkpoint(path: str | Path, out: str | Path, model: nn.Module, *, ex
     checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     if KEY not in checkpoint:
         raise ManifestError(f"`expand_checkpoint({str(path)!r})`: expected a checkpoint with a manifest, found none.")
-    manifest = Manifest.decode(checkpoint[KEY])
-    check_fingerprint(model, manifest.fingerprint, PRIVATE_PREFIX)
+    with naming_file(path):
+        manifest = Manifest.decode(checkpoint[KEY])
+        check_fingerprint(model, manifest.fingerprint, PRIVATE_PREFIX)
     kept = _refuse(model, manifest)
     first_names = _first_names(model)
     full = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
@@ -64,7 +66,7 @@ def expand_checkpoint(path: str | Path, out: str | Path, model: nn.Module, *, ex
         _compare(model, checkpoint, expanded, ExampleInput.of(example))
     rest = {key: value for key, value in checkpoint.items() if key not in _OF_THE_RUN}
     rest.get("hyper_parameters", {}).pop(BUILDER, None)
-    torch.save({**rest, "state_dict": expanded}, out)
+    atomic_save({**rest, "state_dict": expanded}, out)
 
 
 def _refuse(model: nn.Module, manifest: Manifest) -> Kept:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from pathlib import Path
+from typing import Annotated, Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from lightning_light.errors import ManifestError
+from lightning_light.surgery.distributed import digest
 from lightning_light.surgery.ownership import Claim, PlainClaim
-from lightning_light.surgery.schema import check_schema
+from lightning_light.surgery.schema import Context, TensorOf, check_schema, damage
+from lightning_light.validation import NonNegativeFloat, NonNegativeInt
 
 KEY = "lightning_light"
 """Where in a checkpoint the manifest is."""
 
-VERSION = 2
+VERSION = 3
 
 Entry = dict[str, Any]
 Kept = dict[str, dict[int, Tensor]]
@@ -32,18 +37,19 @@ class _Encoded(TypedDict):
     edit_log: str
     state: dict[str, dict[str | int, Any]]
     owners: dict[str, PlainClaim]
-    references: dict[str, float]
+    references: dict[str, NonNegativeFloat]
     parameter_order: list[list[list[str | None]]]
     fingerprint: str
     buffers: dict[str, Tensor]
-    kept: dict[str, dict[int, Tensor]] | None
+    kept: dict[str, dict[NonNegativeInt, Annotated[Tensor, TensorOf("integer", 1, 0)]]] | None
+    digest: str
 
 
 class _Parsed(TypedDict):
     """What the JSON parts hold."""
 
     edit_log: list[dict[str, Any]]
-    fingerprint: dict[str, list[int]]
+    fingerprint: dict[str, list[NonNegativeInt]]
 
 
 def register_state(method: str, schema: Any) -> None:
@@ -86,7 +92,7 @@ class Manifest:
         Raises:
             TypeError: a method keeps something else in its state.
         """
-        return {
+        encoded = {
             "version": VERSION,
             "edit_log": json.dumps(self.edit_log),
             "state": plain_copy(self.state, "state"),
@@ -97,14 +103,17 @@ class Manifest:
             "buffers": dict(self.buffers),
             "kept": None if self.kept is None else {name: dict(dims) for name, dims in self.kept.items()},
         }
+        return signed(encoded)
 
     @classmethod
     def decode(cls, encoded: object) -> Manifest:
         """Read what `encode` has written, and check every part of it.
 
+        `check_states` compares the states of the methods with the network too.
+
         Raises:
-            ManifestError: it is of another version, or a part of it, which the message names, is not what `encode`
-                writes.
+            ManifestError: it is of another version, a part of it, which the message names, is not what `encode`
+                writes, or it does not match its digest.
         """
         parsed = _checked(encoded)
         assert isinstance(encoded, dict)  # `_checked`
@@ -130,28 +139,61 @@ def _checked(encoded: object) -> _Parsed:
             f"The checkpoint's manifest has version {encoded['version']}, this release of lightning_light reads "
             f"version {VERSION}. {mend}."
         )
-    check_schema(encoded, _Encoded, "manifest")
     try:
-        plain_copy(encoded["state"], "state")
+        plain_copy(encoded, "manifest")
     except TypeError as error:
         raise ManifestError(f"The checkpoint's manifest is damaged: {error}") from error
+    check_schema(encoded, _Encoded, "manifest")
     parsed: _Parsed = {"edit_log": _parse(encoded, "edit_log"), "fingerprint": _parse(encoded, "fingerprint")}
     check_schema(parsed, _Parsed, "manifest")
     for place, entry in enumerate(parsed["edit_log"]):
         check_schema(entry.get("op"), str, f"manifest['edit_log'][{place}]['op']")
-    for method, state in encoded["state"].items():
-        check_schema(state, _STATE_SCHEMAS.get(method.partition("#")[0], Any), f"manifest['state'][{method!r}]")
+    check_states(encoded["state"], Context())
+    if signed(encoded)["digest"] != encoded["digest"]:
+        raise ManifestError(
+            "The checkpoint's manifest is damaged: expected it to match its digest, found that it has changed since it "
+            "was written. Use another checkpoint of the run."
+        )
     return parsed
+
+
+def signed(encoded: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an encoded manifest with the digest of its other parts."""
+    parts = {key: value for key, value in encoded.items() if key != "digest"}
+    return {**parts, "digest": digest(parts)}
+
+
+def check_states(states: Mapping[str, Any], context: Context) -> None:
+    """Check the states of all methods by their schemas.
+
+    Args:
+        states: method -> its state.
+        context: the network that the states belong to.
+
+    Raises:
+        ManifestError: names the part that is not sound.
+    """
+    for method, state in states.items():
+        schema = _STATE_SCHEMAS.get(method.partition("#")[0], Any)
+        check_schema(state, schema, f"manifest['state'][{method!r}]", context)
+
+
+@contextmanager
+def naming_file(path: str | Path | None) -> Iterator[None]:
+    """Name the file in a `ManifestError` that is raised inside."""
+    try:
+        yield
+    except ManifestError as error:
+        if path is not None:
+            error.args = (f"`{path}`: {error}",)
+        raise
 
 
 def _parse(encoded: dict[str, Any], part: str) -> Any:
     try:
         return json.loads(encoded[part])
     except ValueError as error:
-        raise ManifestError(
-            f"The checkpoint's manifest is damaged at `manifest[{part!r}]`: expected JSON, found text that does not "
-            f"parse ({error})."
-        ) from error
+        raise damage(f"manifest[{part!r}]", "JSON", f"text that does not parse ({error})") from error
 
 
 def plain_copy(value: Any, path: str) -> Any:
@@ -160,16 +202,20 @@ def plain_copy(value: Any, path: str) -> Any:
     Raises:
         TypeError: ``value`` holds another type; the message names the place.
     """
-    if value is None or type(value) in (int, float, bool, str) or isinstance(value, Tensor):
+    if value is None or type(value) in (int, float, bool, str) or _is_dense(value):
         return value
     if type(value) is dict:
         return {_plain_key(key, path): plain_copy(item, f"{path}[{key!r}]") for key, item in value.items()}
     if type(value) in (list, tuple):
         return type(value)(plain_copy(item, f"{path}[{place}]") for place, item in enumerate(value))
     raise TypeError(
-        f"`{path}`: expected int, float, bool, str, None, list, tuple, dict or a tensor, which `torch.load("
+        f"`{path}`: expected int, float, bool, str, None, list, tuple, dict or a dense tensor, which `torch.load("
         f"weights_only=True)` admits, found {type(value).__name__}."
     )
+
+
+def _is_dense(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout is torch.strided and value.device.type != "meta"
 
 
 def _plain_key(key: Any, path: str) -> Any:

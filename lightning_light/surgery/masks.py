@@ -36,6 +36,14 @@ def true_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tenso
     }
 
 
+def _drop_other_shapes(model: nn.Module, per_weight: Mapping[str, dict[str, Tensor]]) -> None:
+    """Remove tensors that belong to weights, or buffers, which a run without their method has cut or replaced."""
+    live = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for tensors in per_weight.values():
+        for name in [name for name in tensors if name not in live or live[name].shape != tensors[name].shape]:
+            del tensors[name]
+
+
 def drop_false_masks(model: nn.Module, states: Mapping[str, dict[str, Any]]) -> list[str]:
     """Remove masks that no longer hold from the states of the methods, and warn.
 
@@ -49,6 +57,7 @@ def drop_false_masks(model: nn.Module, states: Mapping[str, dict[str, Any]]) -> 
     emptied = []
     for method, state in states.items():
         masks: dict[str, Tensor] = state.get("masks", {})
+        _drop_other_shapes(model, state.get("per_weight", {}))
         found = true_masks(model, masks)
         if len(found) == len(masks):
             continue

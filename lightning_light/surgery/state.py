@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_light.errors import ManifestError, SurgeryError
+from lightning_light.errors import ManifestError, SurgeryError, UnsupportedError
 from lightning_light.surgery.attributes import implied_attributes
 from lightning_light.surgery.data import set_data
-from lightning_light.surgery.manifest import KEY, Entry, Kept, Manifest, check_fingerprint, fingerprint_of, half_size
+from lightning_light.surgery.manifest import (
+    KEY,
+    Entry,
+    Kept,
+    Manifest,
+    check_fingerprint,
+    check_states,
+    fingerprint_of,
+    half_size,
+)
 from lightning_light.surgery.masks import drop_false_masks
 from lightning_light.surgery.operations import is_registered, replay_edits
 from lightning_light.surgery.optimizer import order_parameters, orphans, parameter_order
 from lightning_light.surgery.ownership import Claim, all_names, refuse_owned
+from lightning_light.surgery.schema import Context, damage
 from lightning_light.surgery.structure import PRIVATE_PREFIX, apply_structure, compare, copy_structure
 
 if TYPE_CHECKING:
@@ -159,14 +169,36 @@ class CompressionState:
         """
         self._remember(model)
         manifest = Manifest.decode(checkpoint[KEY]) if KEY in checkpoint else self._plain_manifest()
+        _check_order(manifest.parameter_order, checkpoint.get("optimizer_states", []))
         state_dict: Mapping[str, Any] = checkpoint.get("state_dict", {})
         if manifest.edit_log or self.edit_log:
             check_fingerprint(self._original, manifest.fingerprint, PRIVATE_PREFIX)
-            if manifest.edit_log != self.edit_log or other_shapes(model, state_dict):
-                self._restructure(model, manifest, state_dict)
+        if not manifest.edit_log:
+            _check_unedited(manifest.fingerprint, state_dict)
+        if manifest.edit_log != self.edit_log or (self.edit_log and other_shapes(model, state_dict)):
+            current, target = self._structures(manifest, state_dict)
+            check_states(manifest.state, Context.of(target))
+            apply_structure(model, current, target)
+        else:
+            check_states(manifest.state, Context.of(model))
         self.edit_log, self.state, self.kept = manifest.edit_log, copy.deepcopy(manifest.state), manifest.kept
         self.claims, self.references = manifest.owners, manifest.references
         self._order = manifest.parameter_order
+
+    def refuse_other_structure(self, model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint whose structure the ``model`` would have to take: shards of parameters cannot follow.
+
+        Raises:
+            ManifestError: the manifest is damaged.
+            UnsupportedError: the checkpoint has other edits than ``model``.
+        """
+        found = Manifest.decode(checkpoint[KEY]).edit_log if KEY in checkpoint else []
+        if found != self.edit_log:
+            raise UnsupportedError(
+                f"A checkpoint of a compressed network, and a `{type(model).__name__}` of another structure whose "
+                "parameters are sharded: expected a module that has the structure already. Build it by "
+                "`lightning_light.load_from_checkpoint(...)`, and pass that to `trainer.fit(..., ckpt_path=...)`."
+            )
 
     def follow(self, model: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> None:
         """Bring ``model`` to the shapes of a bare ``state_dict``, if those are its own, cut smaller.
@@ -236,7 +268,8 @@ class CompressionState:
                 new = half_size(positions)
                 before[dim] = before[dim][new.long()] if dim in before else new
 
-    def _restructure(self, model: nn.Module, manifest: Manifest, state_dict: Mapping[str, Any]) -> None:
+    def _structures(self, manifest: Manifest, state_dict: Mapping[str, Any]) -> tuple[nn.Module, nn.Module]:
+        """Return the present structure, and that of the checkpoint."""
         current = replay_edits(copy_structure(self._original), self.edit_log)
         target = replay_edits(copy_structure(self._original), manifest.edit_log)
         difference = compare(current, target)
@@ -244,7 +277,18 @@ class CompressionState:
         _take_shapes(target, state_dict, "")
         _take_buffers(target, manifest.buffers)
         _check_attributes(target, {path for entry in manifest.edit_log for path in entry.get("attributes", {})})
-        apply_structure(model, current, target)
+        return current, target
+
+
+def _check_order(order: list[list[list[str | None]]], optimizer_states: Sequence[Any]) -> None:
+    """Check that every parameter of the checkpoint's optimizers has a name, at its place."""
+    for number, (groups, state) in enumerate(zip(order, optimizer_states, strict=False)):
+        sizes = [len(group["params"]) for group in state.get("param_groups", [])]
+        if sizes and [len(group) for group in groups] != sizes:
+            found = [len(group) for group in groups]
+            raise damage(
+                f"manifest['parameter_order'][{number}]", f"names for groups of {sizes} parameters", f"{found}"
+            )
 
 
 def other_shapes(model: nn.Module, state_dict: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -285,10 +329,34 @@ def _tensors(structure: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def _replaced(names: Iterable[str], state_dict: Mapping[str, Any]) -> list[str]:
+    """Return the ``names`` in whose place ``state_dict`` has other tensors of the same layer."""
+    names = set(names)
+    others = {key.rpartition(".")[0] for key in state_dict if key not in names}
+    layers = {layer[:end] for layer in others for end in (*_dots(layer), len(layer))}
+    return sorted(name for name in names if name not in state_dict and name.rpartition(".")[0] in layers - {""})
+
+
+def _dots(name: str) -> list[int]:
+    return [place for place, letter in enumerate(name) if letter == "."]
+
+
+def _check_unedited(fingerprint: Mapping[str, tuple[int, ...]], state_dict: Mapping[str, Any]) -> None:
+    """Check that a checkpoint without edits has the parameters of the network before the first one."""
+    wrong = _replaced(fingerprint, state_dict)
+    for name, shape in fingerprint.items():
+        found = state_dict.get(name)
+        if isinstance(found, Tensor) and tuple(found.shape) != shape:
+            wrong.append(name)
+    if wrong:
+        raise damage("manifest['edit_log']", f"the edits after which `state_dict` has its {wrong[0]!r}", "none")
+
+
 def _check_complete(target: nn.Module, state_dict: Mapping[str, Any], concerns: Any) -> None:
     """Check that the checkpoint has the tensors of every layer that an operation has changed."""
     tensors = _tensors(target)
     missing = [name for name in tensors if name not in state_dict and concerns(name.rpartition(".")[0])]
+    missing += _replaced(tensors, state_dict)
     wrong = [
         name
         for name, tensor in tensors.items()

@@ -15,14 +15,15 @@ __all__ = ["restore_or_capture_example", "store_example"]
 _KEY = "example"
 
 
-def restore_or_capture_example(pl_module: nn.Module, state: dict[str, Any]) -> Capture:
+def restore_or_capture_example(pl_module: nn.Module, state: dict[str, Any], module: nn.Module | None = None) -> Capture:
     """Capture an example input, or restore the one that was stored before the run was interrupted.
 
     Args:
         pl_module: the LightningModule.
         state: the method's state.
+        module: the submodule whose call is captured, if not ``pl_module`` itself.
     """
-    found = capture(pl_module)
+    found = capture(pl_module, module)
     if found.example is None and state.get(_KEY):
         found.remove()
         found.example = ExampleInput(**state[_KEY])

@@ -13,7 +13,7 @@ from lightning_light.surgery.attachment import attach
 from lightning_light.surgery.checkpoint import load_from_checkpoint
 from lightning_light.surgery.edit import cut
 from lightning_light.surgery.expand import expand_checkpoint
-from lightning_light.surgery.manifest import KEY
+from lightning_light.surgery.manifest import KEY, signed
 from tests.surgery.runs import Events, Lit, Loader, halve, trainer
 from tests.zoo import noise
 
@@ -181,7 +181,7 @@ def test_other_operations_unknown_places_and_other_networks_are_refused(tmp_path
     with pytest.raises(ManifestError, match="found none"):
         expand_checkpoint(tmp_path / "plain.ckpt", tmp_path / "x", Lit())
     checkpoint = torch.load(tmp_path / "bare.ckpt", weights_only=True)
-    checkpoint[KEY]["kept"] = {}
+    checkpoint[KEY] = signed(checkpoint[KEY] | {"kept": {}})
     torch.save(checkpoint, tmp_path / "damaged.ckpt")
     with pytest.raises(ManifestError, match="after expansion, found"):
         expand_checkpoint(tmp_path / "damaged.ckpt", tmp_path / "x", Lit())

@@ -79,7 +79,7 @@ DAMAGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "manifest['state']['schema_test']": method_state(evnts=2),
     "manifest['state']['schema_test#2']['events']": lambda e: e["state"]["schema_test#2"].update(events=None),
     "manifest['state']": lambda e: e.update(state=[]),
-    "state['unknown']['anything']": lambda e: e["state"]["unknown"].update(anything={1, 2}),
+    "manifest['state']['unknown']['anything']": lambda e: e["state"]["unknown"].update(anything={1, 2}),
     "manifest['owners']['method']['layers'][0]": lambda e: e["owners"]["method"].update(layers=[1]),
     "manifest['owners']['method']": lambda e: e["owners"]["method"].pop("stage"),
     "manifest['references']['macs']": lambda e: e["references"].update(macs="many"),
