@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_light.dependency.attributes import lower_attributes
 from lightning_light.dependency.groups import ChannelGroup, DependencyGraph, graph_of
 from lightning_light.dependency.trace import Tracer, trace
 from lightning_light.dependency.trials import TOO_FEW, Trials
@@ -51,8 +52,8 @@ def trace_verified(
         _protect_unread(tracer, graph)
         graph = graph_of(model, tracer)
     failing = trials.failing(graph)
-    for couple in (_couple_with_width, _couple_equal_parts):
-        if failing and couple(trials, failing):
+    for mend in (lower_attributes, _couple_with_width, _couple_equal_parts):
+        if failing and mend(trials, failing):
             graph = graph_of(model, tracer)
             failing = trials.failing(graph)
     for group, error in failing:  # the others passed every trial without these
@@ -69,30 +70,37 @@ def _protect_unread(tracer: Tracer, graph: DependencyGraph) -> None:
 
 def _couple_with_width(trials: Trials, failing: Sequence[tuple[ChannelGroup, str]]) -> bool:
     """Couple what a module splits with its input where both have one width: ``x.reshape(n, heads, width // heads)``."""
-    tracer = trials.tracer
-    roots = torch.cat([group.roots for group, _ in failing])
-    coupled = False
-    for split in tracer.splits:
-        if split.width is None or split.parts.numel() % split.width.numel():
-            continue
-        if torch.isin(tracer.union.roots(split.parts), roots).any() or torch.isin(split.width, roots).any():
-            tracer.union.merge(split.parts.reshape(-1, split.width.numel()), split.width)
-            coupled = True
-    return coupled
+    roots, fits = _roots(trials, failing), []
+    for split in trials.tracer.splits:
+        if split.width is not None and split.parts.numel() % split.width.numel() == 0:
+            width = split.width.reshape(1, -1)
+            fits.append(torch.cat([width, split.parts.reshape(-1, width.numel())]))
+    return _couple(trials, [x for x in fits if torch.isin(trials.tracer.union.roots(x), roots).any()])
 
 
 def _couple_equal_parts(trials: Trials, failing: Sequence[tuple[ChannelGroup, str]]) -> bool:
     """Couple the same position of all parts of ``a, b = x.chunk(2, dim=1)``, where that makes failing groups pass.
 
     The same for channels that one size attribute counts, such as the positions of query and value heads.
+    """
+    tracer, roots = trials.tracer, _roots(trials, failing)
+    candidates = [*tracer.parts, *_counted_together(tracer)]
+    return _couple(
+        trials, [x for x in candidates if x.shape[1] > TOO_FEW and torch.isin(tracer.union.roots(x), roots).any()]
+    )
+
+
+def _roots(trials: Trials, failing: Sequence[tuple[ChannelGroup, str]]) -> Tensor:
+    return trials.tracer.union.roots(torch.cat([group.roots for group, _ in failing]))
+
+
+def _couple(trials: Trials, candidates: Sequence[Tensor]) -> bool:
+    """Couple the rows of every candidate, position by position, where that makes its groups pass.
 
     All candidates are coupled at once; those with groups that still fail are dropped, and the others tried again.
     """
     tracer, before = trials.tracer, trials.tracer.union
-    roots = torch.cat([group.roots for group, _ in failing])
-    candidates = [*tracer.parts, *_counted_together(tracer)]
-    distinct = {tuple(before.roots(part).flatten().tolist()): part for part in candidates}.values()
-    parts = [x for x in distinct if x.shape[1] > TOO_FEW and torch.isin(before.roots(x), roots).any()]
+    parts = list({tuple(before.roots(part).flatten().tolist()): part for part in candidates}.values())
     while parts:
         tracer.union = before.copy()
         for part in parts:

@@ -4,7 +4,7 @@ View operations (view, slice, cat, ...) are carried out on the labels themselves
 every channel that reaches it, so it can cost compression, never correctness.
 """
 
-from lightning_light.dependency.rules import layers, products, views
+from lightning_light.dependency.rules import indexing, layers, products, views
 from lightning_light.dependency.rules.table import RULES, elementwise, operands, outputs_of, unknown
 
-__all__ = ["RULES", "elementwise", "layers", "operands", "outputs_of", "products", "unknown", "views"]
+__all__ = ["RULES", "elementwise", "indexing", "layers", "operands", "outputs_of", "products", "unknown", "views"]
