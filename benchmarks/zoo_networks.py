@@ -575,7 +575,10 @@ NETWORKS: dict[str, Network] = {
 }
 
 QUICK: dict[str, Network] = {
-    **{name: network for name, network in NETWORKS.items() if name.partition("/")[0] in {"recurrent", "others"}},
-    **{f"traps/{name}": Network("traps", trap(name)) for name in ("unet", "fused_qkv", "grouped")},
+    **{
+        name: NETWORKS[name]
+        for name in ("recurrent/gru", "recurrent/lstm cell", "others/generator", "others/dictionaries")
+    },
+    **{f"traps/{name}": Network("traps", trap(name)) for name in ("unet", "fused_qkv", "grouped", "convnext")},
 }
 """Networks that need no further package."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ def trace_verified(
         _protect_unread(tracer, graph)
         graph = graph_of(model, tracer)
     failing = trials.failing(graph)
-    for mend in (lower_attributes, _couple_with_width, _couple_equal_parts):
+    for mend in (lower_attributes, *(partial(_couple, found_by=x) for x in (_widths, _equal_parts, _both))):
         if failing and mend(trials, failing):
             graph = graph_of(model, tracer)
             failing = trials.failing(graph)
@@ -68,39 +69,17 @@ def _protect_unread(tracer: Tracer, graph: DependencyGraph) -> None:
             tracer.union.protect(group.roots, "is read by no layer: the training step compares or returns it")
 
 
-def _couple_with_width(trials: Trials, failing: Sequence[tuple[ChannelGroup, str]]) -> bool:
-    """Couple what a module splits with its input where both have one width: ``x.reshape(n, heads, width // heads)``."""
-    roots, fits = _roots(trials, failing), []
-    for split in trials.tracer.splits:
-        if split.width is not None and split.parts.numel() % split.width.numel() == 0:
-            width = split.width.reshape(1, -1)
-            fits.append(torch.cat([width, split.parts.reshape(-1, width.numel())]))
-    return _couple(trials, [x for x in fits if torch.isin(trials.tracer.union.roots(x), roots).any()])
-
-
-def _couple_equal_parts(trials: Trials, failing: Sequence[tuple[ChannelGroup, str]]) -> bool:
-    """Couple the same position of all parts of ``a, b = x.chunk(2, dim=1)``, where that makes failing groups pass.
-
-    The same for channels that one size attribute counts, such as the positions of query and value heads.
-    """
-    tracer, roots = trials.tracer, _roots(trials, failing)
-    candidates = [*tracer.parts, *_counted_together(tracer)]
-    return _couple(
-        trials, [x for x in candidates if x.shape[1] > TOO_FEW and torch.isin(tracer.union.roots(x), roots).any()]
-    )
-
-
-def _roots(trials: Trials, failing: Sequence[tuple[ChannelGroup, str]]) -> Tensor:
-    return trials.tracer.union.roots(torch.cat([group.roots for group, _ in failing]))
-
-
-def _couple(trials: Trials, candidates: Sequence[Tensor]) -> bool:
-    """Couple the rows of every candidate, position by position, where that makes its groups pass.
+def _couple(
+    trials: Trials, failing: Sequence[tuple[ChannelGroup, str]], found_by: Callable[[Tracer], list[Tensor]]
+) -> bool:
+    """Couple the rows of candidates, position by position, where that makes their failing groups pass.
 
     All candidates are coupled at once; those with groups that still fail are dropped, and the others tried again.
     """
     tracer, before = trials.tracer, trials.tracer.union
-    parts = list({tuple(before.roots(part).flatten().tolist()): part for part in candidates}.values())
+    roots = torch.cat([group.roots for group, _ in failing])
+    distinct = {tuple(before.roots(part).flatten().tolist()): part for part in found_by(tracer)}.values()
+    parts = [part for part in distinct if torch.isin(before.roots(part), roots).any()]
     while parts:
         tracer.union = before.copy()
         for part in parts:
@@ -111,6 +90,25 @@ def _couple(trials: Trials, candidates: Sequence[Tensor]) -> bool:
         parts = passing
     tracer.union = before
     return False
+
+
+def _widths(tracer: Tracer) -> list[Tensor]:
+    """Return what a module splits, and its input of the same width: ``x.reshape(n, heads, width // heads)``."""
+    found = []
+    for split in tracer.splits:
+        if split.width is not None and split.parts.numel() % split.width.numel() == 0:
+            width = split.width.reshape(1, -1)
+            found.append(torch.cat([width, split.parts.reshape(-1, width.numel())]))
+    return found
+
+
+def _equal_parts(tracer: Tracer) -> list[Tensor]:
+    """Return the parts of ``a, b = x.chunk(2, dim=1)``, and different channels that one size attribute counts."""
+    return [part for part in (*tracer.parts, *_counted_together(tracer)) if part.shape[1] > TOO_FEW]
+
+
+def _both(tracer: Tracer) -> list[Tensor]:
+    return _widths(tracer) + _equal_parts(tracer)
 
 
 def _counted_together(tracer: Tracer) -> list[Tensor]:
