@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,10 @@ from lightning_light.dependency.trials import TOO_FEW, Trials
 from lightning_light.validation import validated
 
 __all__ = ["trace_dependencies", "trace_verified"]
+
+
+_Failing: TypeAlias = "Sequence[tuple[ChannelGroup, str]]"
+_Mend: TypeAlias = "Callable[[Trials, _Failing], bool]"
 
 
 @validated
@@ -53,7 +57,8 @@ def trace_verified(
         _protect_unread(tracer, graph)
         graph = graph_of(model, tracer)
     failing = trials.failing(graph)
-    for mend in (lower_attributes, *(partial(_couple, found_by=x) for x in (_widths, _equal_parts, _both))):
+    mends: list[_Mend] = [partial(_couple, found_by=candidates) for candidates in (_widths, _equal_parts, _both)]
+    for mend in (lower_attributes, *mends):
         if failing and mend(trials, failing):
             graph = graph_of(model, tracer)
             failing = trials.failing(graph)
@@ -69,9 +74,7 @@ def _protect_unread(tracer: Tracer, graph: DependencyGraph) -> None:
             tracer.union.protect(group.roots, "is read by no layer: the training step compares or returns it")
 
 
-def _couple(
-    trials: Trials, failing: Sequence[tuple[ChannelGroup, str]], found_by: Callable[[Tracer], list[Tensor]]
-) -> bool:
+def _couple(trials: Trials, failing: _Failing, found_by: Callable[[Tracer], list[Tensor]]) -> bool:
     """Couple the rows of candidates, position by position, where that makes their failing groups pass.
 
     All candidates are coupled at once; those with groups that still fail are dropped, and the others tried again.
@@ -122,10 +125,10 @@ def _counted_together(tracer: Tracer) -> list[Tensor]:
 
 
 def _passing(trials: Trials, parts: Sequence[Tensor]) -> list[Tensor]:
-    """Return the coupled ``parts`` that have free groups, all of which pass."""
+    """Return the coupled ``parts`` that have free groups of more than a few channels, all of which pass."""
     graph, union = graph_of(trials.model, trials.tracer), trials.tracer.union
     coupled = torch.cat([union.roots(part).reshape(-1) for part in parts])
-    free = [group for group in graph.groups if group.reason is None and group.width > 1]
+    free = [group for group in graph.groups if group.reason is None and group.width > TOO_FEW]
     groups = [group for group in free if torch.isin(group.roots, coupled).any()]
     none = torch.empty(0, dtype=torch.long)
     failed = torch.cat([none, *(group.roots for group, _ in trials.failing_among(graph, groups))])
