@@ -4,9 +4,9 @@
     python benchmarks/zoo.py results.jsonl [--columns prune torch-pruning ...] [--networks timm/resnet18 ...]
     python benchmarks/zoo.py results.jsonl --table
 
-Each network runs in a process of its own with a time limit; the results are appended to a file of JSON lines, and what
-is in it is not run again (``--again`` repeats what did not work). ``--quick`` takes the few networks that need no
-further package.
+Each network runs in a process of its own with a limit on its process time; the results are appended to a file of JSON
+lines, and what is in it is not run again (``--again`` repeats what did not work). ``--quick`` takes the networks that
+need no further package.
 
 Columns: ``prune`` removes half of all channels that can be removed, then nine tenths, at random, and checks in double
 precision that the network equals the original in which everything that was removed is zero; it works if 60 % of the
@@ -26,6 +26,7 @@ import json
 import math
 import multiprocessing
 import os
+import resource
 import tempfile
 import time
 import traceback
@@ -358,11 +359,13 @@ def import_packages(names: Sequence[str]) -> None:
                 importlib.import_module(package)
 
 
-def _child(network: Network, columns: Sequence[str], pipe: Any) -> None:
+def _child(network: Network, columns: Sequence[str], limit: float, pipe: Any) -> None:
     os.nice(5)
     warnings.filterwarnings("ignore")
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         for column in columns:
+            _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+            resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(time.process_time() + limit), hard))
             pipe.send((column, cell(network, column)))
 
 
@@ -372,20 +375,18 @@ def run(name: str, network: Network, columns: Sequence[str], limit: float) -> It
     waiting = list(columns)
     while waiting:
         ours, child = context.Pipe()
-        process = context.Process(target=_child, args=(network, waiting, child))
+        process = context.Process(target=_child, args=(network, waiting, limit, child))
         process.start()
         child.close()
         try:
             while waiting:
-                ready = ours.poll(limit)
-                column, result = ours.recv() if ready else (waiting[0], {"outcome": "failed", "detail": "time limit"})
+                column, result = ours.recv()
                 waiting.remove(column)
                 yield {"network": name, "family": network.family, "column": column, **result}
-                if not ready:
-                    break
         except EOFError:
-            result = {"outcome": "failed", "detail": "the process ended"}
-            yield {"network": name, "family": network.family, "column": waiting.pop(0), **result}
+            detail = f"no result within {limit:g} s of process time, or the process was killed"
+            ended = {"outcome": "failed", "detail": detail, "seconds": limit}
+            yield {"network": name, "family": network.family, "column": waiting.pop(0), **ended}
         finally:
             process.kill()
             process.join()
@@ -437,7 +438,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--networks", nargs="*", help="names, or parts of them")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--again", action="store_true", help="repeat what did not work")
-    parser.add_argument("--limit", type=float, default=300.0, help="seconds per cell")
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds of process time per cell")
     parser.add_argument("--table", action="store_true", help="print what is stored, and run nothing")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)

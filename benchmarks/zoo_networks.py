@@ -499,7 +499,6 @@ NETWORKS: dict[str, Network] = {
                 "marian", "ForSeq2SeqLM", "pair", BART | {"pad_token_id": 0, "decoder_start_token_id": 1}
             ),
             "ViT": of_transformers("vit", "ForImageClassification", "image", VISION),
-            "DeiT": of_transformers("deit", "ForImageClassification", "image", VISION),
             "BEiT": of_transformers("beit", "ForImageClassification", "image", VISION),
             "DINOv2": of_transformers("dinov2", "", "image", VISION),
             "Swin": of_transformers(
