@@ -161,7 +161,7 @@ def unfused_kernels(*, convolutions: bool = False) -> Iterator[None]:
 
 
 def _contents(module: nn.Module) -> dict[str, dict[str, Any]]:
-    return {table: dict(vars(module)[table]) for table in _TABLES}
+    return {table: dict(vars(module)[table]) for table in (*_TABLES, *_HOOKS)}
 
 
 def _copy_buffers(modules: list[nn.Module]) -> None:

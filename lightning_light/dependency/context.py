@@ -13,7 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lightning_light.dependency.labels import LabelUnion, varying
 from lightning_light.module_stack import ModuleStack
 
-__all__ = ["SizeAttribute", "Split", "TraceContext"]
+__all__ = ["SizeAttribute", "Split", "TraceContext", "counts", "integers_of"]
 
 HEAD_COUNTS = ("num_heads", "n_heads", "nheads", "n_head", "nhead", "heads", "num_attention_heads")
 HEAD_SIZES = ("head_dim", "dim_head", "d_head", "head_size", "attention_head_size", "d_k", "key_value_proj_dim")
@@ -21,7 +21,7 @@ PART_SIZES = (*HEAD_SIZES, "key_dim", "value_dim", "val_dim", "d_v")
 WIDTHS = ("embed_dim", "all_head_size", "inner_dim", "hidden_size", "d_model", "dim", "width", "val_attn_dim")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SizeAttribute:
     """An integer attribute of a module that states a number of channels.
 
@@ -67,6 +67,7 @@ class TraceContext:
         parts: labels, shape ``(parts, size)``, that the code split into equal parts, perhaps by ``chunk``.
         selected: labels that the code selected by position.
         history: every operation, and the labels of its outputs.
+        roles: (parameter, dimension) -> ``"in"`` or ``"out"``, where a matrix product reads it.
         shape_before: shape of the operation's first argument before it ran.
         modules: the modules that are running.
     """
@@ -78,9 +79,11 @@ class TraceContext:
     parts: list[Tensor] = field(default_factory=list)
     selected: list[Tensor] = field(default_factory=list)
     history: list[tuple[str, list[list[Tensor]]]] = field(default_factory=list)
+    roles: dict[tuple[str, int], str] = field(default_factory=dict)
     shape_before: torch.Size = field(default_factory=torch.Size)
     _labels: MutableMapping[Tensor, list[Tensor]] = field(default_factory=WeakIdKeyDictionary)
     _indices: MutableMapping[Tensor, list[Tensor]] = field(default_factory=WeakIdKeyDictionary)
+    _parameters: MutableMapping[Tensor, tuple[str, list[int]]] = field(default_factory=WeakIdKeyDictionary)
     modules: ModuleStack = field(default_factory=ModuleStack)
     _widths: list[Tensor | None] = field(default_factory=list)
     _function: Any = None
@@ -97,6 +100,23 @@ class TraceContext:
     def share_labels(self, source: Tensor, alias: Tensor) -> None:
         """Give ``alias``, which shares the memory of ``source``, its labels."""
         self._labels[alias] = self._labels.get(source, [])
+
+    def name_parameter(self, tensor: Tensor, name: str) -> None:
+        """Note that ``tensor`` is the parameter or buffer ``name``."""
+        self._parameters[tensor] = (name, list(range(tensor.dim())))
+
+    def follow_parameter(self, source: Tensor, view: Tensor, dims: Sequence[int] | None) -> None:
+        """Note that dimension ``d`` of ``view`` is ``dims[d]`` of ``source``, if that is a parameter or its view."""
+        if dims is not None and source in self._parameters:
+            name, own = self._parameters[source]
+            self._parameters[view] = (name, [own[dim] for dim in dims])
+
+    def note_roles(self, tensor: Tensor, *, read: int, produced: int) -> None:
+        """Note which dimensions of a parameter read channels in a matrix product, and which produce them."""
+        if tensor in self._parameters:
+            name, dims = self._parameters[tensor]
+            self.roles.setdefault((name, dims[read]), "in")
+            self.roles.setdefault((name, dims[produced]), "out")
 
     def couple_labels(self, target: Tensor, source: Tensor) -> None:
         """Couple the channels of ``target`` with those of ``source``, which is written into it."""
@@ -146,14 +166,21 @@ class TraceContext:
         plain = [arg.cpu() if isinstance(arg, Tensor) else arg for arg in args]
         return self._function(tensor, *plain, **kwargs)
 
-    def in_recurrent_layer(self) -> bool:
-        """Check whether the current operation runs inside an ``nn.RNNBase``."""
-        return isinstance(self._module, nn.RNNBase)
+    def states_size(self, size: int) -> bool:
+        """Check whether ``size`` is a number of the running module, which may count channels."""
+        return size > 1 and self._module is not None and size in integers_of(self._module).values()
 
     def splits_heads(self, label: Tensor) -> bool:
         """Check whether whole heads are removed, and the rows of ``label`` are the attention heads of the module."""
-        counts = [getattr(self._module, name, None) for name in HEAD_COUNTS]
-        return self.heads == "head" and any(type(count) is int and _counts(count, label) for count in counts)
+        return self.heads == "head" and any(counts(number, label) for number in self._head_counts())
+
+    def counts_heads(self, sizes: Sequence[int]) -> bool:
+        """Check whether one of ``sizes`` is the number of attention heads of the running module."""
+        return not self._head_counts().isdisjoint(sizes)
+
+    def _head_counts(self) -> set[int]:
+        numbers = [getattr(self._module, name, None) for name in HEAD_COUNTS]
+        return {number for number in numbers if type(number) is int}
 
     def note_attribute(self, attribute: str, labels: Tensor | None) -> None:
         """Note that the running module counts ``labels`` in ``attribute``, if it has that."""
@@ -186,7 +213,7 @@ class TraceContext:
     def _note_attribute_named(self, names: Sequence[str], label: Tensor) -> None:
         for name in names:
             number = getattr(self._module, name, None)
-            if type(number) is int and _counts(number, label):
+            if type(number) is int and counts(number, label):
                 self.note_attribute(name, label.reshape(-1)[:number])
 
     @property
@@ -196,7 +223,12 @@ class TraceContext:
         return None if call is None else call.module
 
 
-def _counts(number: int, label: Tensor) -> bool:
+def integers_of(module: nn.Module) -> dict[str, int]:
+    """Return the integer attributes of a module that may count channels."""
+    return {name: value for name, value in vars(module).items() if type(value) is int and value > 1}
+
+
+def counts(number: int, label: Tensor) -> bool:
     """Check whether ``label``, which varies along one dimension, is ``number`` labels, perhaps repeated as a whole."""
     flat = label.reshape(-1)
     if not 1 < number <= flat.numel() or flat.numel() % number:

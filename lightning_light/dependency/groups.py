@@ -167,7 +167,7 @@ def graph_of(model: nn.Module, tracer: Tracer) -> DependencyGraph:
     for leaf, root in zip(leaves, roots, strict=True):
         for value in torch.unique(signature[root]).tolist():
             by_signature.setdefault(value, []).append((leaf, root))
-    groups = [_group(model, places, signature, value, reasons) for value, places in by_signature.items()]
+    groups = [_group(model, tracer, places, signature, value, reasons) for value, places in by_signature.items()]
     size_attributes = tuple(
         replace(attribute, labels=tracer.union.roots(attribute.labels)) for attribute in tracer.size_attributes
     )
@@ -191,6 +191,7 @@ def _signatures(roots: Sequence[Tensor], count: int, reasons: Mapping[int, str])
 
 def _group(
     model: nn.Module,
+    tracer: Tracer,
     places: Sequence[tuple[Leaf, Tensor]],
     signature: Tensor,
     value: int,
@@ -204,7 +205,7 @@ def _group(
         positions = (signature[root] == value).nonzero().reshape(-1)
         order = torch.argsort(torch.searchsorted(channels, root[positions]), stable=True)
         index = positions[order].reshape(channels.numel(), -1)
-        members.append(Member(leaf.tensor, leaf.dim, index, _role(model, leaf)))
+        members.append(Member(leaf.tensor, leaf.dim, index, _role(model, leaf, tracer.roles)))
     sequence = torch.argsort(members[0].index[:, 0], stable=True)
     members = [replace(member, index=member.index[sequence]) for member in members]
     producer = next((m for m in members if m.role == "out"), members[0])
@@ -212,7 +213,7 @@ def _group(
     return ChannelGroup(name, channels.numel(), tuple(members), reasons.get(int(channels[0])), channels[sequence])
 
 
-def _role(model: nn.Module, leaf: Leaf) -> str:
+def _role(model: nn.Module, leaf: Leaf, roles: Mapping[tuple[str, int], str]) -> str:
     """Return what the tensor does with its channels; see `Member`."""
     path, _, name = leaf.tensor.rpartition(".")
     module = model.get_submodule(path)
@@ -220,8 +221,9 @@ def _role(model: nn.Module, leaf: Leaf) -> str:
     if tensor is None or not isinstance(tensor, nn.Parameter):
         return "buffer"
     if tensor.dim() > 1:
-        swapped = isinstance(module, nn.Embedding) or getattr(module, "transposed", False)
-        return "out" if leaf.dim == int(swapped) else "in"
+        if isinstance(module, nn.Embedding) or getattr(module, "transposed", False):
+            return "out" if leaf.dim == 1 else "in"
+        return roles.get((leaf.tensor, leaf.dim), "out" if leaf.dim == 0 else "in")
     if name == "weight" and not isinstance(module, (nn.PReLU, nn.modules.conv._ConvNd, nn.Linear)):
         return "norm"
     return "bias"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -10,7 +10,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import override
 
 from lightning_light.dependency.context import SizeAttribute, TraceContext
@@ -60,7 +59,6 @@ class Tracer(TraceContext, TorchDispatchMode):  # type: ignore[no-untyped-call] 
     recorder: Recorder = field(init=False)
     placeholders: Placeholders = field(default_factory=Placeholders)
     skip_products: bool = False
-    _names: MutableMapping[Tensor, str] = field(default_factory=WeakIdKeyDictionary)
     _used: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -84,7 +82,7 @@ class Tracer(TraceContext, TorchDispatchMode):  # type: ignore[no-untyped-call] 
         self.shape_before = torch.Size() if first is None else first.shape
         before = None if first is None else self._labels.get(first)
         read = operands(args, kwargs)
-        self._used.update(self._names[x] for x in read if x in self._names)
+        self._used.update(self._parameters[x][0] for x in read if x in self._parameters)
         for label in (label for x in read for label in self._indices.get(x, ())):
             self.union.protect(label, "is selected by a computed index")
         name = _operation_name(function)
@@ -122,7 +120,7 @@ class Tracer(TraceContext, TorchDispatchMode):  # type: ignore[no-untyped-call] 
                     self.leaves.append(Leaf(name, dim, labels))
                     own.append(labels.reshape([size if d == dim else 1 for d in range(tensor.dim())]))
             self._labels[tensor] = own
-            self._names[tensor] = name
+            self.name_parameter(tensor, name)
         self.modules.watch(model)
 
     def _new_labels(self, named: Sequence[tuple[str, Tensor]]) -> Known:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from lightning_light.dependency.attributes import lower_attributes
 from lightning_light.dependency.groups import ChannelGroup, DependencyGraph, graph_of
 from lightning_light.dependency.trace import Tracer, trace
 from lightning_light.dependency.trials import TOO_FEW, Trials
 from lightning_light.validation import validated
 
 __all__ = ["trace_dependencies", "trace_verified"]
+
+
+_Failing: TypeAlias = "Sequence[tuple[ChannelGroup, str]]"
+_Mend: TypeAlias = "Callable[[Trials, _Failing], bool]"
 
 
 @validated
@@ -56,8 +62,9 @@ def trace_verified(
         protect(tracer, graph)
         graph = graph_of(model, tracer)
     failing = trials.failing(graph)
-    for couple in (_couple_with_width, _couple_equal_parts):
-        if failing and couple(trials, failing):
+    mends: list[_Mend] = [partial(_couple, found_by=candidates) for candidates in (_widths, _equal_parts, _both)]
+    for mend in (lower_attributes, *mends):
+        if failing and mend(trials, failing):
             graph = graph_of(model, tracer)
             failing = trials.failing(graph)
     for group, error in failing:  # the others passed every trial without these
@@ -65,32 +72,15 @@ def trace_verified(
     return graph_of(model, tracer) if failing else graph
 
 
-def _couple_with_width(trials: Trials, failing: Sequence[tuple[ChannelGroup, str]]) -> bool:
-    """Couple what a module splits with its input where both have one width: ``x.reshape(n, heads, width // heads)``."""
-    tracer = trials.tracer
-    roots = torch.cat([group.roots for group, _ in failing])
-    coupled = False
-    for split in tracer.splits:
-        if split.width is None or split.parts.numel() % split.width.numel():
-            continue
-        if torch.isin(tracer.union.roots(split.parts), roots).any() or torch.isin(split.width, roots).any():
-            tracer.union.merge(split.parts.reshape(-1, split.width.numel()), split.width)
-            coupled = True
-    return coupled
-
-
-def _couple_equal_parts(trials: Trials, failing: Sequence[tuple[ChannelGroup, str]]) -> bool:
-    """Couple the same position of all parts of ``a, b = x.chunk(2, dim=1)``, where that makes failing groups pass.
-
-    The same for channels that one size attribute counts, such as the positions of query and value heads.
+def _couple(trials: Trials, failing: _Failing, found_by: Callable[[Tracer], list[Tensor]]) -> bool:
+    """Couple the rows of candidates, position by position, where that makes their failing groups pass.
 
     All candidates are coupled at once; those with groups that still fail are dropped, and the others tried again.
     """
     tracer, before = trials.tracer, trials.tracer.union
     roots = torch.cat([group.roots for group, _ in failing])
-    candidates = [*tracer.parts, *_counted_together(tracer)]
-    distinct = {tuple(before.roots(part).flatten().tolist()): part for part in candidates}.values()
-    parts = [x for x in distinct if x.shape[1] > TOO_FEW and torch.isin(before.roots(x), roots).any()]
+    distinct = {tuple(before.roots(part).flatten().tolist()): part for part in found_by(tracer)}.values()
+    parts = [part for part in distinct if torch.isin(before.roots(part), roots).any()]
     while parts:
         tracer.union = before.copy()
         for part in parts:
@@ -101,6 +91,25 @@ def _couple_equal_parts(trials: Trials, failing: Sequence[tuple[ChannelGroup, st
         parts = passing
     tracer.union = before
     return False
+
+
+def _widths(tracer: Tracer) -> list[Tensor]:
+    """Return what a module splits, and its input of the same width: ``x.reshape(n, heads, width // heads)``."""
+    found = []
+    for split in tracer.splits:
+        if split.width is not None and split.parts.numel() % split.width.numel() == 0:
+            width = split.width.reshape(1, -1)
+            found.append(torch.cat([width, split.parts.reshape(-1, width.numel())]))
+    return found
+
+
+def _equal_parts(tracer: Tracer) -> list[Tensor]:
+    """Return the parts of ``a, b = x.chunk(2, dim=1)``, and different channels that one size attribute counts."""
+    return [part for part in (*tracer.parts, *_counted_together(tracer)) if part.shape[1] > TOO_FEW]
+
+
+def _both(tracer: Tracer) -> list[Tensor]:
+    return _widths(tracer) + _equal_parts(tracer)
 
 
 def _counted_together(tracer: Tracer) -> list[Tensor]:
@@ -114,10 +123,10 @@ def _counted_together(tracer: Tracer) -> list[Tensor]:
 
 
 def _passing(trials: Trials, parts: Sequence[Tensor]) -> list[Tensor]:
-    """Return the coupled ``parts`` that have free groups, all of which pass."""
+    """Return the coupled ``parts`` that have free groups of more than a few channels, all of which pass."""
     graph, union = graph_of(trials.model, trials.tracer), trials.tracer.union
     coupled = torch.cat([union.roots(part).reshape(-1) for part in parts])
-    free = [group for group in graph.groups if group.reason is None and group.width > 1]
+    free = [group for group in graph.groups if group.reason is None and group.width > TOO_FEW]
     groups = [group for group in free if torch.isin(group.roots, coupled).any()]
     none = torch.empty(0, dtype=torch.long)
     failed = torch.cat([none, *(group.roots for group, _ in trials.failing_among(graph, groups))])

@@ -327,7 +327,7 @@ def _sorted_groups(
     model: nn.Module, graph: DependencyGraph, targets: Targets
 ) -> tuple[list[ChannelGroup], dict[str, str]]:
     """The groups that may lose channels, and why each other may not."""
-    chosen = set(targets.select(model))
+    chosen = {*targets.select(model), *([""] if targets == Targets() else [])}  # the model's own parameters too
     free, skipped = [], {}
     for group in graph.groups:
         makers = {layer_of(member.tensor) for member in group.members if member.role == "out"}
@@ -338,10 +338,21 @@ def _sorted_groups(
         elif makers - chosen:
             skipped[group.name] = f"`targets` exclude {', '.join(sorted(makers - chosen)[:3])}"
         elif group.width < 2:
-            skipped[group.name] = "it has one channel"
+            skipped[group.name] = _why_single(group)
         else:
             free.append(group)
     return free, skipped
+
+
+def _why_single(group: ChannelGroup) -> str:
+    """Explain why a group that is free has nothing to remove."""
+    positions = max(member.index.shape[1] for member in group.members if member.role == "out")
+    if positions == 1:
+        return "it has one channel"
+    return (
+        f"its {positions} channels can only be removed together: a norm over groups of channels, a grouped "
+        "convolution or a reshape needs the same position of every group, and there is one per group"
+    )
 
 
 def _mask(scores: Tensor, width: int) -> Tensor:

@@ -4,7 +4,18 @@ View operations (view, slice, cat, ...) are carried out on the labels themselves
 every channel that reaches it, so it can cost compression, never correctness.
 """
 
-from lightning_light.dependency.rules import foreach, layers, products, views
+from lightning_light.dependency.rules import foreach, indexing, layers, products, views
 from lightning_light.dependency.rules.table import RULES, elementwise, operands, outputs_of, unknown
 
-__all__ = ["RULES", "elementwise", "foreach", "layers", "operands", "outputs_of", "products", "unknown", "views"]
+__all__ = [
+    "RULES",
+    "elementwise",
+    "foreach",
+    "indexing",
+    "layers",
+    "operands",
+    "outputs_of",
+    "products",
+    "unknown",
+    "views",
+]

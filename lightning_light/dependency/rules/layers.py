@@ -156,6 +156,9 @@ def _weight_norm(context: TraceContext, name: str, args: Sequence[Any], kwargs: 
     "eye",
 )
 def _constant(context: TraceContext, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
-    """Give a constant no labels, except for the first state of a recurrent layer, which follows ``hidden_size``."""
-    if context.in_recurrent_layer() and isinstance(out, Tensor) and out.dim() and out.shape[-1] > 1:
+    """Give a constant no labels, except where a number of the module states its size: the first state of a recurrence.
+
+    What a layer computes from that state then determines what the labels stand for.
+    """
+    if isinstance(out, Tensor) and out.dim() and out.is_floating_point() and context.states_size(out.shape[-1]):
         context.set_labels(out, [context.union.new(out.shape[-1]).reshape((1,) * (out.dim() - 1) + (-1,))])

@@ -20,6 +20,8 @@ _INPUT = "reads a tensor of fixed size (for instance the model input)"
 def _matrix_product(context: TraceContext, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
     """Couple both operands along the contracted dimension; rows, columns and batches pass through."""
     left, right = args[-2:] if name in {"mm", "bmm"} else args[1:3]
+    context.note_roles(left, read=-1, produced=-2)
+    context.note_roles(right, read=-2, produced=-1)
     read_left, produced_left = _by_contraction(context, context.labels_of(left), -1)
     read_right, produced_right = _by_contraction(
         context, [label.transpose(-1, -2) for label in context.labels_of(right)], -1

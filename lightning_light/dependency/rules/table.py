@@ -85,7 +85,7 @@ def unknown(context: TraceContext, name: str, args: Sequence[Any], kwargs: dict[
     "random_",
 )
 def elementwise(context: TraceContext, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
-    """Couple the labels of all operands position by position."""
+    """Couple the labels of all operands position by position; those that are kept end here."""
     output = outputs_of(out)[0]
     rank = output.dim()
     inputs = [tensor for tensor in operands(args, kwargs) if tensor.dim() <= rank]
@@ -93,8 +93,10 @@ def elementwise(context: TraceContext, name: str, args: Sequence[Any], kwargs: d
     for tensor in inputs:
         for label in context.labels_of(tensor):
             padded = label.reshape((1,) * (rank - label.dim()) + tuple(label.shape))
-            _protect_where_fixed(context, padded, tensor, inputs, rank)
-            kept = _merged_with(context, kept, padded)
+            if _meets_fixed_size(padded, tensor, inputs, context):
+                context.union.protect(padded, FIXED_OPERAND)
+            else:
+                kept = _merged_with(context, kept, padded)
     context.set_labels(output, kept)
 
 
@@ -125,16 +127,15 @@ def _merged_with(context: TraceContext, kept: Labels, label: Tensor) -> Labels:
     return [other for other in kept if not set(varying(other)) < dims] + [label]
 
 
-def _protect_where_fixed(
-    context: TraceContext, label: Tensor, owner: Tensor, inputs: Sequence[Tensor], rank: int
-) -> None:
-    """Protect ``label`` where another operand has full size and no channels of its own that could be removed."""
+def _meets_fixed_size(label: Tensor, owner: Tensor, inputs: Sequence[Tensor], context: TraceContext) -> bool:
+    """Check whether another operand has full size and no channels of its own that could be removed."""
     for other in inputs:
         if other is owner:
             continue
-        missing = rank - other.dim()
+        missing = label.dim() - other.dim()
         shape = (1,) * missing + tuple(other.shape)
         covered = {dim + missing for own in context.labels_of(other) for dim in varying(own)}
         strides = (0,) * missing + other.stride()  # 0: expanded from size one, to the size that the others have
         if any(shape[dim] > 1 and strides[dim] and dim not in covered for dim in varying(label)):
-            context.union.protect(label, FIXED_OPERAND)
+            return True
+    return False

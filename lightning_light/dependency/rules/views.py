@@ -65,11 +65,11 @@ _FREE_OF_SIZE = {"transpose", "permute", "t", "unsqueeze", "transpose_", "t_", "
 def _view(context: TraceContext, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
     """Run the operation on the labels."""
     source, outputs = args[0], outputs_of(out)
-    shape = context.shape_before
+    shape = [size or 1 for size in context.shape_before]  # an empty batch has channels too
     moved: list[Labels] = [[] for _ in outputs]
     for label in context.labels_of(source):
         if name in _RESHAPES:
-            results = [_in_new_shape(label, shape, out.shape)]
+            results = [_in_new_shape(label, shape, [size or 1 for size in out.shape])]
         else:
             full = label if name in _FREE_OF_SIZE else label.expand(tuple(shape))
             full = full.clone() if name.endswith("_") else full
@@ -79,9 +79,27 @@ def _view(context: TraceContext, name: str, args: Sequence[Any], kwargs: dict[st
         for slot, result in zip(moved, reduced, strict=True):
             slot.append(result)
     if name in _RESHAPES:
-        moved = [[_reshaped(context, label) for label in moved[0]]]
+        to_map = _makes_map(context, shape, out.shape)
+        moved = [[_reshaped(context, label, to_map) for label in moved[0]]]
     for tensor, slot in zip(outputs, moved, strict=True):
         context.set_labels(tensor, slot)
+        context.follow_parameter(source, tensor, _dims_after(name, len(shape), args[1:]))
+
+
+def _dims_after(name: str, rank: int, args: Sequence[Any]) -> list[int] | None:
+    """Return which dimension of its input each dimension of a view is; None for other views."""
+    dims = list(range(rank))
+    if name == "t":
+        return dims[::-1]
+    if name == "permute":
+        return [dims[dim] for dim in args[0]]
+    if name == "transpose":
+        dims[args[0]], dims[args[1]] = dims[args[1]], dims[args[0]]
+        return dims
+    if name in {"select", "unbind"}:
+        del dims[args[0] if args else 0]
+        return dims
+    return None
 
 
 def _in_new_shape(label: Tensor, before: Sequence[int], after: Sequence[int]) -> Tensor:
@@ -90,7 +108,7 @@ def _in_new_shape(label: Tensor, before: Sequence[int], after: Sequence[int]) ->
     Both shapes are split into the shortest blocks of dimensions with equal products; a block along which the label does
     not vary has size one in the result.
     """
-    if 0 in before or prod(before) != prod(after):  # the latter for a view of another dtype
+    if prod(before) != prod(after):  # a view of another dtype
         return label.expand(tuple(before)).reshape(tuple(after))
     expanded: list[int] = []
     result: list[int] = []
@@ -133,12 +151,24 @@ def _note_selection(context: TraceContext, name: str, label: Tensor, results: La
             context.note_selection(result)
 
 
-def _reshaped(context: TraceContext, label: Tensor) -> Tensor:
-    """Couple the same position of every part where a dimension is split; or, for heads, all positions of a part."""
+def _makes_map(context: TraceContext, before: Sequence[int], after: Sequence[int]) -> bool:
+    """Check whether features ``(N, C * H * H)`` become a map ``(N, C, H, H)``, which has no attention heads."""
+    square = len(before) == 2 and len(after) == 4 and after[0] == before[0] and after[2] == after[3]
+    return square and not context.counts_heads(after[1:3])
+
+
+def _reshaped(context: TraceContext, label: Tensor, to_map: bool) -> Tensor:
+    """Couple the same position of every part where a dimension is split; or, for heads, all positions of a part.
+
+    Where features become a map, all positions of a channel are coupled.
+    """
     dims = varying(label)
     if len(dims) < 2:
         context.note_merge(label)
         return label
+    if to_map and dims == (1, 2, 3):
+        context.union.merge(label, label[:, :, :1, :1])
+        return context.union.canonical(label)
     rows = label.movedim((dims[-2], dims[-1]), (0, 1)).flatten(1)[:, 0]
     whole_heads = context.splits_heads(rows)
     context.note_split(label, dims)
