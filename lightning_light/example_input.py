@@ -67,8 +67,11 @@ class ExampleInput:
         """Return the number of samples: the first dimension of the first tensor; 1 without tensors."""
         return next((len(tensor) for tensor in tensors_in((self.args, self.kwargs)) if tensor.ndim), 1)
 
-    def small(self, samples: int = _SAMPLES) -> ExampleInput:
-        """Return a detached copy with at most ``samples`` samples, if the first dimensions of all tensors agree."""
+    def small(self, samples: int | None = _SAMPLES) -> ExampleInput:
+        """Return a detached copy with at most ``samples`` samples, if the first dimensions of all tensors agree.
+
+        None for a copy of all samples.
+        """
         sizes = {tensor.shape[0] if tensor.ndim else None for tensor in tensors_in((self.args, self.kwargs))}
         most = samples if len(sizes) == 1 and None not in sizes else None
         return ExampleInput(_copy(self.args, most), _copy(self.kwargs, most), self.step)

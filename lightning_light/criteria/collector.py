@@ -63,16 +63,38 @@ class EvidenceSum(TypedDict):
     count: Tensor
 
 
+class GateState(TypedDict):
+    """What a `GateTrainer` keeps.
+
+    Attributes:
+        widths: group name -> number of gates.
+        writers: tensors that are gated where channels are produced.
+        logits: one per gate, group after group.
+        mean: of the gradients, as Adam keeps it.
+        square: of the gradients, as Adam keeps it.
+        steps: number of steps that `mean` and `square` contain.
+    """
+
+    widths: dict[str, int]
+    writers: list[str]
+    logits: Tensor
+    mean: Tensor
+    square: Tensor
+    steps: int
+
+
 class EvidenceStorage(TypedDict, total=False):
     """What an `EvidenceCollector` keeps in its storage, for the schema of a method's state.
 
     Attributes:
         batches: the number of batches that count.
         movement: parameter name -> movement.
+        gates: of a `GateTrainer`.
     """
 
     batches: int
     movement: dict[str, Tensor]
+    gates: GateState
     grad: dict[str, EvidenceSum]
     grad_squared: dict[str, EvidenceSum]
     activation: dict[str, EvidenceSum]
@@ -106,7 +128,7 @@ def check_needs(
             "that scores coupled channels. Use `Magnitude()` here, and this one in `StructuredPruning` or "
             "`prune_channels`."
         )
-    missing = sorted(criterion.needs - supported - {"generator"})
+    missing = sorted(criterion.needs - supported - {"generator"} - ({"gates"} if scores_groups else set()))
     if missing:
         raise UnsupportedError(
             f"`{call}(criterion={criterion!r})`: expected a criterion that needs some of {sorted(supported)}, found "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from lightning_light.budgets import Budget
 from lightning_light.criteria.collector import Gathered
+from lightning_light.criteria.learned_gates import GateProblem
 from lightning_light.dependency import ChannelGroup, DependencyGraph
 from lightning_light.errors import BudgetError, UnsupportedError
 from lightning_light.example_input import ExampleInput
@@ -23,9 +25,10 @@ from lightning_light.structured.scores import check_scorable, layer_of, score_gr
 from lightning_light.surgery.attachment import check_owners
 from lightning_light.targets import Targets, as_targets
 
-__all__ = ["Goal", "Plan", "check_prunable", "check_run", "plan_channels", "widths_of"]
+__all__ = ["Goal", "Plan", "check_prunable", "check_run", "gate_problem", "plan_channels", "widths_of"]
 
 _ROUNDING = 1e-9
+_REACH = 20  # an expensive channel is replaced by at most 1 / 20 of all
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,6 +166,15 @@ def plan_channels(
     return Plan(kept, estimator.now, value, candidates.skipped)
 
 
+def gate_problem(model: nn.Module, graph: DependencyGraph, options: ChannelPruningOptions, goal: Goal) -> GateProblem:
+    """Return what `LearnedGates` are trained for; arguments as in `plan_channels`."""
+    assert goal.budget is not None  # of `check_gates`
+    groups = _Candidates.of(model, graph, options, goal.original).groups
+    estimator = Estimator(model, graph, groups, goal.budget, goal.example)
+    wanted = goal.budget.at(goal.dense, goal.fraction) / estimator.now
+    return GateProblem(groups, lambda widths: estimator.interpolate(widths) / estimator.now, wanted, goal.example)
+
+
 @dataclass(frozen=True, eq=False)
 class _Candidates:
     """The groups that may lose channels, and the bounds on their widths.
@@ -272,13 +284,16 @@ class _Search:
     def solve(self, limit: float) -> tuple[dict[str, Tensor], float]:
         """Return the masks of the fewest removals that reach ``limit``, and the quantity that they leave.
 
-        Where only layers with a width of their own keep the model above ``limit``, all others go to their smallest.
+        The last channel of the order may cost more than is still missing. It is kept where cheaper ones that follow it
+        are enough. Where only layers with a width of their own keep the model above ``limit``, all others go to their
+        smallest.
         """
         if self._estimate(0) <= limit:
             return self.masks(0), self._estimate(0)
-        total = self._order.numel()
-        guess = smallest(lambda count: self._estimate(count) <= limit, 0, total)
-        return self._corrected(guess, total, limit)
+        search, count, value = self, *self._smallest(limit)
+        while (cheaper := search._without_last(count, value, limit)) is not None:
+            search, count, value = cheaper
+        return search.masks(count), value
 
     def masks(self, count: int) -> dict[str, Tensor]:
         """Return group name -> channels that stay when the first ``count`` of the order are removed."""
@@ -296,7 +311,31 @@ class _Search:
         widths |= {name: int(mask.sum()) for name, mask in self._fixed.items()}
         return self._estimator(torch.tensor([widths[name] for name in self._names]))
 
-    def _corrected(self, guess: int, total: int, limit: float) -> tuple[dict[str, Tensor], float]:
+    def _without_last(self, count: int, value: float, limit: float) -> tuple[_Search, int, float] | None:
+        """Try the order in which the channel at ``count - 1``, and what its layer loses after it, comes last.
+
+        Returns:
+            The search, count and value with it, if these leave more than ``value`` and do not reach much further down
+            the order; None otherwise, and for quantities that are measured with noise.
+        """
+        if count == 0 or self._estimator.is_noisy:
+            return None
+        rest = self._order[count - 1 :]
+        postponed = rest == rest[0]
+        other = copy.copy(self)
+        other._order = torch.cat([self._order[: count - 1], rest[~postponed], rest[postponed]])
+        most = min(count + max(1, self._order.numel() // _REACH), count - 1 + int((~postponed).sum()))
+        if other._estimate(most) > limit:
+            return None
+        found, left = other._smallest(limit)
+        return (other, found, left) if found <= most and value < left <= limit else None
+
+    def _smallest(self, limit: float) -> tuple[int, float]:
+        """Return the smallest number of removals that reaches ``limit``, and the quantity that it leaves."""
+        total = self._order.numel()
+        return self._corrected(smallest(lambda n: self._estimate(n) <= limit, 0, total), total, limit)
+
+    def _corrected(self, guess: int, total: int, limit: float) -> tuple[int, float]:
         """Search around the estimate with counted or measured values, for work that the estimate does not see."""
         values: dict[int, float] = {}
 
@@ -307,7 +346,7 @@ class _Search:
         stride = max(1, total // 64)
         if fits(guess):
             if math.isclose(values[guess], self._estimate(guess), rel_tol=1e-6):
-                return self.masks(guess), values[guess]
+                return guess, values[guess]
             high = guess
             while high > 0 and fits(max(0, high - stride)):
                 high, stride = max(0, high - stride), 2 * stride
@@ -320,7 +359,7 @@ class _Search:
         best = smallest(fits, low, high)
         if best not in values:
             fits(best)
-        return self.masks(best), values[best]
+        return best, values[best]
 
 
 def _sorted_groups(

@@ -15,14 +15,23 @@ from lightning_light.budgets import Budget
 from lightning_light.callback import CompressionCallback
 from lightning_light.criteria.collector import EvidenceCollector, EvidenceStorage, Gathered, check_needs
 from lightning_light.criteria.evidence import Criterion
+from lightning_light.criteria.learned_gates import GateProblem, GateTrainer, LearnedGates
 from lightning_light.dependency import ChannelGroup, DependencyGraph, trace_dependencies, trace_step
 from lightning_light.example_input import Capture, ExampleInput
 from lightning_light.order import DEFAULT_WINDOWS, Stage
 from lightning_light.progress import steps_done, steps_planned, training_progress
 from lightning_light.schedules import Cubic, Schedule, Window, require_rising
 from lightning_light.structured.costs import measure
-from lightning_light.structured.options import ChannelPruningOptions, Widths, check_goal
-from lightning_light.structured.plan import Goal, Plan, check_prunable, check_run, plan_channels, widths_of
+from lightning_light.structured.options import ChannelPruningOptions, Widths, check_gates, check_goal
+from lightning_light.structured.plan import (
+    Goal,
+    Plan,
+    check_prunable,
+    check_run,
+    gate_problem,
+    plan_channels,
+    widths_of,
+)
 from lightning_light.structured.ranking import Ranking
 from lightning_light.structured.regularization import SparsityRegularizer, add_penalty
 from lightning_light.surgery.averaged_models import averaged_models_of
@@ -155,9 +164,10 @@ class StructuredPruning(CompressionCallback):
         self.correct_batch_norm = correct_batch_norm
         self.regularizer = regularizer
         self.dry_run = dry_run
+        check_gates("StructuredPruning", self.options)
         self._points: list[tuple[float, float]] = []
         self._capture: Capture | None = None
-        self._collector: EvidenceCollector | None = None
+        self._collector: EvidenceCollector | GateTrainer | None = None
         self._recorder: InputRecorder | None = None
         self._graph: DependencyGraph | None = None
         self._batch: Any = None
@@ -183,9 +193,7 @@ class StructuredPruning(CompressionCallback):
         self._graph = None
         self._capture = restore_or_capture_example(pl_module, self.state(pl_module))
         if self._needs_data:
-            self._collector = EvidenceCollector.for_criterion(
-                pl_module, None, self.criterion, lambda: self.state(pl_module).setdefault("evidence", {})
-            )
+            self._collector = self._new_collector(trainer, pl_module)
         if self.correct_batch_norm and not self.dry_run and has_statistics(pl_module):
             self._recorder = InputRecorder(pl_module)
         self._plan_run(trainer, pl_module)
@@ -204,10 +212,10 @@ class StructuredPruning(CompressionCallback):
         if due > state.get("events", 0) and self._is_ready(pl_module):
             self._cut(trainer, pl_module, due)
         if self._collector is not None:
-            self._collector.begin_batch(gather=self._is_near(trainer, state.get("events", 0)))
+            self._collector.begin_batch(gather=self._is_near(trainer, state.get("events", 0), self._evidence_batches))
         if self._recorder is not None:
-            last = len(self._points) - 1
-            self._recorder.active = state.get("events", 0) <= last and self._is_near(trainer, last)
+            last, steps = len(self._points) - 1, self.calibration_batches
+            self._recorder.active = state.get("events", 0) <= last and self._is_near(trainer, last, steps)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -274,22 +282,27 @@ class StructuredPruning(CompressionCallback):
     def _is_ready(self, pl_module: LightningModule) -> bool:
         """Whether the run is planned, and the evidence that the criterion needs has been gathered."""
         known = self._capture is not None and self._capture.example is not None
-        gathered = self._collector is None or self._collector.batches >= self.calibration_batches
+        gathered = self._collector is None or self._collector.batches >= self._evidence_batches
         return known and gathered and bool(self.state(pl_module).get("planned"))
 
     @property
     def _needs_data(self) -> bool:
         return bool(self.criterion.needs - {"generator"})
 
+    @property
+    def _evidence_batches(self) -> int:
+        """The number of batches that the criterion uses before a cut."""
+        return self.criterion.steps if isinstance(self.criterion, LearnedGates) else self.calibration_batches
+
     def _is_finished(self, pl_module: LightningModule) -> bool:
         return self.dry_run or self.state(pl_module).get("events", 0) >= len(self._points)
 
-    def _is_near(self, trainer: Trainer, event: int) -> bool:
-        """Whether the cut number ``event`` is at most ``calibration_batches`` steps away, or overdue."""
+    def _is_near(self, trainer: Trainer, event: int, steps: int) -> bool:
+        """Whether the cut number ``event`` is at most ``steps`` optimizer steps away, or overdue."""
         if event >= len(self._points):
             return False
         progress, _ = self._points[event]
-        return steps_done(trainer) + self.calibration_batches >= progress * steps_planned(trainer)
+        return steps_done(trainer) + steps >= progress * steps_planned(trainer)
 
     def _phase(self, trainer: Trainer) -> float:
         return min(training_progress(trainer) / max(self._points[-1][0], 1e-9), 1.0)
@@ -324,6 +337,26 @@ class StructuredPruning(CompressionCallback):
                 budget, lambda: broadcast(trainer, measure(pl_module, budget, example, graph))
             )
         return Goal(budget, example, widths_of(graph, state["original"]), dense, fraction, seed=state.get("events", 0))
+
+    def _new_collector(self, trainer: Trainer, pl_module: LightningModule) -> EvidenceCollector | GateTrainer:
+        """What gathers the evidence; a function gives it its storage, since loading a checkpoint replaces the state."""
+
+        def storage() -> Any:
+            return self.state(pl_module).setdefault("evidence", {})
+
+        if isinstance(self.criterion, LearnedGates):
+            return GateTrainer(pl_module, self.criterion, storage, lambda: self._gate_problem(trainer, pl_module))
+        return EvidenceCollector.for_criterion(pl_module, None, self.criterion, storage)
+
+    def _gate_problem(self, trainer: Trainer, pl_module: LightningModule) -> GateProblem:
+        """What the gates of the next cut are trained for: the same on every rank."""
+        self._plan_run(trainer, pl_module)
+        assert self._capture is not None
+        assert self._capture.example is not None  # a call was recorded
+        example, event = self._capture.example.to(pl_module), self.state(pl_module).get("events", 0)
+        goal = self._goal(trainer, pl_module, example, self._points[event][1])
+        problem = gate_problem(pl_module, self._trace(pl_module, example), self.options, goal)
+        return dataclasses.replace(problem, goal=broadcast(trainer, problem.goal))
 
     def _trace(self, pl_module: LightningModule, example: ExampleInput) -> DependencyGraph:
         """Trace the dependencies once, and again where another method has changed the network."""

@@ -17,6 +17,7 @@ from lightning_light.criteria import (
     Activation,
     BatchNormScale,
     Hessian,
+    LearnedGates,
     Magnitude,
     Movement,
     Random,
@@ -90,6 +91,21 @@ def test_no_more_channels_are_removed_than_needed(budget) -> None:
             cut(larger, graph.kept_positions(kept), attributes=graph.attributes(larger, kept))
             values.append(float(sum(widths(larger).values())) if isinstance(budget, Channels) else cost(larger, budget))
     assert plan.after <= budget.goal(plan.before) < max(values), "with any one channel more it is not met"
+
+
+def test_an_expensive_last_channel_is_kept_where_a_cheaper_one_is_enough() -> None:
+    """A hidden channel of the first layer has 1,101 parameters, one of the second layer 102."""
+    net = nn.Sequential(nn.Linear(1000, 8), nn.ReLU(), nn.Linear(8, 100), nn.ReLU(), nn.Linear(100, 93))
+    with torch.no_grad():
+        for layer, scales in ((net[0], [5.5, *[100.0] * 7]), (net[2], [float(i) for i in range(100)])):
+            layer.weight.copy_(torch.tensor(scales)[:, None] / layer.weight.shape[1] ** 0.5)
+    ranking = Global(reduction="first", normalizer=None)
+    total = sum(parameter.numel() for parameter in net.parameters())
+    plan = prune_channels(net, torch.zeros(2, 1000), Params((total - 600) / total), ranking=ranking, dry_run=True)
+    assert (~plan.kept["2"]).nonzero().flatten().tolist() == list(range(6)), "six channels, 612 parameters"
+    assert plan.kept["0"].all(), "by scores it comes before the sixth"
+    plan = prune_channels(net, torch.zeros(2, 1000), Params((total - 1700) / total), ranking=ranking, dry_run=True)
+    assert not plan.kept["0"][0], "where no few cheap ones are enough, it is removed"
 
 
 def test_size_counts_bytes_of_tensors() -> None:
@@ -278,7 +294,9 @@ def loss(output: Any, batch: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "criterion", [Taylor(), Hessian(), Activation(), Wanda(), Movement(), SoftMovement(), SNIP()], ids=repr
+    "criterion",
+    [Taylor(), Hessian(), Activation(), Wanda(), Movement(), SoftMovement(), SNIP(), LearnedGates(2)],
+    ids=repr,
 )
 def test_every_criterion_works_with_data(criterion) -> None:
     net = built("plain")
