@@ -35,6 +35,7 @@ class GatedWeights:
 
     Attributes:
         count: number of gates; they are one vector, group after group.
+        device: of the model, where the gates of a call have to be.
         owner: index of each gate's group, shape ``(count,)``.
     """
 
@@ -42,6 +43,7 @@ class GatedWeights:
         self._model = model
         widths = torch.tensor([group.width for group in groups])
         self.count = int(widths.sum())
+        self.device = next(model.parameters()).device
         self.owner = torch.repeat_interleave(torch.arange(len(groups)), widths)
         self._gates: dict[tuple[str, int], Tensor] = {}  # of each position along a dimension
         self._norms: dict[str, Tensor] = {}
@@ -124,7 +126,7 @@ def _next_writers(
     with isolated(model), plain_attention(), torch.enable_grad():
         tensors = {name: tensor.detach() for name, tensor in _parameters(model).items()}
         leaves = {name: tensors[name].requires_grad_() for name in names if tensors[name].is_floating_point()}
-        output = gated.call(gates.to(next(iter(tensors.values())).device), example, tensors)
+        output = gated.call(gates.to(gated.device), example, tensors)
         results = [t for t in tensors_in(output) if t.requires_grad]
         directions = [torch.randn(t.shape, generator=generator).to(t) for t in results]
         found = torch.autograd.grad(results, list(leaves.values()), directions, allow_unused=True) if results else ()

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, ClassVar, Literal
+from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -16,11 +15,11 @@ from lightning_light.batch_norm import InputRecorder
 from lightning_light.criteria.collector import GateState, Gathered, Storage
 from lightning_light.criteria.evidence import GroupCriterion
 from lightning_light.criteria.gated_weights import GatedWeights, ungated_writers
+from lightning_light.criteria.output_distance import Distance, output_distance
 from lightning_light.dependency import ChannelGroup
 from lightning_light.errors import UnsupportedError
 from lightning_light.example_input import ExampleInput
 from lightning_light.isolation import isolated, plain_attention
-from lightning_light.nested import tensors_in
 from lightning_light.progress_bar import with_progress_bar
 from lightning_light.validation import PositiveFloat, PositiveInt, validated
 
@@ -63,7 +62,7 @@ class LearnedGates(GroupCriterion):
 
     steps: PositiveInt = 200
     lr: PositiveFloat = 0.1
-    distance: Literal["kl", "mse"] = "kl"
+    distance: Distance = "kl"
     class_dim: int = -1
 
     needs: ClassVar[frozenset[str]] = frozenset({"gates"})
@@ -73,30 +72,6 @@ class LearnedGates(GroupCriterion):
         self, model: nn.Module, group: ChannelGroup, gathered: Gathered, *, generator: torch.Generator | None = None
     ) -> Tensor | None:
         return gathered.get("gates", group.name)
-
-    def compare(self, gated: Any, plain: Any) -> Tensor:
-        """Return the distance of two outputs of the network, summed over the floating-point tensors in them.
-
-        Raises:
-            UnsupportedError: there is no such tensor.
-        """
-        pairs = [
-            (a.float(), b.float())
-            for a, b in zip(tensors_in(gated), tensors_in(plain), strict=True)
-            if a.is_floating_point()
-        ]
-        if not pairs:
-            raise UnsupportedError(
-                f"`criterion={self!r}`: expected a network whose output holds floating-point tensors, found "
-                f"{type(gated).__name__}. Use another criterion, for instance `Magnitude()`."
-            )
-        return torch.stack([self._distance(*pair) for pair in pairs]).sum()
-
-    def _distance(self, gated: Tensor, plain: Tensor) -> Tensor:
-        if self.distance == "mse":
-            return (gated - plain).square().mean() / plain.var(correction=0).clamp_min(1e-12)
-        p, q = (F.log_softmax(logits, dim=self.class_dim) for logits in (plain, gated))
-        return F.kl_div(q, p, reduction="none", log_target=True).sum(self.class_dim).mean()
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,13 +216,12 @@ class GateTrainer:
     def _gradient(self, gates: Tensor, gated: GatedWeights, call: ExampleInput) -> Tensor:
         """The gradient of the distance with respect to the gates."""
         call = call.to(self._model)
-        device = next(self._model.parameters()).device
-        open_gates = gates.detach().float().to(device).requires_grad_()
+        criterion, values = self._criterion, gates.detach().float().to(gated.device).requires_grad_()
         with isolated(self._model), plain_attention():
             plain = self._model(*call.args, **call.kwargs)
             with torch.enable_grad():
-                distance = self._criterion.compare(gated.call(open_gates, call), plain)
-                return torch.autograd.grad(distance, open_gates)[0]
+                distance = output_distance(gated.call(values, call), plain, criterion.distance, criterion.class_dim)
+                return torch.autograd.grad(distance, values)[0]
 
 
 def learn_gates(

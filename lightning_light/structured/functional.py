@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from itertools import islice
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from lightning_light.structured.costs import measure
 from lightning_light.structured.options import ChannelPruningOptions, Widths, check_gates, check_goal
 from lightning_light.structured.plan import Goal, Plan, check_run, gate_problem, plan_channels, widths_of
 from lightning_light.structured.ranking import Ranking
+from lightning_light.structured.sensitivity import Sensitivity
 from lightning_light.surgery.attachment import attach, has_state, record, release, state_of
 from lightning_light.surgery.edit import cut
 from lightning_light.targets import Targets
@@ -62,7 +64,8 @@ def prune_channels(
         budget: what the model is to reach; None where ``remaining`` says what is removed. A relative budget counts
             from the model before its first compression by this package.
         criterion: scores weights; the channels with the lowest scores are removed.
-        ranking: `Global`, `Local` or `Isomorphic`: which channels are compared with each other.
+        ranking: `Global`, `Local` or `Isomorphic`: which channels are compared with each other; `Sensitivity`, which
+            needs ``data``.
         targets: layers whose output channels may be removed: patterns or `Targets`.
         remaining: layer pattern -> fraction of the layer's channels that stays; such layers are not ranked.
         widths: bounds on the number of channels that layers keep.
@@ -110,6 +113,8 @@ def prune_channels(
     goal = Goal(budget, example, widths_of(graph), dense)
     check_run(model, graph, options, goal)
     batches = [] if data is None else list(islice(data, calibration_batches))
+    if isinstance(ranking, Sensitivity):
+        goal = replace(goal, calls=[example_of_batch(batch, model) for batch in batches[: ranking.batches]])
     if isinstance(criterion, LearnedGates) and data is not None:
         inputs = (example_of_batch(batch, model) for batch in _endless(batches, data))
         gathered = learn_gates(model, criterion, gate_problem(model, graph, options, goal), inputs)

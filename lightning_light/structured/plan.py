@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,8 +20,9 @@ from lightning_light.example_input import ExampleInput
 from lightning_light.order import Stage
 from lightning_light.structured.costs import Estimator, smallest
 from lightning_light.structured.options import ChannelPruningOptions
-from lightning_light.structured.ranking import removal_order
+from lightning_light.structured.ranking import Ranking, removal_order
 from lightning_light.structured.scores import check_scorable, layer_of, score_groups
+from lightning_light.structured.sensitivity import Sensitivity, measure_curves, order_by_curves
 from lightning_light.surgery.attachment import check_owners
 from lightning_light.targets import Targets, as_targets
 
@@ -42,6 +43,8 @@ class Goal:
         dense: the budget's quantity before compression.
         fraction: of the way, in [0, 1]; 1 is the last cut.
         seed: for criteria that draw.
+        calls: of the model, for `Sensitivity`.
+        curves: those of `Sensitivity`, where they have been measured.
     """
 
     budget: Budget | None
@@ -50,6 +53,8 @@ class Goal:
     dense: float = 0.0
     fraction: float = 1.0
     seed: int = 0
+    calls: Sequence[ExampleInput] = ()
+    curves: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,12 +66,14 @@ class Plan:
         before: the budget's quantity before the cut.
         after: the same after it, counted or measured; equal to ``before`` without a budget.
         skipped: group name -> why its channels stay.
+        curves: group name -> distance of the outputs without 0, 1, ... of its channels, of `Sensitivity`.
     """
 
     kept: dict[str, Tensor] = field(default_factory=dict)
     before: float = 0.0
     after: float = 0.0
     skipped: dict[str, str] = field(default_factory=dict)
+    curves: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def removed(self) -> int:
@@ -159,11 +166,23 @@ def plan_channels(
     _check_reachable(candidates, estimator, goal)
     if not candidates.ranked:
         return Plan(fixed, estimator.now, estimator.exact(fixed), candidates.skipped)
-    scopes = [options.ranking.scope(group, model) for group in candidates.ranked]
-    order, _ = removal_order(candidates.ranked, scores, scopes, goal.original)
+    order, curves = _order(model, candidates.ranked, scores, options.ranking, goal)
     search = _Search(candidates, scores, order, fixed, estimator)
     kept, value = search.solve(goal.budget.at(goal.dense, goal.fraction) * (1.0 + _ROUNDING))
-    return Plan(kept, estimator.now, value, candidates.skipped)
+    return Plan(kept, estimator.now, value, candidates.skipped, curves)
+
+
+def _order(
+    model: nn.Module, groups: Sequence[ChannelGroup], scores: Mapping[str, Tensor], ranking: Ranking, goal: Goal
+) -> tuple[Tensor, Mapping[str, Tensor]]:
+    """The index of the group that loses a channel next, and the curves that `Sensitivity` has measured."""
+    if isinstance(ranking, Sensitivity):
+        curves = goal.curves
+        if any(g.name not in curves or curves[g.name].numel() < g.width for g in groups):
+            curves = measure_curves(model, groups, scores, ranking, goal.calls)
+        return order_by_curves(groups, curves), curves
+    scopes = [ranking.scope(group, model) for group in groups]
+    return removal_order(groups, scores, scopes, goal.original)[0], {}
 
 
 def gate_problem(model: nn.Module, graph: DependencyGraph, options: ChannelPruningOptions, goal: Goal) -> GateProblem:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict, TypeVar
 
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_light.batch_norm import InputRecorder, Statistics, has_statistics, measure_statistics, move_statistics
@@ -34,6 +35,7 @@ from lightning_light.structured.plan import (
 )
 from lightning_light.structured.ranking import Ranking
 from lightning_light.structured.regularization import SparsityRegularizer, add_penalty
+from lightning_light.structured.sensitivity import Sensitivity, curve_lines
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.distributed import broadcast, log_rank_zero, on_rank_zero, reduce_mean
 from lightning_light.surgery.edit import cut
@@ -45,7 +47,6 @@ from lightning_light.validation import OpenFraction, PositiveInt, validated
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
-    from torch import Tensor
     from torch.optim import Optimizer
 
 __all__ = ["StructuredPruning"]
@@ -65,6 +66,7 @@ class _State(TypedDict, total=False):
         example: arguments of one call of the network.
         inputs: calls of the last batches, for the correction of batch-norm statistics.
         evidence: what the collector has gathered.
+        curves: what `Sensitivity` has measured.
     """
 
     events: int
@@ -75,6 +77,7 @@ class _State(TypedDict, total=False):
     example: dict[str, Any]
     inputs: list[dict[str, Any]]
     evidence: EvidenceStorage
+    curves: dict[str, Tensor]
 
 
 @validated
@@ -100,7 +103,8 @@ class StructuredPruning(CompressionCallback):
         criterion: scores weights; the channels with the lowest scores are removed first.
         schedule: progress -> fraction of the way to the budget; it must not fall.
         every_n_steps: optimizer steps between two cuts inside the schedule's window; None for ten cuts.
-        ranking: ``Global()``, ``Local()`` or ``Isomorphic()``: which channels are compared with each other.
+        ranking: ``Global()``, ``Local()``, ``Isomorphic()`` or ``Sensitivity()``: which channels are compared with each
+            other.
         targets: layers whose output channels may be removed: patterns or `Targets`.
         remaining: layer pattern -> fraction of the layer's channels, in (0, 1], that stays at the end; such layers are
             not ranked.
@@ -169,6 +173,7 @@ class StructuredPruning(CompressionCallback):
         self._capture: Capture | None = None
         self._collector: EvidenceCollector | GateTrainer | None = None
         self._recorder: InputRecorder | None = None
+        self._corrects = False
         self._graph: DependencyGraph | None = None
         self._batch: Any = None
         self._last_plan: Plan | None = None
@@ -194,7 +199,8 @@ class StructuredPruning(CompressionCallback):
         self._capture = restore_or_capture_example(pl_module, self.state(pl_module))
         if self._needs_data:
             self._collector = self._new_collector(trainer, pl_module)
-        if self.correct_batch_norm and not self.dry_run and has_statistics(pl_module):
+        self._corrects = self.correct_batch_norm and not self.dry_run and has_statistics(pl_module)
+        if self._corrects or isinstance(self.ranking, Sensitivity):
             self._recorder = InputRecorder(pl_module)
         self._plan_run(trainer, pl_module)
 
@@ -212,10 +218,9 @@ class StructuredPruning(CompressionCallback):
         if due > state.get("events", 0) and self._is_ready(pl_module):
             self._cut(trainer, pl_module, due)
         if self._collector is not None:
-            self._collector.begin_batch(gather=self._is_near(trainer, state.get("events", 0), self._evidence_batches))
+            self._collector.begin_batch(gather=self._is_near(trainer, state.get("events", 0), self._criterion_batches))
         if self._recorder is not None:
-            last, steps = len(self._points) - 1, self.calibration_batches
-            self._recorder.active = state.get("events", 0) <= last and self._is_near(trainer, last, steps)
+            self._recorder.active = self._uses_inputs(trainer, state)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -237,7 +242,7 @@ class StructuredPruning(CompressionCallback):
         if self._collector is not None:
             self._collector.end_batch(lambda tensor: reduce_mean(trainer, tensor))
         if self._recorder is not None and (calls := self._recorder.take()):
-            state["inputs"] = [*state.get("inputs", []), *calls][-self.calibration_batches :]
+            state["inputs"] = [*state.get("inputs", []), *calls][-self._input_batches :]
 
     @override
     def before_surgery(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -280,19 +285,39 @@ class StructuredPruning(CompressionCallback):
         return Events(self.schedule, self.every_n_steps)
 
     def _is_ready(self, pl_module: LightningModule) -> bool:
-        """Whether the run is planned, and the evidence that the criterion needs has been gathered."""
-        known = self._capture is not None and self._capture.example is not None
-        gathered = self._collector is None or self._collector.batches >= self._evidence_batches
-        return known and gathered and bool(self.state(pl_module).get("planned"))
+        """Whether the run is planned, and what criterion and ranking need has been gathered."""
+        state = self.state(pl_module)
+        if self._capture is None or self._capture.example is None or not state.get("planned"):
+            return False
+        if isinstance(self.ranking, Sensitivity) and not self._capture.example.step:
+            measured = "curves" in state or len(state.get("inputs", [])) >= self.ranking.batches
+        else:
+            measured = True
+        return measured and (self._collector is None or self._collector.batches >= self._criterion_batches)
 
     @property
     def _needs_data(self) -> bool:
         return bool(self.criterion.needs - {"generator"})
 
     @property
-    def _evidence_batches(self) -> int:
+    def _criterion_batches(self) -> int:
         """The number of batches that the criterion uses before a cut."""
         return self.criterion.steps if isinstance(self.criterion, LearnedGates) else self.calibration_batches
+
+    @property
+    def _input_batches(self) -> int:
+        """The number of batches whose inputs are kept."""
+        if isinstance(self.ranking, Sensitivity):
+            return max(self.ranking.batches, self.calibration_batches)
+        return self.calibration_batches
+
+    def _uses_inputs(self, trainer: Trainer, state: Mapping[str, Any]) -> bool:
+        """Whether the inputs of this batch are for the curves of `Sensitivity` or for batch-norm statistics."""
+        last, steps = len(self._points) - 1, self._input_batches
+        measures = isinstance(self.ranking, Sensitivity) and "curves" not in state and self._is_near(trainer, 0, steps)
+        return measures or (
+            self._corrects and state.get("events", 0) <= last and self._is_near(trainer, last, self.calibration_batches)
+        )
 
     def _is_finished(self, pl_module: LightningModule) -> bool:
         return self.dry_run or self.state(pl_module).get("events", 0) >= len(self._points)
@@ -336,7 +361,11 @@ class StructuredPruning(CompressionCallback):
             dense = self.compression_state(pl_module).reference(
                 budget, lambda: broadcast(trainer, measure(pl_module, budget, example, graph))
             )
-        return Goal(budget, example, widths_of(graph, state["original"]), dense, fraction, seed=state.get("events", 0))
+        goal = Goal(budget, example, widths_of(graph, state["original"]), dense, fraction, seed=state.get("events", 0))
+        if isinstance(self.ranking, Sensitivity):
+            calls = [ExampleInput(**call).to(pl_module) for call in state.get("inputs", [])]
+            goal = dataclasses.replace(goal, calls=calls[-self.ranking.batches :], curves=state.get("curves", {}))
+        return goal
 
     def _new_collector(self, trainer: Trainer, pl_module: LightningModule) -> EvidenceCollector | GateTrainer:
         """What gathers the evidence; a function gives it its storage, since loading a checkpoint replaces the state."""
@@ -388,6 +417,9 @@ class StructuredPruning(CompressionCallback):
         elif plan.removed:
             self._carry_out(trainer, pl_module, plan, self._summary(plan, goal, due), last=due == len(self._points))
         state |= {"events": due, "fraction": fraction}
+        if plan.curves and "curves" not in state:
+            log_rank_zero(trainer, "\n  ".join([f"{self.method}: sensitivity", *curve_lines(plan.curves)]))
+            state["curves"] = dict(plan.curves)
         if due == len(self._points):
             state.pop("inputs", None)
         if self._collector is not None:

@@ -13,6 +13,7 @@ from lightning_light.budgets import Channels, MACs, Params, Size, Sparsity
 from lightning_light.criteria import LearnedGates
 from lightning_light.criteria.gated_weights import GatedWeights, ungated_writers
 from lightning_light.criteria.learned_gates import solved_gates
+from lightning_light.criteria.output_distance import output_distance
 from lightning_light.dependency import trace_dependencies
 from lightning_light.errors import UnsupportedError
 from lightning_light.example_input import ExampleInput
@@ -123,7 +124,7 @@ def test_what_cannot_work_is_refused() -> None:
     with pytest.raises(ValueError, match=r"expected 3 batches in `data`.*found an iterator with 2"):
         prune_channels(Planted(), example, MACs(0.5), criterion=gates, data=iter(Batches()))
     with pytest.raises(UnsupportedError, match="floating-point tensors, found int"):
-        gates.compare(3, 3)
+        output_distance(3, 3, "kl", -1)
 
 
 class Inner(Body):
