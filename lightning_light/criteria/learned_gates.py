@@ -60,8 +60,8 @@ class LearnedGates(GroupCriterion):
         ValueError: an argument is out of range.
     """
 
-    steps: PositiveInt = 200
-    lr: PositiveFloat = 0.1
+    steps: PositiveInt = 100
+    lr: PositiveFloat = 0.3
     distance: Distance = "kl"
     class_dim: int = -1
 

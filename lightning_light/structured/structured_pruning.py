@@ -480,7 +480,10 @@ class StructuredPruning(CompressionCallback):
                     "the LightningModule was never called, so its input is not known. Set `example_input_array`, or "
                     "call `self(...)` in `training_step`."
                 )
-            return f"the run ended before the first cut; `schedule={self.schedule!r}` has cuts at {self._points}."
+            reads = f" `{self.criterion!r}` reads {self._criterion_batches} batches before." if self._needs_data else ""
+            return (
+                f"the run ended before the first cut; `schedule={self.schedule!r}` has cuts at {self._points}.{reads}"
+            )
         reasons = "; ".join(f"{name}: {reason}" for name, reason in self._last_plan.skipped.items())
         if self._last_plan.kept:
             return f"the network meets the budget as it is: {self.budget!r}. {reasons}"
