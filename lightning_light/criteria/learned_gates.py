@@ -44,7 +44,7 @@ class LearnedGates(GroupCriterion):
     It pays where much is removed and little training follows; see ``docs/methods/learned_gates.md``. Choose all
     channels at once: ``StructuredPruning(MACs(0.5), criterion=LearnedGates(), schedule=OneShot(at=0.1))``.
 
-    The gates follow Castells and Yeom, 2023, "Automatic Neural Network Pruning that Efficiently Preserves the Model
+    The gates follow Castells and Yeom, 2021, "Automatic Neural Network Pruning that Efficiently Preserves the Model
     Accuracy" (AutoBot), https://arxiv.org/abs/2111.09635, which places them behind layers, adds the budget to the loss
     as a weighted penalty, and uses labels.
 

@@ -29,7 +29,7 @@ from lightning_light.targets import Targets, as_targets
 __all__ = ["Goal", "Plan", "check_prunable", "check_run", "gate_problem", "plan_channels", "widths_of"]
 
 _ROUNDING = 1e-9
-_REACH = 20  # an expensive channel is replaced by at most 1 / 20 of all
+_REACH, _GAIN = 20, 2e-3  # an expensive channel is replaced by at most 1 / 20 of all, where that leaves 0.2 % more
 
 
 @dataclass(frozen=True, eq=False)
@@ -334,8 +334,8 @@ class _Search:
         """Try the order in which the channel at ``count - 1``, and what its layer loses after it, comes last.
 
         Returns:
-            The search, count and value with it, if these leave more than ``value`` and do not reach much further down
-            the order; None otherwise, and for quantities that are measured with noise.
+            The search, count and value with it, if these leave clearly more than ``value`` and do not reach much
+            further down the order; None otherwise, and for quantities that are measured with noise.
         """
         if count == 0 or self._estimator.is_noisy:
             return None
@@ -347,7 +347,7 @@ class _Search:
         if other._estimate(most) > limit:
             return None
         found, left = other._smallest(limit)
-        return (other, found, left) if found <= most and value < left <= limit else None
+        return (other, found, left) if found <= most and value + _GAIN * limit < left <= limit else None
 
     def _smallest(self, limit: float) -> tuple[int, float]:
         """Return the smallest number of removals that reaches ``limit``, and the quantity that it leaves."""

@@ -30,8 +30,8 @@ class Sensitivity(Ranking):
     network as it is; no labels are used. The criterion decides which channels of a group are removed first, the curves
     decide how many of each group. The curves are measured once per run, before the first cut, and kept in checkpoints.
 
-    FastNAS in NVIDIA Model Optimizer, "Pruning and Neural Architecture Search", chooses the widths of a network by such
-    a threshold on the score of a validation set. https://nvidia.github.io/Model-Optimizer/guides/3_pruning.html
+    FastNAS of NVIDIA Model Optimizer chooses the widths of a network by such a threshold, on the score of a validation
+    set in place of the outputs. https://nvidia.github.io/Model-Optimizer/guides/3_pruning.html
 
     Args:
         reduction: see `Ranking`.
