@@ -38,8 +38,8 @@ class LearnedGates(GroupCriterion):
 
     A gate ``g = sigmoid((a - s) / T)`` multiplies the weights that read the channel. The logits ``a`` are trained by
     Adam so that the outputs stay those of the network without gates; no labels are used. At each step the shift ``s``
-    is solved for, so that the budget is met exactly; T falls from 1 to 0.1, and most gates end close to 0 or 1. The
-    channels with the lowest logits are removed.
+    is solved for, so that the budget, tightened over the first half of the steps, is met. T falls from 1 to 0.1, and
+    most gates end close to 0 or 1. The channels with the lowest logits are removed.
 
     It pays where much is removed and little training follows; see ``docs/methods/learned_gates.md``. Choose all
     channels at once: ``StructuredPruning(MACs(0.5), criterion=LearnedGates(), schedule=OneShot(at=0.1))``.
@@ -170,7 +170,7 @@ class GateTrainer:
             tightened = max(goal, 1.0 - (1.0 - goal) * (phase + 0.02) / _RAMP)
             gates = solved_gates(logits, cost, tightened, _LAST_TEMPERATURE**phase)
             gradient = self._gradient(gates, gated, call)
-            gradient = (gradient if reduce is None else reduce(gradient)).double().cpu()
+            gradient = (gradient if reduce is None else reduce(gradient)).cpu().double()
             if bool(gradient.isfinite().all()):
                 _adam(state, torch.autograd.grad(gates, logits, gradient)[0], self._criterion.lr)
         self._storage()["batches"] = self.batches + 1
@@ -209,6 +209,7 @@ class GateTrainer:
             zeros = [torch.zeros(sum(widths.values()), dtype=torch.double) for _ in range(3)]
             state = GateState(widths=widths, writers=writers, logits=zeros[0], mean=zeros[1], square=zeros[2], steps=0)
             storage |= {"gates": state, "batches": 0}
+            self._gated = None
         if self._gated is None:
             self._gated = GatedWeights(self._model, self._problem.groups, state["writers"])
         return self._problem, self._gated, state
