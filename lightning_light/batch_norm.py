@@ -90,15 +90,20 @@ def has_statistics(model: nn.Module) -> bool:
 
 
 class InputRecorder:
-    """Record what a module is called with in training: the first call per batch, at most 16 samples of it.
+    """Record what a module is called with in training: the first call per batch.
 
     A module compiled as a whole is not recorded: its hooks would become part of the compiled code.
+
+    Args:
+        model: the module.
+        samples: how many samples of a call are recorded; None for all.
 
     Attributes:
         active: whether calls are recorded.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, samples: int | None = _SAMPLES) -> None:
+        self._samples = samples
         self.active = False
         self._call: dict[str, Any] | None = None
         compiled = vars(model).get("_compiled_call_impl") is not None or compiled_methods(model)
@@ -118,7 +123,7 @@ class InputRecorder:
     def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.active or self._call is not None or not module.training or is_step_call(module):
             return
-        call = ExampleInput(args, kwargs).small(_SAMPLES)
+        call = ExampleInput(args, kwargs).small(self._samples)
         try:
             self._call = plain_copy({"args": call.args, "kwargs": call.kwargs}, "inputs")
         except TypeError:  # an object of the user's, which a checkpoint could not hold

@@ -71,8 +71,11 @@ class ExampleInput:
         leaves = tree_leaves((self.args, self.kwargs))
         return not all(leaf is None or isinstance(leaf, Tensor | bool | int | float | str) for leaf in leaves)
 
-    def small(self, samples: int = _SAMPLES) -> ExampleInput:
-        """Return a detached copy with at most ``samples`` samples, if the first dimensions of all tensors agree."""
+    def small(self, samples: int | None = _SAMPLES) -> ExampleInput:
+        """Return a detached copy with at most ``samples`` samples, if the first dimensions of all tensors agree.
+
+        None for a copy of all samples.
+        """
         found = tensors_in((self.args, self.kwargs), objects=True)
         sizes = {tensor.shape[0] if tensor.ndim else None for tensor in found}
         most = samples if len(sizes) == 1 and None not in sizes else None

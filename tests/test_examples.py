@@ -100,6 +100,22 @@ def test_sparse_training_compares_four_ways_and_draws_them(small: Path, tmp_path
 
 
 @pytest.mark.slow
+def test_learned_gates_prune_to_the_budget(small: Path, tmp_path: Path) -> None:
+    arguments = [f"--data={small}", "--epochs=2", "--steps=3"]
+    printed = run(EXAMPLES / "07_learned_gates.py", *arguments, folder=tmp_path)
+    macs = dict(re.findall(r"(dense|magnitude|learned gates)[^\n]*?([\d.]+) M ", printed))
+    assert all(0.27 < float(macs[name]) / float(macs["dense"]) <= 0.31 for name in ("magnitude", "learned gates"))
+    out = tmp_path / "runs" / "learned_gates"
+    python, config = final_weights(out), EXAMPLES / "configs" / "gates.yaml"
+    changes = [f"--data.data={small}", "--trainer.max_epochs=2"]
+    gates = "--trainer.callbacks.criterion.init_args.steps=3"
+    run(EXAMPLES / "cli.py", "fit", f"--config={config}", *changes, gates, folder=tmp_path)
+    yaml = final_weights(out)
+    assert len(list(out.glob("lightning_logs/version_*"))) == 4
+    assert [name for name in python if not torch.equal(python[name], yaml[name])] == []
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # exporters take their time on a busy machine
 def test_one_run_prunes_distils_and_quantizes_for_every_runtime(chain: tuple[Path, str]) -> None:
     folder, printed = chain

@@ -5,6 +5,7 @@ from lightning_light.criteria.collector import EvidenceCollector, Gathered, chec
 from lightning_light.criteria.evidence import Criterion, Evidence, GroupCriterion
 from lightning_light.criteria.geometry import GeometricMedian
 from lightning_light.criteria.gradient import SNIP, Hessian, Taylor
+from lightning_light.criteria.learned_gates import LearnedGates
 from lightning_light.criteria.magnitude import Magnitude
 from lightning_light.criteria.movement import Movement, SoftMovement
 from lightning_light.criteria.norm import BatchNormScale
@@ -23,6 +24,7 @@ __all__ = [
     "GeometricMedian",
     "GroupCriterion",
     "Hessian",
+    "LearnedGates",
     "Magnitude",
     "Movement",
     "Normalizer",

@@ -65,16 +65,38 @@ class EvidenceSum(TypedDict):
     count: Annotated[Tensor, TensorOf("real", 0, 0)]
 
 
+class GateState(TypedDict):
+    """What a `GateTrainer` keeps.
+
+    Attributes:
+        widths: group name -> number of gates.
+        writers: tensors that are gated where channels are produced.
+        logits: one per gate, group after group.
+        mean: of the gradients, as Adam keeps it.
+        square: of the gradients, as Adam keeps it.
+        steps: number of steps that `mean` and `square` contain.
+    """
+
+    widths: dict[str, PositiveInt]
+    writers: list[str]
+    logits: Annotated[Tensor, TensorOf(ndim=1)]
+    mean: Annotated[Tensor, TensorOf(ndim=1)]
+    square: Annotated[Tensor, TensorOf(ndim=1, low=0)]
+    steps: NonNegativeInt
+
+
 class EvidenceStorage(TypedDict, total=False):
     """What an `EvidenceCollector` keeps in its storage, for the schema of a method's state.
 
     Attributes:
         batches: the number of batches that count.
         movement: parameter name -> movement.
+        gates: of a `GateTrainer`.
     """
 
     batches: NonNegativeInt
     movement: dict[str, Annotated[Tensor, TensorOf()]]
+    gates: GateState
     grad: dict[str, EvidenceSum]
     grad_squared: dict[str, EvidenceSum]
     activation: dict[str, EvidenceSum]
@@ -108,7 +130,7 @@ def check_needs(
             "that scores coupled channels. Use `Magnitude()` here, and this one in `StructuredPruning` or "
             "`prune_channels`."
         )
-    missing = sorted(criterion.needs - supported - {"generator"})
+    missing = sorted(criterion.needs - supported - {"generator"} - ({"gates"} if scores_groups else set()))
     if missing:
         raise UnsupportedError(
             f"`{call}(criterion={criterion!r})`: expected a criterion that needs some of {sorted(supported)}, found "

@@ -88,7 +88,7 @@ class Criterion(ABC):
 
     Attributes:
         needs: what has to be gathered, of ``"grad"``, ``"grad_squared"``, ``"activation"``, ``"inputs"``,
-            ``"movement"``, ``"generator"``.
+            ``"movement"``, ``"generator"``; ``"gates"`` of `LearnedGates`, which structured pruning alone can train.
         roles: the roles it can read; tensors in other roles do not count.
     """
 

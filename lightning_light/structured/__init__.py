@@ -4,6 +4,7 @@ from lightning_light.structured.functional import prune_channels
 from lightning_light.structured.options import ChannelPruningOptions, Widths
 from lightning_light.structured.ranking import Global, Isomorphic, Local, Ranking
 from lightning_light.structured.regularization import GroupLasso, GrowingRegularization, SparsityRegularizer
+from lightning_light.structured.sensitivity import Sensitivity
 from lightning_light.structured.structured_pruning import StructuredPruning
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Isomorphic",
     "Local",
     "Ranking",
+    "Sensitivity",
     "SparsityRegularizer",
     "StructuredPruning",
     "Widths",

@@ -31,6 +31,7 @@ class Estimator:
 
     Attributes:
         now: the cost of the model as it is.
+        is_noisy: whether the quantity is measured by running the model, so that two measurements differ.
     """
 
     def __init__(
@@ -45,20 +46,31 @@ class Estimator:
         self._budget, self._example = budget, example
         self._widths = torch.tensor([group.width for group in self._groups])
         self._dims = _shrinking_dims(graph, self._groups)
+        self.is_noisy = budget.runs_model
         self.now = measure(model, budget, example, graph)
 
     def __call__(self, widths: Tensor) -> float:
         """Estimate the cost when group ``i`` keeps ``widths[i]`` channels."""
-        removed = self._widths - widths
+        return float(self.interpolate(widths))
+
+    def interpolate(self, widths: Tensor) -> Tensor:
+        """Estimate the cost for widths that are not necessarily integers; differentiable, a scalar of type double."""
+        removed = self._widths - widths.double()
         if self._budget.channel_cost is not None:
-            return self.now - self._budget.channel_cost * float(removed.sum())
-        total = self.now
-        for tensor, dims in self._dims.items():
-            fraction = 1.0
-            for size, numbers, positions in dims:
-                fraction *= 1.0 - float((removed[numbers] * positions).sum()) / size
-            total -= self._costs.get(tensor, 0.0) * (1.0 - fraction)
-        return total
+            return self.now - self._budget.channel_cost * removed.sum()
+        costs, slopes = self._shares
+        return self.now - costs @ (1.0 - (1.0 - slopes @ removed).prod(dim=0))
+
+    @functools.cached_property
+    def _shares(self) -> tuple[Tensor, Tensor]:
+        """Cost of each tensor; fraction of each of its dimensions, per removed channel of each group."""
+        costs = torch.tensor([self._costs.get(tensor, 0.0) for tensor in self._dims], dtype=torch.double)
+        depth = max((len(dims) for dims in self._dims.values()), default=0)
+        slopes = torch.zeros(depth, len(self._dims), len(self._groups), dtype=torch.double)
+        for row, dims in enumerate(self._dims.values()):
+            for place, (size, numbers, positions) in enumerate(dims):
+                slopes[place, row].index_add_(0, numbers, positions.double() / size)
+        return costs, slopes
 
     @functools.cached_property
     def _costs(self) -> dict[str, float]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from itertools import islice
 from typing import Any, Literal
 
@@ -14,13 +15,15 @@ from lightning_light.batch_norm import measure_statistics, move_statistics
 from lightning_light.budgets import Budget
 from lightning_light.criteria.collector import Gathered, collect_evidence, example_of_batch
 from lightning_light.criteria.evidence import Criterion
+from lightning_light.criteria.learned_gates import LearnedGates, learn_gates
 from lightning_light.criteria.movement import Movement
 from lightning_light.dependency import DependencyGraph, trace_dependencies
 from lightning_light.example_input import ExampleInput
 from lightning_light.structured.costs import measure
-from lightning_light.structured.options import ChannelPruningOptions, Widths, check_goal
-from lightning_light.structured.plan import Goal, Plan, check_run, plan_channels, widths_of
+from lightning_light.structured.options import ChannelPruningOptions, Widths, check_gates, check_goal
+from lightning_light.structured.plan import Goal, Plan, check_run, gate_problem, plan_channels, widths_of
 from lightning_light.structured.ranking import Ranking
+from lightning_light.structured.sensitivity import Sensitivity
 from lightning_light.surgery.attachment import attach, has_state, record, release, state_of
 from lightning_light.surgery.edit import cut
 from lightning_light.targets import Targets
@@ -61,7 +64,8 @@ def prune_channels(
         budget: what the model is to reach; None where ``remaining`` says what is removed. A relative budget counts
             from the model before its first compression by this package.
         criterion: scores weights; the channels with the lowest scores are removed.
-        ranking: `Global`, `Local` or `Isomorphic`: which channels are compared with each other.
+        ranking: `Global`, `Local` or `Isomorphic`: which channels are compared with each other; `Sensitivity`, which
+            needs ``data``.
         targets: layers whose output channels may be removed: patterns or `Targets`.
         remaining: layer pattern -> fraction of the layer's channels that stays; such layers are not ranked.
         widths: bounds on the number of channels that layers keep.
@@ -69,7 +73,7 @@ def prune_channels(
             whole heads.
         data: batches; of a tuple or list the first item is the model's input, a mapping is its keyword arguments.
         loss: (output, batch) -> scalar, for criteria that need gradients.
-        calibration_batches: how many batches of ``data`` are used.
+        calibration_batches: how many batches of ``data`` are used; `LearnedGates` use as many as they have steps.
         correct_batch_norm: correct the batch-norm statistics, with ``data``.
         optimizers: whose state follows.
         graph: the dependency graph of ``model`` as it is, where it is known; otherwise it is traced.
@@ -99,6 +103,7 @@ def prune_channels(
     options = ChannelPruningOptions(
         criterion=criterion, ranking=ranking, targets=targets, remaining=remaining, widths=widths, heads=heads
     )
+    check_gates("prune_channels", options)
     example = ExampleInput.of(example_inputs).to(model)
     graph = graph or trace_dependencies(model, example.args, example.kwargs, heads=heads)
     dense = 0.0
@@ -108,7 +113,14 @@ def prune_channels(
     goal = Goal(budget, example, widths_of(graph), dense)
     check_run(model, graph, options, goal)
     batches = [] if data is None else list(islice(data, calibration_batches))
-    plan = plan_channels(model, graph, options, goal, _gathered(model, criterion, batches, loss))
+    if isinstance(ranking, Sensitivity):
+        goal = replace(goal, calls=[example_of_batch(batch, model) for batch in batches[: ranking.batches]])
+    if isinstance(criterion, LearnedGates) and data is not None:
+        inputs = (example_of_batch(batch, model) for batch in _endless(batches, data))
+        gathered = learn_gates(model, criterion, gate_problem(model, graph, options, goal), inputs)
+    else:
+        gathered = _gathered(model, criterion, batches, loss)
+    plan = plan_channels(model, graph, options, goal, gathered)
     if plan.removed and not dry_run:
         calls = [example_of_batch(batch, model) for batch in batches] if correct_batch_norm else []
         _carry_out(model, graph, plan, calls, optimizers)
@@ -134,6 +146,17 @@ def _carry_out(
     record(model, (), edit.entry(), kept)
     if not attached:
         release(model)
+
+
+def _endless(first: list[Any], data: Iterable[Any]) -> Iterator[Any]:
+    """The batches ``first``, then those of ``data``, again and again unless it is an iterator."""
+    yield from first
+    found = True
+    while found:
+        found = False
+        for batch in data:
+            found = True
+            yield batch
 
 
 def _gathered(

@@ -8,12 +8,14 @@ from typing import Literal
 
 from lightning_light.budgets import Budget, require_reducible
 from lightning_light.criteria.evidence import Criterion
+from lightning_light.criteria.learned_gates import LearnedGates
 from lightning_light.criteria.magnitude import Magnitude
+from lightning_light.errors import UnsupportedError
 from lightning_light.structured.ranking import Global, Ranking
 from lightning_light.targets import Targets
 from lightning_light.validation import Fraction, OpenFraction, PositiveInt, validated
 
-__all__ = ["ChannelPruningOptions", "Widths", "check_goal"]
+__all__ = ["ChannelPruningOptions", "Widths", "check_gates", "check_goal"]
 
 
 @validated
@@ -81,3 +83,23 @@ def check_goal(call: str, budget: Budget | None, remaining: Mapping[str, float] 
         )
     if budget is not None:
         require_reducible(call, budget, "channels")
+
+
+def check_gates(call: str, options: ChannelPruningOptions) -> None:
+    """Refuse `LearnedGates` where a budget for the whole network is not all that decides the widths.
+
+    Raises:
+        UnsupportedError: ``remaining`` is given, or the ranking is not `Global`.
+    """
+    if not isinstance(options.criterion, LearnedGates):
+        return
+    for name, allowed, remedy in (
+        ("remaining", not options.remaining, "Keep layers as they are by `targets=Targets(exclude=...)`"),
+        ("ranking", isinstance(options.ranking, Global), "Leave `ranking` at its default"),
+    ):
+        if not allowed:
+            raise UnsupportedError(
+                f"`{call}(criterion={options.criterion!r}, {name}={getattr(options, name)!r})`: expected the budget "
+                f"alone to decide the widths, since gates are trained under it, found `{name}`. {remedy}, or use "
+                "another criterion, for instance `Taylor()`."
+            )

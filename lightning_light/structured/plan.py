@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,20 +13,23 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from lightning_light.budgets import Budget
 from lightning_light.criteria.collector import Gathered
+from lightning_light.criteria.learned_gates import GateProblem
 from lightning_light.dependency import ChannelGroup, DependencyGraph
 from lightning_light.errors import BudgetError, UnsupportedError
 from lightning_light.example_input import ExampleInput
 from lightning_light.order import Stage
 from lightning_light.structured.costs import Estimator, smallest
 from lightning_light.structured.options import ChannelPruningOptions
-from lightning_light.structured.ranking import removal_order
+from lightning_light.structured.ranking import Ranking, removal_order
 from lightning_light.structured.scores import check_scorable, layer_of, score_groups
+from lightning_light.structured.sensitivity import Sensitivity, measure_curves, order_by_curves
 from lightning_light.surgery.attachment import check_owners
 from lightning_light.targets import Targets, as_targets
 
-__all__ = ["Goal", "Plan", "check_prunable", "check_run", "plan_channels", "widths_of"]
+__all__ = ["Goal", "Plan", "check_prunable", "check_run", "gate_problem", "plan_channels", "widths_of"]
 
 _ROUNDING = 1e-9
+_REACH, _GAIN = 20, 2e-3  # an expensive channel is replaced by at most 1 / 20 of all, where that leaves 0.2 % more
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +43,8 @@ class Goal:
         dense: the budget's quantity before compression.
         fraction: of the way, in [0, 1]; 1 is the last cut.
         seed: for criteria that draw.
+        calls: of the model, for `Sensitivity`.
+        curves: those of `Sensitivity`, where they have been measured.
     """
 
     budget: Budget | None
@@ -47,6 +53,8 @@ class Goal:
     dense: float = 0.0
     fraction: float = 1.0
     seed: int = 0
+    calls: Sequence[ExampleInput] = ()
+    curves: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,12 +66,14 @@ class Plan:
         before: the budget's quantity before the cut.
         after: the same after it, counted or measured; equal to ``before`` without a budget.
         skipped: group name -> why its channels stay.
+        curves: group name -> distance of the outputs without 0, 1, ... of its channels, of `Sensitivity`.
     """
 
     kept: dict[str, Tensor] = field(default_factory=dict)
     before: float = 0.0
     after: float = 0.0
     skipped: dict[str, str] = field(default_factory=dict)
+    curves: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def removed(self) -> int:
@@ -156,11 +166,32 @@ def plan_channels(
     _check_reachable(candidates, estimator, goal)
     if not candidates.ranked:
         return Plan(fixed, estimator.now, estimator.exact(fixed), candidates.skipped)
-    scopes = [options.ranking.scope(group, model) for group in candidates.ranked]
-    order, _ = removal_order(candidates.ranked, scores, scopes, goal.original)
+    order, curves = _order(model, candidates.ranked, scores, options.ranking, goal)
     search = _Search(candidates, scores, order, fixed, estimator)
     kept, value = search.solve(goal.budget.at(goal.dense, goal.fraction) * (1.0 + _ROUNDING))
-    return Plan(kept, estimator.now, value, candidates.skipped)
+    return Plan(kept, estimator.now, value, candidates.skipped, curves)
+
+
+def _order(
+    model: nn.Module, groups: Sequence[ChannelGroup], scores: Mapping[str, Tensor], ranking: Ranking, goal: Goal
+) -> tuple[Tensor, Mapping[str, Tensor]]:
+    """The index of the group that loses a channel next, and the curves that `Sensitivity` has measured."""
+    if isinstance(ranking, Sensitivity):
+        curves = goal.curves
+        if any(g.name not in curves or curves[g.name].numel() < g.width for g in groups):
+            curves = measure_curves(model, groups, scores, ranking, goal.calls)
+        return order_by_curves(groups, curves), curves
+    scopes = [ranking.scope(group, model) for group in groups]
+    return removal_order(groups, scores, scopes, goal.original)[0], {}
+
+
+def gate_problem(model: nn.Module, graph: DependencyGraph, options: ChannelPruningOptions, goal: Goal) -> GateProblem:
+    """Return what `LearnedGates` are trained for; arguments as in `plan_channels`."""
+    assert goal.budget is not None  # of `check_gates`
+    groups = _Candidates.of(model, graph, options, goal.original).groups
+    estimator = Estimator(model, graph, groups, goal.budget, goal.example)
+    wanted = goal.budget.at(goal.dense, goal.fraction) / estimator.now
+    return GateProblem(groups, lambda widths: estimator.interpolate(widths) / estimator.now, wanted, goal.example)
 
 
 @dataclass(frozen=True, eq=False)
@@ -272,13 +303,16 @@ class _Search:
     def solve(self, limit: float) -> tuple[dict[str, Tensor], float]:
         """Return the masks of the fewest removals that reach ``limit``, and the quantity that they leave.
 
-        Where only layers with a width of their own keep the model above ``limit``, all others go to their smallest.
+        The last channel of the order may cost more than is still missing. It is kept where cheaper ones that follow it
+        are enough. Where only layers with a width of their own keep the model above ``limit``, all others go to their
+        smallest.
         """
         if self._estimate(0) <= limit:
             return self.masks(0), self._estimate(0)
-        total = self._order.numel()
-        guess = smallest(lambda count: self._estimate(count) <= limit, 0, total)
-        return self._corrected(guess, total, limit)
+        search, count, value = self, *self._smallest(limit)
+        while (cheaper := search._without_last(count, value, limit)) is not None:
+            search, count, value = cheaper
+        return search.masks(count), value
 
     def masks(self, count: int) -> dict[str, Tensor]:
         """Return group name -> channels that stay when the first ``count`` of the order are removed."""
@@ -296,7 +330,31 @@ class _Search:
         widths |= {name: int(mask.sum()) for name, mask in self._fixed.items()}
         return self._estimator(torch.tensor([widths[name] for name in self._names]))
 
-    def _corrected(self, guess: int, total: int, limit: float) -> tuple[dict[str, Tensor], float]:
+    def _without_last(self, count: int, value: float, limit: float) -> tuple[_Search, int, float] | None:
+        """Try the order in which the channel at ``count - 1``, and what its layer loses after it, comes last.
+
+        Returns:
+            The search, count and value with it, if these leave clearly more than ``value`` and do not reach much
+            further down the order; None otherwise, and for quantities that are measured with noise.
+        """
+        if count == 0 or self._estimator.is_noisy:
+            return None
+        rest = self._order[count - 1 :]
+        postponed = rest == rest[0]
+        other = copy.copy(self)
+        other._order = torch.cat([self._order[: count - 1], rest[~postponed], rest[postponed]])
+        most = min(count + max(1, self._order.numel() // _REACH), count - 1 + int((~postponed).sum()))
+        if other._estimate(most) > limit:
+            return None
+        found, left = other._smallest(limit)
+        return (other, found, left) if found <= most and value + _GAIN * limit < left <= limit else None
+
+    def _smallest(self, limit: float) -> tuple[int, float]:
+        """Return the smallest number of removals that reaches ``limit``, and the quantity that it leaves."""
+        total = self._order.numel()
+        return self._corrected(smallest(lambda n: self._estimate(n) <= limit, 0, total), total, limit)
+
+    def _corrected(self, guess: int, total: int, limit: float) -> tuple[int, float]:
         """Search around the estimate with counted or measured values, for work that the estimate does not see."""
         values: dict[int, float] = {}
 
@@ -307,7 +365,7 @@ class _Search:
         stride = max(1, total // 64)
         if fits(guess):
             if math.isclose(values[guess], self._estimate(guess), rel_tol=1e-6):
-                return self.masks(guess), values[guess]
+                return guess, values[guess]
             high = guess
             while high > 0 and fits(max(0, high - stride)):
                 high, stride = max(0, high - stride), 2 * stride
@@ -320,7 +378,7 @@ class _Search:
         best = smallest(fits, low, high)
         if best not in values:
             fits(best)
-        return self.masks(best), values[best]
+        return best, values[best]
 
 
 def _sorted_groups(

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypedDict, TypeVar
 
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_light.batch_norm import InputRecorder, Statistics, has_statistics, measure_statistics, move_statistics
@@ -15,6 +16,7 @@ from lightning_light.callback import CompressionCallback
 from lightning_light.capture import Capture, has_lazy_layers, runs_beside_forward
 from lightning_light.criteria.collector import EvidenceCollector, EvidenceStorage, Gathered, check_needs
 from lightning_light.criteria.evidence import Criterion
+from lightning_light.criteria.learned_gates import GateProblem, GateTrainer, LearnedGates
 from lightning_light.dependency import ChannelGroup, DependencyGraph, trace_calls
 from lightning_light.dependency.trace import UNUSED
 from lightning_light.errors import TraceError
@@ -23,10 +25,19 @@ from lightning_light.order import DEFAULT_WINDOWS, Stage
 from lightning_light.progress import steps_done, steps_planned, training_progress
 from lightning_light.schedules import Cubic, Schedule, Window, require_rising
 from lightning_light.structured.costs import measure
-from lightning_light.structured.options import ChannelPruningOptions, Widths, check_goal
-from lightning_light.structured.plan import Goal, Plan, check_prunable, check_run, plan_channels, widths_of
+from lightning_light.structured.options import ChannelPruningOptions, Widths, check_gates, check_goal
+from lightning_light.structured.plan import (
+    Goal,
+    Plan,
+    check_prunable,
+    check_run,
+    gate_problem,
+    plan_channels,
+    widths_of,
+)
 from lightning_light.structured.ranking import Ranking
 from lightning_light.structured.regularization import SparsityRegularizer, add_penalty
+from lightning_light.structured.sensitivity import Sensitivity, curve_lines
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.distributed import broadcast, log_rank_zero, on_rank_zero, reduce_mean
 from lightning_light.surgery.edit import cut
@@ -39,7 +50,6 @@ from lightning_light.validation import Fraction, NonNegativeInt, OpenFraction, P
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
-    from torch import Tensor
     from torch.optim import Optimizer
 
 __all__ = ["StructuredPruning"]
@@ -59,6 +69,7 @@ class _State(TypedDict, total=False):
         example: arguments of one call of the network.
         inputs: calls of the last batches, for the correction of batch-norm statistics.
         evidence: what the collector has gathered.
+        curves: what `Sensitivity` has measured.
     """
 
     events: NonNegativeInt
@@ -69,6 +80,7 @@ class _State(TypedDict, total=False):
     example: PlainExample
     inputs: list[PlainExample]
     evidence: EvidenceStorage
+    curves: dict[str, Tensor]
 
 
 @validated
@@ -94,7 +106,8 @@ class StructuredPruning(CompressionCallback):
         criterion: scores weights; the channels with the lowest scores are removed first.
         schedule: progress -> fraction of the way to the budget; it must not fall.
         every_n_steps: optimizer steps between two cuts inside the schedule's window; None for ten cuts.
-        ranking: ``Global()``, ``Local()`` or ``Isomorphic()``: which channels are compared with each other.
+        ranking: ``Global()``, ``Local()``, ``Isomorphic()`` or ``Sensitivity()``: which channels are compared with each
+            other.
         targets: layers whose output channels may be removed: patterns or `Targets`.
         remaining: layer pattern -> fraction of the layer's channels, in (0, 1], that stays at the end; such layers are
             not ranked.
@@ -158,10 +171,12 @@ class StructuredPruning(CompressionCallback):
         self.correct_batch_norm = correct_batch_norm
         self.regularizer = regularizer
         self.dry_run = dry_run
+        check_gates("StructuredPruning", self.options)
         self._points: list[tuple[float, float]] = []
         self._capture: Capture | None = None
-        self._collector: EvidenceCollector | None = None
+        self._collector: EvidenceCollector | GateTrainer | None = None
         self._recorder: InputRecorder | None = None
+        self._corrects = False
         self._graph: DependencyGraph | None = None
         self._calls: list[ExampleInput] = []
         self._batch: Any = None
@@ -187,10 +202,9 @@ class StructuredPruning(CompressionCallback):
         self._graph, self._calls = None, []
         self._capture = restore_or_capture_example(pl_module, self.state(pl_module))
         if self._needs_data:
-            self._collector = EvidenceCollector.for_criterion(
-                pl_module, None, self.criterion, lambda: self.state(pl_module).setdefault("evidence", {})
-            )
-        if self.correct_batch_norm and not self.dry_run and has_statistics(pl_module):
+            self._collector = self._new_collector(trainer, pl_module)
+        self._corrects = self.correct_batch_norm and not self.dry_run and has_statistics(pl_module)
+        if self._corrects or isinstance(self.ranking, Sensitivity):
             self._recorder = InputRecorder(pl_module)
 
     @override
@@ -210,10 +224,9 @@ class StructuredPruning(CompressionCallback):
         if due > state.get("events", 0) and self._is_ready(pl_module):
             self._cut(trainer, pl_module, due)
         if self._collector is not None:
-            self._collector.begin_batch(gather=self._is_near(trainer, state.get("events", 0)))
+            self._collector.begin_batch(gather=self._is_near(trainer, state.get("events", 0), self._criterion_batches))
         if self._recorder is not None:
-            last = len(self._points) - 1
-            self._recorder.active = state.get("events", 0) <= last and self._is_near(trainer, last)
+            self._recorder.active = self._uses_inputs(trainer, state)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -234,7 +247,7 @@ class StructuredPruning(CompressionCallback):
         if self._collector is not None:
             self._collector.end_batch(lambda tensor: reduce_mean(trainer, tensor))
         if self._recorder is not None and (calls := self._recorder.take()):
-            state["inputs"] = [*state.get("inputs", []), *calls][-self.calibration_batches :]
+            state["inputs"] = [*state.get("inputs", []), *calls][-self._input_batches :]
 
     @override
     def before_surgery(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -278,23 +291,49 @@ class StructuredPruning(CompressionCallback):
         return Events(self.schedule, self.every_n_steps)
 
     def _is_ready(self, pl_module: LightningModule) -> bool:
-        """Whether the run is planned, and the evidence that the criterion needs has been gathered."""
-        gathered = self._collector is None or self._collector.batches >= self.calibration_batches
-        return bool(self._calls) and gathered and bool(self.state(pl_module).get("planned"))
+        """Whether the run is planned, and what criterion and ranking need has been gathered."""
+        state = self.state(pl_module)
+        if not self._calls or not state.get("planned"):
+            return False
+        measured = True
+        if isinstance(self.ranking, Sensitivity) and self._capture is not None and self._capture.example is not None:
+            of_step = self._capture.example.method != "forward"
+            measured = of_step or "curves" in state or len(state.get("inputs", [])) >= self.ranking.batches
+        return measured and (self._collector is None or self._collector.batches >= self._criterion_batches)
 
     @property
     def _needs_data(self) -> bool:
         return bool(self.criterion.needs - {"generator"})
 
+    @property
+    def _criterion_batches(self) -> int:
+        """The number of batches that the criterion uses before a cut."""
+        return self.criterion.steps if isinstance(self.criterion, LearnedGates) else self.calibration_batches
+
+    @property
+    def _input_batches(self) -> int:
+        """The number of batches whose inputs are kept."""
+        if isinstance(self.ranking, Sensitivity):
+            return max(self.ranking.batches, self.calibration_batches)
+        return self.calibration_batches
+
+    def _uses_inputs(self, trainer: Trainer, state: Mapping[str, Any]) -> bool:
+        """Whether the inputs of this batch are for the curves of `Sensitivity` or for batch-norm statistics."""
+        last, steps = len(self._points) - 1, self._input_batches
+        measures = isinstance(self.ranking, Sensitivity) and "curves" not in state and self._is_near(trainer, 0, steps)
+        return measures or (
+            self._corrects and state.get("events", 0) <= last and self._is_near(trainer, last, self.calibration_batches)
+        )
+
     def _is_finished(self, pl_module: LightningModule) -> bool:
         return self.dry_run or self.state(pl_module).get("events", 0) >= len(self._points)
 
-    def _is_near(self, trainer: Trainer, event: int) -> bool:
-        """Whether the cut number ``event`` is at most ``calibration_batches`` steps away, or overdue."""
+    def _is_near(self, trainer: Trainer, event: int, steps: int) -> bool:
+        """Whether the cut number ``event`` is at most ``steps`` optimizer steps away, or overdue."""
         if event >= len(self._points):
             return False
         progress, _ = self._points[event]
-        return steps_done(trainer) + self.calibration_batches >= progress * steps_planned(trainer)
+        return steps_done(trainer) + steps >= progress * steps_planned(trainer)
 
     def _phase(self, trainer: Trainer) -> float:
         return min(training_progress(trainer) / max(self._points[-1][0], 1e-9), 1.0)
@@ -358,7 +397,31 @@ class StructuredPruning(CompressionCallback):
             dense = self.compression_state(pl_module).reference(
                 budget, lambda: broadcast(trainer, measure(pl_module, budget, example, graph))
             )
-        return Goal(budget, example, widths_of(graph, state["original"]), dense, fraction, seed=state.get("events", 0))
+        goal = Goal(budget, example, widths_of(graph, state["original"]), dense, fraction, seed=state.get("events", 0))
+        if isinstance(self.ranking, Sensitivity):
+            calls = [ExampleInput(**call).to(pl_module) for call in state.get("inputs", [])]
+            goal = dataclasses.replace(goal, calls=calls[-self.ranking.batches :], curves=state.get("curves", {}))
+        return goal
+
+    def _new_collector(self, trainer: Trainer, pl_module: LightningModule) -> EvidenceCollector | GateTrainer:
+        """What gathers the evidence; a function gives it its storage, since loading a checkpoint replaces the state."""
+
+        def storage() -> Any:
+            return self.state(pl_module).setdefault("evidence", {})
+
+        if isinstance(self.criterion, LearnedGates):
+            return GateTrainer(pl_module, self.criterion, storage, lambda: self._gate_problem(trainer, pl_module))
+        return EvidenceCollector.for_criterion(pl_module, None, self.criterion, storage)
+
+    def _gate_problem(self, trainer: Trainer, pl_module: LightningModule) -> GateProblem:
+        """What the gates of the next cut are trained for: the same on every rank."""
+        self._plan_run(trainer, pl_module)
+        assert self._capture is not None
+        assert self._capture.example is not None  # a call was recorded
+        example, event = self._capture.example.to(pl_module), self.state(pl_module).get("events", 0)
+        goal = self._goal(trainer, pl_module, example, self._points[event][1])
+        problem = gate_problem(pl_module, self._trace(trainer, pl_module, example), self.options, goal)
+        return dataclasses.replace(problem, goal=broadcast(trainer, problem.goal))
 
     def _trace(self, trainer: Trainer, pl_module: LightningModule, example: ExampleInput) -> DependencyGraph:
         """Trace the dependencies once, and again where another method has changed the network; rank 0 decides."""
@@ -388,6 +451,9 @@ class StructuredPruning(CompressionCallback):
         elif plan.removed:
             self._carry_out(trainer, pl_module, plan, self._summary(plan, goal, due), last=due == len(self._points))
         state |= {"events": due, "fraction": fraction}
+        if plan.curves and "curves" not in state:
+            log_rank_zero(trainer, "\n  ".join([f"{self.method}: sensitivity", *curve_lines(plan.curves)]))
+            state["curves"] = dict(plan.curves)
         if due == len(self._points):
             state.pop("inputs", None)
         if self._collector is not None:
@@ -443,7 +509,10 @@ class StructuredPruning(CompressionCallback):
 
     def _why_nothing(self, state: Mapping[str, Any]) -> str:
         if self._last_plan is None:
-            return f"the run ended before the first cut; `schedule={self.schedule!r}` has cuts at {self._points}."
+            reads = f" `{self.criterion!r}` reads {self._criterion_batches} batches before." if self._needs_data else ""
+            return (
+                f"the run ended before the first cut; `schedule={self.schedule!r}` has cuts at {self._points}.{reads}"
+            )
         reasons = "; ".join(f"{name}: {reason}" for name, reason in self._last_plan.skipped.items())
         if self._last_plan.kept:
             return f"the network meets the budget as it is: {self.budget!r}. {reasons}"

@@ -17,6 +17,7 @@ from lightning_light.criteria import (
     Activation,
     BatchNormScale,
     Hessian,
+    LearnedGates,
     Magnitude,
     Movement,
     Random,
@@ -30,8 +31,9 @@ from lightning_light.errors import BudgetError, TargetError, UnsupportedError
 from lightning_light.example_input import ExampleInput
 from lightning_light.measure.cost import count_cost
 from lightning_light.quantization import LSQ, Int8, quantize
-from lightning_light.structured import Global, Isomorphic, Local, Ranking, Widths, prune_channels
+from lightning_light.structured import Global, Isomorphic, Local, Ranking, Sensitivity, Widths, prune_channels
 from lightning_light.structured.ranking import removal_order
+from lightning_light.structured.sensitivity import curve_lines
 from lightning_light.surgery.edit import cut
 from lightning_light.targets import Targets
 from tests.zoo import ZOO, Net, noise
@@ -90,6 +92,21 @@ def test_no_more_channels_are_removed_than_needed(budget) -> None:
             cut(larger, graph.kept_positions(kept), attributes=graph.attributes(larger, kept))
             values.append(float(sum(widths(larger).values())) if isinstance(budget, Channels) else cost(larger, budget))
     assert plan.after <= budget.goal(plan.before) < max(values), "with any one channel more it is not met"
+
+
+def test_an_expensive_last_channel_is_kept_where_a_cheaper_one_is_enough() -> None:
+    """A hidden channel of the first layer has 1,101 parameters, one of the second layer 102."""
+    net = nn.Sequential(nn.Linear(1000, 8), nn.ReLU(), nn.Linear(8, 100), nn.ReLU(), nn.Linear(100, 93))
+    with torch.no_grad():
+        for layer, scales in ((net[0], [5.5, *[100.0] * 7]), (net[2], [float(i) for i in range(100)])):
+            layer.weight.copy_(torch.tensor(scales)[:, None] / layer.weight.shape[1] ** 0.5)
+    ranking = Global(reduction="first", normalizer=None)
+    total = sum(parameter.numel() for parameter in net.parameters())
+    plan = prune_channels(net, torch.zeros(2, 1000), Params((total - 600) / total), ranking=ranking, dry_run=True)
+    assert (~plan.kept["2"]).nonzero().flatten().tolist() == list(range(6)), "six channels, 612 parameters"
+    assert plan.kept["0"].all(), "by scores it comes before the sixth"
+    plan = prune_channels(net, torch.zeros(2, 1000), Params((total - 1700) / total), ranking=ranking, dry_run=True)
+    assert not plan.kept["0"][0], "where no few cheap ones are enough, it is removed"
 
 
 def test_size_counts_bytes_of_tensors() -> None:
@@ -278,7 +295,9 @@ def loss(output: Any, batch: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "criterion", [Taylor(), Hessian(), Activation(), Wanda(), Movement(), SoftMovement(), SNIP()], ids=repr
+    "criterion",
+    [Taylor(), Hessian(), Activation(), Wanda(), Movement(), SoftMovement(), SNIP(), LearnedGates(2)],
+    ids=repr,
 )
 def test_every_criterion_works_with_data(criterion) -> None:
     net = built("plain")
@@ -366,3 +385,42 @@ def test_quantized_layers_are_refused(recipe) -> None:
     with pytest.raises(UnsupportedError, match="`quantization_aware_training` owns"):
         pruned(net, MACs(0.5))
     assert net.conv1.out_channels == 8
+
+
+class Uneven(nn.Module):
+    """The second of two parallel layers contributes a hundredth of the output; by magnitude it is the larger one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.first, self.second = nn.Linear(6, 20), nn.Linear(6, 20)
+            self.one, self.other = nn.Linear(20, 4), nn.Linear(20, 4)
+        with torch.no_grad():
+            self.second.weight *= torch.linspace(3.0, 4.0, 20)[:, None]
+            self.other.weight /= 100.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.one(F.relu(self.first(x))) + self.other(F.relu(self.second(x)))
+
+
+def test_sensitivity_removes_channels_up_to_one_threshold_of_the_outputs() -> None:
+    batches, net = [noise(16, 6), noise(16, 6) + 1.0], Uneven()
+    plan = prune_channels(
+        net, batches[0], Channels(0.6), ranking=Sensitivity(distance="mse", widths=19), data=batches, dry_run=True
+    )
+    first, second = (int(plan.kept[name].sum()) for name in ("first", "second"))
+    assert first > 18 > 8 > second, "magnitude would keep the second layer"
+    last = plan.curves["first"][20 - first], plan.curves["second"][20 - second]
+    following = plan.curves["first"][21 - first], plan.curves["second"][21 - second]
+    assert max(last) <= min(following), "one threshold over both curves"
+    with torch.no_grad():
+        small = copy.deepcopy(net)
+        lost = torch.argsort(net.second.weight.square().sum(1))[:5]
+        small.other.weight[:, lost] = 0.0
+        pairs = [(small(x), net(x)) for x in batches]
+    expected = torch.stack([(a - b).square().mean() / b.var(correction=0) for a, b in pairs]).mean()
+    assert plan.curves["second"][5] == pytest.approx(float(expected), rel=0.2), "channels by the mean of their tensors"
+    assert [line.partition(":")[0] for line in curve_lines(plan.curves)] == ["first", "second"]
+    with pytest.raises(UnsupportedError, match=r"`ranking=Sensitivity\(.*expected inputs.*data=train_dataloader"):
+        prune_channels(net, batches[0], Channels(0.6), ranking=Sensitivity())

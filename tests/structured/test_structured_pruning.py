@@ -18,6 +18,7 @@ from lightning_light.criteria import (
     BatchNormScale,
     Criterion,
     Hessian,
+    LearnedGates,
     Magnitude,
     Movement,
     SoftMovement,
@@ -211,7 +212,9 @@ def test_cuts_are_every_n_steps_inside_the_window(every_n_steps, cuts, caplog) -
 
 
 @pytest.mark.parametrize(
-    "criterion", [Taylor(), Hessian(), SNIP(), Activation(), Wanda(), Movement(), SoftMovement()], ids=repr
+    "criterion",
+    [Taylor(), Hessian(), SNIP(), Activation(), Wanda(), Movement(), SoftMovement(), LearnedGates(2)],
+    ids=repr,
 )
 def test_every_criterion_works(criterion) -> None:
     module = body()

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_light.example_input import ExampleInput
+from lightning_light.progress_bar import with_progress_bar
 from lightning_light.quantization.fake_quantize import fake_quantize_weight, gain_and_shift, quantize_weight
 from lightning_light.quantization.fake_quantizer import FakeQuantizer
 from lightning_light.quantization.learned_qparams import weight_scale
 from lightning_light.quantization.op_calls import OpId
 from lightning_light.quantization.post_training.adaround import AdaRound, learn_rounding
-from lightning_light.quantization.post_training.progress_bar import with_progress_bar
 from lightning_light.quantization.trace import OpNode, WritableParameters, inputs_of_layer, trace_ops
 
 __all__ = ["Refinement"]

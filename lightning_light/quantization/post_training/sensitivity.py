@@ -17,11 +17,11 @@ from lightning_light.isolation import isolated
 from lightning_light.measure.cost import count_cost
 from lightning_light.measure.metrics import local_copy
 from lightning_light.nested import map_tensors, tensors_in
+from lightning_light.progress_bar import with_progress_bar
 from lightning_light.quantization.fake_quantize import fake_quantize_weight
 from lightning_light.quantization.op_calls import OpCall, OpId, intercepted
 from lightning_light.quantization.plan import origin_of
 from lightning_light.quantization.post_training.calibration import calls_from, explained
-from lightning_light.quantization.post_training.progress_bar import with_progress_bar
 from lightning_light.quantization.recipes import Bits, Engine, IntN
 from lightning_light.quantization.specs import WeightSpec
 from lightning_light.quantization.trace import OpNode, trace_ops

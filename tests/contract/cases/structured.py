@@ -10,6 +10,7 @@ from lightning_light.criteria import (
     BatchNormScale,
     GeometricMedian,
     Hessian,
+    LearnedGates,
     Magnitude,
     Movement,
     Random,
@@ -24,6 +25,7 @@ from lightning_light.structured import (
     GrowingRegularization,
     Isomorphic,
     Local,
+    Sensitivity,
     StructuredPruning,
     Widths,
 )
@@ -71,6 +73,8 @@ CASES = [
     case("snip", MACs(0.6), criterion=SNIP(), calibration_batches=2, correct_batch_norm=False),
     case("movement", MACs(0.6), criterion=Movement(), calibration_batches=2),
     case("soft_movement", MACs(0.6), criterion=SoftMovement(), calibration_batches=2, body=Momentum),
+    case("learned_gates", MACs(0.6), criterion=LearnedGates(steps=2, lr=0.5)),
+    case("sensitivity", MACs(0.6), ranking=Sensitivity(widths=3, batches=2)),
     case(
         "group_lasso",
         MACs(0.5),
