@@ -56,7 +56,7 @@ RETIRED = (
     r"\bcouplings?\b|\bledgers?\b|\bjournals?\b|\bblueprints?\b|\bmirrors\b|\bchronicles?\b|\bkeepers?\b|\bregimes?\b",
     r"\btaps?\b",
     r"\banswers\b|\bis told\b|\bare told\b|\bsays so\b|\bminds\b|\bspares?\b",
-    r"evidence_batches|calibration_batches|exclude|\bamounts\b",
+    r"evidence_batches|observe_batches|keep_float|\bamounts\b",
     r"# fmt: (?:skip|off)",
 )
 """Patterns of words that this project does not use; the field has terms for each (see CONTRIBUTING.md)."""

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
-from lightning_light.surgery.quantizer import attach, release
 from torch import Tensor, nn
 
 from lightning_light.example_input import ExampleInput
@@ -15,6 +14,7 @@ from lightning_light.quantization.plan import QuantizationPlan, plan_quantizatio
 from lightning_light.quantization.range_observer import RangeObserver
 from lightning_light.quantization.recipes import Int8, Recipe
 from lightning_light.quantization.trace import trace_ops
+from lightning_light.surgery.attachment import attach, release
 
 A, B = TypeVar("A"), TypeVar("B")
 

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, strategies as st
-from lightning_light.surgery.quantizer import state_of
 from torch import Tensor, nn
 
 from lightning_light.errors import LightningLightError, ManifestError, TargetError
@@ -38,6 +37,7 @@ from lightning_light.quantization.observers import LSQObserver
 from lightning_light.quantization.plan import QuantizationPlan
 from lightning_light.quantization.range_observer import RangeObserver
 from lightning_light.quantization.specs import ActivationSpec, WeightSpec
+from lightning_light.surgery.attachment import state_of
 from tests.quantization.helpers import calibrated, plan_of
 from tests.zoo import ZOO, noise
 
@@ -69,7 +69,7 @@ RECIPES = [
 class TestWeights:
     """Integers and scales, in float64."""
 
-    @given(bits=st.quantize_weight(2, 8), seed=st.quantize_weight(0, 99))
+    @given(bits=st.integers(2, 8), seed=st.integers(0, 99))
     def test_uniform(self, bits, seed) -> None:
         w = torch.randn(5, 12, generator=torch.Generator().manual_seed(seed))
         high = 2 ** (bits - 1) - 1

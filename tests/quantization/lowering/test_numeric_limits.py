@@ -174,7 +174,7 @@ def test_a_weight_that_is_computed_belongs_to_its_layer(tmp_path) -> None:
     assert exported(net, TorchScriptLite(), tmp_path).details["never_int8"] == {}
 
 
-@given(seed=st.quantize_weight(0, 50))
+@given(seed=st.integers(0, 50))
 @settings(deadline=None)
 def test_a_folded_batch_norm_is_equation_14_of_jacob(seed) -> None:
     """``w g`` and ``beta + (b - mean) g`` with ``g = gamma / sqrt(var + eps)``; quantized by one scale per channel."""

@@ -16,12 +16,12 @@ WIDTHS = (2, 3, 4, 8)
 
 @st.composite
 def scans(draw: st.DrawFn, most: int = 4) -> Sensitivity:
-    count = draw(st.quantize_weight(1, most))
+    count = draw(st.integers(1, most))
     layers = [f"layer{place}.conv" for place in range(count)]
     distances = {}
     for layer in layers:
         distances[layer] = dict(zip(WIDTHS, draw(st.lists(st.floats(0, 10), min_size=4, max_size=4)), strict=True))
-    sizes = draw(st.lists(st.quantize_weight(1, 5000), min_size=2 * count, max_size=2 * count))
+    sizes = draw(st.lists(st.integers(1, 5000), min_size=2 * count, max_size=2 * count))
     return Sensitivity(
         distances, dict(zip(layers, sizes[:count], strict=True)), dict(zip(layers, sizes[count:], strict=True))
     )

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning_light.surgery.quantizer import has_state
 from torch import Tensor, nn
 
 from lightning_light.errors import LightningLightError, UnsupportedError
@@ -21,6 +20,7 @@ from lightning_light.quantization import (
     measure_sensitivity,
     quantize,
 )
+from lightning_light.surgery.attachment import has_state
 from tests.zoo import ZOO, noise
 
 X = noise(2, 3, 8, 8)

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning_light.surgery.quantizer import state_of
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -16,6 +15,7 @@ from lightning_light.quantization.fake_quantize import quantize_weight
 from lightning_light.quantization.learned_qparams import weight_scale
 from lightning_light.quantization.op_calls import OpId
 from lightning_light.quantization.specs import WeightSpec
+from lightning_light.surgery.attachment import state_of
 from tests.quantization.post_training.test_equalization import MobileBlocks, trained
 from tests.zoo import ZOO, noise
 

@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-from lightning_light.surgery.quantizer import state_of
 from torch import nn
 from torchmetrics import MeanSquaredError
 
 from lightning_light.quantization import BitBudget, IntN, Sensitivity, fake_quantized, measure_sensitivity, quantize
 from lightning_light.quantization.checkpoint_state import read_state
 from lightning_light.quantization.fake_quantize import fake_quantize_weight
+from lightning_light.surgery.attachment import state_of
 from tests.quantization.post_training.test_equalization import MobileBlocks, trained
 from tests.zoo import ZOO, noise
 

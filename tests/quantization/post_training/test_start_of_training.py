@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from lightning_light.surgery.quantizer import state_of
 
 from lightning_light.quantization import LSQ, AdaRound, Int8, IntN, QuantizationAwareTraining, quantize
+from lightning_light.surgery.attachment import state_of
 from tests.contract.runs import trainer
 from tests.quantization.test_quantization_aware_training import IMAGES, Diary, module
 
