@@ -4,4 +4,4 @@ from lightning_light.dependency.groups import ChannelGroup, DependencyGraph, Mem
 from lightning_light.dependency.step import trace_calls
 from lightning_light.dependency.verification import trace_dependencies
 
-__all__ = ["ChannelGroup", "DependencyGraph", "Member", "trace_dependencies", "trace_calls"]
+__all__ = ["ChannelGroup", "DependencyGraph", "Member", "trace_calls", "trace_dependencies"]
