@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from lightning_light.surgery.checkpoint import load_from_checkpoint
 from lightning_light.validation import Range, validated
+from lightning_light.warning_filters import ignored_warnings
 
 __all__ = [
     "BuiltTeacher",
@@ -126,7 +127,8 @@ class FileTeacher(BuiltTeacher):
         try:
             if Path(self.path).suffix == ".pt2":
                 return torch.export.load(self.path).module()
-            scripted: nn.Module = torch.jit.load(self.path, map_location="cpu")  # type: ignore[no-untyped-call]
+            with ignored_warnings(r"`torch\.jit\.\w+` is deprecated"):
+                scripted: nn.Module = torch.jit.load(self.path, map_location="cpu")  # type: ignore[no-untyped-call]
         except (RuntimeError, ValueError, LookupError, OSError) as error:
             raise ValueError(
                 f"`KnowledgeDistillation(teacher={self.path!r})`: expected a TorchScript or `.pt2` file, found one "

@@ -56,6 +56,7 @@ class TorchExport(Exporter):
         for node in program.graph.graph.nodes:  # lines of code with their paths, and modules of the user's
             for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
                 node.meta.pop(key, None)
+        program.graph.example_inputs = tuple(map(torch.zeros_like, program.example)), {}  # not a sample of the user's
         content = io.BytesIO()  # torch ends the process where its own writer cannot write, to a full disk for instance
         with quiet_torch():
             torch.export.save(program.graph, content)
