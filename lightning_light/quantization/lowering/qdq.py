@@ -58,7 +58,8 @@ class QDQLowering(Lowering):
 
     @override
     def run(self, call: OpCall) -> Any:
-        known = self._quantized.get(id(call.input)) if is_view(call) else None
+        known, is_norm = self._quantized.get(id(call.input)), operator_of(call.id.function).role == "batch_norm"
+        kept = known[2] if known is not None and is_view(call) else None
         if _writes(call):
             self._quantized.pop(id(call.input), None)  # from here on it is the result
         else:
@@ -68,15 +69,14 @@ class QDQLowering(Lowering):
             self._set_float_weight(call)
         for position, index in self.plan.inputs.get(call.id, {}).items():
             self._quantize_input(call, position, index, in_float=site is not None and site.no_kernel is not None)
-        is_norm = operator_of(call.id.function).role == "batch_norm"
         if is_norm and self.is_fused(call.id):
             result = call.input
-        elif is_norm and self.runtime == "xnnpack" and call.get("running_var", 2) is not None:
+        elif is_norm and known is not None and self.runtime == "xnnpack" and call.get("running_var", 2) is not None:
             result = self._normalized(call)
         else:
             self._set_operands(call)
             result = call.run()
-        qparams = self.qparams[activation] if activation is not None else known[2] if known else None
+        qparams = kept if activation is None else self.qparams[activation]
         return result if qparams is None else tree_map(lambda leaf: self._qdq(leaf, qparams), result)
 
     @override
