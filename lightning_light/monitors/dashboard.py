@@ -10,19 +10,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lightning_light.event_log import event_text
 from lightning_light.isolation import isolated
+from lightning_light.measure.history import History
+from lightning_light.measure.layer_matching import is_within
 from lightning_light.measure.layer_table import layer_weights
 from lightning_light.monitors.heat_map import Quantity, heat_map
-from lightning_light.monitors.history import History
-from lightning_light.monitors.layer_matching import is_within
-from lightning_light.monitors.scalars import PREFIX
+from lightning_light.monitors.scalars import LAYERS, PREFIX
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
     from torch.utils.tensorboard import SummaryWriter
 
-__all__ = ["add_heat_maps", "add_histograms", "add_layout", "read_layout"]
+__all__ = ["add_events", "add_heat_maps", "add_histograms", "add_layout", "read_layout"]
 
 _BINS = 64
 _MAX_COUNTED = 1 << 24  # `histc` counts in float32
@@ -30,8 +31,17 @@ _MAX_COUNTED = 1 << 24  # `histc` counts in float32
 Layout = Mapping[str, Mapping[str, list[Any]]]
 
 
+def add_events(writer: SummaryWriter, events: Sequence[Mapping[str, Any]]) -> None:
+    """Write what methods have done as text, each event at its step."""
+    by_step: dict[int, list[str]] = {}
+    for event in events:
+        by_step.setdefault(event["step"], []).append(event_text(event))
+    for step, lines in by_step.items():
+        writer.add_text(f"{PREFIX}/events", "  \n".join(lines), step)
+
+
 def add_histograms(writer: SummaryWriter, model: nn.Module, layers: Collection[str], step: int) -> None:
-    """Write a histogram of each layer's finite weights, under ``compression/weights/<layer>``."""
+    """Write a histogram of each layer's finite weights, under ``compression_layers/weights/<layer>``."""
     with isolated(model):
         for name, module in model.named_modules():
             tensors = [weight.reshape(-1).float().cpu() for weight in layer_weights(module)]
@@ -40,7 +50,7 @@ def add_histograms(writer: SummaryWriter, model: nn.Module, layers: Collection[s
             values = torch.cat(tensors)
             values = values[values.isfinite()]
             if values.numel():
-                writer.add_histogram_raw(f"{PREFIX}/weights/{name or 'model'}", **_histogram(values), global_step=step)
+                writer.add_histogram_raw(f"{LAYERS}/weights/{name or 'model'}", **_histogram(values), global_step=step)
 
 
 def _histogram(values: Tensor) -> dict[str, Any]:

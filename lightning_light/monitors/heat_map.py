@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import takewhile
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from lightning_light.monitors.history import History
+from lightning_light.formatting import short_names
+from lightning_light.measure.history import History
 from lightning_light.validation import validated
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from PIL.ImageDraw import ImageDraw
     from PIL.ImageFont import FreeTypeFont, ImageFont
 
-__all__ = ["Quantity", "colored", "heat_map", "short_names"]
+__all__ = ["Quantity", "colored", "heat_map"]
 
 Quantity = Literal["channels", "weights"]
 
@@ -93,14 +93,6 @@ def _by_pixel(history: History, columns: Sequence[Sequence[float]]) -> Tensor:
     pixels = torch.linspace(history.steps[0], max(history.end, history.steps[0] + 1), _PLOT_WIDTH)
     index = (torch.searchsorted(steps, pixels, right=True) - 1).clamp(min=0)
     return torch.tensor(columns).T[:, index]
-
-
-def short_names(layers: Sequence[str], longest: int = 40) -> list[str]:
-    """Shorten names: without the part that all share, and long ones without their middle."""
-    parents = [layer.split(".")[:-1] for layer in layers]
-    shared = sum(1 for _ in takewhile(lambda parts: len(set(parts)) == 1, zip(*parents, strict=False)))
-    names = [".".join(layer.split(".")[shared:]) or "model" for layer in layers]
-    return [name if len(name) <= longest else f"{name[: longest // 2 - 1]}…{name[-longest // 2 :]}" for name in names]
 
 
 def _draw_rows(

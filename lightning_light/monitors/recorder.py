@@ -12,9 +12,9 @@ from torch.nn.parameter import is_lazy
 
 from lightning_light.example_input import Capture, ExampleInput
 from lightning_light.measure.cost import Cost, count_cost
-from lightning_light.monitors.history import History
-from lightning_light.monitors.layer_matching import is_within
-from lightning_light.monitors.snapshot import Snapshot, matrix_layers, structure, take_snapshot
+from lightning_light.measure.history import History
+from lightning_light.measure.layer_matching import is_within
+from lightning_light.measure.snapshot import Snapshot, matrix_layers, structure, take_snapshot
 
 __all__ = ["CostCounter", "Recorder", "is_countable"]
 
@@ -55,7 +55,8 @@ class Recorder:
 
     def plain(self) -> dict[str, Any]:
         """Return plain types, for a checkpoint."""
-        return {"before": self.before.plain(), "history": self.history.plain(), "layers": list(self.layers)}
+        parts = {"before": self.before.plain(), "now": self.now.plain(), "history": self.history.plain()}
+        return {**parts, "layers": list(self.layers)}
 
     def update(
         self, model: nn.Module, cost: Cost | None, step: int, stats: Mapping[str, Mapping[str, float]] | None = None
@@ -74,10 +75,12 @@ class CostCounter:
 
     Args:
         captured: holds the example input as soon as there is one.
+        caller: the callback, for the warning.
     """
 
-    def __init__(self, captured: Capture) -> None:
+    def __init__(self, captured: Capture, caller: str) -> None:
         self.captured = captured
+        self._caller = caller
         self._failed = False
         self._structure: int | None = None
         self._cost: Cost | None = None
@@ -94,7 +97,7 @@ class CostCounter:
             except _FORWARD_ERRORS as error:
                 self._failed, self._cost = True, None
                 warnings.warn(
-                    f"`CompressionMonitor` reports no MACs: `{type(model).__name__}.forward` does not run on the "
+                    f"`{self._caller}` reports no MACs: `{type(model).__name__}.forward` does not run on the "
                     f"example input ({type(error).__name__}: {error}). Set an `example_input_array` that fits.",
                     stacklevel=2,
                 )

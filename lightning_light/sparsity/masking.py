@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lightning_light.callback import CompressionCallback
 from lightning_light.errors import OrderError
+from lightning_light.formatting import plural
 from lightning_light.host.trainer import callbacks_of
 from lightning_light.measure.sparsity import mask_churn, zero_fraction, zero_rows
 from lightning_light.order import Stage
@@ -24,7 +25,7 @@ from lightning_light.sparsity.weights import MaskableWeight
 from lightning_light.surgery.attachment import check_owners
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.checkpoint_monitoring import reset_monitoring
-from lightning_light.surgery.distributed import broadcast, log_rank_zero, refuse_sharding
+from lightning_light.surgery.distributed import broadcast, refuse_sharding
 from lightning_light.surgery.masks import true_masks
 from lightning_light.timing import Events
 
@@ -210,9 +211,7 @@ class MaskingCallback(CompressionCallback):
             logger.log_metrics(metrics, step=steps_done(trainer))
         if restart:
             reset_monitoring(trainer)
-        log_rank_zero(
-            trainer, f"{key}: sparsity {sparsity:.4f}, {churn:.4f} of the mask entries changed, {dead} dead filters"
-        )
+        self.log_event(trainer, pl_module, f"sparsity {sparsity:.2f}, {plural(dead, 'dead filter')}")
 
     # Private.
 

@@ -7,11 +7,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lightning_light.monitors.heat_map import colored, heat_map, short_names
-from lightning_light.monitors.history import History
-from lightning_light.monitors.report_image import report_image
-from lightning_light.monitors.snapshot import take_snapshot
-from tests.monitors.test_table import net
+from lightning_light.formatting import short_names
+from lightning_light.measure.history import History
+from lightning_light.measure.snapshot import take_snapshot
+from lightning_light.monitors.heat_map import colored, heat_map
+from lightning_light.report.figures import report_image
+from tests.measure.test_comparison import net
 
 
 def grown(moments: int) -> History:

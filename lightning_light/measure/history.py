@@ -6,8 +6,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lightning_light.monitors.layer_matching import is_within, match_layers, remaining
-from lightning_light.monitors.snapshot import Snapshot
+from lightning_light.measure.layer_matching import is_within, match_layers, remaining
+from lightning_light.measure.snapshot import Snapshot
 
 __all__ = ["History"]
 
