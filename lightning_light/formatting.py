@@ -85,7 +85,7 @@ class DataTable:
 
     def html(self) -> str:
         """Return the table as HTML."""
-        head = "".join(f"<th>{html.escape(header)}</th>" for header in self.headers)
+        head = "".join(self._html_cell(header, header, "th") for header in self.headers)
         body = "".join(self._html_line(line) for line in self.lines)
         foot = "".join(self._html_line(line) for line in self.totals)
         title = f"<caption>{html.escape(self.title)}</caption>" if self.title else ""
@@ -99,11 +99,12 @@ class DataTable:
         return self.html()
 
     def _html_line(self, line: Sequence[str]) -> str:
-        align = ["right" if self._is_number(header) else "left" for header in self.headers]
-        cells = zip(align, line, strict=True)
-        return (
-            "<tr>" + "".join(f'<td style="text-align: {to}">{html.escape(cell)}</td>' for to, cell in cells) + "</tr>"
-        )
+        cells = zip(self.headers, line, strict=True)
+        return f"<tr>{''.join(self._html_cell(header, cell, 'td') for header, cell in cells)}</tr>"
+
+    def _html_cell(self, header: str, text: str, tag: str) -> str:
+        align = "right" if self._is_number(header) else "left"
+        return f'<{tag} style="text-align: {align}">{html.escape(text)}</{tag}>'
 
     def _is_number(self, header: str) -> bool:
         return header not in self.text_columns and header != self.headers[0]

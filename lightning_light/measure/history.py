@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from lightning_light.measure.layer_matching import is_within, match_layers, remaining
 from lightning_light.measure.snapshot import Snapshot
@@ -56,6 +56,17 @@ class History:
             totals=(*self.totals, totals),
             end=step,
         )._thinned()
+
+    def of_most_changed(self, quantity: Literal["channels", "weights"], count: int) -> History:
+        """Return the history of the ``count`` layers that have the least remaining channels or weights."""
+        last = (self.channels if quantity == "channels" else self.weights)[-1]
+        kept = sorted(sorted(range(len(last)), key=lambda index: last[index])[:count])
+        return replace(
+            self,
+            layers=tuple(self.layers[index] for index in kept),
+            channels=tuple(tuple(column[index] for index in kept) for column in self.channels),
+            weights=tuple(tuple(column[index] for index in kept) for column in self.weights),
+        )
 
     def plain(self) -> dict[str, Any]:
         """Return plain types, for a checkpoint."""

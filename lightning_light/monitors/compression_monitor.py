@@ -21,6 +21,7 @@ from lightning_light.monitors.dashboard import add_events, add_heat_maps, add_hi
 from lightning_light.monitors.hparams import defer_hparams, final_metrics, method_hparams
 from lightning_light.monitors.recording import RecordingCallback
 from lightning_light.monitors.scalars import (
+    DETAILS,
     PREFIX,
     custom_layout,
     extra_scalars,
@@ -50,11 +51,12 @@ class CompressionMonitor(RecordingCallback):
     """Log the cost of a network while it is compressed, and print a table of every layer before and after.
 
     Every logger gets the totals ``compression/macs``, ``params``, ``size``, ``sparsity`` and ``bits``, beside them what
-    the schedule of a budget planned (``macs_planned``), the number of structural events so far (``events``), and under
-    ``compression_layers/<quantity>/<layer>`` what changes of a layer, at Lightning's own steps. Fake-quantized weights
-    count as they will be stored. The final table is an artifact. TensorBoard also gets the events as text, histograms
-    of weights, a heat map of the layers, a page of Custom Scalars, and hyper-parameters together with the final
-    metrics, so that the runs of a sweep can be compared.
+    the schedule of a budget planned (``macs_planned``), and the number of events so far (``events``); under
+    ``compression_layers/<quantity>/<layer>`` what changes of a layer; and under ``compression_details`` what only some
+    methods change (``dead_filters``, ``churn`` of masks, ``effective_macs`` of nonzero weights), at Lightning's own
+    steps. Fake-quantized weights count as they will be stored. The final table is an artifact. TensorBoard also gets
+    the events as text, histograms of weights, a heat map of the layers, a page of Custom Scalars, and hyper-parameters
+    together with the final metrics, so that the runs of a sweep can be compared.
 
     The totals are in ``trainer.callback_metrics`` too, with their remaining fractions (``compression/macs_remaining``).
     The progress bar shows what has changed: ``macs`` and ``params`` as remaining fractions, ``sparsity``, ``bits``.
@@ -221,7 +223,7 @@ class CompressionMonitor(RecordingCallback):
     def _churn(self, pl_module: LightningModule) -> dict[str, float]:
         """Return the fraction of mask entries that has changed since the last record; nothing without masks."""
         before, self._masks = self._masks or {}, self._copy_masks(pl_module)
-        return {f"{PREFIX}/churn": mask_churn(before, self._masks)} if before or self._masks else {}
+        return {f"{DETAILS}/churn": mask_churn(before, self._masks)} if before or self._masks else {}
 
     # Private: where it is written.
 
@@ -232,8 +234,10 @@ class CompressionMonitor(RecordingCallback):
             return
         step, first, now = steps_done(trainer), *(self._parts(one, recorder) for one in (recorder.before, recorder.now))
         begun = {tag for tag, value in now.items() if value != first.get(tag)} - self._curves
-        if earlier := {tag: first[tag] for tag in begun if tag in first and step > recorder.history.steps[0]}:
-            _log(trainer, earlier, recorder.history.steps[0])
+        earlier = {tag: first[tag] for tag in begun if tag in first}
+        for past in sorted({recorder.history.steps[0], step - 1}) if earlier else ():
+            if past < step:  # so that a curve begins flat, and falls at the step of the change
+                _log(trainer, earlier, past)
         self._curves |= begun
         scalars = {**total_scalars(recorder.now), **self._planned(trainer, pl_module), **churn}
         scalars |= {tag: now[tag] for tag in now if tag in self._curves}
@@ -311,10 +315,9 @@ class CompressionMonitor(RecordingCallback):
         for owner in (pl_module, data):
             if logs_hparams(owner):
                 missing = not methods.keys() <= owner.hparams_initial.keys()  # else another monitor has done it
-                return (*deferred, add_hparams(owner, methods)) if methods and missing else tuple(deferred)
-        if methods:
-            for logger in trainer.loggers:
-                logger.log_hyperparams(methods)
+                return (*deferred, add_hparams(owner, methods)) if missing else tuple(deferred)
+        for logger in trainer.loggers:
+            logger.log_hyperparams(methods)
         return tuple(deferred)
 
     def _remove_hparams(self) -> None:

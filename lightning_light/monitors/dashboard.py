@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["add_events", "add_heat_maps", "add_histograms", "add_layout", "read_layout"]
 
 _BINS = 64
+_MAX_ROWS = 20  # of a heat map: a card is about 300 pixels wide
 _MAX_COUNTED = 1 << 24  # `histc` counts in float32
 
 Layout = Mapping[str, Mapping[str, list[Any]]]
@@ -71,11 +72,12 @@ def _histogram(values: Tensor) -> dict[str, Any]:
 
 
 def add_heat_maps(writer: SummaryWriter, history: History, step: int) -> None:
-    """Write heat maps of the remaining channels and weights, each as soon as some are removed."""
+    """Write heat maps of the layers that lost most channels or weights, each as soon as some are removed."""
     pictures: dict[Quantity, Sequence[Sequence[float]]] = {"channels": history.channels, "weights": history.weights}
     for quantity, columns in pictures.items():
         if any(fraction != 1.0 for column in columns for fraction in column):
-            writer.add_image(f"{PREFIX}/heat_map/{quantity}", heat_map(history, quantity), step, dataformats="HWC")
+            shown = heat_map(history.of_most_changed(quantity, _MAX_ROWS), quantity)
+            writer.add_image(f"{LAYERS}/heat_map/{quantity}", shown, step, dataformats="HWC")
 
 
 def add_layout(writer: SummaryWriter, folder: str | os.PathLike[str], layout: Layout) -> None:

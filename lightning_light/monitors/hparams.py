@@ -30,17 +30,16 @@ def method_hparams(callbacks: Iterable[object]) -> dict[str, Any]:
             hparams[f"budget/{budget.quantity}"] = float(goal)
         if recipe is not None:
             hparams["weight_bits"] = float(recipe.spec().weight.bits)
-    return {"methods": " ".join(type(each).method for each in methods), **hparams} if methods else {}
+    return {"methods": " ".join(type(each).method for each in methods) or "none", **hparams}
 
 
 def final_metrics(now: Snapshot, validation: Mapping[str, float], callbacks: Iterable[object]) -> dict[str, float]:
     """Return the results of a run under ``final/``: validation metrics, MACs, size, and milliseconds of its file."""
     metrics = {name: value for name, value in validation.items() if "loss" not in name} or validation
-    results = {**metrics, "params": float(now.params), "size": float(now.bytes), "bits": now.bits}
-    if now.macs is not None:
-        results["macs"] = float(now.macs)
+    results = {**metrics, **({} if now.macs is None else {"macs": float(now.macs)}), "size": float(now.bytes)}
     for report in export_reports(callbacks)[:1]:
-        results |= {"file_size": float(report["bytes"]), "latency_ms": 1e3 * report["latency"]["median"]}
+        results |= {"latency_ms": 1e3 * report["latency"]["median"], "file_size": float(report["bytes"])}
+    results |= {"params": float(now.params), "bits": now.bits}
     return {f"final/{name}": value for name, value in results.items()}
 
 

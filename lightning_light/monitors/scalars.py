@@ -13,6 +13,7 @@ from lightning_light.measure.snapshot import Snapshot
 from lightning_light.schedules import Schedule, resolve
 
 __all__ = [
+    "DETAILS",
     "LAYERS",
     "PREFIX",
     "custom_layout",
@@ -25,6 +26,9 @@ __all__ = [
 
 PREFIX = "compression"
 """Prefix of what describes the whole network."""
+
+DETAILS = "compression_details"
+"""Prefix of what only some methods change."""
 
 LAYERS = "compression_layers"
 """Prefix of what describes one layer."""
@@ -48,7 +52,7 @@ def extra_scalars(now: Snapshot) -> dict[str, float]:
     """Return quantities that only some methods change: dead filters, MACs without zeros, size after DEFLATE."""
     effective = now.effective_macs if now.sparsity else None  # else the MACs themselves
     extras = {"dead_filters": now.dead_filters, "effective_macs": effective, "deflated_bytes": now.deflated}
-    return {f"{PREFIX}/{key}": float(value) for key, value in extras.items() if value is not None}
+    return {f"{DETAILS}/{key}": float(value) for key, value in extras.items() if value is not None}
 
 
 def planned_scalars(

@@ -115,7 +115,7 @@ class RunReport:
 
     def export_table(self) -> DataTable:
         """Return the table of the exported files: size, latency, and agreement with the module."""
-        headers = ("file", "runtime", "size", "latency per sample", "10th to 90th percentile", "threads")
+        headers = ("file", "runtime", "size", "latency per sample", "p10 to p90", "threads")
         return DataTable(
             (*headers, "largest difference", "equal top-1"),
             tuple(_export_line(export) for export in self.exports),

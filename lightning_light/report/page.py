@@ -18,7 +18,7 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem }
-th, td { padding: .2rem .9rem .2rem 0; border-bottom: 1px solid #eee; white-space: nowrap } th { text-align: left }
+th, td { padding: .2rem .9rem .2rem 0; border-bottom: 1px solid #eee; white-space: nowrap }
 svg { max-width: 100%; height: auto } p { margin: .3rem 0; color: #555 } .wide { overflow-x: auto }
 pre { background: #f6f6f6; padding: .6rem; white-space: pre-wrap; overflow-wrap: anywhere }
 """
@@ -76,7 +76,10 @@ def _figure(report: RunReport) -> str:
 def _exports(report: RunReport) -> str:
     if not report.exports:
         return ""
-    return _table(report.export_table()) + "<p>Latency and outputs were measured on the machine named below.</p>"
+    return (
+        _table(report.export_table())
+        + "<p>Latency (median, 10th and 90th percentile) and outputs were measured on the machine named below.</p>"
+    )
 
 
 def _environment(report: RunReport) -> str:

@@ -205,6 +205,7 @@ def test_a_table_in_a_notebook_is_html_with_escaped_cells() -> None:
     shown = compression_table(take_snapshot(model), take_snapshot(model))._repr_html_()
     assert '<td style="text-align: left">a&lt;b</td>' in shown
     assert shown.count("<tr>") == 1 + 1 + 2
+    assert '<th style="text-align: right">params</th>' in shown
 
 
 def test_names_that_look_like_markup_are_printed_as_they_are() -> None:

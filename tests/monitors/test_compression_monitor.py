@@ -54,7 +54,7 @@ def read(logger: Any) -> EventAccumulator:
 
 
 def curve(logger: Any, tag: str) -> list[tuple[int, float]]:
-    tags = read(logger).Scalars(tag if "/" in tag and "_layers" in tag else f"compression/{tag}")
+    tags = read(logger).Scalars(tag if tag.startswith("compression") else f"compression/{tag}")
     return [(event.step, event.value) for event in tags]
 
 
@@ -103,8 +103,7 @@ def test_overall_curves_come_first_and_are_few(board: TensorBoardLogger) -> None
     overall = [tag for tag in tags if tag.startswith("compression/")]
     assert tags[: len(overall)] == overall
     assert overall == [
-        f"compression/{name}"
-        for name in ("bits", "deflated_bytes", "events", "macs", "macs_planned", "params", "size", "sparsity")
+        f"compression/{name}" for name in ("bits", "events", "macs", "macs_planned", "params", "size", "sparsity")
     ]
     planned, reached = dict(curve(board, "macs_planned")), dict(curve(board, "macs"))
     dense = reached[0]
@@ -129,7 +128,7 @@ def test_bits_and_size_follow_quantization_at_its_step(board: TensorBoardLogger)
     weights = [module.net.conv1.weight, module.net.conv2.weight, module.net.fc.weight]
     saved = sum(3 * weight.numel() - 4 * len(weight) for weight in weights)
     assert size[enabled] == size[0] - saved == size[12]
-    assert curve(board, "compression_layers/bits/net.fc")[:2] == [(0, 32.0), (enabled, 8.0)]
+    assert curve(board, "compression_layers/bits/net.fc")[:3] == [(0, 32.0), (enabled - 1, 32.0), (enabled, 8.0)]
     assert run.progress_bar_metrics == {"bits": pytest.approx(8, abs=0.5)}
 
 
@@ -181,8 +180,8 @@ def test_two_optimizers_in_manual_optimization_are_logged_at_lightnings_own_step
 def test_tensorboard_gets_histograms_pictures_text_and_a_layout(board: TensorBoardLogger) -> None:
     trainer(Events(cuts=(2,)), CompressionMonitor(), logger=board).fit(Lit(), Loader())
     events, tags = read(board), read(board).Tags()
-    assert sorted(tags["images"]) == ["compression/heat_map/channels", "compression/heat_map/weights"]
-    assert events.Images("compression/heat_map/channels")[-1].encoded_image_string.startswith(b"\x89PNG")
+    assert sorted(tags["images"]) == ["compression_layers/heat_map/channels", "compression_layers/heat_map/weights"]
+    assert events.Images("compression_layers/heat_map/channels")[-1].encoded_image_string.startswith(b"\x89PNG")
     assert "compression_layers/weights/net.conv1" in tags["histograms"]
     last = events.Histograms("compression_layers/weights/net.conv1")[-1].histogram_value
     assert last.num == sum(last.bucket) == 4 * 3 * 9
@@ -299,9 +298,10 @@ def test_methods_join_the_hyper_parameters_of_a_datamodule(board: TensorBoardLog
     assert set(data.hparams_initial) == {"batch_size"}
 
 
-def test_without_a_method_there_is_nothing_to_add(board: TensorBoardLogger) -> None:
+def test_a_dense_run_is_on_the_page_too(board: TensorBoardLogger) -> None:
     trainer(CompressionMonitor(), logger=board, max_epochs=1).fit(Boring(), Boring.data(), Boring.data())
-    assert not [tag for tag in read(board).Tags()["scalars"] if tag.startswith(("hp_metric", "final"))]
+    assert hparams_page(board) == {"methods"}
+    assert curve(board, "macs")[-1][1] == read(board).Scalars("final/macs")[0].value
 
 
 def test_runs_of_a_sweep_are_compared_by_budgets_and_final_metrics(tmp_path: Path) -> None:
@@ -484,7 +484,7 @@ def test_a_resumed_run_compares_with_the_dense_network(tmp_path: Path, capsys: A
     second = trainer(Events(cuts=(1, 5)), CompressionMonitor(every_n_steps=1), max_epochs=2, logger=board)
     second.fit(resumed, Loader(), ckpt_path=tmp_path / "last.ckpt", **options)
     assert state_of(resumed).state["compression_monitor"]["before"] == dense
-    assert curve(board, "compression_layers/channels/net.conv1")[:2] == [(0, 8.0), (4, 4.0)]
+    assert curve(board, "compression_layers/channels/net.conv1")[:3] == [(0, 8.0), (3, 8.0), (4, 4.0)]
     assert curve(board, "params")[0][1] < 0.8 * dense["params"]
     assert "8 → 2" in capsys.readouterr().out
     assert state_of(resumed).state["compression_monitor"]["history"]["steps"] == [0, 1, 5]
@@ -528,7 +528,7 @@ def test_the_other_host_has_its_tensorboard_too(host: Any, tmp_path: Path) -> No
     logger = host.loggers.TensorBoardLogger(tmp_path)
     trainer(Events(cuts=(2,)), CompressionMonitor(), host=host, logger=logger).fit(MODULES[host](), Loader())
     tags = read(logger).Tags()
-    assert "compression/heat_map/channels" in tags["images"]
+    assert "compression_layers/heat_map/channels" in tags["images"]
     assert {"compression/macs", "compression_layers/channels/net.conv1"} <= set(tags["scalars"])
     assert {"optimizer", "methods"} <= hparams_page(logger)
 
@@ -663,12 +663,12 @@ def test_the_effect_of_sparsity_is_reported(board: TensorBoardLogger, capsys: py
     layer = module.net.conv1.weight
     gone = 2 * layer[0].numel()
     total = sum(weight.numel() for weight in module.parameters() if weight.ndim > 1)
-    churn = dict(curve(board, "churn"))
+    churn = dict(curve(board, "compression_details/churn"))
     assert {step: value for step, value in churn.items() if value} == {
         4: pytest.approx(gone / layer.numel()),
         8: pytest.approx(2 / layer.numel()),
     }
-    assert curve(board, "dead_filters")[:2] == [(0, 0.0), (4, 2.0)]
+    assert curve(board, "compression_details/dead_filters")[:3] == [(0, 0.0), (3, 0.0), (4, 2.0)]
     assert monitor.after is not None
     assert monitor.before is not None
     assert (monitor.before.dead_filters, monitor.after.dead_filters) == (0, 2)
@@ -676,8 +676,8 @@ def test_the_effect_of_sparsity_is_reported(board: TensorBoardLogger, capsys: py
     dense = count_cost(module, (torch.zeros(1, 3, 8, 8),))
     zeros = (gone + 2) / layer.numel()
     assert monitor.after.effective_macs == round(dense.macs - zeros * dense.macs_by_module["net.conv1"])
-    assert curve(board, "effective_macs")[-1][1] == monitor.after.effective_macs
-    assert curve(board, "deflated_bytes")[-1][1] == monitor.after.deflated
+    assert curve(board, "compression_details/effective_macs")[-1][1] == monitor.after.effective_macs
+    assert curve(board, "compression_details/deflated_bytes")[-1][1] == monitor.after.deflated
     printed = capsys.readouterr().out
     assert "effective MACs (nonzero weights)" in printed
     assert "size after compression (DEFLATE)" in printed

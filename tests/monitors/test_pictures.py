@@ -69,7 +69,7 @@ def test_a_heat_map_is_an_image_that_pillow_reads_back(quantity: str, moments: i
 
 def test_a_layer_fades_as_its_channels_are_removed() -> None:
     image = heat_map(grown(moments=13)).float()
-    row = image[48 + 5]  # the first layer's, below the title
+    row = image[40 + 5]  # the first layer's, below the title
     field = row[(row != 255).any(dim=1)]
     dark, pale = pixels(torch.tensor([[1.0, 4 / 16]]))[0]
     assert (row == dark).all(dim=1).any()
