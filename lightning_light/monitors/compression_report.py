@@ -14,7 +14,7 @@ from lightning_light.host.trainer import callbacks_of
 from lightning_light.monitors.recording import RecordingCallback
 from lightning_light.monitors.validation_metrics import ValidationMetrics
 from lightning_light.progress import steps_done
-from lightning_light.report.contents import RunReport, export_reports
+from lightning_light.report.contents import Curve, RunReport, curves_of, export_reports
 from lightning_light.report.environment import describe_environment
 from lightning_light.report.figures import check_matplotlib
 from lightning_light.report.page import write_report
@@ -84,6 +84,7 @@ class CompressionReport(RecordingCallback):
         self.path = path
         self.baseline = baseline
         self.result: RunReport | None = None
+        self._metrics: dict[str, Curve] = {}
 
     # Lightning's hooks, in the order a run meets them.
 
@@ -101,6 +102,7 @@ class CompressionReport(RecordingCallback):
         """Record the network before it is compressed."""
         super().on_fit_start(trainer, pl_module)
         self.result, self._validation = None, ValidationMetrics()
+        self._metrics = {}  # those of a checkpoint are restored later
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -114,10 +116,8 @@ class CompressionReport(RecordingCallback):
         if self._validation is None or trainer.sanity_checking:
             return
         self._validation.end(trainer.callback_metrics)
-        curves = self.state(pl_module).setdefault("metrics", {})
         for name, value in self._validation.values.items():
-            if not name.startswith("compression/"):
-                curves.setdefault(name, []).append([steps_done(trainer), value])
+            self._metrics.setdefault(name, []).append((steps_done(trainer), value))
 
     @override
     def on_train_batch_end(
@@ -136,6 +136,19 @@ class CompressionReport(RecordingCallback):
             self._write(trainer, self.result)
         self._reset()
 
+    # The metrics are no part of the compression state: Lightning leaves out a validation when a run is resumed from the
+    # last step before it, so that they depend on the checkpoints. All else is there, also in weights-only checkpoints.
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Return the metrics of the validations so far."""
+        return {"metrics": {name: [list(point) for point in curve] for name, curve in self._metrics.items()}}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the metrics of the validations so far."""
+        self._metrics = curves_of(state_dict["metrics"])
+
     # Private.
 
     @override
@@ -146,13 +159,12 @@ class CompressionReport(RecordingCallback):
     def _contents(self, trainer: Trainer, pl_module: LightningModule) -> RunReport:
         assert self.before is not None
         assert self.after is not None  # `conclude`
-        metrics = self.state(pl_module).get("metrics", {})
         callbacks = callbacks_of(trainer)
         return RunReport(
             before=self.before,
             after=self.after,
             history=self.history,
-            metrics={name: [(step, value) for step, value in curve] for name, curve in metrics.items()},
+            metrics=self._metrics,
             events=tuple(self.events(pl_module)),
             exports=tuple(export_reports(callbacks)),
             methods=tuple(repr(callback) for callback in callbacks if isinstance(callback, CompressionCallback)),

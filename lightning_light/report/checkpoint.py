@@ -13,7 +13,7 @@ from lightning_light.event_log import HISTORY
 from lightning_light.measure.history import History
 from lightning_light.measure.layer_table import LayerRow
 from lightning_light.measure.snapshot import Snapshot
-from lightning_light.report.contents import RunReport
+from lightning_light.report.contents import RunReport, curves_of
 from lightning_light.validation import validated
 
 __all__ = ["report_from_checkpoint"]
@@ -62,6 +62,7 @@ def report_from_checkpoint(source: str | os.PathLike[str] | Mapping[str, Any]) -
         )
     manifest = Manifest.decode(found[KEY]) if KEY in found else Manifest()
     recorded = next((manifest.state[name] for name in _RECORDERS if "now" in manifest.state.get(name, {})), None)
+    reports = [state for key, state in found.get("callbacks", {}).items() if key.startswith("CompressionReport")]
     events = tuple(manifest.state.get(HISTORY, {}).get("events", ()))
     if recorded is None:
         after = _snapshot({name: tuple(tensor.shape) for name, tensor in weights.items()}, weights)
@@ -70,7 +71,7 @@ def report_from_checkpoint(source: str | os.PathLike[str] | Mapping[str, Any]) -
         Snapshot.from_plain(recorded["before"]),
         Snapshot.from_plain(recorded["now"]),
         History.from_plain(recorded["history"]),
-        metrics={name: [(step, value) for step, value in curve] for name, curve in recorded.get("metrics", {}).items()},
+        metrics=next((curves_of(state["metrics"]) for state in reports), {}),
         events=events,
     )
 

@@ -15,7 +15,7 @@ from lightning_light.measure.comparison import compression_table
 from lightning_light.measure.history import History
 from lightning_light.measure.snapshot import Snapshot
 
-__all__ = ["Curve", "RunReport", "export_reports"]
+__all__ = ["Curve", "RunReport", "curves_of", "export_reports"]
 
 Curve = list[tuple[int, float]]
 """(optimizer step, value)."""
@@ -69,7 +69,7 @@ class RunReport:
             before=Snapshot.from_plain(plain["before"]),
             after=Snapshot.from_plain(plain["after"]),
             history=None if plain["history"] is None else History.from_plain(plain["history"]),
-            metrics={name: [(step, value) for step, value in curve] for name, curve in plain["metrics"].items()},
+            metrics=curves_of(plain["metrics"]),
             events=tuple(plain["events"]),
             exports=tuple(plain["exports"]),
             methods=tuple(plain["methods"]),
@@ -137,6 +137,11 @@ class RunReport:
 
     def _repr_html_(self) -> str:
         return self.summary_table().html() + self.layer_table().html()
+
+
+def curves_of(plain: Mapping[str, Iterable[Any]]) -> dict[str, Curve]:
+    """Restore curves from lists of two numbers per point."""
+    return {name: [(step, value) for step, value in points] for name, points in plain.items()}
 
 
 def export_reports(callbacks: Iterable[object]) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ pre { background: #f6f6f6; padding: .6rem; white-space: pre-wrap; overflow-wrap:
 """
 
 
+@validated
 def write_report(report: RunReport, path: str | os.PathLike[str]) -> None:
     """Write ``report`` as HTML to ``path``, and as JSON beside it, with the suffix ``.json``.
 
