@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
-__all__ = ["DataTable", "human_bytes", "human_count", "human_percent", "plural", "short_names"]
+__all__ = ["DataTable", "human_bytes", "human_count", "human_percent", "layer_lines", "plural", "short_names"]
 
 _ARROW = " → "
 _DIM, _GREEN, _BOLD, _PLAIN = "\x1b[2m", "\x1b[32m", "\x1b[1m", "\x1b[0m"
@@ -184,6 +184,21 @@ def short_names(names: Sequence[str], longest: int = 40) -> list[str]:
     cut = [".".join(name.split(".")[shared:]) or "model" for name in names]
     half = longest // 2
     return [name if len(name) <= longest else f"{name[: longest - half - 1]}…{name[-half:]}" for name in cut]
+
+
+def layer_lines(lines: Sequence[str], *notes: str) -> DataTable:
+    """Return lines of the form ``layer: what is planned for it`` as a table.
+
+    Example:
+        >>> print(layer_lines(["conv: 16 -> 8 channels"]))
+          layer  plan
+         ─────────────────────────
+          conv   16 -> 8 channels
+    """
+    parts = (line.partition(": ") for line in lines)
+    return DataTable(
+        ("layer", "plan"), tuple((name, plan) for name, _, plan in parts), notes=notes, text_columns=frozenset({"plan"})
+    )
 
 
 def plural(count: int, noun: str) -> str:

@@ -682,3 +682,29 @@ def test_the_effect_of_sparsity_is_reported(board: TensorBoardLogger, capsys: py
     assert "effective MACs (nonzero weights)" in printed
     assert "size after compression (DEFLATE)" in printed
     assert "0 → 2" in printed
+
+
+# Other loggers, where they are installed.
+
+
+def test_wandb_gets_the_curves_and_the_table(tmp_path: Path) -> None:
+    wandb = pytest.importorskip("wandb")
+    logger = pl.loggers.WandbLogger(save_dir=tmp_path, offline=True)
+    trainer(Events(cuts=(2,)), CompressionMonitor(), logger=logger, max_epochs=1).fit(Lit(), Loader())
+    summary = dict(logger.experiment.summary)
+    wandb.finish()
+    assert summary["compression_layers/channels/net.conv1"] == 4
+    assert "compression/table" in summary
+    assert list(tmp_path.rglob("*.table.json"))
+
+
+def test_mlflow_gets_the_curves_and_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # a database needs more than `mlflow-skinny`
+    files = tmp_path / "runs"
+    logger = pl.loggers.MLFlowLogger(tracking_uri=files.as_uri())
+    trainer(Events(cuts=(2,)), CompressionMonitor(), logger=logger, max_epochs=1).fit(Lit(), Loader())
+    client = logger.experiment
+    history = client.get_metric_history(logger.run_id, "compression_layers/channels/net.conv1")
+    assert [(point.step, point.value) for point in history][:3] == [(0, 8.0), (1, 8.0), (2, 4.0)]
+    assert "| net.conv1 | 8 → 4 |" in next(files.rglob("compression.md")).read_text()
