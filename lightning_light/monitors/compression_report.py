@@ -93,6 +93,7 @@ class CompressionReport(RecordingCallback):
         """Refuse, before anything is trained, a report that cannot be drawn."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
+            self._metrics = {}  # those of a checkpoint are restored between here and `on_fit_start`
             check_matplotlib(repr(self))
             if self.baseline is not None:
                 RunReport.read(self.baseline)
@@ -102,7 +103,6 @@ class CompressionReport(RecordingCallback):
         """Record the network before it is compressed."""
         super().on_fit_start(trainer, pl_module)
         self.result, self._validation = None, ValidationMetrics()
-        self._metrics = {}  # those of a checkpoint are restored later
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
