@@ -90,7 +90,7 @@ def main() -> None:
     args = parser.parse_args()
 
     pruning = ll.StructuredPruning(ll.MACs(0.4), schedule=ll.Window(ll.Cubic(), start=0.3, end=0.7))
-    before = train([], ll.MobileExport(args.out / "dense.ptl"), args)
+    before = train([ll.CompressionMonitor(table=False)], ll.MobileExport(args.out / "dense.ptl"), args)
     after = train([pruning, ll.CompressionMonitor()], ll.MobileExport(args.out / "pruned.ptl"), args)
     table = Table("", "test accuracy", "parameters", "MACs", "file", "latency", title="Before -> after")
     table.add_row("dense", *before)

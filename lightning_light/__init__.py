@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         monitors as monitors,
         quantization as quantization,
         reparameterization as reparameterization,
+        report as report,
         schedules as schedules,
         sparsity as sparsity,
         structured as structured,
@@ -75,7 +76,10 @@ if TYPE_CHECKING:
         factorize_checkpoint as factorize_checkpoint,
     )
     from lightning_light.measure import measure_sparsity as measure_sparsity
-    from lightning_light.monitors import CompressionMonitor as CompressionMonitor
+    from lightning_light.monitors import (
+        CompressionMonitor as CompressionMonitor,
+        CompressionReport as CompressionReport,
+    )
     from lightning_light.quantization import (
         LSQ as LSQ,
         Int8 as Int8,
@@ -165,7 +169,7 @@ _NAMES = {
         "factorize_checkpoint",
     ),
     "measure": ("measure_sparsity",),
-    "monitors": ("CompressionMonitor",),
+    "monitors": ("CompressionMonitor", "CompressionReport"),
     "reparameterization": ("Reparameterization", "merge_branches"),
     "quantization": (
         "Int8",
@@ -224,6 +228,7 @@ _MODULES = {
     "ranking": "structured.ranking",
     "recipes": "quantization.recipes",
     "reparameterization": "reparameterization",
+    "report": "report",
     "schedules": "schedules",
     "sparsity": "sparsity",
     "structured": "structured",

@@ -12,6 +12,7 @@ import torch
 from typing_extensions import override
 
 from lightning_light.errors import NoEffectWarning
+from lightning_light.event_log import HISTORY, History, add_event, event_text
 from lightning_light.helper_networks import first_call, frozen_parts, helper_networks
 from lightning_light.host.classes import Callback
 from lightning_light.host.patches import InstancePatch, wrap_method
@@ -29,12 +30,15 @@ from lightning_light.surgery.distributed import check_agreement, log_rank_zero, 
 from lightning_light.surgery.manifest import naming_file, register_state
 from lightning_light.surgery.optimizer import check_optimizers
 from lightning_light.surgery.state import CompressionState
+from lightning_light.terminal import above_progress_bar
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from torch import Tensor, nn
 
 __all__ = ["CompressionCallback"]
+
+register_state(HISTORY, History)
 
 
 class CompressionCallback(Callback):
@@ -248,6 +252,7 @@ class CompressionCallback(Callback):
         entry: Mapping[str, Any],
         summary: str,
         *,
+        part: str = "",
         kept: Mapping[str, Mapping[int, Tensor]] | None = None,
     ) -> None:
         """Let everything that refers to the network follow: checkpoints, averaged copies, DDP, compiled code.
@@ -260,6 +265,7 @@ class CompressionCallback(Callback):
             pl_module: the live module, changed.
             entry: what the edit log records: plain types under the name of a registered operation.
             summary: what has happened, for the log line.
+            part: as in `log_event`.
             kept: for ``channels``: tensor name -> dimension -> positions that stayed.
         """
         shapes = {name: tuple(parameter.shape) for name, parameter in pl_module.named_parameters()}
@@ -272,7 +278,23 @@ class CompressionCallback(Callback):
         if "torch._dynamo" in sys.modules:
             torch.compiler.reset()  # else the ninth shape falls back to eager code without a word
         reset_monitoring(trainer)
-        log_rank_zero(trainer, f"{type(self).method}: {summary}")
+        self.log_event(trainer, pl_module, summary, part=part)
+
+    def log_event(self, trainer: Trainer, pl_module: LightningModule, summary: str, *, part: str = "") -> None:
+        """Log one line, and keep it in the history that every checkpoint holds. Call it on every rank.
+
+        A line that the method repeats is logged at the level ``DEBUG``, and not kept again.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: the live module.
+            summary: what has happened, in at most about 60 characters.
+            part: which event of the run it is: ``"4/10"``.
+        """
+        event = {"step": steps_done(trainer), "epoch": trainer.current_epoch, "method": type(self).method}
+        event |= {"summary": summary, **({"part": part} if part else {})}
+        add_event(self.compression_state(pl_module).state, event)
+        log_rank_zero(trainer, event_text(event), once=True)
 
     def _warn_if_ended_early(self, trainer: Trainer) -> None:
         """Warn if ``max_time`` or early stopping ended the run before the last change."""
@@ -306,7 +328,8 @@ class CompressionCallback(Callback):
 
     def _no_effect(self, reason: str) -> None:
         """Warn that the method found nothing to do, by name and with the reason."""
-        warnings.warn(f"`{type(self).__name__}` had no effect: {reason}", NoEffectWarning, stacklevel=2)
+        with above_progress_bar():
+            warnings.warn(f"`{type(self).__name__}` had no effect: {reason}", NoEffectWarning, stacklevel=2)
 
 
 def _peers(trainer: Trainer) -> list[CompressionCallback]:

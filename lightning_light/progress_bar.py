@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import TypeVar
-
-from rich.console import Console
-from rich.progress import track
 
 __all__ = ["with_progress_bar"]
 
@@ -15,6 +13,8 @@ T = TypeVar("T")
 
 def with_progress_bar(items: Iterable[T], total: int, description: str, *, shown: bool) -> Iterable[T]:
     """``items``, with a bar that is removed when it is done."""
-    console = Console(stderr=True)
-    hidden = not (shown and console.is_terminal)
-    return track(items, description, total=total, console=console, transient=True, disable=hidden)
+    from tqdm import tqdm
+
+    hidden = not (shown and sys.stderr.isatty())
+    bar: Iterable[T] = tqdm(items, description, total, leave=False, disable=hidden, dynamic_ncols=True)
+    return bar

@@ -24,25 +24,24 @@ METHODS = {
     "monitors",
     "quantization",
     "reparameterization",
-    "report",
     "search",
     "sparsity",
     "structured",
     "substitution",
 }
-CORE = {"criteria", "dependency", "host", "measure", "surgery"}
+CORE = {"criteria", "dependency", "host", "measure", "report", "surgery"}
 HOSTS = {"lightning", "pytorch_lightning", "lightning_fabric"}
 HOST_FOLDER = "host"  # the one folder of the core that may import a host, and use its private names
 DEPENDENCIES = HOSTS | {
     "PIL",
     "lightning_light",
     "numpy",
-    "rich",
     "safetensors",
     "tensorboard",
     "torch",
     "torch_pruning",
     "torchmetrics",
+    "tqdm",
     "typing_extensions",
 }
 OPTIONAL = {"executorch", "jsonargparse", "matplotlib", "onnx_ir", "onnxruntime"}  # of an extra: imported where used

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lightning_light.measure.history import History
 from lightning_light.monitors import report_image
-from lightning_light.monitors.history import History
 
 
 def main(run: Path) -> None:

@@ -23,12 +23,13 @@ from lightning_light.clustering.codebooks import (
 from lightning_light.clustering.files import clustered_sizes, save_clustered
 from lightning_light.clustering.kmeans import Initialization
 from lightning_light.clustering.options import ClusterCount, Granularity, WeightClusteringOptions
+from lightning_light.formatting import plural
 from lightning_light.order import DEFAULT_WINDOWS, Stage
 from lightning_light.progress import steps_done, steps_planned, training_progress
 from lightning_light.schedules import resolve_moment
 from lightning_light.surgery.attachment import check_owners
 from lightning_light.surgery.averaged_models import averaged_models_of
-from lightning_light.surgery.distributed import broadcast, log_rank_zero, refuse_sharding
+from lightning_light.surgery.distributed import broadcast, refuse_sharding
 from lightning_light.surgery.schema import Context, Needs, Rule, TensorOf, damage
 from lightning_light.targets import TargetsLike
 from lightning_light.validation import Moment, PositiveFloat, validated
@@ -286,11 +287,8 @@ class WeightClustering(CompressionCallback):
             logger.log_metrics(metrics, step=steps_done(trainer))
         for name, value in bits.items():
             self.state(pl_module)["layers"][name]["coded_bits"] = value
-        log_rank_zero(
-            trainer,
-            f"{self.method}: {len(bits)} layers with at most {self.options.clusters} values, {total:.2f} bits per "
-            "weight after Huffman coding, codebooks included",
-        )
+        values = f"{plural(len(bits), 'layer')} of at most {self.options.clusters} values"
+        self.log_event(trainer, pl_module, f"{values}, {total:.2f} bits per weight when coded")
 
     def _no_effect_reason(self, pl_module: LightningModule) -> str:
         if "layers" in self.state(pl_module):

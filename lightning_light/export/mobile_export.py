@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import logging
 import os
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from lightning_light.export.parity import Tolerance
 from lightning_light.export.recorder import Recorder
 from lightning_light.export.report import ExportReport
 from lightning_light.export.validation import ValidationEvaluator
+from lightning_light.formatting import human_bytes
 from lightning_light.host.classes import is_host
 from lightning_light.host.trainer import callbacks_of
 from lightning_light.int8 import quantizers_of
@@ -216,7 +218,10 @@ class MobileExport(CompressionCallback):
         try:
             if trainer.is_global_zero:
                 self.report = self._export(trainer, pl_module)
-                log_rank_zero(trainer, f"{self.method}: {self.report.summary()}")
+                latency = f"{self.report.latency.median * 1e3:.3g} ms per sample"
+                written = f"{Path(self.path).name}, {human_bytes(self.report.bytes)}, {latency}"
+                log_rank_zero(trainer, f"mobile export: {written}")
+                log_rank_zero(trainer, f"{self.method}: {self.report.summary()}", level=logging.DEBUG)
         finally:
             self._conclude(trainer, sys.exc_info()[1])
 

@@ -11,6 +11,7 @@ from typing import Any
 from lightning_light.atomic import atomic_write
 from lightning_light.export.evaluation import Evaluation, MetricComparison
 from lightning_light.export.parity import Parity, Tolerance
+from lightning_light.formatting import DataTable, human_bytes, plural
 from lightning_light.measure import LatencyStats
 
 __all__ = ["ExportReport"]
@@ -91,6 +92,17 @@ class ExportReport:
             f"on {self.parity.samples} samples{'' if self.parity_batches else ', the example input only'}"
             f"{self._notes()}"
         )
+
+    def _repr_html_(self) -> str:
+        lines = (
+            ("file", self.file),
+            ("runtime", self.runtime),
+            ("size", human_bytes(self.bytes)),
+            ("latency per sample", f"{1e3 * self.latency.median:.3g} ms, {plural(self.latency.threads, 'thread')}"),
+            ("largest difference", f"{self.parity.max_absolute:.1e} on {plural(self.parity.samples, 'sample')}"),
+            ("metrics", self.evaluation.summary() if self.evaluation else ""),
+        )
+        return DataTable(("", "exported"), lines, text_columns=frozenset({"exported"})).html()
 
     def _notes(self) -> str:
         steps = [f"{name} {off:.3g} quantization steps" for name, off in self.parity.quant_steps.items()]

@@ -360,15 +360,16 @@ class LowRankFactorization(CompressionCallback):
         if self.dry_run:
             log_rank_zero(trainer, "\n  ".join([f"{self.method}: dry run, would have {plan.summary()}", *plan.lines()]))
         elif plan.layers:
-            self._carry_out(trainer, pl_module, plan, last=due == len(self._points))
+            self._carry_out(trainer, pl_module, plan, due)
         state.setdefault("final_forms", plan.final_forms)
         if due == len(self._points):
             state.pop("inputs", None)
         state |= {"events": due, "fraction": fraction}
         self._log_metrics(trainer, pl_module, plan, fraction)
 
-    def _carry_out(self, trainer: Trainer, pl_module: LightningModule, plan: FactorizationPlan, *, last: bool) -> None:
+    def _carry_out(self, trainer: Trainer, pl_module: LightningModule, plan: FactorizationPlan, due: int) -> None:
         """Replace the layers; at the last event, correct the batch-norm statistics."""
+        part, last = f"{due}/{len(self._points)}", due == len(self._points)
         state, averaged_models = self.state(pl_module), averaged_models_of(trainer, pl_module)
         self._before_surgery(trainer, pl_module)
         before = self._statistics(trainer, pl_module) if last else {}
@@ -378,7 +379,7 @@ class LowRankFactorization(CompressionCallback):
             move_statistics(network, before, after, {})
         state["layers"] = {**state.get("layers", {}), **_layer_states(plan)}
         self.claim(pl_module, state["layers"])
-        self._after_surgery(trainer, pl_module, entry, plan.summary())
+        self._after_surgery(trainer, pl_module, entry, plan.summary(), part=part)
         log_rank_zero(trainer, "\n  ".join([f"{self.method}: {plan.summary()}", *plan.lines()]), level=logging.DEBUG)
 
     def _statistics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Statistics]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_light.budgets import Budget, MACs
 from lightning_light.errors import BudgetError
+from lightning_light.formatting import human_count, layer_lines
 from lightning_light.lowrank.allocate import Choice, allocate, frontier
 from lightning_light.lowrank.layers import FactorizableLayer
 from lightning_light.lowrank.options import FactorizationOptions, RankAllocation
@@ -120,8 +121,11 @@ class FactorizationPlan:
     def summary(self) -> str:
         """Return one line for the whole network."""
         count = len(self.layers) + len(self.skipped)
-        cost = f"{self.quantity} {self.before:.6g} -> {self.after:.6g}"
+        cost = f"{self.quantity} {human_count(self.before)} → {human_count(self.after)}"
         return f"factorized {len(self.layers)} of {count} layers, {cost}"
+
+    def _repr_html_(self) -> str:
+        return layer_lines(self.lines(), self.summary()).html()
 
 
 def plan_factors(

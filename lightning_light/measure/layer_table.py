@@ -40,8 +40,9 @@ class LayerRow:
         params: elements of the layer's own parameters.
         macs: MACs that ran in the layer itself.
         sparsity: fraction of its weights (not biases) that is zero, in [0, 1].
-        bits: mean bit width of the data type of its weights.
+        bits: mean bit width of its weights: of their data type, or of their fake quantization.
         dead_filters: outputs whose weights are all zero.
+        bytes: of the layer's own parameters, as they are stored.
     """
 
     name: str
@@ -53,6 +54,7 @@ class LayerRow:
     sparsity: float
     bits: float
     dead_filters: int = 0
+    bytes: int = 0
 
 
 @validated
@@ -105,6 +107,7 @@ def _row(name: str, module: nn.Module, macs: int, params: int) -> LayerRow:
         sparsity=zero_fraction(weights),
         bits=bits / elements if elements else 0.0,
         dead_filters=dead_filters(module, weights),
+        bytes=sum(own.numel() * own.element_size() for own in module.parameters(recurse=False)),
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lightning_light.formatting import DataTable, human_bytes, human_count, human_percent
 from lightning_light.isolation import isolated
 from lightning_light.measure.cost import Cost, count_params
 from lightning_light.measure.layer_table import LayerRow, effective_macs, layer_table, weight_matrices
@@ -37,6 +38,19 @@ class SparsityReport:
     effective_macs: int | None
     bytes: int
     deflated: int
+
+    def table(self) -> DataTable:
+        """Return a table of every layer; a notebook shows it."""
+        lines = tuple(
+            (row.name, human_percent(row.sparsity), str(row.dead_filters), human_count(row.params))
+            for row in self.layers
+        )
+        total = ("total", human_percent(self.sparsity), str(self.dead_filters), "")
+        size = f"{human_bytes(self.bytes)}, {human_bytes(self.deflated)} after compression (DEFLATE)"
+        return DataTable(("layer", "sparsity", "dead filters", "params"), lines, totals=(total,), notes=(size,))
+
+    def _repr_html_(self) -> str:
+        return self.table().html()
 
 
 @validated

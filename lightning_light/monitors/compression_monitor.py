@@ -6,51 +6,60 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from rich.console import Console
-from rich.measure import Measurement
 from typing_extensions import override
 
-from lightning_light.callback import CompressionCallback
+from lightning_light.formatting import human_bytes, human_count
 from lightning_light.host.classes import is_host
 from lightning_light.host.modules import add_hparams, logs_hparams
 from lightning_light.host.patches import InstancePatch
 from lightning_light.host.trainer import callbacks_of
-from lightning_light.measure.layer_stats import layer_stats
+from lightning_light.measure.comparison import compression_table
 from lightning_light.measure.size import deflated_bytes
 from lightning_light.measure.sparsity import mask_churn
-from lightning_light.monitors.dashboard import add_heat_maps, add_histograms, add_layout
-from lightning_light.monitors.hparams import method_hparams
-from lightning_light.monitors.recorder import CostCounter, PlainRecorder, Recorder, is_countable
-from lightning_light.monitors.scalars import PREFIX, custom_layout, layer_scalars, total_scalars
-from lightning_light.monitors.table import compression_markdown, compression_table, human_bytes, human_count
-from lightning_light.order import Stage
-from lightning_light.progress import steps_done
-from lightning_light.surgery.distributed import refuse_sharding
-from lightning_light.surgery.stored_example import restore_or_capture_example, store_example
-from lightning_light.targets import Targets, as_targets
+from lightning_light.monitors.artifacts import log_table
+from lightning_light.monitors.dashboard import add_events, add_heat_maps, add_histograms, add_layout
+from lightning_light.monitors.hparams import defer_hparams, final_metrics, method_hparams
+from lightning_light.monitors.recording import RecordingCallback
+from lightning_light.monitors.scalars import (
+    DETAILS,
+    PREFIX,
+    custom_layout,
+    extra_scalars,
+    layer_scalars,
+    planned_scalars,
+    remaining_scalars,
+    total_scalars,
+)
+from lightning_light.monitors.validation_metrics import ValidationMetrics
+from lightning_light.progress import steps_done, training_progress
+from lightning_light.targets import Targets
+from lightning_light.terminal import above_progress_bar
 from lightning_light.validation import PositiveInt, validated
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
-    from rich.table import Table
-    from torch import Tensor, nn
+    from torch import Tensor
 
-    from lightning_light.monitors.history import History
-    from lightning_light.monitors.snapshot import Snapshot
+    from lightning_light.measure.snapshot import Snapshot
+    from lightning_light.monitors.recorder import Recorder
 
 __all__ = ["CompressionMonitor"]
 
 
 @validated
-class CompressionMonitor(CompressionCallback):
+class CompressionMonitor(RecordingCallback):
     """Log the cost of a network while it is compressed, and print a table of every layer before and after.
 
-    Every logger gets the totals (``compression/params``, ``macs``, ``bytes``, ``sparsity``, ``bits``), their remaining
-    fractions (``compression/macs_remaining``, ...), the effect of sparsity (``effective_macs``, ``dead_filters``,
-    ``churn`` of masks), and the same per layer (``compression/channels/<layer>``, ...), at Lightning's own steps; and
-    the numbers of the methods per layer, such as its rank, the energy kept, and the bits per weight in a coded file.
-    TensorBoard also gets histograms of weights, a heat map of the layers, a layout for its Custom Scalars page, and
-    the table. The totals are in ``trainer.callback_metrics`` too.
+    Every logger gets the totals ``compression/macs``, ``params``, ``size``, ``sparsity`` and ``bits``, beside them what
+    the schedule of a budget planned (``macs_planned``), and the number of events so far (``events``); under
+    ``compression_layers/<quantity>/<layer>`` what changes of a layer; and under ``compression_details`` what only some
+    methods change (``dead_filters``, ``churn`` of masks, ``effective_macs`` of nonzero weights), at Lightning's own
+    steps. Fake-quantized weights count as they will be stored. The final table is an artifact. TensorBoard also gets
+    the events as text, histograms of weights, a heat map of the layers, a page of Custom Scalars, and hyper-parameters
+    together with the final metrics, so that the runs of a sweep can be compared.
+
+    The totals are in ``trainer.callback_metrics`` too, with their remaining fractions (``compression/macs_remaining``).
+    The progress bar shows what has changed: ``macs`` and ``params`` as remaining fractions, ``sparsity``, ``bits``.
 
     "Before" is the network at the start of the first fit; it is in every checkpoint, so a resumed run compares with
     the same. The run is equal to the last bit with and without the monitor. MACs are per sample.
@@ -72,10 +81,11 @@ class CompressionMonitor(CompressionCallback):
         per_layer: log curves of each layer, not only of the whole network.
         histograms: log histograms of each layer's weights to TensorBoard, once per epoch.
         heat_map: log a heat map of the layers to TensorBoard, once per epoch.
-        layout: add a ``compression`` section to TensorBoard's Custom Scalars, beside the user's.
-        hparams: add the arguments of every compression method to the hyper-parameters of the loggers.
-        deflate: at the end, measure the size of the parameters and buffers after lossless compression.
-        progress_bar: show the remaining MACs and the sparsity in the progress bar.
+        layout: add a ``Compression`` section to TensorBoard's Custom Scalars, beside the user's.
+        hparams: add the methods and their budgets to the hyper-parameters of the loggers.
+        deflate: at the end, measure the size of the parameters and buffers after lossless compression; not of a
+            fake-quantized network, whose weights are still float.
+        progress_bar: show what has changed in the progress bar.
         table: print the table of every layer before and after at the end of fit.
 
     Attributes:
@@ -90,17 +100,13 @@ class CompressionMonitor(CompressionCallback):
     """
 
     method: ClassVar[str] = "compression_monitor"
-    stage: ClassVar[int] = Stage.MONITORS
-    state_schema: ClassVar[Any] = PlainRecorder
-    structural: ClassVar[bool] = False
 
-    _cost_counter: CostCounter | None = None
-    _recorder: Recorder | None = None
     _last_step: int | None = None  # of the last record
     _masks: Mapping[str, Tensor] | None = None  # copies, of the last record
-    _parameters: tuple[nn.Parameter, ...] = ()
-    _last_signature: tuple[Any, ...] = ()
-    _hparams_patch: InstancePatch | None = None
+    _patches: tuple[InstancePatch, ...] = ()
+    _curves: frozenset[str] = frozenset()  # tags of a layer, or of an extra quantity, that have changed
+    _events_written: int = 0
+    _validation: ValidationMetrics | None = None
 
     def __init__(
         self,
@@ -116,6 +122,7 @@ class CompressionMonitor(CompressionCallback):
         progress_bar: bool = True,
         table: bool = True,
     ) -> None:
+        super().__init__()
         self.every_n_steps = every_n_steps
         self.layers = layers
         self.per_layer = per_layer
@@ -126,34 +133,29 @@ class CompressionMonitor(CompressionCallback):
         self.deflate = deflate
         self.progress_bar = progress_bar
         self.table = table
-        self.before: Snapshot | None = None
-        self.after: Snapshot | None = None
-        self.history: History | None = None
 
     # Lightning's hooks, in the order a run meets them.
 
     @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a strategy that shards the parameters."""
-        super().setup(trainer, pl_module, stage)
-        refuse_sharding(
-            trainer,
-            "CompressionMonitor",
-            "each process counts all of them",
-            "Leave the monitor out, or use `strategy='ddp'`.",
-        )
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Record the network before it is compressed, and add the budgets to the hyper-parameters."""
+        super().on_fit_start(trainer, pl_module)
+        self._validation = ValidationMetrics()
+        self._events_written = len(self.events(pl_module))
+        if self.hparams and trainer.is_global_zero:
+            self._patches = self._add_hparams(trainer, pl_module)
 
     @override
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Record the network before it is compressed, and add the methods' arguments to the hyper-parameters."""
-        super().on_fit_start(trainer, pl_module)
-        self._reset()
-        self.before = self.after = self.history = None
-        self._cost_counter = CostCounter(restore_or_capture_example(pl_module, self.state(pl_module)))
-        if is_countable(pl_module):
-            self._recorder = self._start_recorder(pl_module)
-        if self.hparams and trainer.is_global_zero:
-            self._add_hparams(trainer, pl_module)
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note which metrics there are."""
+        if self._validation is not None:
+            self._validation.start(trainer.callback_metrics)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note which metrics the validation has logged."""
+        if self._validation is not None:
+            self._validation.end(trainer.callback_metrics)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -167,17 +169,13 @@ class CompressionMonitor(CompressionCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Record the network if that is due or the structure has changed; every method has acted by now."""
-        if self._cost_counter is not None:
-            store_example(self.state(pl_module), self._cost_counter.captured)
+        """Record the network if that is due or a method has changed it; every method has acted by now."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if not self._is_due(trainer, pl_module):
             return
-        recorder = self._record(trainer, pl_module)
-        self._log_scalars(trainer, recorder, self._churn(pl_module))
+        recorder = self.record(trainer, pl_module)
+        self._log_scalars(trainer, pl_module, recorder)
         self._log_metrics(pl_module, recorder)
-        if self.layout and self._last_step is None:
-            for writer, folder in self._tensorboards(trainer):
-                add_layout(writer, folder, custom_layout(per_layer=self.per_layer))
         self._last_step = steps_done(trainer)
 
     @override
@@ -187,53 +185,28 @@ class CompressionMonitor(CompressionCallback):
             self._draw(trainer, pl_module, self._recorder)
 
     @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Record the network for a checkpoint that is saved after the run."""
-        if self._recorder is not None:
-            self._record(trainer, pl_module)
-
-    @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Report the result, after other callbacks have exported and converted in ``on_fit_end``."""
         super().teardown(trainer, pl_module, stage)
         self._remove_hparams()
         if stage == "fit" and self._recorder is not None:
-            self._report(trainer, pl_module, self._recorder)
+            self._report(trainer, pl_module)
         self._reset()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Log the metrics that there are; the base class releases the module."""
+        if self._recorder is not None:
+            self._log_final_metrics(trainer, self._recorder.now)
+        super().on_exception(trainer, pl_module, exception)
 
     # Private: when to record, and what.
 
+    @override
     def _reset(self) -> None:
-        if self._cost_counter is not None:
-            self._cost_counter.captured.remove()
-        self._cost_counter = self._recorder = self._last_step = self._masks = None
-        self._parameters, self._last_signature = (), ()
-
-    def _start_recorder(self, pl_module: LightningModule) -> Recorder:
-        """Restore the recorder of a checkpoint, or start one."""
-        layers = None if self.layers is None else list(as_targets(self.layers).select(pl_module))
-        assert self._cost_counter is not None
-        cost, state = self._cost_counter(pl_module), self.state(pl_module)
-        if "before" in state:
-            return Recorder.from_plain(state, pl_module, cost)
-        recorder = Recorder(pl_module, cost, layers=layers)
-        state.update(recorder.plain())
-        return recorder
-
-    def _record(self, trainer: Trainer, pl_module: LightningModule) -> Recorder:
-        if self._recorder is None:  # lazy layers have shapes after the first forward pass
-            self._recorder = self._start_recorder(pl_module)
-        assert self._cost_counter is not None
-        self._recorder.update(
-            pl_module, self._cost_counter(pl_module), steps_done(trainer), self._layer_stats(pl_module)
-        )
-        self.state(pl_module).update(self._recorder.plain())
-        self._parameters = tuple(pl_module.parameters())
-        self._last_signature = self._signature(pl_module)
-        return self._recorder
-
-    def _layer_stats(self, pl_module: LightningModule) -> dict[str, dict[str, float]]:
-        return layer_stats(self.compression_state(pl_module).state)
+        super()._reset()
+        self._last_step = self._masks = self._validation = None
+        self._curves = frozenset()
 
     def _is_due(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         step = steps_done(trainer)
@@ -241,11 +214,7 @@ class CompressionMonitor(CompressionCallback):
             return True
         every = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
         on_time = every > 0 and step % every == 0 and step != self._last_step
-        return on_time or self._last_signature != self._signature(pl_module)
-
-    def _signature(self, pl_module: LightningModule) -> tuple[Any, ...]:
-        """Return a cheap value that changes with the structure."""
-        return len(self.compression_state(pl_module).edit_log), [parameter.shape for parameter in self._parameters]
+        return on_time or self.has_changed(pl_module)
 
     def _copy_masks(self, pl_module: LightningModule) -> dict[str, Tensor]:
         """Copy the masks of every method from the compression state."""
@@ -255,26 +224,58 @@ class CompressionMonitor(CompressionCallback):
     def _churn(self, pl_module: LightningModule) -> dict[str, float]:
         """Return the fraction of mask entries that has changed since the last record; nothing without masks."""
         before, self._masks = self._masks or {}, self._copy_masks(pl_module)
-        return {f"{PREFIX}/churn": mask_churn(before, self._masks)} if before or self._masks else {}
+        return {f"{DETAILS}/churn": mask_churn(before, self._masks)} if before or self._masks else {}
 
     # Private: where it is written.
 
-    def _log_scalars(self, trainer: Trainer, recorder: Recorder, churn: Mapping[str, float]) -> None:
+    def _log_scalars(self, trainer: Trainer, pl_module: LightningModule, recorder: Recorder) -> None:
         """Log to every logger at Lightning's own steps, not through ``self.log`` and its intervals."""
+        churn, events = self._churn(pl_module), self.events(pl_module)
         if not trainer.is_global_zero:
             return
-        scalars = {**total_scalars(recorder.now, recorder.before), **churn}
-        if self.per_layer:
-            scalars |= layer_scalars(recorder.now, recorder.layers)
-        for logger in trainer.loggers:
-            logger.log_metrics(scalars, step=steps_done(trainer))
+        step, first, now = steps_done(trainer), *(self._parts(one, recorder) for one in (recorder.before, recorder.now))
+        begun = {tag for tag, value in now.items() if value != first.get(tag)} - self._curves
+        earlier = {tag: first[tag] for tag in begun if tag in first}
+        for past in sorted({recorder.history.steps[0], step - 1}) if earlier else ():
+            if past < step:  # so that a curve begins flat, and falls at the step of the change
+                _log(trainer, earlier, past)
+        self._curves |= begun
+        scalars = {**total_scalars(recorder.now), **self._planned(trainer, pl_module), **churn}
+        scalars |= {tag: now[tag] for tag in now if tag in self._curves}
+        if events:
+            scalars[f"{PREFIX}/events"] = float(len(events))
+        _log(trainer, scalars, step)
+        for writer, folder in self._tensorboards(trainer):
+            add_events(writer, events[self._events_written :])
+            if self.layout and (begun or self._last_step is None):
+                add_layout(writer, folder, custom_layout(scalars.keys()))
+        self._events_written = len(events)
+
+    def _parts(self, snapshot: Snapshot, recorder: Recorder) -> dict[str, float]:
+        """Return the scalars that are logged from their first change on."""
+        return extra_scalars(snapshot) | (layer_scalars(snapshot, recorder.layers) if self.per_layer else {})
+
+    def _planned(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+        callbacks, dense = callbacks_of(trainer), self.compression_state(pl_module).references
+        if not any(hasattr(callback, "budget") for callback in callbacks):
+            return {}  # the run may have no planned end
+        return planned_scalars(callbacks, dense, training_progress(trainer), trainer.max_epochs)
 
     def _log_metrics(self, pl_module: LightningModule, recorder: Recorder) -> None:
         """Log for other callbacks (``ModelCheckpoint(monitor="compression/macs_remaining")``) and the progress bar."""
-        remaining = "params_remaining" if recorder.before.macs is None else "macs_remaining"
-        shown = {f"{PREFIX}/sparsity", f"{PREFIX}/{remaining}"} if self.progress_bar else set()
-        for name, value in total_scalars(recorder.now, recorder.before).items():
-            pl_module.log(name, value, prog_bar=name in shown, logger=False, on_step=True, on_epoch=False, batch_size=1)
+        now, before = recorder.now, recorder.before
+        remaining = remaining_scalars(now, before)
+        for name, value in {**total_scalars(now), **extra_scalars(now), **remaining}.items():
+            _log_quietly(pl_module, name, value)
+        if self.progress_bar:
+            shares = {key: remaining.get(f"{PREFIX}/{key}_remaining", 1.0) for key in ("macs", "params")}
+            shown = {key: value for key, value in shares.items() if value != 1.0}
+            shown |= {"sparsity": now.sparsity} if now.sparsity != before.sparsity else {}
+            shown |= {"bits": now.bits} if now.bits != before.bits else {}
+            if "macs" in shown:
+                shown.pop("params", None)
+            for name, value in shown.items():
+                _log_quietly(pl_module, name, round(value, 2), prog_bar=True)
 
     def _draw(self, trainer: Trainer, pl_module: LightningModule, recorder: Recorder) -> None:
         for writer, _ in self._tensorboards(trainer):
@@ -283,55 +284,74 @@ class CompressionMonitor(CompressionCallback):
             if self.heat_map:
                 add_heat_maps(writer, recorder.history, steps_done(trainer))
 
-    def _report(self, trainer: Trainer, pl_module: LightningModule, recorder: Recorder) -> None:
-        cost = None if self._cost_counter is None else self._cost_counter(pl_module)
-        recorder.update(pl_module, cost, steps_done(trainer), self._layer_stats(pl_module))
-        if self.deflate and trainer.is_global_zero:
-            recorder.now = replace(recorder.now, deflated=deflated_bytes(pl_module))
-        self._log_scalars(trainer, recorder, self._churn(pl_module))
+    def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        recorder = self.conclude(trainer, pl_module)
+        assert recorder is not None
+        if self.deflate and trainer.is_global_zero and not _is_quantized(recorder.now):  # the float weights remain
+            self.after = recorder.now = replace(recorder.now, deflated=deflated_bytes(pl_module))
+        self._log_scalars(trainer, pl_module, recorder)
         self._draw(trainer, pl_module, recorder)
-        before, now, layers = recorder.before, recorder.now, recorder.layers
-        self.before, self.after, self.history = before, now, recorder.history
-        notes = _notes(trainer, now)
-        for writer, _ in self._tensorboards(trainer):
-            text = compression_markdown(before, now, layers=layers, notes=notes)
-            writer.add_text(f"{PREFIX}/table", text, steps_done(trainer))
-        if self.table and trainer.is_global_zero:
-            _print(compression_table(before, now, layers=layers, notes=notes))
+        self._log_final_metrics(trainer, recorder.now)
+        if not trainer.is_global_zero:
+            return
+        notes = _notes(trainer, recorder.now)
+        table = compression_table(recorder.before, recorder.now, layers=recorder.layers, notes=notes)
+        for logger in trainer.loggers:
+            log_table(logger, table, steps_done(trainer))
+        if self.table:
+            with above_progress_bar():
+                table.write()
 
     def _tensorboards(self, trainer: Trainer) -> list[tuple[Any, str]]:
         """Return the writer and the folder of each TensorBoard logger, on rank 0 only."""
-        loggers: list[Any] = trainer.loggers if trainer.is_global_zero else []
-        return [(each.experiment, each.log_dir) for each in loggers if is_host(each, "loggers.TensorBoardLogger")]
+        return [(logger.experiment, logger.log_dir) for logger in _tensorboard_loggers(trainer)]
 
     # Private: hyper-parameters. TensorBoard keeps only the first ones of a run, so all have to be logged at once.
 
-    def _add_hparams(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Add the methods' arguments to the user's hyper-parameters until Lightning has logged them."""
+    def _add_hparams(self, trainer: Trainer, pl_module: LightningModule) -> tuple[InstancePatch, ...]:
+        """Add the methods' budgets to the user's hyper-parameters until Lightning has logged them."""
         methods = method_hparams(callbacks_of(trainer))
-        if not methods:
-            return
+        deferred = [defer_hparams(logger) for logger in _tensorboard_loggers(trainer)]
         data = trainer.datamodule  # type: ignore[attr-defined]  # set by a connector
         for owner in (pl_module, data):
             if logs_hparams(owner):
-                if not methods.keys() <= owner.hparams_initial.keys():  # else another monitor has done it
-                    self._hparams_patch = add_hparams(owner, methods)
-                return
+                missing = not methods.keys() <= owner.hparams_initial.keys()  # else another monitor has done it
+                return (*deferred, add_hparams(owner, methods)) if missing else tuple(deferred)
         for logger in trainer.loggers:
             logger.log_hyperparams(methods)
+        return tuple(deferred)
 
     def _remove_hparams(self) -> None:
-        if self._hparams_patch is not None:
-            self._hparams_patch.undo()
-        self._hparams_patch = None
+        for patch in self._patches:
+            patch.undo()
+        self._patches = ()
+
+    def _log_final_metrics(self, trainer: Trainer, now: Snapshot) -> None:
+        """Write the hyper-parameters of TensorBoard's page together with the results."""
+        if not self.hparams or self._validation is None:
+            return
+        metrics = final_metrics(now, self._validation.values, callbacks_of(trainer))
+        for logger in _tensorboard_loggers(trainer):
+            if logger.hparams:
+                logger.log_hyperparams(dict(logger.hparams), metrics, steps_done(trainer))
 
 
-def _print(table: Table) -> None:
-    console = Console()
-    if not console.is_terminal:  # a file has no width
-        wide = console.options.update_width(1000)
-        console.width = max(console.width, Measurement.get(console, wide, table).maximum)
-    console.print(table)
+def _is_quantized(now: Snapshot) -> bool:
+    return any("weight_bits" in numbers for numbers in now.stats.values())
+
+
+def _tensorboard_loggers(trainer: Trainer) -> list[Any]:
+    loggers: list[Any] = trainer.loggers if trainer.is_global_zero else []
+    return [each for each in loggers if is_host(each, "loggers.TensorBoardLogger")]
+
+
+def _log(trainer: Trainer, scalars: dict[str, float], step: int) -> None:
+    for logger in trainer.loggers:
+        logger.log_metrics(scalars, step=step)
+
+
+def _log_quietly(pl_module: LightningModule, name: str, value: float, *, prog_bar: bool = False) -> None:
+    pl_module.log(name, value, prog_bar=prog_bar, logger=False, on_step=True, on_epoch=False, batch_size=1)
 
 
 def _notes(trainer: Trainer, now: Snapshot) -> list[str]:

@@ -10,28 +10,39 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lightning_light.event_log import event_text
 from lightning_light.isolation import isolated
+from lightning_light.measure.history import History
+from lightning_light.measure.layer_matching import is_within
 from lightning_light.measure.layer_table import layer_weights
 from lightning_light.monitors.heat_map import Quantity, heat_map
-from lightning_light.monitors.history import History
-from lightning_light.monitors.layer_matching import is_within
-from lightning_light.monitors.scalars import PREFIX
+from lightning_light.monitors.scalars import LAYERS, PREFIX
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
     from torch.utils.tensorboard import SummaryWriter
 
-__all__ = ["add_heat_maps", "add_histograms", "add_layout", "read_layout"]
+__all__ = ["add_events", "add_heat_maps", "add_histograms", "add_layout", "read_layout"]
 
 _BINS = 64
+_MAX_ROWS = 20  # of a heat map: a card is about 300 pixels wide
 _MAX_COUNTED = 1 << 24  # `histc` counts in float32
 
 Layout = Mapping[str, Mapping[str, list[Any]]]
 
 
+def add_events(writer: SummaryWriter, events: Sequence[Mapping[str, Any]]) -> None:
+    """Write what methods have done as text, each event at its step."""
+    by_step: dict[int, list[str]] = {}
+    for event in events:
+        by_step.setdefault(event["step"], []).append(event_text(event))
+    for step, lines in by_step.items():
+        writer.add_text(f"{PREFIX}/events", "  \n".join(lines), step)
+
+
 def add_histograms(writer: SummaryWriter, model: nn.Module, layers: Collection[str], step: int) -> None:
-    """Write a histogram of each layer's finite weights, under ``compression/weights/<layer>``."""
+    """Write a histogram of each layer's finite weights, under ``compression_layers/weights/<layer>``."""
     with isolated(model):
         for name, module in model.named_modules():
             tensors = [weight.reshape(-1).float().cpu() for weight in layer_weights(module)]
@@ -40,7 +51,7 @@ def add_histograms(writer: SummaryWriter, model: nn.Module, layers: Collection[s
             values = torch.cat(tensors)
             values = values[values.isfinite()]
             if values.numel():
-                writer.add_histogram_raw(f"{PREFIX}/weights/{name or 'model'}", **_histogram(values), global_step=step)
+                writer.add_histogram_raw(f"{LAYERS}/weights/{name or 'model'}", **_histogram(values), global_step=step)
 
 
 def _histogram(values: Tensor) -> dict[str, Any]:
@@ -61,11 +72,12 @@ def _histogram(values: Tensor) -> dict[str, Any]:
 
 
 def add_heat_maps(writer: SummaryWriter, history: History, step: int) -> None:
-    """Write heat maps of the remaining channels and weights, each as soon as some are removed."""
+    """Write heat maps of the layers that lost most channels or weights, each as soon as some are removed."""
     pictures: dict[Quantity, Sequence[Sequence[float]]] = {"channels": history.channels, "weights": history.weights}
     for quantity, columns in pictures.items():
         if any(fraction != 1.0 for column in columns for fraction in column):
-            writer.add_image(f"{PREFIX}/heat_map/{quantity}", heat_map(history, quantity), step, dataformats="HWC")
+            shown = heat_map(history.of_most_changed(quantity, _MAX_ROWS), quantity)
+            writer.add_image(f"{LAYERS}/heat_map/{quantity}", shown, step, dataformats="HWC")
 
 
 def add_layout(writer: SummaryWriter, folder: str | os.PathLike[str], layout: Layout) -> None:

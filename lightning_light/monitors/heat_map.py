@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import takewhile
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from lightning_light.monitors.history import History
+from lightning_light.formatting import human_count, short_names
+from lightning_light.measure.history import History
 from lightning_light.validation import validated
 
 if TYPE_CHECKING:
@@ -17,20 +17,21 @@ if TYPE_CHECKING:
     from PIL.ImageDraw import ImageDraw
     from PIL.ImageFont import FreeTypeFont, ImageFont
 
-__all__ = ["Quantity", "colored", "heat_map", "short_names"]
+__all__ = ["Quantity", "colored", "heat_map"]
 
 Quantity = Literal["channels", "weights"]
 
 # From ColorBrewer's YlGnBu (Brewer, 2002, https://colorbrewer2.org), which is safe for color-blind readers.
 _COLORS = ("#ffffd9", "#41b6c4", "#081d58")  # of the fractions 0, 0.5 and 1
 
-_PLOT_WIDTH, _MARGIN = 560, 16
-_ROW, _MIN_ROW, _MAX_HEIGHT = 20, 3, 1600  # pixels
-_FONT, _TITLE = 13, 16
+_PLOT_WIDTH, _MARGIN = 200, 8  # a card of TensorBoard shows about 300 pixels
+_ROW, _MIN_ROW, _MAX_HEIGHT = 22, 3, 1600
+_FONT, _TITLE = 15, 16
+_LONGEST_NAME = 14
 _INK, _FAINT = (34, 34, 34), (120, 120, 120)
 _TITLES = {
-    "channels": "Remaining output channels of each layer",
-    "weights": "Remaining weights of each layer (neither removed nor zero)",
+    "channels": "Remaining output channels",
+    "weights": "Remaining nonzero weights",
 }
 
 
@@ -38,7 +39,8 @@ _TITLES = {
 def heat_map(history: History, quantity: Quantity = "channels") -> Tensor:
     """Return an image of shape ``(height, width, 3)`` in 8 bits: a row per layer, training steps from left to right.
 
-    Each row ends with the remaining fraction of its layer at the last step; a scale is at the bottom.
+    Each row ends with the remaining fraction of its layer at the last step; dark is all, pale is none. The text is
+    large enough for a small picture.
 
     Args:
         history: at least one step of at least one layer.
@@ -63,18 +65,17 @@ def heat_map(history: History, quantity: Quantity = "channels") -> Tensor:
         )
     font, title_font = _font(_FONT), _font(_TITLE)
     row = max(_MIN_ROW, min(_ROW, _MAX_HEIGHT // len(history.layers)))
-    labels = short_names(history.layers)
+    labels = short_names(history.layers, _LONGEST_NAME)
     left = _MARGIN + round(max(font.getlength(label) for label in labels)) + 8
     top, bottom = _MARGIN + 2 * _TITLE, row * len(history.layers)
-    size = (left + _PLOT_WIDTH + 64 + _MARGIN, top + bottom + 92)
+    size = (left + _PLOT_WIDTH + 52 + _MARGIN, top + bottom + 48)
     picture = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(picture)
     columns = history.channels if quantity == "channels" else history.weights
-    draw.text((left, _MARGIN), _TITLES[quantity], fill=_INK, font=title_font)
+    draw.text((_MARGIN, _MARGIN), _TITLES[quantity], fill=_INK, font=title_font)
     picture.paste(colored(_by_pixel(history, columns), bottom), (left, top))
     _draw_rows(draw, labels, columns[-1], (left, top, row), font)
     _draw_axis(draw, history, (left, top + bottom), font)
-    _draw_scale(picture, draw, (left, top + bottom + 52), font)
     return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).reshape(size[1], size[0], 3)
 
 
@@ -95,14 +96,6 @@ def _by_pixel(history: History, columns: Sequence[Sequence[float]]) -> Tensor:
     return torch.tensor(columns).T[:, index]
 
 
-def short_names(layers: Sequence[str], longest: int = 40) -> list[str]:
-    """Shorten names: without the part that all share, and long ones without their middle."""
-    parents = [layer.split(".")[:-1] for layer in layers]
-    shared = sum(1 for _ in takewhile(lambda parts: len(set(parts)) == 1, zip(*parents, strict=False)))
-    names = [".".join(layer.split(".")[shared:]) or "model" for layer in layers]
-    return [name if len(name) <= longest else f"{name[: longest // 2 - 1]}…{name[-longest // 2 :]}" for name in names]
-
-
 def _draw_rows(
     draw: ImageDraw, labels: Sequence[str], now: Sequence[float], place: tuple[int, int, int], font: _Font
 ) -> None:
@@ -120,20 +113,11 @@ def _draw_rows(
 def _draw_axis(draw: ImageDraw, history: History, place: tuple[int, int], font: _Font) -> None:
     left, top = place
     first, last = history.steps[0], max(history.end, history.steps[0] + 1)
-    for fraction in (0.0, 0.25, 0.5, 0.75, 1.0):
+    for fraction in (0.0, 0.5, 1.0):
         x = left + round(fraction * (_PLOT_WIDTH - 1))
         draw.line((x, top, x, top + 4), fill=_FAINT)
-        draw.text((x, top + 6), f"{first + fraction * (last - first):,.0f}", fill=_FAINT, font=font, anchor="mt")
-    draw.text((left + _PLOT_WIDTH / 2, top + 22), "training step", fill=_FAINT, font=font, anchor="mt")
-
-
-def _draw_scale(picture: Image, draw: ImageDraw, place: tuple[int, int], font: _Font) -> None:
-    left, top = place
-    width = _PLOT_WIDTH // 3
-    picture.paste(colored(torch.linspace(0, 1, width).unsqueeze(0), 10), (left, top))
-    draw.rectangle((left, top, left + width - 1, top + 9), outline=_FAINT)
-    for fraction, text in ((0.0, "0%"), (0.5, "50%"), (1.0, "100% remaining")):
-        draw.text((left + fraction * width, top + 14), text, fill=_FAINT, font=font, anchor="mt")
+        draw.text((x, top + 6), f"{human_count(first + fraction * (last - first))}", fill=_INK, font=font, anchor="mt")
+    draw.text((left + _PLOT_WIDTH / 2, top + 24), "training step", fill=_INK, font=font, anchor="mt")
 
 
 def _font(size: int) -> _Font:

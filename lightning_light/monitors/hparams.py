@@ -1,27 +1,56 @@
-"""Collect the arguments of the compression methods as hyper-parameters for loggers."""
+"""Hyper-parameters and final metrics of a run, by which loggers compare the runs of a sweep."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from lightning_light.budgets import Budget, RelativeBudget
 from lightning_light.callback import CompressionCallback
+from lightning_light.host.patches import InstancePatch, wrap_method
+from lightning_light.measure.snapshot import Snapshot
 from lightning_light.order import Stage
+from lightning_light.report.contents import export_reports
 
-__all__ = ["method_hparams"]
+__all__ = ["defer_hparams", "final_metrics", "method_hparams"]
 
 
 def method_hparams(callbacks: Iterable[object]) -> dict[str, Any]:
-    """Return the arguments of every method except monitors, as ``<method>/<argument>``; their ``repr`` if not plain."""
-    return {
-        f"{type(callback).method}/{name}": _plain(getattr(callback, name))
+    """Return the methods, their budgets (``budget/macs``: 0.4), and the bits of quantized weights; few, and numeric."""
+    methods = [
+        callback
         for callback in callbacks
-        if isinstance(callback, CompressionCallback) and callback.stage != Stage.MONITORS
-        for name in inspect.signature(type(callback).__init__).parameters
-        if name != "self" and hasattr(callback, name)
-    }
+        if isinstance(callback, CompressionCallback) and callback.stage < Stage.EXPORT
+    ]
+    hparams: dict[str, Any] = {}
+    for callback in methods:
+        budget, recipe = getattr(callback, "budget", None), getattr(callback, "recipe", None)
+        if isinstance(budget, Budget):
+            goal = budget.remaining if isinstance(budget, RelativeBudget) else budget.goal(1.0)
+            hparams[f"budget/{budget.quantity}"] = float(goal)
+        if recipe is not None:
+            hparams["weight_bits"] = float(recipe.spec().weight.bits)
+    return {"methods": " ".join(type(each).method for each in methods) or "none", **hparams}
 
 
-def _plain(value: Any) -> Any:
-    return value if isinstance(value, bool | int | float | str) else repr(value)
+def final_metrics(now: Snapshot, validation: Mapping[str, float], callbacks: Iterable[object]) -> dict[str, float]:
+    """Return the results of a run under ``final/``: validation metrics, MACs, size, and milliseconds of its file."""
+    metrics = {name: value for name, value in validation.items() if "loss" not in name} or validation
+    results = {**metrics, **({} if now.macs is None else {"macs": float(now.macs)}), "size": float(now.bytes)}
+    for report in export_reports(callbacks)[:1]:
+        results |= {"latency_ms": 1e3 * report["latency"]["median"], "file_size": float(report["bytes"])}
+    results |= {"params": float(now.params), "bits": now.bits}
+    return {f"final/{name}": value for name, value in results.items()}
+
+
+def defer_hparams(logger: Any) -> InstancePatch:
+    """Keep a TensorBoard logger from writing hyper-parameters before there are metrics, until the patch is undone.
+
+    TensorBoard keeps only the first hyper-parameters of a run, so they have to be written together with the metrics.
+    The file ``hparams.yaml`` is written as always.
+    """
+
+    def around(original: Any, params: Any, metrics: Any = None, step: int | None = None) -> None:
+        original(params, metrics or {}, step)
+
+    return wrap_method(logger, "log_hyperparams", around)

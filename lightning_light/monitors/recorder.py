@@ -14,9 +14,9 @@ from lightning_light.capture import Capture
 from lightning_light.example_input import ExampleInput
 from lightning_light.isolation import FORWARD_ERRORS
 from lightning_light.measure.cost import Cost, count_cost
-from lightning_light.monitors.history import History, PlainHistory
-from lightning_light.monitors.layer_matching import is_within
-from lightning_light.monitors.snapshot import PlainSnapshot, Snapshot, matrix_layers, structure, take_snapshot
+from lightning_light.measure.history import History, PlainHistory
+from lightning_light.measure.layer_matching import is_within
+from lightning_light.measure.snapshot import PlainSnapshot, Snapshot, matrix_layers, structure, take_snapshot
 from lightning_light.surgery.schema import Needs, PlainExample
 from lightning_light.training_step import callable_with
 
@@ -67,7 +67,8 @@ class Recorder:
 
     def plain(self) -> dict[str, Any]:
         """Return plain types, for a checkpoint."""
-        return {"before": self.before.plain(), "history": self.history.plain(), "layers": list(self.layers)}
+        parts = {"before": self.before.plain(), "now": self.now.plain(), "history": self.history.plain()}
+        return {**parts, "layers": list(self.layers)}
 
     def update(
         self, model: nn.Module, cost: Cost | None, step: int, stats: Mapping[str, Mapping[str, float]] | None = None
@@ -86,10 +87,12 @@ class CostCounter:
 
     Args:
         captured: holds the example input as soon as there is one.
+        caller: the callback, for the warning.
     """
 
-    def __init__(self, captured: Capture) -> None:
+    def __init__(self, captured: Capture, caller: str) -> None:
         self.captured = captured
+        self._caller = caller
         self._failed = False
         self._structure: int | None = None
         self._cost: Cost | None = None
@@ -106,8 +109,8 @@ class CostCounter:
             except FORWARD_ERRORS as error:
                 self._failed, self._cost = True, None
                 warnings.warn(
-                    f"`CompressionMonitor` reports no MACs: `{type(model).__name__}.{example.method}` does not run on "
-                    f"the example input ({type(error).__name__}: {error}). Set an `example_input_array` that fits.",
+                    f"`{self._caller}` reports no MACs: `{type(model).__name__}.{example.method}` does not run on the "
+                    f"example input ({type(error).__name__}: {error}). Set an `example_input_array` that fits.",
                     stacklevel=2,
                 )
             self._structure = current

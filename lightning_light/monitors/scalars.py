@@ -1,37 +1,87 @@
-"""Scalars for loggers: totals of the model, and one per quantity and layer."""
+"""Scalars for loggers: totals of the model, what a schedule planned for them, and one per quantity and layer."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from lightning_light.budgets import Budget
+from lightning_light.measure.layer_matching import is_within
 from lightning_light.measure.layer_table import LayerRow
-from lightning_light.monitors.layer_matching import is_within
-from lightning_light.monitors.snapshot import Snapshot
+from lightning_light.measure.snapshot import Snapshot
+from lightning_light.schedules import Schedule, resolve
 
-__all__ = ["PREFIX", "custom_layout", "layer_scalars", "total_scalars"]
+__all__ = [
+    "DETAILS",
+    "LAYERS",
+    "PREFIX",
+    "custom_layout",
+    "extra_scalars",
+    "layer_scalars",
+    "planned_scalars",
+    "remaining_scalars",
+    "total_scalars",
+]
 
 PREFIX = "compression"
+"""Prefix of what describes the whole network."""
+
+DETAILS = "compression_details"
+"""Prefix of what only some methods change."""
+
+LAYERS = "compression_layers"
+"""Prefix of what describes one layer."""
+
+_QUANTITIES = {"macs": "macs", "params": "params", "bytes": "size", "sparsity": "sparsity"}  # of budgets
 
 
-def total_scalars(now: Snapshot, before: Snapshot) -> dict[str, float]:
-    """Return the totals of a model and their remaining fractions, under ``compression/<quantity>``."""
-    totals = {"params": now.params, "bytes": now.bytes, "macs": now.macs}
-    dense = {"params": before.params, "bytes": before.bytes, "macs": before.macs}
-    scalars = {key: float(value) for key, value in totals.items() if value is not None}
-    scalars |= {"sparsity": now.sparsity, "bits": now.bits, "dead_filters": float(now.dead_filters)}
-    if now.effective_macs is not None:
-        scalars["effective_macs"] = float(now.effective_macs)
-    if now.deflated is not None:
-        scalars["deflated_bytes"] = float(now.deflated)
-    for key, value in totals.items():
-        if value is not None and (had := dense[key]):
-            scalars[f"{key}_remaining"] = value / had
-    return {f"{PREFIX}/{key}": value for key, value in scalars.items()}
+def total_scalars(now: Snapshot) -> dict[str, float]:
+    """Return MACs per sample, parameters, bytes as stored, sparsity and mean bits per weight of a model."""
+    totals = {"macs": now.macs, "params": now.params, "size": now.bytes, "sparsity": now.sparsity, "bits": now.bits}
+    return {f"{PREFIX}/{key}": float(value) for key, value in totals.items() if value is not None}
+
+
+def remaining_scalars(now: Snapshot, before: Snapshot) -> dict[str, float]:
+    """Return the remaining fractions of MACs, parameters and size."""
+    pairs = {"macs": (now.macs, before.macs), "params": (now.params, before.params), "size": (now.bytes, before.bytes)}
+    return {f"{PREFIX}/{key}_remaining": has / had for key, (has, had) in pairs.items() if has is not None and had}
+
+
+def extra_scalars(now: Snapshot) -> dict[str, float]:
+    """Return quantities that only some methods change: dead filters, MACs without zeros, size after DEFLATE."""
+    effective = now.effective_macs if now.sparsity else None  # else the MACs themselves
+    extras = {"dead_filters": now.dead_filters, "effective_macs": effective, "deflated_bytes": now.deflated}
+    return {f"{DETAILS}/{key}": float(value) for key, value in extras.items() if value is not None}
+
+
+def planned_scalars(
+    callbacks: Iterable[object], dense: Mapping[str, float], progress: float, max_epochs: int | None
+) -> dict[str, float]:
+    """Return the values that budgets and schedules plan for now, under ``compression/<quantity>_planned``.
+
+    Args:
+        callbacks: those with a `Budget` as ``budget`` and a `Schedule` as ``schedule`` count.
+        dense: quantity of a budget -> its value before any method changed the network.
+        progress: of the run, in [0, 1].
+        max_epochs: the Trainer's.
+    """
+    planned: dict[str, float] = {}
+    for callback in callbacks:
+        budget, schedule = getattr(callback, "budget", None), getattr(callback, "schedule", None)
+        if not (isinstance(budget, Budget) and isinstance(schedule, Schedule) and budget.quantity in _QUANTITIES):
+            continue
+        start = 0.0 if budget.quantity == "sparsity" else dense.get(budget.quantity)
+        if start is not None:
+            key = f"{PREFIX}/{_QUANTITIES[budget.quantity]}_planned"
+            value = budget.at(start, resolve(schedule, max_epochs)(progress))
+            further = max if budget.goal(start) > start else min  # of two methods, the one that goes further
+            planned[key] = further(planned.get(key, value), value)
+    return planned
 
 
 def layer_scalars(now: Snapshot, layers: Collection[str]) -> dict[str, float]:
-    """Return one number per quantity and layer, under ``compression/<quantity>/<layer>``.
+    """Return one number per quantity and layer, under ``compression_layers/<quantity>/<layer>``.
 
     Args:
         now: the model.
@@ -40,31 +90,35 @@ def layer_scalars(now: Snapshot, layers: Collection[str]) -> dict[str, float]:
     scalars: dict[str, float] = {}
     for row in now.rows:
         if is_within(row.name, layers):
-            scalars |= {f"{PREFIX}/{key}/{row.name or 'model'}": value for key, value in _of_row(row, now).items()}
+            scalars |= {f"{LAYERS}/{key}/{row.name or 'model'}": value for key, value in _of_row(row, now).items()}
     for name, numbers in now.stats.items():
         if is_within(name, layers):
-            scalars |= {f"{PREFIX}/{key}/{name}": value for key, value in numbers.items()}
+            scalars |= {f"{LAYERS}/{key}/{name}": value for key, value in numbers.items() if key != "weight_bits"}
     return scalars
 
 
-def custom_layout(*, per_layer: bool) -> dict[str, dict[str, list[Any]]]:
-    """Return a layout for TensorBoard's Custom Scalars: one chart of the totals, and one per quantity of all layers."""
-    charts: dict[str, list[Any]] = {
-        "remaining": ["Multiline", [rf"^{PREFIX}/(params|macs|bytes)_remaining$"]],
-        "sparsity": ["Multiline", [rf"^{PREFIX}/sparsity$"]],
+def custom_layout(tags: Collection[str]) -> dict[str, dict[str, list[Any]]]:
+    """Return a layout for TensorBoard's Custom Scalars: the charts of which a curve is among ``tags``."""
+    charts = {
+        title: ["Multiline", [pattern]]
+        for title, pattern in _CHARTS.items()
+        if any(re.search(pattern, tag) for tag in tags)
     }
-    if per_layer:
-        for title, key in _LAYER_CHARTS.items():
-            charts[title] = ["Multiline", [rf"^{PREFIX}/{key}/"]]
-    return {PREFIX: charts}
+    return {"Compression": charts}
 
 
-_LAYER_CHARTS = {
-    "channels of each layer": "channels",
-    "MACs of each layer": "macs",
-    "parameters of each layer": "params",
-    "sparsity of each layer": "sparsity",
-    "bits of each layer": "bits",
+_CHARTS = {
+    "MACs: reached and planned": rf"^{PREFIX}/macs(_planned)?$",
+    "Parameters: reached and planned": rf"^{PREFIX}/params(_planned)?$",
+    "Stored size in bytes: reached and planned": rf"^{PREFIX}/size(_planned)?$",
+    "Sparsity: reached and planned": rf"^{PREFIX}/sparsity(_planned)?$",
+    "Bits per weight": rf"^{PREFIX}/bits$",
+    "Output channels per layer": rf"^{LAYERS}/channels/",
+    "MACs per layer": rf"^{LAYERS}/macs/",
+    "Parameters per layer": rf"^{LAYERS}/params/",
+    "Sparsity per layer": rf"^{LAYERS}/sparsity/",
+    "Bits per weight per layer": rf"^{LAYERS}/bits/",
+    "Rank per layer": rf"^{LAYERS}/rank/",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -12,6 +13,7 @@ from typing_extensions import override
 
 from lightning_light.callback import CompressionCallback
 from lightning_light.capture import Capture
+from lightning_light.formatting import plural
 from lightning_light.host.trainer import is_accumulating, is_backward_skipped, is_restoring
 from lightning_light.int8 import Int8Weights
 from lightning_light.order import DEFAULT_WINDOWS, Stage
@@ -297,7 +299,7 @@ class QuantizationAwareTraining(CompressionCallback):
         self.claim(pl_module, state["layers"])
         self._learn(trainer, pl_module)
         reset_monitoring(trainer)  # else "best" is the float network
-        log_rank_zero(trainer, f"{self.method}: fake quantization enabled after {state['batches']} calibration batches")
+        self.log_event(trainer, pl_module, f"enabled after {state['batches']} calibration batches")
         dynamic = [spec.is_dynamic for spec in quantizer.activations]
         sites = quantizer.plan.sites()
         if unseen := {op.module: 0 for op, place in sites if quantizer.qparams[place] is None and not dynamic[place]}:
@@ -343,8 +345,10 @@ class QuantizationAwareTraining(CompressionCallback):
         check_agreement(trainer, "the plan of `QuantizationAwareTraining`", state["plan"])
         self.claim(pl_module, plan.bits_of_layers())
         self._attach(pl_module)
-        left = plan.left_float or "none"
-        log_rank_zero(trainer, f"{self.method}: observing {len(plan.layers)} layers; left in float: {left}")
+        kept = f", {plural(len(plan.left_float), 'layer')} left in float" if plan.left_float else ""
+        self.log_event(trainer, pl_module, f"observing {plural(len(plan.layers), 'layer')}{kept}")
+        for name, reason in plan.left_float.items():
+            log_rank_zero(trainer, f"{self.method}: {name} left in float: {reason}", level=logging.DEBUG)
 
     def _resolved(self, name: str, max_epochs: int | None) -> float:
         """The argument ``name`` as a fraction of the run; nothing is frozen from an epoch after the last on."""

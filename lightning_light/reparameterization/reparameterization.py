@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypedDict
 
 from typing_extensions import override
 
 from lightning_light.callback import CompressionCallback
 from lightning_light.errors import OrderError
+from lightning_light.formatting import plural
 from lightning_light.helper_networks import first_call
 from lightning_light.host.trainer import callbacks_of
 from lightning_light.order import Stage
@@ -25,7 +27,7 @@ from lightning_light.reparameterization.apply import (
 from lightning_light.reparameterization.forms import Form
 from lightning_light.schedules import resolve_moment
 from lightning_light.surgery.averaged_models import averaged_models_of
-from lightning_light.surgery.distributed import broadcast
+from lightning_light.surgery.distributed import broadcast, log_rank_zero
 from lightning_light.surgery.schema import LayerName
 from lightning_light.targets import Targets, as_targets
 from lightning_light.timing import Events
@@ -224,7 +226,8 @@ class Reparameterization(CompressionCallback):
         )
         state = self.state(pl_module)
         state["layers"] = [*state.get("layers", []), *plan.layers]
-        self._after_surgery(trainer, pl_module, entry, f"expanded {plan.summary()}")
+        self._after_surgery(trainer, pl_module, entry, f"expanded {plural(len(plan.layers), 'convolution')}")
+        log_rank_zero(trainer, f"{self.method}: expanded {plan.summary()}", level=logging.DEBUG)
 
     def _merge(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not branched_layers(pl_module):
@@ -240,5 +243,4 @@ class Reparameterization(CompressionCallback):
             optimizers=trainer.optimizers,
             averaged_models=dict(zip(averaged_models, decided[1:], strict=True)),
         )
-        summary = f"merged the branches of {len(decided[0])} convolutions; optimizers keep the state of their weights"
-        self._after_surgery(trainer, pl_module, entry, summary)
+        self._after_surgery(trainer, pl_module, entry, f"merged {plural(len(decided[0]), 'convolution')}")

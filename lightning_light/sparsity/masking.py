@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lightning_light.callback import CompressionCallback
 from lightning_light.errors import OrderError
+from lightning_light.formatting import plural
 from lightning_light.helper_networks import frozen_parts
 from lightning_light.host.trainer import callbacks_of
 from lightning_light.measure.sparsity import mask_churn, zero_fraction, zero_rows
@@ -235,9 +236,7 @@ class MaskingCallback(CompressionCallback):
             logger.log_metrics(metrics, step=steps_done(trainer))
         if restart:
             reset_monitoring(trainer)
-        log_rank_zero(
-            trainer, f"{key}: sparsity {sparsity:.4f}, {churn:.4f} of the mask entries changed, {dead} dead filters"
-        )
+        self.log_event(trainer, pl_module, f"sparsity {sparsity:.2f}, {plural(dead, 'dead filter')}")
 
     # Private.
 

@@ -17,6 +17,7 @@ from lightning_light.criteria.learned_gates import GateProblem
 from lightning_light.dependency import ChannelGroup, DependencyGraph
 from lightning_light.errors import BudgetError, UnsupportedError
 from lightning_light.example_input import ExampleInput
+from lightning_light.formatting import layer_lines
 from lightning_light.order import Stage
 from lightning_light.structured.costs import Estimator, smallest
 from lightning_light.structured.options import ChannelPruningOptions
@@ -91,6 +92,9 @@ class Plan:
     def lines(self) -> list[str]:
         """Describe each layer: its new width, or why its channels are kept."""
         return self.cuts() + [f"{name}: kept ({reason})" for name, reason in self.skipped.items()]
+
+    def _repr_html_(self) -> str:
+        return layer_lines(self.lines()).html()
 
 
 def check_prunable(model: nn.Module) -> None:

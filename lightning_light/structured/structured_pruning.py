@@ -21,6 +21,7 @@ from lightning_light.dependency import ChannelGroup, DependencyGraph, trace_call
 from lightning_light.dependency.trace import UNUSED
 from lightning_light.errors import TraceError
 from lightning_light.example_input import ExampleInput
+from lightning_light.formatting import plural
 from lightning_light.order import DEFAULT_WINDOWS, Stage
 from lightning_light.progress import steps_done, steps_planned, training_progress
 from lightning_light.schedules import Cubic, Schedule, Window, require_rising
@@ -449,7 +450,7 @@ class StructuredPruning(CompressionCallback):
         if self.dry_run:
             log_rank_zero(trainer, "\n  ".join([f"{self.method}: dry run, nothing is removed", *plan.lines()]))
         elif plan.removed:
-            self._carry_out(trainer, pl_module, plan, self._summary(plan, goal, due), last=due == len(self._points))
+            self._carry_out(trainer, pl_module, plan, _summary(plan, goal), due)
         state |= {"events": due, "fraction": fraction}
         if plan.curves and "curves" not in state:
             log_rank_zero(trainer, "\n  ".join([f"{self.method}: sensitivity", *curve_lines(plan.curves)]))
@@ -465,9 +466,10 @@ class StructuredPruning(CompressionCallback):
         gathered = self._collector.means() if self._collector is not None else Gathered()
         return on_rank_zero(trainer, lambda: plan_channels(pl_module, graph, self.options, goal, gathered))
 
-    def _carry_out(self, trainer: Trainer, pl_module: LightningModule, plan: Plan, summary: str, *, last: bool) -> None:
+    def _carry_out(self, trainer: Trainer, pl_module: LightningModule, plan: Plan, summary: str, due: int) -> None:
         """Cut the network and everything that follows it; after the last cut, correct the batch-norm statistics."""
         assert self._graph is not None
+        part, last = f"{due}/{len(self._points)}", due == len(self._points)
         state, graph = self.state(pl_module), self._graph
         kept, averaged_models = graph.kept_positions(plan.kept), averaged_models_of(trainer, pl_module)
         self._before_surgery(trainer, pl_module)
@@ -484,7 +486,7 @@ class StructuredPruning(CompressionCallback):
             move_statistics(network, before, after, kept)
         state["removed"] = state.get("removed", 0) + plan.removed
         self._graph = graph.after_pruning(plan.kept)
-        self._after_surgery(trainer, pl_module, edit.entry(), summary, kept=kept)
+        self._after_surgery(trainer, pl_module, edit.entry(), summary, part=part, kept=kept)
         log_rank_zero(trainer, "\n  ".join([f"{self.method}: {summary}", *plan.lines()]), level=logging.DEBUG)
 
     def _statistics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Statistics]:
@@ -493,12 +495,6 @@ class StructuredPruning(CompressionCallback):
             return {}
         calls = [ExampleInput(**call).to(pl_module) for call in self.state(pl_module).get("inputs", [])]
         return on_rank_zero(trainer, lambda: measure_statistics(pl_module, calls))
-
-    def _summary(self, plan: Plan, goal: Goal, number: int) -> str:
-        reached = ""
-        if goal.budget is not None:
-            reached = f"{type(goal.budget).__name__} {plan.after / goal.dense:.1%}, "
-        return f"{number}/{len(self._points)}: {reached}{plan.removed} channels removed from {len(plan.cuts())} layers"
 
     def _log(self, trainer: Trainer, plan: Plan, fraction: float) -> None:
         scalars = {f"{self.method}/fraction": fraction, f"{self.method}/channels_removed": float(plan.removed)}
@@ -517,6 +513,12 @@ class StructuredPruning(CompressionCallback):
         if self._last_plan.kept:
             return f"the network meets the budget as it is: {self.budget!r}. {reasons}"
         return f"no layer may lose channels. {reasons}"
+
+
+def _summary(plan: Plan, goal: Goal) -> str:
+    reached = "" if goal.budget is None else f"{type(goal.budget).__name__} {100 * plan.after / goal.dense:.0f} %, "
+    layers = len(plan.cuts())
+    return f"{reached}{plural(plan.removed, 'channel')} removed from {plural(layers, 'layer')}"
 
 
 def _start_over(state: dict[str, Any]) -> None:

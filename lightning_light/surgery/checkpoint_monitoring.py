@@ -25,7 +25,7 @@ def reset_monitoring(trainer: Trainer) -> list[str]:
         trainer: the Trainer.
 
     Returns:
-        The class names of what was reset; one log line lists them.
+        The class names of what was reset; one log line lists them, the first time.
     """
     reset = [type(callback).__name__ for callback in callbacks_of(trainer) if reset_best(callback)]
     for config in trainer.lr_scheduler_configs:
@@ -34,5 +34,7 @@ def reset_monitoring(trainer: Trainer) -> list[str]:
             config.scheduler.num_bad_epochs = 0
             reset.append(type(config.scheduler).__name__)
     if reset:
-        log_rank_zero(trainer, f"The structure has changed: {', '.join(reset)} forget the metrics from before.")
+        log_rank_zero(
+            trainer, f"The structure has changed: {', '.join(reset)} forget the metrics from before.", once=True
+        )
     return reset

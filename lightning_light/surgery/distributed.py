@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, cast
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -15,12 +16,14 @@ from torch import Tensor
 from lightning_light.errors import LightningLightError, RankMismatchError, UnsupportedError
 from lightning_light.host.classes import loaded_hosts
 from lightning_light.host.trainer import returns_weights, shards_parameters, start_method
+from lightning_light.terminal import above_progress_bar
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 T = TypeVar("T")
 
+_LOGGED: WeakKeyDictionary[Trainer, set[str]] = WeakKeyDictionary()
 _REPLACES_LAYERS = ("TransformerEnginePrecision", "BitsandbytesPrecision")
 
 
@@ -160,9 +163,23 @@ def _pieces(value: Any) -> Iterator[bytes]:
         yield json.dumps(value).encode()
 
 
-def log_rank_zero(trainer: Trainer, sentence: str, level: int = logging.INFO) -> None:
-    """Log one line on rank 0 through the host's logger, beside Lightning's own."""
-    if trainer.is_global_zero:
-        modules = [cls.__module__ for cls in type(trainer).__mro__]
-        host = next((host for host in loaded_hosts() if any(name.startswith(f"{host}.") for name in modules)), "")
-        logging.getLogger(f"{host}.lightning_light".lstrip(".")).log(level, sentence)
+def log_rank_zero(trainer: Trainer, sentence: str, level: int = logging.INFO, *, once: bool = False) -> None:
+    """Log one line on rank 0 through the host's logger, beside Lightning's own, above the progress bar.
+
+    Args:
+        trainer: the Trainer.
+        sentence: the line.
+        level: of `logging`.
+        once: log the same line of one Trainer at the level ``DEBUG`` when it is repeated.
+    """
+    if not trainer.is_global_zero:
+        return
+    logged = _LOGGED.setdefault(trainer, set())
+    if once and sentence in logged:
+        level = logging.DEBUG
+    logged.add(sentence)
+    modules = [cls.__module__ for cls in type(trainer).__mro__]
+    host = next((host for host in loaded_hosts() if any(name.startswith(f"{host}.") for name in modules)), "")
+    logger = logging.getLogger(f"{host}.lightning_light".lstrip("."))
+    with above_progress_bar(logger):
+        logger.log(level, sentence)

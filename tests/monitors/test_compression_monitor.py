@@ -20,13 +20,20 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 from tensorboard.context import RequestContext
 from tensorboard.plugins.base_plugin import TBContext
-from tensorboard.plugins.hparams import plugin_data_pb2
+from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
+from tensorboard.plugins.hparams.backend_context import Context
+from tensorboard.plugins.hparams.list_session_groups import Handler as ListSessionGroups
 from torch import Tensor, nn
 
+from lightning_light.budgets import MACs
 from lightning_light.errors import TargetError, UnsupportedError
+from lightning_light.export import MobileExport
 from lightning_light.measure import count_cost
 from lightning_light.monitors import CompressionMonitor
 from lightning_light.monitors.dashboard import add_histograms, read_layout
+from lightning_light.quantization import Int8, QuantizationAwareTraining
+from lightning_light.schedules import Linear, OneShot, Window
+from lightning_light.structured import StructuredPruning
 from lightning_light.surgery.attachment import state_of
 from tests.surgery.runs import HOSTS, MODULES, Events, Lit, Loader, same, trainer
 from tests.zoo import Boring
@@ -47,7 +54,8 @@ def read(logger: Any) -> EventAccumulator:
 
 
 def curve(logger: Any, tag: str) -> list[tuple[int, float]]:
-    return [(event.step, event.value) for event in read(logger).Scalars(f"compression/{tag}")]
+    tags = read(logger).Scalars(tag if tag.startswith("compression") else f"compression/{tag}")
+    return [(event.step, event.value) for event in tags]
 
 
 @pytest.fixture
@@ -63,23 +71,70 @@ def test_curves_follow_a_cut_at_its_step_and_end_at_the_last(board: TensorBoardL
     dense = count_cost(module, (torch.zeros(1, 3, 8, 8),))
     trainer(Events(cuts=(6,)), CompressionMonitor(every_n_steps=5), logger=board).fit(module, Loader())
     pruned = count_cost(module, (torch.zeros(1, 3, 8, 8),))
-    share = pytest.approx(pruned.macs / dense.macs)
-    assert curve(board, "macs_remaining") == [(0, 1.0), (5, 1.0), (6, share), (10, share), (12, share)]
-    assert [value for _, value in curve(board, "macs")] == [dense.macs] * 2 + [pruned.macs] * 3
+    assert curve(board, "macs") == list(zip((0, 5, 6, 10, 12), [dense.macs] * 2 + [pruned.macs] * 3, strict=True))
     assert [value for _, value in curve(board, "params")] == [dense.params] * 2 + [pruned.params] * 3
-    width = module.net.conv1.out_channels
-    assert [value for _, value in curve(board, "channels/net.conv1")] == [2 * width] * 2 + [width] * 3
-    assert {value for _, value in curve(board, "bits/net.conv1")} == {32.0}
     assert {value for _, value in curve(board, "sparsity")} == {0.0}
+    assert {value for _, value in curve(board, "bits")} == {32.0}
+    assert curve(board, "events") == [(6, 1.0), (10, 1.0), (12, 1.0)]
+    (event,) = read(board).Tensors("compression/events/text_summary")
+    assert (event.step, event.tensor_proto.string_val) == (6, [b"events: half of conv1 is gone"])
+
+
+def test_a_layer_has_curves_of_what_changes_and_no_others(board: TensorBoardLogger) -> None:
+    module = Lit()
+    trainer(Events(cuts=(6,)), CompressionMonitor(every_n_steps=5), logger=board).fit(module, Loader())
+    width = module.net.conv1.out_channels
+    found = curve(board, "compression_layers/channels/net.conv1")
+    assert found == list(zip((0, 5, 6, 10, 12), [2 * width] * 2 + [width] * 3, strict=True))
+    tags = {tag for tag in read(board).Tags()["scalars"] if tag.startswith("compression_layers")}
+    kept = {"channels/net.conv1", "macs/net.conv1", "params/net.conv1", "macs/net.conv2", "params/net.conv2"}
+    assert tags == {f"compression_layers/{tag}" for tag in kept}
+
+
+def test_overall_curves_come_first_and_are_few(board: TensorBoardLogger) -> None:
+    pruning = StructuredPruning(MACs(0.5), schedule=Window(Linear(), start=0.2, end=0.8))
+    monitor = CompressionMonitor(every_n_steps=1)
+    trainer(pruning, monitor, logger=board).fit(Lit(), Loader())
+    tags = sorted(read(board).Tags()["scalars"])
+    overall = [tag for tag in tags if tag.startswith("compression/")]
+    assert tags[: len(overall)] == overall
+    assert overall == [
+        f"compression/{name}" for name in ("bits", "events", "macs", "macs_planned", "params", "size", "sparsity")
+    ]
+    planned, reached = dict(curve(board, "macs_planned")), dict(curve(board, "macs"))
+    dense = reached[0]
+    assert {step: value / dense for step, value in planned.items()} == {
+        step: pytest.approx(1 - 0.5 * min(max((step / 12 - 0.2) / 0.6, 0), 1)) for step in planned
+    }
+    assert list(planned) == list(reached)
+    assert reached[12] <= planned[12] == 0.5 * dense
+    assert monitor.after is not None
+    assert reached[12] == monitor.after.macs
+
+
+def test_bits_and_size_follow_quantization_at_its_step(board: TensorBoardLogger) -> None:
+    quantization = QuantizationAwareTraining(Int8(), start=0.5, calibration_batches=2)
+    run = trainer(quantization, CompressionMonitor(every_n_steps=1), logger=board)
+    run.fit(module := Lit(), Loader())
+    events = state_of(module).state["history"]["events"]
+    (enabled,) = [event["step"] for event in events if "enabled" in event["summary"]]
+    bits, size = dict(curve(board, "bits")), dict(curve(board, "size"))
+    assert [step for step, value in bits.items() if value < 32] == list(range(enabled, 13))
+    assert all(value == pytest.approx(8, abs=0.5) for step, value in bits.items() if step >= enabled)  # batch norm: 32
+    weights = [module.net.conv1.weight, module.net.conv2.weight, module.net.fc.weight]
+    saved = sum(3 * weight.numel() - 4 * len(weight) for weight in weights)
+    assert size[enabled] == size[0] - saved == size[12]
+    assert curve(board, "compression_layers/bits/net.fc")[:3] == [(0, 32.0), (enabled - 1, 32.0), (enabled, 8.0)]
+    assert run.progress_bar_metrics == {"bits": pytest.approx(8, abs=0.5)}
 
 
 def test_a_replaced_layer_is_reported_by_what_replaces_it(board: TensorBoardLogger) -> None:
     monitor = CompressionMonitor(every_n_steps=1, layers="net.fc")
     trainer(Events(factor_at=5), monitor, logger=board).fit(Lit(), Loader())
     tags = read(board).Tags()["scalars"]
-    assert curve(board, "channels/net.fc")[-1][0] == 4
-    assert [step for step, _ in curve(board, "channels/net.fc.0")] == [*range(5, 13)]
-    assert "compression/params/net.fc.1" in tags
+    assert "compression_layers/channels/net.fc" not in tags  # it never changed while it was there
+    assert [step for step, _ in curve(board, "compression_layers/channels/net.fc.0")] == [*range(5, 13)]
+    assert "compression_layers/params/net.fc.1" in tags
     assert not [tag for tag in tags if "net.conv1" in tag]
 
 
@@ -90,6 +145,8 @@ def test_every_logger_gets_the_same(tmp_path: Path) -> None:
         rows = [row for row in csv.DictReader(file) if row.get("compression/params")]
     from_csv = [(int(row["step"]), float(row["compression/params"])) for row in rows]
     assert from_csv == curve(loggers[0], "params")
+    table = Path(loggers[1].log_dir, "compression.md").read_text()
+    assert "| net.conv1 | 8 → 4 |" in table
 
 
 def test_two_optimizers_in_manual_optimization_are_logged_at_lightnings_own_steps(board: TensorBoardLogger) -> None:
@@ -119,15 +176,15 @@ def test_two_optimizers_in_manual_optimization_are_logged_at_lightnings_own_step
 def test_tensorboard_gets_histograms_pictures_text_and_a_layout(board: TensorBoardLogger) -> None:
     trainer(Events(cuts=(2,)), CompressionMonitor(), logger=board).fit(Lit(), Loader())
     events, tags = read(board), read(board).Tags()
-    assert sorted(tags["images"]) == ["compression/heat_map/channels", "compression/heat_map/weights"]
-    assert events.Images("compression/heat_map/channels")[-1].encoded_image_string.startswith(b"\x89PNG")
-    assert "compression/weights/net.conv1" in tags["histograms"]
-    last = events.Histograms("compression/weights/net.conv1")[-1].histogram_value
+    assert sorted(tags["images"]) == ["compression_layers/heat_map/channels", "compression_layers/heat_map/weights"]
+    assert events.Images("compression_layers/heat_map/channels")[-1].encoded_image_string.startswith(b"\x89PNG")
+    assert "compression_layers/weights/net.conv1" in tags["histograms"]
+    last = events.Histograms("compression_layers/weights/net.conv1")[-1].histogram_value
     assert last.num == sum(last.bucket) == 4 * 3 * 9
     assert len(last.bucket) == len(last.bucket_limit) == 64
     (text,) = events.Tensors("compression/table/text_summary")
     assert "| net.conv1 | 8 → 4 |" in text.tensor_proto.string_val[0].decode()
-    assert list(read_layout(board.log_dir)) == ["compression"]
+    assert list(read_layout(board.log_dir)) == ["Compression"]
 
 
 def test_a_histogram_of_equal_weights_has_all_of_them(board: TensorBoardLogger) -> None:
@@ -135,7 +192,7 @@ def test_a_histogram_of_equal_weights_has_all_of_them(board: TensorBoardLogger) 
     nn.init.zeros_(layer.weight)
     add_histograms(board.experiment, layer, [""], step=0)
     board.experiment.flush()
-    (event,) = read(board).Histograms("compression/weights/model")
+    (event,) = read(board).Histograms("compression_layers/weights/model")
     assert sum(event.histogram_value.bucket) == 6
     assert (event.histogram_value.min, event.histogram_value.max) == (0.0, 0.0)
 
@@ -167,8 +224,8 @@ def test_the_users_layout_stays_and_ours_is_written_once(board: TensorBoardLogge
     trainer(CompressionMonitor(), logger=board, max_epochs=1).fit(module, Loader())
     layout = read_layout(board.log_dir)
     assert {title: layout[title] for title in theirs} == theirs
-    assert "remaining" in layout["compression"]
-    assert served(board) == {"mine", "compression"}
+    assert "MACs: reached and planned" in layout["Compression"]
+    assert served(board) == {"mine", "Compression"}
     again = trainer(CompressionMonitor(), logger=board, max_epochs=1)
     again.fit(module, Loader())
     if when == "before the run":
@@ -179,7 +236,8 @@ def test_the_users_layout_stays_and_ours_is_written_once(board: TensorBoardLogge
 def test_charts_of_the_layout_name_curves_that_exist(board: TensorBoardLogger) -> None:
     trainer(Events(cuts=(2,)), CompressionMonitor(), logger=board, max_epochs=1).fit(Lit(), Loader())
     tags = read(board).Tags()["scalars"]
-    for title, (_, patterns) in read_layout(board.log_dir)["compression"].items():
+    assert {"Output channels per layer", "MACs per layer"} <= set(read_layout(board.log_dir)["Compression"])
+    for title, (_, patterns) in read_layout(board.log_dir)["Compression"].items():
         assert any(re.match(pattern, tag) for pattern in patterns for tag in tags), title
 
 
@@ -207,22 +265,15 @@ def test_methods_join_the_users_hyper_parameters_and_leave_the_module_alone(boar
     module = Lit()
     run = trainer(Events(cuts=(2,)), CompressionMonitor(), logger=board)
     run.fit(module, Loader())
-    assert hparams_page(board) == {
-        "optimizer",
-        "by_name",
-        "early",
-        "events/cuts",
-        "events/factor_at",
-        "events/hook",
-    }
-    assert "events/cuts: (2,)" in Path(board.log_dir, "hparams.yaml").read_text()
+    assert hparams_page(board) == {"optimizer", "by_name", "early", "methods"}
+    assert "methods: events" in Path(board.log_dir, "hparams.yaml").read_text()
     assert set(module.hparams) == set(module.hparams_initial) == {"optimizer", "by_name", "early"}
 
 
 def test_methods_are_logged_where_the_user_logs_none(board: TensorBoardLogger) -> None:
     module = Boring()
     trainer(Events(), CompressionMonitor(), logger=board, max_epochs=1).fit(module, Boring.data(), Boring.data())
-    assert "events/cuts" in hparams_page(board)
+    assert "methods" in hparams_page(board)
     assert dict(module.hparams) == {}
 
 
@@ -239,13 +290,48 @@ def test_methods_join_the_hyper_parameters_of_a_datamodule(board: TensorBoardLog
 
     data = Data()
     trainer(Events(), CompressionMonitor(), logger=board, max_epochs=1).fit(Boring(), datamodule=data)
-    assert {"batch_size", "events/cuts"} <= hparams_page(board)
+    assert {"batch_size", "methods"} <= hparams_page(board)
     assert set(data.hparams_initial) == {"batch_size"}
 
 
-def test_without_a_method_there_is_nothing_to_add(board: TensorBoardLogger) -> None:
+def test_a_dense_run_is_on_the_page_too(board: TensorBoardLogger) -> None:
     trainer(CompressionMonitor(), logger=board, max_epochs=1).fit(Boring(), Boring.data(), Boring.data())
-    assert "hp_metric" not in read(board).Tags()["scalars"]
+    assert hparams_page(board) == {"methods"}
+    assert curve(board, "macs")[-1][1] == read(board).Scalars("final/macs")[0].value
+
+
+def test_runs_of_a_sweep_are_compared_by_budgets_and_final_metrics(tmp_path: Path) -> None:
+    for number, remaining in enumerate((0.8, 0.5, 0.3)):
+        board = TensorBoardLogger(tmp_path, name="", version=f"run{number}")
+        pruning = StructuredPruning(MACs(remaining), schedule=OneShot(at=0.5))
+        trainer(pruning, export := MobileExport(tmp_path / f"{number}.ptl"), CompressionMonitor(), logger=board).fit(
+            Lit(), Loader()
+        )
+    multiplexer = EventMultiplexer().AddRunsFromDirectory(str(tmp_path))
+    multiplexer.Reload()
+    context = TBContext(data_provider=MultiplexerDataProvider(multiplexer, str(tmp_path)), multiplexer=multiplexer)
+    request, backend = RequestContext(), Context(context)
+    content = backend.hparams_metadata(request, "")
+    experiment = backend.experiment_from_metadata(request, "", True, content, [])
+    names = {info.name.tag for info in experiment.metric_infos}
+    assert names == {
+        f"final/{name}" for name in ("val_loss", "params", "size", "bits", "macs", "file_size", "latency_ms")
+    }
+    assert {info.name: info.type for info in experiment.hparam_infos}["budget/macs"] == api_pb2.DATA_TYPE_FLOAT64
+    asked = api_pb2.ListSessionGroupsRequest(
+        allowed_statuses=range(4), slice_size=9, start_index=0, col_params=[{"metric": {"tag": "final/macs"}}]
+    )
+    groups = ListSessionGroups(request, backend, "", asked).run().session_groups
+    found = {
+        group.hparams["budget/macs"].number_value: {metric.name.tag: metric.value for metric in group.metric_values}
+        for group in groups
+    }
+    assert sorted(found) == [0.3, 0.5, 0.8]
+    dense = count_cost(Lit(), (torch.zeros(1, 3, 8, 8),)).macs
+    assert all(0.5 * budget < metrics["final/macs"] / dense <= budget for budget, metrics in found.items())
+    assert export.report is not None
+    assert found[0.3]["final/file_size"] == export.report.bytes
+    assert found[0.3]["final/latency_ms"] == pytest.approx(1e3 * export.report.latency.median)
 
 
 # The table, the progress bar, other callbacks.
@@ -290,8 +376,9 @@ def test_other_callbacks_and_the_progress_bar_see_the_totals(tmp_path: Path) -> 
     best = pl.callbacks.ModelCheckpoint(tmp_path, monitor="compression/macs_remaining", mode="min", save_top_k=1)
     run = trainer(Events(cuts=(6,)), CompressionMonitor(every_n_steps=100), best)
     run.fit(Lit(), Loader())
-    assert set(run.progress_bar_metrics) == {"compression/macs_remaining", "compression/sparsity"}
-    assert run.progress_bar_metrics["compression/macs_remaining"] < 0.8
+    assert set(run.progress_bar_metrics) == {"macs"}
+    share = float(run.callback_metrics["compression/macs_remaining"])
+    assert run.progress_bar_metrics["macs"] == pytest.approx(share, abs=0.005)
     assert best.best_model_score is not None
     assert best.best_model_score < 0.8
     assert run.callback_metrics["compression/bits"] == 32.0
@@ -339,11 +426,15 @@ def test_it_leaves_nothing_on_the_module() -> None:
         "_last_step",
         "_parameters",
         "_last_signature",
-        "_hparams_patch",
+        "_patches",
         "_masks",
+        "_curves",
+        "_events_written",
+        "_validation",
     }
     assert not any(
-        vars(monitor)[name] for name in ("_cost_counter", "_recorder", "_parameters", "_hparams_patch", "_masks")
+        vars(monitor)[name]
+        for name in ("_cost_counter", "_recorder", "_parameters", "_patches", "_masks", "_validation")
     )
     assert repr(pickle.loads(pickle.dumps(monitor))) == repr(monitor)
 
@@ -389,8 +480,8 @@ def test_a_resumed_run_compares_with_the_dense_network(tmp_path: Path, capsys: A
     second = trainer(Events(cuts=(1, 5)), CompressionMonitor(every_n_steps=1), max_epochs=2, logger=board)
     second.fit(resumed, Loader(), ckpt_path=tmp_path / "last.ckpt", **options)
     assert state_of(resumed).state["compression_monitor"]["before"] == dense
-    assert curve(board, "channels/net.conv1")[0] == (4, 4.0)
-    assert curve(board, "params_remaining")[0][1] < 0.8
+    assert curve(board, "compression_layers/channels/net.conv1")[:3] == [(0, 8.0), (3, 8.0), (4, 4.0)]
+    assert curve(board, "params")[0][1] < 0.8 * dense["params"]
     assert "8 → 2" in capsys.readouterr().out
     assert state_of(resumed).state["compression_monitor"]["history"]["steps"] == [0, 1, 5]
 
@@ -433,9 +524,9 @@ def test_the_other_host_has_its_tensorboard_too(host: Any, tmp_path: Path) -> No
     logger = host.loggers.TensorBoardLogger(tmp_path)
     trainer(Events(cuts=(2,)), CompressionMonitor(), host=host, logger=logger).fit(MODULES[host](), Loader())
     tags = read(logger).Tags()
-    assert "compression/heat_map/channels" in tags["images"]
-    assert "compression/macs_remaining" in tags["scalars"]
-    assert {"optimizer", "events/cuts"} <= hparams_page(logger)
+    assert "compression_layers/heat_map/channels" in tags["images"]
+    assert {"compression/macs", "compression_layers/channels/net.conv1"} <= set(tags["scalars"])
+    assert {"optimizer", "methods"} <= hparams_page(logger)
 
 
 def test_the_learning_rate_finder_inside_fit_leaves_no_trace_in_the_history(board: TensorBoardLogger) -> None:
@@ -478,7 +569,7 @@ def test_layers_of_configure_model_are_recorded(board: TensorBoardLogger) -> Non
                 self.late = nn.Linear(2, 2)
 
     trainer(CompressionMonitor(), logger=board, max_epochs=1).fit(Late(), Boring.data(), Boring.data())
-    assert curve(board, "channels/late")[0] == (0, 2.0)
+    assert curve(board, "params")[0] == (0, sum(parameter.numel() for parameter in Late().parameters()) + 6.0)
 
 
 def test_a_module_whose_input_is_not_found_has_no_macs(board: TensorBoardLogger, capsys: Any) -> None:
@@ -491,7 +582,8 @@ def test_a_module_whose_input_is_not_found_has_no_macs(board: TensorBoardLogger,
     run = trainer(CompressionMonitor(), logger=board, max_epochs=1)
     run.fit(Graded(), Boring.data(), Boring.data())
     assert "compression/macs" not in read(board).Tags()["scalars"]
-    assert "compression/params_remaining" in run.progress_bar_metrics
+    assert "compression/params_remaining" in run.callback_metrics
+    assert run.progress_bar_metrics == {}
     assert "MACs are unknown" in capsys.readouterr().out
 
 
@@ -520,8 +612,8 @@ def test_weights_that_are_not_finite_do_not_end_the_run(board: TensorBoardLogger
                     self.net.fc.weight[0, 0] = float("inf")
 
     trainer(CompressionMonitor(), logger=board, max_epochs=1).fit(Broken(), Boring.data(), Boring.data())
-    assert "compression/weights/net.stem" not in read(board).Tags()["histograms"]
-    assert read(board).Histograms("compression/weights/net.fc")[-1].histogram_value.num == 5 * 12 - 1
+    assert "compression_layers/weights/net.stem" not in read(board).Tags()["histograms"]
+    assert read(board).Histograms("compression_layers/weights/net.fc")[-1].histogram_value.num == 5 * 12 - 1
 
 
 # Bad input.
@@ -569,14 +661,12 @@ def test_the_effect_of_sparsity_is_reported(board: TensorBoardLogger, capsys: py
     layer = module.net.conv1.weight
     gone = 2 * layer[0].numel()
     total = sum(weight.numel() for weight in module.parameters() if weight.ndim > 1)
-    churn = dict(curve(board, "churn"))
+    churn = dict(curve(board, "compression_details/churn"))
     assert {step: value for step, value in churn.items() if value} == {
         4: pytest.approx(gone / layer.numel()),
         8: pytest.approx(2 / layer.numel()),
     }
-    assert [value for _, value in curve(board, "dead_filters")][-10:] == [0.0] * 2 + [2.0] * 8 or curve(
-        board, "dead_filters"
-    )
+    assert curve(board, "compression_details/dead_filters")[:3] == [(0, 0.0), (3, 0.0), (4, 2.0)]
     assert monitor.after is not None
     assert monitor.before is not None
     assert (monitor.before.dead_filters, monitor.after.dead_filters) == (0, 2)
@@ -584,9 +674,35 @@ def test_the_effect_of_sparsity_is_reported(board: TensorBoardLogger, capsys: py
     dense = count_cost(module, (torch.zeros(1, 3, 8, 8),))
     zeros = (gone + 2) / layer.numel()
     assert monitor.after.effective_macs == round(dense.macs - zeros * dense.macs_by_module["net.conv1"])
-    assert curve(board, "effective_macs")[-1][1] == monitor.after.effective_macs
-    assert curve(board, "deflated_bytes")[-1][1] == monitor.after.deflated
+    assert curve(board, "compression_details/effective_macs")[-1][1] == monitor.after.effective_macs
+    assert curve(board, "compression_details/deflated_bytes")[-1][1] == monitor.after.deflated
     printed = capsys.readouterr().out
     assert "effective MACs (nonzero weights)" in printed
     assert "size after compression (DEFLATE)" in printed
     assert "0 → 2" in printed
+
+
+# Other loggers, where they are installed.
+
+
+def test_wandb_gets_the_curves_and_the_table(tmp_path: Path) -> None:
+    wandb = pytest.importorskip("wandb")
+    logger = pl.loggers.WandbLogger(save_dir=tmp_path, offline=True)
+    trainer(Events(cuts=(2,)), CompressionMonitor(), logger=logger, max_epochs=1).fit(Lit(), Loader())
+    summary = dict(logger.experiment.summary)
+    wandb.finish()
+    assert summary["compression_layers/channels/net.conv1"] == 4
+    assert "compression/table" in summary
+    assert list(tmp_path.rglob("*.table.json"))
+
+
+def test_mlflow_gets_the_curves_and_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # a database needs more than `mlflow-skinny`
+    files = tmp_path / "runs"
+    logger = pl.loggers.MLFlowLogger(tracking_uri=files.as_uri())
+    trainer(Events(cuts=(2,)), CompressionMonitor(), logger=logger, max_epochs=1).fit(Lit(), Loader())
+    client = logger.experiment
+    history = client.get_metric_history(logger.run_id, "compression_layers/channels/net.conv1")
+    assert [(point.step, point.value) for point in history][:3] == [(0, 8.0), (1, 8.0), (2, 4.0)]
+    assert "| net.conv1 | 8 → 4 |" in next(files.rglob("compression.md")).read_text()

@@ -28,9 +28,9 @@ def test_ranks_energies_errors_and_coded_bits_are_curves_and_columns(tmp_path: A
     name, fact = next(iter(known.items()))
     header = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text().partition("\n")[0].split(",")
     for key in ("rank", "energy_kept", "reconstruction_error"):
-        assert f"compression/{key}/{name}" in header
+        assert f"compression_layers/{key}/{name}" in header
         assert monitor.after.stats[name][key] == fact[key]
-    assert f"compression/coded_bits/{name}.0" in header
+    assert f"compression_layers/coded_bits/{name}.0" in header
     lines = capsys.readouterr().out.splitlines()
     title = next(line for line in lines if "energy kept" in line)
     assert title.split()[-6:] == ["rank", "energy", "kept", "error", "coded", "bits"]
@@ -52,11 +52,11 @@ def test_bits_of_rounded_layers_follow_the_ladder(tmp_path: Any, capsys: Any) ->
     assert monitor.after.stats["features.stem"] == {"weight_bits": 2.0}
     assert monitor.after.stats["head"] == {"weight_bits": 4.0, "activation_bits": 4.0}
     rows = list(csv.DictReader((tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text().splitlines()))
-    widths = [float(found) for row in rows if (found := row["compression/weight_bits/head"])]
+    widths = [float(found) for row in rows if (found := row["compression_layers/bits/head"])]
     assert widths == sorted(widths, reverse=True)
-    assert {widths[0], widths[-1]} == {8.0, 4.0}
-    title = next(line for line in capsys.readouterr().out.splitlines() if "weight bits" in line)
-    assert title.split()[-4:] == ["weight", "bits", "activation", "bits"]
+    assert list(dict.fromkeys(widths)) == [32.0, 8.0, 5.0, 4.0]
+    title = next(line for line in capsys.readouterr().out.splitlines() if "activation bits" in line)
+    assert title.split()[-4:] == ["bits", "size", "activation", "bits"]
 
 
 def test_a_network_that_was_quantized_without_training_has_bits_too() -> None:

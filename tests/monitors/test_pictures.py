@@ -7,11 +7,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lightning_light.monitors.heat_map import colored, heat_map, short_names
-from lightning_light.monitors.history import History
-from lightning_light.monitors.report_image import report_image
-from lightning_light.monitors.snapshot import take_snapshot
-from tests.monitors.test_table import net
+from lightning_light.formatting import short_names
+from lightning_light.measure.history import History
+from lightning_light.measure.snapshot import take_snapshot
+from lightning_light.monitors.heat_map import colored, heat_map
+from lightning_light.report.figures import report_image
+from tests.measure.test_comparison import net
 
 
 def grown(moments: int) -> History:
@@ -68,7 +69,7 @@ def test_a_heat_map_is_an_image_that_pillow_reads_back(quantity: str, moments: i
 
 def test_a_layer_fades_as_its_channels_are_removed() -> None:
     image = heat_map(grown(moments=13)).float()
-    row = image[48 + 5]  # the first layer's, below the title
+    row = image[40 + 5]  # the first layer's, below the title
     field = row[(row != 255).any(dim=1)]
     dark, pale = pixels(torch.tensor([[1.0, 4 / 16]]))[0]
     assert (row == dark).all(dim=1).any()

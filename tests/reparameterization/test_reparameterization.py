@@ -227,8 +227,10 @@ def test_a_layer_that_is_masked_is_not_expanded() -> None:
 
 
 def test_what_was_expanded_and_what_was_left_alone_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO"):
+    with caplog.at_level("DEBUG", "lightning.pytorch"):
         trainer(Reparameterization(RepVGG()), max_epochs=1).fit(fresh(WithPointwise))
-    (line,) = [record.message for record in caplog.records if record.message.startswith("reparameterization:")]
+    found = [record for record in caplog.records if record.message.startswith("reparameterization:")]
+    brief, line = (next(one.message for one in found if one.levelname == level) for level in ("INFO", "DEBUG"))
+    assert brief.startswith("reparameterization: expanded ")
     assert "features.conv1" in line.partition("Left alone:")[0]
     assert "features.point (RepVGG has no branches for a 1x1 kernel)" in line.partition("Left alone:")[2]

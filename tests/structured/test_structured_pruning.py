@@ -200,7 +200,7 @@ def test_cuts_are_every_n_steps_inside_the_window(every_n_steps, cuts, caplog) -
     caplog.set_level(logging.INFO, "lightning.pytorch")
     schedule = Window(Linear(), start=0.0, end=0.7)
     trainer(StructuredPruning(Channels(0.2), schedule=schedule, every_n_steps=every_n_steps)).fit(module)
-    lines = [record.message for record in caplog.records if "channels removed" in record.message]
+    lines = [record.message for record in caplog.records if " removed from " in record.message]
     numbers = [int(line.partition("/")[0].rpartition(" ")[2]) for line in lines]
     assert numbers == sorted(set(numbers))
     assert numbers[-1] <= cuts

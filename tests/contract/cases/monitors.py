@@ -1,7 +1,7 @@
-"""`CompressionMonitor`, alone and beside a method that changes the network."""
+"""`CompressionMonitor` and `CompressionReport`, alone and beside a method that changes the network."""
 
 from lightning_light.budgets import MACs
-from lightning_light.monitors import CompressionMonitor
+from lightning_light.monitors import CompressionMonitor, CompressionReport
 from lightning_light.schedules import OneShot
 from lightning_light.structured import StructuredPruning
 from tests.contract.case import Case
@@ -16,4 +16,5 @@ CASES = [
         ],
         full=False,
     ),
+    Case("report", lambda folder: [CompressionReport(folder / "report.html")], structural=False),
 ]

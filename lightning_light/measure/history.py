@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, Literal, TypedDict
 
-from lightning_light.monitors.layer_matching import is_within, match_layers, remaining
-from lightning_light.monitors.snapshot import Snapshot
+from lightning_light.measure.layer_matching import is_within, match_layers, remaining
+from lightning_light.measure.snapshot import Snapshot
 from lightning_light.surgery.schema import Length
 from lightning_light.validation import NonNegativeInt
 
@@ -69,6 +69,17 @@ class History:
             totals=(*self.totals, totals),
             end=step,
         )._thinned()
+
+    def of_most_changed(self, quantity: Literal["channels", "weights"], count: int) -> History:
+        """Return the history of the ``count`` layers that have the least remaining channels or weights."""
+        last = (self.channels if quantity == "channels" else self.weights)[-1]
+        kept = sorted(sorted(range(len(last)), key=lambda index: last[index])[:count])
+        return replace(
+            self,
+            layers=tuple(self.layers[index] for index in kept),
+            channels=tuple(tuple(column[index] for index in kept) for column in self.channels),
+            weights=tuple(tuple(column[index] for index in kept) for column in self.weights),
+        )
 
     def plain(self) -> dict[str, Any]:
         """Return plain types, for a checkpoint."""

@@ -1,20 +1,17 @@
-"""Format a table of every layer before and after compression, for a terminal and as Markdown."""
+"""Compare a network before and after compression in a table of every layer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-from rich import box
-from rich.table import Table
-from rich.text import Text
-
+from lightning_light.formatting import DataTable, human_bytes, human_count, human_percent
+from lightning_light.measure.layer_matching import LayerPair, is_within, match_layers
 from lightning_light.measure.layer_table import LayerRow
-from lightning_light.monitors.layer_matching import LayerPair, is_within, match_layers
-from lightning_light.monitors.snapshot import Snapshot, row_bytes
+from lightning_light.measure.snapshot import Snapshot
 from lightning_light.validation import validated
 
-__all__ = ["compression_markdown", "compression_table", "human_bytes", "human_count"]
+__all__ = ["compression_table"]
 
 _UNKNOWN = "?"
 _Rows = tuple[LayerRow, ...]
@@ -28,7 +25,7 @@ def compression_table(
     layers: Collection[str] | None = None,
     notes: Sequence[str] = (),
     title: str | None = "Compression: before → after",
-) -> Table:
+) -> DataTable:
     """Return a table of every layer and the model before and after. Unchanged quantities are listed below it.
 
     Args:
@@ -39,72 +36,29 @@ def compression_table(
         title: of the table.
 
     Example:
-        >>> from rich.console import Console
-        >>> from lightning_light.monitors import take_snapshot
+        >>> from lightning_light.measure import take_snapshot
         >>> before, after = take_snapshot(nn.Linear(8, 4)), take_snapshot(nn.Linear(8, 2))
-        >>> Console(width=80).print(compression_table(before, after, title=None))
+        >>> print(compression_table(before, after, title=None))
+          layer      channels   params         size
+         ──────────────────────────────────────────
+          (model)       4 → 2  36 → 18  144B → 72B
         <BLANKLINE>
-          layer     channels    params         size
-         ─────────────────────────────────────────────
-          (model)      4 → 2   36 → 18   144B → 72B
-        <BLANKLINE>
-          total                36 → 18   144B → 72B
+          total                36 → 18  144B → 72B
           remaining              50.0%        50.0%
         <BLANKLINE>
         sparsity: 0%, unchanged
         bits per weight: 32, unchanged
     """
     sheet = _sheet(before, after, layers)
-    table = Table(
+    return DataTable(
+        tuple(sheet.headers),
+        tuple(map(tuple, sheet.lines)),
+        totals=tuple(map(tuple, sheet.totals)),
+        notes=(*sheet.constants, *notes),
         title=title,
-        caption="\n".join((*sheet.constants, *notes)) or None,
-        caption_justify="left",
-        header_style="bold",
-        box=box.SIMPLE_HEAD,
+        text_columns=frozenset({"type"}),
+        droppable=_DROPPABLE,
     )
-    for header in sheet.headers:
-        table.add_column(header, justify="right" if header in _NUMBERS else "left", overflow="fold")
-    for line in sheet.lines:
-        table.add_row(*(_styled(cell) for cell in line))
-    table.add_section()
-    for line in sheet.totals:
-        table.add_row(*(_styled(cell) for cell in line), style="bold")
-    return table
-
-
-@validated
-def compression_markdown(
-    before: Snapshot, after: Snapshot, *, layers: Collection[str] | None = None, notes: Sequence[str] = ()
-) -> str:
-    """Return the table of `compression_table` as Markdown."""
-    sheet = _sheet(before, after, layers)
-    ruler = ["---:" if header in _NUMBERS else "---" for header in sheet.headers]
-    totals = [[f"**{cell}**" if cell else "" for cell in line] for line in sheet.totals]
-    lines = ["| " + " | ".join(line) + " |" for line in (sheet.headers, ruler, *sheet.lines, *totals)]
-    return "\n".join((*lines, "", *(f"{note}  " for note in (*sheet.constants, *notes))))
-
-
-def human_count(value: float) -> str:
-    """Format a number with three digits and a prefix, without a space, where a narrow table would break the line.
-
-    Example:
-        >>> human_count(999), human_count(1234), human_count(56_780_000)
-        ('999', '1.23k', '56.8M')
-    """
-    for limit, prefix in ((1e3, ""), (1e6, "k"), (1e9, "M"), (1e12, "G")):
-        if value < limit * 0.9995:
-            return f"{value / (limit / 1e3):.3g}{prefix}"
-    return f"{value / 1e12:.3g}T"
-
-
-def human_bytes(value: float) -> str:
-    """Format bytes with a decimal prefix, as `Size` reads them.
-
-    Example:
-        >>> human_bytes(820), human_bytes(1_630_000)
-        ('820B', '1.63MB')
-    """
-    return f"{human_count(value)}B"
 
 
 # Columns: how to format a quantity of layers, and of the whole model.
@@ -136,13 +90,6 @@ def _mean(rows: _Rows, values: Sequence[float]) -> float:
     return sum(value * weight for value, weight in zip(values, weights, strict=True)) / total if total else 0.0
 
 
-def _percent(value: float) -> str:
-    """Format a fraction in percent; only exactly 0 and 1 are shown as 0% and 100%."""
-    percent = 100 * value
-    digits = 0 if percent in (0.0, 100.0) else 1
-    return f"{min(max(percent, 0.1), 99.9) if 0 < percent < 100 else percent:.{digits}f}%"
-
-
 _COLUMNS = (
     _Column("type", _kinds, lambda _: "", optional=True),
     _Column("channels", _width, lambda _: ""),
@@ -160,8 +107,8 @@ _COLUMNS = (
     ),
     _Column(
         "sparsity",
-        lambda rows: _percent(_mean(rows, [row.sparsity for row in rows])),
-        lambda model: _percent(model.sparsity),
+        lambda rows: human_percent(_mean(rows, [row.sparsity for row in rows])),
+        lambda model: human_percent(model.sparsity),
         optional=True,
     ),
     _Column(
@@ -178,22 +125,19 @@ _COLUMNS = (
     ),
     _Column(
         "size",
-        lambda rows: human_bytes(sum(map(row_bytes, rows))),
+        lambda rows: human_bytes(sum(row.bytes for row in rows)),
         lambda model: human_bytes(model.bytes),
         lambda model: model.bytes,
     ),
 )
 _STATS: dict[str, tuple[str, Callable[[float], str]]] = {
     "rank": ("rank", lambda value: f"{value:.0f}"),
-    "energy_kept": ("energy kept", lambda value: _percent(value)),
+    "energy_kept": ("energy kept", lambda value: human_percent(value)),
     "reconstruction_error": ("error", lambda value: f"{value:.3g}"),
     "coded_bits": ("coded bits", lambda value: f"{value:.3g}"),
-    "weight_bits": ("weight bits", lambda value: f"{value:.3g}"),
     "activation_bits": ("activation bits", lambda value: f"{value:.3g}"),
 }  # numbers of the methods, which have no value before
-_NUMBERS = frozenset(
-    [column.header for column in _COLUMNS if column.header != "type"] + [header for header, _ in _STATS.values()]
-)
+_DROPPABLE = ("type", "dead filters", "energy kept", "error", "coded bits", "activation bits", "params", "channels")
 _LABELS = {"sparsity": "sparsity", "bits": "bits per weight"}
 
 
@@ -285,10 +229,4 @@ def _remaining(column: _Column, before: Snapshot, after: Snapshot) -> str:
     if column.amount is None:
         return ""
     had, has = column.amount(before), column.amount(after)
-    return _percent(has / had) if had and has is not None else ""
-
-
-def _styled(cell: str) -> Text:
-    """Highlight a value that has changed, and dim what it was."""
-    old, arrow, new = cell.partition(" → ")
-    return Text.assemble((old, "dim"), (arrow, "dim"), (new, "green")) if arrow else Text(cell)
+    return human_percent(has / had) if had and has is not None else ""

@@ -1,24 +1,34 @@
-"""Draw one picture of a whole run. Needs matplotlib: ``pip install lightning-light[examples]``."""
+"""Draw a run and its layers. Needs matplotlib: ``pip install lightning-light[report]``.
+
+Its pictures are static SVG of some ten kilobytes, which a page holds inline; an interactive library would add some
+megabytes of script to every report.
+"""
 
 from __future__ import annotations
 
+import importlib
+import io
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from lightning_light.monitors.heat_map import short_names
-from lightning_light.monitors.history import History
+from lightning_light.errors import UnsupportedError
+from lightning_light.formatting import human_count, short_names
+from lightning_light.measure.history import History
+from lightning_light.measure.layer_matching import match_layers
+from lightning_light.measure.snapshot import Snapshot
 from lightning_light.validation import validated
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-__all__ = ["report_image"]
+__all__ = ["check_matplotlib", "layer_figure", "report_image", "run_figure", "svg"]
 
 Curve = Sequence[tuple[int, float]]
 
 _COLORS = {"macs": "#081d58", "params": "#1d91c0", "bytes": "#7fcdbb"}
-_NAMES = {"macs": "MACs", "params": "parameters", "bytes": "tensor bytes"}
+_NAMES = {"macs": "MACs", "params": "parameters", "bytes": "stored size"}
 _METRIC_COLORS = ("#d95f0e", "#993404", "#fe9929")  # warm, against the cool ones of the costs
 
 
@@ -41,24 +51,82 @@ def report_image(
         dpi: dots per inch of a picture that is 8 inches wide.
 
     Raises:
-        ImportError: matplotlib is not installed.
+        UnsupportedError: matplotlib is not installed.
         ValueError: the history is empty.
     """
-    from matplotlib.figure import Figure
-
     if not history.layers or not history.steps:
         raise ValueError(
             f"`report_image` of {len(history.layers)} layers at {len(history.steps)} steps: expected at least one "
             "of each. Take the history of a run with a `CompressionMonitor`."
         )
-    rows = max(1.2, 0.2 * len(history.layers))
-    figure = Figure(figsize=(8, 3.4 + rows), layout="constrained", dpi=dpi)
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2.2, rows))
-    _draw_curves(above, history, metrics or {})
-    _draw_layers(below, history)
+    figure = run_figure(history, metrics or {})
     if title:
         figure.suptitle(title, fontweight="bold")
-    figure.savefig(path)
+    figure.savefig(path, dpi=dpi)
+
+
+def check_matplotlib(call: str) -> None:
+    """Refuse a call that draws where matplotlib is not installed.
+
+    Raises:
+        UnsupportedError: names the extra.
+    """
+    try:
+        importlib.import_module("matplotlib.figure")
+    except ImportError as error:
+        raise UnsupportedError(
+            f"`{call}`: expected the package matplotlib, found that it cannot be imported ({error}). Install it: "
+            "`pip install lightning-light[report]`."
+        ) from error
+
+
+def run_figure(history: History, metrics: Mapping[str, Curve]) -> Figure:
+    """Draw the remaining costs and the metrics over the steps, and below them a heat map of the layers."""
+    check_matplotlib("run_figure")
+    from matplotlib.figure import Figure
+
+    rows = max(1.2, 0.2 * len(history.layers))
+    figure = Figure(figsize=(8, 3.4 + rows), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2.2, rows))
+    _draw_curves(above, history, metrics)
+    _draw_layers(below, history)
+    return figure
+
+
+def layer_figure(before: Snapshot, after: Snapshot) -> Figure:
+    """Draw the MACs of each layer before and after as bars; the parameters where MACs are not known."""
+    check_matplotlib("layer_figure")
+    from matplotlib.figure import Figure
+
+    quantity = "params" if before.macs is None or after.macs is None else "macs"
+    pairs = [
+        (pair.name, *(sum(getattr(row, quantity) for row in rows) for rows in (pair.before, pair.after)))
+        for pair in match_layers(before.rows, after.rows)
+    ]
+    shown = [pair for pair in pairs if max(pair[1:])]
+    figure = Figure(figsize=(8, 0.9 + 0.22 * len(shown)), layout="constrained")
+    axes, places = figure.subplots(), range(len(shown))
+    axes.barh(places, [had for _, had, _ in shown], color="#d9e6ee", height=0.8, label="before")
+    axes.barh(places, [has for _, _, has in shown], color=_COLORS["macs"], height=0.45, label="after")
+    axes.set_yticks(places, short_names([name for name, _, _ in shown]))
+    axes.tick_params(axis="y", length=0, labelsize=8)
+    axes.xaxis.set_major_formatter(lambda value, _: human_count(value))
+    axes.invert_yaxis()
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.set_title(f"{_NAMES[quantity]} of each layer", loc="left", fontsize=10)
+    axes.legend(frameon=False, loc="lower right", fontsize=8)
+    return figure
+
+
+def svg(figure: Figure) -> str:
+    """Return a figure as an ``<svg>`` element, with text as text."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lightning-light"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    drawn = buffer.getvalue()
+    return drawn[drawn.index("<svg") :]
 
 
 def _draw_curves(axes: Axes, history: History, metrics: Mapping[str, Curve]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import astuple, dataclass, field, replace
 from typing import Annotated, Any, TypedDict
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lightning_light.isolation import isolated
@@ -17,7 +17,7 @@ from lightning_light.measure.sparsity import zero_fraction
 from lightning_light.surgery.schema import FieldsOf
 from lightning_light.validation import Fraction, NonNegativeFloat, NonNegativeInt, validated
 
-__all__ = ["PlainSnapshot", "Snapshot", "matrix_layers", "row_bytes", "structure", "take_snapshot"]
+__all__ = ["PlainSnapshot", "Snapshot", "matrix_layers", "structure", "take_snapshot"]
 
 
 class PlainSnapshot(TypedDict):
@@ -41,9 +41,9 @@ class Snapshot:
         rows: one per layer, in the model's order.
         params: elements of all parameters; shared ones count once.
         macs: MACs of one forward pass; None if they were not counted.
-        bytes: of all parameters and persistent buffers.
+        bytes: of all parameters and persistent buffers, as they will be stored: fake-quantized weights as int8.
         sparsity: fraction of zeros among all weights of two or more dimensions, in [0, 1].
-        bits: mean bit width per weight.
+        bits: mean bit width per weight, of its fake quantization or of its data type.
         stats: layer -> quantity -> number of a method, from `layer_stats`.
         deflated: bytes after lossless compression; None if they were not measured.
     """
@@ -66,6 +66,14 @@ class Snapshot:
     def effective_macs(self) -> int | None:
         """Count the MACs whose weight is nonzero; None if MACs were not counted."""
         return None if self.macs is None else effective_macs(self.rows)
+
+    @property
+    def bops(self) -> int | None:
+        """Count bit operations: each layer's MACs times the bits of its weights and of its inputs (float: 32)."""
+        if self.macs is None:
+            return None
+        inputs = {name: numbers.get("activation_bits", 32.0) for name, numbers in self.stats.items()}
+        return round(sum(row.macs * (row.bits or 32.0) * inputs.get(row.name, 32.0) for row in self.rows))
 
     def plain(self) -> dict[str, Any]:
         """Return plain types, for a checkpoint."""
@@ -98,7 +106,8 @@ def take_snapshot(
     Args:
         model: on any device, in any mode.
         cost: from `count_cost` on a model of the same structure; without it MACs are not reported.
-        stats: per-layer numbers of the methods, from `layer_stats`.
+        stats: per-layer numbers of the methods, from `layer_stats`; those with ``weight_bits`` are fake-quantized and
+            count as they will be stored: a byte per weight, a float scale per output channel.
 
     Example:
         >>> from lightning_light.measure import count_cost
@@ -107,22 +116,48 @@ def take_snapshot(
         >>> snapshot.params, snapshot.macs, snapshot.bytes
         (58, 48, 232)
     """
-    known = cost or count_params(model)
+    known, numbers = cost or count_params(model), stats or {}
     with isolated(model):  # reading a parametrized weight may change its state
-        rows = layer_table(model, _with_parametrized(model, known))
+        rows = _merged(layer_table(model, _with_parametrized(model, known)))
         sparsity = zero_fraction(weight_matrices(model))
-        weights = dict.fromkeys(weight for module in model.modules() for weight in layer_weights(module))
-        elements = sum(weight.numel() for weight in weights)
-        bits = sum(8 * weight.element_size() * weight.numel() for weight in weights)
+        layers = reversed(list(model.named_modules()))  # a shared weight belongs to the first
+        weights = {weight: name for name, module in layers for weight in layer_weights(module)}
+    saved: dict[str, int] = {}
+    for weight, name in weights.items():
+        if _is_quantized(name, weight, numbers):
+            saved[name] = saved.get(name, 0) + _saved_bytes(weight)
+    elements = sum(weight.numel() for weight in weights)
+    bits = sum(_bits_of(name, weight, numbers) * weight.numel() for weight, name in weights.items())
     return Snapshot(
-        rows=tuple(_merged(rows)),
+        rows=tuple(_stored(row, saved.get(row.name, 0), numbers) for row in rows),
         params=known.params,
         macs=None if cost is None else cost.macs,
-        bytes=tensor_bytes(model),
+        bytes=tensor_bytes(model) - sum(saved.values()),
         sparsity=sparsity,
         bits=bits / elements if elements else 0.0,
-        stats=stats or {},
+        stats=numbers,
     )
+
+
+def _is_quantized(layer: str, weight: Tensor, stats: Mapping[str, Mapping[str, float]]) -> bool:
+    """Check whether a weight of ``layer`` is fake-quantized, by the numbers of the methods."""
+    return weight.ndim > 1 and "weight_bits" in stats.get(layer, {})
+
+
+def _bits_of(layer: str, weight: Tensor, stats: Mapping[str, Mapping[str, float]]) -> float:
+    """Return the bit width of a weight of ``layer``: of its fake quantization, else of its data type."""
+    quantized = _is_quantized(layer, weight, stats)
+    return stats[layer]["weight_bits"] if quantized else 8.0 * weight.element_size()
+
+
+def _saved_bytes(weight: Tensor) -> int:
+    """Count what int8 saves: one byte per element, also for fewer bits, and a float scale per output channel."""
+    return weight.numel() * (weight.element_size() - 1) - 4 * len(weight)
+
+
+def _stored(row: LayerRow, saved: int, stats: Mapping[str, Mapping[str, float]]) -> LayerRow:
+    bits = stats.get(row.name, {}).get("weight_bits", row.bits)
+    return replace(row, bits=bits, bytes=row.bytes - saved)
 
 
 def matrix_layers(model: nn.Module) -> list[str]:
@@ -143,11 +178,6 @@ def structure(model: nn.Module) -> int:
     return hash((modules, tensors))
 
 
-def row_bytes(row: LayerRow) -> int:
-    """Return the bytes of a layer's own parameters, at the bit width of its weights."""
-    return round(row.params * row.bits / 8)
-
-
 def _with_parametrized(model: nn.Module, cost: Cost) -> Cost:
     """Return ``cost`` with an entry for every parametrized layer, even one without parameters of its own."""
     layers = {name: 0 for name, module in model.named_modules() if parametrize.is_parametrized(module)}
@@ -161,7 +191,9 @@ def _merged(rows: list[LayerRow]) -> list[LayerRow]:
         owner = row.name.partition(".parametrizations.")[0]
         if owner in merged:
             first = merged[owner]
-            merged[owner] = replace(first, params=first.params + row.params, macs=first.macs + row.macs)
+            merged[owner] = replace(
+                first, params=first.params + row.params, macs=first.macs + row.macs, bytes=first.bytes + row.bytes
+            )
         else:
             merged[owner] = replace(row, type=row.type.removeprefix("Parametrized"))
     return list(merged.values())

@@ -1,16 +1,20 @@
-import io
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from lightning_light.measure import LayerRow, count_cost
-from lightning_light.monitors.layer_matching import match_layers, remaining
-from lightning_light.monitors.snapshot import Snapshot, matrix_layers, structure, take_snapshot
-from lightning_light.monitors.table import compression_markdown, compression_table, human_bytes, human_count
+from lightning_light.budgets import MACs
+from lightning_light.export import export_model
+from lightning_light.formatting import human_bytes, human_count
+from lightning_light.lowrank import factorize
+from lightning_light.measure import LayerRow, count_cost, measure_sparsity
+from lightning_light.measure.comparison import compression_table
+from lightning_light.measure.layer_matching import match_layers, remaining
+from lightning_light.measure.snapshot import Snapshot, matrix_layers, structure, take_snapshot
+from lightning_light.structured import prune_channels
 from tests.zoo import ZOO, Net
 
 
@@ -29,9 +33,7 @@ def snapshot(model: nn.Module) -> Snapshot:
 
 
 def text(before: Snapshot, after: Snapshot, width: int = 120, **options: object) -> str:
-    console = Console(width=width, record=True, file=io.StringIO())
-    console.print(compression_table(before, after, **options))
-    return console.export_text()
+    return compression_table(before, after, **options).text(width)
 
 
 def row(name: str, *, kind: str = "Linear", out: int | None = 4, params: int = 8, sparsity: float = 0.0) -> LayerRow:
@@ -150,6 +152,24 @@ def test_columns_of_sparsity_bits_and_types_appear_when_they_change() -> None:
     assert "Conv2d" not in shown  # nothing has become of its type
 
 
+def test_a_fake_quantized_layer_counts_as_int8_is_stored() -> None:
+    model = net()
+    stats = {"0": {"weight_bits": 8.0, "activation_bits": 8.0}, "4": {"weight_bits": 4.0}}
+    plain, found = snapshot(model), take_snapshot(model, count_cost(model, (torch.zeros(1, 3, 8, 8),)), stats)
+    weights = [model[0].weight, model[2].weight, model[4].weight]
+    elements = [weight.numel() for weight in weights]
+    batch_norm = model[1].weight.numel()
+    assert found.bits == pytest.approx(
+        (8 * elements[0] + 32 * (elements[1] + batch_norm) + 4 * elements[2]) / (sum(elements) + batch_norm)
+    )
+    assert plain.bytes - found.bytes == 3 * (elements[0] + elements[2]) - 4 * (16 + 5)  # and a scale per channel
+    assert [line.bits for line in found.rows] == [8.0, 32.0, 32.0, 4.0]
+    assert found.rows[0].bytes == elements[0] + 4 * 16 + 4 * 16  # int8 weights, float scales, float biases
+    macs = {line.name: line.macs for line in found.rows}
+    assert found.bops == macs["0"] * 64 + macs["2"] * 32 * 32 + macs["4"] * 4 * 32
+    assert plain.bops == 1024 * (plain.macs or 0)
+
+
 def test_layers_without_a_line_share_one() -> None:
     before, after = snapshot(net()), snapshot(net(first=6))
     shown = text(before, after, layers=["0", "4"])
@@ -158,11 +178,39 @@ def test_layers_without_a_line_share_one() -> None:
     assert f"{human_count(listed)} → " in shown
 
 
-@pytest.mark.parametrize("width", [40, 60, 80, 200])
-def test_a_narrow_terminal_loses_no_digit(width: int) -> None:
-    before, after = snapshot(net()), snapshot(net(first=6))
-    squeezed = "".join(text(before, after, width=width).split())
-    assert "…" not in squeezed
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_a_narrow_terminal_has_whole_words_and_names_what_is_left_out(width: int) -> None:
+    class Deep(nn.Module):
+        def __init__(self, first: int) -> None:
+            super().__init__()
+            self.encoder = nn.ModuleDict({"self_attention": net(first), "a_name_of_thirty_characters_or": net(first)})
+            self.head = nn.Linear(2, 2)
+
+    model = Deep(6)
+    model.encoder["self_attention"][2].weight.data[:4] = 0
+    before, after = take_snapshot(Deep(16)), take_snapshot(model, stats={"head": {"rank": 1.0, "energy_kept": 0.5}})
+    table = compression_table(before, after)
+    lines, whole = table.text(width).splitlines(), table.text()
+    assert max(map(len, lines)) <= width
+    words = {word.strip(",─") for line in lines for word in line.split() if "…" not in word}
+    known = {word.strip(",─") for word in whole.split()}
+    assert words <= known | {"too", "wide", "for", str(width), "columns:"}
+    (header,) = [line for line in lines if line.split()[:1] == ["layer"]]
+    left_out = [name for name in table.headers if name not in header]
+    if left_out:
+        note = " ".join(" ".join(lines).partition("columns: ")[2].split())
+        assert sorted(note.split(", ")) == sorted(left_out)
+    assert "size" in header
+    assert any(line.split()[:1] == ["head"] for line in lines)
+
+
+def test_a_table_in_a_notebook_is_html_with_escaped_cells() -> None:
+    model = nn.Sequential()
+    model.add_module("a<b", nn.Linear(2, 2))
+    shown = compression_table(take_snapshot(model), take_snapshot(model))._repr_html_()
+    assert '<td style="text-align: left">a&lt;b</td>' in shown
+    assert shown.count("<tr>") == 1 + 1 + 2
+    assert '<th style="text-align: right">params</th>' in shown
 
 
 def test_names_that_look_like_markup_are_printed_as_they_are() -> None:
@@ -173,7 +221,7 @@ def test_names_that_look_like_markup_are_printed_as_they_are() -> None:
 
 def test_markdown_has_the_same_lines() -> None:
     before, after = snapshot(net()), snapshot(net(first=6))
-    lines = compression_markdown(before, after, notes=["exported: model.ptl"]).splitlines()
+    lines = compression_table(before, after, notes=["exported: model.ptl"]).markdown().splitlines()
     assert lines[0] == "| layer | channels | params | MACs | size |"
     assert lines[2].startswith("| 0 | 16 → 6 | 448 → 168 |")
     assert lines[-1].startswith("exported: model.ptl")
@@ -185,3 +233,16 @@ def test_markdown_has_the_same_lines() -> None:
 )
 def test_counts_have_three_digits(value: float, shown: str) -> None:
     assert human_count(value) == shown
+
+
+def test_results_are_tables_in_a_notebook(tmp_path: Path) -> None:
+    model, image = ZOO["plain"](), torch.zeros(1, 3, 8, 8)
+    model.fc.weight.data.zero_()
+    assert '<td style="text-align: right">100%</td>' in measure_sparsity(model)._repr_html_()
+    report = export_model(model, (image,), tmp_path / "model.ptl", latency_runs=1)
+    assert f">{human_bytes(report.bytes)}<" in report._repr_html_()
+    factors = factorize(ZOO["plain"](), image, MACs(0.8))
+    assert f"<p>{factors.summary()}</p>" in factors._repr_html_()
+    cuts = prune_channels(model, image, MACs(0.5))
+    layer, change = cuts.cuts()[0].split(": ")
+    assert f'>{layer}</td><td style="text-align: left">{change.replace(">", "&gt;")}<' in cuts._repr_html_()
