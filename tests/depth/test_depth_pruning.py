@@ -48,6 +48,7 @@ class Compiled(Deep):
         self.features.compile(backend="eager")
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own, in compilation
 @pytest.mark.parametrize("body", [Frozen, Manual, Compiled])
 def test_blocks_leave_the_network_and_every_optimizer(body: type[Deep]) -> None:
     module = module_class(body, L)()
@@ -97,5 +98,5 @@ def test_a_step_that_does_not_call_the_module_is_refused_after_its_first_batch()
 
 
 def test_a_network_without_residual_modules_is_refused_with_the_reasons() -> None:
-    with pytest.raises(ll.BudgetError, match="0 residual blocks.*Kept: features: changes the shape"):
+    with pytest.raises(ll.BudgetError, match=r"0 residual blocks.*Kept: features: changes the shape"):
         trainer(ll.DepthPruning(ll.MACs(0.5))).fit(module_class(Tied, L)())
