@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         budgets as budgets,
         clustering as clustering,
         criteria as criteria,
+        depth as depth,
         distillation as distillation,
         errors as errors,
         export as export,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from lightning_light.callback import CompressionCallback as CompressionCallback
     from lightning_light.clustering import WeightClustering as WeightClustering, cluster as cluster
     from lightning_light.criteria import Magnitude as Magnitude, Taylor as Taylor
+    from lightning_light.depth import DepthPruning as DepthPruning, prune_blocks as prune_blocks
     from lightning_light.distillation import (
         CheckpointTeacher as CheckpointTeacher,
         FeatureHint as FeatureHint,
@@ -142,6 +144,7 @@ _NAMES = {
         "Magnitude",
         "Taylor",
     ),
+    "depth": ("DepthPruning", "prune_blocks"),
     "distillation": (
         "CheckpointTeacher",
         "FeatureHint",
@@ -215,6 +218,7 @@ _MODULES = {
     "budgets": "budgets",
     "clustering": "clustering",
     "criteria": "criteria",
+    "depth": "depth",
     "distillation": "distillation",
     "errors": "errors",
     "export": "export",

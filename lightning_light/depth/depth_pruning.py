@@ -1,0 +1,276 @@
+"""`DepthPruning`: remove the least important residual blocks while the network trains."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
+
+from typing_extensions import override
+
+from lightning_light.batch_norm import InputRecorder, Statistics, measure_statistics, move_statistics
+from lightning_light.budgets import Budget, require_reducible
+from lightning_light.callback import CompressionCallback
+from lightning_light.depth.blocks import METHOD, Blocks, remove_blocks
+from lightning_light.depth.criteria import BlockCriterion
+from lightning_light.depth.options import DepthPruningOptions
+from lightning_light.depth.plan import DepthPlan, check_budget, plan_blocks
+from lightning_light.errors import UnsupportedError
+from lightning_light.example_input import Capture, ExampleInput
+from lightning_light.order import DEFAULT_WINDOWS, Stage
+from lightning_light.progress import steps_planned, training_progress
+from lightning_light.schedules import Linear, Schedule, Window, require_rising
+from lightning_light.surgery.averaged_models import averaged_models_of
+from lightning_light.surgery.distributed import broadcast, log_rank_zero, on_rank_zero
+from lightning_light.surgery.stored_example import restore_or_capture_example, store_example
+from lightning_light.targets import Targets, as_targets
+from lightning_light.timing import Events
+from lightning_light.validation import PositiveInt, validated
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+    from torch.optim import Optimizer
+
+__all__ = ["DepthPruning"]
+
+
+class _State(TypedDict, total=False):
+    """What a checkpoint holds of a run.
+
+    Attributes:
+        events: how many events are done.
+        removed: names of the removed blocks, in order.
+        planned: whether the whole run was found possible.
+        example: the example input.
+        inputs: calls of the module in the last training batches, for scores and batch-norm statistics.
+    """
+
+    events: int
+    removed: list[str]
+    planned: bool
+    example: dict[str, Any]
+    inputs: list[dict[str, Any]]
+
+
+@validated
+class DepthPruning(CompressionCallback):
+    """Remove whole residual blocks, the least important first, until the network meets ``budget``.
+
+    A residual block computes ``x + f(x)`` without changing the shape; removed, it returns its input. Blocks are found
+    by their function, in convolutional networks and transformers alike. Each removal saves the latency of all layers of
+    the block, which narrower layers do not. Blocks are scored on the inputs of the last training batches, again after
+    each removal, and training continues between the events.
+
+    Example:
+        >>> from lightning_light.budgets import MACs
+        >>> DepthPruning(MACs(0.7), schedule=Window(Linear(), start=0.1, end=0.4))
+        DepthPruning(budget=MACs(remaining=0.7), schedule=Window(schedule=Linear(), start=0.1, end=0.4))
+
+    Args:
+        budget: what the network is to reach: ``MACs``, ``Params``, ``Size`` or ``Latency``.
+        criterion: `OutputChange` or `BlockInfluence`: the block with the lowest score is removed first.
+        schedule: progress -> fraction of the way to the budget; it must not fall. A block is removed at each event
+            at which the budget of that fraction is exceeded.
+        every_n_steps: optimizer steps between two events; None for ten events.
+        targets: residual blocks that may be removed: patterns or `Targets`; all by default.
+        calibration_batches: training batches before an event on which blocks are scored and batch-norm statistics are
+            corrected; at most 16 samples of each.
+        correct_batch_norm: move the batch-norm statistics by what a removal did to them.
+        dry_run: log what the first event would remove, and remove nothing.
+
+    Raises:
+        TypeError: an argument has the wrong type; at construction.
+        ValueError: an argument is out of range, or the schedule falls; at construction.
+        BudgetError: the budget cannot be reached; before the first optimizer step.
+        TargetError: ``targets`` match no module.
+        UnsupportedError: the training step does not call ``self(...)``, a strategy or launcher that cannot follow, or a
+            layer that a later method has changed.
+
+    Note:
+        Before structured pruning. What is not a residual block is kept; the log has the reasons at debug level.
+    """
+
+    method: ClassVar[str] = METHOD
+    stage: ClassVar[int] = Stage.DEPTH
+    state_schema: ClassVar[Any] = _State
+
+    def __init__(
+        self,
+        budget: Budget,
+        *,
+        criterion: BlockCriterion = DepthPruningOptions.criterion,
+        schedule: Schedule = Window(Linear(), *DEFAULT_WINDOWS[Stage.DEPTH]),
+        every_n_steps: PositiveInt | None = None,
+        targets: Targets | str | list[str] | None = DepthPruningOptions.targets,
+        calibration_batches: PositiveInt = DepthPruningOptions.calibration_batches,
+        correct_batch_norm: bool = DepthPruningOptions.correct_batch_norm,
+        dry_run: bool = False,
+    ) -> None:
+        require_reducible("DepthPruning", budget, "channels")
+        require_rising("DepthPruning", schedule)
+        self.budget = budget
+        self.criterion = criterion
+        self.schedule = schedule
+        self.every_n_steps = every_n_steps
+        self.targets = targets
+        self.calibration_batches = calibration_batches
+        self.correct_batch_norm = correct_batch_norm
+        self.dry_run = dry_run
+        self._points: list[tuple[float, float]] = []
+        self._capture: Capture | None = None
+        self._recorder: InputRecorder | None = None
+        self._last_plan: DepthPlan | None = None
+
+    @property
+    def options(self) -> DepthPruningOptions:
+        """How blocks are chosen."""
+        return DepthPruningOptions(self.criterion, self.targets, self.calibration_batches, self.correct_batch_norm)
+
+    # Lightning's hooks, in the order a run meets them.
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check the targets, and plan the run if the example input is known."""
+        super().on_fit_start(trainer, pl_module)
+        as_targets(self.targets).select(pl_module)
+        state = self.state(pl_module)
+        if not self.resumed(pl_module):
+            for key in ("events", "planned", "inputs"):
+                state.pop(key, None)
+        self._last_plan = None
+        self._capture = restore_or_capture_example(pl_module, state)
+        self._recorder = InputRecorder(pl_module)
+        self._plan_run(trainer, pl_module)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Place the events in the run."""
+        self._points = self._events().points(trainer.max_epochs, steps_planned(trainer))
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Act if it is due: before the batch, so that no checkpoint pairs new weights with an old metric."""
+        state = self.state(pl_module)
+        due = Events.due(self._points, training_progress(trainer), steps_planned(trainer))
+        if due > state.get("events", 0) and state.get("planned") and state.get("inputs"):
+            self._act(trainer, pl_module, due)
+        assert self._recorder is not None  # since `on_fit_start`
+        self._recorder.active = state.get("events", 0) < len(self._points)
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Plan the run, if that was not possible before."""
+        self._plan_run(trainer, pl_module)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Store the inputs of this batch, for the scores and for checkpoints."""
+        state = self.state(pl_module)
+        store_example(state, self._capture)
+        assert self._recorder is not None  # since `on_fit_start`
+        if not self._recorder.active:
+            return
+        calls = self._recorder.take()
+        if not calls:
+            raise UnsupportedError(
+                f"`{self!r}` on `{type(pl_module).__name__}`: expected a LightningModule that calls `self(...)` in "
+                "`training_step`, with tensors, and is not compiled as a whole, found a step without such a call. Call "
+                "`self(...)` there, or use `prune_blocks(..., data=...)` before training."
+            )
+        state["inputs"] = [*state.get("inputs", []), *calls][-self.calibration_batches :]
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn if nothing was removed."""
+        if self.dry_run or self.state(pl_module).get("removed") or getattr(trainer, "fast_dev_run", False):
+            return
+        if self._last_plan is None:
+            self._no_effect(f"the run ended before the first event; `schedule={self.schedule!r}`.")
+        else:
+            self._no_effect(f"the network meets `{self.budget!r}` as it is. {'; '.join(self._last_plan.lines())}.")
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Remove all hooks."""
+        for held in (self._capture, self._recorder):
+            if held is not None:
+                held.remove()
+        self._capture, self._recorder = None, None
+        super().teardown(trainer, pl_module, stage)
+
+    @override
+    def window(self, max_epochs: int | None) -> tuple[float, float] | None:
+        """From the first event to the last."""
+        return self._events().window(max_epochs)
+
+    # Private.
+
+    def _events(self) -> Events:
+        return Events(self.schedule, self.every_n_steps)
+
+    def _plan_run(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check, once per fit and as soon as the example input is known, that the budget can be reached."""
+        state = self.state(pl_module)
+        if not state.get("planned") and self._capture is not None and self._capture.example is not None:
+            self._check(trainer, pl_module, fraction=1.0)
+            state["planned"] = True
+
+    def _check(self, trainer: Trainer, pl_module: LightningModule, fraction: float) -> tuple[Blocks, float]:
+        """Return the blocks that can be removed, and the goal after ``fraction`` of the way; on every rank alike."""
+        assert self._capture is not None
+        assert self._capture.example is not None  # since the run is planned
+        example = self._capture.example.to(pl_module)
+        dense = self.compression_state(pl_module).reference(
+            self.budget, lambda: broadcast(trainer, self.budget.measure(pl_module, example))
+        )
+        goal = self.budget.at(dense, fraction)
+        return on_rank_zero(trainer, lambda: check_budget(pl_module, self.budget, example, self.options, goal)), goal
+
+    def _act(self, trainer: Trainer, pl_module: LightningModule, due: int) -> None:
+        """Remove the blocks that are due at event ``due``: decided on rank 0, carried out on every rank."""
+        assert self._capture is not None
+        assert self._capture.example is not None  # since the run is planned
+        state, example = self.state(pl_module), self._capture.example.to(pl_module)
+        blocks, goal = self._check(trainer, pl_module, self._points[due - 1][1])
+        calls = [ExampleInput(**call).to(pl_module) for call in state["inputs"]]
+        plan = self._last_plan = on_rank_zero(
+            trainer, lambda: plan_blocks(pl_module, self.budget, example, blocks, self.criterion, calls, goal)
+        )
+        dense = self.compression_state(pl_module).references[self.budget.quantity]
+        summary = (
+            f"{due}/{len(self._points)}: {type(self.budget).__name__} {plan.after / dense:.1%}, "
+            f"removed {', '.join(plan.removed) or 'no block'}"
+        )
+        if self.dry_run:
+            log_rank_zero(trainer, "\n  ".join([f"{self.method}: dry run, nothing is removed", *plan.lines()]))
+        elif plan.removed:
+            self._remove(trainer, pl_module, plan, calls, summary)
+            state["removed"] = [*state.get("removed", []), *plan.removed]
+        state["events"] = due
+        if due == len(self._points):
+            state.pop("inputs", None)
+
+    def _remove(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        plan: DepthPlan,
+        calls: list[ExampleInput],
+        summary: str,
+    ) -> None:
+        averaged_models = averaged_models_of(trainer, pl_module)
+        self._before_surgery(trainer, pl_module)
+        before = self._statistics(trainer, pl_module, calls)
+        entry = remove_blocks(pl_module, plan.removed, optimizers=trainer.optimizers, averaged_models=averaged_models)
+        after = self._statistics(trainer, pl_module, calls)
+        for network in (pl_module, *averaged_models):
+            move_statistics(network, before, after, {})
+        self._after_surgery(trainer, pl_module, entry, summary)
+
+    def _statistics(
+        self, trainer: Trainer, pl_module: LightningModule, calls: list[ExampleInput]
+    ) -> dict[str, Statistics]:
+        """Measure the batch-norm statistics on the inputs of rank 0, which a checkpoint holds, for all."""
+        if not self.correct_batch_norm:
+            return {}
+        return on_rank_zero(trainer, lambda: measure_statistics(pl_module, calls))
