@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypedDict
 
-from typing_extensions import NotRequired
-
 from lightning_light.validation import NonNegativeInt
 
 __all__ = ["HISTORY", "History", "add_event", "event_text"]
@@ -17,14 +15,17 @@ HISTORY = "history"
 _MAX_REPEATED = 8  # events, among which an equal one is not kept again
 
 
-class Event(TypedDict):
-    """What one method did at one step."""
-
+class _Summary(TypedDict):
     step: NonNegativeInt
     epoch: NonNegativeInt
     method: str
     summary: str
-    part: NotRequired[str]
+
+
+class Event(_Summary, total=False):
+    """What one method did at one step, and which event of its run it was: ``"4/10"``."""
+
+    part: str
 
 
 class History(TypedDict):

@@ -9,21 +9,23 @@ from typing_extensions import override
 from lightning_light.batch_norm import InputRecorder, Statistics, measure_statistics, move_statistics
 from lightning_light.budgets import Budget, require_reducible
 from lightning_light.callback import CompressionCallback
+from lightning_light.capture import Capture
 from lightning_light.depth.blocks import METHOD, Blocks, remove_blocks
 from lightning_light.depth.criteria import BlockCriterion
 from lightning_light.depth.options import DepthPruningOptions
 from lightning_light.depth.plan import DepthPlan, check_budget, plan_blocks
 from lightning_light.errors import UnsupportedError
-from lightning_light.example_input import Capture, ExampleInput
+from lightning_light.example_input import ExampleInput
 from lightning_light.order import DEFAULT_WINDOWS, Stage
 from lightning_light.progress import steps_planned, training_progress
 from lightning_light.schedules import Linear, Schedule, Window, require_rising
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.distributed import broadcast, log_rank_zero, on_rank_zero
+from lightning_light.surgery.schema import PlainExample
 from lightning_light.surgery.stored_example import restore_or_capture_example, store_example
 from lightning_light.targets import Targets, as_targets
 from lightning_light.timing import Events
-from lightning_light.validation import PositiveInt, validated
+from lightning_light.validation import NonNegativeInt, PositiveInt, validated
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -43,11 +45,11 @@ class _State(TypedDict, total=False):
         inputs: calls of the module in the last training batches, for scores and batch-norm statistics.
     """
 
-    events: int
+    events: NonNegativeInt
     removed: list[str]
     planned: bool
-    example: dict[str, Any]
-    inputs: list[dict[str, Any]]
+    example: PlainExample
+    inputs: list[PlainExample]
 
 
 @validated
@@ -237,14 +239,11 @@ class DepthPruning(CompressionCallback):
             trainer, lambda: plan_blocks(pl_module, self.budget, example, blocks, self.criterion, calls, goal)
         )
         dense = self.compression_state(pl_module).references[self.budget.quantity]
-        summary = (
-            f"{due}/{len(self._points)}: {type(self.budget).__name__} {plan.after / dense:.1%}, "
-            f"removed {', '.join(plan.removed) or 'no block'}"
-        )
+        summary = f"{type(self.budget).__name__} {100 * plan.after / dense:.0f} %, removed {', '.join(plan.removed)}"
         if self.dry_run:
             log_rank_zero(trainer, "\n  ".join([f"{self.method}: dry run, nothing is removed", *plan.lines()]))
         elif plan.removed:
-            self._remove(trainer, pl_module, plan, calls, summary)
+            self._remove(trainer, pl_module, plan, calls, summary, f"{due}/{len(self._points)}")
             state["removed"] = [*state.get("removed", []), *plan.removed]
         state["events"] = due
         if due == len(self._points):
@@ -257,6 +256,7 @@ class DepthPruning(CompressionCallback):
         plan: DepthPlan,
         calls: list[ExampleInput],
         summary: str,
+        part: str,
     ) -> None:
         averaged_models = averaged_models_of(trainer, pl_module)
         self._before_surgery(trainer, pl_module)
@@ -265,7 +265,7 @@ class DepthPruning(CompressionCallback):
         after = self._statistics(trainer, pl_module, calls)
         for network in (pl_module, *averaged_models):
             move_statistics(network, before, after, {})
-        self._after_surgery(trainer, pl_module, entry, summary)
+        self._after_surgery(trainer, pl_module, entry, summary, part=part)
 
     def _statistics(
         self, trainer: Trainer, pl_module: LightningModule, calls: list[ExampleInput]

@@ -39,10 +39,10 @@ def remove_fewer(callback: DepthPruning) -> None:
     """One block less than decided is removed."""
     remove_all = callback._remove
 
-    def fewer(trainer: Any, pl_module: Any, plan: Any, calls: Any, summary: str) -> None:
+    def fewer(trainer: Any, pl_module: Any, plan: Any, *others: Any) -> None:
         plan.removed.pop()
         if plan.removed:
-            remove_all(trainer, pl_module, plan, calls, summary)
+            remove_all(trainer, pl_module, plan, *others)
 
     callback._remove = fewer  # type: ignore[method-assign]
 
