@@ -75,7 +75,6 @@ if TYPE_CHECKING:
     from lightning_light.lowrank import (
         LowRankFactorization as LowRankFactorization,
         factorize as factorize,
-        factorize_checkpoint as factorize_checkpoint,
     )
     from lightning_light.measure import measure_sparsity as measure_sparsity
     from lightning_light.monitors import (
@@ -116,10 +115,8 @@ if TYPE_CHECKING:
         ranking as ranking,
     )
     from lightning_light.surgery import (
-        CompressibleMixin as CompressibleMixin,
         expand_checkpoint as expand_checkpoint,
         load_from_checkpoint as load_from_checkpoint,
-        manifest_of as manifest_of,
         restructure as restructure,
     )
     from lightning_light.targets import Targets as Targets
@@ -169,7 +166,6 @@ _NAMES = {
     "lowrank": (
         "LowRankFactorization",
         "factorize",
-        "factorize_checkpoint",
     ),
     "measure": ("measure_sparsity",),
     "monitors": ("CompressionMonitor", "CompressionReport"),
@@ -204,10 +200,8 @@ _NAMES = {
         "prune_channels",
     ),
     "surgery": (
-        "CompressibleMixin",
         "expand_checkpoint",
         "load_from_checkpoint",
-        "manifest_of",
         "restructure",
     ),
     "targets": ("Targets",),

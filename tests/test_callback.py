@@ -75,12 +75,14 @@ def test_nothing_is_left_behind_but_the_wrappers_and_the_compression_state(host)
     added = {name for name in added if not name.startswith("net.fc")}
     assert added == {
         "._lightning_light_compression_state",
+        "._lightning_light_hook",  # explains why a state dict does not fit a compressed network
         "._lightning_light_patches",
         ".on_save_checkpoint",
         ".on_load_checkpoint",
     }
     assert [patch.name for patch in patches_of(after)] == ["on_save_checkpoint", "on_load_checkpoint"]
-    for name in ("_forward_hooks", "_forward_pre_hooks", "_load_state_dict_pre_hooks", "_backward_hooks"):
+    assert len(after._load_state_dict_pre_hooks) == 1
+    for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
         assert not any(getattr(child, name) for child in after.modules())
     assert [child.training for child in after.modules()] == [True] * len(list(after.modules()))
     assert not any(parameter.is_meta for parameter in after.parameters())
@@ -234,7 +236,7 @@ def test_fast_dev_run_and_exceptions_leave_a_module_that_fits_again() -> None:
     with pytest.raises(RuntimeError, match="broken"):
         trainer(Breaks(cuts=(0,))).fit(Lit(), Loader())
     trainer(Events(), max_epochs=1).fit(module, Loader())
-    assert len(module._load_state_dict_pre_hooks) == 0
+    assert len(module._load_state_dict_pre_hooks) == 1  # explains why a state dict does not fit
 
 
 def test_a_callback_is_copied_and_saved_whole() -> None:

@@ -27,10 +27,10 @@ from lightning_light.formatting import plural
 from lightning_light.order import DEFAULT_WINDOWS, Stage
 from lightning_light.progress import steps_done, steps_planned, training_progress
 from lightning_light.schedules import resolve_moment
+from lightning_light.schema import Context, Needs, Rule, TensorOf, damage
 from lightning_light.surgery.attachment import check_owners
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.distributed import broadcast, refuse_sharding
-from lightning_light.surgery.schema import Context, Needs, Rule, TensorOf, damage
 from lightning_light.targets import TargetsLike
 from lightning_light.validation import Moment, PositiveFloat, validated
 

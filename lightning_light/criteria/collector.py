@@ -23,8 +23,8 @@ from lightning_light.example_input import ExampleInput
 from lightning_light.host.patches import RunHook
 from lightning_light.isolation import isolated, plain_attention
 from lightning_light.nested import tensors_in
+from lightning_light.schema import TensorOf, damage
 from lightning_light.surgery.edit import take
-from lightning_light.surgery.schema import TensorOf, damage
 from lightning_light.validation import NonNegativeInt, PositiveInt, validated
 
 __all__ = [

@@ -19,9 +19,9 @@ from lightning_light.example_input import ExampleInput
 from lightning_light.order import DEFAULT_WINDOWS, Stage
 from lightning_light.progress import steps_planned, training_progress
 from lightning_light.schedules import Linear, Schedule, Window, require_rising
+from lightning_light.schema import PlainExample
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.distributed import broadcast, log_rank_zero, on_rank_zero
-from lightning_light.surgery.schema import PlainExample
 from lightning_light.surgery.stored_example import restore_or_capture_example, store_example
 from lightning_light.targets import Targets, as_targets
 from lightning_light.timing import Events

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from lightning_light.example_input import ExampleInput
 from lightning_light.nested import tensors_in
+from lightning_light.schema import Length, Needs, TensorOf
 from lightning_light.selectors import Selector, select
 from lightning_light.surgery.distributed import digest
-from lightning_light.surgery.schema import Length, Needs, TensorOf
 from lightning_light.validation import validated
 
 __all__ = ["CachedOutputs", "OutputStore", "StoredOutputs", "TeacherCache", "fingerprints", "samples_of", "stores_of"]

@@ -38,9 +38,9 @@ from lightning_light.measure.metrics import MetricLike
 from lightning_light.order import Stage
 from lightning_light.progress import steps_done, training_progress
 from lightning_light.schedules import Schedule, resolve, resolve_moment
+from lightning_light.schema import LayerName, Length
 from lightning_light.selectors import Selector
 from lightning_light.surgery.distributed import log_rank_zero, reduce_mean, refuse_sharding
-from lightning_light.surgery.schema import LayerName, Length
 from lightning_light.validation import Moment, NonNegativeFloat, NonNegativeInt, PositiveInt, validated
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from typing_extensions import override
 
 from lightning_light.distillation.loss import pooled
 from lightning_light.errors import UnsupportedError
+from lightning_light.schema import Context, Rule, TensorOf, damage
 from lightning_light.surgery.edit import cut
 from lightning_light.surgery.optimizer import adopt, disown, unwrap
-from lightning_light.surgery.schema import Context, Rule, TensorOf, damage
 
 __all__ = ["ProjectorState", "Projectors", "channel_source", "discard", "owner_of"]
 

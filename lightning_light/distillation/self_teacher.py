@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_light.copies import copy_network
+from lightning_light.schema import Context, Rule, damage
 from lightning_light.surgery.attachment import attach
 from lightning_light.surgery.manifest import KEY, Manifest
-from lightning_light.surgery.schema import Context, Rule, damage
 
 __all__ = ["SelfTeacherState", "copy_of_student", "update_average"]
 

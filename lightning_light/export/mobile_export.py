@@ -32,8 +32,8 @@ from lightning_light.host.trainer import callbacks_of
 from lightning_light.int8 import quantizers_of
 from lightning_light.measure.metrics import MetricLike, metrics_of
 from lightning_light.order import Stage
+from lightning_light.schema import PlainExample
 from lightning_light.surgery.distributed import broadcast, log_rank_zero, refuse_sharding
-from lightning_light.surgery.schema import PlainExample
 from lightning_light.surgery.stored_example import restore_or_capture_example, store_example
 from lightning_light.training_step import overrides
 from lightning_light.validation import NonNegativeInt, PositiveInt, validated

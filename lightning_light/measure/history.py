@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypedDict
 
 from lightning_light.measure.layer_matching import is_within, match_layers, remaining
 from lightning_light.measure.snapshot import Snapshot
-from lightning_light.surgery.schema import Length
+from lightning_light.schema import Length
 from lightning_light.validation import NonNegativeInt
 
 __all__ = ["History", "PlainHistory"]

@@ -14,7 +14,7 @@ from lightning_light.measure.cost import Cost, count_params
 from lightning_light.measure.layer_table import LayerRow, effective_macs, layer_table, layer_weights, weight_matrices
 from lightning_light.measure.size import tensor_bytes
 from lightning_light.measure.sparsity import zero_fraction
-from lightning_light.surgery.schema import FieldsOf
+from lightning_light.schema import FieldsOf
 from lightning_light.validation import Fraction, NonNegativeFloat, NonNegativeInt, validated
 
 __all__ = ["PlainSnapshot", "Snapshot", "matrix_layers", "structure", "take_snapshot"]

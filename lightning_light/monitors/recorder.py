@@ -17,7 +17,7 @@ from lightning_light.measure.cost import Cost, count_cost
 from lightning_light.measure.history import History, PlainHistory
 from lightning_light.measure.layer_matching import is_within
 from lightning_light.measure.snapshot import PlainSnapshot, Snapshot, matrix_layers, structure, take_snapshot
-from lightning_light.surgery.schema import Needs, PlainExample
+from lightning_light.schema import Needs, PlainExample
 from lightning_light.training_step import callable_with
 
 __all__ = ["CostCounter", "PlainRecorder", "Recorder", "is_countable"]

@@ -20,8 +20,8 @@ from lightning_light.quantization.learned_qparams import initial_values, places_
 from lightning_light.quantization.plan import QuantizationPlan, plan_quantization
 from lightning_light.quantization.recipes import Engine, Recipe
 from lightning_light.quantization.trace import trace_ops
+from lightning_light.schema import Context, PlainExample, Rule, check_schema, damage
 from lightning_light.surgery.attachment import state_of
-from lightning_light.surgery.schema import Context, PlainExample, Rule, check_schema, damage
 from lightning_light.validation import NonNegativeFloat, NonNegativeInt, Range, validated
 
 __all__ = [

@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypedDict, Union, get_args, get_origin
 
 from lightning_light.errors import LightningLightError, ManifestError
 from lightning_light.quantization.observers import Observer
-from lightning_light.surgery.schema import check_schema, hints_of
+from lightning_light.schema import check_schema, hints_of
 
 __all__ = ["decode", "encode"]
 

@@ -19,9 +19,9 @@ from lightning_light.quantization.fake_quantize import SMALLEST_SCALE
 from lightning_light.quantization.op_calls import OpId
 from lightning_light.quantization.plan import QuantizationPlan
 from lightning_light.quantization.specs import ActivationSpec, QParams
+from lightning_light.schema import damage
 from lightning_light.surgery.distributed import reduce_mean
 from lightning_light.surgery.optimizer import adopt, disown, unwrap
-from lightning_light.surgery.schema import damage
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer

@@ -26,9 +26,9 @@ from lightning_light.reparameterization.apply import (
 )
 from lightning_light.reparameterization.forms import Form
 from lightning_light.schedules import resolve_moment
+from lightning_light.schema import LayerName
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.distributed import broadcast, log_rank_zero
-from lightning_light.surgery.schema import LayerName
 from lightning_light.targets import Targets, as_targets
 from lightning_light.timing import Events
 from lightning_light.validation import Moment, validated

@@ -17,6 +17,7 @@ from lightning_light.errors import UnsupportedError
 from lightning_light.order import DEFAULT_WINDOWS, Stage
 from lightning_light.progress import progress_at_step, steps_done, steps_planned
 from lightning_light.schedules import Cosine, Schedule, Window, require_rising
+from lightning_light.schema import Needs, Within
 from lightning_light.sparsity.growth import Connections, DynamicMethod, RigL, SRigL, Static
 from lightning_light.sparsity.mask_enforcer import parameters_of
 from lightning_light.sparsity.mask_state import MaskState
@@ -26,7 +27,6 @@ from lightning_light.sparsity.scope import Scope
 from lightning_light.sparsity.scores import score_weights
 from lightning_light.sparsity.weights import MaskableWeight
 from lightning_light.surgery.distributed import reduce_mean
-from lightning_light.surgery.schema import Needs, Within
 from lightning_light.targets import TargetsLike
 from lightning_light.timing import Events
 from lightning_light.validation import NonNegativeInt, PositiveInt, validated

@@ -7,8 +7,8 @@ from typing import Annotated, Any, TypedDict
 
 from torch import Tensor, nn
 
+from lightning_light.schema import LikeTensors
 from lightning_light.surgery.edit import take
-from lightning_light.surgery.schema import LikeTensors
 from lightning_light.validation import Fraction
 
 __all__ = ["MaskState", "cut_masks"]

@@ -8,6 +8,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_light.schedules import OneShot, Schedule, require_rising
+from lightning_light.schema import LikeTensors, Needs
 from lightning_light.sparsity.mask_enforcer import StepHooks, mask_model
 from lightning_light.sparsity.mask_state import MaskState
 from lightning_light.sparsity.masking import MaskingCallback
@@ -15,7 +16,6 @@ from lightning_light.sparsity.options import WeightPruningOptions
 from lightning_light.sparsity.patterns import NM
 from lightning_light.sparsity.straight_through import StraightThroughMasks
 from lightning_light.surgery.averaged_models import averaged_models_of
-from lightning_light.surgery.schema import LikeTensors, Needs
 from lightning_light.targets import TargetsLike
 from lightning_light.timing import Events
 from lightning_light.validation import NonNegativeFloat, validated

@@ -25,6 +25,7 @@ from lightning_light.formatting import plural
 from lightning_light.order import DEFAULT_WINDOWS, Stage
 from lightning_light.progress import steps_done, steps_planned, training_progress
 from lightning_light.schedules import Cubic, Schedule, Window, require_rising
+from lightning_light.schema import Needs, PlainExample
 from lightning_light.structured.costs import measure
 from lightning_light.structured.options import ChannelPruningOptions, Widths, check_gates, check_goal
 from lightning_light.structured.plan import (
@@ -42,7 +43,6 @@ from lightning_light.structured.sensitivity import Sensitivity, curve_lines
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.distributed import broadcast, log_rank_zero, on_rank_zero, reduce_mean
 from lightning_light.surgery.edit import cut
-from lightning_light.surgery.schema import Needs, PlainExample
 from lightning_light.surgery.stored_example import restore_or_capture_example, store_example
 from lightning_light.targets import Targets, as_targets
 from lightning_light.timing import Events

@@ -22,6 +22,7 @@ from lightning_light.surgery.operations import register_operation
 from lightning_light.surgery.ownership import all_names, refuse_owned
 from lightning_light.surgery.state import CompressionState, other_shapes
 from lightning_light.surgery.structure import PRIVATE_PREFIX
+from lightning_light.validation import validated
 
 __all__ = [
     "LOADER",
@@ -44,6 +45,7 @@ _HOOK = f"{PRIVATE_PREFIX}_hook"
 _FOLLOWS = f"{PRIVATE_PREFIX}_follows"
 
 
+@validated
 def attach(module: nn.Module) -> CompressionState:
     """Return the compression state of ``module``, which from now on is in its checkpoints; the same one at every call.
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_light.errors import ManifestError
+from lightning_light.schema import Context, TensorOf, check_schema, damage
 from lightning_light.surgery.distributed import digest
 from lightning_light.surgery.ownership import Claim, PlainClaim
-from lightning_light.surgery.schema import Context, TensorOf, check_schema, damage
 from lightning_light.validation import NonNegativeFloat, NonNegativeInt
 
 KEY = "lightning_light"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_light.errors import ManifestError, SurgeryError, UnsupportedError
+from lightning_light.schema import Context, damage
 from lightning_light.surgery.attributes import implied_attributes
 from lightning_light.surgery.data import set_data
 from lightning_light.surgery.manifest import (
@@ -28,7 +29,6 @@ from lightning_light.surgery.masks import drop_false_masks
 from lightning_light.surgery.operations import is_registered, replay_edits
 from lightning_light.surgery.optimizer import order_parameters, orphans, parameter_order
 from lightning_light.surgery.ownership import Claim, all_names, refuse_owned
-from lightning_light.surgery.schema import Context, damage
 from lightning_light.surgery.structure import PRIVATE_PREFIX, apply_structure, compare, copy_structure
 
 if TYPE_CHECKING:

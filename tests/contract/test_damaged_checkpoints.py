@@ -46,13 +46,14 @@ def test_many_mutated_checkpoints_of_many_methods(tmp_path) -> None:
 def change(method: str, *path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
     """Replace what is at ``path`` in the state of ``method``; ``to`` may compute it."""
 
-    def damage(manifest: dict[str, Any]) -> None:
-        holder = manifest["state"][method]
-        for key in path[:-1]:
-            holder = holder[key]
-        holder[path[-1]] = to(holder[path[-1]]) if callable(to) else to
+    def changed(value: Any, path: tuple[Any, ...]) -> Any:
+        if not path:
+            return to(value) if callable(to) else to
+        container = list(value) if isinstance(value, tuple) else value
+        container[path[0]] = changed(container[path[0]], path[1:])
+        return tuple(container) if isinstance(value, tuple) else container
 
-    return damage
+    return lambda manifest: changed(manifest["state"], (method, *path))
 
 
 def first_mask(to: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[dict[str, Any]], None]:

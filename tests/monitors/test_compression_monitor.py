@@ -421,6 +421,8 @@ def test_it_leaves_nothing_on_the_module() -> None:
     assert not module._forward_pre_hooks
     assert {name for name in vars(monitor) if name.startswith("_")} <= {
         "_key",
+        "_attached",
+        "_run_position",
         "_cost_counter",
         "_recorder",
         "_last_step",

@@ -29,7 +29,9 @@ STAY: dict[str, dict[str, tuple[int, ...]]] = {
 
 
 def parameters(module: Any) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    """Count those of the network; frozen networks that ``forward`` does not call are none of it."""
+    network = getattr(module, "student", module)
+    return sum(parameter.numel() for parameter in network.parameters())
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")

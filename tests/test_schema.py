@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from lightning_light.callback import CompressionCallback
 from lightning_light.errors import ManifestError
 from lightning_light.order import Stage
+from lightning_light.schema import check_schema
 from lightning_light.surgery.attachment import attach
 from lightning_light.surgery.manifest import KEY, Manifest
-from lightning_light.surgery.schema import check_schema
 
 
 class Inner(TypedDict):
