@@ -2,7 +2,7 @@
 
     python benchmarks/depth.py --data cifar10.npz --weights resnet56_cifar10.pt --depth 56 --remaining 0.67
 
-No training; batch-norm statistics corrected on 8 batches of 128 training images. Latency: of the ONNX file, one thread,
+No training; blocks are scored and batch-norm statistics corrected on 8 batches of 32 training images. Latency: of the ONNX file, one thread,
 the median of 5 measurements in turns, over the dense network's.
 """
 
@@ -49,7 +49,7 @@ def main() -> None:
     net = cifar_resnet(args.depth).eval()
     net.load_state_dict(torch.load(args.weights, weights_only=True))
     nets, budget = {"dense": net}, ll.MACs(args.remaining)
-    batches = [x for (x, _), _ in zip(DataLoader(data["train"], 128, shuffle=True), range(8), strict=False)]
+    batches = [x for (x, _), _ in zip(DataLoader(data["train"], 32, shuffle=True), range(8), strict=False)]
     for criterion in (OutputChange(), BlockInfluence()):
         nets[f"blocks, {type(criterion).__name__}"] = copy.deepcopy(net)
         plan = ll.prune_blocks(

@@ -26,7 +26,7 @@ from lightning_light.progress import steps_done, training_progress
 from lightning_light.surgery.attachment import attach, detach, has_state, record, release, state_of
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.checkpoint_monitoring import reset_monitoring
-from lightning_light.surgery.distributed import check_agreement, log_rank_zero, refuse_unsupported
+from lightning_light.surgery.distributed import check_agreement, log_rank_zero, refuse_sharding, refuse_unsupported
 from lightning_light.surgery.manifest import naming_file, register_state
 from lightning_light.surgery.optimizer import check_optimizers
 from lightning_light.surgery.state import CompressionState
@@ -62,6 +62,9 @@ class CompressionCallback(Callback):
 
     structural: ClassVar[bool] = True
     """Whether shapes or modules change during a run, which some strategies and optimizers cannot follow."""
+
+    whole_parameters: ClassVar[tuple[str, str] | None] = None
+    """Why the method needs parameters that no strategy shards, and what to do instead; None if it does not."""
 
     state_schema: ClassVar[Any] = dict[str, Any]
     """What `state` may hold, a `TypedDict` with ``total=False``: checked whenever a checkpoint is loaded."""
@@ -177,6 +180,8 @@ class CompressionCallback(Callback):
 
     def refuse_strategy(self, trainer: Trainer) -> None:
         """Refuse, in ``setup``, a strategy that the method cannot follow."""
+        if self.whole_parameters is not None:
+            refuse_sharding(trainer, type(self).__name__, *self.whole_parameters)
         if self.structural:
             refuse_unsupported(trainer, type(self).__name__)
 

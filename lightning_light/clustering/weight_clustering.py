@@ -30,7 +30,7 @@ from lightning_light.schedules import resolve_moment
 from lightning_light.schema import Context, Needs, Rule, TensorOf, damage
 from lightning_light.surgery.attachment import check_owners
 from lightning_light.surgery.averaged_models import averaged_models_of
-from lightning_light.surgery.distributed import broadcast, refuse_sharding
+from lightning_light.surgery.distributed import broadcast
 from lightning_light.targets import TargetsLike
 from lightning_light.validation import Moment, PositiveFloat, validated
 
@@ -115,6 +115,10 @@ class WeightClustering(CompressionCallback):
     state_schema: ClassVar[Any] = WeightClusteringState
     stage: ClassVar[int] = Stage.CLUSTERING
     structural: ClassVar[bool] = False
+    whole_parameters: ClassVar[tuple[str, str] | None] = (
+        "the weights of a layer share values",
+        "Cluster on one device or with `strategy='ddp'`.",
+    )
 
     def __init__(
         self,
@@ -145,12 +149,6 @@ class WeightClustering(CompressionCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Resolve the epoch, and refuse one after the end of the run."""
         super().setup(trainer, pl_module, stage)
-        refuse_sharding(
-            trainer,
-            type(self).__name__,
-            "the weights of a layer share values",
-            "Cluster on one device or with `strategy='ddp'`.",
-        )
         if stage == "fit":
             self._start_fraction(trainer.max_epochs)
             self.disclaim(pl_module)  # a fit starts over, unless a checkpoint brings the claim back

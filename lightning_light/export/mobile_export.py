@@ -33,7 +33,7 @@ from lightning_light.int8 import quantizers_of
 from lightning_light.measure.metrics import MetricLike, metrics_of
 from lightning_light.order import Stage
 from lightning_light.schema import PlainExample
-from lightning_light.surgery.distributed import broadcast, log_rank_zero, refuse_sharding
+from lightning_light.surgery.distributed import broadcast, log_rank_zero
 from lightning_light.surgery.stored_example import restore_or_capture_example, store_example
 from lightning_light.training_step import overrides
 from lightning_light.validation import NonNegativeInt, PositiveInt, validated
@@ -117,6 +117,10 @@ class MobileExport(CompressionCallback):
     method: ClassVar[str] = "mobile_export"
     stage: ClassVar[int] = Stage.EXPORT
     structural: ClassVar[bool] = False
+    whole_parameters: ClassVar[tuple[str, str] | None] = (
+        "one process exports the whole network",
+        "Save a full checkpoint, load it in one process, and call `export_model` on it.",
+    )
     state_schema: ClassVar[Any] = _State
 
     def __init__(
@@ -167,12 +171,6 @@ class MobileExport(CompressionCallback):
         self._exporter.check()
         self._check_module(pl_module)
         self._check_int8(trainer, pl_module)
-        refuse_sharding(
-            trainer,
-            "MobileExport",
-            "one process exports the whole network",
-            "Save a full checkpoint, load it in one process, and call `export_model` on it.",
-        )
         if self.checkpoint == "best" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             _best_of(trainer)
 

@@ -13,7 +13,6 @@ from lightning_light.measure.layer_stats import layer_stats
 from lightning_light.monitors.recorder import CostCounter, PlainRecorder, Recorder, is_countable
 from lightning_light.order import Stage
 from lightning_light.progress import steps_done
-from lightning_light.surgery.distributed import refuse_sharding
 from lightning_light.surgery.stored_example import restore_or_capture_example, store_example
 from lightning_light.targets import Targets, as_targets
 
@@ -39,6 +38,10 @@ class RecordingCallback(CompressionCallback):
     stage: ClassVar[int] = Stage.MONITORS
     state_schema: ClassVar[Any] = PlainRecorder
     structural: ClassVar[bool] = False
+    whole_parameters: ClassVar[tuple[str, str] | None] = (
+        "each process counts all of them",
+        "Leave the monitor out, or use `strategy='ddp'`.",
+    )
 
     layers: Targets | str | Sequence[str] | None = None
 
@@ -53,17 +56,6 @@ class RecordingCallback(CompressionCallback):
         self.history: History | None = None
 
     # Lightning's hooks, in the order a run meets them.
-
-    @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a strategy that shards the parameters."""
-        super().setup(trainer, pl_module, stage)
-        refuse_sharding(
-            trainer,
-            type(self).__name__,
-            "each process counts all of them",
-            "Leave the monitor out, or use `strategy='ddp'`.",
-        )
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

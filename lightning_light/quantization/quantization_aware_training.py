@@ -30,7 +30,6 @@ from lightning_light.surgery.distributed import (
     log_rank_zero,
     reduce_max,
     reduce_mean,
-    refuse_sharding,
 )
 from lightning_light.surgery.stored_example import restore_or_capture_example, store_example
 from lightning_light.training_step import callable_with
@@ -93,6 +92,10 @@ class QuantizationAwareTraining(CompressionCallback):
     method: ClassVar[str] = "quantization_aware_training"
     stage: ClassVar[int] = Stage.QUANTIZATION
     structural: ClassVar[bool] = False
+    whole_parameters: ClassVar[tuple[str, str] | None] = (
+        "whole weights are quantized by one scale per channel",
+        "Train with fake quantization on one device or with `strategy='ddp'`.",
+    )
     state_schema: ClassVar[Any] = Annotated[dict[str, Any], SoundState()]
 
     def __init__(
@@ -127,12 +130,6 @@ class QuantizationAwareTraining(CompressionCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Resolve the moments, and refuse before training what cannot work."""
         super().setup(trainer, pl_module, stage)
-        refuse_sharding(
-            trainer,
-            type(self).__name__,
-            "whole weights are quantized by one scale per channel",
-            "Train with fake quantization on one device or with `strategy='ddp'`.",
-        )
         _refuse_several(trainer)
         if stage == "fit":
             self._moments = {

@@ -26,7 +26,7 @@ from lightning_light.sparsity.weights import MaskableWeight, uncovered_parameter
 from lightning_light.surgery.attachment import check_owners
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.checkpoint_monitoring import reset_monitoring
-from lightning_light.surgery.distributed import broadcast, log_rank_zero, refuse_sharding
+from lightning_light.surgery.distributed import broadcast, log_rank_zero
 from lightning_light.surgery.masks import true_masks
 from lightning_light.targets import as_targets
 from lightning_light.timing import Events
@@ -58,6 +58,10 @@ class MaskingCallback(CompressionCallback):
 
     stage: ClassVar[int] = Stage.MASKS
     structural: ClassVar[bool] = False
+    whole_parameters: ClassVar[tuple[str, str] | None] = (
+        "masks are applied to the parameters themselves",
+        "Prune on one device or with `strategy='ddp'`.",
+    )
     options: WeightPruningOptions
 
     def __init__(self, events: Events) -> None:
@@ -71,17 +75,6 @@ class MaskingCallback(CompressionCallback):
         self._is_settled = True
 
     # Lightning's hooks, in the order a run meets them.
-
-    @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse strategies that shard parameters."""
-        super().setup(trainer, pl_module, stage)
-        refuse_sharding(
-            trainer,
-            type(self).__name__,
-            "masks are applied to the parameters themselves",
-            "Prune on one device or with `strategy='ddp'`.",
-        )
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
