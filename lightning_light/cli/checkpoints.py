@@ -56,7 +56,8 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     Raises:
         CommandError: it is damaged, or something else.
     """
-    with expecting(path, "a checkpoint that `torch.load(..., weights_only=True)` reads", "Use another of the run."):
+    advice = "It is no checkpoint, is damaged, or holds other objects than tensors and plain values."
+    with expecting(path, "a checkpoint that `torch.load(..., weights_only=True)` reads", advice):
         found = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(found, dict) or not isinstance(found.get("state_dict"), dict):
         keys = sorted(map(str, found))[:8] if isinstance(found, dict) else type(found).__name__

@@ -104,6 +104,7 @@ def _export(add: _Add) -> None:
     add("--to", type=str, required=True, help="path of the file, which ends in .ptl, .pte, .onnx or .pt2")
     add("--module", type=str, required=True, help=_MODULE)
     add("--example", nargs="+", type=str, help=_EXAMPLE)
+    add("--batch", choices=["any", "one", "as_given"], help="sizes of batches that the file is verified with")
     add("--float", action="store_true", help="export a quantized network in float")
 
 

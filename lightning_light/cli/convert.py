@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from lightning_light.budgets import Budget, MACs, Params
-from lightning_light.cli.errors import CommandError, expecting
+from lightning_light.cli.errors import CommandError, as_command_error, expecting
 from lightning_light.cli.modules import example_of, import_class, load_module, working
 from lightning_light.lowrank.functional import factorize_checkpoint
 from lightning_light.lowrank.options import FactorizationOptions, Form, RankAllocation
@@ -31,7 +31,7 @@ def convert(
 ) -> None:
     """Write a checkpoint of low-rank factors, and print the plan."""
     given = {MACs: macs, Params: params, RetainedEnergy: energy, RankRatio: ratio}
-    with expecting("convert", "a budget in range"):
+    with as_command_error():
         goals: list[Budget | RankRule] = [kind(value) for kind, value in given.items() if value is not None]
     goals += [EVBMF()] if evbmf else []
     if len(goals) != 1:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from lightning_light.errors import LightningLightError
 
-__all__ = ["CommandError", "expecting"]
+__all__ = ["CommandError", "as_command_error", "expecting"]
 
 _LONGEST = 400
 _FOREIGN = (
@@ -33,6 +33,8 @@ class CommandError(LightningLightError, ValueError):
 def expecting(subject: str, expectation: str, advice: str = "") -> Iterator[None]:
     """Raise a `CommandError` for an error of a file, a runtime or a class inside; those of this package pass.
 
+    Of a long message the first sentence is repeated.
+
     Example:
         >>> with expecting("a.json", "JSON", "Export again."):
         ...     raise ValueError("no such text")
@@ -43,9 +45,18 @@ def expecting(subject: str, expectation: str, advice: str = "") -> Iterator[None
         yield
     except LightningLightError:
         raise
-    except _FOREIGN as error:
-        found = " ".join(f"{type(error).__name__}: {error}".split())
-        found = found if len(found) <= _LONGEST else f"{found[:_LONGEST]}…"
-        raise CommandError(
-            f"`{subject}`: expected {expectation}, found {found.rstrip('.')}. {advice}".rstrip()
-        ) from error
+    except (*_FOREIGN, OSError) as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        text = " ".join(str(error).split()).partition(". ")[0].rstrip(".")[:_LONGEST]
+        found = f"{type(error).__name__}: {text}" if text else type(error).__name__
+        raise CommandError(f"`{subject}`: expected {expectation}, found {found}. {advice}".rstrip()) from error
+
+
+@contextmanager
+def as_command_error() -> Iterator[None]:
+    """Raise a `CommandError` for a `ValueError` of this package, with the same sentence."""
+    try:
+        yield
+    except ValueError as error:
+        raise CommandError(str(error)) from error

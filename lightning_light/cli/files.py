@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import nn
 
-from lightning_light.cli.errors import CommandError, expecting
+from lightning_light.cli.errors import CommandError, as_command_error, expecting
 from lightning_light.cli.modules import example_of, load_module, random_input, working
 from lightning_light.export import ExportReport, export_model, load_exported
 from lightning_light.export.exporter import Exporter
@@ -42,13 +43,14 @@ def benchmark(files: Sequence[str], threads: int, runs: int) -> None:
             human_bytes(report.bytes),
             _milliseconds(latency.median),
             f"{_milliseconds(latency.p10)} to {_milliseconds(latency.p90)}",
-            f"{found[0].median / latency.median:.2f}x",
+            f"{found[0].median / latency.median:.3g}x",
         )
         for file, (exporter, report), latency in zip(files, reports, found, strict=True)
     )
     note = f"latency per sample: median of {runs} calls, {threads} thread{'s' if threads > 1 else ''}, on this machine"
     headers = ("file", "runtime", "size", "latency", "p10 to p90", "speed")
-    DataTable(headers, lines, notes=(note,), text_columns=frozenset({"runtime"})).write()
+    droppable = ("p10 to p90", "runtime")
+    DataTable(headers, lines, notes=(note,), text_columns=frozenset({"runtime"}), droppable=droppable).write()
 
 
 def verify(
@@ -68,6 +70,8 @@ def verify(
     network = load_module(against, module)
     scales = report.details.get("output_scales")
     call = example_of(network, against, example)
+    if scales is not None and not _quantization_of(network):
+        raise CommandError(f"`{file}`: expected the quantized network that the file is of, found a float `{against}`.")
     int8 = nullcontext() if scales is None else fake_quantized(network)
     with expecting(file, f"{_RUNNABLE} as `{module}` does"), working(f"verifying {file}"), int8:
         options = ExportOptions(parity=tolerance, batch=cast(Batch, report.batch))
@@ -79,23 +83,37 @@ def verify(
     )
 
 
-def export(checkpoint: str, to: str, module: str, example: Sequence[str] | None, **options: Any) -> None:
+def export(
+    checkpoint: str, to: str, module: str, example: Sequence[str] | None, batch: Batch | None, **options: Any
+) -> None:
     """Export a checkpoint, and print the report of the file in one line."""
     _exporter(to).check()
     network = load_module(checkpoint, module)
-    quantized = any(method.startswith(METHOD) for method in state_of(network).state) and not options["float"]
+    int8 = nullcontext() if options["float"] else _as_trained(network, checkpoint)
     call = example_of(network, checkpoint, example)
-    int8 = fake_quantized(network) if quantized else nullcontext()
     with expecting(to, f"`{module}` to be exported"), working(f"exporting {to}"), int8:
-        report = export_model(network, call, to)
+        report = export_model(network, call, to, batch=batch or ExportOptions.batch)
     sys.stdout.write(f"{report.summary()}\n")
 
 
+def _as_trained(network: nn.Module, checkpoint: str) -> AbstractContextManager[Any]:
+    """Return a context in which ``network`` is fake-quantized, if it was when the checkpoint was saved."""
+    states = _quantization_of(network)
+    if any(not state.get("enabled") for state in states):
+        raise CommandError(
+            f"`{checkpoint}`: expected a float or a quantized network, found one whose ranges were still being "
+            "observed. Use a later checkpoint of the run, or export in float: `--float`."
+        )
+    return fake_quantized(network) if states else nullcontext()
+
+
+def _quantization_of(network: nn.Module) -> list[dict[str, Any]]:
+    return [state for method, state in state_of(network).state.items() if method.startswith(METHOD)]
+
+
 def _exporter(file: str) -> Exporter:
-    try:
+    with as_command_error():
         return exporter_of(file, None)
-    except ValueError as error:
-        raise CommandError(str(error)) from error
 
 
 def _report_of(file: str) -> ExportReport:
