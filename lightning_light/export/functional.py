@@ -43,7 +43,7 @@ from lightning_light.measure.metrics import MetricLike
 from lightning_light.nested import named_leaves
 from lightning_light.validation import PositiveInt, validated
 
-__all__ = ["Batch", "ExportOptions", "export_model", "export_verified"]
+__all__ = ["Batch", "ExportOptions", "export_model", "export_verified", "verify_exported"]
 
 Batch = Literal["any", "one", "as_given"]
 
@@ -228,6 +228,35 @@ def export_verified(
         )
     report.write(f"{path}.json")
     return report
+
+
+def verify_exported(
+    model: nn.Module,
+    example: ExampleInput,
+    path: str | os.PathLike[str],
+    options: ExportOptions,
+    scales: list[float] | None = None,
+) -> Parity:
+    """Run a file in its runtime, and compare its outputs with those of ``model``, as an export does.
+
+    Args:
+        model: see `export_model`.
+        example: an example call.
+        path: of the file.
+        options: those of the export.
+        scales: of an int8 file, as in `compare_outputs`.
+
+    Raises:
+        ParityError: the outputs differ, or the file does not run with the inputs of ``model``.
+        UnsupportedError: the format or its runtime is not installed.
+    """
+    exporter = options.for_path(path)
+    exporter.check()
+    with plain_execution():
+        reference, given = _reference(model, cloned(example), options)
+        run = exporter.load(Path(path))
+        calls = _calls([given, altered(given)], options.batch, exporter.largest_batch)
+        return _compare(reference, run, calls, options, scales)
 
 
 def _reference(model: nn.Module, example: ExampleInput, options: ExportOptions) -> tuple[Positional, ExampleInput]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lightning_light.budgets import Channels, Latency, MACs, Params, Size, Sparsity
+from lightning_light.cli.command import main
 from lightning_light.clustering import WeightClustering
 from lightning_light.errors import BudgetError, LightningLightError
 from lightning_light.example_input import ExampleInput
@@ -32,7 +33,6 @@ from lightning_light.lowrank import (
     factorize,
     factorize_checkpoint,
 )
-from lightning_light.lowrank.__main__ import main
 from lightning_light.lowrank.build import dense_weight
 from lightning_light.lowrank.factors import Factors, factor_form
 from lightning_light.lowrank.regularize import add_regularizer_gradients
@@ -196,16 +196,8 @@ def test_finished_checkpoint_is_converted_and_loads(tmp_path, capsys) -> None:
     assert "weights_only" not in torch.load(tmp_path / "small.ckpt", weights_only=True)
     name = "tests.lowrank.test_low_rank_factorization:Body_lightning"
     sys.modules["tests.lowrank.test_low_rank_factorization"] = sys.modules[__name__]
-    main(
-        [
-            name,
-            str(tmp_path / "dense.ckpt"),
-            str(tmp_path / "cli.ckpt"),
-            "--macs=0.5",
-            "--round_to=1",
-            "--input=1,3,8,8",
-        ]
-    )
+    paths = [str(tmp_path / "dense.ckpt"), f"--to={tmp_path}/cli.ckpt"]
+    assert main(["convert", *paths, f"--module={name}", "--macs=0.5", "--round_to=1", "--example=1,3,8,8"]) == 0
     assert "energy kept" in capsys.readouterr().out
     again = load_from_checkpoint(LIT, tmp_path / "cli.ckpt")
     assert not differences(

@@ -1,0 +1,1 @@
+"""The command `lightning-light`, the same as `python -m lightning_light`."""

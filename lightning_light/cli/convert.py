@@ -1,0 +1,53 @@
+"""Factorize a finished checkpoint."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from lightning_light.budgets import Budget, MACs, Params
+from lightning_light.cli.errors import CommandError, as_command_error, expecting
+from lightning_light.cli.modules import example_of, import_class, load_module, working
+from lightning_light.lowrank.functional import factorize_checkpoint
+from lightning_light.lowrank.options import FactorizationOptions, Form, RankAllocation
+from lightning_light.lowrank.ranks import EVBMF, RankRatio, RankRule, RetainedEnergy
+
+__all__ = ["convert"]
+
+
+def convert(
+    checkpoint: str,
+    to: str,
+    module: str,
+    macs: float | None,
+    params: float | None,
+    energy: float | None,
+    ratio: float | None,
+    evbmf: bool,
+    form: Form | None,
+    round_to: int | None,
+    targets: Sequence[str] | None,
+    example: Sequence[str] | None,
+) -> None:
+    """Write a checkpoint of low-rank factors, and print the plan."""
+    given = {MACs: macs, Params: params, RetainedEnergy: energy, RankRatio: ratio}
+    with as_command_error():
+        goals: list[Budget | RankRule] = [kind(value) for kind, value in given.items() if value is not None]
+    goals += [EVBMF()] if evbmf else []
+    if len(goals) != 1:
+        raise CommandError(
+            f"`convert`: expected one of --macs, --params, --energy, --ratio and --evbmf, found {len(goals)}."
+        )
+    call = example_of(load_module(checkpoint, module), checkpoint, example)
+    with expecting(checkpoint, "layers to factorize"), working(f"factorizing {checkpoint}"):
+        plan = factorize_checkpoint(
+            import_class(module),
+            checkpoint,
+            to,
+            goals[0],
+            example_inputs=call,
+            form=form or FactorizationOptions.form,
+            targets=None if targets is None else list(targets),
+            allocation=RankAllocation() if round_to is None else RankAllocation(round_to=round_to),
+        )
+    sys.stdout.write("\n".join([*plan.lines(), plan.summary(), f"written: {to}"]) + "\n")
