@@ -161,6 +161,7 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert "Install them: `pip install lightning-light[cli]`." in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_module_is_the_command(folder: Path) -> None:
     assert 'lightning-light = "lightning_light.cli.command:main"' in (ROOT / "pyproject.toml").read_text()
     command = [sys.executable, "-m", "lightning_light", "inspect", f"{folder}/text.ckpt"]

@@ -65,7 +65,7 @@ def test_a_product_with_the_weight_trains_the_factors() -> None:
     factors.zero_grad()
     factors(x).square().sum().backward()
     for name, parameter in factors.named_parameters():
-        torch.testing.assert_close(found[name], parameter.grad)
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-4)  # sums in another order
     assert not isinstance(factors.weight, nn.Parameter)
     assert isinstance(factors.bias, EffectiveTensor)  # else code that collects parameters would find it twice
 
