@@ -2,8 +2,8 @@
 
     python benchmarks/depth.py --data cifar10.npz --weights resnet56_cifar10.pt --depth 56 --remaining 0.67
 
-No training; blocks are scored and batch-norm statistics corrected on 8 batches of 32 training images. Latency: of the ONNX file, one thread,
-the median of 5 measurements in turns, over the dense network's.
+No training; blocks are scored and batch-norm statistics corrected on 8 batches of 32 training images. Latency: of the
+ONNX file, one thread, the median of 5 measurements in turns, over the dense network's.
 """
 
 import argparse
