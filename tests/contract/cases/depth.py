@@ -35,16 +35,15 @@ class Deep(Body):
         self.head = nn.Linear(12, 5)
 
 
-def remove_fewer(callback: DepthPruning) -> None:
-    """One block less than decided is removed."""
-    remove_all = callback._remove
+def remove_another(callback: DepthPruning) -> None:
+    """Another block than decided is removed."""
+    remove = callback._remove
 
-    def fewer(trainer: Any, pl_module: Any, plan: Any, *others: Any) -> None:
-        plan.removed.pop()
-        if plan.removed:
-            remove_all(trainer, pl_module, plan, *others)
+    def another(trainer: Any, pl_module: Any, plan: Any, *others: Any) -> None:
+        plan.removed[:] = [name for name in plan.scores if name not in plan.removed][: len(plan.removed)]
+        remove(trainer, pl_module, plan, *others)
 
-    callback._remove = fewer  # type: ignore[method-assign]
+    callback._remove = another  # type: ignore[method-assign]
 
 
 NO_BLOCKS = dict.fromkeys(  # the bodies of these contracts have no module that is a residual block
@@ -61,7 +60,7 @@ CASES = [
         ],
         body=Deep,
         no_effect=lambda folder: [DepthPruning(MACs(1.0), schedule=OneShot(at=0.2))],
-        plant=remove_fewer,
+        plant=remove_another,
         refuses=NO_BLOCKS,
     ),
     Case(
