@@ -122,7 +122,7 @@ def fit(folder: Path, kill: Kill | None, world: int) -> None:
     run.fit(module, ckpt_path=saved[-1] if saved else None)
     if rank == 0:
         state = state_of(module)
-        metrics = {name: float(value) for name, value in run.callback_metrics.items()}
+        metrics = {name: float(value) for name, value in sorted(run.callback_metrics.items())}
         end = {**outcome(run, module), "metrics": metrics, "losses": module.losses, "state": state.state}
         torch.save({**end, "edit_log": state.edit_log}, folder / "end.pt")
 

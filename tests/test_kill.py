@@ -30,9 +30,9 @@ def script(name: str, *arguments: Any, timeout: int = 500) -> str:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("world", "count"), [(1, 2), (2, 1)])
-def test_killed_and_started_again(world, count, tmp_path) -> None:
-    found = json.loads(script("kill_script", tmp_path, count, 1, world).splitlines()[-1])
+@pytest.mark.parametrize(("world", "count", "seed"), [(1, 2, 1), (2, 1, 2)])  # seed 2 kills where ranks communicate
+def test_killed_and_started_again(world, count, seed, tmp_path) -> None:
+    found = json.loads(script("kill_script", tmp_path, count, seed, world).splitlines()[-1])
     assert found["wrong"] == []
     assert found["kills"] >= count
     if world > 1:
