@@ -134,7 +134,7 @@ def assert_equal(whole: Regression, resumed: Regression, file: str) -> None:
 def test_damaged_random_states_are_refused(tmp_path: Path) -> None:
     fitted(shuffled, tmp_path, seed=1)
     checkpoint = torch.load(tmp_path / "step=2.ckpt", weights_only=True)
-    checkpoint[KEY]["current"]["torch"] = torch.zeros(3, dtype=torch.uint8)
+    checkpoint[KEY][0]["current"]["torch"] = torch.zeros(3, dtype=torch.uint8)
     torch.save(checkpoint, tmp_path / "damaged.ckpt")
     with pytest.raises(ll.errors.ManifestError, match="The random state in the checkpoint"):
         fitted(shuffled, tmp_path, seed=2, resume=tmp_path / "damaged.ckpt")

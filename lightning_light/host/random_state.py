@@ -54,10 +54,10 @@ class RunPosition:
     """Keep the random states and the position in the training data in checkpoints, and restore both.
 
     Lightning restores neither: a resumed run shuffles differently, draws other dropout masks, and, in the middle of an
-    epoch, starts with the first batches again. A checkpoint of a run in one process has two states: of the start of the
-    epoch, and the current one. A run that is resumed at the end of an epoch starts from the current state. In the
-    middle of an epoch, the loaders start from the state of the epoch start, the batches that were used are read and
-    skipped, and training continues from the current state. Loaders with a ``state_dict`` restore their position.
+    epoch, starts with the first batches again. A checkpoint has two states per rank: of the start of the epoch, and the
+    current one. A run that is resumed at the end of an epoch starts from the current state. In the middle of an epoch,
+    the loaders start from the state of the epoch start, the batches that were used are read and skipped, and training
+    continues from the current state. Loaders with a ``state_dict`` restore their position themselves.
     """
 
     def __init__(self) -> None:
@@ -66,27 +66,25 @@ class RunPosition:
         self._loaded: dict[str, Any] | None = None
 
     def save(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-        """Add the states to ``checkpoint``; not with several processes, of which each would need its own."""
-        if trainer.world_size == 1:
-            own = {"used": _batches_used(trainer), "epoch_start": self._epoch_start, "current": random_state()}
-            checkpoint[KEY] = own
+        """Add the states of every rank to ``checkpoint``."""
+        own = {"used": _batches_used(trainer), "epoch_start": self._epoch_start, "current": random_state()}
+        checkpoint[KEY] = _of_every_rank(trainer, own)
 
     def load(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-        """Take the states from ``checkpoint``, in a run of one process.
+        """Take this rank's states from ``checkpoint``, if it was saved by as many ranks.
 
         Raises:
             ManifestError: the states are damaged.
         """
         self._loaded = None
-        if KEY not in checkpoint or trainer.world_size > 1:
-            return
         try:
-            own = checkpoint[KEY]
-            self._loaded = {"used": int(own["used"]), "current": own["current"]}
-            self._loaded["epoch_start"] = own["epoch_start"] or own["current"]
-            with plain_execution():
-                set_random_state(self._loaded["epoch_start"])
-                set_random_state(self._loaded["current"])
+            ranks = checkpoint.get(KEY, [])
+            if len(ranks) == trainer.world_size and (own := ranks[trainer.global_rank]) is not None:
+                self._loaded = {"used": int(own["used"]), "current": own["current"]}
+                self._loaded["epoch_start"] = own["epoch_start"] or own["current"]
+                with plain_execution():
+                    set_random_state(self._loaded["epoch_start"])
+                    set_random_state(self._loaded["current"])
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise ManifestError(
                 f"The random state in the checkpoint (`{KEY}`): expected what `random_state()` returns, found a "
@@ -124,6 +122,15 @@ def _batches_used(trainer: Trainer) -> int:
     """Count the batches of an unfinished epoch that training has used."""
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress
     return 0 if progress.is_last_batch else int(progress.current.processed)
+
+
+def _of_every_rank(trainer: Trainer, own: dict[str, Any]) -> list[dict[str, Any] | None]:
+    """Return what each rank has given; only this rank's where an exception has ended the run on this rank alone."""
+    ranks: list[dict[str, Any] | None] = [None] * trainer.world_size
+    ranks[trainer.global_rank] = own
+    if trainer.world_size > 1 and not trainer.interrupted:
+        torch.distributed.all_gather_object(ranks, own)
+    return ranks
 
 
 def _skip(fetcher: Any, count: int) -> None:
