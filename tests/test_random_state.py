@@ -1,5 +1,6 @@
 """A resumed run shuffles, augments, and drops out as the uninterrupted run does, from every step and epoch."""
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 import lightning_light as ll
 from lightning_light.host.random_state import KEY
 from tests.contract.runs import differences
+from tests.test_kill import script
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:You're resuming from a checkpoint that ended",
@@ -138,3 +140,12 @@ def test_damaged_random_states_are_refused(tmp_path: Path) -> None:
     torch.save(checkpoint, tmp_path / "damaged.ckpt")
     with pytest.raises(ll.errors.ManifestError, match="The random state in the checkpoint"):
         fitted(shuffled, tmp_path, seed=2, resume=tmp_path / "damaged.ckpt")
+
+
+@pytest.mark.slow
+def test_each_of_two_processes_continues_with_its_own_random_numbers(tmp_path: Path) -> None:
+    script("random_state_script", tmp_path)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first["differences"] == second["differences"]
+    assert first["differences"] == {f: [] for f in ("step=2", "step=3", "step=7", "epoch=0", "epoch=1")}
+    assert set(first["batches"]).isdisjoint(second["batches"])

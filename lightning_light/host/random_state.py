@@ -113,6 +113,9 @@ class RunPosition:
         fetcher = trainer.fit_loop._data_fetcher
         assert fetcher is not None  # it has been set up
         if not any(hasattr(loader, "load_state_dict") for loader in fetcher.combined_loader.flattened):
+            if _set_epoch_of_samplers(fetcher.combined_loader.flattened, trainer.current_epoch):
+                set_random_state(loaded["epoch_start"])
+                iter(fetcher)  # Lightning has started the samplers of a resumed run with the order of epoch 0
             _log.info("Skipping %d batches of this epoch that were used before the interruption.", loaded["used"])
             _skip(fetcher, loaded["used"])
         set_random_state(loaded["current"])
@@ -131,6 +134,16 @@ def _of_every_rank(trainer: Trainer, own: dict[str, Any]) -> list[dict[str, Any]
     if trainer.world_size > 1 and not trainer.interrupted:
         torch.distributed.all_gather_object(ranks, own)
     return ranks
+
+
+def _set_epoch_of_samplers(loaders: list[Any], epoch: int) -> bool:
+    """Set the epoch of the samplers that order by it, and return whether there are any."""
+    samplers: list[Any] = [getattr(loader, "sampler", None) for loader in loaders]
+    samplers += [getattr(getattr(loader, "batch_sampler", None), "sampler", None) for loader in loaders]
+    ordered = [sampler for sampler in samplers if hasattr(sampler, "set_epoch")]
+    for sampler in ordered:
+        sampler.set_epoch(epoch)
+    return bool(ordered)
 
 
 def _skip(fetcher: Any, count: int) -> None:
