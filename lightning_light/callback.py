@@ -78,7 +78,7 @@ class CompressionCallback(Callback):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Register the schema of the method's state."""
         super().__init_subclass__(**kwargs)
-        if hasattr(cls, "method") and "state_schema" in vars(cls):
+        if hasattr(cls, "method"):
             register_state(cls.method, cls.state_schema)
 
     @override

@@ -29,7 +29,8 @@ class PlainRecorder(TypedDict, total=False):
     """A `Recorder` in a checkpoint, and one call of the network."""
 
     example: PlainExample
-    before: Annotated[PlainSnapshot, Needs("history", "layers")]
+    before: Annotated[PlainSnapshot, Needs("history", "layers", "now")]
+    now: PlainSnapshot
     history: PlainHistory
     layers: list[str]
 

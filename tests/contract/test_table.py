@@ -1,6 +1,11 @@
 """No public callback without a row."""
 
+import pytest
+
+from lightning_light.errors import ManifestError
+from lightning_light.schema import Context
 from lightning_light.structured import StructuredPruning
+from lightning_light.surgery.manifest import check_states
 from tests.contract.table import CASES, public_callbacks
 
 
@@ -23,3 +28,9 @@ def test_what_is_public_is_found() -> None:
 def test_names_are_unique() -> None:
     names = [case.name for case in CASES]
     assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("callback", sorted(public_callbacks(), key=lambda cls: cls.__name__))
+def test_a_state_that_the_method_cannot_have_is_refused(callback) -> None:
+    with pytest.raises(ManifestError, match=f"damaged at .*{callback.method}.*: expected "):
+        check_states({callback.method: {"surplus": 1}}, Context())
