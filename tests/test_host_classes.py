@@ -81,6 +81,7 @@ print(*[base.__module__.partition(".")[0] for base in Callback.__bases__])
 """
 
 
+@pytest.mark.slow
 def test_a_callback_is_one_of_each_host_loaded_before() -> None:
     assert run(CHECK.format(first="lightning.pytorch")) == "lightning"
     assert run(CHECK.format(first="pytorch_lightning")) == "lightning pytorch_lightning"

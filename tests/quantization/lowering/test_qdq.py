@@ -155,6 +155,7 @@ print(*[float((file(images[:size]) - alone[:size]).abs().max()) for size in (8, 
 """
 
 
+@pytest.mark.slow
 def test_an_executorch_file_with_a_mean_stands_batches_that_grow(tmp_path) -> None:
     """XNNPACK's mean of int8 writes past its memory then. In a process of its own, which that stops."""
     command = [sys.executable, "-c", GROWING, str(tmp_path / "net.pte")]
