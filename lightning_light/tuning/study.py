@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -113,8 +114,9 @@ def open_study(name: str, description: Mapping[str, Any], directions: list[str],
     import optuna
 
     study = optuna.create_study(study_name=name, directions=directions, load_if_exists=True, **options)
+    description = json.loads(json.dumps(description))  # as storages return it, with lists for tuples
     if _DESCRIPTION not in study.user_attrs and not study.get_trials(deepcopy=False):
-        study.set_user_attr(_DESCRIPTION, dict(description))
+        study.set_user_attr(_DESCRIPTION, description)
     found = study.user_attrs.get(_DESCRIPTION, {})
     if differ := [key for key, value in description.items() if found.get(key) != value]:
         raise _other_study(name, ", ".join(f"`{key}`" for key in differ))

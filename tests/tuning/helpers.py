@@ -17,7 +17,7 @@ SPACE = [
         "class_path": "WeightPruning",
         "init_args": {
             "budget": {"class_path": "Sparsity", "init_args": {"amount": {"low": 0.1, "high": 0.9}}},
-            "schedule": {"class_path": "OneShot", "init_args": {"at": {"choices": [0.25, 0.5]}}},
+            "schedule": {"class_path": "OneShot", "init_args": {"at": {"choices": (0.25, 0.5)}}},
         },
     }
 ]
