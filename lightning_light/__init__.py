@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         structured as structured,
         surgery as surgery,
         targets as targets,
+        tuning as tuning,
     )
     from lightning_light.budgets import (
         Channels as Channels,
@@ -120,6 +121,7 @@ if TYPE_CHECKING:
         restructure as restructure,
     )
     from lightning_light.targets import Targets as Targets
+    from lightning_light.tuning import tune as tune
 
 __version__ = "0.1.0"
 
@@ -205,6 +207,7 @@ _NAMES = {
         "restructure",
     ),
     "targets": ("Targets",),
+    "tuning": ("tune",),
 }
 """Module below this package -> the names that ``lightning_light`` takes from it."""
 
@@ -233,6 +236,7 @@ _MODULES = {
     "surgery": "surgery",
     "targets": "targets",
     "teachers": "distillation.teachers",
+    "tuning": "tuning",
 }
 """Name of a module in ``lightning_light`` -> where it lives below this package."""
 

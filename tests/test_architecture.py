@@ -28,6 +28,7 @@ METHODS = {
     "sparsity",
     "structured",
     "substitution",
+    "tuning",
 }
 CORE = {"criteria", "dependency", "host", "measure", "report", "surgery"}
 COMPOSING = {"cli"}  # the command runs several methods: it may import them, and none of them imports it
@@ -52,7 +53,9 @@ OPTIONAL = {
     "matplotlib",
     "onnx_ir",
     "onnxruntime",
+    "optuna",
     "rich",
+    "yaml",
 }  # of an extra: imported where used
 
 RETIRED = (

@@ -116,6 +116,23 @@ def test_learned_gates_prune_to_the_budget(small: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_tuning_ends_with_a_config_that_repeats_the_best_trial(small: Path, tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    arguments = [f"--data={small}", "--dense-epochs=1", "--epochs=1", "--trials=3"]
+    printed = run(EXAMPLES / "09_tune.py", *arguments, folder=tmp_path)
+    assert re.search(r"\d \* ", printed)
+    assert printed.endswith(run(EXAMPLES / "09_tune.py", *arguments, folder=tmp_path))
+    out = tmp_path / "runs" / "tune"
+    assert (out / "pareto.png").exists()
+    (best,) = re.findall(r"val_accuracy: ([\d.]+)", (out / "best.yaml").read_text())
+    log = ["--trainer.logger=lightning.pytorch.loggers.CSVLogger", "--trainer.logger.save_dir=csv"]
+    run(EXAMPLES / "cli.py", "fit", "--config=runs/tune/best.yaml", *log, folder=tmp_path)
+    header, *lines = next(tmp_path.glob("csv/**/metrics.csv")).read_text().splitlines()
+    found = [line.split(",")[header.split(",").index("val_accuracy")] for line in lines]
+    assert [float(accuracy) for accuracy in found if accuracy] == [float(best)]
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # exporters take their time on a busy machine
 def test_one_run_prunes_distils_and_quantizes_for_every_runtime(chain: tuple[Path, str]) -> None:
     folder, printed = chain

@@ -19,11 +19,12 @@ from lightning_light.int8 import Int8Weights
 from lightning_light.order import DEFAULT_WINDOWS, Stage
 from lightning_light.progress import steps_planned, training_progress
 from lightning_light.quantization.checkpoint_state import SoundState, attach_fake_quantizer, begin, enable, merge
+from lightning_light.quantization.dampening import add_dampening_gradients
 from lightning_light.quantization.fake_quantizer import FakeQuantizer
 from lightning_light.quantization.learned_qparams import LearnedQParams
 from lightning_light.quantization.range_observer import RangeObserver
 from lightning_light.quantization.recipes import Int8, Recipe
-from lightning_light.schedules import Schedule, resolve, resolve_moment
+from lightning_light.schedules import Cosine, Schedule, resolve, resolve_moment
 from lightning_light.surgery.checkpoint_monitoring import reset_monitoring
 from lightning_light.surgery.distributed import (
     check_agreement,
@@ -37,6 +38,7 @@ from lightning_light.validation import Moment, PositiveInt, validated
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+    from torch.optim import Optimizer
 
 __all__ = ["QuantizationAwareTraining"]
 
@@ -209,6 +211,15 @@ class QuantizationAwareTraining(CompressionCallback):
         accumulating = pl_module.automatic_optimization and is_accumulating(trainer)
         if self._learned is not None and trainer.world_size > 1 and not accumulating:
             self._learned.reduce(trainer)
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Add the gradients that dampen oscillating weights, the more the nearer the end."""
+        if self._quantizer is not None and self._quantizer.enabled:
+            start = self._moments["start"]
+            strength = Cosine()((training_progress(trainer) - start) / (1.0 - start))
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            add_dampening_gradients(self._quantizer, pl_module, parameters, strength)
 
     @override
     def on_train_batch_end(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from typing import Annotated, Any, Literal, TypeAlias
 
 from torch import nn
@@ -14,7 +14,7 @@ from lightning_light.int8 import largest_weight
 from lightning_light.quantization.observers import LSQObserver, MovingAverage, MSEObserver, Observer
 from lightning_light.quantization.specs import ActivationSpec, LayerSpec, Learned, WeightSpec
 from lightning_light.targets import Targets, as_targets
-from lightning_light.validation import Range, validated
+from lightning_light.validation import NonNegativeFloat, Range, validated
 
 __all__ = ["LSQ", "PACT", "Binary", "Bits", "Engine", "Int8", "IntN", "MixedPrecision", "Recipe", "Ternary"]
 
@@ -210,9 +210,16 @@ class LSQ(Recipe):
     have ``low = -2**(n-1)`` and a scale per output channel (the paper: per layer), activations after a ReLU
     ``low = 0``. Scales begin with ``2 * mean|x| / sqrt(top)``.
 
+    With few bits, weights near the threshold between two quantized values oscillate from step to step, which disturbs
+    the statistics of batch norms. ``dampening`` adds ``weight * sum((w_hat - clamp(w, s * low, s * top)) ** 2)`` to the
+    loss of every layer, with ``w_hat`` as a constant; its weight grows from 0 to ``dampening`` over the training with
+    fake quantization, as half a cosine. A weight that a parametrization computes is left alone.
+
     Esser et al., 2020, "Learned Step Size Quantization". https://arxiv.org/abs/1902.08153
     With ``offset``: Bhalgat et al., 2020, "LSQ+: Improving low-bit quantization through learnable offsets and better
     initialization". https://arxiv.org/abs/2004.09576
+    With ``dampening``: Nagel et al., 2022, "Overcoming Oscillations in Quantization-Aware Training", section 4.2.
+    https://arxiv.org/abs/2203.11086
 
     Example:
         >>> from lightning_light.quantization import Int8, MixedPrecision
@@ -223,6 +230,7 @@ class LSQ(Recipe):
         weights: bits, 2 to 8.
         activations: bits of what layers read, 2 to 8; None leaves it float.
         offset: activations learn an offset too; their range begins with the smallest squared error.
+        dampening: weight of the penalty at the end of training; 0.0 for none.
         engine: as in `Recipe`.
         exclude: as in `Recipe`.
 
@@ -233,12 +241,14 @@ class LSQ(Recipe):
     weights: Bits = 4
     activations: Bits | None = 4
     offset: bool = False
+    dampening: NonNegativeFloat = field(default=0.0, kw_only=True)
 
     @override
     def spec(self) -> LayerSpec:
         observer = MSEObserver(momentum=0.1) if self.offset else LSQObserver()
         activation = _activation(self.activations, observer, "scale and offset" if self.offset else "scale")
-        return LayerSpec(self._weight(self.weights, learned=True), activation)
+        weight = replace(self._weight(self.weights, learned=True), dampening=self.dampening)
+        return LayerSpec(weight, activation)
 
 
 @validated

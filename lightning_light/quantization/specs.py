@@ -35,6 +35,7 @@ class WeightSpec:
         form: how ``q`` and the scale are computed.
         per_channel: one scale per output channel, the first dimension; else one per tensor.
         learned: whether the scale is trained.
+        dampening: largest weight of the penalty on ``(scale * q - w) ** 2`` during training.
     """
 
     bits: Bits = 8
@@ -43,6 +44,7 @@ class WeightSpec:
     form: WeightForm = "uniform"
     per_channel: bool = True
     learned: bool = False
+    dampening: NonNegativeFloat = 0.0
 
     def with_min_bits(self, bits: int) -> WeightSpec:
         """The same with no fewer than ``bits``: a stage of a bit-width schedule."""

@@ -1,5 +1,6 @@
 """Learned scales and bit-width schedules in a real Trainer: who trains them, and what stays of other methods."""
 
+import math
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_light.budgets import Sparsity
 from lightning_light.clustering import WeightClustering
 from lightning_light.errors import UnsupportedError
+from lightning_light.progress import training_progress
 from lightning_light.quantization import (
     LSQ,
     PACT,
@@ -21,6 +23,8 @@ from lightning_light.quantization import (
     Ternary,
     fake_quantized,
 )
+from lightning_light.quantization.dampening import dampening_gradient
+from lightning_light.quantization.specs import WeightSpec
 from lightning_light.schedules import Linear, OneShot, Staircase, Window
 from lightning_light.sparsity import WeightPruning
 from tests.contract.bodies import Body, TwoOptimizers, module_class
@@ -176,3 +180,36 @@ def test_it_computes_the_same_in_the_trainer_and_after_it() -> None:
         found = net(IMAGES)
     assert torch.equal(found, seen[0])
     assert torch.equal(seen[1], seen[0])
+
+
+class Gradients(pl.Callback):
+    """The gradient of one weight before every optimizer step, and the part of the run that is completed."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[float, Tensor, Tensor]] = []
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        weight = pl_module.features.conv1.weight
+        self.seen.append((training_progress(trainer), weight.detach().clone(), weight.grad.clone()))
+
+
+def test_dampening_grows_as_half_a_cosine() -> None:
+    net, before, after = module(), Gradients(), Gradients()
+    qat = QuantizationAwareTraining(LSQ(dampening=0.5), **STAGES)
+    scales = []
+
+    class Look(pl.Callback):
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            state = qat.state(pl_module)
+            learned = state["learned"] if state.get("enabled") else {}
+            (scale,) = [v for name, v in learned.items() if name.startswith("weight of features.conv1,")] or [None]
+            scales.append(None if scale is None else scale.clone())
+
+    trainer(before, qat, after, Look()).fit(net)
+    spec = WeightSpec(4, -8, 7, learned=True, dampening=0.5)
+    assert [scale is not None for scale in scales] == [False] * 5 + [True] * 7
+    for scale, (progress, weight, own), (_, _, total) in zip(scales, before.seen, after.seen, strict=True):
+        strength = 0.0 if scale is None else (1 - math.cos(math.pi * (progress - 0.25) / 0.75)) / 2
+        penalty = torch.zeros(()) if scale is None else dampening_gradient(weight, spec, scale)
+        torch.testing.assert_close(total, own + strength * penalty)
+        assert scale is None or not torch.equal(total, own)

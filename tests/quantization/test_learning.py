@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from lightning_light.quantization import LSQ, PACT
+from lightning_light.quantization.dampening import dampening_gradient
 from lightning_light.quantization.fake_quantize import (
     fake_quantize,
     fake_quantize_learned,
@@ -75,6 +76,18 @@ def test_lsq_of_numbers_counts_those_of_one_sample(positive) -> None:
     fake_quantize_learned(x, spec, s).sum().backward()
     _, _, of_s = esser(x, 0.09, low, high, torch.ones(x.shape).double())
     assert float(s.grad) == pytest.approx(of_s / (3 * 8 * 8 * high) ** 0.5, rel=1e-3)  # type: ignore[arg-type]
+
+
+def test_dampening() -> None:
+    """Equation 7 of Nagel et al., with autograd: ``|w_hat - clip(w, s n, s p)|^2``, with ``w_hat`` as a constant."""
+    spec = WeightSpec(3, -4, 3, learned=True, dampening=0.5)
+    w, s = noise(4, 3, 3, 3).requires_grad_(), torch.tensor([0.05, 0.1, 0.2, 0.4]).requires_grad_()
+    step = s.detach()[:, None, None, None]
+    quantized = (w.detach() / step).round().clamp(-4, 3) * step
+    (0.5 * ((quantized - w.clamp(-4 * step, 3 * step)) ** 2).sum()).backward()
+    torch.testing.assert_close(dampening_gradient(w, spec, s), w.grad)
+    assert s.grad is None
+    assert 0 < int((w.grad == 0).sum()) < w.numel()  # type: ignore[union-attr]  # outside of the range
 
 
 def test_lsq_plus() -> None:

@@ -45,7 +45,7 @@ def case(
 
 BIT_WIDTHS = Window(Staircase(Linear(), steps=2), end=0.6)
 
-LSQ_WITH_INT8_ENDS = MixedPrecision(default=LSQ(), first=Int8(), last=Int8())
+LSQ_WITH_INT8_ENDS = MixedPrecision(default=LSQ(dampening=0.1), first=Int8(), last=Int8())
 
 CASES = [
     case("int8", Int8(observer=MovingAverage(0.9)), full=True),
