@@ -17,7 +17,6 @@ from lightning_light.criteria.output_distance import Distance
 from lightning_light.errors import UnsupportedError
 from lightning_light.example_input import ExampleInput
 from lightning_light.export.exporter import Exporter
-from lightning_light.formatting import plural
 from lightning_light.host.trainer import callbacks_of
 from lightning_light.isolation import plain_execution
 from lightning_light.order import Stage
@@ -47,12 +46,14 @@ class _State(TypedDict, total=False):
 
     Attributes:
         planned: whether the counted budgets were found possible.
-        items: names of the chosen items, once the search is done.
+        searched: whether the search of this fit is done.
+        items: names of the items that were carried out, in all fits.
         example: the example input.
         inputs: calls of the module in the last training batches, until the search is done.
     """
 
     planned: bool
+    searched: bool
     items: list[str]
     example: PlainExample
     inputs: list[PlainExample]
@@ -63,9 +64,10 @@ class ArchitectureSearch(CompressionCallback):
     """Choose widths, ranks and depth under one or several budgets at one point of the run, and train on.
 
     The search is that of `lightning_light.search`, on the inputs of the last training batches: those of the first are
-    for batch-norm statistics, the others, held back, for the comparison of outputs. All changes are made at once: blocks
-    are removed, then channels, then layers are factorized; the optimizers follow. Add ``KnowledgeDistillation("self")``
-    for the network before the change as teacher, and ``QuantizationAwareTraining`` for an int8 file.
+    for batch-norm statistics, the others, held back, for the comparison of outputs. All changes are made at once:
+    blocks are removed, then channels, then layers are factorized; the optimizers follow. Add
+    ``KnowledgeDistillation(teacher="self")`` for the network before the change as teacher, and
+    ``QuantizationAwareTraining`` for an int8 file.
 
     Example:
         >>> from lightning_light.budgets import MACs, Size
@@ -94,8 +96,8 @@ class ArchitectureSearch(CompressionCallback):
             steps; at construction.
         BudgetError: the budgets cannot be reached; where they are counted, before the first optimizer step.
         TargetError: the targets of a kind match nothing.
-        UnsupportedError: the training step does not call ``self(...)``, or calls parts of the module beside it; a recipe
-            without quantization-aware training; a strategy or launcher that cannot follow.
+        UnsupportedError: the training step does not call ``self(...)``, or calls parts of the module beside it; a
+            recipe without quantization-aware training; a strategy or launcher that cannot follow.
 
     Attributes:
         result: of the search on rank 0, with its table; None before, and after a resume.
@@ -174,7 +176,7 @@ class ArchitectureSearch(CompressionCallback):
             )
         state = self.state(pl_module)
         if not self.resumed(pl_module):
-            for key in ("planned", "items", "inputs"):
+            for key in ("planned", "searched", "inputs"):
                 state.pop(key, None)
         self.result = None
         self._capture = restore_or_capture_example(pl_module, state)
@@ -193,15 +195,15 @@ class ArchitectureSearch(CompressionCallback):
         state = self.state(pl_module)
         assert self._capture is not None  # since `on_fit_start`
         assert self._recorder is not None
-        if "items" not in state and self._capture.observed is None:
+        if not state.get("searched") and self._capture.observed is None:
             self._check_step(pl_module, batch)
             self._plan_run(trainer, pl_module)
         due = Events.due(self._points, training_progress(trainer), steps_planned(trainer))
-        if due and "items" not in state and len(state.get("inputs", [])) == self._batches:
+        if due and not state.get("searched") and len(state.get("inputs", [])) == self._batches:
             self._act(trainer, pl_module)
         progress, _ = self._points[0]
         near = steps_done(trainer) + self._batches >= progress * steps_planned(trainer)
-        self._recorder.active = near and "items" not in state
+        self._recorder.active = near and not state.get("searched")
 
     @override
     def on_train_batch_end(
@@ -228,11 +230,11 @@ class ArchitectureSearch(CompressionCallback):
         state = self.state(pl_module)
         if state.get("items") or getattr(trainer, "fast_dev_run", False):
             return
-        if "items" in state:
+        if state.get("searched"):
             self._no_effect(f"the network meets `{self.budget!r}` as it is.")
         else:
             self._no_effect(
-                f"the run ended before the search, which needs the inputs of {plural(self._batches, 'batch')}; "
+                f"the run ended before the search, which needs the inputs of {self._batches} training batches; "
                 f"`schedule={self.schedule!r}`."
             )
 
@@ -301,7 +303,7 @@ class ArchitectureSearch(CompressionCallback):
     def _act(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Search on rank 0, and change the network on every rank."""
         state = self.state(pl_module)
-        log_rank_zero(trainer, f"{self.method}: search on the inputs of {plural(self._batches, 'batch')}")
+        log_rank_zero(trainer, f"{self.method}: search on the inputs of {self._batches} training batches")
         references = self._references(trainer, pl_module)
         items = on_rank_zero(trainer, lambda: self._search(pl_module, state["inputs"], references))
         calls = [ExampleInput(**call).to(pl_module) for call in state["inputs"][: self.calibration_batches]]
@@ -309,7 +311,8 @@ class ArchitectureSearch(CompressionCallback):
         for number, (choices, mine) in enumerate(steps, 1):
             plan = self._plan(trainer, pl_module, choices, mine)
             self._carry_out(trainer, pl_module, choices, plan, calls, f"{number}/{len(steps)}")
-        state["items"] = [item.name for item in items]
+        state["items"] = [*state.get("items", []), *(item.name for item in items)]
+        state["searched"] = True
         state.pop("inputs", None)
 
     def _search(
@@ -360,8 +363,6 @@ class ArchitectureSearch(CompressionCallback):
         claim_layers(pl_module, choices, change)
         self._after_surgery(trainer, pl_module, change.entry, f"changed {choices.kind}", part=part, kept=change.kept)
 
-    def _statistics(
-        self, trainer: Trainer, pl_module: nn.Module, calls: list[ExampleInput]
-    ) -> dict[str, Statistics]:
+    def _statistics(self, trainer: Trainer, pl_module: nn.Module, calls: list[ExampleInput]) -> dict[str, Statistics]:
         """Measure the batch-norm statistics on the inputs of rank 0, which a checkpoint holds, for all."""
         return on_rank_zero(trainer, lambda: measure_statistics(pl_module, calls))

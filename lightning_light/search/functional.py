@@ -18,18 +18,19 @@ from lightning_light.example_input import ExampleInput
 from lightning_light.export.exporter import Exporter
 from lightning_light.quantization import quantize
 from lightning_light.search.apply import apply_items
+from lightning_light.search.choices import Item
 from lightning_light.search.costs import Costs, Meter
 from lightning_light.search.evaluation import Evaluator, split_batches
 from lightning_light.search.options import SearchOptions, Space, check_budgets
 from lightning_light.search.result import SearchResult
 from lightning_light.search.sensitivity import fill_table
 from lightning_light.search.solver import Solver
-from lightning_light.search.table import SearchTable
-from lightning_light.surgery.attachment import attach, has_state, release, state_of
+from lightning_light.search.table import SearchTable, savings_of
+from lightning_light.surgery.attachment import has_state, state_of
 from lightning_light.surgery.distributed import digest
 from lightning_light.validation import NonNegativeInt, PositiveInt, validated
 
-__all__ = ["find_assignment", "search"]
+__all__ = ["check_counts", "find_assignment", "search"]
 
 
 @validated
@@ -103,20 +104,11 @@ def search(
     budgets = check_budgets("search", budget, options)
     example = ExampleInput.of(example_inputs).to(model)
     parts = split_batches("search", model, data, calibration_batches, evaluation_batches)
-    references = {b.quantity: b.measure(model, example) for b in budgets if not b.runs_model}
-    if has_state(model):
-        references = {b.quantity: state_of(model).reference(b, lambda b=b: references[b.quantity]) for b in budgets
-                      if b.quantity in references}
+    references = _references(model, example, budgets)
     result = find_assignment("search", model, example, budgets, options, parts, references, progress_bar=progress_bar)
     if not dry_run:
-        attached = has_state(model)
-        state = attach(model)
-        for one in budgets:
-            if one.quantity in references:
-                state.reference(one, lambda one=one: references[one.quantity])
         apply_items(model, example, options.choices, result.items, calls=parts[0], optimizers=optimizers)
-        if not attached:
-            release(model)
+        state_of(model).references = {**references, **state_of(model).references}
         if result.quantized and options.recipe is not None:
             quantize(model, parts[0][0], options.recipe, data=parts[0], progress_bar=progress_bar)
     return result
@@ -148,12 +140,7 @@ def find_assignment(
     runtime, recipe = options.file_of(budgets)
     if runtime is not None:
         runtime.check()
-    items = [item for choices in options.choices for item in choices.items(model, example)]
-    if not items:
-        raise TargetError(
-            f"`{call}(space={list(options.space)})` on `{type(model).__name__}`: expected at least one choice, found "
-            "no block, layer or channel that can be changed. Widen `targets`."
-        )
+    items = _items(call, model, example, options)
     evaluator = Evaluator(
         model, example, options.choices, *parts, distance=options.distance, class_dim=options.class_dim
     )
@@ -162,6 +149,8 @@ def find_assignment(
     versions = [torch.__version__, "" if runtime is None else runtime.runtime(), *where]
     key = digest([evaluator.digest(), repr(options.choices), repr(recipe), *map(_measured, budgets), *versions])
     table = SearchTable.open(call, None if options.table is None else Path(options.table), key, items)
+    if not meter.of_file and all(meter.count(model)[b.quantity] <= b.goal(references[b.quantity]) for b in budgets):
+        table.costs, table.items = meter.count(model), []  # nothing is to be done
     fill_table(table, evaluator, meter, recipe, progress_bar=progress_bar)
     goals = {b.quantity: b.goal(references.get(b.quantity, table.costs[b.quantity])) for b in budgets}
     solver = Solver(call, table, evaluator, meter, goals, recipe, options.seed)
@@ -169,11 +158,50 @@ def find_assignment(
     best = solver.solve(options.evaluations, progress_bar=progress_bar)
     predicted = solver.predicted(best.items)
     quantized = recipe is not None
-    return SearchResult(
-        best.items, quantized, table, goals, predicted, best.measured, best.score, solver.evaluated
-    )
+    return SearchResult(best.items, quantized, table, goals, predicted, best.measured, best.score, solver.evaluated)
+
+
+def check_counts(
+    call: str,
+    model: nn.Module,
+    example: ExampleInput,
+    budgets: Sequence[Budget],
+    options: SearchOptions,
+    references: Costs,
+) -> None:
+    """Refuse budgets that no assignment meets, as far as they are counted; arguments as in `find_assignment`.
+
+    Raises:
+        BudgetError: names a value that can be reached.
+        TargetError: no kind has a choice.
+    """
+    items, of_file = _items(call, model, example, options), Meter(budgets, example, *options.file_of(budgets)).of_file
+    counted = [budget for budget in budgets if budget.quantity not in of_file]
+    evaluator, meter = Evaluator(model, example, options.choices, (), ()), Meter(counted, example, None, None)
+    table = SearchTable("", items, dict.fromkeys((item.name for item in items), 0.0), costs=meter.count(model))
+    for item in items if counted else ():
+        table.savings[item.name] = savings_of(table, meter.count(evaluator.changed([item])))
+    goals = {budget.quantity: budget.goal(references[budget.quantity]) for budget in counted}
+    Solver(call, table, evaluator, meter, goals, None, 0).check_reachable()
+
+
+def _references(model: nn.Module, example: ExampleInput, budgets: Sequence[Budget]) -> Costs:
+    """Return the counted quantities before the first compression by this package."""
+    known = state_of(model).references if has_state(model) else {}
+    counted = [budget for budget in budgets if not budget.runs_model]
+    return {b.quantity: known.get(b.quantity) or b.measure(model, example) for b in counted}
+
+
+def _items(call: str, model: nn.Module, example: ExampleInput, options: SearchOptions) -> list[Item]:
+    items = [item for choices in options.choices for item in choices.items(model, example)]
+    if not items:
+        raise TargetError(
+            f"`{call}(space={list(options.space)})` on `{type(model).__name__}`: expected at least one choice, found "
+            "no block, layer or channel that can be changed. Widen `targets`."
+        )
+    return items
 
 
 def _measured(budget: Budget) -> str:
     """Describe what a budget measures, without its limit."""
-    return f"{type(budget).__name__} {getattr(budget, 'runtime', None)!r} {getattr(budget, 'threads', None)!r}"
+    return f"{type(budget).__name__} {getattr(budget, 'runtime', None)!r} {getattr(budget, 'threads', None)}"

@@ -16,7 +16,7 @@ from lightning_light.quantization import Recipe
 from lightning_light.search.choices import Item
 from lightning_light.search.costs import Meter
 from lightning_light.search.evaluation import Evaluator
-from lightning_light.search.table import SearchTable
+from lightning_light.search.table import SearchTable, savings_of
 from lightning_light.surgery.distributed import digest
 
 __all__ = ["fill_table"]
@@ -46,9 +46,8 @@ def fill_table(
     left = [item for item in table.items if item.name not in table.distances]
     for item in with_progress_bar(left, len(left), "outputs and counts", shown=progress_bar):
         network = evaluator.changed([item])
-        counted = meter.count(network)
         table.shapes[item.name] = _shapes(network, evaluator.example)
-        table.savings[item.name] = {quantity: table.costs[quantity] - value for quantity, value in counted.items()}
+        table.savings[item.name] = savings_of(table, meter.count(network))
         table.distances[item.name] = evaluator.score(network).distance
         table.save()
     groups = [group for group in _equal(table) if now.keys() - table.savings[group[0].name].keys()]

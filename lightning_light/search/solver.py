@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_light.assignment import choose_items
 from lightning_light.errors import BudgetError
 from lightning_light.progress_bar import with_progress_bar
 from lightning_light.quantization import Recipe
 from lightning_light.search.choices import Item
 from lightning_light.search.costs import Costs, Meter
 from lightning_light.search.evaluation import Evaluator, Score
+from lightning_light.search.integer_program import choose_items
 from lightning_light.search.table import SearchTable, total
 
 __all__ = ["Candidate", "Solver"]
@@ -94,9 +94,9 @@ class Solver:
             least = self._least(quantity, {})
             if least > goal * (1.0 + _ROUNDING):
                 raise BudgetError(
-                    f"`{self._call}(...)` cannot reach the budget: expected {quantity} <= {goal:.6g}, found {least:.6g} "
-                    f"with the cheapest of all assignments ({self._table.costs[quantity]:.6g} as it is). Add choices to "
-                    "`space`, smaller fractions or wider `targets`, or ask for less."
+                    f"`{self._call}(...)` cannot reach the budget: expected {quantity} <= {goal:.6g}, found "
+                    f"{least:.6g} with the cheapest of all assignments ({self._table.costs[quantity]:.6g} as it is). "
+                    "Add choices to `space`, smaller fractions or wider `targets`, or ask for less."
                 )
         met: dict[str, float] = {}
         for quantity, goal in self._goals.items():
@@ -148,13 +148,14 @@ class Solver:
                 self._limits[quantity] /= max(ratio, 1.0)
             self._known = {key: one for key, one in self._known.items() if self._is_within(one)}
             self._try(np.sqrt(self._distances))
-        excess_of_best, best = min(found, key=lambda pair: pair[0], default=(np.inf, None))
-        if best is None or excess_of_best > 1.0 + _TOLERANCE:
+        nearest = min(found, key=lambda pair: pair[0], default=None)
+        if nearest is None or nearest[0] > 1.0 + _TOLERANCE:
             raise BudgetError(
                 f"`{self._call}(...)`: expected an assignment that meets {self._goals}, found none among the evaluated "
-                f"ones; the nearest has {best.measured if best else 'more'}. Ask for less, or add choices to `space`."
+                f"ones; the nearest has {nearest[1].measured if nearest else 'more'}. Ask for less, or add choices to "
+                "`space`."
             )
-        return best
+        return nearest[1]
 
     def _is_within(self, candidate: Candidate) -> bool:
         predicted = self.predicted(candidate.items)
@@ -176,7 +177,9 @@ class Solver:
             items = tuple(self._table.items[i] for i in sorted(found))
             network = self._evaluator.changed(items)
             counted = self._meter.count(network)
-            over = {q: value - self._goals[q] for q, value in counted.items() if value > self._goals[q] * (1 + _ROUNDING)}
+            over = {
+                q: value - self._goals[q] for q, value in counted.items() if value > self._goals[q] * (1 + _ROUNDING)
+            }
             if not over:
                 self._known[found] = Candidate(items, self._evaluator.score(network), counted)
                 return

@@ -16,7 +16,7 @@ from lightning_light.search.costs import Costs
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["SearchTable"]
+__all__ = ["SearchTable", "savings_of", "total"]
 
 _COLORS = {"blocks": "#081d58", "channels": "#1d91c0", "ranks": "#d95f0e"}
 
@@ -139,6 +139,11 @@ def total(costs: Mapping[str, float], savings: Iterable[Costs]) -> Costs:
     """Return ``costs`` without ``savings``."""
     savings = list(savings)
     return {quantity: value - sum(saved[quantity] for saved in savings) for quantity, value in costs.items()}
+
+
+def savings_of(table: SearchTable, costs: Costs) -> Costs:
+    """Return what a network of these costs saves against the network as it is."""
+    return {quantity: table.costs[quantity] - value for quantity, value in costs.items()}
 
 
 def _percent(saved: float | None, value: float) -> str:
