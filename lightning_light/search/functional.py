@@ -156,7 +156,7 @@ def find_assignment(
     solver = Solver(call, table, evaluator, meter, goals, recipe, options.seed)
     solver.check_reachable()
     best = solver.solve(options.evaluations, progress_bar=progress_bar)
-    predicted = solver.predicted(best.items)
+    predicted = {q: value for q, value in solver.predicted(best.items).items() if q in meter.of_file}
     quantized = recipe is not None
     return SearchResult(best.items, quantized, table, goals, predicted, best.measured, best.score, solver.evaluated)
 

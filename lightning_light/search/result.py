@@ -22,7 +22,8 @@ class SearchResult:
         quantized: whether the costs are those of an int8 file.
         table: scores and costs of every choice alone.
         goals: quantity -> largest value.
-        predicted: quantity -> value that the table predicts.
+        predicted: quantity -> value that the table predicts, for what is measured on a file: the sum of the savings of
+            all items alone. It is too low where the savings of neighbouring layers overlap.
         measured: quantity -> value of the whole network, of the written file where there is a runtime.
         score: how far the outputs are from those of the network before, without training.
         evaluated: how many whole networks were compared.
@@ -45,11 +46,15 @@ class SearchResult:
         """Return one line: the costs before, predicted and measured, and how many predictions change."""
         costs = [
             f"{quantity} {human_count(before)} → {human_count(self.measured[quantity])} "
-            f"(predicted {human_count(self.predicted[quantity])}, budget {human_count(self.goals[quantity])})"
+            f"({self._predicted(quantity)}budget {human_count(self.goals[quantity])})"
             for quantity, before in self.table.costs.items()
         ]
         changed = f"{human_percent(self.score.changed)} of the predictions change before training"
         return f"{', '.join(costs)}; {changed}"
+
+    def _predicted(self, quantity: str) -> str:
+        found = self.predicted.get(quantity)
+        return "" if found is None else f"predicted {human_count(found)}, "
 
     def __str__(self) -> str:
         return str(layer_lines(self.lines(), self.summary()))

@@ -24,7 +24,7 @@ Scores = NDArray[np.float64]
 
 _SCORES: tuple[Callable[[Scores], Scores], ...] = (lambda d: d, np.sqrt, lambda d: d**0.75)
 _SPREAD, _SPREAD_NEAR, _CHANGES_NEAR = 0.7, 0.5, 6  # the last: three items replaced by three others
-_CORRECTIONS, _ROUNDS, _TOLERANCE, _ROUNDING = 8, 3, 0.05, 1e-9
+_CORRECTIONS, _ROUNDS, _TOLERANCE, _ROUNDING = 8, 6, 0.05, 1e-9
 
 
 @dataclass(frozen=True)
