@@ -63,7 +63,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.7, help="of the dense int8 file")
     parser.add_argument("--bytes", type=float, default=0.7, help="of the dense int8 file")
     parser.add_argument("--evaluations", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=100, help="of recovery")
+    parser.add_argument("--steps", type=int, default=100, help="of recovery; 0 for none")
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--test-images", type=int, default=2000)
     args = parser.parse_args()
     L.seed_everything(0, verbose=False)
@@ -84,7 +85,8 @@ def main() -> None:
         f"dense: {accuracy(dense, test):.2%}\n| | seconds | bytes | predictions changed | test | after |\n{'|---' * 6}|"
     )
     goals = {"seconds": args.seconds * table.costs["seconds"], "bytes": args.bytes * table.costs["bytes"]}
-    for name, kinds in KINDS.items():
+    for name in args.kinds:
+        kinds = KINDS[name]
         mine = replace(table, items=[item for item in items if item.kind in kinds], path=None)
         solver = Solver("search", mine, evaluator, meter, goals, recipe, 0)
         try:
@@ -95,7 +97,8 @@ def main() -> None:
             continue
         small = evaluator.changed(best.items)
         before = accuracy(small, test)
-        recover(small, dense, data["train"], args.steps)
+        if args.steps:
+            recover(small, dense, data["train"], args.steps)
         costs = " | ".join(f"{best.measured[key] / table.costs[key]:.3f}" for key in ("seconds", "bytes"))
         row = f"{costs} | {best.score.changed:.3f} | {before:.2%} | {accuracy(small, test):.2%}"
         print(f"| {name} | {row} | {len(best.items)} items, {solver.evaluated} networks", flush=True)
