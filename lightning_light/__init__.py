@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         reparameterization as reparameterization,
         report as report,
         schedules as schedules,
+        search as search,
         sparsity as sparsity,
         structured as structured,
         surgery as surgery,
@@ -99,6 +100,7 @@ if TYPE_CHECKING:
         merge_branches as merge_branches,
     )
     from lightning_light.schedules import Cubic as Cubic, OneShot as OneShot, Window as Window
+    from lightning_light.search import ArchitectureSearch as ArchitectureSearch
     from lightning_light.sparsity import (
         NM as NM,
         SRSTE as SRSTE,
@@ -187,6 +189,7 @@ _NAMES = {
         "OneShot",
         "Window",
     ),
+    "search": ("ArchitectureSearch",),
     "sparsity": (
         "Block",
         "DynamicSparseTraining",
@@ -231,6 +234,7 @@ _MODULES = {
     "reparameterization": "reparameterization",
     "report": "report",
     "schedules": "schedules",
+    "search": "search",
     "sparsity": "sparsity",
     "structured": "structured",
     "surgery": "surgery",

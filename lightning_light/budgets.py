@@ -16,7 +16,8 @@ from typing_extensions import override
 
 from lightning_light.helper_networks import helper_networks, inside
 from lightning_light.merging import is_training_branch
-from lightning_light.validation import Fraction, OpenFraction, check_argument, validated
+from lightning_light.runtime import Runtime
+from lightning_light.validation import Fraction, OpenFraction, PositiveInt, check_argument, validated
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -334,10 +335,15 @@ class Latency(Budget):
 
     Args:
         limit: ``"4 ms"``, ``"250 us"``, ``"1.5 s"``, or a number: seconds.
+        runtime: an exporter, in whose runtime the written file is timed, on one sample: ``ONNX()``,
+            ``TorchScriptLite()``, ``ExecuTorch()``. None for the network itself in PyTorch, on its own device, with the
+            example as it is.
+        threads: number of threads of the runtime; of PyTorch it is ``torch.get_num_threads()``.
 
     Raises:
-        TypeError: ``limit`` is neither a string nor a number.
-        ValueError: ``limit`` cannot be read as a time, or is not above 0.
+        TypeError: an argument has the wrong type.
+        ValueError: ``limit`` cannot be read as a time, or is not above 0; ``threads`` is below 1, or given without a
+            runtime.
 
     Example:
         >>> Latency("4 ms").seconds, Latency(0.5).seconds
@@ -347,10 +353,17 @@ class Latency(Budget):
     quantity = "seconds"
 
     limit: float | str
+    runtime: Runtime | None = None
+    threads: PositiveInt = 1
 
     def __post_init__(self) -> None:
         if not self.seconds > 0.0:
             raise ValueError(_unreadable("Latency", self.limit, "a time above 0", _SECONDS, "4 ms"))
+        if self.runtime is None and self.threads != 1:
+            raise ValueError(
+                f"`{self!r}`: expected `threads` of a runtime, found no runtime. Give one, for instance "
+                f"`Latency({self.limit!r}, runtime=ONNX(), threads={self.threads})`, or call `torch.set_num_threads`."
+            )
 
     @property
     def seconds(self) -> float:
@@ -363,13 +376,27 @@ class Latency(Budget):
 
     @override
     def measure(self, model: nn.Module, example: ExampleInput | None) -> float:
-        """The median of 20 forward passes on the model's own device, after a warm-up of three."""
+        """Return the median of several calls after a warm-up: 20 of the network, or 50 of its file in ``runtime``.
+
+        Raises:
+            ValueError: there is no example; or it is a call of a training step, and a file contains ``forward``.
+            TraceError: the file format cannot express the model.
+            UnsupportedError: the runtime is not installed.
+        """
         from lightning_light.isolation import isolated
         from lightning_light.measure.latency import measure_latency
 
         call = _given(self, example)
-        with isolated(model):
-            return measure_latency(_synchronized(model, call), warmup=3, runs=20).median
+        if self.runtime is None:
+            with isolated(model):
+                return measure_latency(_synchronized(model, call), warmup=3, runs=20).median
+        if call.method != "forward":
+            raise ValueError(
+                f"`{self!r}` of `{type(model).__name__}`: expected a call of `forward`, of which the file is written, "
+                f"found one of `{call.method}`. Set `self.example_input_array` in the module."
+            )
+        with self.runtime.loaded(model, call, self.threads) as run:
+            return measure_latency(run, threads=self.threads).median
 
 
 def _counts(model: nn.Module, example: ExampleInput | None) -> Callable[[str], bool]:

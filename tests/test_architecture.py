@@ -31,7 +31,7 @@ METHODS = {
     "tuning",
 }
 CORE = {"criteria", "dependency", "host", "measure", "report", "surgery"}
-COMPOSING = {"cli"}  # the command runs several methods: it may import them, and none of them imports it
+COMPOSING = {"cli", "search"}  # they run several methods: they may import them, and none of them imports these
 ENTRIES = {"__init__.py", "__main__.py"}  # of the package itself
 HOSTS = {"lightning", "pytorch_lightning", "lightning_fabric"}
 HOST_FOLDER = "host"  # the one folder of the core that may import a host, and use its private names
@@ -40,6 +40,7 @@ DEPENDENCIES = HOSTS | {
     "lightning_light",
     "numpy",
     "safetensors",
+    "scipy",
     "tensorboard",
     "torch",
     "torch_pruning",

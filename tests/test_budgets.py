@@ -1,4 +1,6 @@
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
@@ -18,8 +20,11 @@ from lightning_light.budgets import (
     require_reducible,
 )
 from lightning_light.example_input import ExampleInput
+from lightning_light.export import TorchScriptLite
+from lightning_light.runtime import Runtime
 
 BUDGETS: list[Budget] = [MACs(0.4), Params(0.3), Channels(0.5), Size("2 MB"), Latency("4 ms"), Sparsity(0.9)]
+IN_RUNTIME = Latency("1 s", TorchScriptLite(), threads=2)
 
 
 @pytest.mark.parametrize("kind", [MACs, Params, Channels])
@@ -109,7 +114,7 @@ def test_sparsity_is_a_fraction(amount: float) -> None:
         Sparsity(amount)
 
 
-@pytest.mark.parametrize("budget", BUDGETS, ids=repr)
+@pytest.mark.parametrize("budget", [*BUDGETS, IN_RUNTIME], ids=repr)
 def test_a_budget_is_a_value(budget: Budget) -> None:
     assert eval(repr(budget)) == budget
     assert hash(budget) == hash(eval(repr(budget)))
@@ -148,6 +153,38 @@ def test_a_budget_measures_its_quantity(net: nn.Module) -> None:
     with torch.no_grad():
         net[4].weight[:5] = 0.0
     assert Sparsity(0.5).measure(net, None) == pytest.approx(2560 / (216 + 5120))
+
+
+def test_latency_in_a_runtime_is_that_of_the_file_on_one_sample(net: nn.Module) -> None:
+    found = []
+
+    @dataclass(frozen=True)
+    class Recorded(Runtime):
+        def check(self) -> None: ...
+
+        def runtime(self) -> str:
+            return "recorded 1.0"
+
+        @contextmanager
+        def loaded(self, model: nn.Module, example: ExampleInput, threads: int) -> Iterator[Callable[[], object]]:
+            with TorchScriptLite().loaded(model, example, threads) as run:
+                yield lambda: found.append((run().shape, torch.get_num_threads()))
+
+    net.train()
+    assert 0.0 < Latency("1 s", Recorded(), threads=2).measure(net, EXAMPLE) < 1.0
+    assert set(found) == {((1, 10), 2)}
+    assert net.training
+
+
+def test_latency_in_a_runtime_needs_forward_and_threads_a_runtime(net: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"expected a call of `forward`.*found one of `training_step`.*example_input"):
+        IN_RUNTIME.measure(net, ExampleInput(EXAMPLE.args, method="training_step"))
+    with pytest.raises(
+        ValueError, match=r"`Latency\(.*threads=2\)`: expected `threads` of a runtime, found no runtime"
+    ):
+        Latency("1 s", threads=2)
+    with pytest.raises(TypeError, match=r"`Latency\(runtime='onnx'\)`: expected .*Runtime"):
+        Latency("1 s", "onnx")
 
 
 @pytest.mark.parametrize("budget", [MACs(0.5), Params(0.5), Size("1 MB"), Sparsity(0.5)], ids=repr)

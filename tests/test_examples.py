@@ -133,6 +133,24 @@ def test_tuning_ends_with_a_config_that_repeats_the_best_trial(small: Path, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_search_meets_both_budgets(small: Path, tmp_path: Path) -> None:
+    arguments = [f"--data={small}", "--epochs=4", "--evaluations=1"]
+    printed = run(EXAMPLES / "08_search.py", *arguments, folder=tmp_path)
+    rows = dict(re.findall(r"│ (dense|channels alone|search) +│[^│]+│ +([\d.]+) M │", printed))
+    assert float(rows["search"]) <= 0.401 * float(rows["dense"])
+    out = tmp_path / "runs" / "search"
+    assert (out / "searched.ptl").stat().st_size <= 1.02 * 90_000 < (out / "dense.ptl").stat().st_size
+    assert (out / "table.json").exists()
+    python, config = final_weights(out), EXAMPLES / "configs" / "search.yaml"
+    changes = [f"--data.data={small}", "--trainer.max_epochs=4", "--trainer.callbacks.evaluations=1"]
+    run(EXAMPLES / "cli.py", "fit", f"--config={config}", *changes, folder=tmp_path)
+    yaml = final_weights(out)
+    assert len(list(out.glob("lightning_logs/version_*"))) == 4
+    assert [name for name in python if not torch.equal(python[name], yaml[name])] == []
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # exporters take their time on a busy machine
 def test_one_run_prunes_distils_and_quantizes_for_every_runtime(chain: tuple[Path, str]) -> None:
     folder, printed = chain
@@ -185,7 +203,7 @@ def test_the_yaml_twin_ends_with_the_same_weights(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", TWINS)
+@pytest.mark.parametrize("config", [*TWINS, "search"])
 def test_a_printed_config_reads_back(config: str, tmp_path: Path) -> None:
     arguments = f"--config={EXAMPLES / 'configs' / config}.yaml", "--print_config"
     printed = run(EXAMPLES / "cli.py", "fit", *arguments, folder=tmp_path)

@@ -13,6 +13,7 @@ from lightning_light.budgets import Budget, Channels, Latency, MACs, Params, Siz
 from lightning_light.criteria import Activation, BatchNormScale, Criterion, GeometricMedian, Hessian, Magnitude, Random
 
 from lightning_light.criteria import Normalizer, Reduction, Taylor  # isort: skip
+from lightning_light.export import ONNX
 from lightning_light.schedules import (
     Constant,
     Cosine,
@@ -80,6 +81,11 @@ CASES: list[tuple[str, str, Any]] = [
     ("budget", "{class_path: lightning_light.budgets.Size, init_args: {limit: 4096}}", Size(4096)),
     ("budget", "{class_path: lightning_light.budgets.Latency, init_args: {limit: 4 ms}}", Latency("4 ms")),
     ("budget", "{class_path: lightning_light.budgets.Latency, init_args: {limit: 0.25}}", Latency(0.25)),
+    (
+        "budget",
+        "{class_path: lightning_light.Latency, init_args: {limit: 4 ms, threads: 2, runtime: lightning_light.ONNX}}",
+        Latency("4 ms", ONNX(), threads=2),
+    ),
     ("criterion", "lightning_light.criteria.Taylor", Taylor()),
     ("criterion", "lightning_light.criteria.Hessian", Hessian()),
     ("criterion", "lightning_light.criteria.Activation", Activation()),

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable
+import tempfile
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lightning_light.export.inputs import Positional
+from torch import nn
+from typing_extensions import override
+
+from lightning_light.example_input import ExampleInput
+from lightning_light.export.copies import detached_copy, merged_copy
+from lightning_light.export.dependence import needed_inputs
+from lightning_light.export.inputs import Positional, cloned, first_sample
 from lightning_light.int8 import Int8Weights
+from lightning_light.isolation import plain_execution
+from lightning_light.measure.latency import torch_threads
+from lightning_light.runtime import Runtime
 
 __all__ = ["Exporter"]
 
 
-class Exporter(ABC):
+class Exporter(Runtime):
     """One file format and its runtime; a frozen dataclass, whose fields are the format's options.
 
     A new format is one file with one subclass; comparison, metrics, latency and the report are done by `export_model`.
@@ -27,15 +38,7 @@ class Exporter(ABC):
         """The largest batch of a file that is exported for ``batch='any'``; None for no limit."""
         return None
 
-    @abstractmethod
-    def check(self) -> None:
-        """Check, before anything is trained, that the format and its runtime are installed.
-
-        Raises:
-            UnsupportedError: names the missing package.
-        """
-
-    def check_int8(self, weights: Int8Weights | None) -> None:  # noqa: B027  # most formats take what comes
+    def check_int8(self, weights: Int8Weights | None) -> None:  # most formats take what comes
         """Check, before anything is trained, that the format supports the int8 weights.
 
         Args:
@@ -44,10 +47,6 @@ class Exporter(ABC):
         Raises:
             UnsupportedError: names a supported quantization.
         """
-
-    @abstractmethod
-    def runtime(self) -> str:
-        """Name the runtime that `load` uses, with its version."""
 
     @abstractmethod
     def write(self, model: Positional, tensors: tuple[Any, ...], path: Path) -> dict[str, Any]:
@@ -73,3 +72,18 @@ class Exporter(ABC):
 
         Outputs may be a flat list, with dicts in the order of their keys. The runtime uses as many threads as torch.
         """
+
+    @override
+    @contextmanager
+    def loaded(self, model: nn.Module, example: ExampleInput, threads: int) -> Iterator[Callable[[], object]]:
+        """Write and load ``model`` as an export of one sample does, with the branches of its blocks merged."""
+        self.check()
+        with plain_execution(), torch_threads(threads), tempfile.TemporaryDirectory() as folder:
+            one = first_sample(cloned(example))
+            needed = needed_inputs(Positional(detached_copy(model), one), one, any_batch=False)
+            network, _ = merged_copy(model, one)
+            copy = Positional(network, one, keep=needed)
+            tensors, path = copy.tensors(one), Path(folder) / f"model{self.suffix}"
+            self.write(copy, copy.tensors(cloned(one)), path)
+            run = self.load(path)
+            yield lambda: run(*tensors)

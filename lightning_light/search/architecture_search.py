@@ -1,0 +1,368 @@
+"""`ArchitectureSearch`: choose widths, ranks and depth under several budgets while the network trains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
+
+from torch import nn
+from typing_extensions import override
+
+from lightning_light.batch_norm import InputRecorder, Statistics, measure_statistics, move_statistics
+from lightning_light.budgets import Budget
+from lightning_light.callback import CompressionCallback
+from lightning_light.capture import Capture
+from lightning_light.criteria.output_distance import Distance
+from lightning_light.errors import UnsupportedError
+from lightning_light.example_input import ExampleInput
+from lightning_light.export.exporter import Exporter
+from lightning_light.host.trainer import callbacks_of
+from lightning_light.isolation import plain_execution
+from lightning_light.order import Stage
+from lightning_light.progress import steps_done, steps_planned, training_progress
+from lightning_light.schedules import OneShot, Schedule, require_rising
+from lightning_light.schema import PlainExample
+from lightning_light.search.apply import claim_layers, in_order
+from lightning_light.search.choices import Choices, Item
+from lightning_light.search.costs import Costs
+from lightning_light.search.functional import check_counts, find_assignment
+from lightning_light.search.options import SearchOptions, Space, check_budgets
+from lightning_light.search.result import SearchResult
+from lightning_light.surgery.averaged_models import averaged_models_of
+from lightning_light.surgery.distributed import broadcast, log_rank_zero, on_rank_zero
+from lightning_light.surgery.stored_example import restore_or_capture_example, store_example
+from lightning_light.timing import Events
+from lightning_light.validation import NonNegativeInt, PositiveInt, validated
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+__all__ = ["ArchitectureSearch"]
+
+
+class _State(TypedDict, total=False):
+    """What a checkpoint holds of a run.
+
+    Attributes:
+        planned: whether the counted budgets were found possible.
+        searched: whether the search of this fit is done.
+        items: names of the items that were carried out, in all fits.
+        example: the example input.
+        inputs: calls of the module in the last training batches, until the search is done.
+    """
+
+    planned: bool
+    searched: bool
+    items: list[str]
+    example: PlainExample
+    inputs: list[PlainExample]
+
+
+@validated
+class ArchitectureSearch(CompressionCallback):
+    """Choose widths, ranks and depth under one or several budgets at one point of the run, and train on.
+
+    The search is that of `lightning_light.search`, on the inputs of the last training batches: those of the first are
+    for batch-norm statistics, the others, held back, for the comparison of outputs. All changes are made at once:
+    blocks are removed, then channels, then layers are factorized; the optimizers follow. Add
+    ``KnowledgeDistillation(teacher="self")`` for the network before the change as teacher, and
+    ``QuantizationAwareTraining`` for an int8 file.
+
+    Example:
+        >>> from lightning_light.budgets import MACs, Size
+        >>> ArchitectureSearch([MACs(0.5), Size("200 kB")], evaluations=30)
+        ArchitectureSearch(budget=[MACs(remaining=0.5), Size(limit='200 kB')], evaluations=30)
+
+    Args:
+        budget: what the network is to reach: ``MACs``, ``Params``, ``Size`` or ``Latency``, or several at once.
+        schedule: its one step is the point of the run.
+        space: see `SearchOptions`. With a recipe the costs are those of int8 files; the run needs a
+            ``QuantizationAwareTraining``.
+        runtime: see `SearchOptions`.
+        distance: see `SearchOptions`.
+        class_dim: see `SearchOptions`.
+        calibration_batches: see `SearchOptions`.
+        evaluation_batches: see `SearchOptions`.
+        samples: of each training batch that are used; a checkpoint before the search contains them.
+        evaluations: see `SearchOptions`.
+        seed: see `SearchOptions`.
+        table: see `SearchOptions`. Measured latencies differ from run to run: an interrupted run makes the same
+            choices again only with the table on disk.
+
+    Raises:
+        TypeError: an argument has the wrong type; at construction.
+        ValueError: an argument is out of range, budgets or space contradict each other, or the schedule has several
+            steps; at construction.
+        BudgetError: the budgets cannot be reached; where they are counted, before the first optimizer step.
+        TargetError: the targets of a kind match nothing.
+        UnsupportedError: the training step does not call ``self(...)``, or calls parts of the module beside it; a
+            recipe without quantization-aware training; a strategy or launcher that cannot follow.
+
+    Attributes:
+        result: of the search on rank 0, with its table; None before, and after a resume.
+    """
+
+    method: ClassVar[str] = "architecture_search"
+    stage: ClassVar[int] = Stage.DEPTH
+    state_schema: ClassVar[Any] = _State
+
+    def __init__(
+        self,
+        budget: Budget | Sequence[Budget],
+        *,
+        schedule: Schedule = OneShot(at=0.1),
+        space: Space = SearchOptions.space,
+        runtime: Exporter | None = SearchOptions.runtime,
+        distance: Distance = SearchOptions.distance,
+        class_dim: int = SearchOptions.class_dim,
+        calibration_batches: PositiveInt = SearchOptions.calibration_batches,
+        evaluation_batches: PositiveInt = SearchOptions.evaluation_batches,
+        samples: PositiveInt = 128,
+        evaluations: NonNegativeInt = SearchOptions.evaluations,
+        seed: NonNegativeInt = SearchOptions.seed,
+        table: str | Path | None = SearchOptions.table,
+    ) -> None:
+        require_rising("ArchitectureSearch", schedule)
+        if len(schedule.changes() or ()) != 1:
+            raise ValueError(
+                f"`ArchitectureSearch(schedule={schedule!r})`: expected a schedule of one step, found another. Write "
+                "`schedule=OneShot(at=0.1)`."
+            )
+        self.budget = budget
+        self.schedule = schedule
+        self.space = space
+        self.runtime = runtime
+        self.distance: Distance = distance
+        self.class_dim = class_dim
+        self.calibration_batches = calibration_batches
+        self.evaluation_batches = evaluation_batches
+        self.samples = samples
+        self.evaluations = evaluations
+        self.seed = seed
+        self.table = table
+        self._budgets = check_budgets("ArchitectureSearch", budget, self.options)
+        self._capture: Capture | None = None
+        self._recorder: InputRecorder | None = None
+        self._points: list[tuple[float, float]] = []
+        self.result: SearchResult | None = None
+
+    @property
+    def options(self) -> SearchOptions:
+        """How the assignment is chosen."""
+        return SearchOptions(
+            self.space,
+            self.runtime,
+            self.distance,
+            self.class_dim,
+            self.calibration_batches,
+            self.evaluation_batches,
+            self.evaluations,
+            self.seed,
+            self.table,
+        )
+
+    # Lightning's hooks, in the order a run meets them.
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check what is quantized, and the counted budgets if the example input is known."""
+        super().on_fit_start(trainer, pl_module)
+        peers = [peer for peer in callbacks_of(trainer) if isinstance(peer, CompressionCallback)]
+        if self.options.recipe is not None and all(peer.int8_weights() is None for peer in peers):
+            raise UnsupportedError(
+                f"`{self!r}`: expected a method that quantizes the network in this run, since the costs are those of "
+                f"int8 files, found none. Add `QuantizationAwareTraining({self.options.recipe!r})` to the Trainer."
+            )
+        state = self.state(pl_module)
+        if not self.resumed(pl_module):
+            for key in ("planned", "searched", "inputs"):
+                state.pop(key, None)
+        self.result = None
+        self._capture = restore_or_capture_example(pl_module, state)
+        self._recorder = InputRecorder(pl_module, self.samples)
+        self._plan_run(trainer, pl_module)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Place the search in the run."""
+        super().on_train_start(trainer, pl_module)
+        self._points = self._events().points(trainer.max_epochs, steps_planned(trainer))
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Search if it is due: before the batch, so that no checkpoint pairs new weights with an old metric."""
+        state = self.state(pl_module)
+        assert self._capture is not None  # since `on_fit_start`
+        assert self._recorder is not None
+        if not state.get("searched") and self._capture.observed is None:
+            self._check_step(pl_module, batch)
+            self._plan_run(trainer, pl_module)
+        due = Events.due(self._points, training_progress(trainer), steps_planned(trainer))
+        if due and not state.get("searched") and len(state.get("inputs", [])) == self._batches:
+            self._act(trainer, pl_module)
+        progress, _ = self._points[0]
+        near = steps_done(trainer) + self._batches >= progress * steps_planned(trainer)
+        self._recorder.active = near and not state.get("searched")
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Store the inputs of this batch, for the search and for checkpoints."""
+        state = self.state(pl_module)
+        store_example(state, self._capture)
+        assert self._recorder is not None  # since `on_fit_start`
+        if not self._recorder.active:
+            return
+        calls = self._recorder.take()
+        if not calls:
+            raise UnsupportedError(
+                f"`{self!r}` on `{type(pl_module).__name__}`: expected a LightningModule that calls `self(...)` in "
+                "`training_step`, with tensors, and is not compiled as a whole, found a step without such a call. Call "
+                "`self(...)` there, or use `lightning_light.search(..., data=...)` before training."
+            )
+        state["inputs"] = [*state.get("inputs", []), *calls][-self._batches :]
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn if nothing was changed."""
+        state = self.state(pl_module)
+        if state.get("items") or getattr(trainer, "fast_dev_run", False):
+            return
+        if state.get("searched"):
+            self._no_effect(f"the network meets `{self.budget!r}` as it is.")
+        else:
+            self._no_effect(
+                f"the run ended before the search, which needs the inputs of {self._batches} training batches; "
+                f"`schedule={self.schedule!r}`."
+            )
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Remove all hooks."""
+        for held in (self._capture, self._recorder):
+            if held is not None:
+                held.remove()
+        self._capture, self._recorder = None, None
+        super().teardown(trainer, pl_module, stage)
+
+    @override
+    def window(self, max_epochs: int | None) -> tuple[float, float] | None:
+        """The point of the search."""
+        return self._events().window(max_epochs)
+
+    # Private.
+
+    @property
+    def _batches(self) -> int:
+        return self.calibration_batches + self.evaluation_batches
+
+    def _events(self) -> Events:
+        return Events(self.schedule)
+
+    def _example(self, pl_module: LightningModule) -> ExampleInput:
+        assert self._capture is not None
+        assert self._capture.example is not None  # since the run is planned
+        return self._capture.example.to(pl_module)
+
+    def _check_step(self, pl_module: LightningModule, batch: Any) -> None:
+        """Refuse a training step that reads what the comparison of outputs does not show."""
+        assert self._capture is not None
+        found = self._capture.observe(pl_module, batch)
+        if not found.only_forward:
+            raise UnsupportedError(
+                f"`{self!r}` on `{type(pl_module).__name__}`: expected a training step that calls `self(...)` and no "
+                f"part of the module beside it, found another{f' ({found.error})' if found.error else ''}. Call "
+                "`self(...)` alone, or use `lightning_light.search(..., data=...)` before training."
+            )
+
+    def _plan_run(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check, once per fit and as soon as the example input is known, that the counted budgets can be reached."""
+        state = self.state(pl_module)
+        if not state.get("planned") and self._capture is not None and self._capture.example is not None:
+            example, references = self._example(pl_module), self._references(trainer, pl_module)
+
+            def check() -> None:
+                with plain_execution():
+                    check_counts("ArchitectureSearch", pl_module, example, self._budgets, self.options, references)
+
+            on_rank_zero(trainer, check)
+            state["planned"] = True
+
+    def _references(self, trainer: Trainer, pl_module: LightningModule) -> Costs:
+        """Return the counted quantities before any method changed the network."""
+        example, state = self._example(pl_module), self.compression_state(pl_module)
+        counted = [budget for budget in self._budgets if not budget.runs_model]
+
+        def measured(budget: Budget) -> float:
+            return state.reference(budget, lambda: broadcast(trainer, budget.measure(pl_module, example)))
+
+        return {budget.quantity: measured(budget) for budget in counted}
+
+    def _act(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Search on rank 0, and change the network on every rank."""
+        state = self.state(pl_module)
+        log_rank_zero(trainer, f"{self.method}: search on the inputs of {self._batches} training batches")
+        references = self._references(trainer, pl_module)
+        items = on_rank_zero(trainer, lambda: self._search(pl_module, state["inputs"], references))
+        calls = [ExampleInput(**call).to(pl_module) for call in state["inputs"][: self.calibration_batches]]
+        steps = list(in_order(self.options.choices, items))
+        for number, (choices, mine) in enumerate(steps, 1):
+            plan = self._plan(trainer, pl_module, choices, mine)
+            self._carry_out(trainer, pl_module, choices, plan, calls, f"{number}/{len(steps)}")
+        state["items"] = [*state.get("items", []), *(item.name for item in items)]
+        state["searched"] = True
+        state.pop("inputs", None)
+
+    def _search(
+        self, pl_module: LightningModule, inputs: Sequence[Mapping[str, Any]], references: Costs
+    ) -> tuple[Item, ...]:
+        calls = [ExampleInput(**call).to(pl_module) for call in inputs]
+        parts = calls[: self.calibration_batches], calls[self.calibration_batches :]
+        example = self._example(pl_module)
+        with plain_execution():
+            self.result = find_assignment(
+                "ArchitectureSearch",
+                pl_module,
+                example,
+                self._budgets,
+                self.options,
+                parts,
+                references,
+                progress_bar=False,
+            )
+        return self.result.items
+
+    def _plan(self, trainer: Trainer, pl_module: LightningModule, choices: Choices, items: list[Item]) -> Any:
+        """Return the plan of rank 0 on every rank."""
+        example = self._example(pl_module)
+
+        def plan() -> Any:
+            with plain_execution():
+                return choices.plan(pl_module, example, items)
+
+        return on_rank_zero(trainer, plan)
+
+    def _carry_out(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        choices: Choices,
+        plan: Any,
+        calls: list[ExampleInput],
+        part: str,
+    ) -> None:
+        averaged_models = averaged_models_of(trainer, pl_module)
+        self._before_surgery(trainer, pl_module)
+        before = self._statistics(trainer, pl_module, calls)
+        change = choices.carry_out(pl_module, plan, optimizers=trainer.optimizers, averaged_models=averaged_models)
+        after = self._statistics(trainer, pl_module, calls)
+        for network in (pl_module, *averaged_models):
+            move_statistics(network, before, after, change.kept or {})
+        claim_layers(pl_module, choices, change)
+        self._after_surgery(trainer, pl_module, change.entry, f"changed {choices.kind}", part=part, kept=change.kept)
+
+    def _statistics(self, trainer: Trainer, pl_module: nn.Module, calls: list[ExampleInput]) -> dict[str, Statistics]:
+        """Measure the batch-norm statistics on the inputs of rank 0, which a checkpoint holds, for all."""
+        return on_rank_zero(trainer, lambda: measure_statistics(pl_module, calls))

@@ -1,0 +1,79 @@
+"""`ArchitectureSearch` in a Trainer: what it reaches, and what it refuses."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import pytest
+import torch
+from torch import Tensor
+
+import lightning_light as ll
+from lightning_light.measure import count_cost
+from lightning_light.schedules import Linear, OneShot, Window
+from lightning_light.search import BlockChoices, ChannelChoices, RankChoices
+from tests.contract.bodies import TwoOptimizers
+from tests.contract.cases.depth import Deep
+from tests.contract.runs import module_class, trainer
+
+SMALL: dict[str, Any] = {
+    "schedule": OneShot(at=0.3),
+    "space": [BlockChoices(), ChannelChoices((0.5,), targets="features.1"), RankChoices((0.5,), targets="features.2")],
+    "calibration_batches": 1,
+    "evaluation_batches": 1,
+    "evaluations": 1,
+}
+
+
+def test_the_budgets_are_met_the_optimizer_follows_and_the_table_is_on_disk(tmp_path: Path) -> None:
+    module = module_class(Deep, L)()
+    dense = count_cost(module, (torch.zeros(1, 3, 8, 8),))
+    method = ll.ArchitectureSearch([ll.MACs(0.5), ll.Params(0.6)], table=tmp_path / "table.json", **SMALL)
+    run = trainer(method)
+    run.fit(module)
+    small = count_cost(module, (torch.zeros(1, 3, 8, 8),))
+    assert small.macs <= 0.5 * dense.macs
+    assert small.params <= 0.6 * dense.params
+    assert method.result is not None
+    assert method.state(module)["items"] == [item.name for item in method.result.items]
+    assert (tmp_path / "table.json").exists()
+    owned = {id(p) for group in run.optimizers[0].param_groups for p in group["params"]}
+    assert owned == {id(p) for p in module.parameters()}
+
+
+def test_a_budget_out_of_reach_is_refused_before_the_first_optimizer_step() -> None:
+    module = module_class(Deep, L)()
+    before = {name: tensor.clone() for name, tensor in module.named_parameters()}
+    with pytest.raises(ll.BudgetError, match=r"`ArchitectureSearch\(...\)` cannot reach the budget: .*found \d"):
+        trainer(ll.ArchitectureSearch(ll.MACs(0.01), **SMALL)).fit(module)
+    assert all(torch.equal(before[name], tensor) for name, tensor in module.named_parameters())
+
+
+def test_a_step_that_calls_parts_beside_forward_is_refused() -> None:
+    class Parts(Deep):
+        example_input_array = torch.zeros(2, 3, 8, 8)
+
+        def loss(self, batch: Any) -> Tensor:
+            return super().loss(batch) + self.head(self.features(batch[0])).square().mean()
+
+    with pytest.raises(ll.errors.UnsupportedError, match=r"calls `self\(...\)` and no part of the module beside it"):
+        trainer(ll.ArchitectureSearch(ll.MACs(0.5), **SMALL)).fit(module_class(Parts, L)())
+
+
+def test_int8_costs_need_a_method_that_quantizes() -> None:
+    options = {**SMALL, "space": [BlockChoices(), ll.Int8()], "runtime": ll.ONNX()}
+    with pytest.raises(ll.errors.UnsupportedError, match="Add `QuantizationAwareTraining"):
+        trainer(ll.ArchitectureSearch(ll.Size("10 kB"), **options)).fit(module_class(Deep, L)())
+
+
+def test_a_schedule_of_several_steps_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected a schedule of one step"):
+        ll.ArchitectureSearch(ll.MACs(0.5), schedule=Window(Linear(), start=0.1, end=0.5))
+
+
+def test_two_optimizers_and_manual_optimization() -> None:
+    module = module_class(TwoOptimizers, L)()
+    options = {**SMALL, "space": [ChannelChoices((0.5,)), RankChoices((0.5,))]}
+    trainer(ll.ArchitectureSearch(ll.Params(0.7), **options)).fit(module)
+    owned = sum(p.numel() for o in module.trainer.optimizers for g in o.param_groups for p in g["params"])
+    assert owned == sum(p.numel() for p in module.parameters())

@@ -1,0 +1,177 @@
+"""`lightning_light.search` on small networks: budgets met, exactness, resume, and what it refuses."""
+
+import copy
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lightning_light as ll
+from lightning_light.measure import count_cost
+from lightning_light.search import BlockChoices, ChannelChoices, RankChoices
+from lightning_light.surgery import manifest_of, restructure
+
+EXAMPLE = torch.zeros(1, 3, 8, 8)
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    stem = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    net = nn.Sequential(*stem, Block(16), Block(16), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5))
+    with torch.no_grad():
+        for _ in range(5):
+            net(torch.randn(32, 3, 8, 8))  # statistics that fit
+    return net.eval()
+
+
+def batches(count: int = 4) -> list[Tensor]:
+    return list(torch.randn(count, 32, 3, 8, 8, generator=torch.Generator().manual_seed(1)))
+
+
+def costs(net: nn.Module) -> tuple[int, int]:
+    cost = count_cost(net, (EXAMPLE,))
+    return cost.macs, cost.params
+
+
+SPACE = [BlockChoices(), ChannelChoices((0.5,), targets="3.conv1"), RankChoices((0.5,), targets=["3.conv2", "4.conv?"])]
+
+
+def run(net: nn.Module, budget: Any, **options: Any) -> Any:
+    given = {"data": batches(), "space": SPACE, "calibration_batches": 2, "evaluation_batches": 2, "evaluations": 1}
+    return ll.search(net, EXAMPLE, budget, **{**given, **options})
+
+
+def test_two_budgets_are_met_in_place_and_the_edits_are_replayed() -> None:
+    net, plain = network(), network()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    result = run(net, [ll.MACs(0.6), ll.Params(0.7)], optimizers=[optimizer])
+    macs, params = costs(net)
+    dense_macs, dense_params = costs(plain)
+    assert macs <= 0.6 * dense_macs
+    assert params <= 0.7 * dense_params
+    assert (macs, params) == (result.measured["macs"], result.measured["params"])
+    assert {id(p) for p in optimizer.param_groups[0]["params"]} == {id(p) for p in net.parameters()}
+    rebuilt = restructure(network(), net.state_dict(), manifest_of(net))
+    assert torch.equal(rebuilt.eval()(batches()[0]), net(batches()[0]))
+
+
+def test_a_budget_that_is_met_changes_nothing_and_a_dry_run_neither() -> None:
+    net = network()
+    before = copy.deepcopy(net.state_dict())
+    assert run(net, ll.MACs(1.0)).items == ()
+    first, second = (run(net, ll.MACs(0.5), dry_run=True).items for _ in range(2))
+    assert first == second != ()
+    assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
+
+
+def test_the_distance_of_an_item_is_that_of_the_changed_network_with_moved_statistics() -> None:
+    net, small = network(), network()
+    table = run(net, ll.MACs(0.9), space=[BlockChoices()], dry_run=True).table
+    ll.prune_blocks(small, EXAMPLE, ll.MACs(0.9), targets="3", data=batches()[:2])
+    found = [
+        F.kl_div(small(x).log_softmax(1), net(x).log_softmax(1), reduction="batchmean", log_target=True)
+        for x in batches()[2:]
+    ]
+    assert table.distances["3: blocks removed"] == pytest.approx(float(torch.stack(found).mean().detach()), rel=1e-4)
+
+
+def test_the_exact_solution_is_the_least_of_all_feasible_sets() -> None:
+    net = nn.Sequential(*network()[:3], *[Block(16) for _ in range(4)], *network()[5:]).eval()
+    result = run(net, ll.MACs(0.6), space=[BlockChoices()], evaluations=0, dry_run=True)
+    table, goal = result.table, result.goals["macs"]
+    pairs = list(itertools.combinations(table.items, 2))
+    saved = [table.costs["macs"] - sum(table.savings[item.name]["macs"] for item in pair) for pair in pairs]
+    assert max(saved) <= goal < table.costs["macs"] - table.savings[table.items[0].name]["macs"]
+    sums = [{p: sum(table.distances[i.name] ** p for i in pair) for p in (1.0, 0.5, 0.75)} for pair in pairs]
+    best = {frozenset(min(zip(sums, pairs, strict=True), key=lambda one: one[0][p])[1]) for p in (1.0, 0.5, 0.75)}
+    assert frozenset(result.items) in best
+
+
+def test_an_interrupted_table_continues_and_that_of_other_weights_starts_again(tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+
+    class Interrupting(nn.Sequential):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            Interrupting.calls += 1
+            if Interrupting.calls == 45:
+                raise KeyboardInterrupt
+            out: Tensor = super().forward(x)
+            return out
+
+    with pytest.raises(KeyboardInterrupt):
+        run(Interrupting(*network()), ll.MACs(0.5), table=path)
+    stored = json.loads(path.read_text())
+    assert 0 < len(stored["distances"]) < len(stored["items"])
+    whole = run(network(), ll.MACs(0.5), dry_run=True).table.distances
+    name = next(iter(stored["distances"]))
+    assert all(whole[item] == distance for item, distance in stored["distances"].items())
+    stored["distances"][name] = 7.0
+    path.write_text(json.dumps(stored))
+    continued = run(network(), ll.MACs(0.5), table=path, dry_run=True).table.distances
+    assert continued == {**whole, name: 7.0}
+    other = network()
+    other[7].bias.data += 1.0
+    assert run(other, ll.MACs(0.5), table=path, dry_run=True).table.distances[name] != 7.0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_written_int8_file_meets_its_size(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    net, recipe = network(), ll.Int8(engine="onnx")
+    budgets = [ll.Size("18 kB"), ll.Latency("1 s", runtime=ll.ONNX())]
+    result = run(net, budgets, space=[BlockChoices(), recipe], evaluations=0)
+    with ll.fake_quantized(net):
+        report = ll.export_model(net, EXAMPLE, tmp_path / "net.onnx", exporter=ll.ONNX(), batch="one", latency_runs=1)
+    assert report.bytes == result.measured["bytes"] <= 18_000 < result.table.costs["bytes"]
+    assert result.measured["bytes"] == pytest.approx(result.predicted["bytes"], rel=0.05)
+    assert 0.0 < result.measured["seconds"] < 1.0
+
+
+@pytest.mark.parametrize(
+    ("budget", "options", "sentence"),
+    [
+        (ll.MACs(0.5), {"space": []}, r"expected at least one of `BlockChoices`.*found no choices"),
+        (ll.MACs(0.5), {"space": [ll.Int8()]}, r"found no choices and 1 recipes.*use `quantize`"),
+        (ll.MACs(0.5), {"space": [BlockChoices(), BlockChoices()]}, r"each at most once.*found \['blocks', 'blocks'\]"),
+        ([ll.MACs(0.5), ll.MACs(0.4)], {}, r"budgets? of different quantities|different quantities, found"),
+        ([], {}, r"expected one budget or several"),
+        (ll.Sparsity(0.5), {}, r"expected a budget that low-rank factors can reach"),
+        (ll.Size("10 kB"), {"space": [*SPACE, ll.Int8()]}, r"expected the runtime of the int8 file, found none"),
+        (ll.MACs(0.01), {"space": [BlockChoices()]}, r"cannot reach the budget: expected macs <= .*, found \d"),
+        (ll.MACs(0.5), {"data": batches(1)}, r"`search\(data=...\)`: expected at least two batches.*found 1"),
+        (ll.MACs(0.5), {"space": [BlockChoices("7")]}, r"expected at least one choice, found no block"),
+    ],
+)
+def test_what_cannot_work_is_one_sentence_and_changes_nothing(budget: Any, options: Any, sentence: str) -> None:
+    net = network()
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises((ValueError, ll.LightningLightError), match=sentence):
+        run(net, budget, **options)
+    assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
+
+
+def test_a_table_of_another_space_is_refused(tmp_path: Path) -> None:
+    run(network(), ll.MACs(0.9), space=[BlockChoices()], table=tmp_path / "table.json", dry_run=True)
+    with pytest.raises(ValueError, match=r"expected a table of this space \(.*found one of another \(2 items"):
+        run(network(), ll.MACs(0.9), table=tmp_path / "table.json", dry_run=True)
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ValueError, match="expected a table of a search, found a file that is none"):
+        run(network(), ll.MACs(0.9), table=tmp_path / "other.json", dry_run=True)
