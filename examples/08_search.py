@@ -1,7 +1,7 @@
 """Half-way through the training, search widths, ranks and depth under two budgets: 40 % of the MACs, a file of 90 kB.
 
 Printed are the budgets beside the counted network and the written file, and channel pruning to the same MACs beside the
-search. Seven minutes on one CPU core.
+search.
 """
 
 import argparse

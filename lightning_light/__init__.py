@@ -32,7 +32,6 @@ if TYPE_CHECKING:
         reparameterization as reparameterization,
         report as report,
         schedules as schedules,
-        search as search,
         sparsity as sparsity,
         structured as structured,
         surgery as surgery,
@@ -100,7 +99,7 @@ if TYPE_CHECKING:
         merge_branches as merge_branches,
     )
     from lightning_light.schedules import Cubic as Cubic, OneShot as OneShot, Window as Window
-    from lightning_light.search import ArchitectureSearch as ArchitectureSearch
+    from lightning_light.search import ArchitectureSearch as ArchitectureSearch, search as search
     from lightning_light.sparsity import (
         NM as NM,
         SRSTE as SRSTE,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ Scores = NDArray[np.float64]
 
 _SCORES: tuple[Callable[[Scores], Scores], ...] = (lambda d: d, np.sqrt, lambda d: d**0.75)
 _SPREAD, _SPREAD_NEAR, _CHANGES_NEAR = 0.7, 0.5, 6  # the last: three items replaced by three others
+_BROKEN = 1e3  # distance of outputs that are not finite
 _CORRECTIONS, _ROUNDS, _TOLERANCE, _ROUNDING = 8, 6, 0.05, 1e-9
 
 
@@ -68,7 +69,8 @@ class Solver:
         self._call, self._table, self._evaluator, self._meter = call, table, evaluator, meter
         self._goals, self._recipe, self._seed = dict(goals), recipe, seed
         self._limits = dict(goals)  # lower than the goals where measured files are above what was predicted
-        self._distances = np.array([max(table.distances[item.name], 0.0) for item in table.items])
+        distances = np.array([table.distances[item.name] for item in table.items])
+        self._distances = np.nan_to_num(distances, nan=_BROKEN, posinf=_BROKEN).clip(min=0.0)
         self._costs = {q: [-table.savings[item.name][q] for item in table.items] for q in goals}
         layers = {layer for item in table.items for layer in item.layers}
         self._exclusive = [{i for i, item in enumerate(table.items) if layer in item.layers} for layer in layers]
@@ -144,6 +146,7 @@ class Solver:
             found.append((max(excess.values()), best))
             if found[-1][0] <= 1.0 + _ROUNDING:
                 return best
+            self._refused += [key for key, one in self._known.items() if one.items == best.items]
             for quantity, ratio in excess.items():
                 self._limits[quantity] /= max(ratio, 1.0)
             self._known = {key: one for key, one in self._known.items() if self._is_within(one)}
@@ -159,7 +162,11 @@ class Solver:
 
     def _is_within(self, candidate: Candidate) -> bool:
         predicted = self.predicted(candidate.items)
-        return all(predicted[quantity] <= limit for quantity, limit in self._limits.items())
+        refused = any(candidate.items == self._items(one) for one in self._refused)
+        return not refused and all(predicted[quantity] <= limit for quantity, limit in self._limits.items())
+
+    def _items(self, indices: Iterable[int]) -> tuple[Item, ...]:
+        return tuple(self._table.items[index] for index in sorted(indices))
 
     def _best(self) -> Candidate:
         return min(self._known.values(), key=lambda candidate: candidate.score.loss)
@@ -174,7 +181,7 @@ class Solver:
             found = self._choose(scores, limits, near)
             if found is None:
                 return
-            items = tuple(self._table.items[i] for i in sorted(found))
+            items = self._items(found)
             network = self._evaluator.changed(items)
             counted = self._meter.count(network)
             over = {
@@ -187,23 +194,37 @@ class Solver:
             limits = {quantity: limit - over.get(quantity, 0.0) for quantity, limit in limits.items()}
 
     def _choose(
-        self, scores: Any, limits: Mapping[str, float], near: tuple[frozenset[int], int] | None = None
+        self,
+        scores: Any,
+        limits: Mapping[str, float],
+        near: tuple[frozenset[int], int] | None = None,
+        excluded: Collection[frozenset[int]] = (),
     ) -> frozenset[int] | None:
         found = choose_items(
             list(scores),
             [self._costs[quantity] for quantity in limits],
             [limit - self._table.costs[quantity] for quantity, limit in limits.items()],
             exclusive=self._exclusive,
-            excluded=[*self._known, *self._refused],
+            excluded=[*self._known, *self._refused, *excluded],
             near=near,
         )
         return None if found is None else frozenset(found)
 
     def _least(self, quantity: str, limits: Mapping[str, float]) -> float:
-        """Return the least value of a quantity within the limits: counted where possible, else predicted."""
-        found = self._choose(self._costs[quantity], limits)
-        if found is None:
-            return np.inf
-        items = [self._table.items[i] for i in found]
-        counted = {} if quantity in self._meter.of_file else self._meter.count(self._evaluator.changed(items))
-        return counted.get(quantity, self.predicted(items)[quantity])
+        """Return the least value of a quantity within the limits that was found: counted if possible, else predicted.
+
+        The sum of savings is exact only for layers that are no neighbours: a few of the best sums are counted.
+        """
+        least, seen = np.inf, list[frozenset[int]]()
+        while (
+            len(seen) < _CORRECTIONS
+            and (found := self._choose(self._costs[quantity], limits, excluded=seen)) is not None
+        ):
+            items = self._items(found)
+            if quantity in self._meter.of_file:
+                return self.predicted(items)[quantity]
+            seen.append(found)
+            least = min(least, self._meter.count(self._evaluator.changed(items))[quantity])
+            if least <= self._goals[quantity]:
+                break
+        return least

@@ -71,6 +71,7 @@ def test_a_schedule_of_several_steps_is_refused() -> None:
         ll.ArchitectureSearch(ll.MACs(0.5), schedule=Window(Linear(), start=0.1, end=0.5))
 
 
+@pytest.mark.slow
 def test_two_optimizers_and_manual_optimization() -> None:
     module = module_class(TwoOptimizers, L)()
     options = {**SMALL, "space": [ChannelChoices((0.5,)), RankChoices((0.5,))]}
