@@ -21,7 +21,14 @@ from lightning_light.lowrank.calibration import first_batches, layer_evidence, w
 from lightning_light.lowrank.fits import Fit
 from lightning_light.lowrank.layers import FactorizableLayer, find_layers
 from lightning_light.lowrank.measurement import LayerTimer, OutputProbe, price_of, quantity_of
-from lightning_light.lowrank.options import FactorizationOptions, Form, RankAllocation, check_data, check_goal
+from lightning_light.lowrank.options import (
+    FactorizationOptions,
+    Form,
+    RankAllocation,
+    candidate_forms,
+    check_data,
+    check_goal,
+)
 from lightning_light.lowrank.plan import FactorizationPlan, Goal, plan_factors
 from lightning_light.lowrank.ranks import RankRule
 from lightning_light.order import Stage
@@ -222,7 +229,9 @@ def _plan(
             "DataLoader or a list of batches, or `fit=WeightSVD()`."
         )
     names = list(as_targets(options.targets).select(model))
-    layers, reasons = find_layers(model, example, names, form=options.form, split=options.split or {})
+    layers, reasons = find_layers(
+        model, example, names, form=candidate_forms(options.form, budget), split=options.split or {}
+    )
     gathered = Gathered()
     if options.fit.needs and layers:
         watched = watched_modules(model, layers)

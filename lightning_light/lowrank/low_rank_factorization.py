@@ -23,7 +23,14 @@ from lightning_light.lowrank.fits import Fit
 from lightning_light.lowrank.functional import plan_layers
 from lightning_light.lowrank.layers import FactorizableLayer, find_layers
 from lightning_light.lowrank.measurement import price_of, quantity_of
-from lightning_light.lowrank.options import FactorizationOptions, Form, RankAllocation, check_data, check_goal
+from lightning_light.lowrank.options import (
+    FactorizationOptions,
+    Form,
+    RankAllocation,
+    candidate_forms,
+    check_data,
+    check_goal,
+)
 from lightning_light.lowrank.plan import FactorizationPlan, Goal, require_reachable
 from lightning_light.lowrank.ranks import RankRule
 from lightning_light.lowrank.regularize import RankRegularizer, add_regularizer_gradients
@@ -346,7 +353,8 @@ class LowRankFactorization(CompressionCallback):
         shrinkable = () if isinstance(self.budget, RankRule) else factorized  # a rule is applied once
         example = self._example(pl_module)
         with callable_with(pl_module, example):
-            return find_layers(pl_module, example, names, form=self.form, split=self.split or {}, shrinkable=shrinkable)
+            form, split = candidate_forms(self.form, self.budget), self.split or {}
+            return find_layers(pl_module, example, names, form=form, split=split, shrinkable=shrinkable)
 
     # Acting.
 

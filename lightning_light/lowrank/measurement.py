@@ -109,7 +109,8 @@ class OutputProbe:
     def __call__(self, layer: FactorizableLayer, spectrum: Spectrum, ranks: Ranks) -> float:
         """Return the relative squared change of the output with ``layer`` at ``ranks``."""
         weight = self._weight(layer)
-        product = compose(spectrum.form, spectrum.factors(ranks), layer.weight.shape[0])
+        groups = layer.weight.shape[2 if spectrum.form == "depthwise" else 0]
+        product = compose(spectrum.form, spectrum.factors(ranks), groups)
         with _replaced(weight, product.reshape(weight.shape)):
             outputs = self._outputs()
         pairs = list(zip(self._reference, outputs, strict=True))

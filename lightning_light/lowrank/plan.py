@@ -18,7 +18,7 @@ from lightning_light.lowrank.allocate import Choice, allocate, frontier
 from lightning_light.lowrank.layers import FactorizableLayer
 from lightning_light.lowrank.options import FactorizationOptions, RankAllocation
 from lightning_light.lowrank.ranks import RankRule, rounded
-from lightning_light.lowrank.spectra import Ranks, Spectrum, decompose, full_ranks
+from lightning_light.lowrank.spectra import DEPTHWISE, Ranks, Spectrum, decompose, full_ranks
 
 __all__ = ["FactorizationPlan", "FactorizedLayer", "Goal", "plan_factors", "require_reachable"]
 
@@ -300,7 +300,7 @@ class _Candidates:
             spectrum = self._spectrum(layer, form)
             measure = None if probe is None else lambda ranks, s=spectrum: probe(layer, s, ranks)
             ranks = tuple(max(rank, self._allocation.min_rank) for rank in rule(spectrum, measure))
-            ranks = rounded(ranks, layer.limits or spectrum.full, self._allocation.round_to)
+            ranks = rounded(ranks, layer.limits or spectrum.full, _step(self._allocation, form))
             choice = self._priced(form, ranks, *layer.cost(form, ranks), spectrum.error(ranks))
             if _is_smaller(choice, dense):
                 found.append(choice)
@@ -335,7 +335,7 @@ class _Candidates:
 
     def _choices(self, layer: FactorizableLayer, form: str, dense: Choice) -> list[Choice]:
         spectrum = self._spectrum(layer, form)
-        steps = [self._steps(full) for full in (layer.limits or spectrum.full)]
+        steps = [self._steps(form, full) for full in (layer.limits or spectrum.full)]
         if len(steps) == 2:
             return self._tucker_choices(layer, spectrum, steps, dense)
         errors = spectrum.relative_errors().tolist()
@@ -365,9 +365,9 @@ class _Candidates:
             for (i, o), macs, params, error in zip(places, *columns, errors[order].tolist(), strict=True)
         ]
 
-    def _steps(self, full: int) -> list[int]:
+    def _steps(self, form: str, full: int) -> list[int]:
         """Return the ranks to try: multiples of ``round_to``, and the full rank."""
-        return [*range(_lowest_rank(self._allocation, full), full, self._allocation.round_to), full]
+        return [*range(_lowest_rank(self._allocation, form, full), full, _step(self._allocation, form)), full]
 
     def _timed(self, layer: FactorizableLayer, choices: list[Choice], dense: Choice) -> list[Choice]:
         """Time a few evenly spread choices, and return those that run faster than the layer."""
@@ -379,8 +379,14 @@ class _Candidates:
         return [choice for choice in timed if choice.cost < dense.cost]
 
 
-def _lowest_rank(allocation: RankAllocation, full: int) -> int:
-    return min(math.ceil(allocation.min_rank / allocation.round_to) * allocation.round_to, full)
+def _step(allocation: RankAllocation, form: str) -> int:
+    """Return what ranks are multiples of: with a depthwise layer, any rank is a multiple of the channels."""
+    return 1 if form in DEPTHWISE else allocation.round_to
+
+
+def _lowest_rank(allocation: RankAllocation, form: str, full: int) -> int:
+    step = _step(allocation, form)
+    return min(math.ceil(allocation.min_rank / step) * step, full)
 
 
 def _largest_saving(layer: FactorizableLayer, allocation: RankAllocation, price: Price) -> float:
@@ -389,7 +395,7 @@ def _largest_saving(layer: FactorizableLayer, allocation: RankAllocation, price:
     savings = [0.0]
     for form in layer.forms:
         limits = layer.limits or full_ranks(form, layer.weight.shape)
-        macs, params = layer.cost(form, tuple(_lowest_rank(allocation, limit) for limit in limits))
+        macs, params = layer.cost(form, tuple(_lowest_rank(allocation, form, limit) for limit in limits))
         if params < dense[1] and (macs < dense[0] or form == "embedding"):
             savings.append(price(*dense) - price(macs, params))
     return max(savings)
