@@ -18,7 +18,7 @@ from lightning_light.dependency import ChannelGroup, DependencyGraph
 from lightning_light.errors import BudgetError, UnsupportedError
 from lightning_light.example_input import ExampleInput
 from lightning_light.formatting import layer_lines
-from lightning_light.measure.latency_table import LatencyTable, TimedFiles
+from lightning_light.measure.latency_table import LatencyTable, TimedFiles, lowered
 from lightning_light.order import Stage
 from lightning_light.structured.costs import Estimator, FileEstimator, smallest
 from lightning_light.structured.options import ChannelPruningOptions
@@ -31,7 +31,6 @@ from lightning_light.targets import Targets, as_targets
 __all__ = ["Goal", "Plan", "check_prunable", "check_run", "gate_problem", "plan_channels", "widths_of"]
 
 _ROUNDING = 1e-9
-_STEP = 0.99  # by at least which the limit of estimates is lowered, where the measured file is above it
 _REACH, _GAIN = 20, 2e-3  # an expensive channel is replaced by at most 1 / 20 of all, where that leaves 0.2 % more
 
 
@@ -203,7 +202,7 @@ def _met_by_file(search: _Search, estimator: FileEstimator, limit: float) -> tup
         seconds = estimator.file(kept)
         if seconds <= limit or target < search.least:
             return kept, estimated, seconds
-        target = min(target, estimated) * min(limit / seconds, _STEP)
+        target = lowered(target, estimated, seconds, limit)
 
 
 def _order(

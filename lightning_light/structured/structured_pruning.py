@@ -22,7 +22,7 @@ from lightning_light.dependency.trace import UNUSED
 from lightning_light.errors import TraceError
 from lightning_light.example_input import ExampleInput
 from lightning_light.formatting import plural
-from lightning_light.measure.latency_table import LatencyTable, TimedFiles
+from lightning_light.measure.latency_table import LatencyTable, TimedFiles, measured_text
 from lightning_light.order import DEFAULT_WINDOWS, Stage
 from lightning_light.progress import steps_done, steps_planned, training_progress
 from lightning_light.schedules import Cubic, Schedule, Window, require_rising
@@ -523,8 +523,7 @@ class StructuredPruning(CompressionCallback):
 
 def _summary(plan: Plan, goal: Goal) -> str:
     reached = "" if goal.budget is None else f"{type(goal.budget).__name__} {100 * plan.after / goal.dense:.0f} %, "
-    if plan.estimated is not None:
-        reached += f"file {1e3 * plan.after:.3g} ms measured, {1e3 * plan.estimated:.3g} ms estimated, "
+    reached += measured_text(plan.after, plan.estimated)
     layers = len(plan.cuts())
     return f"{reached}{plural(plan.removed, 'channel')} removed from {plural(layers, 'layer')}"
 

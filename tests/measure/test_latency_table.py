@@ -1,16 +1,23 @@
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from typing_extensions import override
 
 from lightning_light.budgets import Latency, MACs
 from lightning_light.errors import BudgetError
 from lightning_light.example_input import ExampleInput
+from lightning_light.lowrank import LowRankFactorization, RankAllocation, factorize
 from lightning_light.measure.latency_operators import COPIES, Operator, operator_calls
 from lightning_light.measure.latency_table import CACHE, LatencyTable
-from lightning_light.structured import Widths, prune_channels
+from lightning_light.schedules import OneShot
+from lightning_light.structured import StructuredPruning, Widths, prune_channels
 from tests.simulated_runtime import MEASURED, Simulated
 
 EXAMPLE = ExampleInput((torch.zeros(2, 3, 8, 8),))
@@ -133,6 +140,116 @@ def test_channels_are_removed_until_the_file_meets_the_latency() -> None:
     wider = network(64)
     kept = prune_channels(wider, EXAMPLE, Latency(plan.after * 1.000001, runtime), widths=Widths(round_to=8))
     assert kept.after <= plan.after * 1.000001
+
+
+def convolutions(width: int = 32) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(width, width, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(width, width, 3, padding=1),
+    )
+
+
+def test_factors_are_chosen_so_that_the_file_meets_the_latency() -> None:
+    runtime = Simulated(block=8, overhead=2e-5, slower=1.5)
+    model = convolutions()
+    dense = runtime.seconds(model, EXAMPLE, 1)
+    budget = Latency(0.6 * dense, runtime)
+    plan = factorize(model, EXAMPLE, budget, allocation=RankAllocation(round_to=4))
+    assert plan.after == budget.measure(model, EXAMPLE) <= 0.6 * dense
+    assert plan.estimated == pytest.approx(plan.after, rel=1e-6)
+    assert plan.after > 0.45 * dense
+    assert "ms measured" in plan.summary()
+
+
+@pytest.mark.slow
+def test_the_depthwise_form_is_chosen_by_latency_only_where_it_is_faster() -> None:
+    @dataclass(frozen=True)
+    class SlowDepthwise(Simulated):
+        @override
+        def seconds(self, model: nn.Module, example: ExampleInput, threads: int) -> float:
+            operators = operator_calls(model, example).operators
+            grouped = sum(
+                count for operator, count in operators.items() if operator.options and operator.options[4] > 1
+            )
+            return super().seconds(model, example, threads) + 1.0 * grouped
+
+    forms = []
+    for runtime in (Simulated(), SlowDepthwise()):
+        torch.manual_seed(0)
+        model = convolutions()
+        with torch.no_grad():  # exact in one pair of a depthwise and a pointwise layer
+            model[2].weight.copy_(torch.randn(32, 32, 1, 1) * torch.randn(1, 32, 3, 3))
+        budget = Latency(0.75 * Simulated().seconds(model, EXAMPLE, 1), runtime)
+        forms.append({name: layer.form for name, layer in factorize(model, EXAMPLE, budget).layers.items()})
+    assert forms[0]["2"] == "depthwise"
+    assert not {"depthwise", "pointwise"} & set(forms[1].values())
+    by_macs = factorize(convolutions(), EXAMPLE, MACs(0.5)).layers
+    assert not {"depthwise", "pointwise"} & {layer.form for layer in by_macs.values()}
+
+
+def test_factors_out_of_reach_are_refused_with_the_model_unchanged() -> None:
+    model = convolutions()
+    with pytest.raises(BudgetError, match=r"`Latency\(.*expected seconds of at most 0.001, found 0.001"):
+        factorize(model, EXAMPLE, Latency("1 ms", Simulated(overhead=1e-3)))
+    assert type(model[2]) is nn.Conv2d
+
+
+class Trained(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(convolutions(16), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 2))
+        self.example_input_array = EXAMPLE.args[0]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [StructuredPruning, LowRankFactorization])
+def test_a_resumed_run_plans_by_what_was_measured_before(method: Any, tmp_path: Path, monkeypatch) -> None:
+    runtime = Simulated(block=2, overhead=1e-6)
+    budget = Latency(0.7 * runtime.seconds(Trained(), EXAMPLE, 1), runtime)
+    data = DataLoader(TensorDataset(torch.randn(16, 3, 8, 8), torch.arange(16) % 2), batch_size=4)
+
+    def fit(resume: str | None = None) -> Trained:
+        torch.manual_seed(0)
+        module = Trained()
+        options = {"allocation": RankAllocation(round_to=2)} if method is LowRankFactorization else {}
+        trainer = L.Trainer(
+            max_epochs=4,
+            callbacks=[method(budget, schedule=OneShot(0.6), **options), *([] if resume else [SaveHalfway()])],
+            accelerator="cpu",
+            logger=False,
+            default_root_dir=tmp_path,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, data, ckpt_path=resume)
+        return module
+
+    whole = fit()
+    assert budget.measure(whole, EXAMPLE) <= budget.seconds
+    state = torch.load(tmp_path / "half.ckpt", weights_only=True)["lightning_light"]["state"]
+    assert len(state[method.method]["latency"]["estimated"]) == 2
+    monkeypatch.setattr(Simulated, "seconds", lambda *_: 1.0)  # the machine is busy
+    resumed = fit(str(tmp_path / "half.ckpt"))
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+class SaveHalfway(L.Callback):
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.current_epoch == 1:
+            trainer.save_checkpoint(Path(trainer.default_root_dir) / "half.ckpt")
 
 
 def test_a_latency_out_of_reach_is_refused_with_the_model_unchanged() -> None:
