@@ -376,7 +376,7 @@ class Latency(Budget):
 
     @override
     def measure(self, model: nn.Module, example: ExampleInput | None) -> float:
-        """Return the median of several calls after a warm-up: 20 of the network, or 50 of its file in ``runtime``.
+        """Return the median of several calls after a warm-up: 20 of the network, or those of its file in ``runtime``.
 
         Raises:
             ValueError: there is no example; or it is a call of a training step, and a file contains ``forward``.
@@ -395,8 +395,7 @@ class Latency(Budget):
                 f"`{self!r}` of `{type(model).__name__}`: expected a call of `forward`, of which the file is written, "
                 f"found one of `{call.method}`. Set `self.example_input_array` in the module."
             )
-        with self.runtime.loaded(model, call, self.threads) as run:
-            return measure_latency(run, threads=self.threads).median
+        return self.runtime.seconds(model, call, self.threads)
 
 
 def _counts(model: nn.Module, example: ExampleInput | None) -> Callable[[str], bool]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 
 from torch import nn
 
@@ -14,7 +12,11 @@ __all__ = ["Runtime"]
 
 
 class Runtime(ABC):
-    """Runs networks as they run on a device, from a file."""
+    """Time networks as they run on a device; a frozen dataclass.
+
+    For a device of your own, such as a phone, write one subclass: ``seconds`` sends the file there, and returns what
+    was measured.
+    """
 
     @abstractmethod
     def check(self) -> None:
@@ -29,10 +31,8 @@ class Runtime(ABC):
         """Name the runtime, with its version."""
 
     @abstractmethod
-    def loaded(
-        self, model: nn.Module, example: ExampleInput, threads: int
-    ) -> AbstractContextManager[Callable[[], object]]:
-        """Write ``model`` to a temporary file, and load it; yield a function that runs it on one sample.
+    def seconds(self, model: nn.Module, example: ExampleInput, threads: int) -> float:
+        """Write ``model`` to a temporary file, run it on one sample, and return the median of several calls in seconds.
 
         Args:
             model: in any mode, on any device; left as found.

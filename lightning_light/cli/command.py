@@ -119,7 +119,8 @@ def _convert(add: _Add) -> None:
     add("--energy", type=float | None, help="fraction of each layer's energy that remains")
     add("--ratio", type=float | None, help="fraction of each layer's full rank")
     add("--evbmf", action="store_true", help="ranks above the noise level of each layer")
-    add("--form", choices=["auto", "channel", "spatial", "tucker2"], help="form of factorized convolutions")
+    forms = ["auto", "channel", "spatial", "tucker2", "depthwise"]
+    add("--form", choices=forms, help="form of factorized convolutions")
     add("--round_to", type=PositiveInt | None, help="multiple that ranks are rounded to")
     add("--targets", nargs="+", type=str, help="patterns of layers; all by default")
     add("--example", nargs="+", type=str, help=_EXAMPLE)

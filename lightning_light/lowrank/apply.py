@@ -8,7 +8,6 @@ from typing import Any
 from torch import nn
 
 from lightning_light.lowrank.build import (
-    OPERATION,
     build_factors,
     current_ranks,
     dense_weight,
@@ -63,11 +62,7 @@ def apply_factors(
     _replace(model, factors, parameters, optimizers, averaged_models)
     for root in (model, *averaged_models):
         disable_fast_paths(root, factors)
-    return {
-        "op": OPERATION,
-        "split": [[name, parts] for name, parts in _owners(plan).items()],
-        "layers": [[name, layer.form, list(layer.ranks)] for name, layer in plan.layers.items()],
-    }
+    return plan.entry
 
 
 def check_unowned(model: nn.Module, layers: Iterable[str]) -> None:
@@ -112,17 +107,13 @@ def balance_factors(model: nn.Module) -> list[str]:
     return balanced
 
 
-def _owners(plan: FactorizationPlan) -> dict[str, int]:
-    return {layer.owner: layer.parts for layer in plan.layers.values() if layer.owner}
-
-
 def _split_owners(
     model: nn.Module, plan: FactorizationPlan, *, optimizers: Iterable[Any], averaged_models: Sequence[nn.Module]
 ) -> None:
     """Split the attentions and fused layers that hold layers of the plan."""
     split: dict[str, nn.Module] = {}
     parameters: dict[nn.Parameter, list[nn.Parameter]] = {}
-    for name, parts in _owners(plan).items():
+    for name, parts in plan.entry["split"]:
         old = model.get_submodule(name)
         split[name] = split_module(old, parts)
         parameters |= replacing_parameters(old, split[name])

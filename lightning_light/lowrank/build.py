@@ -43,6 +43,8 @@ def build_factors(old: nn.Module, form: str, ranks: Sequence[int], weights: Sequ
         "channel": _channel,
         "spatial": _spatial,
         "tucker2": _tucker,
+        "depthwise": _depthwise,
+        "pointwise": _pointwise,
     }
     layers = makers[form](old, *ranks)
     last = old[-1] if isinstance(old, nn.Sequential) else old
@@ -150,19 +152,44 @@ def _tucker(old: Any, inputs: int, outputs: int) -> list[Any]:
     ]
 
 
+def _depthwise(old: Any, rank: int) -> list[Any]:
+    first, last = _ends(old)
+    inputs = first.in_channels
+    return [
+        _conv(first, inputs, inputs * rank, like=first, groups=inputs),
+        _conv(first, inputs * rank, last.out_channels, groups=1),
+    ]
+
+
+def _pointwise(old: Any, rank: int) -> list[Any]:
+    first, last = _ends(old)
+    outputs = last.out_channels
+    return [
+        _conv(first, first.in_channels, outputs * rank, groups=1),
+        _conv(first, outputs * rank, outputs, like=last, groups=outputs),
+    ]
+
+
 def _conv(
-    layer: Conv, in_channels: int, out_channels: int, *, like: Conv | None = None, axis: int | None = None
+    layer: Conv,
+    in_channels: int,
+    out_channels: int,
+    *,
+    like: Conv | None = None,
+    axis: int | None = None,
+    groups: int | None = None,
 ) -> Any:
     """Make a 1x1 convolution in the groups of ``layer``, or one with the kernel of ``like`` or of one axis of it."""
     make: Any = _CONVOLUTIONS[len(layer.kernel_size) - 1]
+    groups = layer.groups if groups is None else groups
     if like is None:
-        return make(in_channels, out_channels, 1, groups=layer.groups, bias=False, device="meta")
+        return make(in_channels, out_channels, 1, groups=groups, bias=False, device="meta")
     kernel, stride, dilation, padding = like.kernel_size, like.stride, like.dilation, like.padding
     if axis is not None:
         kernel, stride, dilation = (_along(axis, values, 1) for values in (kernel, stride, dilation))
         padding = padding if isinstance(padding, str) else _along(axis, padding, 0)
     options: Any = {"stride": stride, "padding": padding, "dilation": dilation, "padding_mode": like.padding_mode}
-    return make(in_channels, out_channels, kernel, groups=layer.groups, bias=False, device="meta", **options)
+    return make(in_channels, out_channels, kernel, groups=groups, bias=False, device="meta", **options)
 
 
 def _along(axis: int, values: Sequence[int], neutral: int) -> tuple[int, ...]:
@@ -189,4 +216,6 @@ def current_ranks(module: nn.Module) -> tuple[int, ...]:
     groups: int = getattr(layers[0], "groups", 1)
     if factor_form(module) == "embedding":
         return (layers[0].embedding_dim,)
+    if factor_form(module) == "pointwise":
+        return (layers[1].weight.shape[1],)
     return tuple(layer.weight.shape[0] // groups for layer in layers[:-1])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_light.lowrank.spectra import DEPTHWISE
 from lightning_light.surgery.effective import EffectiveLayer
 
 __all__ = ["Factors", "compose", "factor_form"]
@@ -18,6 +19,8 @@ _FIRST = {
     "embedding": ("num_embeddings", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
 }
 _FIRST_OF_CONVOLUTION = ("in_channels", "groups", "padding_mode", "transposed")
+_KERNEL_LAYER = {"tucker2": 1, "pointwise": 1}
+"""Form -> which of its layers has the kernel, if it is not the first."""
 _KERNEL = ("kernel_size", "stride", "padding", "dilation", "output_padding")
 
 
@@ -48,13 +51,15 @@ class Factors(EffectiveLayer, nn.Sequential):
         own, of_last = widths.get(form, ("out_channels", "out_channels"))
         if name == own:
             return getattr(last, of_last)
+        if form in DEPTHWISE and name in {"groups", "padding_mode"}:
+            return 1 if name == "groups" else self._of_kernel(name)
         if name in _FIRST.get(form, _FIRST_OF_CONVOLUTION):
             return getattr(first, name)
         return self._of_kernel(name) if name in _KERNEL and form not in _FIRST else super().read(name)
 
     def _of_kernel(self, name: str) -> Any:
         if factor_form(self) != "spatial":
-            return getattr(self[1 if factor_form(self) == "tucker2" else 0], name)
+            return getattr(self[_KERNEL_LAYER.get(str(factor_form(self)), 0)], name)
         vertical, horizontal = getattr(self[0], name), getattr(self[1], name)
         return vertical if isinstance(vertical, str) else (vertical[0], horizontal[1])
 
@@ -77,12 +82,24 @@ def factor_form(module: nn.Module) -> str | None:
 
 
 def compose(form: str, factors: Sequence[Tensor], groups: int) -> Tensor:
-    """Multiply factors to the weight ``(groups, out, in, *kernel)``; an embedding gives ``(1, words, width)``."""
+    """Multiply factors to the weight ``(groups, out, in, *kernel)``; an embedding gives ``(1, words, width)``.
+
+    Args:
+        form: of the factors.
+        factors: in the order in which they are applied.
+        groups: of the first layer.
+    """
     pieces = [factor if factor.dtype == torch.float64 else factor.float() for factor in factors]
     if form == "embedding":
         return (pieces[0] @ pieces[1].mT)[None]
     if form == "linear":
         return (pieces[1] @ pieces[0])[None]
+    if form == "depthwise":
+        kernels, last = pieces[0].reshape(groups, -1, *pieces[0].shape[2:]), pieces[1]
+        return torch.einsum("oit,it...->oi...", last.reshape(len(last), *kernels.shape[:2]), kernels)[None]
+    if form == "pointwise":
+        inputs, last = pieces[0].flatten(1), pieces[1]
+        return torch.einsum("ot...,oti->oi...", last, inputs.reshape(*last.shape[:2], -1))[None]
     first, *rest = (piece.reshape(groups, -1, *piece.shape[1:]) for piece in pieces)
     if form == "tucker2":
         return torch.einsum("gop,gpq...,gqi->goi...", rest[1].flatten(3)[..., 0], rest[0], first.flatten(3)[..., 0])

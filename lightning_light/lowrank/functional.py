@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,19 @@ from lightning_light.lowrank.apply import METHOD, apply_factors, check_unowned
 from lightning_light.lowrank.calibration import first_batches, layer_evidence, watched_modules
 from lightning_light.lowrank.fits import Fit
 from lightning_light.lowrank.layers import FactorizableLayer, find_layers
-from lightning_light.lowrank.measurement import LayerTimer, OutputProbe, price_of, quantity_of
-from lightning_light.lowrank.options import FactorizationOptions, Form, RankAllocation, check_data, check_goal
-from lightning_light.lowrank.plan import FactorizationPlan, Goal, plan_factors
+from lightning_light.lowrank.measurement import FileTimer, LayerTimer, OutputProbe, price_of, quantity_of
+from lightning_light.lowrank.options import (
+    FactorizationOptions,
+    Form,
+    RankAllocation,
+    candidate_forms,
+    check_data,
+    check_goal,
+)
+from lightning_light.lowrank.plan import Evidence, FactorizationPlan, Goal, fastest_plan, plan_factors, unreachable
 from lightning_light.lowrank.ranks import RankRule
+from lightning_light.lowrank.spectra import Spectrum
+from lightning_light.measure.latency_table import LatencyTable, lowered
 from lightning_light.order import Stage
 from lightning_light.surgery.attachment import attach, has_state, release, state_of
 from lightning_light.surgery.checkpoint import load_from_checkpoint
@@ -31,7 +42,7 @@ from lightning_light.surgery.manifest import KEY
 from lightning_light.targets import Targets, as_targets
 from lightning_light.validation import PositiveInt, validated
 
-__all__ = ["factorize", "factorize_checkpoint", "plan_layers"]
+__all__ = ["factorize", "factorize_checkpoint", "plan_layers", "require_file_reachable"]
 
 _KEPT = (
     "epoch",
@@ -191,19 +202,70 @@ def plan_layers(
     gathered: Gathered,
     batches: Iterable[Any] = (),
     known_faster: Iterable[str] = (),
+    example: ExampleInput | None = None,
 ) -> FactorizationPlan:
     """Plan with the instruments that measure on ``model``; see `plan_factors`."""
     probing = options.measures_output(goal.budget)
-    return plan_factors(
+    evidence, spectra = layer_evidence(model, layers, gathered), dict[tuple[str, str], Spectrum]()
+    timer = LayerTimer(model) if goal.table is None else FileTimer(model, goal.table)
+    plan = functools.partial(
+        plan_factors,
         layers,
         reasons,
         options,
-        goal,
-        evidence=layer_evidence(model, layers, gathered),
-        timer=LayerTimer(model),
+        evidence=evidence,
         probe=OutputProbe(model, [example_of_batch(batch, model) for batch in batches]) if probing else None,
         known_faster=set(known_faster),
+        spectra=spectra,
     )
+    if not isinstance(timer, FileTimer):
+        return plan(goal, timer=timer)
+    assert goal.table is not None
+    assert example is not None
+    least = require_file_reachable(model, layers, options, goal, example, evidence=evidence, spectra=spectra)
+    timer = FileTimer(model, goal.table)  # by the corrected table
+    found = plan(goal, timer=timer)
+    if goal.limit > goal.final:
+        return replace(found, timed=goal.table.used)
+    target = goal.final
+    while True:
+        seconds = goal.table.file(timer.factorized(found.entry), example)
+        if seconds <= goal.final:
+            return replace(found, after=seconds, estimated=found.after, timed=goal.table.used)
+        if target <= least:
+            raise unreachable(goal, goal.final, seconds, len(layers))
+        target = max(lowered(target, found.after, seconds, goal.final), least)
+        found = plan(replace(goal, limit=target, final=target), timer=timer)
+
+
+def require_file_reachable(
+    model: nn.Module,
+    layers: list[FactorizableLayer],
+    options: FactorizationOptions,
+    goal: Goal,
+    example: ExampleInput,
+    *,
+    evidence: Evidence | None = None,
+    spectra: dict[tuple[str, str], Spectrum] | None = None,
+) -> float:
+    """Measure the file of the network with the fastest factors, which corrects the estimates.
+
+    Returns:
+        Its seconds as they are estimated afterwards; those of the network as it is where that meets the budget.
+
+    Raises:
+        BudgetError: it is slower than the budget.
+    """
+    assert goal.table is not None
+    if goal.current <= goal.final:
+        return goal.current
+    timer, spectra = FileTimer(model, goal.table), {} if spectra is None else spectra
+    fastest = fastest_plan(layers, options, goal, evidence=evidence or {}, timer=timer, spectra=spectra)
+    copied = timer.factorized(fastest.entry)
+    seconds = (goal.table.file if goal.table.is_corrected else goal.table.correct_by)(copied, example)
+    if seconds > goal.final:
+        raise unreachable(goal, goal.final, seconds, len(layers))
+    return goal.table.estimate(copied, example) * (1 + 1e-6)
 
 
 def _plan(
@@ -222,18 +284,21 @@ def _plan(
             "DataLoader or a list of batches, or `fit=WeightSVD()`."
         )
     names = list(as_targets(options.targets).select(model))
-    layers, reasons = find_layers(model, example, names, form=options.form, split=options.split or {})
+    layers, reasons = find_layers(
+        model, example, names, form=candidate_forms(options.form, budget), split=options.split or {}
+    )
     gathered = Gathered()
     if options.fit.needs and layers:
         watched = watched_modules(model, layers)
         gathered = collect_evidence(model, batches, options.fit.needs, batches=len(batches), loss=loss, layers=watched)
-    current = quantity_of(budget, model, example)
+    table = LatencyTable.of(budget)
+    current = quantity_of(budget, model, example, table)
     final = current
     if isinstance(budget, Budget):
         final = budget.goal(state_of(model).reference(budget, lambda: current))
     check_unowned(model, [layer.owner or layer.name for layer in layers])
-    goal = Goal(budget, current, limit=final, final=final, price=price_of(budget, model))
-    return plan_layers(model, layers, reasons, goal, options, gathered=gathered, batches=batches)
+    goal = Goal(budget, current, limit=final, final=final, price=price_of(budget, model), table=table)
+    return plan_layers(model, layers, reasons, goal, options, gathered=gathered, batches=batches, example=example)
 
 
 def _apply(

@@ -18,6 +18,7 @@ from lightning_light.helper_networks import helper_networks, inside
 from lightning_light.isolation import isolated
 from lightning_light.lowrank.build import current_ranks, dense_weight, exact_factors
 from lightning_light.lowrank.factors import factor_form
+from lightning_light.lowrank.spectra import DEPTHWISE
 from lightning_light.lowrank.splitting import SplitAttention, SplitLinear, split_module, split_weights, why_unsplittable
 from lightning_light.nested import tensors_in
 from lightning_light.surgery.replace import put_module
@@ -72,6 +73,12 @@ class FactorizableLayer:
         if form == "spatial":
             first, second = ranks[0] * inputs * kernel[0], ranks[0] * out * kernel[1]
             return groups * (middle * first + after * second), groups * (first + second)
+        if form == "depthwise":
+            first, second = ranks[0] * inputs * kernel_size, ranks[0] * inputs * out
+            return after * (first + second), first + second
+        if form == "pointwise":
+            first, second = ranks[0] * inputs * out, ranks[0] * out * kernel_size
+            return before * first + after * second, first + second
         if form == "tucker2":
             first, core, last = ranks[0] * inputs, ranks[0] * ranks[1] * kernel_size, ranks[1] * out
             return groups * (before * first + after * (core + last)), groups * (first + core + last)
@@ -110,7 +117,8 @@ def find_layers(
         model: left as found.
         example: one call of the model.
         names: modules that may be changed, with everything inside them.
-        form: of convolutions: one form, or ``"auto"`` for all that fit.
+        form: of convolutions: one form, ``"auto"`` for all that fit and save time where they save multiply-accumulates,
+            or ``"timed"`` for all that fit.
         split: pattern of fused linear layers, or of attentions -> number of equal parts of each, or of each of its
             projections.
         shrinkable: names of layers that are factorized already and whose ranks may be lowered further.
@@ -256,14 +264,19 @@ def _forms(module: nn.Module, form: str) -> tuple[str, ...]:
     if not wide:
         return ("channel",)
     fitting = ["channel", "tucker2", *(["spatial"] if len(wide) == 2 == len(module.kernel_size) else [])]
-    return tuple(fitting) if form == "auto" else (form if form in fitting else "channel",)
+    orders = DEPTHWISE if module.groups == 1 else ()
+    if form == "depthwise" and orders:
+        return orders
+    if form in {"auto", "timed"}:
+        return *fitting, *(orders if form == "timed" else ())
+    return (form if form in fitting else "channel",)
 
 
 def _positions(module: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float, float]:
     form = factor_form(module)
     if isinstance(module, nn.Embedding) or form == "embedding":
         return x.numel(), x.numel(), x.numel()
-    if isinstance(module, nn.modules.conv._ConvNd) or form in {"channel", "spatial", "tucker2"}:
+    if isinstance(module, nn.modules.conv._ConvNd) or form in {"channel", "spatial", "tucker2", *DEPTHWISE}:
         dims = len(_kernel(module))
         inputs, outputs = x.shape[-dims:], y.shape[-dims:]
         batch = x.shape[0] if x.dim() == dims + 2 else 1

@@ -20,19 +20,27 @@ from lightning_light.lowrank.apply import METHOD, apply_factors, check_unowned
 from lightning_light.lowrank.calibration import first_batches, watched_modules
 from lightning_light.lowrank.factors import factor_form
 from lightning_light.lowrank.fits import Fit
-from lightning_light.lowrank.functional import plan_layers
+from lightning_light.lowrank.functional import plan_layers, require_file_reachable
 from lightning_light.lowrank.layers import FactorizableLayer, find_layers
 from lightning_light.lowrank.measurement import price_of, quantity_of
-from lightning_light.lowrank.options import FactorizationOptions, Form, RankAllocation, check_data, check_goal
+from lightning_light.lowrank.options import (
+    FactorizationOptions,
+    Form,
+    RankAllocation,
+    candidate_forms,
+    check_data,
+    check_goal,
+)
 from lightning_light.lowrank.plan import FactorizationPlan, Goal, require_reachable
 from lightning_light.lowrank.ranks import RankRule
 from lightning_light.lowrank.regularize import RankRegularizer, add_regularizer_gradients
+from lightning_light.measure.latency_table import LatencyTable, TimedFiles
 from lightning_light.order import DEFAULT_WINDOWS, Stage
 from lightning_light.progress import steps_planned, training_progress
 from lightning_light.schedules import OneShot, Schedule, Window, require_rising
 from lightning_light.schema import PlainExample
 from lightning_light.surgery.averaged_models import averaged_models_of
-from lightning_light.surgery.distributed import broadcast, log_rank_zero, on_rank_zero, reduce_mean
+from lightning_light.surgery.distributed import log_rank_zero, on_rank_zero, reduce_mean
 from lightning_light.surgery.stored_example import restore_or_capture_example, store_example
 from lightning_light.targets import Targets, as_targets
 from lightning_light.timing import Events
@@ -71,6 +79,7 @@ class LowRankState(TypedDict, total=False):
         layers: name -> factors.
         evidence: storage of the `EvidenceCollector`.
         inputs: calls of the last batches, for the correction of batch-norm statistics.
+        latency: what the plans have measured in the runtime of the budget.
     """
 
     names: list[str]
@@ -81,6 +90,7 @@ class LowRankState(TypedDict, total=False):
     layers: dict[str, LayerState]
     evidence: EvidenceStorage
     inputs: list[PlainExample]
+    latency: TimedFiles
 
 
 @validated
@@ -90,10 +100,11 @@ class LowRankFactorization(CompressionCallback):
     Only layers whose factors are smaller and cheaper are replaced. The factors are an ``nn.Sequential`` of ``torch.nn``
     layers, and the optimizer owns their weights at the same place of the same parameter group.
 
-    Linear layers use the singular value decomposition. Convolutions use one of three forms: ``"channel"``, kxk then 1x1
+    Linear layers use the singular value decomposition. Convolutions use one of four forms: ``"channel"``, kxk then 1x1
     (Zhang et al., 2016, https://arxiv.org/abs/1505.06798); ``"spatial"``, kx1 then 1xk (Jaderberg et al., 2014,
-    https://arxiv.org/abs/1405.3866, in the closed form of Tai et al., 2016, https://arxiv.org/abs/1511.06067); or
-    ``"tucker2"``, 1x1, kxk, 1x1 (Kim et al., 2016, https://arxiv.org/abs/1511.06530).
+    https://arxiv.org/abs/1405.3866, in the closed form of Tai et al., 2016, https://arxiv.org/abs/1511.06067);
+    ``"tucker2"``, 1x1, kxk, 1x1 (Kim et al., 2016, https://arxiv.org/abs/1511.06530); or ``"depthwise"``, a depthwise
+    kxk and a pointwise layer, in the order that loses less (Guo et al., 2018, https://arxiv.org/abs/1808.05517).
 
     The whole run is planned before the first layer is replaced: an unreachable budget is refused with nothing changed.
 
@@ -104,14 +115,15 @@ class LowRankFactorization(CompressionCallback):
 
     Args:
         budget: what the network is to reach: ``MACs``, ``Params``, ``Size`` or ``Latency`` (of the layers on the
-            training device), with ranks chosen over all layers at once. Or a rule for the ranks of each layer:
-            ``RetainedEnergy``, ``RankRatio``, ``EVBMF`` or ``OutputChange``.
+            training device, or of the written file in a ``runtime``), with ranks chosen over all layers at once. Or a
+            rule for the ranks of each layer: ``RetainedEnergy``, ``RankRatio``, ``EVBMF`` or ``OutputChange``.
         schedule: training progress -> fraction of the way to the budget. With a continuous schedule the ranks decrease
             in steps, each time chosen from the factors as they have been trained.
         every_n_steps: optimizer steps between two steps of a continuous schedule; 5 evenly spaced ones by default.
         fit: the norm in which the approximation is optimal: ``WeightSVD``, ``WhitenedSVD``, ``ActivationSVD`` or
             ``FisherSVD``. With all but the first, convolutions use the ``"channel"`` form.
-        form: of factorized convolutions; ``"auto"`` chooses per layer what loses least for the cost.
+        form: of factorized convolutions; ``"auto"`` chooses per layer what loses least for the cost,
+            of ``"depthwise"`` only under a ``Latency``: such layers save more multiply-accumulates than time.
         targets: layers that may be replaced: patterns or `Targets`.
         split: pattern of a fused linear layer, or of a `torch.nn.MultiheadAttention` -> number of equal parts of it, or
             of each of its projections; every part gets its own ranks: ``{"*.qkv": 3}``, or ``{"*.attention": heads}``
@@ -191,7 +203,7 @@ class LowRankFactorization(CompressionCallback):
         super().on_fit_start(trainer, pl_module)
         state = self.state(pl_module)
         if not self.resumed(pl_module):  # a second fit keeps its reference, and acts again
-            for key in ("events", "evidence", "fraction", "final_forms", "inputs"):
+            for key in ("events", "evidence", "fraction", "final_forms", "inputs", "latency"):
                 state.pop(key, None)
         if "names" not in state:
             state["names"] = list(as_targets(self.targets).select(pl_module))
@@ -298,20 +310,28 @@ class LowRankFactorization(CompressionCallback):
         layers, _ = self._layers(pl_module)
         check_unowned(pl_module, [layer.owner or layer.name for layer in layers])
         on_rank_zero(trainer, lambda: require_reachable(layers, self.allocation, goal))
+        if goal.table is not None:
+            timed = on_rank_zero(trainer, lambda: self._timed(pl_module, layers, goal))
+            self.state(pl_module)["latency"] = timed
+
+    def _timed(self, pl_module: LightningModule, layers: list[FactorizableLayer], goal: Goal) -> TimedFiles:
+        """Refuse a latency that the file does not reach with the fastest factors; return what was measured."""
+        assert goal.table is not None
+        example = self._example(pl_module)
+        with callable_with(pl_module, example):
+            require_file_reachable(pl_module, layers, self.options, goal, example)
+        return goal.table.used
 
     def _goal(self, trainer: Trainer, pl_module: LightningModule, fraction: float) -> Goal:
         """Return the goal of an event; what is measured is measured on rank 0."""
-        example = self._example(pl_module)
-        current = 0.0
-        if trainer.is_global_zero:
-            with callable_with(pl_module, example):
-                current = quantity_of(self.budget, pl_module, example)
-        current = broadcast(trainer, current)
+        example, table = self._example(pl_module), LatencyTable.of(self.budget, self.state(pl_module).get("latency"))
+        with callable_with(pl_module, example):
+            current = on_rank_zero(trainer, lambda: quantity_of(self.budget, pl_module, example, table))
         if isinstance(self.budget, RankRule):
             return Goal(self.budget, current, limit=current, final=current, price=price_of(self.budget, pl_module))
         dense = self.compression_state(pl_module).reference(self.budget, lambda: current)
         limit, final = self.budget.at(dense, fraction), self.budget.goal(dense)
-        return Goal(self.budget, current, max(limit, final), final, price_of(self.budget, pl_module))
+        return Goal(self.budget, current, max(limit, final), final, price_of(self.budget, pl_module), table)
 
     def _plan(self, trainer: Trainer, pl_module: LightningModule, fraction: float) -> FactorizationPlan:
         """Return the plan of rank 0, with its factors, on every rank."""
@@ -320,6 +340,7 @@ class LowRankFactorization(CompressionCallback):
 
     def _planned(self, pl_module: LightningModule, goal: Goal) -> FactorizationPlan:
         layers, reasons = self._layers(pl_module)
+        example = self._example(pl_module)
         batches = first_batches(self.data, self.calibration_batches)
         gathered = Gathered()
         if self._gathers:
@@ -337,6 +358,7 @@ class LowRankFactorization(CompressionCallback):
             gathered=gathered,
             batches=batches,
             known_faster=known_faster,
+            example=example,
         )
 
     def _layers(self, pl_module: LightningModule) -> tuple[list[FactorizableLayer], dict[str, str]]:
@@ -346,7 +368,8 @@ class LowRankFactorization(CompressionCallback):
         shrinkable = () if isinstance(self.budget, RankRule) else factorized  # a rule is applied once
         example = self._example(pl_module)
         with callable_with(pl_module, example):
-            return find_layers(pl_module, example, names, form=self.form, split=self.split or {}, shrinkable=shrinkable)
+            form, split = candidate_forms(self.form, self.budget), self.split or {}
+            return find_layers(pl_module, example, names, form=form, split=split, shrinkable=shrinkable)
 
     # Acting.
 
@@ -355,6 +378,8 @@ class LowRankFactorization(CompressionCallback):
         fraction = self._points[due - 1][1]
         plan = self._plan(trainer, pl_module, fraction)
         self.last_plan = plan
+        if plan.timed is not None:
+            self.state(pl_module)["latency"] = plan.timed
         self._stop_gathering(pl_module)
         state = self.state(pl_module)
         if self.dry_run:

@@ -3,33 +3,41 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_light.budgets import Budget, Latency, MACs
+from lightning_light.copies import copy_network
 from lightning_light.example_input import ExampleInput
 from lightning_light.isolation import isolated
-from lightning_light.lowrank.build import build_factors
+from lightning_light.lowrank.build import build_factors, replay_factors
 from lightning_light.lowrank.factors import compose
 from lightning_light.lowrank.layers import FactorizableLayer
 from lightning_light.lowrank.ranks import RankRule
 from lightning_light.lowrank.spectra import Ranks, Spectrum
 from lightning_light.lowrank.splitting import split_weights
 from lightning_light.measure.latency import measure_latency
+from lightning_light.measure.latency_table import LatencyTable
 from lightning_light.nested import tensors_in
+from lightning_light.surgery.replace import put_module
 
-__all__ = ["LayerTimer", "OutputProbe", "price_of", "quantity_of"]
+__all__ = ["FileTimer", "LayerTimer", "OutputProbe", "price_of", "quantity_of"]
 
 _WARMUP = 3
 _PRICED = 8
 
 
-def quantity_of(budget: Budget | RankRule, model: nn.Module, example: ExampleInput) -> float:
+def quantity_of(
+    budget: Budget | RankRule, model: nn.Module, example: ExampleInput, table: LatencyTable | None = None
+) -> float:
     """Measure the budget's quantity of ``model``; under a rule its multiply-accumulates."""
+    if table is not None:
+        return table.estimate(model, example) if table.is_corrected else table.correct_by(model, example)
     return (MACs(1.0) if isinstance(budget, RankRule) else budget).measure(model, example)
 
 
@@ -74,21 +82,53 @@ class LayerTimer:
         """Return the seconds of ``layer`` in ``form``, or of the layer as it is for the form ``""``."""
         key = layer.name, form, ranks
         if key not in self._measured:
-            module = self._current(layer)
-            weight: Any = next(module.parameters())
-            if form:
-                module = _allocated(build_factors(module, form, ranks), weight)
-            x = torch.full((1, *layer.shape), 0.5, dtype=weight.dtype, device=weight.device)
-            with isolated(module):
-                call = _synchronized(lambda: module(x), weight.device)
-                self._measured[key] = measure_latency(call, warmup=_WARMUP, runs=self._runs).median
+            self._measured[key] = self._seconds(*self._built(layer, form, ranks))
         return self._measured[key]
+
+    def _built(self, layer: FactorizableLayer, form: str, ranks: Ranks) -> tuple[nn.Module, Tensor]:
+        """Return the layer in the form, and an input of it."""
+        module = self._current(layer)
+        weight: Any = next(module.parameters())
+        if form:
+            module = _allocated(build_factors(module, form, ranks), weight)
+        return module, torch.full((1, *layer.shape), 0.5, dtype=weight.dtype, device=weight.device)
+
+    def _seconds(self, module: nn.Module, x: Tensor) -> float:
+        with isolated(module):
+            call = _synchronized(lambda: module(x), x.device)
+            return measure_latency(call, warmup=_WARMUP, runs=self._runs).median
 
     def _current(self, layer: FactorizableLayer) -> nn.Module:
         if not layer.owner:
             return self._model.get_submodule(layer.name)
         linear = nn.Linear(layer.weight.shape[2], layer.weight.shape[1], device="meta")
         return _allocated(linear, layer.weight)
+
+
+class FileTimer(LayerTimer):
+    """Estimate what layers add to the latency of the network's file; measure the file of a factorized copy.
+
+    Args:
+        model: holds the layers.
+        table: of the runtime.
+    """
+
+    def __init__(self, model: nn.Module, table: LatencyTable) -> None:
+        super().__init__(model)
+        self._table = table
+
+    @override
+    def _seconds(self, module: nn.Module, x: Tensor) -> float:
+        return self._table.estimate_part(module, ExampleInput((x,)))
+
+    def factorized(self, entry: Mapping[str, Any]) -> nn.Module:
+        """Copy the network with the factors of an entry of the edit log, whose weights have other values."""
+        copied = copy_network(self._model)
+        replay_factors(copied, entry)
+        for name, _, _ in entry["layers"]:
+            like = next(parameter for parameter in self._model.parameters() if parameter.is_floating_point())
+            put_module(copied, name, _allocated(copied.get_submodule(name), like))
+        return copied
 
 
 class OutputProbe:
@@ -109,7 +149,8 @@ class OutputProbe:
     def __call__(self, layer: FactorizableLayer, spectrum: Spectrum, ranks: Ranks) -> float:
         """Return the relative squared change of the output with ``layer`` at ``ranks``."""
         weight = self._weight(layer)
-        product = compose(spectrum.form, spectrum.factors(ranks), layer.weight.shape[0])
+        groups = layer.weight.shape[2 if spectrum.form == "depthwise" else 0]
+        product = compose(spectrum.form, spectrum.factors(ranks), groups)
         with _replaced(weight, product.reshape(weight.shape)):
             outputs = self._outputs()
         pairs = list(zip(self._reference, outputs, strict=True))

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_light.budgets import Budget, require_reducible
+from lightning_light.budgets import Budget, Latency, require_reducible
 from lightning_light.lowrank.fits import Fit, WeightSVD
 from lightning_light.lowrank.ranks import RankRule
 from lightning_light.targets import Targets
 from lightning_light.validation import PositiveInt, validated
 
-__all__ = ["FactorizationOptions", "Form", "RankAllocation", "check_data", "check_goal"]
+__all__ = ["FactorizationOptions", "Form", "RankAllocation", "candidate_forms", "check_data", "check_goal"]
 
-Form = Literal["auto", "channel", "spatial", "tucker2"]
+Form = Literal["auto", "channel", "spatial", "tucker2", "depthwise"]
 """Form of factorized convolutions; ``"auto"`` chooses per layer."""
 
 
@@ -68,6 +68,11 @@ class FactorizationOptions:
     def measures_output(self, budget: Budget | RankRule) -> bool:
         """Check whether ranks depend on the change of the network's output, which is measured on fixed batches."""
         return budget.measures if isinstance(budget, RankRule) else self.allocation.importance == "output"
+
+
+def candidate_forms(form: Form, budget: Budget | RankRule) -> str:
+    """Return ``"timed"`` where all forms are compared: ``"depthwise"`` only by latency, as it is often slower."""
+    return "timed" if form == "auto" and isinstance(budget, Latency) else form
 
 
 def check_goal(call: str, budget: Budget | RankRule) -> None:

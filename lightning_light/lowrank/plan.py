@@ -15,12 +15,22 @@ from lightning_light.budgets import Budget, MACs
 from lightning_light.errors import BudgetError
 from lightning_light.formatting import human_count, layer_lines
 from lightning_light.lowrank.allocate import Choice, allocate, frontier
+from lightning_light.lowrank.build import OPERATION
 from lightning_light.lowrank.layers import FactorizableLayer
 from lightning_light.lowrank.options import FactorizationOptions, RankAllocation
 from lightning_light.lowrank.ranks import RankRule, rounded
-from lightning_light.lowrank.spectra import Ranks, Spectrum, decompose, full_ranks
+from lightning_light.lowrank.spectra import DEPTHWISE, Ranks, Spectrum, decompose, full_ranks
+from lightning_light.measure.latency_table import LatencyTable, TimedFiles, measured_text
 
-__all__ = ["FactorizationPlan", "FactorizedLayer", "Goal", "plan_factors", "require_reachable"]
+__all__ = [
+    "FactorizationPlan",
+    "FactorizedLayer",
+    "Goal",
+    "fastest_plan",
+    "plan_factors",
+    "require_reachable",
+    "unreachable",
+]
 
 Evidence = Mapping[str, Mapping[str, Tensor]]
 Probe = Callable[[FactorizableLayer, Spectrum, Ranks], float]
@@ -42,6 +52,7 @@ class Goal:
         limit: its upper limit after this event.
         final: its upper limit after the last event of the run.
         price: cost of a layer from its multiply-accumulates and weights; None if layers have to be timed.
+        table: for a budget of latency in a runtime.
     """
 
     budget: Budget | RankRule
@@ -49,6 +60,7 @@ class Goal:
     limit: float
     final: float
     price: Price | None
+    table: LatencyTable | None = None
 
     @property
     def rule(self) -> RankRule | None:
@@ -99,6 +111,8 @@ class FactorizationPlan:
         quantity: what is counted, as in `lightning_light.budgets.Budget.quantity`.
         before: of the whole network as it is.
         after: of the whole network with the plan applied.
+        estimated: ``after`` as it was estimated, where the written file was measured.
+        timed: what the plan has measured in the runtime of the budget.
     """
 
     layers: dict[str, FactorizedLayer] = field(default_factory=dict)
@@ -107,6 +121,18 @@ class FactorizationPlan:
     quantity: str = "macs"
     before: float = 0.0
     after: float = 0.0
+    estimated: float | None = None
+    timed: TimedFiles | None = None
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """What the edit log records: the layers to split, and the form and ranks of each layer."""
+        owners = {layer.owner: layer.parts for layer in self.layers.values() if layer.owner}
+        return {
+            "op": OPERATION,
+            "split": [[name, parts] for name, parts in owners.items()],
+            "layers": [[name, layer.form, list(layer.ranks)] for name, layer in self.layers.items()],
+        }
 
     def lines(self) -> list[str]:
         """Return one line per layer: its factors, or why it stays dense."""
@@ -122,7 +148,8 @@ class FactorizationPlan:
         """Return one line for the whole network."""
         count = len(self.layers) + len(self.skipped)
         cost = f"{self.quantity} {human_count(self.before)} → {human_count(self.after)}"
-        return f"factorized {len(self.layers)} of {count} layers, {cost}"
+        file = measured_text(self.after, self.estimated)
+        return f"factorized {len(self.layers)} of {count} layers, {file}{cost}"
 
     def _repr_html_(self) -> str:
         return layer_lines(self.lines(), self.summary()).html()
@@ -138,6 +165,7 @@ def plan_factors(
     timer: Timer,
     probe: Probe | None = None,
     known_faster: Collection[str] = (),
+    spectra: dict[tuple[str, str], Spectrum] | None = None,
 ) -> FactorizationPlan:
     """Choose the form and the ranks of every layer.
 
@@ -153,11 +181,12 @@ def plan_factors(
         timer: seconds of a layer in a form at ranks, or of the dense layer for the form ``""``.
         probe: change of the network's output with one layer factorized.
         known_faster: layers that ``faster_only`` has accepted at an earlier event.
+        spectra: (layer name, form) -> decompositions that are known; new ones are added.
 
     Raises:
         BudgetError: the final limit is below the cost at the lowest ranks.
     """
-    candidates = _Candidates(options, goal, evidence, timer, probe)
+    candidates = _Candidates(options, goal, evidence, timer, probe, spectra)
     skipped = dict(reasons)
     fronts: dict[str, list[Choice]] = {}
     for layer in layers:
@@ -194,6 +223,24 @@ def plan_factors(
     )
 
 
+def fastest_plan(
+    layers: Sequence[FactorizableLayer],
+    options: FactorizationOptions,
+    goal: Goal,
+    *,
+    evidence: Evidence,
+    timer: Timer,
+    spectra: dict[tuple[str, str], Spectrum],
+) -> FactorizationPlan:
+    """Choose the form and the ranks of every layer that take the least time; arguments as of `plan_factors`."""
+    candidates = _Candidates(options, goal, evidence, timer, None, spectra)
+    fronts = {layer.name: (layer, candidates.front(layer)) for layer in layers}
+    fastest = {name: (layer, front[0]) for name, (layer, front) in fronts.items() if not isinstance(front, str)}
+    chosen = {name: candidates.factorized(layer, choice) for name, (layer, choice) in fastest.items() if choice.form}
+    saved = sum(candidates.dense(layer).cost - choice.cost for layer, choice in fastest.values())
+    return FactorizationPlan(chosen, before=goal.current, after=goal.current - saved)
+
+
 def require_reachable(layers: Sequence[FactorizableLayer], allocation: RankAllocation, goal: Goal) -> None:
     """Refuse a budget that is below the cost of all layers at their lowest ranks, from shapes alone.
 
@@ -203,7 +250,7 @@ def require_reachable(layers: Sequence[FactorizableLayer], allocation: RankAlloc
     if goal.rule is None and goal.price is not None:
         saved = sum(_largest_saving(layer, allocation, goal.price) for layer in layers)
         if goal.current - saved > goal.final * (1 + _SAME):
-            raise _unreachable(goal, goal.final, goal.current - saved, len(layers))
+            raise unreachable(goal, goal.final, goal.current - saved, len(layers))
 
 
 class _Candidates:
@@ -216,10 +263,11 @@ class _Candidates:
         evidence: Evidence,
         timer: Timer,
         probe: Probe | None,
+        spectra: dict[tuple[str, str], Spectrum] | None = None,
     ) -> None:
         self._options, self._allocation, self._goal = options, options.allocation, goal
         self._evidence, self._timer, self._probe = evidence, timer, probe
-        self._spectra: dict[tuple[str, str], Spectrum] = {}
+        self._spectra = {} if spectra is None else spectra
         self._sensitivities: dict[str, float] = {}
 
     def front(self, layer: FactorizableLayer) -> list[Choice] | str:
@@ -248,7 +296,7 @@ class _Candidates:
         found = allocate([fronts[name] for name in names], limit - fixed, weights)
         if found is None:
             lowest = fixed + sum(fronts[name][0].cost for name in names)
-            raise _unreachable(self._goal, limit, lowest, len(names))
+            raise unreachable(self._goal, limit, lowest, len(names))
         return dict(zip(names, found, strict=True))
 
     def slower(
@@ -300,7 +348,7 @@ class _Candidates:
             spectrum = self._spectrum(layer, form)
             measure = None if probe is None else lambda ranks, s=spectrum: probe(layer, s, ranks)
             ranks = tuple(max(rank, self._allocation.min_rank) for rank in rule(spectrum, measure))
-            ranks = rounded(ranks, layer.limits or spectrum.full, self._allocation.round_to)
+            ranks = rounded(ranks, layer.limits or spectrum.full, _step(self._allocation, form))
             choice = self._priced(form, ranks, *layer.cost(form, ranks), spectrum.error(ranks))
             if _is_smaller(choice, dense):
                 found.append(choice)
@@ -335,7 +383,7 @@ class _Candidates:
 
     def _choices(self, layer: FactorizableLayer, form: str, dense: Choice) -> list[Choice]:
         spectrum = self._spectrum(layer, form)
-        steps = [self._steps(full) for full in (layer.limits or spectrum.full)]
+        steps = [self._steps(form, full) for full in (layer.limits or spectrum.full)]
         if len(steps) == 2:
             return self._tucker_choices(layer, spectrum, steps, dense)
         errors = spectrum.relative_errors().tolist()
@@ -365,9 +413,9 @@ class _Candidates:
             for (i, o), macs, params, error in zip(places, *columns, errors[order].tolist(), strict=True)
         ]
 
-    def _steps(self, full: int) -> list[int]:
+    def _steps(self, form: str, full: int) -> list[int]:
         """Return the ranks to try: multiples of ``round_to``, and the full rank."""
-        return [*range(_lowest_rank(self._allocation, full), full, self._allocation.round_to), full]
+        return [*range(_lowest_rank(self._allocation, form, full), full, _step(self._allocation, form)), full]
 
     def _timed(self, layer: FactorizableLayer, choices: list[Choice], dense: Choice) -> list[Choice]:
         """Time a few evenly spread choices, and return those that run faster than the layer."""
@@ -379,8 +427,14 @@ class _Candidates:
         return [choice for choice in timed if choice.cost < dense.cost]
 
 
-def _lowest_rank(allocation: RankAllocation, full: int) -> int:
-    return min(math.ceil(allocation.min_rank / allocation.round_to) * allocation.round_to, full)
+def _step(allocation: RankAllocation, form: str) -> int:
+    """Return what ranks are multiples of: with a depthwise layer, any rank is a multiple of the channels."""
+    return 1 if form in DEPTHWISE else allocation.round_to
+
+
+def _lowest_rank(allocation: RankAllocation, form: str, full: int) -> int:
+    step = _step(allocation, form)
+    return min(math.ceil(allocation.min_rank / step) * step, full)
 
 
 def _largest_saving(layer: FactorizableLayer, allocation: RankAllocation, price: Price) -> float:
@@ -389,13 +443,14 @@ def _largest_saving(layer: FactorizableLayer, allocation: RankAllocation, price:
     savings = [0.0]
     for form in layer.forms:
         limits = layer.limits or full_ranks(form, layer.weight.shape)
-        macs, params = layer.cost(form, tuple(_lowest_rank(allocation, limit) for limit in limits))
+        macs, params = layer.cost(form, tuple(_lowest_rank(allocation, form, limit) for limit in limits))
         if params < dense[1] and (macs < dense[0] or form == "embedding"):
             savings.append(price(*dense) - price(macs, params))
     return max(savings)
 
 
-def _unreachable(goal: Goal, limit: float, lowest: float, count: int) -> BudgetError:
+def unreachable(goal: Goal, limit: float, lowest: float, count: int) -> BudgetError:
+    """Return the error that ``lowest``, with ``count`` layers at their lowest ranks, is above ``limit``."""
     return BudgetError(
         f"`{goal.budget!r}`: expected {goal.quantity} of at most {limit:.6g}, found {lowest:.6g} when all "
         f"{count} layers that can be factorized have their lowest ranks (now {goal.current:.6g}). Give a larger "

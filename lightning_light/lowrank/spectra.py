@@ -13,16 +13,20 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-__all__ = ["MatrixSpectrum", "Ranks", "Spectrum", "TuckerSpectrum", "decompose", "full_ranks"]
+__all__ = ["DEPTHWISE", "MatrixSpectrum", "Ranks", "Spectrum", "TuckerSpectrum", "decompose", "full_ranks"]
 
 Ranks = tuple[int, ...]
+
+DEPTHWISE = ("depthwise", "pointwise")
+"""Forms of a depthwise and a pointwise layer, by which comes first; the rank is the number of pairs per channel."""
 
 
 class Spectrum(ABC):
     """Decomposition of one weight in one form.
 
     Attributes:
-        form: ``"linear"``, ``"embedding"``, ``"channel"``, ``"spatial"`` or ``"tucker2"``.
+        form: ``"linear"``, ``"embedding"``, ``"channel"``, ``"spatial"``, ``"tucker2"``, ``"depthwise"``
+            or ``"pointwise"``.
         full: the ranks at which the factors are exact.
         total: squared norm of the weight, in the norm of the fit.
     """
@@ -176,6 +180,8 @@ def full_ranks(form: str, shape: Sequence[int]) -> Ranks:
     if form == "tucker2":
         size = math.prod(kernel)
         return min(inputs, out * size), min(out, inputs * size)
+    if form in DEPTHWISE:
+        return (min(out if form == "depthwise" else inputs, math.prod(kernel)),)
     if form == "spatial":
         return (min(out * kernel[1], inputs * kernel[0]),)
     return (min(out, inputs * math.prod(kernel)),)
@@ -185,6 +191,10 @@ def matricize(form: str, weight: Tensor) -> Tensor:
     """Return the matrices ``(groups, rows, columns)`` of reduced rank; the first factor reads the columns."""
     if form == "embedding":
         return weight.mT
+    if form == "depthwise":  # of each input; rows: out; columns: kernel
+        return weight[0].flatten(2).transpose(0, 1)
+    if form == "pointwise":  # of each output; rows: kernel; columns: in
+        return weight[0].flatten(2).transpose(1, 2)
     if form == "spatial":  # rows: (out, x); columns: (in, y)
         return weight.permute(0, 1, 4, 2, 3).flatten(3).flatten(1, 2)
     return weight.flatten(2)
@@ -202,6 +212,11 @@ def _fold(form: str, first: Tensor, second: Tensor, shape: Sequence[int]) -> lis
         horizontal = second.reshape(groups, out, kernel[1], rank).transpose(2, 3)
         return [vertical, horizontal.reshape(groups * out, rank, 1, kernel[1])]
     ones = [1] * len(kernel)
+    if form == "depthwise":
+        pointwise = second.transpose(0, 1).reshape(out, inputs * rank, *ones)
+        return [first.reshape(inputs * rank, 1, *kernel), pointwise]
+    if form == "pointwise":
+        return [first.reshape(out * rank, inputs, *ones), second.mT.reshape(out, rank, *kernel)]
     return [first.reshape(groups * rank, inputs, *kernel), second.reshape(groups * out, rank, *ones)]
 
 

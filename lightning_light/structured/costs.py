@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
-from lightning_light.budgets import Budget
+from lightning_light.budgets import Budget, MACs
 from lightning_light.dependency import ChannelGroup, DependencyGraph
 from lightning_light.example_input import ExampleInput
+from lightning_light.measure.latency_table import LatencyTable
 from lightning_light.surgery.edit import trial
 
-__all__ = ["Estimator", "measure", "smallest"]
+__all__ = ["Estimator", "FileEstimator", "measure", "smallest"]
 
 
-def measure(model: nn.Module, budget: Budget, example: ExampleInput, graph: DependencyGraph) -> float:
+def measure(
+    model: nn.Module, budget: Budget, example: ExampleInput, graph: DependencyGraph, table: LatencyTable | None = None
+) -> float:
     """Measure the quantity of ``budget``; one that counts channels needs no trace besides ``graph``."""
+    if table is not None:
+        return table.correct_by(model, example)
     if budget.channel_cost is not None:
         return budget.channel_cost * sum(group.width for group in graph.groups if group.reason is None)
     return budget.measure(model, example)
@@ -47,7 +54,10 @@ class Estimator:
         self._widths = torch.tensor([group.width for group in self._groups])
         self._dims = _shrinking_dims(graph, self._groups)
         self.is_noisy = budget.runs_model
-        self.now = measure(model, budget, example, graph)
+        self.now = self._measure()
+
+    def _measure(self) -> float:
+        return measure(self._model, self._budget, self._example, self._graph)
 
     def __call__(self, widths: Tensor) -> float:
         """Estimate the cost when group ``i`` keeps ``widths[i]`` channels."""
@@ -74,16 +84,94 @@ class Estimator:
 
     @functools.cached_property
     def _costs(self) -> dict[str, float]:
+        return self._tensor_costs()
+
+    def _tensor_costs(self) -> dict[str, float]:
         return self._budget.tensor_costs(self._model, self._example)
 
     def exact(self, kept: Mapping[str, Tensor]) -> float:
         """Count or measure the cost of the model in the shape that it would have."""
         if self._budget.channel_cost is not None:
-            return self(torch.tensor([int(kept[group.name].sum()) for group in self._groups]))
-        positions = self._graph.kept_positions(kept)
-        attributes = self._graph.attributes(self._model, kept)
-        with trial(self._model, positions, attributes, values=self._budget.runs_model):
+            return self(self._widths_of(kept))
+        with self._cut(kept, values=self._budget.runs_model):
             return self._budget.measure(self._model, self._example)
+
+    def least(self, kept: Mapping[str, Tensor]) -> float:
+        """Count or measure the cost with every group at its smallest width."""
+        return self.exact(kept)
+
+    def _widths_of(self, kept: Mapping[str, Tensor]) -> Tensor:
+        return torch.tensor([int(kept[group.name].sum()) for group in self._groups])
+
+    def _cut(self, kept: Mapping[str, Tensor], *, values: bool) -> AbstractContextManager[None]:
+        positions, attributes = self._graph.kept_positions(kept), self._graph.attributes(self._model, kept)
+        return trial(self._model, positions, attributes, values=values)
+
+
+class FileEstimator(Estimator):
+    """Estimate the latency of the model's file for any widths, from a table of its operators in the runtime.
+
+    Args:
+        model: see `Estimator`.
+        graph: see `Estimator`.
+        groups: see `Estimator`.
+        budget: see `Estimator`.
+        example: see `Estimator`.
+        table: corrected by the file of the model, if it is not corrected yet.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: DependencyGraph,
+        groups: Sequence[ChannelGroup],
+        budget: Budget,
+        example: ExampleInput,
+        table: LatencyTable,
+    ) -> None:
+        self._table = table
+        self._known: dict[tuple[int, ...], float] = {}
+        super().__init__(model, graph, groups, budget, example)
+
+    @override
+    def __call__(self, widths: Tensor) -> float:
+        key = tuple(widths.tolist())
+        if key not in self._known:
+            kept = {g.name: torch.arange(g.width) < width for g, width in zip(self._groups, key, strict=True)}
+            with self._cut(kept, values=False):
+                self._known[key] = self._table.estimate(self._model, self._example)
+        return self._known[key]
+
+    @override
+    def exact(self, kept: Mapping[str, Tensor]) -> float:
+        return self(self._widths_of(kept))
+
+    @override
+    def least(self, kept: Mapping[str, Tensor]) -> float:
+        """Measure the file with every group at its smallest width; the first one corrects the estimates."""
+        with self._cut(kept, values=True):
+            if self._table.is_corrected:
+                return self._table.file(self._model, self._example)
+            seconds = self._table.correct_by(self._model, self._example)
+        self.now = self._table.estimate(self._model, self._example)
+        return seconds
+
+    def file(self, kept: Mapping[str, Tensor]) -> float:
+        """Measure the file of the model in the shape that it would have."""
+        with self._cut(kept, values=True):
+            return self._table.file(self._model, self._example)
+
+    @override
+    def _measure(self) -> float:
+        if not self._table.used["estimated"]:
+            self._table.correct_by(self._model, self._example)
+        return self._table.estimate(self._model, self._example)
+
+    @override
+    def _tensor_costs(self) -> dict[str, float]:
+        costs = MACs(1.0).tensor_costs(self._model, self._example)
+        scale = self.now / max(sum(costs.values()), 1.0)
+        return {name: cost * scale for name, cost in costs.items()}
 
 
 def _shrinking_dims(

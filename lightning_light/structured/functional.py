@@ -19,6 +19,7 @@ from lightning_light.criteria.learned_gates import LearnedGates, learn_gates
 from lightning_light.criteria.movement import Movement
 from lightning_light.dependency import DependencyGraph, trace_dependencies
 from lightning_light.example_input import ExampleInput
+from lightning_light.measure.latency_table import LatencyTable
 from lightning_light.structured.costs import measure
 from lightning_light.structured.options import ChannelPruningOptions, Widths, check_gates, check_goal
 from lightning_light.structured.plan import Goal, Plan, check_run, gate_problem, plan_channels, widths_of
@@ -106,11 +107,11 @@ def prune_channels(
     check_gates("prune_channels", options)
     example = ExampleInput.of(example_inputs).to(model)
     graph = graph or trace_dependencies(model, example.args, example.kwargs, heads=heads)
-    dense = 0.0
+    dense, table = 0.0, LatencyTable.of(budget)
     if budget is not None:
-        now = functools.partial(measure, model, budget, example, graph)
+        now = functools.partial(measure, model, budget, example, graph, table)
         dense = state_of(model).reference(budget, now) if has_state(model) else now()
-    goal = Goal(budget, example, widths_of(graph), dense)
+    goal = Goal(budget, example, widths_of(graph), dense, table=table)
     check_run(model, graph, options, goal)
     batches = [] if data is None else list(islice(data, calibration_batches))
     if isinstance(ranking, Sensitivity):

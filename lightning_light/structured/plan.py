@@ -18,8 +18,9 @@ from lightning_light.dependency import ChannelGroup, DependencyGraph
 from lightning_light.errors import BudgetError, UnsupportedError
 from lightning_light.example_input import ExampleInput
 from lightning_light.formatting import layer_lines
+from lightning_light.measure.latency_table import LatencyTable, TimedFiles, lowered
 from lightning_light.order import Stage
-from lightning_light.structured.costs import Estimator, smallest
+from lightning_light.structured.costs import Estimator, FileEstimator, smallest
 from lightning_light.structured.options import ChannelPruningOptions
 from lightning_light.structured.ranking import Ranking, removal_order
 from lightning_light.structured.scores import check_scorable, layer_of, score_groups
@@ -46,6 +47,7 @@ class Goal:
         seed: for criteria that draw.
         calls: of the model, for `Sensitivity`.
         curves: those of `Sensitivity`, where they have been measured.
+        table: for a budget of latency in a runtime.
     """
 
     budget: Budget | None
@@ -56,6 +58,12 @@ class Goal:
     seed: int = 0
     calls: Sequence[ExampleInput] = ()
     curves: Mapping[str, Tensor] = field(default_factory=dict)
+    table: LatencyTable | None = None
+
+    @property
+    def timed(self) -> TimedFiles | None:
+        """What has been measured in the runtime of the budget."""
+        return None if self.table is None else self.table.used
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +76,8 @@ class Plan:
         after: the same after it, counted or measured; equal to ``before`` without a budget.
         skipped: group name -> why its channels stay.
         curves: group name -> distance of the outputs without 0, 1, ... of its channels, of `Sensitivity`.
+        estimated: ``after`` as it was estimated, where the written file was measured.
+        timed: what the plan has measured in the runtime of the budget.
     """
 
     kept: dict[str, Tensor] = field(default_factory=dict)
@@ -75,6 +85,8 @@ class Plan:
     after: float = 0.0
     skipped: dict[str, str] = field(default_factory=dict)
     curves: Mapping[str, Tensor] = field(default_factory=dict)
+    estimated: float | None = None
+    timed: TimedFiles | None = None
 
     @property
     def removed(self) -> int:
@@ -117,8 +129,10 @@ def check_prunable(model: nn.Module) -> None:
             )
 
 
-def check_run(model: nn.Module, graph: DependencyGraph, options: ChannelPruningOptions, goal: Goal) -> None:
-    """Refuse a run whose last cut could not be made, before the first.
+def check_run(
+    model: nn.Module, graph: DependencyGraph, options: ChannelPruningOptions, goal: Goal
+) -> TimedFiles | None:
+    """Refuse a run whose last cut could not be made, before the first; return what was measured for a file's latency.
 
     Args:
         model: read only.
@@ -136,12 +150,13 @@ def check_run(model: nn.Module, graph: DependencyGraph, options: ChannelPruningO
     check_scorable(candidates.groups, options.criterion)
     met = candidates.has_fixed_widths()
     if goal.budget is not None:
-        estimator = Estimator(model, graph, candidates.groups, goal.budget, goal.example)
+        estimator = _estimator(model, graph, candidates, goal)
         _check_reachable(candidates, estimator, goal)
         met = met and estimator.now <= goal.budget.goal(goal.dense)
     if not met:
         layers = {layer_of(member.tensor) for group in candidates.groups for member in group.members}
         check_owners(model, sorted(layers), method="structured_pruning", stage=Stage.STRUCTURED)
+    return goal.timed
 
 
 def plan_channels(
@@ -166,14 +181,28 @@ def plan_channels(
     fixed = {name: _mask(scores[name], width) for name, width in candidates.fixed_widths(goal.fraction).items()}
     if goal.budget is None:
         return Plan(fixed, skipped=candidates.skipped)
-    estimator = Estimator(model, graph, candidates.groups, goal.budget, goal.example)
+    estimator = _estimator(model, graph, candidates, goal)
     _check_reachable(candidates, estimator, goal)
     if not candidates.ranked:
-        return Plan(fixed, estimator.now, estimator.exact(fixed), candidates.skipped)
+        return Plan(fixed, estimator.now, estimator.exact(fixed), candidates.skipped, timed=goal.timed)
     order, curves = _order(model, candidates.ranked, scores, options.ranking, goal)
     search = _Search(candidates, scores, order, fixed, estimator)
-    kept, value = search.solve(goal.budget.at(goal.dense, goal.fraction) * (1.0 + _ROUNDING))
-    return Plan(kept, estimator.now, value, candidates.skipped, curves)
+    limit, estimated = goal.budget.at(goal.dense, goal.fraction) * (1.0 + _ROUNDING), None
+    kept, value = search.solve(limit)
+    if isinstance(estimator, FileEstimator) and goal.fraction == 1.0:
+        kept, estimated, value = _met_by_file(search, estimator, limit)
+    return Plan(kept, estimator.now, value, candidates.skipped, curves, estimated, goal.timed)
+
+
+def _met_by_file(search: _Search, estimator: FileEstimator, limit: float) -> tuple[dict[str, Tensor], float, float]:
+    """Lower the limit of the estimates until the file meets it; return masks, estimated and measured seconds."""
+    target = limit
+    while True:
+        kept, estimated = search.solve(target)
+        seconds = estimator.file(kept)
+        if seconds <= limit or target < search.least:
+            return kept, estimated, seconds
+        target = lowered(target, estimated, seconds, limit)
 
 
 def _order(
@@ -192,10 +221,12 @@ def _order(
 def gate_problem(model: nn.Module, graph: DependencyGraph, options: ChannelPruningOptions, goal: Goal) -> GateProblem:
     """Return what `LearnedGates` are trained for; arguments as in `plan_channels`."""
     assert goal.budget is not None  # of `check_gates`
-    groups = _Candidates.of(model, graph, options, goal.original).groups
-    estimator = Estimator(model, graph, groups, goal.budget, goal.example)
+    candidates = _Candidates.of(model, graph, options, goal.original)
+    estimator = _estimator(model, graph, candidates, goal)
     wanted = goal.budget.at(goal.dense, goal.fraction) / estimator.now
-    return GateProblem(groups, lambda widths: estimator.interpolate(widths) / estimator.now, wanted, goal.example)
+    return GateProblem(
+        candidates.groups, lambda widths: estimator.interpolate(widths) / estimator.now, wanted, goal.example
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,6 +300,13 @@ class _Candidates:
         return min(group.width, math.ceil(width / step) * step)
 
 
+def _estimator(model: nn.Module, graph: DependencyGraph, candidates: _Candidates, goal: Goal) -> Estimator:
+    assert goal.budget is not None
+    if goal.table is None:
+        return Estimator(model, graph, candidates.groups, goal.budget, goal.example)
+    return FileEstimator(model, graph, candidates.groups, goal.budget, goal.example, goal.table)
+
+
 def _check_reachable(candidates: _Candidates, estimator: Estimator, goal: Goal) -> None:
     """Refuse a budget that is not met with every layer at its smallest width."""
     assert goal.budget is not None
@@ -276,7 +314,7 @@ def _check_reachable(candidates: _Candidates, estimator: Estimator, goal: Goal) 
     if estimator.now <= wanted:
         return
     widths = candidates.smallest_widths()
-    least = estimator.exact({g.name: torch.arange(g.width) < widths[g.name] for g in candidates.groups})
+    least = estimator.least({g.name: torch.arange(g.width) < widths[g.name] for g in candidates.groups})
     if least > wanted * (1.0 + _ROUNDING):
         raise BudgetError(
             f"`{goal.budget!r}` cannot be reached: expected {goal.budget.quantity} <= {wanted:.6g}, found {least:.6g} "
@@ -303,6 +341,11 @@ class _Search:
         self._floor = torch.tensor([candidates.floors[group.name] for group in ranked])
         self._step = torch.tensor([candidates.steps[group.name] for group in ranked])
         self._names = [group.name for group in candidates.groups]
+
+    @property
+    def least(self) -> float:
+        """The estimate with every layer at its smallest width."""
+        return self._estimate(self._order.numel())
 
     def solve(self, limit: float) -> tuple[dict[str, Tensor], float]:
         """Return the masks of the fewest removals that reach ``limit``, and the quantity that they leave.

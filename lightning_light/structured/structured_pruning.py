@@ -22,6 +22,7 @@ from lightning_light.dependency.trace import UNUSED
 from lightning_light.errors import TraceError
 from lightning_light.example_input import ExampleInput
 from lightning_light.formatting import plural
+from lightning_light.measure.latency_table import LatencyTable, TimedFiles, measured_text
 from lightning_light.order import DEFAULT_WINDOWS, Stage
 from lightning_light.progress import steps_done, steps_planned, training_progress
 from lightning_light.schedules import Cubic, Schedule, Window, require_rising
@@ -71,6 +72,7 @@ class _State(TypedDict, total=False):
         inputs: calls of the last batches, for the correction of batch-norm statistics.
         evidence: what the collector has gathered.
         curves: what `Sensitivity` has measured.
+        latency: what the plans have measured in the runtime of the budget.
     """
 
     events: NonNegativeInt
@@ -82,6 +84,7 @@ class _State(TypedDict, total=False):
     inputs: list[PlainExample]
     evidence: EvidenceStorage
     curves: dict[str, Tensor]
+    latency: TimedFiles
 
 
 @validated
@@ -103,7 +106,8 @@ class StructuredPruning(CompressionCallback):
 
     Args:
         budget: what the network is to reach: ``MACs``, ``Params``, ``Channels``, ``Size`` (of its tensors) or
-            ``Latency`` (of a forward pass on the training device). None where ``remaining`` says what is removed.
+            ``Latency`` (of a forward pass on the training device, or of the written file in a ``runtime``). None where
+            ``remaining`` says what is removed.
         criterion: scores weights; the channels with the lowest scores are removed first.
         schedule: progress -> fraction of the way to the budget; it must not fall.
         every_n_steps: optimizer steps between two cuts inside the schedule's window; None for ten cuts.
@@ -357,7 +361,7 @@ class StructuredPruning(CompressionCallback):
         with callable_with(pl_module, example):
             goal = self._goal(trainer, pl_module, example, fraction=1.0)
             if self._calls:
-                on_rank_zero(trainer, lambda: check_run(pl_module, graph, self.options, goal))
+                _keep_timed(state, on_rank_zero(trainer, lambda: check_run(pl_module, graph, self.options, goal)))
                 state["planned"] = True
 
     def _observe(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> list[ExampleInput]:
@@ -393,12 +397,13 @@ class StructuredPruning(CompressionCallback):
 
     def _goal(self, trainer: Trainer, pl_module: LightningModule, example: ExampleInput, fraction: float) -> Goal:
         state, graph, budget = self.state(pl_module), self._trace(trainer, pl_module, example), self.budget
-        dense = 0.0
+        dense, table = 0.0, LatencyTable.of(budget, state.get("latency"))
         if budget is not None:
             dense = self.compression_state(pl_module).reference(
-                budget, lambda: broadcast(trainer, measure(pl_module, budget, example, graph))
+                budget, lambda: on_rank_zero(trainer, lambda: measure(pl_module, budget, example, graph, table))
             )
-        goal = Goal(budget, example, widths_of(graph, state["original"]), dense, fraction, seed=state.get("events", 0))
+        original, seed = widths_of(graph, state["original"]), state.get("events", 0)
+        goal = Goal(budget, example, original, dense, fraction, seed, table=table)
         if isinstance(self.ranking, Sensitivity):
             calls = [ExampleInput(**call).to(pl_module) for call in state.get("inputs", [])]
             goal = dataclasses.replace(goal, calls=calls[-self.ranking.batches :], curves=state.get("curves", {}))
@@ -447,6 +452,7 @@ class StructuredPruning(CompressionCallback):
             goal = self._goal(trainer, pl_module, example, fraction)
             plan = self._decide(trainer, pl_module, graph, goal)
         self._last_plan = plan
+        _keep_timed(state, plan.timed)
         if self.dry_run:
             log_rank_zero(trainer, "\n  ".join([f"{self.method}: dry run, nothing is removed", *plan.lines()]))
         elif plan.removed:
@@ -517,8 +523,14 @@ class StructuredPruning(CompressionCallback):
 
 def _summary(plan: Plan, goal: Goal) -> str:
     reached = "" if goal.budget is None else f"{type(goal.budget).__name__} {100 * plan.after / goal.dense:.0f} %, "
+    reached += measured_text(plan.after, plan.estimated)
     layers = len(plan.cuts())
     return f"{reached}{plural(plan.removed, 'channel')} removed from {plural(layers, 'layer')}"
+
+
+def _keep_timed(state: dict[str, Any], timed: TimedFiles | None) -> None:
+    if timed is not None:
+        state["latency"] = timed
 
 
 def _start_over(state: dict[str, Any]) -> None:

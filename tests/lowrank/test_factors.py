@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings, strategies as st
 from torch import Tensor, nn
 
 from lightning_light.criteria.collector import EvidenceCollector
-from lightning_light.lowrank.build import build_factors, dense_weight
+from lightning_light.lowrank.build import build_factors, current_ranks, dense_weight
 from lightning_light.lowrank.factors import Factors, compose
 from lightning_light.lowrank.fits import ActivationSVD, FisherSVD, WhitenedSVD
 from lightning_light.lowrank.spectra import decompose
@@ -47,18 +47,36 @@ def factored(layer: nn.Module, form: str, ranks: tuple[int, ...] | None = None) 
 
 
 @pytest.mark.parametrize("dtype", list(EXACT), ids=str)
-@pytest.mark.parametrize("form", ["channel", "tucker2", "spatial"])
+@pytest.mark.parametrize("form", ["channel", "tucker2", "spatial", "depthwise", "pointwise"])
 @pytest.mark.parametrize("name", list(CONVOLUTIONS))
 def test_convolution_at_full_rank_computes_the_same(name, form, dtype) -> None:
     make, arguments, options = CONVOLUTIONS[name]
     layer = make(*arguments, **options).to(dtype)
     if form == "spatial" and (not isinstance(layer, nn.Conv2d) or 1 in layer.kernel_size):
         pytest.skip("the spatial form splits kernels of two dimensions, each wider than 1")
+    if form in {"depthwise", "pointwise"} and layer.groups > 1:
+        pytest.skip("a depthwise layer replaces a convolution of one group")
     x, factors = images(layer, dtype), factored(layer, form)
     torch.testing.assert_close(factors(x), layer(x), rtol=EXACT[dtype], atol=EXACT[dtype])
     assert {type(part) for part in factors} == {make}
     assert factors[-1].bias is layer.bias
     assert type(factors) is Factors
+
+
+@pytest.mark.parametrize("name", ["depthwise", "pointwise"])
+def test_depthwise_factors_are_the_best_of_each_channel_and_read_as_the_layer(name: str) -> None:
+    layer = nn.Conv2d(5, 7, 3, stride=2, padding=1, padding_mode="reflect").double()
+    spectrum = decompose(name, grouped(layer))
+    factors = build_factors(layer, name, (2,), spectrum.factors((2,)))
+    channels = layer.weight.detach().transpose(0, 1) if name == "depthwise" else layer.weight.detach()
+    tails = sum(torch.linalg.svdvals(matrix.flatten(1))[2:].square().sum() for matrix in channels)  # Eckart and Young
+    error = (factors.weight - layer.weight).detach().square().sum()
+    torch.testing.assert_close(error, tails, rtol=1e-9, atol=0.0)
+    assert spectrum.error((2,)) == pytest.approx(float(tails / layer.weight.detach().square().sum()), rel=1e-9)
+    assert [part.groups for part in factors] == ([5, 1] if name == "depthwise" else [1, 7])
+    for attribute in ("in_channels", "out_channels", "groups", "kernel_size", "stride", "padding", "padding_mode"):
+        assert getattr(factors, attribute) == getattr(layer, attribute)
+    assert current_ranks(factors) == (2,)
 
 
 @pytest.mark.parametrize("dtype", list(EXACT), ids=str)
