@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,13 +14,37 @@ from lightning_light.isolation import FORWARD_ERRORS, isolated, plain_attention
 from lightning_light.nested import tensors_in
 from lightning_light.training_step import TRAINING_STEP, callable_with
 
-__all__ = ["failing_replacements"]
+__all__ = ["failing_replacements", "temporarily_replaced"]
 
 _TOLERANCE = 1e-3  # of the largest output, for layers that compute the same
 
 
+@contextmanager
+def temporarily_replaced(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Put other modules in the place of modules of ``model``, under all their names; afterwards all are back.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2))
+        >>> with temporarily_replaced(model, {"0": nn.ReLU()}):
+        ...     print(model[0])
+        ReLU()
+        >>> model[0]
+        Linear(in_features=2, out_features=2, bias=True)
+    """
+    new = {model.get_submodule(name): module for name, module in replacements.items()}
+    parents: Iterable[Any] = list(model.modules())
+    before = [(parent._modules, dict(parent._modules)) for parent in parents]
+    try:
+        for children, _ in before:
+            children.update({key: new[child] for key, child in children.items() if child in new})
+        yield
+    finally:
+        for children, old in before:
+            children.update(old)
+
+
 def failing_replacements(
-    model: nn.Module, replacements: Mapping[str, nn.Module], example: ExampleInput
+    model: nn.Module, replacements: Mapping[str, nn.Module], example: ExampleInput, *, equal: bool = True
 ) -> dict[str, str]:
     """Return the replacements with which ``model`` does not run, or computes something else, and why.
 
@@ -27,18 +52,19 @@ def failing_replacements(
 
     Args:
         model: left as found, see `isolated`.
-        replacements: name of a layer -> what computes the same as that layer.
+        replacements: name of a layer -> what computes the same as that layer, or about that.
         example: one call of the model.
+        equal: whether the outputs have to be equal, and not only their shapes.
     """
     if not replacements:
         return {}
     expected = _run(model, {}, example)
-    if _difference(model, replacements, example, expected) is None:
+    if _difference(model, replacements, example, expected, equal) is None:
         return {}
     working: dict[str, nn.Module] = {}
     failing: dict[str, str] = {}
     for name, new in replacements.items():
-        reason = _difference(model, {**working, name: new}, example, expected)
+        reason = _difference(model, {**working, name: new}, example, expected, equal)
         if reason is None:
             working[name] = new
         else:
@@ -47,21 +73,27 @@ def failing_replacements(
 
 
 def _difference(
-    model: nn.Module, replacements: Mapping[str, nn.Module], example: ExampleInput, expected: list[Tensor]
+    model: nn.Module,
+    replacements: Mapping[str, nn.Module],
+    example: ExampleInput,
+    expected: list[Tensor],
+    equal: bool,
 ) -> str | None:
     try:
         found = _run(model, replacements, example)
     except FORWARD_ERRORS as error:
         first = next(iter(str(error).splitlines()), "")
         return f"the model does not run with a replacement of it ({type(error).__name__}: {first})"
-    same = len(found) == len(expected) and all(map(_same, found, expected))
-    return None if same else "the model computes something else with a replacement that computes the same"
+    same = len(found) == len(expected) and all(_same(*pair, equal) for pair in zip(found, expected, strict=True))
+    if same:
+        return None
+    return f"the model computes something else with a replacement that computes {'the same' if equal else 'its shape'}"
 
 
-def _same(found: Tensor, expected: Tensor) -> bool:
+def _same(found: Tensor, expected: Tensor, equal: bool) -> bool:
     if found.shape != expected.shape or found.dtype != expected.dtype:
         return False
-    if not expected.is_floating_point() or not expected.numel():
+    if not equal or not expected.is_floating_point() or not expected.numel():
         return found.is_floating_point() == expected.is_floating_point()
     scale = float(expected.abs().max())
     return bool(torch.isclose(found, expected, rtol=0.0, atol=_TOLERANCE * scale, equal_nan=True).all())
@@ -70,13 +102,5 @@ def _same(found: Tensor, expected: Tensor) -> bool:
 def _run(model: nn.Module, replacements: Mapping[str, nn.Module], example: ExampleInput) -> list[Tensor]:
     for name, new in replacements.items():
         new.train(example.method == TRAINING_STEP and model.get_submodule(name).training)
-    with callable_with(model, example), isolated(model), plain_attention():  # it restores the tree of modules too
-        _put(model, replacements)
+    with callable_with(model, example), isolated(model), plain_attention(), temporarily_replaced(model, replacements):
         return list(tensors_in(model(*example.args, **example.kwargs), objects=True))
-
-
-def _put(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
-    new = {model.get_submodule(name): module for name, module in replacements.items()}
-    parents: Iterable[Any] = list(model.modules())
-    for parent in parents:
-        parent._modules.update({key: new[child] for key, child in parent._modules.items() if child in new})
