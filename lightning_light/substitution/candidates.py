@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_light.budgets import Budget
+from lightning_light.budgets import Budget, Latency
 from lightning_light.errors import BudgetError
 from lightning_light.example_input import ExampleInput
-from lightning_light.isolation import has_hooks, isolated
+from lightning_light.isolation import FORWARD_ERRORS, has_hooks, isolated
 from lightning_light.merging import BranchedLayer
 from lightning_light.substitution.operators import Operator
 from lightning_light.substitution.options import SubstitutionOptions
@@ -87,14 +87,14 @@ def find_candidates(
         TargetError: the targets match no module.
     """
     layers, skipped = _layers(model, example, options, optimizers)
-    dense, costs = budget.measure(model, example), dict[tuple[Any, ...], float | str]()
+    costs: dict[tuple[Any, ...], float | str] = {}
     found: list[Candidate] = []
     for name, (conv, shape) in layers.items():
         reasons = {}
         for operator in options.operators:
             key = operator, _geometry(conv), shape  # equal layers have equal costs
             if key not in costs:
-                costs[key] = _cost(model, name, conv, operator, budget, example, dense)
+                costs[key] = _cost(model, name, conv, shape, operator, budget, example)
             cost = costs[key]
             if isinstance(cost, float):
                 found.append(Candidate(name, operator, cost))
@@ -194,18 +194,38 @@ def _cost(
     model: nn.Module,
     name: str,
     conv: nn.Conv2d,
+    shape: torch.Size,
     operator: Operator,
     budget: Budget,
     example: ExampleInput,
-    dense: float,
 ) -> float | str:
-    """Return by how much ``operator`` in the place of ``conv`` changes the quantity, or why it cannot stand there."""
+    """Return by how much ``operator`` in the place of ``conv`` changes the quantity, or why it cannot stand there.
+
+    Latency is measured on the whole network, other quantities on the layer alone.
+    """
     if reason := operator.incompatibility(conv):
         return reason
+    x = torch.zeros(shape, dtype=conv.weight.dtype, device=conv.weight.device)
     with isolated(model):  # building draws random numbers
         layers = operator.build(conv).to(conv.weight).eval()
-        if reason := failing_replacements(model, {name: layers}, example, equal=False).get(name):
+        if reason := _other_shape(layers, x, conv(x)):
             return reason
-        with temporarily_replaced(model, {name: layers}):
-            cost = budget.measure(model, example) - dense
+        if isinstance(budget, Latency):
+            with temporarily_replaced(model, {name: layers}):
+                replaced = budget.measure(model, example)
+            cost = replaced - budget.measure(model, example)  # one after the other, on a machine that may be busy
+        else:
+            call = ExampleInput((x,))
+            cost = budget.measure(layers, call) - budget.measure(conv, call)
     return cost if cost < 0 else f"does not reduce {budget.quantity}"
+
+
+def _other_shape(layers: nn.Module, x: Tensor, expected: Tensor) -> str | None:
+    """Why ``layers``, as of an operator of the user, cannot take the place of a layer with this output."""
+    try:
+        found = layers(x)
+    except FORWARD_ERRORS as error:
+        return f"it fails ({type(error).__name__}: {next(iter(str(error).splitlines()), '')})"
+    if isinstance(found, Tensor) and found.shape == expected.shape and found.dtype == expected.dtype:
+        return None
+    return f"its output is not a tensor of the shape {tuple(expected.shape)} and the type {expected.dtype}"

@@ -44,7 +44,7 @@ def temporarily_replaced(model: nn.Module, replacements: Mapping[str, nn.Module]
 
 
 def failing_replacements(
-    model: nn.Module, replacements: Mapping[str, nn.Module], example: ExampleInput, *, equal: bool = True
+    model: nn.Module, replacements: Mapping[str, nn.Module], example: ExampleInput
 ) -> dict[str, str]:
     """Return the replacements with which ``model`` does not run, or computes something else, and why.
 
@@ -52,19 +52,18 @@ def failing_replacements(
 
     Args:
         model: left as found, see `isolated`.
-        replacements: name of a layer -> what computes the same as that layer, or about that.
+        replacements: name of a layer -> what computes the same as that layer.
         example: one call of the model.
-        equal: whether the outputs have to be equal, and not only their shapes.
     """
     if not replacements:
         return {}
     expected = _run(model, {}, example)
-    if _difference(model, replacements, example, expected, equal) is None:
+    if _difference(model, replacements, example, expected) is None:
         return {}
     working: dict[str, nn.Module] = {}
     failing: dict[str, str] = {}
     for name, new in replacements.items():
-        reason = _difference(model, {**working, name: new}, example, expected, equal)
+        reason = _difference(model, {**working, name: new}, example, expected)
         if reason is None:
             working[name] = new
         else:
@@ -73,27 +72,21 @@ def failing_replacements(
 
 
 def _difference(
-    model: nn.Module,
-    replacements: Mapping[str, nn.Module],
-    example: ExampleInput,
-    expected: list[Tensor],
-    equal: bool,
+    model: nn.Module, replacements: Mapping[str, nn.Module], example: ExampleInput, expected: list[Tensor]
 ) -> str | None:
     try:
         found = _run(model, replacements, example)
     except FORWARD_ERRORS as error:
         first = next(iter(str(error).splitlines()), "")
         return f"the model does not run with a replacement of it ({type(error).__name__}: {first})"
-    same = len(found) == len(expected) and all(_same(*pair, equal) for pair in zip(found, expected, strict=True))
-    if same:
-        return None
-    return f"the model computes something else with a replacement that computes {'the same' if equal else 'its shape'}"
+    same = len(found) == len(expected) and all(map(_same, found, expected))
+    return None if same else "the model computes something else with a replacement that computes the same"
 
 
-def _same(found: Tensor, expected: Tensor, equal: bool) -> bool:
+def _same(found: Tensor, expected: Tensor) -> bool:
     if found.shape != expected.shape or found.dtype != expected.dtype:
         return False
-    if not equal or not expected.is_floating_point() or not expected.numel():
+    if not expected.is_floating_point() or not expected.numel():
         return found.is_floating_point() == expected.is_floating_point()
     scale = float(expected.abs().max())
     return bool(torch.isclose(found, expected, rtol=0.0, atol=_TOLERANCE * scale, equal_nan=True).all())
