@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-__all__ = ["ChannelPermutation", "Expansion", "FireConv2d", "GhostConv2d"]
+__all__ = ["ChannelPermutation", "FireConv2d", "GhostConv2d"]
 
 
 class ChannelPermutation(nn.Module):
@@ -66,14 +66,3 @@ class FireConv2d(nn.Module):
         x = self.squeeze(x)
         y: Tensor = self.order(torch.cat([self.pointwise(x), self.spatial(x)], 1))
         return y
-
-
-class Expansion(nn.Sequential):
-    """A sequence with a skip connection: ``x + f(x)``."""
-
-    @override
-    def forward(self, x: Tensor) -> Tensor:
-        y = x
-        for layer in self:
-            y = layer(y)
-        return x + y

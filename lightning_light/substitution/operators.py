@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_light.errors import ManifestError
-from lightning_light.substitution.layers import ChannelPermutation, Expansion, FireConv2d, GhostConv2d
+from lightning_light.substitution.layers import ChannelPermutation, FireConv2d, GhostConv2d
 from lightning_light.substitution.starts import (
     assign_balanced,
     channel_scales,
@@ -222,6 +222,8 @@ class Ghost(Operator):
         slots = slots + torch.tensor([int((slots[:place] == slot).sum()) for place, slot in enumerate(slots)]).to(slots)
         layers.order.index[kept] = torch.arange(len(kept), device=rows.device)
         layers.order.index[made] = len(kept) + slots
+        for parameter in layers.cheap.parameters():
+            parameter.zero_()  # what damping pulls to
         wanted = [y.new_zeros(len(y), layers.cheap.out_channels, *y.shape[2:]) for y in outputs]
         for target, y in zip(wanted, outputs, strict=True):
             target[:, slots] = y[:, made]
@@ -292,12 +294,14 @@ class Fire(Operator):
 @validated
 @dataclass(frozen=True)
 class InvertedResidual(Operator):
-    """A pointwise expansion, a depthwise convolution, a pointwise projection, and a skip connection where shapes agree.
+    """A pointwise expansion, a depthwise convolution, and a pointwise projection.
 
     Batch norm and ReLU6 follow the first two. There is no start in closed form: the expansion is random, only the
     projection is fitted to the outputs of the layer by least squares. It depends on the fit most.
 
-    Sandler et al., 2018, "MobileNetV2: Inverted Residuals and Linear Bottlenecks". https://arxiv.org/abs/1801.04381
+    Sandler et al., 2018, "MobileNetV2: Inverted Residuals and Linear Bottlenecks". https://arxiv.org/abs/1801.04381.
+    Difference: no skip connection. The output of a convolution is not near its input, and residual networks have
+    theirs around it.
 
     Args:
         expansion: inner channels over input channels; at most about half of the kernel's elements saves cost.
@@ -311,8 +315,7 @@ class InvertedResidual(Operator):
     @override
     def build(self, conv: nn.Conv2d) -> nn.Module:
         width = max(1, round(self.expansion * conv.in_channels))
-        same = conv.in_channels == conv.out_channels and set(conv.stride) == {1} and _is_centred(conv)
-        return (Expansion if same else nn.Sequential)(
+        return nn.Sequential(
             nn.Conv2d(conv.in_channels, width, 1, bias=False),
             nn.BatchNorm2d(width),
             nn.ReLU6(inplace=True),
@@ -331,8 +334,7 @@ class InvertedResidual(Operator):
             if isinstance(layer, nn.BatchNorm2d):
                 _set_statistics(layer, hidden)
             hidden = [layer.eval()(x) for x in hidden]
-        skipped = [y - x for x, y in zip(inputs, outputs, strict=True)] if isinstance(layers, Expansion) else outputs
-        fit_convolution(projection, hidden, skipped)
+        fit_convolution(projection, hidden, outputs)
 
 
 def plain_operator(operator: Operator) -> list[Any]:

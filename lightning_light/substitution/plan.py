@@ -112,7 +112,7 @@ def plan_substitution(
                 after = budget.measure(model, example)
             if after <= goal:
                 return replace(plan, operators=operators, table=table, after=after, layers=new)
-            target -= after - goal
+            target = before + sum(row.cost for row in chosen) - (after - goal)
     raise BudgetError(
         f"`{budget!r}` is not met by the operators that should meet it: expected {budget.quantity} <= {goal:.6g}, "
         f"found {after:.6g}, since it is not the sum of what single layers save. Give a milder budget."

@@ -18,7 +18,7 @@ __all__ = [
 ]
 
 _POSITIONS = 256  # of an output image that enter a least-squares fit
-_DAMPING = 1e-3  # of the mean eigenvalue of the features' covariance
+_DAMPING = 1e-4  # of the mean eigenvalue of the features' covariance
 _ROUNDS = 10
 
 
