@@ -237,3 +237,14 @@ def test_no_operators_and_other_values_are_refused() -> None:
     for wrong in (lambda: GroupShuffle(1), lambda: Ghost(1), lambda: Ghost(2, kernel_size=2), lambda: Fire(0.0)):
         with pytest.raises(ValueError, match="expected"):
             wrong()
+
+
+def test_branches_are_merged_when_the_substitution_begins_and_their_layers_are_replaced() -> None:
+    module = module_class(Body, L)()
+    expansion = ll.Reparameterization(ll.reparameterization.ACB())
+    callback = Substitution(ll.MACs(0.7), operators=OPERATORS, start=0.4, fit_steps=0)
+    trainer(expansion, callback).fit(module)
+    expanded, replaced = expansion.state(module)["layers"], callback.state(module)["layers"]
+    assert set(replaced) <= set(expanded)
+    assert replaced
+    assert not any(isinstance(layer, ll.reparameterization.apply.BranchedLayer) for layer in module.modules())
