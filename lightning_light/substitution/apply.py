@@ -10,13 +10,13 @@ from torch import nn
 
 from lightning_light.order import Stage
 from lightning_light.substitution.operators import operator_from, plain_operator
+from lightning_light.substitution.options import METHOD
 from lightning_light.substitution.plan import SubstitutionPlan
 from lightning_light.surgery.operations import register_operation
 from lightning_light.surgery.replace import put_module, replace_modules
 
-__all__ = ["METHOD", "apply_operators"]
+__all__ = ["apply_operators"]
 
-METHOD = "substitution"
 REPLACE = "substitution/replace"
 
 

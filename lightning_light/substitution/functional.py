@@ -14,13 +14,12 @@ from lightning_light.budgets import Budget, require_reducible
 from lightning_light.criteria.collector import example_of_batch
 from lightning_light.criteria.output_distance import Distance
 from lightning_light.example_input import ExampleInput
-from lightning_light.order import Stage
-from lightning_light.substitution.apply import METHOD, apply_operators
+from lightning_light.substitution.apply import apply_operators
 from lightning_light.substitution.candidates import find_candidates
 from lightning_light.substitution.operators import Operator
 from lightning_light.substitution.options import SubstitutionOptions
 from lightning_light.substitution.plan import SubstitutionPlan, plan_substitution
-from lightning_light.surgery.attachment import attach, check_owners, has_state, record, release, state_of
+from lightning_light.surgery.attachment import attach, has_state, record, release, state_of
 from lightning_light.targets import Targets
 from lightning_light.validation import NonNegativeInt, PositiveInt, validated
 
@@ -103,7 +102,6 @@ def substitute_operators(
     if has_state(model):
         dense = state_of(model).reference(budget, lambda: dense)
     candidates = find_candidates(model, budget, example, options, optimizers=optimizers or None)
-    check_owners(model, candidates.layers, method=METHOD, stage=Stage.SUBSTITUTION, replaces=True)
     plan = plan_substitution(
         model, budget, example, candidates, batches, budget.goal(dense), options, progress_bar=progress_bar
     )

@@ -17,7 +17,10 @@ from lightning_light.substitution.operators import (
 from lightning_light.targets import Targets
 from lightning_light.validation import NonNegativeInt, PositiveInt, validated
 
-__all__ = ["SubstitutionOptions"]
+__all__ = ["METHOD", "SubstitutionOptions"]
+
+METHOD = "substitution"
+"""Name of the method in the compression state and in logs."""
 
 
 @validated

@@ -16,11 +16,13 @@ from lightning_light.errors import BudgetError
 from lightning_light.example_input import ExampleInput
 from lightning_light.formatting import plural
 from lightning_light.isolation import isolated
+from lightning_light.order import Stage
 from lightning_light.progress_bar import with_progress_bar
 from lightning_light.substitution.candidates import Candidate, Candidates, require_reachable
 from lightning_light.substitution.fitting import fit_operator, record_layer
 from lightning_light.substitution.operators import Operator
-from lightning_light.substitution.options import SubstitutionOptions
+from lightning_light.substitution.options import METHOD, SubstitutionOptions
+from lightning_light.surgery.attachment import check_owners
 from lightning_light.surgery.trial import temporarily_replaced
 
 __all__ = ["SubstitutionPlan", "plan_substitution"]
@@ -93,12 +95,15 @@ def plan_substitution(
 
     Raises:
         BudgetError: the goal cannot be reached.
+        UnsupportedError: a later method owns one of the layers.
     """
     before = budget.measure(model, example)
     plan = SubstitutionPlan({}, (), candidates.skipped, budget.quantity, before, before)
     if before <= goal:
         return plan
     require_reachable(candidates, budget, before, goal)
+    check_owners(model, candidates.layers, method=METHOD, stage=Stage.SUBSTITUTION, replaces=True)
+    after = before
     with isolated(model):
         table, layers = _fitted(model, candidates, calls, options, progress_bar)
         target = goal

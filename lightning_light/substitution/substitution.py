@@ -21,10 +21,10 @@ from lightning_light.order import DEFAULT_WINDOWS, Stage
 from lightning_light.progress import steps_planned, training_progress
 from lightning_light.schedules import resolve_moment
 from lightning_light.schema import LayerName, PlainExample
-from lightning_light.substitution.apply import METHOD, apply_operators
+from lightning_light.substitution.apply import apply_operators
 from lightning_light.substitution.candidates import Candidates, find_candidates, require_reachable
 from lightning_light.substitution.operators import Operator
-from lightning_light.substitution.options import SubstitutionOptions
+from lightning_light.substitution.options import METHOD, SubstitutionOptions
 from lightning_light.substitution.plan import SubstitutionPlan, plan_substitution
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.distributed import broadcast, log_rank_zero, on_rank_zero

@@ -229,6 +229,13 @@ def test_a_dry_run_prints_layers_operators_costs_and_scores_and_changes_nothing(
     assert "chosen" in text
 
 
+def test_layers_that_a_later_method_owns_are_refused() -> None:
+    net, x = make(), noise(8, 4, 8, 8)
+    ll.quantize(net, x, ll.Int8())
+    with unchanged(net), pytest.raises(ll.errors.UnsupportedError, match="expected a layer that no other method"):
+        substitute_operators(net, x, ll.MACs(0.88), operators=OPERATORS)
+
+
 def test_no_operators_and_other_values_are_refused() -> None:
     with pytest.raises(ValueError, match=r"`operators=\(\)`: expected at least one operator"):
         Substitution(ll.MACs(0.5), operators=[])
