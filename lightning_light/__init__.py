@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         schedules as schedules,
         sparsity as sparsity,
         structured as structured,
+        substitution as substitution,
         surgery as surgery,
         targets as targets,
         tuning as tuning,
@@ -115,6 +116,10 @@ if TYPE_CHECKING:
         StructuredPruning as StructuredPruning,
         prune_channels as prune_channels,
         ranking as ranking,
+    )
+    from lightning_light.substitution import (
+        Substitution as Substitution,
+        substitute_operators as substitute_operators,
     )
     from lightning_light.surgery import (
         expand_checkpoint as expand_checkpoint,
@@ -203,6 +208,7 @@ _NAMES = {
         "StructuredPruning",
         "prune_channels",
     ),
+    "substitution": ("Substitution", "substitute_operators"),
     "surgery": (
         "expand_checkpoint",
         "load_from_checkpoint",
@@ -236,6 +242,7 @@ _MODULES = {
     "search": "search",
     "sparsity": "sparsity",
     "structured": "structured",
+    "substitution": "substitution",
     "surgery": "surgery",
     "targets": "targets",
     "teachers": "distillation.teachers",

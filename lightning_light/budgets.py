@@ -36,11 +36,16 @@ __all__ = [
     "require_reducible",
 ]
 
-Change: TypeAlias = Literal["channels", "factors", "masks"]
+Change: TypeAlias = Literal["channels", "factors", "masks", "operators"]
 
 _BYTES = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
-_VERBS = {"channels": "removing channels", "factors": "low-rank factors", "masks": "masking weights"}
+_VERBS = {
+    "channels": "removing channels",
+    "factors": "low-rank factors",
+    "masks": "masking weights",
+    "operators": "lighter operators",
+}
 _REDUCERS = {"channels": "`StructuredPruning`", "factors": "`LowRankFactorization`", "masks": "`WeightPruning`"}
 
 
@@ -52,13 +57,14 @@ class Budget(ABC):
 
     Attributes:
         quantity: name of the quantity, in logs and messages.
-        reducible_by: which changes of a network reduce it: removed ``"channels"``, low-rank ``"factors"``, ``"masks"``.
+        reducible_by: which changes of a network reduce it: removed ``"channels"``, low-rank ``"factors"``, ``"masks"``,
+            lighter ``"operators"``.
         runs_model: whether `measure` needs the values of the tensors; where it is False their shapes are enough.
     """
 
     # No annotations: jsonargparse would resolve them in the module of each subclass.
     quantity = ""
-    reducible_by = frozenset({"channels", "factors"})
+    reducible_by = frozenset({"channels", "factors", "operators"})
     runs_model = True
 
     @abstractmethod
@@ -115,7 +121,8 @@ def require_reducible(call: str, budget: Budget, by: Change) -> None:
     Args:
         call: the callback or function, for the error message.
         budget: any budget.
-        by: what the method does: removes ``"channels"``, makes low-rank ``"factors"``, sets ``"masks"``.
+        by: what the method does: removes ``"channels"``, makes low-rank ``"factors"``, sets ``"masks"``, puts
+            lighter ``"operators"`` in the place of layers.
 
     Raises:
         ValueError: ``budget`` cannot be reached in this way.

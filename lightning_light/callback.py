@@ -245,6 +245,10 @@ class CompressionCallback(Callback):
             kept: tensor name -> dimension -> positions that stayed; None where modules were replaced instead.
         """
 
+    def changed_before(self, trainer: Trainer) -> bool:
+        """Check whether another method of this Trainer changes shapes or modules before this one."""
+        return any(peer.structural and peer.stage <= self.stage for peer in _peers(trainer) if peer is not self)
+
     def _before_surgery(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let every method of this Trainer measure its references; call it on every rank before a change."""
         for peer in _peers(trainer):

@@ -21,6 +21,7 @@ from lightning_light.warning_filters import ignored_warnings
 
 __all__ = [
     "FORWARD_ERRORS",
+    "has_hooks",
     "isolated",
     "plain_attention",
     "plain_execution",
@@ -76,6 +77,11 @@ def isolated(model: nn.Module, *, hooks: bool = False) -> Iterator[None]:
             for table, entries in contents.items():
                 live[table].clear()
                 live[table].update(entries)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Check whether ``module`` has forward hooks of the user, or some that compute a weight."""
+    return any(_is_kept(hook, users=True) for table in _HOOKS for hook in vars(module)[table].values())
 
 
 @contextmanager

@@ -25,6 +25,7 @@ class Stage(IntEnum):
     DISTILLATION = 0
     REPARAMETERIZATION = 5
     DEPTH = 8
+    SUBSTITUTION = 9
     STRUCTURED = 10
     MASKS = 20
     FACTORS = 30
@@ -37,6 +38,7 @@ class Stage(IntEnum):
 DEFAULT_WINDOWS: Mapping[Stage, Window] = MappingProxyType(
     {
         Stage.DEPTH: (0.02, 0.1),
+        Stage.SUBSTITUTION: (0.1, 0.1),
         Stage.STRUCTURED: (0.1, 0.4),
         Stage.MASKS: (0.4, 0.6),
         Stage.FACTORS: (0.6, 0.7),
@@ -50,11 +52,12 @@ DEFAULT_WINDOWS: Mapping[Stage, Window] = MappingProxyType(
 def check_order(items: Sequence[Item]) -> None:
     """Refuse methods in an order that cannot work.
 
-    Blocks are removed first, then channels; then weights are masked, then layers are factorized, clustered, quantized;
-    the export comes last. Two methods with windows are compared by them: the later stage may begin when the earlier
-    one has ended or, if it also comes later in the list, at that very point. Two methods of which one has no window
-    are compared by their places in the list. A stage below `Stage.DEPTH` or above `Stage.EXPORT` (distillation,
-    monitors) is in no order; re-parameterization, which expands before pruning and merges after it, checks its own.
+    Blocks are removed first, convolutions are replaced by lighter operators, then channels are removed; then weights
+    are masked, then layers are factorized, clustered, quantized; the export comes last. Two methods with windows are
+    compared by them: the later stage may begin when the earlier one has ended or, if it also comes later in the list,
+    at that very point. Two methods of which one has no window are compared by their places in the list. A stage below
+    `Stage.DEPTH` or above `Stage.EXPORT` (distillation, monitors) is in no order; re-parameterization, which expands
+    before pruning and merges after it, checks its own.
 
     Args:
         items: for each method in the order of the Trainer's list: name, stage (one of `Stage`, or any number between),

@@ -16,6 +16,7 @@ from lightning_light.isolation import isolated
 from lightning_light.order import Stage
 from lightning_light.surgery.operations import register_operation
 from lightning_light.surgery.replace import put_module, replace_modules
+from lightning_light.surgery.trial import temporarily_replaced
 from lightning_light.targets import Targets
 
 __all__ = ["Blocks", "METHOD", "RemovedBlock", "find_blocks", "remove_blocks", "without_blocks"]
@@ -95,16 +96,7 @@ def find_blocks(model: nn.Module, example: ExampleInput, targets: Targets) -> Bl
 @contextmanager
 def without_blocks(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
     """Run ``model`` without the named blocks; everything is back at the end of the ``with`` statement."""
-    with ExitStack() as stack:
-        for name in names:
-            block, path = model.get_submodule(name), dict.fromkeys([name])
-            path |= dict.fromkeys(n for n, m in model.named_modules(remove_duplicate=False) if m is block)
-            removed = RemovedBlock()
-            for alias in path:
-                parent, _, key = alias.rpartition(".")
-                children = model.get_submodule(parent)._modules
-                stack.callback(children.__setitem__, key, block)
-                children[key] = removed
+    with temporarily_replaced(model, {name: RemovedBlock() for name in names}):
         yield
 
 

@@ -15,7 +15,7 @@ from lightning_light.callback import CompressionCallback
 from lightning_light.capture import Capture
 from lightning_light.criteria.collector import EvidenceCollector, EvidenceStorage, Gathered, collect_evidence
 from lightning_light.example_input import ExampleInput
-from lightning_light.host.trainer import callbacks_of, steps_done
+from lightning_light.host.trainer import steps_done
 from lightning_light.lowrank.apply import METHOD, apply_factors, check_unowned
 from lightning_light.lowrank.calibration import first_batches, watched_modules
 from lightning_light.lowrank.factors import factor_form
@@ -305,7 +305,7 @@ class LowRankFactorization(CompressionCallback):
             return
         self._is_checked = True
         goal = self._goal(trainer, pl_module, fraction=1.0)
-        if self.state(pl_module).get("events", 0) or _changes_before(trainer, self):
+        if self.state(pl_module).get("events", 0) or self.changed_before(trainer):
             return
         layers, _ = self._layers(pl_module)
         check_unowned(pl_module, [layer.owner or layer.name for layer in layers])
@@ -492,12 +492,6 @@ def _check_one_shot(call: str, budget: Budget | RankRule, schedule: Schedule) ->
             f"`{call}({budget!r}, schedule={schedule!r})`: expected a schedule of one step for a rule, which is "
             "applied once, found one that rises in several steps. Write `schedule=OneShot(at=0.5)`, or give a budget."
         )
-
-
-def _changes_before(trainer: Trainer, callback: CompressionCallback) -> bool:
-    """Check whether another method of this Trainer changes shapes before ``callback``."""
-    peers = [peer for peer in callbacks_of(trainer) if isinstance(peer, CompressionCallback) and peer is not callback]
-    return any(peer.structural and peer.stage <= callback.stage for peer in peers)
 
 
 def _layer_states(plan: FactorizationPlan) -> dict[str, LayerState]:

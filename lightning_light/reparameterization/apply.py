@@ -12,12 +12,12 @@ from torch.nn.utils import parametrize
 
 from lightning_light.errors import UnsupportedError
 from lightning_light.example_input import ExampleInput
-from lightning_light.merging import BranchedLayer, branch_of
+from lightning_light.merging import BranchedLayer
 from lightning_light.order import Stage
 from lightning_light.reparameterization.branches import Branch, BranchedConv2d, ExpandedConv2d, Spec, expand
 from lightning_light.reparameterization.forms import Form
 from lightning_light.surgery.operations import register_operation
-from lightning_light.surgery.optimizer import unwrap
+from lightning_light.surgery.plain_layers import why_not_plain
 from lightning_light.surgery.replace import put_module, replace_modules
 from lightning_light.surgery.trial import failing_replacements
 from lightning_light.targets import Targets
@@ -81,8 +81,7 @@ def plan_expansion(
     Raises:
         TargetError: ``targets`` match no module.
     """
-    trained = None if optimizers is None else {id(parameter) for parameter in _parameters(optimizers)}
-    owners = _owners(model)
+    why_not = why_not_plain(model, optimizers)
     plan = Expansion()
     inside = tuple(f"{name}." for name in branched_layers(model))
     for name, module in targets.select(model).items():
@@ -92,7 +91,7 @@ def plan_expansion(
             or name.startswith(inside)
         ):
             continue
-        reason = _reason(model, name, module, owners, trained)
+        reason = why_not(name, module)
         specs = [] if reason or not isinstance(module, nn.Conv2d) else form.branches(module)
         if specs:
             plan.layers[name] = specs
@@ -237,41 +236,6 @@ def replay_merging(model: nn.Module, entry: Mapping[str, Any]) -> None:
     for name in entry["layers"]:
         branched: Any = model.get_submodule(name)
         put_module(model, name, branched.unfilled())
-
-
-def _reason(
-    model: nn.Module, name: str, module: nn.Module, owners: Mapping[int, list[str]], trained: set[int] | None
-) -> str | None:
-    """Why the convolution cannot be expanded, whatever the form; None if it can."""
-    if parametrize.is_parametrized(module) or not isinstance(weight := module._parameters.get("weight"), nn.Parameter):
-        return "its weight is computed by a parametrization or a hook"
-    if type(module) is not nn.Conv2d:
-        return f"a {type(module).__name__}, not a Conv2d"
-    if module.padding_mode != "zeros":
-        return f"padding_mode={module.padding_mode!r}"
-    if len(owners[id(weight)]) > 1:
-        return f"its weight is shared with {next(own for own in owners[id(weight)] if own != f'{name}.weight')}"
-    if not weight.requires_grad:
-        return "it is frozen"
-    if trained is not None and id(weight) not in trained:
-        return "no optimizer trains it"
-    if block := branch_of(model, name):
-        return f"part of `{block}`, which merges branches of its own"
-    return None
-
-
-def _owners(model: nn.Module) -> dict[int, list[str]]:
-    """Return the names of each parameter, one for every module that holds it."""
-    owners: dict[int, list[str]] = {}
-    for path, module in model.named_modules():
-        for own, parameter in module._parameters.items():
-            owners.setdefault(id(parameter), []).append(f"{path}.{own}" if path else own)
-    return owners
-
-
-def _parameters(optimizers: Iterable[Any]) -> Iterable[nn.Parameter]:
-    groups = (group for optimizer in map(unwrap, optimizers) for group in optimizer.param_groups)
-    return (parameter for group in groups for parameter in group["params"])
 
 
 def _check_intact(name: str, branched: ExpandedConv2d) -> None:

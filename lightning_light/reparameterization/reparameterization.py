@@ -62,9 +62,9 @@ class Reparameterization(CompressionCallback):
     mode. What is deployed has the layers it had before, at no cost.
 
     Branches are merged at ``merge``; by default when the first later method of the Trainer that needs one weight per
-    layer begins (masks, factors, clustering, quantization). Without such a method they stay until `merge_branches` is
-    called, and `MobileExport` merges them in the copy that it exports. Channels may be pruned while there are branches;
-    budgets count the merged layers.
+    layer begins (lighter operators, masks, factors, clustering, quantization). Without such a method they stay until
+    `merge_branches` is called, and `MobileExport` merges them in the copy that it exports. Channels may be pruned while
+    there are branches; budgets count the merged layers.
 
     Example:
         >>> from lightning_light.reparameterization import ACB
@@ -192,7 +192,8 @@ class Reparameterization(CompressionCallback):
         found = [
             (window[0], type(peer).__name__, callbacks.index(peer) < callbacks.index(self))
             for peer in callbacks
-            if isinstance(peer, CompressionCallback) and Stage.STRUCTURED < peer.stage < Stage.EXPORT
+            if isinstance(peer, CompressionCallback)
+            if peer.stage == Stage.SUBSTITUTION or Stage.STRUCTURED < peer.stage < Stage.EXPORT
             if (window := peer.window(trainer.max_epochs)) is not None
         ]
         if not found:

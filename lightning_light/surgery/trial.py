@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,9 +14,33 @@ from lightning_light.isolation import FORWARD_ERRORS, isolated, plain_attention
 from lightning_light.nested import tensors_in
 from lightning_light.training_step import TRAINING_STEP, callable_with
 
-__all__ = ["failing_replacements"]
+__all__ = ["failing_replacements", "temporarily_replaced"]
 
 _TOLERANCE = 1e-3  # of the largest output, for layers that compute the same
+
+
+@contextmanager
+def temporarily_replaced(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Put other modules in the place of modules of ``model``, under all their names; afterwards all are back.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2))
+        >>> with temporarily_replaced(model, {"0": nn.ReLU()}):
+        ...     print(model[0])
+        ReLU()
+        >>> model[0]
+        Linear(in_features=2, out_features=2, bias=True)
+    """
+    new = {model.get_submodule(name): module for name, module in replacements.items()}
+    parents: Iterable[Any] = list(model.modules())
+    before = [(parent._modules, dict(parent._modules)) for parent in parents]
+    try:
+        for children, _ in before:
+            children.update({key: new[child] for key, child in children.items() if child in new})
+        yield
+    finally:
+        for children, old in before:
+            children.update(old)
 
 
 def failing_replacements(
@@ -70,13 +95,5 @@ def _same(found: Tensor, expected: Tensor) -> bool:
 def _run(model: nn.Module, replacements: Mapping[str, nn.Module], example: ExampleInput) -> list[Tensor]:
     for name, new in replacements.items():
         new.train(example.method == TRAINING_STEP and model.get_submodule(name).training)
-    with callable_with(model, example), isolated(model), plain_attention():  # it restores the tree of modules too
-        _put(model, replacements)
+    with callable_with(model, example), isolated(model), plain_attention(), temporarily_replaced(model, replacements):
         return list(tensors_in(model(*example.args, **example.kwargs), objects=True))
-
-
-def _put(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
-    new = {model.get_submodule(name): module for name, module in replacements.items()}
-    parents: Iterable[Any] = list(model.modules())
-    for parent in parents:
-        parent._modules.update({key: new[child] for key, child in parent._modules.items() if child in new})

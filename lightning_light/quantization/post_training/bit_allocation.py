@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
-
+from lightning_light.assignment import best_assignment
 from lightning_light.budgets import Size
 from lightning_light.errors import BudgetError
 from lightning_light.quantization.post_training.sensitivity import Sensitivity
@@ -16,8 +14,6 @@ from lightning_light.quantization.recipes import Bits, IntN, MixedPrecision
 from lightning_light.validation import OpenFraction, validated
 
 __all__ = ["BitBudget"]
-
-_STATES = 20_000  # of the front; more are thinned out, the best of each interval of costs stays
 
 
 @validated
@@ -90,7 +86,9 @@ class BitBudget:
             limit, remains = (self.bops or 0.0) * most, f"{fraction:.3f} of the bit operations remain"
         if least > limit:
             raise BudgetError(f"`{self!r}`: with {widths[0]} bits in every layer {remains}.")
-        return {layer: widths[choice] for layer, choice in zip(costs, _best(costs, losses, limit), strict=True)}
+        found = best_assignment(list(losses.values()), list(costs.values()), limit)
+        assert found is not None  # the smallest widths are within the limit
+        return {layer: widths[choice] for layer, choice in zip(costs, found.options, strict=True)}
 
     def recipe(self, scan: Sensitivity, base: IntN = IntN()) -> MixedPrecision:
         """``base`` with the bits that `solve` gives each layer's weight.
@@ -108,48 +106,3 @@ class BitBudget:
         inner_first = sorted(solved, key=lambda layer: -layer.count("."))  # a pattern names what is inside, too
         layers = {f"re:{re.escape(layer)}": replace(plain, weights=solved[layer]) for layer in inner_first}
         return MixedPrecision(layers, default=plain, exclude=base.exclude)
-
-
-def _best(costs: Mapping[str, Sequence[int]], losses: Mapping[str, Sequence[float]], limit: float) -> list[int]:
-    """The choices with the smallest sum of losses, among those whose costs sum up to at most ``limit``."""
-    cost, loss, steps = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64), []
-    most = float(sum(max(row) for row in costs.values()))
-    for layer, row in costs.items():
-        candidates = cost[:, None] + torch.tensor(row).double(), loss[:, None] + torch.tensor(losses[layer]).double()
-        kept = _front(candidates[0].flatten(), candidates[1].flatten(), most)
-        cost, loss = candidates[0].flatten()[kept], candidates[1].flatten()[kept]
-        steps.append((kept // len(row), kept % len(row)))
-    state = int((cost <= limit).sum()) - 1  # costs rise along the front, losses fall
-    choices: list[int] = []
-    best = float(loss[state]) if state >= 0 else float("inf")
-    for before, choice in reversed(steps):
-        choices.insert(0, int(choice[state]))
-        state = int(before[state])
-    return min([(best, choices), *_uniform(costs, losses, limit)])[1]
-
-
-def _front(cost: Tensor, loss: Tensor, most: float) -> Tensor:
-    """Positions of what nothing is better than in both, by rising cost; at most one in each of many intervals."""
-    order = loss.argsort(stable=True)
-    order = order[cost[order].argsort(stable=True)]
-    lowest = loss[order].cummin(0).values
-    better = torch.ones_like(order, dtype=torch.bool)
-    better[1:] = lowest[1:] < lowest[:-1]
-    front = order[better]
-    if len(front) <= _STATES:
-        return front
-    interval = (cost[front] / most * _STATES).floor()
-    last = torch.ones_like(interval, dtype=torch.bool)
-    last[:-1] = interval[1:] != interval[:-1]
-    return front[last]
-
-
-def _uniform(
-    costs: Mapping[str, Sequence[int]], losses: Mapping[str, Sequence[float]], limit: float
-) -> list[tuple[float, list[int]]]:
-    """The same choice everywhere, where that fits: thinning must not lose it."""
-    return [
-        (sum(row[choice] for row in losses.values()), [choice] * len(costs))
-        for choice in range(len(next(iter(costs.values()))))
-        if sum(row[choice] for row in costs.values()) <= limit
-    ]

@@ -1,0 +1,300 @@
+"""`Substitution`: replace convolutions by lighter operators while the network trains."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypedDict
+
+from typing_extensions import override
+
+from lightning_light.batch_norm import InputRecorder, Statistics, measure_statistics, move_statistics
+from lightning_light.budgets import Budget, require_reducible
+from lightning_light.callback import CompressionCallback
+from lightning_light.capture import Capture
+from lightning_light.criteria.output_distance import Distance
+from lightning_light.errors import UnsupportedError
+from lightning_light.example_input import ExampleInput
+from lightning_light.order import DEFAULT_WINDOWS, Stage
+from lightning_light.progress import steps_planned, training_progress
+from lightning_light.schedules import resolve_moment
+from lightning_light.schema import LayerName, PlainExample
+from lightning_light.substitution.apply import apply_operators
+from lightning_light.substitution.candidates import Candidates, find_candidates, require_reachable
+from lightning_light.substitution.operators import Operator
+from lightning_light.substitution.options import METHOD, SubstitutionOptions
+from lightning_light.substitution.plan import SubstitutionPlan, plan_substitution
+from lightning_light.surgery.averaged_models import averaged_models_of
+from lightning_light.surgery.distributed import broadcast, log_rank_zero, on_rank_zero
+from lightning_light.surgery.stored_example import restore_or_capture_example, store_example
+from lightning_light.targets import Targets, as_targets
+from lightning_light.timing import Events
+from lightning_light.validation import Moment, NonNegativeInt, PositiveInt, validated
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+    from torch.optim import Optimizer
+
+__all__ = ["Substitution"]
+
+
+class _State(TypedDict, total=False):
+    """What a checkpoint holds of a run.
+
+    Attributes:
+        done: whether the substitution of this run is done.
+        layers: name of each replaced layer -> its operator, in all fits.
+        planned: whether the budget was found possible.
+        example: the example input.
+        inputs: calls of the module in the last training batches, for fits, scores and batch-norm statistics.
+    """
+
+    done: bool
+    layers: dict[Annotated[str, LayerName()], str]
+    planned: bool
+    example: PlainExample
+    inputs: list[PlainExample]
+
+
+@validated
+class Substitution(CompressionCallback):
+    """Replace convolutions by lighter operators, once, such that the network meets ``budget``; training goes on.
+
+    Each operator is fitted to each layer on the inputs that the layer has in the network as trained so far, and scored
+    by how much the outputs of the network change with it alone. Of all assignments of operators to layers that meet the
+    budget, the one with the lowest sum of scores is taken: the solution of a multiple-choice knapsack problem.
+
+    With ``KnowledgeDistillation(teacher="self")`` in the same run the dense network is the teacher of the lighter one.
+
+    Example:
+        >>> from lightning_light.budgets import MACs
+        >>> from lightning_light.substitution import Ghost
+        >>> Substitution(MACs(0.6), operators=[Ghost(ratio=2)], start=0.2)
+        Substitution(budget=MACs(remaining=0.6), operators=[Ghost(ratio=2, kernel_size=3)], start=0.2)
+
+    Args:
+        budget: what the network is to reach: ``MACs``, ``Params``, ``Size`` or ``Latency``.
+        operators: what may take the place of a convolution: `DepthwiseSeparable`, `GroupShuffle`, `Ghost`, `Fire`,
+            `InvertedResidual`, or subclasses of `Operator` of your own.
+        targets: convolutions that may be replaced: patterns or `Targets`; all by default.
+        start: when they are replaced; an int is an epoch, a float a fraction of the run.
+        fit_steps: optimizer steps in which each candidate is fitted to the layer's outputs; 0 for its start alone.
+        distance: of the network's outputs, for the scores: ``"mse"``, the squared error relative to the variance, or
+            ``"kl"``, the Kullback-Leibler divergence of class probabilities.
+        class_dim: which dimension of the outputs counts classes, for ``"kl"``.
+        calibration_batches: training batches before ``start`` on which candidates are fitted and scored and batch-norm
+            statistics are corrected; at most 16 samples of each.
+        correct_batch_norm: move the batch-norm statistics by what the substitution did to them.
+        dry_run: log layers, operators, costs and scores, and replace nothing.
+
+    Raises:
+        TypeError: an argument has the wrong type; at construction.
+        ValueError: an argument is out of range; at construction.
+        BudgetError: the budget cannot be reached; before the first optimizer step.
+        TargetError: ``targets`` match no module.
+        UnsupportedError: the training step does not call ``self(...)``, a strategy or launcher that cannot follow, or a
+            layer that a later method has changed.
+
+    Note:
+        Convolutions that cannot be replaced (1x1, grouped, transposed, shared, parametrized, frozen, with forward
+        hooks, ...) are left alone; ``dry_run`` and the log at debug level have the reasons.
+    """
+
+    method: ClassVar[str] = METHOD
+    stage: ClassVar[int] = Stage.SUBSTITUTION
+    state_schema: ClassVar[Any] = _State
+
+    def __init__(
+        self,
+        budget: Budget,
+        *,
+        operators: Sequence[Operator] = SubstitutionOptions.operators,
+        targets: Targets | str | list[str] | None = SubstitutionOptions.targets,
+        start: Moment = DEFAULT_WINDOWS[Stage.SUBSTITUTION][0],
+        fit_steps: NonNegativeInt = SubstitutionOptions.fit_steps,
+        distance: Distance = SubstitutionOptions.distance,
+        class_dim: int = SubstitutionOptions.class_dim,
+        calibration_batches: PositiveInt = SubstitutionOptions.calibration_batches,
+        correct_batch_norm: bool = SubstitutionOptions.correct_batch_norm,
+        dry_run: bool = False,
+    ) -> None:
+        require_reducible("Substitution", budget, "operators")
+        self.options = SubstitutionOptions(
+            operators, targets, fit_steps, distance, class_dim, calibration_batches, correct_batch_norm
+        )
+        self.budget = budget
+        self.operators = operators
+        self.targets = targets
+        self.start = start
+        self.fit_steps = fit_steps
+        self.distance: Distance = distance
+        self.class_dim = class_dim
+        self.calibration_batches = calibration_batches
+        self.correct_batch_norm = correct_batch_norm
+        self.dry_run = dry_run
+        self.last_plan: SubstitutionPlan | None = None
+        self._capture: Capture | None = None
+        self._recorder: InputRecorder | None = None
+
+    # Lightning's hooks, in the order a run meets them.
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check the targets, and the budget if the example input is known."""
+        super().on_fit_start(trainer, pl_module)
+        as_targets(self.targets).select(pl_module)
+        state = self.state(pl_module)
+        if not self.resumed(pl_module):
+            for key in ("done", "planned", "inputs"):
+                state.pop(key, None)
+        self.last_plan = None
+        self._capture = restore_or_capture_example(pl_module, state)
+        self._recorder = InputRecorder(pl_module)
+        self._check_budget(trainer, pl_module)
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Act if it is due: before the batch, so that no checkpoint pairs new weights with an old metric."""
+        state, planned = self.state(pl_module), steps_planned(trainer)
+        moment = resolve_moment(self.start, trainer.max_epochs, repr(self))
+        due = Events.due([(moment, 1.0)], training_progress(trainer), planned) > 0
+        if due and not state.get("done") and state.get("planned") and state.get("inputs"):
+            self._act(trainer, pl_module)
+            state["done"] = True
+            state.pop("inputs")
+        assert self._recorder is not None  # since `on_fit_start`
+        self._recorder.active = not state.get("done")
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Check the budget, if that was not possible before."""
+        self._check_budget(trainer, pl_module)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Store the inputs of this batch, for the fits and for checkpoints."""
+        state = self.state(pl_module)
+        store_example(state, self._capture)
+        assert self._recorder is not None  # since `on_fit_start`
+        if not self._recorder.active:
+            return
+        calls = self._recorder.take()
+        if not calls:
+            raise UnsupportedError(
+                f"`{self!r}` on `{type(pl_module).__name__}`: expected a LightningModule that calls `self(...)` in "
+                "`training_step`, with tensors, and is not compiled as a whole, found a step without such a call. Call "
+                "`self(...)` there, or use `substitute_operators(..., data=...)` before training."
+            )
+        state["inputs"] = [*state.get("inputs", []), *calls][-self.calibration_batches :]
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn if nothing was replaced."""
+        if self.dry_run or self.state(pl_module).get("layers") or getattr(trainer, "fast_dev_run", False):
+            return
+        if self.last_plan is None:
+            self._no_effect(f"the run ended before `start={self.start!r}`.")
+        else:
+            self._no_effect(f"the network meets `{self.budget!r}` as it is.")
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Remove all hooks."""
+        for held in (self._capture, self._recorder):
+            if held is not None:
+                held.remove()
+        self._capture, self._recorder = None, None
+        super().teardown(trainer, pl_module, stage)
+
+    @override
+    def window(self, max_epochs: int | None) -> tuple[float, float] | None:
+        """The moment of the substitution."""
+        moment = resolve_moment(self.start, max_epochs, repr(self))
+        return moment, moment
+
+    # Private.
+
+    def _check_budget(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse, once per fit and as soon as the example input is known, a budget that cannot be reached.
+
+        Another method that changes the network first may make the budget reachable; the refusal then waits for the
+        substitution.
+        """
+        state = self.state(pl_module)
+        if state.get("planned") or self._capture is None or self._capture.example is None:
+            return
+        if self.changed_before(trainer):
+            self._goal(trainer, pl_module)
+        else:
+            self._candidates(trainer, pl_module)
+        state["planned"] = True
+
+    def _goal(self, trainer: Trainer, pl_module: LightningModule) -> float:
+        example = self._example(pl_module)
+        return self.budget.goal(
+            self.compression_state(pl_module).reference(
+                self.budget, lambda: broadcast(trainer, self.budget.measure(pl_module, example))
+            )
+        )
+
+    def _candidates(self, trainer: Trainer, pl_module: LightningModule) -> Candidates:
+        """Return what may be replaced by what, on every rank alike, for a budget that can be reached."""
+        goal, example = self._goal(trainer, pl_module), self._example(pl_module)
+
+        def find() -> Candidates:
+            found = find_candidates(pl_module, self.budget, example, self.options, optimizers=trainer.optimizers)
+            require_reachable(found, self.budget, self.budget.measure(pl_module, example), goal)
+            return found
+
+        return on_rank_zero(trainer, find)
+
+    def _example(self, pl_module: LightningModule) -> ExampleInput:
+        assert self._capture is not None
+        assert self._capture.example is not None  # since the budget is checked
+        return self._capture.example.to(pl_module)
+
+    def _act(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Replace the layers: decided and fitted on rank 0, carried out on every rank."""
+        state, example = self.state(pl_module), self._example(pl_module)
+        goal, candidates = self._goal(trainer, pl_module), self._candidates(trainer, pl_module)
+        calls = [ExampleInput(**call).to(pl_module) for call in state["inputs"]]
+
+        def plan() -> SubstitutionPlan:
+            found = plan_substitution(pl_module, self.budget, example, candidates, calls, goal, self.options)
+            return replace(found, layers={name: copy.deepcopy(new).cpu() for name, new in found.layers.items()})
+
+        decided = self.last_plan = on_rank_zero(trainer, plan)
+        text = "\n  ".join([f"{self.method}: {decided.summary()}", *decided.lines()])
+        if self.dry_run:
+            log_rank_zero(trainer, text.replace("replaced", "dry run, would have replaced", 1))
+        elif decided.layers:
+            self._replace(trainer, pl_module, decided, calls)
+            log_rank_zero(trainer, text, level=logging.DEBUG)
+
+    def _replace(
+        self, trainer: Trainer, pl_module: LightningModule, plan: SubstitutionPlan, calls: list[ExampleInput]
+    ) -> None:
+        averaged_models = averaged_models_of(trainer, pl_module)
+        self._before_surgery(trainer, pl_module)
+        before = self._statistics(trainer, pl_module, calls)
+        entry = apply_operators(pl_module, plan, optimizers=trainer.optimizers, averaged_models=averaged_models)
+        after = self._statistics(trainer, pl_module, calls)
+        for network in (pl_module, *averaged_models):
+            move_statistics(network, before, after, {})
+        state = self.state(pl_module)
+        replaced = {name: repr(operator) for name, operator in plan.operators.items()}
+        state["layers"] = {**state.get("layers", {}), **replaced}
+        self.claim(pl_module, state["layers"], follows_cuts=True)
+        self._after_surgery(trainer, pl_module, entry, plan.summary())
+
+    def _statistics(
+        self, trainer: Trainer, pl_module: LightningModule, calls: list[ExampleInput]
+    ) -> dict[str, Statistics]:
+        """Measure the batch-norm statistics on the inputs of rank 0, which a checkpoint holds, for all."""
+        if not self.correct_batch_norm:
+            return {}
+        return on_rank_zero(trainer, lambda: measure_statistics(pl_module, calls))
