@@ -1,4 +1,4 @@
-"""The examples' network on ``LightningCLI``: methods, budgets, schedules and criteria are written in YAML.
+"""The examples' network on ``LightningLightCLI``: methods, budgets, schedules and criteria are written in YAML.
 
 ``python examples/cli.py fit --config examples/configs/prune.yaml`` ends with the weights of 01_prune_and_export.py,
 and ``quantize.yaml`` with those of 06_quantize.py, a chain of methods.
@@ -7,9 +7,8 @@ and ``quantize.yaml`` with those of 06_quantize.py, a chain of methods.
 from importlib import import_module
 
 from fashion_mnist import FashionMNIST
-from lightning.pytorch.cli import LightningCLI
 
-import lightning_light  # noqa: F401  # so that the YAML may say `StructuredPruning` for short
+from lightning_light.cli import LightningLightCLI
 
 if __name__ == "__main__":
-    LightningCLI(import_module("01_prune_and_export").Classifier, FashionMNIST, seed_everything_default=0)
+    LightningLightCLI(import_module("01_prune_and_export").Classifier, FashionMNIST, seed_everything_default=0)

@@ -83,6 +83,7 @@ if TYPE_CHECKING:
         CompressionMonitor as CompressionMonitor,
         CompressionReport as CompressionReport,
     )
+    from lightning_light.planning import plan as plan
     from lightning_light.quantization import (
         LSQ as LSQ,
         Int8 as Int8,
@@ -177,6 +178,7 @@ _NAMES = {
     ),
     "measure": ("measure_sparsity",),
     "monitors": ("CompressionMonitor", "CompressionReport"),
+    "planning": ("plan",),
     "reparameterization": ("Reparameterization", "merge_branches"),
     "quantization": (
         "Int8",

@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from typing_extensions import override
 
-from lightning_light.errors import NoEffectWarning
+from lightning_light.errors import LightningLightError, NoEffectWarning
 from lightning_light.event_log import HISTORY, History, add_event, event_text
 from lightning_light.helper_networks import first_call, frozen_parts, helper_networks
 from lightning_light.host.classes import Callback
@@ -22,7 +22,14 @@ from lightning_light.host.trainer import callbacks_of, is_restoring, shards_para
 from lightning_light.int8 import Int8Weights
 from lightning_light.isolation import FORWARD_ERRORS
 from lightning_light.order import check_order
-from lightning_light.progress import steps_done, training_progress
+from lightning_light.planning import plan
+from lightning_light.progress import (
+    epochs_planned,
+    steps_before_epochs,
+    steps_done,
+    time_before_epochs,
+    training_progress,
+)
 from lightning_light.surgery.attachment import attach, detach, has_state, record, release, state_of
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.checkpoint_monitoring import reset_monitoring
@@ -35,6 +42,8 @@ from lightning_light.terminal import above_progress_bar
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from torch import Tensor, nn
+
+    from lightning_light.example_input import ExampleInput
 
 __all__ = ["CompressionCallback"]
 
@@ -96,7 +105,7 @@ class CompressionCallback(Callback):
         """Refuse unsupported settings, and attach the compression state before a checkpoint is loaded."""
         self.refuse_strategy(trainer)
         peers = _peers(trainer)
-        check_order([(type(peer).__name__, peer.stage, peer.window(trainer.max_epochs)) for peer in peers])
+        check_order([(type(peer).__name__, peer.stage, peer.window(epochs_planned(trainer))) for peer in peers])
         key = type(self).method  # the class's: an argument may have the same name
         place = [id(peer) for peer in peers if type(peer).method == key].index(id(self)) + 1
         self._key = key if place == 1 else f"{key}#{place}"
@@ -120,11 +129,17 @@ class CompressionCallback(Callback):
         """Continue with the batch that the interrupted run would have used next."""
         if self._run_position is not None:
             self._run_position.after_loaders_started(trainer)
+            if trainer.fast_dev_run and trainer.is_global_zero:  # type: ignore[attr-defined]
+                _log_plan(trainer, pl_module)
+            elif sentence := steps_before_epochs(trainer):
+                log_rank_zero(trainer, sentence)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the random state from which the loader of this epoch starts."""
+        """Keep the random state from which the loader starts; warn once if ``max_time`` will end the run early."""
         if self._run_position is not None:
+            if sentence := time_before_epochs(trainer):
+                warnings.warn(sentence, stacklevel=2)
             self._run_position.before_epoch(trainer)
 
     @override
@@ -184,6 +199,19 @@ class CompressionCallback(Callback):
             refuse_sharding(trainer, type(self).__name__, *self.whole_parameters)
         if self.structural:
             refuse_unsupported(trainer, type(self).__name__)
+
+    def rehearse(self, model: nn.Module, example: ExampleInput, batches: Sequence[Any]) -> list[str]:
+        """Do to a copy of the network what the method will have done at the end of its window; see `planning.plan`.
+
+        Args:
+            model: the copy, as the methods before this one leave it; it may be changed.
+            example: one call of it.
+            batches: of training; none where only an example is known.
+
+        Returns:
+            A line ``layer: what happens to it`` for each layer, also for those left alone, with the reason.
+        """
+        return []
 
     def int8_weights(self) -> Int8Weights | None:
         """What weights will be rounded to for int8 kernels; None: this method does not round them."""
@@ -307,7 +335,7 @@ class CompressionCallback(Callback):
 
     def _warn_if_ended_early(self, trainer: Trainer) -> None:
         """Warn if ``max_time`` or early stopping ended the run before the last change."""
-        last = self.last_change(trainer.max_epochs)
+        last = self.last_change(epochs_planned(trainer))
         if not trainer.should_stop or last is None or (done := training_progress(trainer)) >= last:
             return
         warnings.warn(
@@ -339,6 +367,19 @@ class CompressionCallback(Callback):
         """Warn that the method found nothing to do, by name and with the reason."""
         with above_progress_bar():
             warnings.warn(f"`{type(self).__name__}` had no effect: {reason}", NoEffectWarning, stacklevel=2)
+
+
+def _log_plan(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Log, in a run of one batch, what the whole run would do."""
+    given = trainer.train_dataloader if pl_module.example_input_array is None else pl_module.example_input_array
+    epochs = epochs_planned(trainer) or 1
+    length = f" of {epochs} epochs" if epochs > 1 else ""
+    try:
+        planned = plan(pl_module, given, _peers(trainer), max_epochs=epochs if epochs > 1 else None)
+    except (LightningLightError, *FORWARD_ERRORS) as error:
+        log_rank_zero(trainer, f"fast_dev_run: the whole run{length} cannot be planned: {error}")
+    else:
+        log_rank_zero(trainer, f"fast_dev_run: the whole run{length} would do this\n{planned}")
 
 
 def _peers(trainer: Trainer) -> list[CompressionCallback]:

@@ -3,15 +3,42 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
 from lightning_light.host.classes import is_host
 from lightning_light.host.trainer import callbacks_of, steps_done
+from lightning_light.order import check_order
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-__all__ = ["progress_at_step", "steps_done", "steps_planned", "training_progress"]
+__all__ = [
+    "epochs_planned",
+    "progress_at_step",
+    "steps_done",
+    "steps_before_epochs",
+    "steps_planned",
+    "time_before_epochs",
+    "training_progress",
+]
+
+
+_MOMENTS = ("stop", "freeze_observers", "freeze_batch_norm")
+_MOST_EPOCHS = 1000
+
+
+def epochs_planned(trainer: Trainer) -> int | None:
+    """Return ``max_epochs``; for ``fast_dev_run``, which replaces it by 1, the fewest epochs that hold all methods."""
+    if not getattr(trainer, "fast_dev_run", False):
+        return trainer.max_epochs
+    methods = [each for each in callbacks_of(trainer) if hasattr(each, "last_change")]
+    named = [getattr(each, name, 1) for each in methods for name in _MOMENTS]
+    for epochs in range(max((each for each in named if isinstance(each, int)), default=1), _MOST_EPOCHS):
+        with suppress(ValueError):  # an epoch after the end, or windows that overlap
+            check_order([(type(each).__name__, each.stage, each.window(epochs)) for each in methods])
+            return epochs
+    return trainer.max_epochs
 
 
 def steps_planned(trainer: Trainer) -> int:
@@ -51,6 +78,36 @@ def progress_at_step(trainer: Trainer, ahead: int = 0) -> float:
     if steps_done(trainer) + ahead + 1 >= planned:
         return 1.0
     return min(_progress(trainer, limits) + ahead / planned, 1.0)
+
+
+def steps_before_epochs(trainer: Trainer) -> str:
+    """Return a sentence on a run whose ``max_epochs`` is not reached under ``max_steps``; else nothing."""
+    by_epochs, by_steps = _limits(trainer)
+    by_steps /= _steps_per_batch(trainer)
+    if math.isinf(by_epochs) or by_steps >= by_epochs:
+        return ""
+    return (
+        f"`Trainer(max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps})`: the run ends after "
+        f"{by_steps:.0f} of {by_epochs:.0f} steps, and schedules are fractions of these {by_steps:.0f}; an epoch "
+        f"counts as 1 / {trainer.max_epochs} of them."
+    )
+
+
+def time_before_epochs(trainer: Trainer) -> str:
+    """Return, after the first epoch of a run under ``max_time``, a sentence if it is too short for all steps."""
+    timers: list[Any] = [each for each in callbacks_of(trainer) if is_host(each, "Timer")]
+    timer, done = (timers or [None])[0], steps_done(trainer)
+    left = timer and timer.time_remaining("train")
+    if left is None or trainer.current_epoch != 1 or not done:
+        return ""
+    needed = timer.time_elapsed("train") / done * (steps_planned(trainer) - done)
+    if needed <= left:
+        return ""
+    return (
+        f"`Trainer(max_epochs={trainer.max_epochs}, max_time=...)`: expected time for {steps_planned(trainer)} steps, "
+        f"of which schedules are fractions; found that at the pace of the first epoch {needed:.0f} s are needed and "
+        f"{left:.0f} s remain. Plan a shorter run, or give more time: methods may be left incomplete."
+    )
 
 
 def _planned(trainer: Trainer, limits: tuple[float, float]) -> int:

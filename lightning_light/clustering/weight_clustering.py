@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypedDict
 
@@ -21,11 +21,14 @@ from lightning_light.clustering.codebooks import (
     weight_of,
 )
 from lightning_light.clustering.files import clustered_sizes, save_clustered
+from lightning_light.clustering.functional import cluster
 from lightning_light.clustering.kmeans import Initialization
 from lightning_light.clustering.options import ClusterCount, Granularity, WeightClusteringOptions
+from lightning_light.example_input import ExampleInput
 from lightning_light.formatting import plural
 from lightning_light.order import DEFAULT_WINDOWS, Stage
-from lightning_light.progress import steps_done, steps_planned, training_progress
+from lightning_light.planning import not_targeted
+from lightning_light.progress import epochs_planned, steps_done, steps_planned, training_progress
 from lightning_light.schedules import resolve_moment
 from lightning_light.schema import Context, Needs, Rule, TensorOf, damage
 from lightning_light.surgery.attachment import check_owners
@@ -150,7 +153,7 @@ class WeightClustering(CompressionCallback):
         """Resolve the epoch, and refuse one after the end of the run."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self._start_fraction(trainer.max_epochs)
+            self._start_fraction(epochs_planned(trainer))
             self.disclaim(pl_module)  # a fit starts over, unless a checkpoint brings the claim back
 
     @override
@@ -219,6 +222,13 @@ class WeightClustering(CompressionCallback):
         start = self._start_fraction(max_epochs)
         return (start, start)
 
+    @override
+    def rehearse(self, model: nn.Module, example: ExampleInput, batches: Sequence[Any]) -> list[str]:
+        """Cluster the weights."""
+        found = cluster(model, example, **vars(self.options))
+        lines = [f"{one.name}: {one.values} values, {one.bits:.2f} bits per weight when coded" for one in found]
+        return lines + not_targeted(model, [one.name.rpartition(".")[0] for one in found])
+
     # Private.
 
     def _start_fraction(self, max_epochs: int | None) -> float:
@@ -226,7 +236,7 @@ class WeightClustering(CompressionCallback):
 
     def _is_due(self, trainer: Trainer) -> bool:
         last = 1.0 - 1.0 / max(steps_planned(trainer), 1)
-        return min(self._start_fraction(trainer.max_epochs), last) <= training_progress(trainer) + 1e-9
+        return min(self._start_fraction(epochs_planned(trainer)), last) <= training_progress(trainer) + 1e-9
 
     def _cluster(self, trainer: Trainer, pl_module: LightningModule, left_alone: list[str]) -> None:
         layers: dict[str, dict[str, Any]] = {}

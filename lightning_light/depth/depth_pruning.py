@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 from typing_extensions import override
@@ -12,12 +13,13 @@ from lightning_light.callback import CompressionCallback
 from lightning_light.capture import Capture
 from lightning_light.depth.blocks import METHOD, Blocks, remove_blocks
 from lightning_light.depth.criteria import BlockCriterion
+from lightning_light.depth.functional import prune_blocks
 from lightning_light.depth.options import DepthPruningOptions
 from lightning_light.depth.plan import DepthPlan, check_budget, plan_blocks
 from lightning_light.errors import UnsupportedError
 from lightning_light.example_input import ExampleInput
 from lightning_light.order import DEFAULT_WINDOWS, Stage
-from lightning_light.progress import steps_planned, training_progress
+from lightning_light.progress import epochs_planned, steps_planned, training_progress
 from lightning_light.schedules import Linear, Schedule, Window, require_rising
 from lightning_light.schema import PlainExample
 from lightning_light.surgery.averaged_models import averaged_models_of
@@ -29,6 +31,7 @@ from lightning_light.validation import NonNegativeInt, PositiveInt, validated
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+    from torch import nn
     from torch.optim import Optimizer
 
 __all__ = ["DepthPruning"]
@@ -145,7 +148,7 @@ class DepthPruning(CompressionCallback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Place the events in the run."""
-        self._points = self._events().points(trainer.max_epochs, steps_planned(trainer))
+        self._points = self._events().points(epochs_planned(trainer), steps_planned(trainer))
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -204,6 +207,12 @@ class DepthPruning(CompressionCallback):
     def window(self, max_epochs: int | None) -> tuple[float, float] | None:
         """From the first event to the last."""
         return self._events().window(max_epochs)
+
+    @override
+    def rehearse(self, model: nn.Module, example: ExampleInput, batches: Sequence[Any]) -> list[str]:
+        """Remove the blocks that the budget does not need."""
+        data = list(batches) or None
+        return prune_blocks(model, example, self.budget, **vars(self.options), data=data).lines()
 
     # Private.
 

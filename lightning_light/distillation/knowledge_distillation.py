@@ -36,7 +36,7 @@ from lightning_light.host.patches import InstancePatch, wrap_method
 from lightning_light.host.trainer import is_accumulating, is_restoring
 from lightning_light.measure.metrics import MetricLike
 from lightning_light.order import Stage
-from lightning_light.progress import steps_done, training_progress
+from lightning_light.progress import epochs_planned, steps_done, training_progress
 from lightning_light.schedules import Schedule, resolve, resolve_moment
 from lightning_light.schema import LayerName, Length
 from lightning_light.selectors import Selector
@@ -205,10 +205,10 @@ class KnowledgeDistillation(CompressionCallback):
         """Resolve the schedules, so that wrong ones are refused before anything is trained."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self._schedules = [resolve(loss.schedule, trainer.max_epochs) for loss in self._losses]
+            self._schedules = [resolve(loss.schedule, epochs_planned(trainer)) for loss in self._losses]
             if self.stop is not None:
                 call = f"KnowledgeDistillation(..., stop={self.stop})"
-                self._end = resolve_moment(self.stop, trainer.max_epochs, call)
+                self._end = resolve_moment(self.stop, epochs_planned(trainer), call)
 
     @override
     def refuse_strategy(self, trainer: Trainer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import logging
 import os
@@ -229,6 +230,16 @@ class MobileExport(CompressionCallback):
         super().teardown(trainer, pl_module, stage)
         self._remove_hooks()
         self._capture, self._recorder = Capture(), Recorder(limit=_PARITY_BATCHES)
+
+    @override
+    def rehearse(self, model: nn.Module, example: ExampleInput, batches: Sequence[Any]) -> list[str]:
+        """Write the file to a temporary folder, and compare it on the example."""
+        name, options = Path(self.path).name, dataclasses.replace(self._options, latency_runs=1)
+        with tempfile.TemporaryDirectory() as folder:
+            part = model.get_submodule(self.module or "")
+            report = export_verified(part, example, Path(folder) / name, options, (), lambda _: None)
+        error = f"largest difference {report.parity.max_absolute:.1e}"
+        return [f"{name}: {human_bytes(report.bytes)} for {report.runtime}, {error}"]
 
     # Private: checks in `setup`.
 

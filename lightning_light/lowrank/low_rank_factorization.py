@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from lightning_light.lowrank.apply import METHOD, apply_factors, check_unowned
 from lightning_light.lowrank.calibration import first_batches, watched_modules
 from lightning_light.lowrank.factors import factor_form
 from lightning_light.lowrank.fits import Fit
-from lightning_light.lowrank.functional import plan_layers, require_file_reachable
+from lightning_light.lowrank.functional import factorize, plan_layers, require_file_reachable
 from lightning_light.lowrank.layers import FactorizableLayer, find_layers
 from lightning_light.lowrank.measurement import price_of, quantity_of
 from lightning_light.lowrank.options import (
@@ -36,7 +36,7 @@ from lightning_light.lowrank.ranks import RankRule
 from lightning_light.lowrank.regularize import RankRegularizer, add_regularizer_gradients
 from lightning_light.measure.latency_table import LatencyTable, TimedFiles
 from lightning_light.order import DEFAULT_WINDOWS, Stage
-from lightning_light.progress import steps_planned, training_progress
+from lightning_light.progress import epochs_planned, steps_planned, training_progress
 from lightning_light.schedules import OneShot, Schedule, Window, require_rising
 from lightning_light.schema import PlainExample
 from lightning_light.surgery.averaged_models import averaged_models_of
@@ -217,7 +217,7 @@ class LowRankFactorization(CompressionCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Place the events in the run; earlier, asking for its length would lose the position of a resumed loader."""
         super().on_train_start(trainer, pl_module)
-        self._points = self._events.points(trainer.max_epochs, steps_planned(trainer))
+        self._points = self._events.points(epochs_planned(trainer), steps_planned(trainer))
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -290,6 +290,12 @@ class LowRankFactorization(CompressionCallback):
         """Let the evidence follow a change of shapes."""
         if self.state(pl_module).get("evidence"):
             self._collect(pl_module).follow(kept)
+
+    @override
+    def rehearse(self, model: nn.Module, example: ExampleInput, batches: Sequence[Any]) -> list[str]:
+        """Factorize the layers."""
+        data = self.data or list(batches) or [example]
+        return factorize(model, example, self.budget, **vars(self.options), data=data).lines()
 
     # Planning.
 

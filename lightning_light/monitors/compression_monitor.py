@@ -31,7 +31,7 @@ from lightning_light.monitors.scalars import (
     total_scalars,
 )
 from lightning_light.monitors.validation_metrics import ValidationMetrics
-from lightning_light.progress import steps_done, training_progress
+from lightning_light.progress import epochs_planned, steps_done, training_progress
 from lightning_light.targets import Targets
 from lightning_light.terminal import above_progress_bar
 from lightning_light.validation import PositiveInt, validated
@@ -259,7 +259,7 @@ class CompressionMonitor(RecordingCallback):
         callbacks, dense = callbacks_of(trainer), self.compression_state(pl_module).references
         if not any(hasattr(callback, "budget") for callback in callbacks):
             return {}  # the run may have no planned end
-        return planned_scalars(callbacks, dense, training_progress(trainer), trainer.max_epochs)
+        return planned_scalars(callbacks, dense, training_progress(trainer), epochs_planned(trainer))
 
     def _log_metrics(self, pl_module: LightningModule, recorder: Recorder) -> None:
         """Log for other callbacks (``ModelCheckpoint(monitor="compression/macs_remaining")``) and the progress bar."""

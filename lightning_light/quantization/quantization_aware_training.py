@@ -5,22 +5,32 @@ from __future__ import annotations
 import logging
 import math
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_light.callback import CompressionCallback
 from lightning_light.capture import Capture
+from lightning_light.example_input import ExampleInput
 from lightning_light.formatting import plural
 from lightning_light.host.trainer import is_accumulating, is_backward_skipped, is_restoring
 from lightning_light.int8 import Int8Weights
 from lightning_light.order import DEFAULT_WINDOWS, Stage
-from lightning_light.progress import steps_planned, training_progress
-from lightning_light.quantization.checkpoint_state import SoundState, attach_fake_quantizer, begin, enable, merge
+from lightning_light.progress import epochs_planned, steps_planned, training_progress
+from lightning_light.quantization.checkpoint_state import (
+    SoundState,
+    attach_fake_quantizer,
+    begin,
+    enable,
+    merge,
+    read_state,
+)
 from lightning_light.quantization.dampening import add_dampening_gradients
 from lightning_light.quantization.fake_quantizer import FakeQuantizer
+from lightning_light.quantization.functional import quantize
 from lightning_light.quantization.learned_qparams import LearnedQParams
 from lightning_light.quantization.range_observer import RangeObserver
 from lightning_light.quantization.recipes import Int8, Recipe
@@ -135,7 +145,7 @@ class QuantizationAwareTraining(CompressionCallback):
         _refuse_several(trainer)
         if stage == "fit":
             self._moments = {
-                name: self._resolved(name, trainer.max_epochs)
+                name: self._resolved(name, epochs_planned(trainer))
                 for name in ("start", "freeze_observers", "freeze_batch_norm")
             }
             if self._moments["start"] >= 1.0:
@@ -143,7 +153,9 @@ class QuantizationAwareTraining(CompressionCallback):
                     f"`{type(self).__name__}(start={self.start})`: expected a start before the end of the run, found "
                     f"`Trainer(max_epochs={trainer.max_epochs})`. Start earlier, for instance `start=0.7`."
                 )
-            self._bit_width_schedule = self.bit_width_schedule and resolve(self.bit_width_schedule, trainer.max_epochs)
+            self._bit_width_schedule = self.bit_width_schedule and resolve(
+                self.bit_width_schedule, epochs_planned(trainer)
+            )
             self.disclaim(pl_module)  # a fit starts over, unless a checkpoint brings the claim back
 
     @override
@@ -271,6 +283,19 @@ class QuantizationAwareTraining(CompressionCallback):
         """By the recipe; layers with a recipe of their own are known when the network is."""
         spec = self.recipe.spec().weight
         return Int8Weights(self.recipe.engine, spec.quant_max if spec.bits == 8 else 0)
+
+    @override
+    def rehearse(self, model: nn.Module, example: ExampleInput, batches: Sequence[Any]) -> list[str]:
+        """Quantize by the ranges of these batches; the copy stays fake-quantized."""
+        quantize(model, example, self.recipe, data=list(batches) or None, progress_bar=False)
+        state = self.state(model)
+        attach_fake_quantizer(model, state)
+        plan = read_state(state).plan
+        lines = [
+            f"{name}: weights of {bits['weight_bits']:g} bits, inputs of {bits.get('activation_bits', 32):g}"
+            for name, bits in plan.bits_of_layers().items()
+        ]
+        return lines + [f"{name}: left in float ({reason})" for name, reason in plan.left_float.items()]
 
     # Private: the small questions the hooks ask.
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypedDict
 
 from typing_extensions import override
 
 from lightning_light.callback import CompressionCallback
 from lightning_light.errors import OrderError
+from lightning_light.example_input import ExampleInput
 from lightning_light.formatting import plural
 from lightning_light.helper_networks import first_call
 from lightning_light.host.trainer import callbacks_of
 from lightning_light.order import Stage
-from lightning_light.progress import steps_planned, training_progress
+from lightning_light.progress import epochs_planned, steps_planned, training_progress
 from lightning_light.reparameterization.apply import (
     METHOD,
     Expansion,
@@ -35,6 +37,7 @@ from lightning_light.validation import Moment, validated
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+    from torch import nn
 
 __all__ = ["Reparameterization"]
 
@@ -162,10 +165,17 @@ class Reparameterization(CompressionCallback):
     def last_change(self, max_epochs: int | None) -> float | None:
         return (self.window(max_epochs) or (0.0, 1.0))[0 if self.merge is None else 1]
 
+    @override
+    def rehearse(self, model: nn.Module, example: ExampleInput, batches: Sequence[Any]) -> list[str]:
+        """Plan the branches; merged, the network has the layers that it had."""
+        plan = plan_expansion(model, self.form, as_targets(self.targets), example=example)
+        lines = [f"{name}: expanded by {len(branches)} while it trains" for name, branches in plan.layers.items()]
+        return lines + [f"{name}: left alone ({reason})" for name, reason in plan.skipped.items()]
+
     # Private: when the hooks act.
 
     def _resolved(self, trainer: Trainer) -> tuple[float, float]:
-        start, end = self.window(trainer.max_epochs) or (0.0, 1.0)
+        start, end = self.window(epochs_planned(trainer)) or (0.0, 1.0)
         follower = self._first_follower(trainer)
         self._merges = self.merge is not None or follower is not None
         if follower is not None:
@@ -194,7 +204,7 @@ class Reparameterization(CompressionCallback):
             for peer in callbacks
             if isinstance(peer, CompressionCallback)
             if peer.stage == Stage.SUBSTITUTION or Stage.STRUCTURED < peer.stage < Stage.EXPORT
-            if (window := peer.window(trainer.max_epochs)) is not None
+            if (window := peer.window(epochs_planned(trainer))) is not None
         ]
         if not found:
             return None

@@ -15,7 +15,7 @@ from lightning_light.quantization import Recipe
 from lightning_light.search.choices import Item
 from lightning_light.search.costs import Costs, Meter
 from lightning_light.search.evaluation import Evaluator, Score
-from lightning_light.search.integer_program import choose_items
+from lightning_light.integer_program import choose_items
 from lightning_light.search.table import SearchTable, total
 
 __all__ = ["Candidate", "Solver"]

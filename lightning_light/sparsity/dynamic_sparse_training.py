@@ -15,7 +15,7 @@ from lightning_light.criteria.evidence import Criterion
 from lightning_light.criteria.random import Random
 from lightning_light.errors import UnsupportedError
 from lightning_light.order import DEFAULT_WINDOWS, Stage
-from lightning_light.progress import progress_at_step, steps_done, steps_planned
+from lightning_light.progress import epochs_planned, progress_at_step, steps_done, steps_planned
 from lightning_light.schedules import Cosine, Schedule, Window, require_rising
 from lightning_light.schema import Needs, Within
 from lightning_light.sparsity.growth import Connections, DynamicMethod, RigL, SRigL, Static
@@ -130,7 +130,7 @@ class DynamicSparseTraining(MaskingCallback):
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         state = self.state(pl_module)
         if not state["masks"]:
-            if progress_at_step(trainer) + _SAME >= self._events.window(trainer.max_epochs)[0]:
+            if progress_at_step(trainer) + _SAME >= self._events.window(epochs_planned(trainer))[0]:
                 self._begin(trainer, pl_module)
         elif "connections" not in state:  # the masks of an earlier fit
             self._start_from(trainer, pl_module)

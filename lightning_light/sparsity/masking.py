@@ -7,17 +7,20 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_light.callback import CompressionCallback
 from lightning_light.errors import OrderError
-from lightning_light.formatting import plural
+from lightning_light.example_input import ExampleInput
+from lightning_light.formatting import human_percent, plural
 from lightning_light.helper_networks import frozen_parts
 from lightning_light.host.trainer import callbacks_of
 from lightning_light.measure.sparsity import mask_churn, zero_fraction, zero_rows
 from lightning_light.order import Stage
-from lightning_light.progress import progress_at_step, steps_done, steps_planned
+from lightning_light.planning import criterion_for, not_targeted
+from lightning_light.progress import epochs_planned, progress_at_step, steps_done, steps_planned
+from lightning_light.sparsity.functional import prune_weights
 from lightning_light.sparsity.mask_enforcer import MaskEnforcer, StepHooks, mask_model
 from lightning_light.sparsity.mask_state import cut_masks
 from lightning_light.sparsity.options import WeightPruningOptions
@@ -147,6 +150,15 @@ class MaskingCallback(CompressionCallback):
         """From the first change of the masks to the last."""
         return self._events.window(max_epochs)
 
+    @override
+    def rehearse(self, model: nn.Module, example: ExampleInput, batches: Sequence[Any]) -> list[str]:
+        """Mask as much as the budget says."""
+        criterion, note = criterion_for(model, self.options.criterion, batches)
+        given = {**vars(self.options), "criterion": criterion, "data": list(batches) or [example]}
+        masks = prune_weights(model, example, **given)
+        found = [f"{name}: {human_percent(zero_fraction([mask]))} masked" for name, mask in masks.items()]
+        return [*note, *found, *not_targeted(model, [name.rpartition(".")[0] for name in masks])]
+
     # For subclasses.
 
     @property
@@ -189,7 +201,7 @@ class MaskingCallback(CompressionCallback):
             return known.fraction
         planned = steps_planned(trainer)
         if planned != self._planned_steps:
-            self._points, self._planned_steps = self._events.points(trainer.max_epochs, planned), planned
+            self._points, self._planned_steps = self._events.points(epochs_planned(trainer), planned), planned
         progress = progress_at_step(trainer, ahead)
         due = self._events.due(self._points, progress, planned)
         fraction = self._points[due - 1][1] if due else 0.0

@@ -13,7 +13,7 @@ from lightning_light.budgets import Sparsity
 from lightning_light.criteria.collector import PARAMETER_KINDS, EvidenceCollector, EvidenceStorage
 from lightning_light.criteria.evidence import Criterion
 from lightning_light.order import DEFAULT_WINDOWS, Stage
-from lightning_light.progress import progress_at_step
+from lightning_light.progress import epochs_planned, progress_at_step
 from lightning_light.schedules import Cubic, Schedule, Window, require_rising
 from lightning_light.sparsity.mask_enforcer import parameters_of
 from lightning_light.sparsity.mask_schedules import Rewinding
@@ -142,7 +142,7 @@ class WeightPruning(MaskingCallback):
         """Resolve the schedule, and refuse to rewind to a moment that does not precede it."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            check_rewinding(self.schedule, self.window(trainer.max_epochs))
+            check_rewinding(self.schedule, self.window(epochs_planned(trainer)))
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

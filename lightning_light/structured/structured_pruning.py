@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypedDict, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_light.batch_norm import InputRecorder, Statistics, has_statistics, measure_statistics, move_statistics
@@ -24,10 +24,12 @@ from lightning_light.example_input import ExampleInput
 from lightning_light.formatting import plural
 from lightning_light.measure.latency_table import LatencyTable, TimedFiles, measured_text
 from lightning_light.order import DEFAULT_WINDOWS, Stage
-from lightning_light.progress import steps_done, steps_planned, training_progress
+from lightning_light.planning import criterion_for
+from lightning_light.progress import epochs_planned, steps_done, steps_planned, training_progress
 from lightning_light.schedules import Cubic, Schedule, Window, require_rising
 from lightning_light.schema import Needs, PlainExample
 from lightning_light.structured.costs import measure
+from lightning_light.structured.functional import prune_channels
 from lightning_light.structured.options import ChannelPruningOptions, Widths, check_gates, check_goal
 from lightning_light.structured.plan import (
     Goal,
@@ -216,7 +218,7 @@ class StructuredPruning(CompressionCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Place the cuts in the run."""
         super().on_train_start(trainer, pl_module)
-        self._points = self._events().points(trainer.max_epochs, steps_planned(trainer))
+        self._points = self._events().points(epochs_planned(trainer), steps_planned(trainer))
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -289,6 +291,13 @@ class StructuredPruning(CompressionCallback):
     def window(self, max_epochs: int | None) -> tuple[float, float] | None:
         """From the first cut to the last."""
         return self._events().window(max_epochs)
+
+    @override
+    def rehearse(self, model: nn.Module, example: ExampleInput, batches: Sequence[Any]) -> list[str]:
+        """Make one cut that meets the budget."""
+        criterion, note = criterion_for(model, self.criterion, batches)
+        given = {**vars(self.options), "criterion": criterion, "data": list(batches) or [example]}
+        return note + prune_channels(model, example, self.budget, **given).lines()
 
     # Private: when.
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from lightning_light.search.integer_program import choose_items
+from lightning_light.integer_program import choose_items
 
 
 def solutions(count: int) -> Iterator[tuple[int, ...]]:
