@@ -10,6 +10,8 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 __all__ = ["choose_items"]
 
+_LARGEST = 1e4  # of the scores that the solver is given
+
 
 def choose_items(
     scores: Sequence[float],
@@ -61,9 +63,11 @@ def choose_items(
         add(1.0 - 2.0 * _indicator(near[0], count), near[1] - len(near[0]))
     if not count:
         return [] if all(high >= 0.0 for high in highs) else None
+    objective = np.asarray(scores, dtype=np.float64)
+    objective = objective * (_LARGEST / (np.abs(objective).max() or 1.0))  # the solver stops at an absolute gap of 1e-6
     constraints = [LinearConstraint(np.stack(rows), -np.inf, np.asarray(highs))] if rows else []
     found = milp(
-        np.asarray(scores, dtype=np.float64),
+        objective,
         integrality=np.ones(count),
         bounds=Bounds(0, 1),
         constraints=constraints,

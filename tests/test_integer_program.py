@@ -48,3 +48,9 @@ def test_costs_of_any_unit_are_solved() -> None:
     scores, costs = [1.0, 1.1, 2.5], [[-1e-6, -2e-6, -3e-6], [-1e9, -1e9, -1e9]]
     assert choose_items(scores, costs, [-2e-6, -1e9]) == [1]
     assert choose_items(scores, costs, [-4e-6, -1e9]) == [0, 2]
+
+
+def test_scores_of_any_size_are_solved_exactly() -> None:
+    scores = [3e-9, 2e-9, 1e-9, 2.5e-9]
+    assert choose_items(scores, [[-1.0, -1.0, -1.0, -1.0]], [-2.0]) == [1, 2]
+    assert choose_items([7.0, 1e-3, 1.001e-3], [[-5.0, -1.0, -1.0]], [-6.0]) == [0, 1]

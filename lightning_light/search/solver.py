@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_light.errors import BudgetError
+from lightning_light.integer_program import choose_items
 from lightning_light.progress_bar import with_progress_bar
 from lightning_light.quantization import Recipe
 from lightning_light.search.choices import Item
 from lightning_light.search.costs import Costs, Meter
 from lightning_light.search.evaluation import Evaluator, Score
-from lightning_light.integer_program import choose_items
 from lightning_light.search.table import SearchTable, total
 
 __all__ = ["Candidate", "Solver"]

@@ -9,12 +9,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lightning_light.assignment import best_assignment
 from lightning_light.budgets import Budget
 from lightning_light.criteria.output_distance import output_distance
 from lightning_light.errors import BudgetError
 from lightning_light.example_input import ExampleInput
 from lightning_light.formatting import plural
+from lightning_light.integer_program import choose_items
 from lightning_light.isolation import isolated
 from lightning_light.order import Stage
 from lightning_light.progress_bar import with_progress_bar
@@ -155,10 +155,7 @@ def _fitted(
 
 
 def _choose(table: Sequence[Candidate], layers: Sequence[str], limit: float) -> list[Candidate] | None:
-    """Return the best choice whose costs sum up to ``limit``, or None."""
-    options = [[row for row in table if row.layer == layer] for layer in layers]
-    scores = [[0.0, *(row.score for row in rows)] for rows in options]
-    found = best_assignment(scores, [[0.0, *(row.cost for row in rows)] for rows in options], limit)
-    if found is None:
-        return None
-    return [rows[option - 1] for rows, option in zip(options, found.options, strict=True) if option]
+    """Return the best choice whose costs sum up to ``limit``, at most one per layer, or None."""
+    groups = [{place for place, row in enumerate(table) if row.layer == layer} for layer in layers]
+    found = choose_items([row.score for row in table], [[row.cost for row in table]], [limit], exclusive=groups)
+    return None if found is None else [table[place] for place in found]

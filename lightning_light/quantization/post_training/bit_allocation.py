@@ -6,9 +6,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from lightning_light.assignment import best_assignment
 from lightning_light.budgets import Size
 from lightning_light.errors import BudgetError
+from lightning_light.integer_program import choose_items
 from lightning_light.quantization.post_training.sensitivity import Sensitivity
 from lightning_light.quantization.recipes import Bits, IntN, MixedPrecision
 from lightning_light.validation import OpenFraction, validated
@@ -86,9 +86,17 @@ class BitBudget:
             limit, remains = (self.bops or 0.0) * most, f"{fraction:.3f} of the bit operations remain"
         if least > limit:
             raise BudgetError(f"`{self!r}`: with {widths[0]} bits in every layer {remains}.")
-        found = best_assignment(list(losses.values()), list(costs.values()), limit)
+        items = [(layer, place) for layer in costs for place in range(1, len(widths))]  # in place of the smallest width
+        found = choose_items(
+            [losses[layer][place] - losses[layer][0] for layer, place in items],
+            [[costs[layer][place] - costs[layer][0] for layer, place in items]],
+            [limit - least],
+            exclusive=[{number for number, item in enumerate(items) if item[0] == layer} for layer in costs],
+        )
         assert found is not None  # the smallest widths are within the limit
-        return {layer: widths[choice] for layer, choice in zip(costs, found.options, strict=True)}
+        return dict.fromkeys(costs, widths[0]) | {
+            layer: widths[place] for layer, place in map(items.__getitem__, found)
+        }
 
     def recipe(self, scan: Sensitivity, base: IntN = IntN()) -> MixedPrecision:
         """``base`` with the bits that `solve` gives each layer's weight.
