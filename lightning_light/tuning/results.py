@@ -122,15 +122,12 @@ class TuningResult:
         def place(trial: FrozenTrial) -> tuple[float, float]:
             return (trial.number if down == across else trial.values[across]), trial.values[down]
 
-        done = [
-            trial for trial in self.study.get_trials() if trial.values is not None and trial.state.name == "COMPLETE"
-        ]
+        done = [trial for trial in self.study.get_trials() if trial.state.name == "COMPLETE"]
         if done:
             axes.scatter(*zip(*map(place, done), strict=True), color="#7fcdbb", label="trials")
-            front = sorted(map(place, self.front))
-            axes.plot(
-                *zip(*front, strict=True), color="#081d58", marker="o", drawstyle="steps-post", label="Pareto front"
-            )
+            line = "-" if len(names) == 2 else ""  # more objectives are a surface, one is a point
+            style: dict[str, Any] = {"color": "#081d58", "marker": "o", "linestyle": line, "drawstyle": "steps-post"}
+            axes.plot(*zip(*sorted(map(place, self.front)), strict=True), label="Pareto front", **style)
             axes.legend(frameon=False)
         axes.set_xlabel("trial" if down == across else names[across])
         axes.set_ylabel(names[down])
