@@ -76,11 +76,12 @@ class Solver:
         self._exclusive = [{i for i, item in enumerate(table.items) if layer in item.layers} for layer in layers]
         self._known: dict[frozenset[int], Candidate] = {}
         self._refused: list[frozenset[int]] = []
+        self._evaluated = 0
 
     @property
     def evaluated(self) -> int:
         """The number of whole networks whose outputs were compared."""
-        return len(self._known)
+        return self._evaluated
 
     def predicted(self, items: Sequence[Item]) -> Costs:
         """Return the costs of the network as it is without what the items save alone."""
@@ -189,6 +190,7 @@ class Solver:
             }
             if not over:
                 self._known[found] = Candidate(items, self._evaluator.score(network), counted)
+                self._evaluated += 1
                 return
             self._refused.append(found)
             limits = {quantity: limit - over.get(quantity, 0.0) for quantity, limit in limits.items()}
