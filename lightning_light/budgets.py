@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import torch
 from typing_extensions import override
 
+from lightning_light.errors import UnsupportedError
 from lightning_light.helper_networks import helper_networks, inside
 from lightning_light.merging import is_training_branch
 from lightning_light.runtime import Runtime
@@ -386,9 +387,10 @@ class Latency(Budget):
         """Return the median of several calls after a warm-up: 20 of the network, or those of its file in ``runtime``.
 
         Raises:
-            ValueError: there is no example; or it is a call of a training step, and a file contains ``forward``.
+            ValueError: there is no example.
             TraceError: the file format cannot express the model.
-            UnsupportedError: the runtime is not installed.
+            UnsupportedError: the runtime is not installed; or the example is a call of a training step, and a file
+                contains ``forward``.
         """
         from lightning_light.isolation import isolated
         from lightning_light.measure.latency import measure_latency
@@ -397,12 +399,22 @@ class Latency(Budget):
         if self.runtime is None:
             with isolated(model):
                 return measure_latency(_synchronized(model, call), warmup=3, runs=20).median
-        if call.method != "forward":
-            raise ValueError(
-                f"`{self!r}` of `{type(model).__name__}`: expected a call of `forward`, of which the file is written, "
-                f"found one of `{call.method}`. Set `self.example_input_array` in the module."
-            )
+        self.check_runtime(model, call)
         return self.runtime.seconds(model, call, self.threads)
+
+    def check_runtime(self, model: nn.Module, example: ExampleInput) -> None:
+        """Check that the runtime is installed, and that a file for ``example`` can be written.
+
+        Raises:
+            UnsupportedError: it is not installed, or the example is not a call of ``forward``.
+        """
+        if self.runtime is not None:
+            self.runtime.check()
+        if example.method != "forward":
+            raise UnsupportedError(
+                f"`{self!r}` of `{type(model).__name__}`: expected a call of `forward`, of which the file is written, "
+                f"found one of `{example.method}`. Set `self.example_input_array` in the module."
+            )
 
 
 def _counts(model: nn.Module, example: ExampleInput | None) -> Callable[[str], bool]:

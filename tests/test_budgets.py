@@ -18,6 +18,7 @@ from lightning_light.budgets import (
     Sparsity,
     require_reducible,
 )
+from lightning_light.errors import UnsupportedError
 from lightning_light.example_input import ExampleInput
 from lightning_light.export import TorchScriptLite
 
@@ -173,7 +174,7 @@ def test_latency_in_a_runtime_is_that_of_the_file_on_one_sample(net: nn.Module, 
 
 
 def test_latency_in_a_runtime_needs_forward_and_threads_a_runtime(net: nn.Module) -> None:
-    with pytest.raises(ValueError, match=r"expected a call of `forward`.*found one of `training_step`.*example_input"):
+    with pytest.raises(UnsupportedError, match=r"expected a call of `forward`.*found one of `training_step`.*example"):
         IN_RUNTIME.measure(net, ExampleInput(EXAMPLE.args, method="training_step"))
     with pytest.raises(
         ValueError, match=r"`Latency\(.*threads=2\)`: expected `threads` of a runtime, found no runtime"

@@ -352,7 +352,7 @@ class _Candidates:
             choice = self._priced(form, ranks, *layer.cost(form, ranks), spectrum.error(ranks))
             if _is_smaller(choice, dense):
                 found.append(choice)
-        return min(found, key=lambda choice: (choice.macs, choice.params))
+        return min(found, key=lambda choice: (choice.macs, choice.params, choice.error))
 
     def _sensitivity(self, layer: FactorizableLayer, front: list[Choice]) -> float:
         """Return the weight of the layer's error: the output's change per unit of error, at a middle choice."""

@@ -31,7 +31,7 @@ CACHE = "LIGHTNING_LIGHT_CACHE"
 
 _STEP = 0.99  # by at least which the limit of estimates is lowered, where the measured file is above it
 _FEW = 4  # operators, that need no progress bar
-_DISTINCT = 0.05  # files whose operators take nearly the same time say nothing of the slope
+_DISTINCT = 0.05  # files whose operators take nearly the same time do not determine the slope
 
 
 class TimedFiles(TypedDict):
@@ -83,6 +83,7 @@ class LatencyTable:
 
     def correct_by(self, model: nn.Module, example: ExampleInput) -> float:
         """Measure the file of ``model``, correct all estimates by it, and return its seconds."""
+        self._budget.check_runtime(model, example)
         calls = operator_calls(model, example)
         self._estimated[calls.digest] = self._sum(calls)
         return self._file(calls, model, example)
