@@ -11,7 +11,6 @@ from lightning_light.substitution.operators import (
     Fire,
     Ghost,
     GroupShuffle,
-    InvertedResidual,
     Operator,
 )
 from lightning_light.targets import Targets
@@ -44,12 +43,12 @@ class SubstitutionOptions:
     """
 
     operators: Sequence[Operator] = (
-        DepthwiseSeparable(),
+        DepthwiseSeparable(multiplier=1),
+        DepthwiseSeparable(multiplier=2),
         DepthwiseSeparable(multiplier=4),
         GroupShuffle(groups=2),
         Ghost(ratio=2),
         Fire(ratio=0.5),
-        InvertedResidual(expansion=2.0),
     )
     targets: Targets | str | list[str] | None = None
     fit_steps: NonNegativeInt = 100
