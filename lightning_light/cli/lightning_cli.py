@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
-import lightning_light.planning
 from lightning_light.errors import LightningLightError
 from lightning_light.host.cli import lightning_cli_of
+from lightning_light.planning import plan
 
 __all__ = ["LightningLightCLI", "one_sentence"]
 
@@ -92,7 +92,7 @@ class LightningLightCLI(LightningCLI):
             return
         model, data = self.model, self.datamodule
         given = model if data is None else data
-        found = lightning_light.planning.plan(
+        found = plan(
             model,
             given,
             self.trainer.callbacks,  # type: ignore[attr-defined]  # set by a connector
@@ -150,9 +150,7 @@ def _arguments(path: str) -> set[str]:
 
 def _classes() -> set[str]:
     """Name the classes of this package and all callbacks that are loaded."""
-    import lightning_light as package
-
-    public = {name for name in package.__all__ if name[0].isupper()}
+    public = {name for name in sys.modules["lightning_light"].__all__ if name[0].isupper()}
     return public | {each.__name__ for root in _roots() for each in _subclasses(root)}
 
 

@@ -100,10 +100,8 @@ def test_both_hosts_in_a_process_of_their_own(host: str, tmp_path: Path) -> None
     assert "The nearest: `WeightClustering`" in wrong.stderr
     assert "StructuredPruning" in run("--trainer.callbacks.help=StructuredPruning").stdout
     assert "max_epochs: 7" in run("--trainer.max_epochs=7", "--print_config").stdout
-    refused = run(
-        "--trainer.callbacks+=StructuredPruning", "--trainer.callbacks.budget=MACs",
-        "--trainer.callbacks.budget.remaining=0.00001", "--trainer.max_epochs=2", "--trainer.logger=false",
-        "--trainer.enable_checkpointing=false", "--trainer.accelerator=cpu",
-    )  # fmt: skip
+    budget = ["--trainer.callbacks.budget=MACs", "--trainer.callbacks.budget.remaining=0.00001"]
+    length = ["--trainer.max_epochs=2", "--trainer.logger=false", "--trainer.enable_checkpointing=false"]
+    refused = run("--trainer.callbacks+=StructuredPruning", *budget, *length, "--trainer.accelerator=cpu")
     assert refused.returncode == 1
     assert "Traceback" not in refused.stderr
