@@ -44,6 +44,12 @@ PLOTS_HEADING = """\
 The CNN. Circles are rows of this package and the dense network, squares those of others; the line joins the rows that
 no other one beats in both.
 """
+COMPARISON = """\
+## Beside other packages
+
+Accuracy of this package less that of the peer, same seed and same starting weights: a negative difference means that the
+peer is better.
+"""
 COLUMNS = "method package accuracy n to_dense MACs params zeros file compressed latency training"
 HEADER = [column.replace("_", " ") for column in COLUMNS.split()]
 
@@ -94,33 +100,17 @@ def _table(header: list[str], lines: list[list[str]]) -> str:
 def _comparison(rows: list[Row]) -> str:
     """Compare each row of a peer with the row of this package for the same purpose, seed by seed."""
     by_name = {row.experiment.name: row for row in rows}
+    pairs = [(by_name[row.experiment.beside], row) for row in rows if row.experiment.beside in by_name]
     lines = []
-    for peer in (row for row in rows if row.experiment.beside in by_name):
-        own = by_name[peer.experiment.beside or ""]
-        accuracies = {result["settings"]["seed"]: result["accuracy"] for result in peer.results}
-        differences = [
-            result["accuracy"] - accuracies[result["settings"]["seed"]]
-            for result in own.results
-            if result["settings"]["seed"] in accuracies
-        ]
-        if differences:
-            points = [100 * value for value in differences]
+    for own, peer in pairs:
+        theirs = peer.accuracies()
+        points = [100 * (value - theirs[seed]) for seed, value in own.accuracies().items() if seed in theirs]
+        if points:
+            left = _link(own.experiment, own.experiment.title)
+            right = _link(peer.experiment, f"{peer.experiment.package}: {peer.experiment.title}")
             spread = f" ± {stdev(points):.2f}" if len(points) > 1 else ""
-            lines.append(
-                [
-                    _link(own.experiment, own.experiment.title),
-                    _link(peer.experiment, f"{peer.experiment.package}: {peer.experiment.title}"),
-                    f"{mean(points):+.2f}{spread}",
-                    str(len(points)),
-                    _verdict(points),
-                ]
-            )
-    header = [OURS, "peer", "difference, points", "n", "higher in"]
-    return (
-        "## Beside other packages\n\n"
-        "Accuracy of this package less that of the peer, same seed and same starting weights.\n\n"
-        + _table(header, lines)
-    )
+            lines.append([left, right, f"{mean(points):+.2f}{spread}", str(len(points)), _verdict(points)])
+    return COMPARISON + "\n" + _table([OURS, "peer", "difference, points", "n", "higher"], lines)
 
 
 def _link(experiment: Experiment, label: str) -> str:

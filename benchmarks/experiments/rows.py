@@ -26,6 +26,10 @@ class Row:
         """Return a quantity of every seed."""
         return [_at(result, keys) for result in self.results]
 
+    def accuracies(self) -> dict[int, float]:
+        """Return the accuracy by seed."""
+        return {result["settings"]["seed"]: result["accuracy"] for result in self.results}
+
     def share(self, quantity: str) -> float | None:
         """Return the mean share of the dense network's ``quantity``, one of `AXES`, ``"params"`` or ``"bytes"``."""
         if quantity in ("macs", "params"):

@@ -125,7 +125,13 @@ CNN = [
     Experiment("dense-trained-on", "Dense network", "trained on for as many epochs as the others", Method(), NONE),
     *_structured(0.3),
     *_structured(0.5),
-    _ours("sparse-0.9", _SPARSITY, "`WeightPruning`, 90 %", ll.WeightPruning(ll.Sparsity(0.9))),
+    _ours("sparse-0.9", _SPARSITY, "`WeightPruning`, 90 %, gradual", ll.WeightPruning(ll.Sparsity(0.9))),
+    _ours(
+        "sparse-one-shot-0.9",
+        _SPARSITY,
+        "`WeightPruning`, 90 % at the start",
+        ll.WeightPruning(ll.Sparsity(0.9), schedule=ll.OneShot()),
+    ),
     Experiment(
         "model-pruning-0.9",
         _SPARSITY,
@@ -140,7 +146,7 @@ CNN = [
         "`global_unstructured`, 90 % at the start",
         TorchPrune(0.9),
         package="torch.nn.utils.prune",
-        beside="sparse-0.9",
+        beside="sparse-one-shot-0.9",
     ),
     _ours(
         "rigl-0.9",
