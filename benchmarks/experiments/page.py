@@ -47,8 +47,8 @@ no other one beats in both.
 COMPARISON = """\
 ## Beside other packages
 
-Accuracy of this package less that of the peer, same seed and same starting weights: a negative difference means that the
-peer is better.
+Accuracy of this package less that of the peer, same seed and same starting weights: a negative difference means that
+the peer is better.
 """
 COLUMNS = "method package accuracy n to_dense MACs params zeros file compressed latency training"
 HEADER = [column.replace("_", " ") for column in COLUMNS.split()]
