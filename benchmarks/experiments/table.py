@@ -1,0 +1,252 @@
+"""The table of experiments."""
+
+from dataclasses import dataclass
+
+import torch_pruning as tp
+
+import lightning_light as ll
+from benchmarks.experiments.methods import Callbacks, Method, PruneChannels, Quantize, Student
+from benchmarks.experiments.peers import (
+    FXQuantization,
+    HandWrittenDistillation,
+    LightningModelPruning,
+    TorchPrune,
+    TorchPruning,
+)
+from lightning_light.criteria import LearnedGates
+from lightning_light.reparameterization import ACB
+from lightning_light.sparsity import SET
+
+OURS, NONE = "lightning_light", "none"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How much is trained on a kind of machine.
+
+    Attributes:
+        depth: of the CIFAR-10 ResNet.
+        epochs: of the CNN, and of the ResNet.
+        seeds: of the CNN, and of the ResNet.
+    """
+
+    depth: int
+    epochs: dict[str, int]
+    seeds: dict[str, int]
+
+
+PROFILES = {
+    "cpu": Profile(20, epochs={"cnn": 3, "resnet": 1}, seeds={"cnn": 3, "resnet": 1}),
+    "gpu": Profile(56, epochs={"cnn": 10, "resnet": 200}, seeds={"cnn": 5, "resnet": 3}),
+}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One row of the page.
+
+    Attributes:
+        name: of its result files.
+        section: of the page.
+        title: what is done.
+        method: how.
+        package: that does it; `NONE` where nothing is compressed.
+        beside: the experiment of this package with which the row of a peer is compared.
+        network: ``"cnn"`` or ``"resnet"``.
+        epochs: of training; None for those of the profile, 0 for none.
+    """
+
+    name: str
+    section: str
+    title: str
+    method: Method
+    package: str = OURS
+    beside: str | None = None
+    network: str = "cnn"
+    epochs: int | None = None
+
+
+def _ours(name: str, section: str, title: str, *callbacks: ll.CompressionCallback, **options: bool) -> Experiment:
+    return Experiment(name, section, title, Callbacks(callbacks, **options))
+
+
+def _structured(remaining: float) -> list[Experiment]:
+    """Return the rows of structured pruning for one budget."""
+    section, budget = f"Structured pruning to {remaining:.0%} of the MACs", ll.MACs(remaining)
+    end = f"-{remaining}"
+    gates = LearnedGates(60)
+    return [
+        Experiment("magnitude" + end, section, "`Magnitude`, one cut", PruneChannels(budget)),
+        Experiment("taylor" + end, section, "`Taylor`, one cut", PruneChannels(budget, ll.Taylor())),
+        Experiment("gates" + end, section, "`LearnedGates`, one cut", PruneChannels(budget, gates)),
+        Experiment(
+            "gates-teacher" + end,
+            section,
+            "`LearnedGates`, one cut, dense teacher",
+            PruneChannels(budget, gates, teacher=True),
+        ),
+        Experiment(
+            "magnitude-teacher" + end,
+            section,
+            "`Magnitude`, one cut, dense teacher",
+            PruneChannels(budget, teacher=True),
+        ),
+        _ours("magnitude-gradual" + end, section, "`Magnitude`, gradual", ll.StructuredPruning(budget)),
+        _ours(
+            "taylor-gradual" + end, section, "`Taylor`, gradual", ll.StructuredPruning(budget, criterion=ll.Taylor())
+        ),
+        Experiment(
+            "torch-pruning-magnitude" + end,
+            section,
+            "`GroupMagnitudeImportance`, one cut",
+            TorchPruning(tp.importance.GroupMagnitudeImportance, remaining),
+            package="torch-pruning",
+            beside="magnitude" + end,
+        ),
+        Experiment(
+            "torch-pruning-taylor" + end,
+            section,
+            "`GroupTaylorImportance`, one cut",
+            TorchPruning(tp.importance.GroupTaylorImportance, remaining, gradients=True),
+            package="torch-pruning",
+            beside="taylor" + end,
+        ),
+    ]
+
+
+_MIDDLE = ["net.blocks.*"]
+_SPARSITY = "Sparsity: masked weights"
+_FACTORS = "Fewer or lighter layers"
+_BITS = "Fewer bits"
+_STUDENTS = "A student of half the width, trained from scratch"
+
+CNN = [
+    Experiment("dense", "Dense network", "the starting weights of all rows", Method(), NONE, epochs=0),
+    Experiment("dense-trained-on", "Dense network", "trained on for as many epochs as the others", Method(), NONE),
+    *_structured(0.3),
+    *_structured(0.5),
+    _ours("sparse-0.9", _SPARSITY, "`WeightPruning`, 90 %, gradual", ll.WeightPruning(ll.Sparsity(0.9))),
+    _ours(
+        "sparse-one-shot-0.9",
+        _SPARSITY,
+        "`WeightPruning`, 90 % at the start",
+        ll.WeightPruning(ll.Sparsity(0.9), schedule=ll.OneShot()),
+    ),
+    Experiment(
+        "model-pruning-0.9",
+        _SPARSITY,
+        "`ModelPruning`, 90 % after the first epoch",
+        LightningModelPruning(0.9),
+        package="Lightning",
+        beside="sparse-0.9",
+    ),
+    Experiment(
+        "torch-prune-0.9",
+        _SPARSITY,
+        "`global_unstructured`, 90 % at the start",
+        TorchPrune(0.9),
+        package="torch.nn.utils.prune",
+        beside="sparse-one-shot-0.9",
+    ),
+    _ours(
+        "rigl-0.9",
+        _SPARSITY,
+        "`DynamicSparseTraining`, RigL, 90 %",
+        ll.DynamicSparseTraining(ll.Sparsity(0.9), criterion=ll.Magnitude()),
+    ),
+    _ours(
+        "set-0.9",
+        _SPARSITY,
+        "`DynamicSparseTraining`, SET, 90 %",
+        ll.DynamicSparseTraining(ll.Sparsity(0.9), method=SET(), criterion=ll.Magnitude()),
+    ),
+    _ours("nm-2-4", _SPARSITY, "`WeightPruning`, 2:4", ll.WeightPruning(pattern=ll.NM(2, 4), targets=_MIDDLE)),
+    _ours("sr-ste", _SPARSITY, "`SRSTE`, 2:4", ll.SRSTE(ll.NM(2, 4), targets=_MIDDLE)),
+    _ours(
+        "block-0.75",
+        _SPARSITY,
+        "`WeightPruning`, blocks of 4 outputs, 75 %",
+        ll.WeightPruning(ll.Sparsity(0.75), pattern=ll.Block(4, 1), targets=_MIDDLE),
+    ),
+    _ours(
+        "low-rank-0.5",
+        _FACTORS,
+        "`LowRankFactorization`, spatial, 50 % of the MACs",
+        ll.LowRankFactorization(ll.MACs(0.5), form="spatial"),
+    ),
+    _ours("depth-0.5", _FACTORS, "`DepthPruning`, 50 % of the MACs", ll.DepthPruning(ll.MACs(0.5))),
+    _ours("acb", _FACTORS, "`Reparameterization`, ACB, merged", ll.Reparameterization(ACB())),
+    _ours("clustering-16", _BITS, "`WeightClustering`, 16 values per layer", ll.WeightClustering(16)),
+    Experiment("ptq", _BITS, "`quantize`, int8, after training on", Quantize(ll.Int8("onnx"))),
+    _ours(
+        "qat", _BITS, "`QuantizationAwareTraining`, int8", ll.QuantizationAwareTraining(ll.Int8("onnx")), quantized=True
+    ),
+    Experiment(
+        "fx-qat", _BITS, "FX, `prepare_qat_fx`, int8", FXQuantization(), package="torch.ao.quantization", beside="qat"
+    ),
+    _ours(
+        "lsq-4",
+        _BITS,
+        "`LSQ`, 4-bit weights and activations, ends in int8",
+        ll.QuantizationAwareTraining(
+            ll.MixedPrecision(default=ll.LSQ(4, 4, engine="onnx"), first=ll.Int8("onnx"), last=ll.Int8("onnx")),
+            start=0.2,
+        ),
+        quantized=True,
+    ),
+    _ours(
+        "prune-qat-teacher",
+        _BITS,
+        "gradual pruning to 50 % of the MACs, then int8, dense teacher",
+        ll.StructuredPruning(ll.MACs(0.5)),
+        ll.QuantizationAwareTraining(ll.Int8("onnx")),
+        teacher=True,
+        quantized=True,
+    ),
+    Experiment("student", _STUDENTS, "alone", Student(12)),
+    Experiment("student-teacher", _STUDENTS, "`KnowledgeDistillation`", Student(12, teacher=True)),
+    Experiment(
+        "student-by-hand",
+        _STUDENTS,
+        "distillation loss in `training_step`",
+        HandWrittenDistillation(12),
+        package="by hand",
+        beside="student-teacher",
+    ),
+]
+
+
+def _untrained(remaining: float, name: str, criterion: ll.criteria.Criterion) -> Experiment:
+    """Return a row of a ResNet that is pruned and not trained."""
+    section = f"ResNet, CIFAR-10: pruned to {remaining:.0%} of the MACs, no training"
+    method = PruneChannels(ll.MACs(remaining), criterion)
+    title = f"`{type(criterion).__name__}`, statistics of batch norms corrected"
+    return Experiment(f"resnet-{name}-untrained-{remaining}", section, title, method, network="resnet", epochs=0)
+
+
+_RESNET = "ResNet, CIFAR-10: trained on"
+
+RESNET = [
+    Experiment("resnet-dense", _RESNET, "the published weights", Method(), NONE, network="resnet", epochs=0),
+    *(
+        _untrained(remaining, name, criterion)
+        for remaining in (0.5, 0.3)
+        for name, criterion in (("magnitude", ll.Magnitude()), ("gates", LearnedGates()))
+    ),
+    Experiment(
+        "resnet-gates-teacher-0.5",
+        _RESNET,
+        "`LearnedGates`, one cut to 50 % of the MACs, dense teacher",
+        PruneChannels(ll.MACs(0.5), LearnedGates(), teacher=True),
+        network="resnet",
+    ),
+    Experiment(
+        "resnet-magnitude-teacher-0.5",
+        _RESNET,
+        "`Magnitude`, one cut to 50 % of the MACs, dense teacher",
+        PruneChannels(ll.MACs(0.5), teacher=True),
+        network="resnet",
+    ),
+]
+
+EXPERIMENTS = [*CNN, *RESNET]

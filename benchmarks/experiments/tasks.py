@@ -1,0 +1,222 @@
+"""Networks, data and training that all experiments share."""
+
+import importlib
+import os
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+ROOT = Path(__file__).parents[2]
+for folder in ("examples", "benchmarks"):
+    sys.path.append(str(ROOT / folder))  # their scripts import each other by file name
+
+QUIET: dict[str, Any] = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "limit_val_batches": 0,
+}
+
+
+class Task(ABC):
+    """A network that is trained before it is compressed, its data, and how it is trained on.
+
+    Attributes:
+        name: of the network and its data.
+        shape: of one input.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def example(self) -> Tensor:
+        """An input of batch size one."""
+        return torch.zeros(1, *self.shape)
+
+    @abstractmethod
+    def missing(self) -> str | None:
+        """Name what the task lacks on this machine; None if it can run."""
+
+    @abstractmethod
+    def untrained(self) -> nn.Module:
+        """Build the network."""
+
+    @abstractmethod
+    def trained(self, seed: int) -> nn.Module:
+        """Return the network with the weights that every experiment of ``seed`` starts from."""
+
+    @abstractmethod
+    def module(self, net: nn.Module) -> L.LightningModule:
+        """Wrap ``net``, as attribute ``net``, for training."""
+
+    @abstractmethod
+    def train_loader(self) -> DataLoader[Any]:
+        """Return shuffled training batches."""
+
+    @abstractmethod
+    def test_loader(self) -> DataLoader[Any]:
+        """Return the whole test set."""
+
+    def batches(self, count: int) -> Iterator[Any]:
+        """Yield ``count`` training batches, without augmentation."""
+        return islice(self.train_loader(), count)
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions beside a shortcut."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs)
+        self.conv2, self.bn2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs)
+        self.shortcut = nn.Identity() if stride == 1 else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+class CNN(nn.Module):
+    """The residual network of ``examples/01_prune_and_export.py``."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        self.blocks = nn.Sequential(nn.MaxPool2d(2), Block(width, width, 1), Block(width, 2 * width, 2))
+        self.head = nn.Linear(2 * width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+class Classifier(L.LightningModule):
+    """Cross entropy with label smoothing, SGD, one cycle of the learning rate."""
+
+    def __init__(self, net: nn.Module, lr: float, example: Tensor) -> None:
+        super().__init__()
+        self.net, self.lr = net, lr
+        self.example_input_array = example
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1], label_smoothing=0.1)
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), self.lr, momentum=0.9, weight_decay=5e-4)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, total_steps=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+@dataclass
+class FashionCNN(Task):
+    """The CNN of the examples on Fashion-MNIST; trained once per seed, and kept in ``cache``."""
+
+    cache: Path
+    data: str | None = None
+    width: int = 24
+    epochs: int = 6
+    lr: float = 0.1
+
+    name = "CNN, Fashion-MNIST"
+    shape = (1, 28, 28)
+
+    def __post_init__(self) -> None:
+        self._data = None
+
+    def missing(self) -> str | None:
+        return None
+
+    def untrained(self) -> nn.Module:
+        return CNN(self.width)
+
+    def trained(self, seed: int) -> nn.Module:
+        net, path = self.untrained(), self.cache / f"cnn-{self.width}-{self.epochs}-{seed}.pt"
+        if not path.exists():
+            L.seed_everything(seed, verbose=False)
+            net = self.untrained()
+            trainer = L.Trainer(max_epochs=self.epochs, default_root_dir=self.cache, **QUIET)
+            trainer.fit(self.module(net), self.train_loader())
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(net.state_dict(), path)
+        net.load_state_dict(torch.load(path, weights_only=True))
+        return net.eval()
+
+    def module(self, net: nn.Module) -> L.LightningModule:
+        return Classifier(net, self.lr, self.example)
+
+    def train_loader(self) -> DataLoader[Any]:
+        return self._loaded().train_dataloader()
+
+    def test_loader(self) -> DataLoader[Any]:
+        return self._loaded().test_dataloader()
+
+    def _loaded(self) -> Any:
+        if self._data is None:
+            self._data = importlib.import_module("fashion_mnist").FashionMNIST(self.data)
+            self._data.setup("fit")
+        return self._data
+
+
+@dataclass
+class CIFARResNet(Task):
+    """A CIFAR-10 ResNet with published weights (a state dict with the names of akamaster/pytorch_resnet_cifar10)."""
+
+    depth: int
+    data: Path | None = None
+    weights: Path | None = None
+    lr: float = 0.01
+
+    shape = (3, 32, 32)
+
+    def __post_init__(self) -> None:
+        self.name = f"ResNet-{self.depth}, CIFAR-10"
+        self._data = None
+
+    def missing(self) -> str | None:
+        if self.data is None or self.weights is None:
+            return "`--cifar10` and `--weights` (or the variables CIFAR10 and CIFAR10_WEIGHTS)"
+        absent = [str(path) for path in (self.data, self.weights) if not path.exists()]
+        return " and ".join(absent) or None
+
+    def untrained(self) -> nn.Module:
+        return importlib.import_module("nets").cifar_resnet(self.depth)
+
+    def trained(self, seed: int) -> nn.Module:
+        net = self.untrained()
+        net.load_state_dict(torch.load(self.weights, weights_only=True))
+        return net.eval()
+
+    def module(self, net: nn.Module) -> L.LightningModule:
+        return importlib.import_module("low_bits_resnet").OwnCrops(net, self.lr)
+
+    def train_loader(self) -> DataLoader[Any]:
+        return DataLoader(self._loaded()["train"], 128, shuffle=True, drop_last=True)
+
+    def test_loader(self) -> DataLoader[Any]:
+        return DataLoader(self._loaded()["test"], 500)
+
+    def _loaded(self) -> Any:
+        if self._data is None:
+            self._data = importlib.import_module("cifar_resnet").read(self.data)
+        return self._data
+
+
+def from_environment(variable: str) -> Path | None:
+    """Return the path that an environment variable holds, if any."""
+    value = os.environ.get(variable)
+    return Path(value) if value else None
