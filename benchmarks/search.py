@@ -24,11 +24,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_light as ll
 from lightning_light.example_input import ExampleInput
-from lightning_light.search import BlockChoices, ChannelChoices, RankChoices, SearchTable
-from lightning_light.search.costs import Meter
-from lightning_light.search.evaluation import Evaluator, split_batches
-from lightning_light.search.sensitivity import fill_table
-from lightning_light.search.solver import Solver
+from lightning_light.nas import BlockChoices, ChannelChoices, RankChoices, SearchTable
+from lightning_light.nas.costs import Meter
+from lightning_light.nas.evaluation import Evaluator, split_batches
+from lightning_light.nas.sensitivity import fill_table
+from lightning_light.nas.solver import Solver
 
 SPACE = [
     BlockChoices(),

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         lowrank as lowrank,
         measure as measure,
         monitors as monitors,
+        nas as nas,
         quantization as quantization,
         reparameterization as reparameterization,
         report as report,
@@ -83,6 +84,7 @@ if TYPE_CHECKING:
         CompressionMonitor as CompressionMonitor,
         CompressionReport as CompressionReport,
     )
+    from lightning_light.nas import ArchitectureSearch as ArchitectureSearch, search as search
     from lightning_light.planning import plan as plan
     from lightning_light.quantization import (
         LSQ as LSQ,
@@ -101,7 +103,6 @@ if TYPE_CHECKING:
         merge_branches as merge_branches,
     )
     from lightning_light.schedules import Cubic as Cubic, OneShot as OneShot, Window as Window
-    from lightning_light.search import ArchitectureSearch as ArchitectureSearch, search as search
     from lightning_light.sparsity import (
         NM as NM,
         SRSTE as SRSTE,
@@ -178,6 +179,7 @@ _NAMES = {
     ),
     "measure": ("measure_sparsity",),
     "monitors": ("CompressionMonitor", "CompressionReport"),
+    "nas": ("ArchitectureSearch", "search"),
     "planning": ("plan",),
     "reparameterization": ("Reparameterization", "merge_branches"),
     "quantization": (
@@ -195,7 +197,6 @@ _NAMES = {
         "OneShot",
         "Window",
     ),
-    "search": ("ArchitectureSearch",),
     "sparsity": (
         "Block",
         "DynamicSparseTraining",
@@ -233,6 +234,7 @@ _MODULES = {
     "lowrank": "lowrank",
     "measure": "measure",
     "monitors": "monitors",
+    "nas": "nas",
     "observers": "quantization.observers",
     "patterns": "sparsity.patterns",
     "quantization": "quantization",
@@ -241,7 +243,6 @@ _MODULES = {
     "reparameterization": "reparameterization",
     "report": "report",
     "schedules": "schedules",
-    "search": "search",
     "sparsity": "sparsity",
     "structured": "structured",
     "substitution": "substitution",

@@ -10,8 +10,8 @@ from torch import Tensor
 
 import lightning_light as ll
 from lightning_light.measure import count_cost
+from lightning_light.nas import BlockChoices, ChannelChoices, RankChoices
 from lightning_light.schedules import Linear, OneShot, Window
-from lightning_light.search import BlockChoices, ChannelChoices, RankChoices
 from tests.contract.bodies import TwoOptimizers
 from tests.contract.cases.depth import Deep
 from tests.contract.runs import module_class, trainer

@@ -11,8 +11,8 @@ from typing_extensions import override
 
 from lightning_light.depth.blocks import find_blocks, remove_blocks
 from lightning_light.example_input import ExampleInput
+from lightning_light.nas.choices import Change, Choices, Item
 from lightning_light.order import Stage
-from lightning_light.search.choices import Change, Choices, Item
 from lightning_light.targets import Targets, as_targets
 from lightning_light.validation import validated
 

@@ -17,10 +17,10 @@ from lightning_light.criteria.output_distance import Distance, output_distance
 from lightning_light.example_input import ExampleInput
 from lightning_light.isolation import isolated, plain_execution
 from lightning_light.lowrank.calibration import first_batches
+from lightning_light.nas.apply import apply_items
+from lightning_light.nas.choices import Choices, Item
 from lightning_light.nested import tensors_in
 from lightning_light.quantization import Recipe, fake_quantized, quantize
-from lightning_light.search.apply import apply_items
-from lightning_light.search.choices import Choices, Item
 from lightning_light.surgery.distributed import digest
 
 __all__ = ["Evaluator", "Score", "split_batches"]

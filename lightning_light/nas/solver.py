@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 from lightning_light.errors import BudgetError
 from lightning_light.integer_program import choose_items
+from lightning_light.nas.choices import Item
+from lightning_light.nas.costs import Costs, Meter
+from lightning_light.nas.evaluation import Evaluator, Score
+from lightning_light.nas.table import SearchTable, total
 from lightning_light.progress_bar import with_progress_bar
 from lightning_light.quantization import Recipe
-from lightning_light.search.choices import Item
-from lightning_light.search.costs import Costs, Meter
-from lightning_light.search.evaluation import Evaluator, Score
-from lightning_light.search.table import SearchTable, total
 
 __all__ = ["Candidate", "Solver"]
 

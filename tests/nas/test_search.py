@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import lightning_light as ll
 from lightning_light.measure import count_cost
-from lightning_light.search import BlockChoices, ChannelChoices, RankChoices
+from lightning_light.nas import BlockChoices, ChannelChoices, RankChoices
 from lightning_light.surgery import manifest_of, restructure
 
 EXAMPLE = torch.zeros(1, 3, 8, 8)

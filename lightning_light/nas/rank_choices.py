@@ -16,8 +16,8 @@ from lightning_light.lowrank.options import RankAllocation
 from lightning_light.lowrank.plan import FactorizationPlan
 from lightning_light.lowrank.ranks import Measure, RankRule
 from lightning_light.lowrank.spectra import MatrixSpectrum, Ranks, Spectrum
+from lightning_light.nas.choices import Change, Choices, Item
 from lightning_light.order import Stage
-from lightning_light.search.choices import Change, Choices, Item
 from lightning_light.targets import Targets
 from lightning_light.validation import OpenFraction, validated
 

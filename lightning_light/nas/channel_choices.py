@@ -14,8 +14,8 @@ from lightning_light.criteria.magnitude import Magnitude
 from lightning_light.dependency import trace_dependencies
 from lightning_light.errors import UnsupportedError
 from lightning_light.example_input import ExampleInput
+from lightning_light.nas.choices import Change, Choices, Item
 from lightning_light.order import Stage
-from lightning_light.search.choices import Change, Choices, Item
 from lightning_light.structured.functional import prune_channels
 from lightning_light.structured.options import Widths
 from lightning_light.structured.scores import layer_of

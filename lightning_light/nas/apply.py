@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_light.batch_norm import Statistics, measure_statistics, move_statistics
 from lightning_light.example_input import ExampleInput
-from lightning_light.search.choices import Change, Choices, Item
+from lightning_light.nas.choices import Change, Choices, Item
 from lightning_light.surgery.attachment import attach, has_state, record, release
 
 __all__ = ["apply_items", "in_order"]

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from lightning_light.example_input import ExampleInput
 from lightning_light.isolation import isolated
+from lightning_light.nas.choices import Item
+from lightning_light.nas.costs import Meter
+from lightning_light.nas.evaluation import Evaluator
+from lightning_light.nas.table import SearchTable, savings_of
 from lightning_light.nested import tensors_in
 from lightning_light.progress_bar import with_progress_bar
 from lightning_light.quantization import Recipe
-from lightning_light.search.choices import Item
-from lightning_light.search.costs import Meter
-from lightning_light.search.evaluation import Evaluator
-from lightning_light.search.table import SearchTable, savings_of
 from lightning_light.surgery.distributed import digest
 
 __all__ = ["fill_table"]

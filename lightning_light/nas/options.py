@@ -9,12 +9,12 @@ from pathlib import Path
 from lightning_light.budgets import Budget, Latency, Size, require_reducible
 from lightning_light.criteria.output_distance import Distance
 from lightning_light.export.exporter import Exporter
+from lightning_light.nas.block_choices import BlockChoices
+from lightning_light.nas.channel_choices import ChannelChoices
+from lightning_light.nas.choices import Choices
+from lightning_light.nas.costs import runtime_of
+from lightning_light.nas.rank_choices import RankChoices
 from lightning_light.quantization import Recipe
-from lightning_light.search.block_choices import BlockChoices
-from lightning_light.search.channel_choices import ChannelChoices
-from lightning_light.search.choices import Choices
-from lightning_light.search.costs import runtime_of
-from lightning_light.search.rank_choices import RankChoices
 from lightning_light.validation import NonNegativeInt, PositiveInt, validated
 
 __all__ = ["SearchOptions", "Space", "check_budgets"]

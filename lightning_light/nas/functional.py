@@ -16,16 +16,16 @@ from lightning_light.criteria.output_distance import Distance
 from lightning_light.errors import TargetError
 from lightning_light.example_input import ExampleInput
 from lightning_light.export.exporter import Exporter
+from lightning_light.nas.apply import apply_items
+from lightning_light.nas.choices import Item
+from lightning_light.nas.costs import Costs, Meter
+from lightning_light.nas.evaluation import Evaluator, split_batches
+from lightning_light.nas.options import SearchOptions, Space, check_budgets
+from lightning_light.nas.result import SearchResult
+from lightning_light.nas.sensitivity import fill_table
+from lightning_light.nas.solver import Solver
+from lightning_light.nas.table import SearchTable, savings_of
 from lightning_light.quantization import quantize
-from lightning_light.search.apply import apply_items
-from lightning_light.search.choices import Item
-from lightning_light.search.costs import Costs, Meter
-from lightning_light.search.evaluation import Evaluator, split_batches
-from lightning_light.search.options import SearchOptions, Space, check_budgets
-from lightning_light.search.result import SearchResult
-from lightning_light.search.sensitivity import fill_table
-from lightning_light.search.solver import Solver
-from lightning_light.search.table import SearchTable, savings_of
 from lightning_light.surgery.attachment import has_state, state_of
 from lightning_light.surgery.distributed import digest
 from lightning_light.validation import NonNegativeInt, PositiveInt, validated

@@ -15,9 +15,9 @@ from lightning_light.export.exporter import Exporter
 from lightning_light.export.functional import export_model
 from lightning_light.export.loading import load_exported
 from lightning_light.measure.latency import measure_latency, torch_threads
+from lightning_light.nas.evaluation import computing
 from lightning_light.nested import tensors_in
 from lightning_light.quantization import Recipe
-from lightning_light.search.evaluation import computing
 
 __all__ = ["Costs", "Meter", "runtime_of"]
 

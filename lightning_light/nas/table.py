@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_light.atomic import atomic_write
 from lightning_light.formatting import DataTable, human_count, short_names
-from lightning_light.search.choices import Item
-from lightning_light.search.costs import Costs
+from lightning_light.nas.choices import Item
+from lightning_light.nas.costs import Costs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -19,16 +19,16 @@ from lightning_light.example_input import ExampleInput
 from lightning_light.export.exporter import Exporter
 from lightning_light.host.trainer import callbacks_of
 from lightning_light.isolation import plain_execution
+from lightning_light.nas.apply import claim_layers, in_order
+from lightning_light.nas.choices import Choices, Item
+from lightning_light.nas.costs import Costs
+from lightning_light.nas.functional import check_counts, find_assignment
+from lightning_light.nas.options import SearchOptions, Space, check_budgets
+from lightning_light.nas.result import SearchResult
 from lightning_light.order import Stage
 from lightning_light.progress import steps_done, steps_planned, training_progress
 from lightning_light.schedules import OneShot, Schedule, require_rising
 from lightning_light.schema import PlainExample
-from lightning_light.search.apply import claim_layers, in_order
-from lightning_light.search.choices import Choices, Item
-from lightning_light.search.costs import Costs
-from lightning_light.search.functional import check_counts, find_assignment
-from lightning_light.search.options import SearchOptions, Space, check_budgets
-from lightning_light.search.result import SearchResult
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.distributed import broadcast, log_rank_zero, on_rank_zero
 from lightning_light.surgery.stored_example import restore_or_capture_example, store_example

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lightning_light.formatting import human_count, human_percent, layer_lines
-from lightning_light.search.choices import Item
-from lightning_light.search.costs import Costs
-from lightning_light.search.evaluation import Score
-from lightning_light.search.table import SearchTable
+from lightning_light.nas.choices import Item
+from lightning_light.nas.costs import Costs
+from lightning_light.nas.evaluation import Score
+from lightning_light.nas.table import SearchTable
 
 __all__ = ["SearchResult"]
 

@@ -4,9 +4,9 @@ from typing import Any
 
 from lightning_light.budgets import MACs, Params
 from lightning_light.distillation import KnowledgeDistillation
+from lightning_light.nas import ArchitectureSearch, BlockChoices, ChannelChoices, RankChoices
 from lightning_light.quantization import Int8, QuantizationAwareTraining
 from lightning_light.schedules import OneShot
-from lightning_light.search import ArchitectureSearch, BlockChoices, ChannelChoices, RankChoices
 from tests.contract.case import Case
 from tests.contract.cases.depth import Deep
 
