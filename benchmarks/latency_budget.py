@@ -62,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, default=["torchscript", "onnx"])
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--remaining", type=float, default=0.7, help="fraction of the dense file's time")
+    parser.add_argument("--remaining", type=float, default=0.85, help="fraction of the dense file's time")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(
