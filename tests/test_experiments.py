@@ -64,6 +64,7 @@ def jobs(folder: Path, *methods: Method) -> list[Job]:
 
 @pytest.mark.filterwarnings("ignore::Warning")
 def test_an_interrupted_run_continues_with_the_job_that_has_no_result(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
     done, killed = jobs(tmp_path / "results", PruneChannels(ll.MACs(0.5)), Killed())[::2]
     reports: list[str] = []
     with pytest.raises(KeyboardInterrupt):
@@ -89,6 +90,7 @@ def test_a_result_of_other_settings_is_missing(tmp_path: Path) -> None:
 def test_the_page_in_the_repository_is_the_one_of_the_results(tmp_path: Path) -> None:
     rows = read(RESULTS / "cpu")
     assert page.PAGE.read_text() == page.text(rows)
+    pytest.importorskip("matplotlib")
     for name in ("first.svg", "second.svg"):
         plot(rows[:3], "macs", tmp_path / name)
     assert (tmp_path / "first.svg").read_bytes() == (tmp_path / "second.svg").read_bytes()

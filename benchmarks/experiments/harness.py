@@ -13,7 +13,6 @@ from statistics import median
 from typing import Any
 
 import lightning as L
-import onnxruntime
 import torch
 from torch import Tensor, nn
 
@@ -136,6 +135,8 @@ def _sizes(path: Path) -> dict[str, int]:
 
 def session(path: Path) -> Callable[[Tensor], Tensor]:
     """Load an ONNX file in ONNX Runtime with one thread."""
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     loaded = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -3,17 +3,16 @@
 from pathlib import Path
 from statistics import mean, stdev
 
-import matplotlib as mpl
-from matplotlib import pyplot as plt
-
 from benchmarks.experiments.rows import AXES, Row
 from benchmarks.experiments.table import NONE, OURS
-
-mpl.use("Agg")
 
 
 def plot(rows: list[Row], quantity: str, path: Path) -> None:
     """Plot accuracy against a quantity of `AXES`; the same results give the same bytes."""
+    import matplotlib as mpl
+    from matplotlib import pyplot as plt
+
+    mpl.use("Agg")
     points = sorted(
         (
             (share, 100 * mean(row.values("accuracy")), row)
