@@ -13,7 +13,9 @@ import lightning_light as ll
 from lightning_light.criteria import Taylor
 from lightning_light.errors import BudgetError, OrderError
 from lightning_light.measure import count_cost
+from lightning_light.nas import ChannelChoices
 from lightning_light.reparameterization import ACB
+from lightning_light.substitution import DepthwiseSeparable
 from tests.zoo import Boring, noise
 
 
@@ -67,6 +69,22 @@ def test_a_plan_has_the_structure_that_the_function_makes() -> None:
     plan = ll.plan(module, example, [ll.StructuredPruning(ll.Params(0.6))])
     ll.prune_channels(module, example, ll.Params(0.6))
     assert plan.methods[0].after.params == sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_methods_that_choose_by_outputs_are_planned_with_the_batches() -> None:
+    callbacks = [
+        ll.ArchitectureSearch(ll.MACs(0.9), space=[ChannelChoices((0.5,))], schedule=ll.OneShot(at=0.05)),
+        ll.Substitution(ll.MACs(0.6), operators=[DepthwiseSeparable()], start=0.2),
+    ]
+    plan = ll.plan(Boring(), Boring.data(), callbacks)
+    searched, substituted = sorted(plan.methods, key=lambda each: -(each.after.macs or 0))
+    assert plan.before.macs is not None
+    assert searched.after.macs <= 0.9 * plan.before.macs
+    assert any(line.endswith(": channels 0.5") for line in searched.lines)
+    assert substituted.after.macs <= 0.6 * plan.before.macs
+    assert any(line.endswith(": DepthwiseSeparable(multiplier=1)") for line in substituted.lines)
+    (alone,) = ll.plan(Boring(), noise(2, 3, 8, 8), callbacks[:1]).methods
+    assert alone.lines == ["(network): chosen in the run, which needs two training batches"]
 
 
 def test_what_the_run_would_refuse_is_refused() -> None:

@@ -61,8 +61,14 @@ class SubstitutionPlan:
             rows.append((row.layer, repr(row.operator), saved, f"{row.error:.3g}", f"{row.score:.3g}", chosen))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         padded = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-        left = [f"{name}: left alone ({reason})" for name, reason in self.skipped.items()]
-        return [line.rstrip() for line in padded] + left
+        return [line.rstrip() for line in padded] + self._left_alone()
+
+    def replacements(self) -> list[str]:
+        """Return a line for each convolution: its operator, or why it is left alone."""
+        return [f"{name}: {operator!r}" for name, operator in self.operators.items()] + self._left_alone()
+
+    def _left_alone(self) -> list[str]:
+        return [f"{name}: left alone ({reason})" for name, reason in self.skipped.items()]
 
     def summary(self) -> str:
         """Return what is replaced, in a few words."""

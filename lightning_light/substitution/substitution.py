@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypedDict
 
+from torch import nn
 from typing_extensions import override
 
 from lightning_light.batch_norm import InputRecorder, Statistics, measure_statistics, move_statistics
@@ -23,6 +24,7 @@ from lightning_light.schedules import resolve_moment
 from lightning_light.schema import LayerName, PlainExample
 from lightning_light.substitution.apply import apply_operators
 from lightning_light.substitution.candidates import Candidates, find_candidates, require_reachable
+from lightning_light.substitution.functional import substitute_operators
 from lightning_light.substitution.operators import Operator
 from lightning_light.substitution.options import METHOD, SubstitutionOptions
 from lightning_light.substitution.plan import SubstitutionPlan, plan_substitution
@@ -215,6 +217,15 @@ class Substitution(CompressionCallback):
         """The moment of the substitution."""
         moment = resolve_moment(self.start, max_epochs, repr(self))
         return moment, moment
+
+    @override
+    def rehearse(self, model: nn.Module, example: ExampleInput, batches: Sequence[Any]) -> list[str]:
+        """Replace the layers by operators at their starts, without fitting them."""
+        options: dict[str, Any] = {**vars(self.options), "fit_steps": 0}
+        data = list(batches) or None
+        return substitute_operators(
+            model, example, self.budget, **options, data=data, progress_bar=False
+        ).replacements()
 
     # Private.
 
