@@ -72,19 +72,16 @@ def test_a_plan_has_the_structure_that_the_function_makes() -> None:
 
 
 def test_methods_that_choose_by_outputs_are_planned_with_the_batches() -> None:
-    space = [ChannelChoices((0.5,), targets="net.conv2")]
-    callbacks = [
-        ll.ArchitectureSearch(ll.MACs(0.9), space=space, schedule=ll.OneShot(at=0.05)),
-        ll.Substitution(ll.MACs(0.6), operators=[DepthwiseSeparable()], start=0.2),
-    ]
-    plan = ll.plan(Boring(), Boring.data(), callbacks)
-    searched, substituted = plan.methods
-    assert plan.before.macs is not None
-    assert searched.after.macs <= 0.9 * plan.before.macs
-    assert any(line.endswith(": channels 0.5") for line in searched.lines)
-    assert substituted.after.macs <= 0.6 * plan.before.macs
-    assert any(line.endswith(": DepthwiseSeparable(multiplier=1)") for line in substituted.lines)
-    (alone,) = ll.plan(Boring(), noise(2, 3, 8, 8), callbacks[:1]).methods
+    search = ll.ArchitectureSearch(ll.MACs(0.8), space=[ChannelChoices((0.5,))])
+    substitution = ll.Substitution(ll.MACs(0.6), operators=[DepthwiseSeparable()])
+    for callback, fraction, line in (
+        (search, 0.8, ": channels 0.5"),
+        (substitution, 0.6, ": DepthwiseSeparable(multiplier=1)"),
+    ):
+        plan = ll.plan(Boring(), Boring.data(), [callback])
+        assert plan.methods[0].after.macs <= fraction * plan.before.macs
+        assert any(each.endswith(line) for each in plan.methods[0].lines)
+    (alone,) = ll.plan(Boring(), noise(2, 3, 8, 8), [search]).methods
     assert alone.lines == ["(network): chosen in the run, which needs two training batches"]
 
 

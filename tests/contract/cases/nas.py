@@ -35,7 +35,9 @@ CASES = [
         "architecture_search",
         lambda folder: [ArchitectureSearch(MACs(0.4), schedule=OneShot(at=0.3), space=[BlockChoices()], **SMALL)],
         body=Deep,
-        no_effect=lambda folder: [ArchitectureSearch(MACs(1.0), schedule=OneShot(at=0.2), **SMALL)],
+        no_effect=lambda folder: [
+            ArchitectureSearch(MACs(1.0), schedule=OneShot(at=0.2), space=[BlockChoices()], **SMALL)
+        ],
         plant=choose_another,
         refuses=NO_BLOCKS,
     ),
