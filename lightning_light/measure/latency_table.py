@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from lightning_light.atomic import atomic_write
 from lightning_light.budgets import Latency
 from lightning_light.measure.latency_operators import COPIES, Operator, OperatorCalls, operator_calls
+from lightning_light.progress_bar import with_progress_bar
 from lightning_light.validation import PositiveFloat
 
 if TYPE_CHECKING:
@@ -126,9 +126,8 @@ class LatencyTable:
         if not missing:
             return
         new = {}
-        for operator in tqdm(
-            missing, desc="Timing operators", unit="operator", leave=False, disable=len(missing) < _FEW
-        ):
+        shown = len(missing) >= _FEW
+        for operator in with_progress_bar(missing, len(missing), "Timing operators", shown=shown):
             module, call = operator.copies()
             new[operator.key] = self._runtime.seconds(module, call, self._budget.threads) / COPIES
         self._used |= new
