@@ -32,9 +32,10 @@ rate. `python -m benchmarks.experiments run` runs what has no result yet (one JS
 
 A dash: not measured. A network of torch's own int8 kernels (FX) has no ONNX file.
 
-One small network and few seeds show tendencies; a difference below the spread is none. Hyperparameters are the defaults
-of each package, not tuned per row, and few epochs are a disadvantage for methods that their papers train for long
-(sparse training, learned gates, students from scratch).
+One small network and few seeds show tendencies; a difference below the spread is none, and rows with a smaller *n*
+await their other seeds. Hyperparameters are the defaults of each package, not tuned per row, except 60 steps of
+`LearnedGates` for the CNN and `LSQ` from 20 % of the run on. Few epochs are a disadvantage for methods that their papers
+train for long (sparse training, learned gates, students from scratch).
 """
 
 
