@@ -105,7 +105,7 @@ def test_the_page_compares_seed_by_seed(tmp_path: Path) -> None:
             changed["settings"]["seed"] = seed
             (tmp_path / f"{name}-{seed}.json").write_text(json.dumps(changed))
     text = page.text(read(tmp_path))
-    assert "| +1.50 ± 0.71 | 2 | lightning_light, 2 of 2 seeds |" in text
+    assert "| +1.50 ± 0.71 | 2 | 2 higher |" in text
     assert "| 85.00 ± 7.07 % | 2 |" in text
 
 

@@ -29,17 +29,17 @@ def jobs(args: argparse.Namespace) -> list[Job]:
             args.results / args.profile,
         )
         for experiment in EXPERIMENTS
-        if fnmatch.fnmatch(experiment.name, args.only)
         for seed in range(profile.seeds[experiment.network])
     ]
-    return sorted(found, key=lambda job: (job.experiment.network, job.seed))
+    selected = [job for job in found if fnmatch.filter((job.experiment.name, job.path.stem), args.only)]
+    return sorted(selected, key=lambda job: (job.experiment.network, job.seed))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.experiments", description=__doc__)
     parser.add_argument("command", choices=("run", "page"), help="run what is missing, or write the page")
     parser.add_argument("--profile", choices=PROFILES, default="cpu", help="how much is trained")
-    parser.add_argument("--only", default="*", help="pattern of names, for instance 'gates*'")
+    parser.add_argument("--only", default="*", help="pattern of names, with or without seed: 'gates*', '*-2'")
     parser.add_argument("--list", action="store_true", help="list the experiments and seeds that are missing")
     parser.add_argument("--data", help="Fashion-MNIST; by default the part that ships with the examples")
     parser.add_argument("--cifar10", type=Path, default=from_environment("CIFAR10"), help="an .npz file")

@@ -16,6 +16,7 @@ from benchmarks.experiments.tasks import Task
 from lightning_light.criteria import Criterion
 
 CALIBRATION_BATCHES = 10
+"""For every criterion and peer that reads data, except `LearnedGates`, which reads one batch per step."""
 
 
 @dataclass
@@ -87,13 +88,13 @@ class PruneChannels(Method):
     teacher: bool = False
 
     def prepare(self, run: Run) -> None:
-        batches = list(run.task.batches(CALIBRATION_BATCHES))
         ll.prune_channels(
             run.module,
             run.task.example,
             self.budget,
             criterion=self.criterion,
-            data=batches,
+            data=run.task.train_loader(),
+            calibration_batches=CALIBRATION_BATCHES,
             loss=lambda outputs, batch: F.cross_entropy(outputs, batch[1]),
         )
 

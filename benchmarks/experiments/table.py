@@ -187,7 +187,7 @@ CNN = [
     _ours(
         "lsq-4",
         _BITS,
-        "`LSQ`, 4-bit weights and activations, ends in int8",
+        "`LSQ`, 4-bit weights and activations, first and last layer int8",
         ll.QuantizationAwareTraining(
             ll.MixedPrecision(default=ll.LSQ(4, 4, engine="onnx"), first=ll.Int8("onnx"), last=ll.Int8("onnx")),
             start=0.2,
