@@ -18,9 +18,9 @@ from lightning_light.isolation import isolated
 from lightning_light.surgery.edit import take
 from lightning_light.surgery.manifest import plain_copy
 
-__all__ = ["InputRecorder", "Statistics", "has_statistics", "measure_statistics", "move_statistics"]
+__all__ = ["SAMPLES", "InputRecorder", "Statistics", "has_statistics", "measure_statistics", "move_statistics"]
 
-_SAMPLES = 16
+SAMPLES = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +102,7 @@ class InputRecorder:
         active: whether calls are recorded.
     """
 
-    def __init__(self, model: nn.Module, samples: int | None = _SAMPLES) -> None:
+    def __init__(self, model: nn.Module, samples: int | None = SAMPLES) -> None:
         self._samples = samples
         self.active = False
         self._call: dict[str, Any] | None = None

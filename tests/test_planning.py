@@ -1,6 +1,7 @@
 """`plan` and `fast_dev_run`: a run is rehearsed on a copy, and nothing of the user's changes."""
 
 import logging
+import re
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,21 @@ def test_fast_dev_run_logs_the_plan_of_the_whole_run(caplog: pytest.LogCaptureFi
     assert logged.startswith("fast_dev_run: the whole run of 8 epochs would do this\n")  # the fewest before 70 %
     assert "epochs 3 to 5" in logged
     assert "(produces the model output)" in logged
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        ll.Substitution(ll.MACs(0.6), operators=[DepthwiseSeparable()], start=3),
+        ll.ArchitectureSearch(ll.MACs(0.8), space=[ChannelChoices((0.5,))], schedule=ll.Window(ll.OneShot(), 3, 4)),
+    ],
+    ids=lambda callback: type(callback).__name__,
+)
+def test_fast_dev_run_with_a_moment_in_epochs(callback: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        trainer(callback, fast_dev_run=True).fit(Boring(), Boring.data(), Boring.data())
+    (logged,) = [record.message for record in caplog.records if record.message.startswith("fast_dev_run")]
+    assert re.match(r"fast_dev_run: the whole run of [34] epochs would do this\n", logged)
 
 
 def test_a_run_that_max_steps_or_max_time_cuts_short_is_announced(caplog: pytest.LogCaptureFixture) -> None:

@@ -7,24 +7,21 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 from typing_extensions import override
 
-from lightning_light.batch_norm import InputRecorder, Statistics, measure_statistics, move_statistics
+from lightning_light.batch_norm import Statistics, measure_statistics, move_statistics
 from lightning_light.budgets import Budget, require_reducible
-from lightning_light.callback import CompressionCallback
-from lightning_light.capture import Capture
 from lightning_light.depth.blocks import METHOD, Blocks, remove_blocks
 from lightning_light.depth.criteria import BlockCriterion
 from lightning_light.depth.functional import prune_blocks
 from lightning_light.depth.options import DepthPruningOptions
 from lightning_light.depth.plan import DepthPlan, check_budget, plan_blocks
-from lightning_light.errors import UnsupportedError
 from lightning_light.example_input import ExampleInput
 from lightning_light.order import DEFAULT_WINDOWS, Stage
 from lightning_light.progress import epochs_planned, steps_planned, training_progress
+from lightning_light.recorded_inputs import RecordedInputs
 from lightning_light.schedules import Linear, Schedule, Window, require_rising
 from lightning_light.schema import PlainExample
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.distributed import broadcast, log_rank_zero, on_rank_zero
-from lightning_light.surgery.stored_example import restore_or_capture_example, store_example
 from lightning_light.targets import Targets, as_targets
 from lightning_light.timing import Events
 from lightning_light.validation import NonNegativeInt, PositiveInt, validated
@@ -56,7 +53,7 @@ class _State(TypedDict, total=False):
 
 
 @validated
-class DepthPruning(CompressionCallback):
+class DepthPruning(RecordedInputs):
     """Remove whole residual blocks, the least important first, until the network meets ``budget``.
 
     A residual block computes ``x + f(x)`` without changing the shape; removed, it returns its input. Blocks are found
@@ -94,6 +91,7 @@ class DepthPruning(CompressionCallback):
     """
 
     method: ClassVar[str] = METHOD
+    function: ClassVar[str] = "prune_blocks"
     stage: ClassVar[int] = Stage.DEPTH
     state_schema: ClassVar[Any] = _State
 
@@ -120,14 +118,17 @@ class DepthPruning(CompressionCallback):
         self.correct_batch_norm = correct_batch_norm
         self.dry_run = dry_run
         self._points: list[tuple[float, float]] = []
-        self._capture: Capture | None = None
-        self._recorder: InputRecorder | None = None
         self._last_plan: DepthPlan | None = None
 
     @property
     def options(self) -> DepthPruningOptions:
         """How blocks are chosen."""
         return DepthPruningOptions(self.criterion, self.targets, self.calibration_batches, self.correct_batch_norm)
+
+    @property
+    @override
+    def recorded_batches(self) -> int:
+        return self.calibration_batches
 
     # Lightning's hooks, in the order a run meets them.
 
@@ -136,13 +137,8 @@ class DepthPruning(CompressionCallback):
         """Check the targets, and plan the run if the example input is known."""
         super().on_fit_start(trainer, pl_module)
         as_targets(self.targets).select(pl_module)
-        state = self.state(pl_module)
-        if not self.resumed(pl_module):
-            for key in ("events", "planned", "inputs"):
-                state.pop(key, None)
         self._last_plan = None
-        self._capture = restore_or_capture_example(pl_module, state)
-        self._recorder = InputRecorder(pl_module)
+        self.record_inputs(pl_module, "events", "planned")
         self._plan_run(trainer, pl_module)
 
     @override
@@ -157,32 +153,13 @@ class DepthPruning(CompressionCallback):
         due = Events.due(self._points, training_progress(trainer), steps_planned(trainer))
         if due > state.get("events", 0) and state.get("planned") and state.get("inputs"):
             self._act(trainer, pl_module, due)
-        assert self._recorder is not None  # since `on_fit_start`
-        self._recorder.active = state.get("events", 0) < len(self._points)
+        assert self.recorder is not None  # since `on_fit_start`
+        self.recorder.active = state.get("events", 0) < len(self._points)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Plan the run, if that was not possible before."""
         self._plan_run(trainer, pl_module)
-
-    @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Store the inputs of this batch, for the scores and for checkpoints."""
-        state = self.state(pl_module)
-        store_example(state, self._capture)
-        assert self._recorder is not None  # since `on_fit_start`
-        if not self._recorder.active:
-            return
-        calls = self._recorder.take()
-        if not calls:
-            raise UnsupportedError(
-                f"`{self!r}` on `{type(pl_module).__name__}`: expected a LightningModule that calls `self(...)` in "
-                "`training_step`, with tensors, and is not compiled as a whole, found a step without such a call. Call "
-                "`self(...)` there, or use `prune_blocks(..., data=...)` before training."
-            )
-        state["inputs"] = [*state.get("inputs", []), *calls][-self.calibration_batches :]
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -193,15 +170,6 @@ class DepthPruning(CompressionCallback):
             self._no_effect(f"the run ended before the first event; `schedule={self.schedule!r}`.")
         else:
             self._no_effect(f"the network meets `{self.budget!r}` as it is. {'; '.join(self._last_plan.lines())}.")
-
-    @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remove all hooks."""
-        for held in (self._capture, self._recorder):
-            if held is not None:
-                held.remove()
-        self._capture, self._recorder = None, None
-        super().teardown(trainer, pl_module, stage)
 
     @override
     def window(self, max_epochs: int | None) -> tuple[float, float] | None:
@@ -222,15 +190,15 @@ class DepthPruning(CompressionCallback):
     def _plan_run(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check, once per fit and as soon as the example input is known, that the budget can be reached."""
         state = self.state(pl_module)
-        if not state.get("planned") and self._capture is not None and self._capture.example is not None:
+        if not state.get("planned") and self.captured is not None and self.captured.example is not None:
             self._check(trainer, pl_module, fraction=1.0)
             state["planned"] = True
 
     def _check(self, trainer: Trainer, pl_module: LightningModule, fraction: float) -> tuple[Blocks, float]:
         """Return the blocks that can be removed, and the goal after ``fraction`` of the way; on every rank alike."""
-        assert self._capture is not None
-        assert self._capture.example is not None  # since the run is planned
-        example = self._capture.example.to(pl_module)
+        assert self.captured is not None
+        assert self.captured.example is not None  # since the run is planned
+        example = self.captured.example.to(pl_module)
         dense = self.compression_state(pl_module).reference(
             self.budget, lambda: broadcast(trainer, self.budget.measure(pl_module, example))
         )
@@ -239,9 +207,9 @@ class DepthPruning(CompressionCallback):
 
     def _act(self, trainer: Trainer, pl_module: LightningModule, due: int) -> None:
         """Remove the blocks that are due at event ``due``: decided on rank 0, carried out on every rank."""
-        assert self._capture is not None
-        assert self._capture.example is not None  # since the run is planned
-        state, example = self.state(pl_module), self._capture.example.to(pl_module)
+        assert self.captured is not None
+        assert self.captured.example is not None  # since the run is planned
+        state, example = self.state(pl_module), self.captured.example.to(pl_module)
         blocks, goal = self._check(trainer, pl_module, self._points[due - 1][1])
         calls = [ExampleInput(**call).to(pl_module) for call in state["inputs"]]
         plan = self._last_plan = on_rank_zero(

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 from torch import nn
 from typing_extensions import override
 
-from lightning_light.batch_norm import InputRecorder, Statistics, measure_statistics, move_statistics
+from lightning_light.batch_norm import Statistics, measure_statistics, move_statistics
 from lightning_light.budgets import Budget
 from lightning_light.callback import CompressionCallback
-from lightning_light.capture import Capture
 from lightning_light.criteria.output_distance import Distance
 from lightning_light.errors import UnsupportedError
 from lightning_light.example_input import ExampleInput
@@ -26,12 +25,12 @@ from lightning_light.nas.functional import check_counts, find_assignment, search
 from lightning_light.nas.options import SearchOptions, Space, check_budgets
 from lightning_light.nas.result import SearchResult
 from lightning_light.order import Stage
-from lightning_light.progress import steps_done, steps_planned, training_progress
+from lightning_light.progress import epochs_planned, steps_done, steps_planned, training_progress
+from lightning_light.recorded_inputs import RecordedInputs
 from lightning_light.schedules import OneShot, Schedule, require_rising
 from lightning_light.schema import PlainExample
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.distributed import broadcast, log_rank_zero, on_rank_zero
-from lightning_light.surgery.stored_example import restore_or_capture_example, store_example
 from lightning_light.timing import Events
 from lightning_light.validation import NonNegativeInt, PositiveInt, validated
 
@@ -60,7 +59,7 @@ class _State(TypedDict, total=False):
 
 
 @validated
-class ArchitectureSearch(CompressionCallback):
+class ArchitectureSearch(RecordedInputs):
     """Choose widths, ranks and depth under one or several budgets at one point of the run, and train on.
 
     The search is that of `lightning_light.search`, on the inputs of the last training batches: those of the first are
@@ -104,6 +103,7 @@ class ArchitectureSearch(CompressionCallback):
     """
 
     method: ClassVar[str] = "architecture_search"
+    function: ClassVar[str] = "lightning_light.search"
     stage: ClassVar[int] = Stage.DEPTH
     state_schema: ClassVar[Any] = _State
 
@@ -142,8 +142,6 @@ class ArchitectureSearch(CompressionCallback):
         self.seed = seed
         self.table = table
         self._budgets = check_budgets("ArchitectureSearch", budget, self.options)
-        self._capture: Capture | None = None
-        self._recorder: InputRecorder | None = None
         self._points: list[tuple[float, float]] = []
         self.result: SearchResult | None = None
 
@@ -162,6 +160,11 @@ class ArchitectureSearch(CompressionCallback):
             self.table,
         )
 
+    @property
+    @override
+    def recorded_batches(self) -> int:
+        return self.calibration_batches + self.evaluation_batches
+
     # Lightning's hooks, in the order a run meets them.
 
     @override
@@ -174,55 +177,31 @@ class ArchitectureSearch(CompressionCallback):
                 f"`{self!r}`: expected a method that quantizes the network in this run, since the costs are those of "
                 f"int8 files, found none. Add `QuantizationAwareTraining({self.options.recipe!r})` to the Trainer."
             )
-        state = self.state(pl_module)
-        if not self.resumed(pl_module):
-            for key in ("planned", "searched", "inputs"):
-                state.pop(key, None)
         self.result = None
-        self._capture = restore_or_capture_example(pl_module, state)
-        self._recorder = InputRecorder(pl_module, self.samples)
+        self.record_inputs(pl_module, "planned", "searched", samples=self.samples)
         self._plan_run(trainer, pl_module)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Place the search in the run."""
         super().on_train_start(trainer, pl_module)
-        self._points = self._events().points(trainer.max_epochs, steps_planned(trainer))
+        self._points = self._events().points(epochs_planned(trainer), steps_planned(trainer))
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Search if it is due: before the batch, so that no checkpoint pairs new weights with an old metric."""
         state = self.state(pl_module)
-        assert self._capture is not None  # since `on_fit_start`
-        assert self._recorder is not None
-        if not state.get("searched") and self._capture.observed is None:
+        assert self.captured is not None  # since `on_fit_start`
+        assert self.recorder is not None
+        if not state.get("searched") and self.captured.observed is None:
             self._check_step(pl_module, batch)
             self._plan_run(trainer, pl_module)
         due = Events.due(self._points, training_progress(trainer), steps_planned(trainer))
-        if due and not state.get("searched") and len(state.get("inputs", [])) == self._batches:
+        if due and not state.get("searched") and len(state.get("inputs", [])) == self.recorded_batches:
             self._act(trainer, pl_module)
         progress, _ = self._points[0]
-        near = steps_done(trainer) + self._batches >= progress * steps_planned(trainer)
-        self._recorder.active = near and not state.get("searched")
-
-    @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Store the inputs of this batch, for the search and for checkpoints."""
-        state = self.state(pl_module)
-        store_example(state, self._capture)
-        assert self._recorder is not None  # since `on_fit_start`
-        if not self._recorder.active:
-            return
-        calls = self._recorder.take()
-        if not calls:
-            raise UnsupportedError(
-                f"`{self!r}` on `{type(pl_module).__name__}`: expected a LightningModule that calls `self(...)` in "
-                "`training_step`, with tensors, and is not compiled as a whole, found a step without such a call. Call "
-                "`self(...)` there, or use `lightning_light.search(..., data=...)` before training."
-            )
-        state["inputs"] = [*state.get("inputs", []), *calls][-self._batches :]
+        near = steps_done(trainer) + self.recorded_batches >= progress * steps_planned(trainer)
+        self.recorder.active = near and not state.get("searched")
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -234,18 +213,9 @@ class ArchitectureSearch(CompressionCallback):
             self._no_effect(f"the network meets `{self.budget!r}` as it is.")
         else:
             self._no_effect(
-                f"the run ended before the search, which needs the inputs of {self._batches} training batches; "
+                f"the run ended before the search, which needs the inputs of {self.recorded_batches} training batches; "
                 f"`schedule={self.schedule!r}`."
             )
-
-    @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remove all hooks."""
-        for held in (self._capture, self._recorder):
-            if held is not None:
-                held.remove()
-        self._capture, self._recorder = None, None
-        super().teardown(trainer, pl_module, stage)
 
     @override
     def window(self, max_epochs: int | None) -> tuple[float, float] | None:
@@ -264,22 +234,18 @@ class ArchitectureSearch(CompressionCallback):
 
     # Private.
 
-    @property
-    def _batches(self) -> int:
-        return self.calibration_batches + self.evaluation_batches
-
     def _events(self) -> Events:
         return Events(self.schedule)
 
     def _example(self, pl_module: LightningModule) -> ExampleInput:
-        assert self._capture is not None
-        assert self._capture.example is not None  # since the run is planned
-        return self._capture.example.to(pl_module)
+        assert self.captured is not None
+        assert self.captured.example is not None  # since the run is planned
+        return self.captured.example.to(pl_module)
 
     def _check_step(self, pl_module: LightningModule, batch: Any) -> None:
         """Refuse a training step that reads what the comparison of outputs does not show."""
-        assert self._capture is not None
-        found = self._capture.observe(pl_module, batch)
+        assert self.captured is not None
+        found = self.captured.observe(pl_module, batch)
         if not found.only_forward:
             raise UnsupportedError(
                 f"`{self!r}` on `{type(pl_module).__name__}`: expected a training step that calls `self(...)` and no "
@@ -290,7 +256,7 @@ class ArchitectureSearch(CompressionCallback):
     def _plan_run(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check, once per fit and as soon as the example input is known, that the counted budgets can be reached."""
         state = self.state(pl_module)
-        if not state.get("planned") and self._capture is not None and self._capture.example is not None:
+        if not state.get("planned") and self.captured is not None and self.captured.example is not None:
             example, references = self._example(pl_module), self._references(trainer, pl_module)
 
             def check() -> None:
@@ -313,7 +279,7 @@ class ArchitectureSearch(CompressionCallback):
     def _act(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Search on rank 0, and change the network on every rank."""
         state = self.state(pl_module)
-        log_rank_zero(trainer, f"{self.method}: search on the inputs of {self._batches} training batches")
+        log_rank_zero(trainer, f"{self.method}: search on the inputs of {self.recorded_batches} training batches")
         references = self._references(trainer, pl_module)
         items = on_rank_zero(trainer, lambda: self._search(pl_module, state["inputs"], references))
         calls = [ExampleInput(**call).to(pl_module) for call in state["inputs"][: self.calibration_batches]]

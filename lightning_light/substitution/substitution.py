@@ -11,15 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypedDict
 from torch import nn
 from typing_extensions import override
 
-from lightning_light.batch_norm import InputRecorder, Statistics, measure_statistics, move_statistics
+from lightning_light.batch_norm import Statistics, measure_statistics, move_statistics
 from lightning_light.budgets import Budget, require_reducible
-from lightning_light.callback import CompressionCallback
-from lightning_light.capture import Capture
 from lightning_light.criteria.output_distance import Distance
-from lightning_light.errors import UnsupportedError
 from lightning_light.example_input import ExampleInput
 from lightning_light.order import DEFAULT_WINDOWS, Stage
-from lightning_light.progress import steps_planned, training_progress
+from lightning_light.progress import epochs_planned, steps_planned, training_progress
+from lightning_light.recorded_inputs import RecordedInputs
 from lightning_light.schedules import resolve_moment
 from lightning_light.schema import LayerName, PlainExample
 from lightning_light.substitution.apply import apply_operators
@@ -30,7 +28,6 @@ from lightning_light.substitution.options import METHOD, SubstitutionOptions
 from lightning_light.substitution.plan import SubstitutionPlan, plan_substitution
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.distributed import broadcast, log_rank_zero, on_rank_zero
-from lightning_light.surgery.stored_example import restore_or_capture_example, store_example
 from lightning_light.targets import Targets, as_targets
 from lightning_light.timing import Events
 from lightning_light.validation import Moment, NonNegativeInt, PositiveInt, validated
@@ -61,7 +58,7 @@ class _State(TypedDict, total=False):
 
 
 @validated
-class Substitution(CompressionCallback):
+class Substitution(RecordedInputs):
     """Replace convolutions by lighter operators, once, such that the network meets ``budget``; training goes on.
 
     Each operator is fitted to each layer on the inputs that the layer has in the network as trained so far, and scored
@@ -105,6 +102,7 @@ class Substitution(CompressionCallback):
     """
 
     method: ClassVar[str] = METHOD
+    function: ClassVar[str] = "substitute_operators"
     stage: ClassVar[int] = Stage.SUBSTITUTION
     state_schema: ClassVar[Any] = _State
 
@@ -137,8 +135,11 @@ class Substitution(CompressionCallback):
         self.correct_batch_norm = correct_batch_norm
         self.dry_run = dry_run
         self.last_plan: SubstitutionPlan | None = None
-        self._capture: Capture | None = None
-        self._recorder: InputRecorder | None = None
+
+    @property
+    @override
+    def recorded_batches(self) -> int:
+        return self.calibration_batches
 
     # Lightning's hooks, in the order a run meets them.
 
@@ -147,51 +148,27 @@ class Substitution(CompressionCallback):
         """Check the targets, and the budget if the example input is known."""
         super().on_fit_start(trainer, pl_module)
         as_targets(self.targets).select(pl_module)
-        state = self.state(pl_module)
-        if not self.resumed(pl_module):
-            for key in ("done", "planned", "inputs"):
-                state.pop(key, None)
         self.last_plan = None
-        self._capture = restore_or_capture_example(pl_module, state)
-        self._recorder = InputRecorder(pl_module)
+        self.record_inputs(pl_module, "done", "planned")
         self._check_budget(trainer, pl_module)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Act if it is due: before the batch, so that no checkpoint pairs new weights with an old metric."""
         state, planned = self.state(pl_module), steps_planned(trainer)
-        moment = resolve_moment(self.start, trainer.max_epochs, repr(self))
+        moment = resolve_moment(self.start, epochs_planned(trainer), repr(self))
         due = Events.due([(moment, 1.0)], training_progress(trainer), planned) > 0
         if due and not state.get("done") and state.get("planned") and state.get("inputs"):
             self._act(trainer, pl_module)
             state["done"] = True
             state.pop("inputs")
-        assert self._recorder is not None  # since `on_fit_start`
-        self._recorder.active = not state.get("done")
+        assert self.recorder is not None  # since `on_fit_start`
+        self.recorder.active = not state.get("done")
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Check the budget, if that was not possible before."""
         self._check_budget(trainer, pl_module)
-
-    @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Store the inputs of this batch, for the fits and for checkpoints."""
-        state = self.state(pl_module)
-        store_example(state, self._capture)
-        assert self._recorder is not None  # since `on_fit_start`
-        if not self._recorder.active:
-            return
-        calls = self._recorder.take()
-        if not calls:
-            raise UnsupportedError(
-                f"`{self!r}` on `{type(pl_module).__name__}`: expected a LightningModule that calls `self(...)` in "
-                "`training_step`, with tensors, and is not compiled as a whole, found a step without such a call. Call "
-                "`self(...)` there, or use `substitute_operators(..., data=...)` before training."
-            )
-        state["inputs"] = [*state.get("inputs", []), *calls][-self.calibration_batches :]
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -202,15 +179,6 @@ class Substitution(CompressionCallback):
             self._no_effect(f"the run ended before `start={self.start!r}`.")
         else:
             self._no_effect(f"the network meets `{self.budget!r}` as it is.")
-
-    @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remove all hooks."""
-        for held in (self._capture, self._recorder):
-            if held is not None:
-                held.remove()
-        self._capture, self._recorder = None, None
-        super().teardown(trainer, pl_module, stage)
 
     @override
     def window(self, max_epochs: int | None) -> tuple[float, float] | None:
@@ -236,7 +204,7 @@ class Substitution(CompressionCallback):
         substitution.
         """
         state = self.state(pl_module)
-        if state.get("planned") or self._capture is None or self._capture.example is None:
+        if state.get("planned") or self.captured is None or self.captured.example is None:
             return
         if self.changed_before(trainer):
             self._goal(trainer, pl_module)
@@ -264,9 +232,9 @@ class Substitution(CompressionCallback):
         return on_rank_zero(trainer, find)
 
     def _example(self, pl_module: LightningModule) -> ExampleInput:
-        assert self._capture is not None
-        assert self._capture.example is not None  # since the budget is checked
-        return self._capture.example.to(pl_module)
+        assert self.captured is not None
+        assert self.captured.example is not None  # since the budget is checked
+        return self.captured.example.to(pl_module)
 
     def _act(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Replace the layers: decided and fitted on rank 0, carried out on every rank."""
