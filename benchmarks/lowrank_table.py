@@ -25,7 +25,7 @@ from nets import cifar_resnet
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_light.budgets import MACs
+from lightning_light.budgets import MACs, Params
 from lightning_light.export import TorchScriptLite, export_model
 from lightning_light.lowrank import LowRankFactorization, RankAllocation, WhitenedSVD, factorize
 from lightning_light.measure import count_cost, measure_latency
@@ -89,6 +89,8 @@ def resnet(args: argparse.Namespace) -> None:
         fine_tuned(net, data, example, args)
     if "one_shot" in args.parts:
         one_shot(net, data, example, args)
+    if "depthwise" in args.parts:
+        depthwise(net, data, example)
 
 
 def one_shot(net: nn.Module, data: dict[str, TensorDataset], example: Tensor, args: argparse.Namespace) -> None:
@@ -102,6 +104,14 @@ def one_shot(net: nn.Module, data: dict[str, TensorDataset], example: Tensor, ar
     factorized = copy.deepcopy(net).eval()
     factorize(factorized, example, MACs(args.remaining), fit=WhitenedSVD(), data=calibration, allocation=allocation)
     row("one shot, `fit=WhitenedSVD()`", [accuracy(factorized, data["test"])], factorized, net, example)
+
+
+def depthwise(net: nn.Module, data: dict[str, TensorDataset], example: Tensor) -> None:
+    """Decouple all 3x3 layers but the first."""
+    kernels = [name for name, module in net.named_modules() if getattr(module, "kernel_size", None) == (3, 3)]
+    decoupled = copy.deepcopy(net).eval()
+    factorize(decoupled, example, Params(0.534), form="depthwise", targets=kernels[1:])
+    row("one shot, `form='depthwise'`, `Params(0.534)`", [accuracy(decoupled, data["test"])], decoupled, net, example)
 
 
 def fine_tuned(net: nn.Module, data: dict[str, TensorDataset], example: Tensor, args: argparse.Namespace) -> None:
