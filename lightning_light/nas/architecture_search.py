@@ -112,7 +112,7 @@ class ArchitectureSearch(RecordedInputs):
         budget: Budget | Sequence[Budget],
         *,
         schedule: Schedule = OneShot(at=0.1),
-        space: Space = SearchOptions.space,
+        space: Space | None = SearchOptions.space,
         runtime: Exporter | None = SearchOptions.runtime,
         distance: Distance = SearchOptions.distance,
         class_dim: int = SearchOptions.class_dim,

@@ -40,7 +40,7 @@ def search(
     budget: Budget | Sequence[Budget],
     *,
     data: Iterable[Any],
-    space: Space = SearchOptions.space,
+    space: Space | None = SearchOptions.space,
     runtime: Exporter | None = SearchOptions.runtime,
     distance: Distance = SearchOptions.distance,
     class_dim: int = SearchOptions.class_dim,
@@ -196,7 +196,7 @@ def _items(call: str, model: nn.Module, example: ExampleInput, options: SearchOp
     items = [item for choices in options.choices for item in choices.items(model, example)]
     if not items:
         raise TargetError(
-            f"`{call}(space={list(options.space)})` on `{type(model).__name__}`: expected at least one choice, found "
+            f"`{call}(space={list(options.parts)})` on `{type(model).__name__}`: expected at least one choice, found "
             "no block, layer or channel that can be changed. Widen `targets`."
         )
     return items

@@ -17,10 +17,12 @@ from lightning_light.nas.rank_choices import RankChoices
 from lightning_light.quantization import Recipe
 from lightning_light.validation import NonNegativeInt, PositiveInt, validated
 
-__all__ = ["SearchOptions", "Space", "check_budgets"]
+__all__ = ["DEFAULT_SPACE", "SearchOptions", "Space", "check_budgets"]
 
 Space = Sequence[Choices | Recipe]
 """Kinds of choices, and at most one recipe: the file is then written in int8."""
+
+DEFAULT_SPACE: Space = (BlockChoices(), ChannelChoices(), RankChoices())
 
 
 @validated
@@ -30,7 +32,7 @@ class SearchOptions:
 
     Args:
         space: what may be done: `BlockChoices`, `ChannelChoices`, `RankChoices`, each at most once; a recipe beside
-            them, ``Int8()``, if the file is to be int8.
+            them, ``Int8()``, if the file is to be int8. None: the three with their defaults.
         runtime: format and runtime of the file whose bytes `Size` counts; by default that of ``Latency(runtime=...)``;
             without either, the stored tensors count.
         distance: of the outputs: ``"kl"``, the Kullback-Leibler divergence of class probabilities, or ``"mse"``, the
@@ -47,7 +49,7 @@ class SearchOptions:
         ValueError: an argument is out of range, or the space is empty, or has a kind twice.
     """
 
-    space: Space = (BlockChoices(), ChannelChoices(), RankChoices())
+    space: Space | None = None
     runtime: Exporter | None = None
     distance: Distance = "kl"
     class_dim: int = -1
@@ -59,23 +61,28 @@ class SearchOptions:
 
     def __post_init__(self) -> None:
         kinds = [choices.kind for choices in self.choices]
-        recipes = len(self.space) - len(kinds)
+        recipes = len(self.parts) - len(kinds)
         if not kinds or len(set(kinds)) < len(kinds) or recipes > 1:
             raise ValueError(
-                f"`space={list(self.space)}`: expected at least one of `BlockChoices`, `ChannelChoices` and "
+                f"`space={list(self.parts)}`: expected at least one of `BlockChoices`, `ChannelChoices` and "
                 f"`RankChoices`, each at most once, and at most one recipe, found {kinds or 'no choices'}"
                 f"{f' and {recipes} recipes' if recipes else ''}. Without choices of structure use `quantize`."
             )
 
     @property
+    def parts(self) -> Space:
+        """The space that is searched."""
+        return DEFAULT_SPACE if self.space is None else self.space
+
+    @property
     def choices(self) -> list[Choices]:
         """The choices of structure."""
-        return [choices for choices in self.space if isinstance(choices, Choices)]
+        return [choices for choices in self.parts if isinstance(choices, Choices)]
 
     @property
     def recipe(self) -> Recipe | None:
         """The recipe of the int8 file."""
-        return next((recipe for recipe in self.space if isinstance(recipe, Recipe)), None)
+        return next((recipe for recipe in self.parts if isinstance(recipe, Recipe)), None)
 
     def file_of(self, budgets: Sequence[Budget]) -> tuple[Exporter | None, Recipe | None]:
         """Return the runtime of the file and the recipe that count for ``budgets``; None where no file is written."""
@@ -107,7 +114,7 @@ def check_budgets(call: str, budget: Budget | Sequence[Budget], options: SearchO
     if len(found) > 1 or (options.recipe is not None and (by_size or eager)):
         expected = "one runtime for all files" if len(found) > 1 else "the runtime of the int8 file"
         raise ValueError(
-            f"`{call}({budgets!r}, space={list(options.space)}, runtime={options.runtime!r})`: expected {expected}, "
+            f"`{call}({budgets!r}, space={list(options.parts)}, runtime={options.runtime!r})`: expected {expected}, "
             f"found {sorted(map(repr, found)) or 'none'}. Write `Latency(..., runtime=ONNX())`, or `runtime=ONNX()` "
             "where only `Size` is limited."
         )

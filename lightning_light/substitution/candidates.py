@@ -91,7 +91,7 @@ def find_candidates(
     found: list[Candidate] = []
     for name, (conv, shape) in layers.items():
         reasons = {}
-        for operator in options.operators:
+        for operator in options.candidates:
             key = operator, _geometry(conv), shape  # equal layers have equal costs
             if key not in costs:
                 costs[key] = _cost(model, name, conv, shape, operator, budget, example)
@@ -100,7 +100,7 @@ def find_candidates(
                 found.append(Candidate(name, operator, cost))
             else:
                 reasons[repr(operator)] = cost
-        if len(reasons) == len(options.operators):
+        if len(reasons) == len(options.candidates):
             skipped[name] = "; ".join(f"{operator}: {reason}" for operator, reason in reasons.items())
     return Candidates(found, skipped)
 

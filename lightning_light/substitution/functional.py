@@ -32,7 +32,7 @@ def substitute_operators(
     example_inputs: Any,
     budget: Budget,
     *,
-    operators: Sequence[Operator] = SubstitutionOptions.operators,
+    operators: Sequence[Operator] | None = SubstitutionOptions.operators,
     targets: Targets | str | list[str] | None = SubstitutionOptions.targets,
     data: Iterable[Any] | None = None,
     fit_steps: NonNegativeInt = SubstitutionOptions.fit_steps,
@@ -55,7 +55,8 @@ def substitute_operators(
             arguments.
         budget: what the model is to reach. A relative budget counts from the model before its first compression by
             this package.
-        operators: what may take the place of a convolution; `Operator` is the base class of your own.
+        operators: what may take the place of a convolution; `Operator` is the base class of your own. None: six that do
+            not start from random weights, see `DEFAULT_OPERATORS`.
         targets: convolutions that may be replaced: patterns or `Targets`; all by default.
         data: batches; of a tuple or list the first item is the model's input, a mapping is its keyword arguments. The
             example inputs by default, which are rarely enough.

@@ -16,10 +16,20 @@ from lightning_light.substitution.operators import (
 from lightning_light.targets import Targets
 from lightning_light.validation import NonNegativeInt, PositiveInt, validated
 
-__all__ = ["METHOD", "SubstitutionOptions"]
+__all__ = ["DEFAULT_OPERATORS", "METHOD", "SubstitutionOptions"]
 
 METHOD = "substitution"
 """Name of the method in the compression state and in logs."""
+
+DEFAULT_OPERATORS: tuple[Operator, ...] = (
+    DepthwiseSeparable(multiplier=1),
+    DepthwiseSeparable(multiplier=2),
+    DepthwiseSeparable(multiplier=4),
+    GroupShuffle(groups=2),
+    Ghost(ratio=2),
+    Fire(ratio=0.5),
+)
+"""None of them starts from random weights."""
 
 
 @validated
@@ -28,7 +38,7 @@ class SubstitutionOptions:
     """What `substitute_operators` and `Substitution` have in common.
 
     Args:
-        operators: what may take the place of a convolution.
+        operators: what may take the place of a convolution; None: those of `DEFAULT_OPERATORS`.
         targets: convolutions that may be replaced: patterns or `Targets`; all by default.
         fit_steps: optimizer steps in which each candidate is fitted to the layer's outputs; 0 for its start alone.
         distance: of the network's outputs, for the scores: ``"kl"``, the Kullback-Leibler divergence of class
@@ -42,14 +52,7 @@ class SubstitutionOptions:
         ValueError: an argument is out of range, or there are no operators.
     """
 
-    operators: Sequence[Operator] = (
-        DepthwiseSeparable(multiplier=1),
-        DepthwiseSeparable(multiplier=2),
-        DepthwiseSeparable(multiplier=4),
-        GroupShuffle(groups=2),
-        Ghost(ratio=2),
-        Fire(ratio=0.5),
-    )
+    operators: Sequence[Operator] | None = None
     targets: Targets | str | list[str] | None = None
     fit_steps: NonNegativeInt = 100
     distance: Distance = "mse"
@@ -58,8 +61,13 @@ class SubstitutionOptions:
     correct_batch_norm: bool = True
 
     def __post_init__(self) -> None:
-        if not self.operators:
+        if not self.candidates:
             raise ValueError(
                 "`operators=()`: expected at least one operator, found none. Leave it out for the default ones, or "
                 "write for instance `operators=[Ghost(ratio=2)]`."
             )
+
+    @property
+    def candidates(self) -> Sequence[Operator]:
+        """The operators that are tried."""
+        return DEFAULT_OPERATORS if self.operators is None else self.operators

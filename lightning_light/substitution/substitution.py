@@ -110,7 +110,7 @@ class Substitution(RecordedInputs):
         self,
         budget: Budget,
         *,
-        operators: Sequence[Operator] = SubstitutionOptions.operators,
+        operators: Sequence[Operator] | None = SubstitutionOptions.operators,
         targets: Targets | str | list[str] | None = SubstitutionOptions.targets,
         start: Moment = DEFAULT_WINDOWS[Stage.SUBSTITUTION][0],
         fit_steps: NonNegativeInt = SubstitutionOptions.fit_steps,

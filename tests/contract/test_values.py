@@ -13,7 +13,7 @@ from lightning.pytorch import Callback
 import lightning_light
 from lightning_light.callback import CompressionCallback
 from lightning_light.targets import Targets
-from tests.contract.table import CASES
+from tests.contract.table import CASES, public_callbacks
 
 
 def names() -> dict[str, Any]:
@@ -81,3 +81,11 @@ def test_every_argument_is_kept_as_given(case, tmp_path) -> None:
         assert isinstance(callback, CompressionCallback)
         for name in inspect.signature(type(callback).__init__).parameters:
             assert name == "self" or hasattr(callback, name), f"{type(callback).__name__}.{name}"
+
+
+@pytest.mark.parametrize("callback", sorted(public_callbacks(), key=lambda cls: cls.__name__))
+def test_defaults_are_printed_as_yaml(callback) -> None:
+    """A list of objects as a default would not be: `None` stands for it."""
+    for name, parameter in inspect.signature(callback.__init__).parameters.items():
+        if isinstance(parameter.default, list | tuple):
+            assert all(isinstance(item, bool | int | float | str) for item in parameter.default), name
