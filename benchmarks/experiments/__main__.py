@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.experiments import page
 from benchmarks.experiments.harness import RESULTS, Job, run_missing
-from benchmarks.experiments.table import EXPERIMENTS, PROFILES
+from benchmarks.experiments.table import EXPERIMENTS, PROFILES, SHORTCUTS
 from benchmarks.experiments.tasks import CIFARResNet, FashionCNN, from_environment
 
 
@@ -19,6 +19,9 @@ def jobs(args: argparse.Namespace) -> list[Job]:
     tasks = {
         "cnn": FashionCNN(args.work, args.data),
         "resnet": CIFARResNet(profile.depth, args.cifar10, args.weights),
+        SHORTCUTS: CIFARResNet(
+            profile.depth, args.cifar10, args.weights, lr=0.05, convolution=True, precision="bf16-mixed"
+        ),
     }
     found = [
         Job(

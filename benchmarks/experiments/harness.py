@@ -95,7 +95,8 @@ def _train(job: Job, state: Run, work: Path) -> float:
     method.prepare(state)
     state.module.train()  # the Trainer keeps the mode of a module
     if job.epochs:
-        trainer = L.Trainer(max_epochs=job.epochs, callbacks=method.callbacks(state), default_root_dir=work, **QUIET)
+        options = {"precision": job.task.precision, "default_root_dir": work, **QUIET}
+        trainer = L.Trainer(max_epochs=job.epochs, callbacks=method.callbacks(state), **options)
         trainer.fit(state.module, job.task.train_loader())
     method.finish(state)
     return time.process_time() - started

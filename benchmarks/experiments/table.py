@@ -18,6 +18,7 @@ from lightning_light.reparameterization import ACB
 from lightning_light.sparsity import SET
 
 OURS, NONE = "lightning_light", "none"
+SHORTCUTS = "resnet-shortcuts"
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,9 @@ class Profile:
     """How much is trained on a kind of machine.
 
     Attributes:
-        depth: of the CIFAR-10 ResNet.
-        epochs: of the CNN, and of the ResNet.
-        seeds: of the CNN, and of the ResNet.
+        depth: of the CIFAR-10 ResNets.
+        epochs: by network.
+        seeds: by network.
     """
 
     depth: int
@@ -36,8 +37,8 @@ class Profile:
 
 
 PROFILES = {
-    "cpu": Profile(20, epochs={"cnn": 3, "resnet": 1}, seeds={"cnn": 3, "resnet": 1}),
-    "gpu": Profile(56, epochs={"cnn": 10, "resnet": 200}, seeds={"cnn": 5, "resnet": 3}),
+    "cpu": Profile(20, {"cnn": 3, "resnet": 1, SHORTCUTS: 10}, {"cnn": 3, "resnet": 1, SHORTCUTS: 3}),
+    "gpu": Profile(56, {"cnn": 10, "resnet": 200, SHORTCUTS: 200}, {"cnn": 5, "resnet": 3, SHORTCUTS: 3}),
 }
 
 
@@ -52,7 +53,7 @@ class Experiment:
         method: how.
         package: that does it; `NONE` where nothing is compressed.
         beside: the experiment of this package with which the row of a peer is compared.
-        network: ``"cnn"`` or ``"resnet"``.
+        network: ``"cnn"``, ``"resnet"``, or `SHORTCUTS`: the ResNet with convolutional shortcuts.
         epochs: of training; None for those of the profile, 0 for none.
     """
 
@@ -249,4 +250,39 @@ RESNET = [
     ),
 ]
 
-EXPERIMENTS = [*CNN, *RESNET]
+_HALF = "ResNet with convolutional shortcuts, CIFAR-10: pruned to 50% of the MACs, trained on"
+
+
+def _half(name: str, title: str, method: Method, **options: str) -> Experiment:
+    """Return a row of the ResNet that every package can prune."""
+    return Experiment(f"{SHORTCUTS}-{name}-0.5", _HALF, title, method, network=SHORTCUTS, **options)
+
+
+RESNET_SHORTCUTS = [
+    Experiment(
+        f"{SHORTCUTS}-dense", _HALF, "dense network, the published weights", Method(), NONE, network=SHORTCUTS, epochs=0
+    ),
+    _half(
+        "gates-teacher",
+        "`LearnedGates`, one cut, dense teacher",
+        PruneChannels(ll.MACs(0.5), LearnedGates(), teacher=True),
+    ),
+    _half(
+        "torch-pruning-magnitude",
+        "`GroupMagnitudeImportance`, one cut",
+        TorchPruning(tp.importance.GroupMagnitudeImportance, 0.5),
+        package="torch-pruning",
+        beside=f"{SHORTCUTS}-gates-teacher-0.5",
+    ),
+    _half(
+        "torch-pruning-taylor",
+        "`GroupTaylorImportance`, one cut",
+        TorchPruning(tp.importance.GroupTaylorImportance, 0.5, gradients=True),
+        package="torch-pruning",
+        beside=f"{SHORTCUTS}-gates-teacher-0.5",
+    ),
+    _half("gates", "`LearnedGates`, one cut", PruneChannels(ll.MACs(0.5), LearnedGates())),
+    _half("magnitude", "`Magnitude`, one cut", PruneChannels(ll.MACs(0.5))),
+]
+
+EXPERIMENTS = [*CNN, *RESNET, *RESNET_SHORTCUTS]

@@ -35,10 +35,12 @@ class Task(ABC):
     Attributes:
         name: of the network and its data.
         shape: of one input.
+        precision: of training.
     """
 
     name: str
     shape: tuple[int, ...]
+    precision: str = "32-true"
 
     @property
     def example(self) -> Tensor:
@@ -174,17 +176,24 @@ class FashionCNN(Task):
 
 @dataclass
 class CIFARResNet(Task):
-    """A CIFAR-10 ResNet with published weights (a state dict with the names of akamaster/pytorch_resnet_cifar10)."""
+    """A CIFAR-10 ResNet with published weights (a state dict with the names of akamaster/pytorch_resnet_cifar10).
+
+    With ``convolution`` shortcuts that change the shape are 1x1 convolutions, which start with the function of the
+    published zero padding. torch-pruning cannot prune across the padding.
+    """
 
     depth: int
     data: Path | None = None
     weights: Path | None = None
     lr: float = 0.01
+    convolution: bool = False
+    precision: str = "32-true"
 
     shape = (3, 32, 32)
 
     def __post_init__(self) -> None:
-        self.name = f"ResNet-{self.depth}, CIFAR-10"
+        shortcuts = " with convolutional shortcuts" if self.convolution else ""
+        self.name = f"ResNet-{self.depth}{shortcuts}, CIFAR-10"
         self._data = None
 
     def missing(self) -> str | None:
@@ -194,11 +203,12 @@ class CIFARResNet(Task):
         return " and ".join(absent) or None
 
     def untrained(self) -> nn.Module:
-        return importlib.import_module("nets").cifar_resnet(self.depth)
+        return importlib.import_module("nets").cifar_resnet(self.depth, self.convolution)
 
     def trained(self, seed: int) -> nn.Module:
         net = self.untrained()
-        net.load_state_dict(torch.load(self.weights, weights_only=True))
+        published = torch.load(self.weights, weights_only=True)
+        net.load_state_dict({**net.state_dict(), **published})  # convolutional shortcuts are not in the file
         return net.eval()
 
     def module(self, net: nn.Module) -> L.LightningModule:
