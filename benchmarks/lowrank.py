@@ -20,7 +20,7 @@ from nets import cifar_resnet
 from torch import Tensor, nn
 
 from lightning_light.budgets import MACs
-from lightning_light.criteria.collector import Gathered
+from lightning_light.criteria.gathered import Gathered
 from lightning_light.example_input import ExampleInput
 from lightning_light.lowrank import FactorizationOptions, RankAllocation, factorize
 from lightning_light.lowrank.apply import apply_factors

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_light.nested import map_tensors, tensors_in
 
-__all__ = ["ExampleInput"]
+__all__ = ["ExampleInput", "example_of_batch"]
 
 _SAMPLES = 2  # batch norm in training mode needs two
 
@@ -93,6 +93,15 @@ class ExampleInput:
                 return copy.deepcopy(self)
             except (RuntimeError, TypeError):  # a tensor with a history, or an object that cannot be copied
                 return replace(self, args=_copy(self.args, None), kwargs=_copy(self.kwargs, None))
+
+
+def example_of_batch(batch: Any, model: nn.Module) -> ExampleInput:
+    """Return the call of ``model`` for a batch: a mapping is keyword arguments; of a tuple or list the first item."""
+    if isinstance(batch, ExampleInput):
+        return batch.to(model)
+    if isinstance(batch, Mapping):
+        return ExampleInput(kwargs=dict(batch)).to(model)
+    return ExampleInput((batch[0] if isinstance(batch, (list, tuple)) else batch,)).to(model)
 
 
 def _copy(value: Any, samples: int | None) -> Any:

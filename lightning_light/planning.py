@@ -6,16 +6,16 @@ import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_light.copies import copy_network
-from lightning_light.criteria.collector import PARAMETER_KINDS, example_of_batch
 from lightning_light.criteria.evidence import Criterion
+from lightning_light.criteria.gathered import PARAMETER_KINDS
 from lightning_light.criteria.learned_gates import LearnedGates
 from lightning_light.criteria.magnitude import Magnitude
-from lightning_light.example_input import ExampleInput
+from lightning_light.example_input import ExampleInput, example_of_batch
 from lightning_light.formatting import DataTable, human_bytes, human_count, human_percent, layer_lines
 from lightning_light.isolation import isolated, plain_execution
 from lightning_light.measure import Snapshot, count_cost, take_snapshot
@@ -24,9 +24,6 @@ from lightning_light.measure.snapshot import matrix_layers
 from lightning_light.order import Stage, check_order
 from lightning_light.surgery.attachment import state_of
 from lightning_light.validation import PositiveInt, validated
-
-if TYPE_CHECKING:
-    from lightning_light.callback import CompressionCallback
 
 __all__ = ["MethodPlan", "RunPlan", "criterion_for", "not_targeted", "plan"]
 
@@ -144,7 +141,7 @@ def plan(
         for method in sorted(methods, key=lambda each: each.stage):
             lines = method.rehearse(copied, example, batches)
             if lines or method.stage < Stage.MONITORS:
-                when = _when(method, max_epochs, steps)
+                when = _when(method.window(max_epochs), method.stage, max_epochs, steps)
                 plans.append(MethodPlan(repr(method), *when, lines, _snapshot(copied, example)))
     return RunPlan(before, plans)
 
@@ -191,10 +188,9 @@ def _snapshot(model: nn.Module, example: ExampleInput) -> Snapshot:
     return take_snapshot(model, count_cost(model, call.args, call.kwargs), layer_stats(state_of(model).state))
 
 
-def _when(method: CompressionCallback, max_epochs: int | None, steps: int | None) -> tuple[str, str]:
-    window = method.window(max_epochs)
+def _when(window: tuple[float, float] | None, stage: int, max_epochs: int | None, steps: int | None) -> tuple[str, str]:
     if window is None:
-        return ("the end" if method.stage >= Stage.EXPORT else "all"), ""
+        return ("the end" if stage >= Stage.EXPORT else "all"), ""
     epochs = "" if max_epochs is None else f", epochs {_range(window, '{:.3g}', max_epochs)}"
     return _range(window, "{:.0%}", 1.0), epochs + (
         "" if steps is None else f", steps {_range(window, '{:.0f}', steps)}"

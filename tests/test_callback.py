@@ -12,7 +12,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from typing_extensions import override
 
-from lightning_light.budgets import Params
 from lightning_light.callback import CompressionCallback
 from lightning_light.errors import NoEffectWarning, OrderError, UnsupportedError
 from lightning_light.host.patches import patches_of
@@ -262,7 +261,7 @@ class Owns(Events):
     @override
     def before_surgery(self, trainer: Any, pl_module: Any) -> None:
         state = self.compression_state(pl_module)
-        state.reference(Params(0.5), lambda: float(sum(p.numel() for p in pl_module.parameters())))
+        state.reference("params", lambda: float(sum(p.numel() for p in pl_module.parameters())))
 
 
 class CutsAfterAsking(Events):

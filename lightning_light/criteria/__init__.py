@@ -1,10 +1,13 @@
 """Score weights from evidence about them; the lowest scores are removed first."""
 
 from lightning_light.criteria.activation import Activation, Wanda
-from lightning_light.criteria.collector import EvidenceCollector, Gathered, check_needs, collect_evidence
-from lightning_light.criteria.evidence import Criterion, Evidence, GroupCriterion
+from lightning_light.criteria.collector import EvidenceCollector
+from lightning_light.criteria.data import collect_evidence
+from lightning_light.criteria.evidence import Criterion, Evidence
+from lightning_light.criteria.gathered import Gathered
 from lightning_light.criteria.geometry import GeometricMedian
 from lightning_light.criteria.gradient import SNIP, Hessian, Taylor
+from lightning_light.criteria.group_criterion import GroupCriterion, check_needs
 from lightning_light.criteria.learned_gates import LearnedGates
 from lightning_light.criteria.magnitude import Magnitude
 from lightning_light.criteria.movement import Movement, SoftMovement

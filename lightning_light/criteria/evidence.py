@@ -4,19 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
-from typing_extensions import override
+from torch import Tensor
 
-from lightning_light.errors import UnsupportedError
-
-if TYPE_CHECKING:
-    from lightning_light.criteria.collector import Gathered
-    from lightning_light.dependency import ChannelGroup
-
-__all__ = ["Criterion", "Evidence", "GroupCriterion", "full_precision", "spread"]
+__all__ = ["Criterion", "Evidence", "full_precision", "spread"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,29 +91,6 @@ class Criterion(ABC):
     @abstractmethod
     def __call__(self, evidence: Evidence) -> Tensor:
         """Return one score per weight, in the shape of ``evidence.weight``; the lowest are removed first."""
-
-
-class GroupCriterion(Criterion):
-    """Score coupled channels all at once, from every tensor of their dependency group.
-
-    For structured pruning alone: masks and factors have no dependency groups.
-    """
-
-    @abstractmethod
-    def score_group(
-        self, model: nn.Module, group: ChannelGroup, gathered: Gathered, *, generator: torch.Generator | None = None
-    ) -> Tensor | None:
-        """Return one score per channel of ``group``, shape ``(width,)``; the lowest are removed first.
-
-        None where no tensor of the group is one that this criterion reads.
-        """
-
-    @override
-    def __call__(self, evidence: Evidence) -> Tensor:
-        raise UnsupportedError(
-            f"`{self!r}`: expected a dependency group to score, found a single tensor. Use it in "
-            "`StructuredPruning` or `prune_channels`."
-        )
 
 
 def full_precision(tensor: Tensor) -> Tensor:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_light.batch_norm import InputRecorder
-from lightning_light.criteria.collector import GateState, Gathered, Storage
-from lightning_light.criteria.evidence import GroupCriterion
 from lightning_light.criteria.gated_weights import GatedWeights, ungated_writers
+from lightning_light.criteria.gathered import GateState, Gathered, Storage
+from lightning_light.criteria.group_criterion import GroupCriterion
 from lightning_light.criteria.output_distance import Distance, output_distance
 from lightning_light.dependency import ChannelGroup
 from lightning_light.errors import UnsupportedError

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_light.criteria.evidence import GroupCriterion
+from lightning_light.criteria.group_criterion import GroupCriterion
 from lightning_light.validation import validated
 
 if TYPE_CHECKING:
-    from lightning_light.criteria.collector import Gathered
+    from lightning_light.criteria.gathered import Gathered
     from lightning_light.dependency import ChannelGroup, Member
 
 __all__ = ["FromTorchPruning"]

@@ -200,7 +200,7 @@ class DepthPruning(RecordedInputs):
         assert self.captured.example is not None  # since the run is planned
         example = self.captured.example.to(pl_module)
         dense = self.compression_state(pl_module).reference(
-            self.budget, lambda: broadcast(trainer, self.budget.measure(pl_module, example))
+            self.budget.quantity, lambda: broadcast(trainer, self.budget.measure(pl_module, example))
         )
         goal = self.budget.at(dense, fraction)
         return on_rank_zero(trainer, lambda: check_budget(pl_module, self.budget, example, self.options, goal)), goal

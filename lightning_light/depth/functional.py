@@ -11,12 +11,11 @@ from torch.optim import Optimizer
 
 from lightning_light.batch_norm import measure_statistics, move_statistics
 from lightning_light.budgets import Budget, require_reducible
-from lightning_light.criteria.collector import example_of_batch
 from lightning_light.depth.blocks import remove_blocks
 from lightning_light.depth.criteria import BlockCriterion
 from lightning_light.depth.options import DepthPruningOptions
 from lightning_light.depth.plan import DepthPlan, check_budget, plan_blocks
-from lightning_light.example_input import ExampleInput
+from lightning_light.example_input import ExampleInput, example_of_batch
 from lightning_light.surgery.attachment import attach, has_state, record, release, state_of
 from lightning_light.targets import Targets
 from lightning_light.validation import PositiveInt, validated
@@ -81,13 +80,13 @@ def prune_blocks(
     batches = [example] if data is None else [example_of_batch(b, model) for b in islice(data, calibration_batches)]
     dense = budget.measure(model, example)
     if has_state(model):
-        dense = state_of(model).reference(budget, lambda: dense)
+        dense = state_of(model).reference(budget.quantity, lambda: dense)
     goal = budget.goal(dense)
     blocks = check_budget(model, budget, example, options, goal)
     plan = plan_blocks(model, budget, example, blocks, criterion, batches, goal)
     if plan.removed and not dry_run:
         attached = has_state(model)
-        attach(model).reference(budget, lambda: dense)
+        attach(model).reference(budget.quantity, lambda: dense)
         calls = batches if correct_batch_norm and data is not None else []
         before = measure_statistics(model, calls)
         entry = remove_blocks(model, plan.removed, optimizers=optimizers)

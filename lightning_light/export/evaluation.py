@@ -10,8 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_light.criteria.collector import example_of_batch
-from lightning_light.example_input import ExampleInput
+from lightning_light.example_input import ExampleInput, example_of_batch
 from lightning_light.export.inputs import Positional
 from lightning_light.measure.metrics import MetricLike, Top1Agreement, local_copy, metric_values
 from lightning_light.selectors import labels_of

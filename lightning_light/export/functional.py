@@ -12,9 +12,8 @@ from typing import Any, Literal
 from torch import nn
 
 from lightning_light.atomic import atomic_write
-from lightning_light.criteria.collector import example_of_batch
 from lightning_light.errors import ParityError
-from lightning_light.example_input import ExampleInput
+from lightning_light.example_input import ExampleInput, example_of_batch
 from lightning_light.export.copies import detached_copy, merged_copy
 from lightning_light.export.dependence import needed_inputs
 from lightning_light.export.evaluation import DataEvaluator, Evaluator, MetricInputs

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_light.criteria.collector import Gathered
+from lightning_light.criteria.gathered import Gathered
 from lightning_light.lowrank.factors import factor_form
 from lightning_light.lowrank.layers import FactorizableLayer
 from lightning_light.lowrank.splitting import split_weights

@@ -15,9 +15,10 @@ from torch.optim import Optimizer
 from lightning_light.atomic import atomic_save
 from lightning_light.batch_norm import measure_statistics, move_statistics
 from lightning_light.budgets import Budget
-from lightning_light.criteria.collector import Gathered, collect_evidence, example_of_batch
+from lightning_light.criteria.data import collect_evidence
+from lightning_light.criteria.gathered import Gathered
 from lightning_light.errors import LightningLightError
-from lightning_light.example_input import ExampleInput
+from lightning_light.example_input import ExampleInput, example_of_batch
 from lightning_light.lowrank.apply import METHOD, apply_factors, check_unowned
 from lightning_light.lowrank.calibration import first_batches, layer_evidence, watched_modules
 from lightning_light.lowrank.fits import Fit
@@ -295,7 +296,7 @@ def _plan(
     current = quantity_of(budget, model, example, table)
     final = current
     if isinstance(budget, Budget):
-        final = budget.goal(state_of(model).reference(budget, lambda: current))
+        final = budget.goal(state_of(model).reference(budget.quantity, lambda: current))
     check_unowned(model, [layer.owner or layer.name for layer in layers])
     goal = Goal(budget, current, limit=final, final=final, price=price_of(budget, model), table=table)
     return plan_layers(model, layers, reasons, goal, options, gathered=gathered, batches=batches, example=example)

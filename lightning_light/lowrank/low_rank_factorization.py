@@ -13,7 +13,9 @@ from lightning_light.batch_norm import InputRecorder, Statistics, has_statistics
 from lightning_light.budgets import Budget
 from lightning_light.callback import CompressionCallback
 from lightning_light.capture import Capture
-from lightning_light.criteria.collector import EvidenceCollector, EvidenceStorage, Gathered, collect_evidence
+from lightning_light.criteria.collector import EvidenceCollector
+from lightning_light.criteria.data import collect_evidence
+from lightning_light.criteria.gathered import EvidenceStorage, Gathered
 from lightning_light.example_input import ExampleInput
 from lightning_light.host.trainer import steps_done
 from lightning_light.lowrank.apply import METHOD, apply_factors, check_unowned
@@ -335,7 +337,7 @@ class LowRankFactorization(CompressionCallback):
             current = on_rank_zero(trainer, lambda: quantity_of(self.budget, pl_module, example, table))
         if isinstance(self.budget, RankRule):
             return Goal(self.budget, current, limit=current, final=current, price=price_of(self.budget, pl_module))
-        dense = self.compression_state(pl_module).reference(self.budget, lambda: current)
+        dense = self.compression_state(pl_module).reference(self.budget.quantity, lambda: current)
         limit, final = self.budget.at(dense, fraction), self.budget.goal(dense)
         return Goal(self.budget, current, max(limit, final), final, price_of(self.budget, pl_module), table)
 

@@ -272,7 +272,7 @@ class ArchitectureSearch(RecordedInputs):
         counted = [budget for budget in self._budgets if not budget.runs_model]
 
         def measured(budget: Budget) -> float:
-            return state.reference(budget, lambda: broadcast(trainer, budget.measure(pl_module, example)))
+            return state.reference(budget.quantity, lambda: broadcast(trainer, budget.measure(pl_module, example)))
 
         return {budget.quantity: measured(budget) for budget in counted}
 

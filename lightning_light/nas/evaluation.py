@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from lightning_light.batch_norm import measure_statistics
 from lightning_light.copies import copy_network
-from lightning_light.criteria.collector import example_of_batch
 from lightning_light.criteria.output_distance import Distance, output_distance
-from lightning_light.example_input import ExampleInput
+from lightning_light.example_input import ExampleInput, example_of_batch
 from lightning_light.isolation import isolated, plain_execution
 from lightning_light.lowrank.calibration import first_batches
 from lightning_light.nas.apply import apply_items

@@ -10,8 +10,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_light.budgets import Sparsity
-from lightning_light.criteria.collector import Gathered, check_needs
 from lightning_light.criteria.evidence import Criterion
+from lightning_light.criteria.gathered import Gathered
+from lightning_light.criteria.group_criterion import check_needs
 from lightning_light.criteria.random import Random
 from lightning_light.errors import UnsupportedError
 from lightning_light.order import DEFAULT_WINDOWS, Stage

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_light.budgets import Budget, Sparsity
-from lightning_light.criteria.collector import Gathered, collect_evidence
+from lightning_light.criteria.data import collect_evidence
 from lightning_light.criteria.evidence import Criterion
+from lightning_light.criteria.gathered import Gathered
 from lightning_light.criteria.movement import Movement
 from lightning_light.example_input import ExampleInput
 from lightning_light.helper_networks import helper_networks

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_light.criteria.collector import PARAMETER_KINDS, Gathered
 from lightning_light.criteria.evidence import Criterion
+from lightning_light.criteria.gathered import PARAMETER_KINDS, Gathered
 from lightning_light.errors import UnsupportedError
 from lightning_light.sparsity.weights import MaskableWeight
 

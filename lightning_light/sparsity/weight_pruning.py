@@ -10,8 +10,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_light.budgets import Sparsity
-from lightning_light.criteria.collector import PARAMETER_KINDS, EvidenceCollector, EvidenceStorage
+from lightning_light.criteria.collector import EvidenceCollector
 from lightning_light.criteria.evidence import Criterion
+from lightning_light.criteria.gathered import PARAMETER_KINDS, EvidenceStorage
 from lightning_light.order import DEFAULT_WINDOWS, Stage
 from lightning_light.progress import epochs_planned, progress_at_step
 from lightning_light.schedules import Cubic, Schedule, Window, require_rising

@@ -13,12 +13,13 @@ from torch.optim import Optimizer
 
 from lightning_light.batch_norm import measure_statistics, move_statistics
 from lightning_light.budgets import Budget
-from lightning_light.criteria.collector import Gathered, collect_evidence, example_of_batch
+from lightning_light.criteria.data import collect_evidence
 from lightning_light.criteria.evidence import Criterion
+from lightning_light.criteria.gathered import Gathered
 from lightning_light.criteria.learned_gates import LearnedGates, learn_gates
 from lightning_light.criteria.movement import Movement
 from lightning_light.dependency import DependencyGraph, trace_dependencies
-from lightning_light.example_input import ExampleInput
+from lightning_light.example_input import ExampleInput, example_of_batch
 from lightning_light.measure.latency_table import LatencyTable
 from lightning_light.structured.costs import measure
 from lightning_light.structured.options import ChannelPruningOptions, Widths, check_gates, check_goal
@@ -110,7 +111,7 @@ def prune_channels(
     dense, table = 0.0, LatencyTable.of(budget)
     if budget is not None:
         now = functools.partial(measure, model, budget, example, graph, table)
-        dense = state_of(model).reference(budget, now) if has_state(model) else now()
+        dense = state_of(model).reference(budget.quantity, now) if has_state(model) else now()
     goal = Goal(budget, example, widths_of(graph), dense, table=table)
     check_run(model, graph, options, goal)
     batches = [] if data is None else list(islice(data, calibration_batches))
@@ -126,7 +127,7 @@ def prune_channels(
         calls = [example_of_batch(batch, model) for batch in batches] if correct_batch_norm else []
         _carry_out(model, graph, plan, calls, optimizers)
         if budget is not None:
-            state_of(model).reference(budget, lambda: dense)
+            state_of(model).reference(budget.quantity, lambda: dense)
     return plan
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
 from lightning_light.budgets import Budget
-from lightning_light.criteria.collector import Gathered
+from lightning_light.criteria.gathered import Gathered
 from lightning_light.criteria.learned_gates import GateProblem
 from lightning_light.dependency import ChannelGroup, DependencyGraph
 from lightning_light.errors import BudgetError, UnsupportedError

@@ -8,8 +8,9 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_light.criteria.collector import Gathered
-from lightning_light.criteria.evidence import Criterion, Evidence, GroupCriterion
+from lightning_light.criteria.evidence import Criterion, Evidence
+from lightning_light.criteria.gathered import Gathered
+from lightning_light.criteria.group_criterion import GroupCriterion
 from lightning_light.criteria.reduction import Reduction, channel_scores, combine, normalize
 from lightning_light.dependency import ChannelGroup, Member
 from lightning_light.errors import UnsupportedError

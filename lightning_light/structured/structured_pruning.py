@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypedDict, TypeVar
 
 from torch import Tensor, nn
@@ -14,8 +15,10 @@ from lightning_light.batch_norm import InputRecorder, Statistics, has_statistics
 from lightning_light.budgets import Budget
 from lightning_light.callback import CompressionCallback
 from lightning_light.capture import Capture, has_lazy_layers, runs_beside_forward
-from lightning_light.criteria.collector import EvidenceCollector, EvidenceStorage, Gathered, check_needs
+from lightning_light.criteria.collector import EvidenceCollector
 from lightning_light.criteria.evidence import Criterion
+from lightning_light.criteria.gathered import EvidenceStorage, Gathered
+from lightning_light.criteria.group_criterion import check_needs
 from lightning_light.criteria.learned_gates import GateProblem, GateTrainer, LearnedGates
 from lightning_light.dependency import ChannelGroup, DependencyGraph, trace_calls
 from lightning_light.dependency.trace import UNUSED
@@ -408,9 +411,8 @@ class StructuredPruning(CompressionCallback):
         state, graph, budget = self.state(pl_module), self._trace(trainer, pl_module, example), self.budget
         dense, table = 0.0, LatencyTable.of(budget, state.get("latency"))
         if budget is not None:
-            dense = self.compression_state(pl_module).reference(
-                budget, lambda: on_rank_zero(trainer, lambda: measure(pl_module, budget, example, graph, table))
-            )
+            now = partial(measure, pl_module, budget, example, graph, table)
+            dense = self.compression_state(pl_module).reference(budget.quantity, lambda: on_rank_zero(trainer, now))
         original, seed = widths_of(graph, state["original"]), state.get("events", 0)
         goal = Goal(budget, example, original, dense, fraction, seed, table=table)
         if isinstance(self.ranking, Sensitivity):

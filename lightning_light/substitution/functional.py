@@ -11,9 +11,8 @@ from torch.optim import Optimizer
 
 from lightning_light.batch_norm import measure_statistics, move_statistics
 from lightning_light.budgets import Budget, require_reducible
-from lightning_light.criteria.collector import example_of_batch
 from lightning_light.criteria.output_distance import Distance
-from lightning_light.example_input import ExampleInput
+from lightning_light.example_input import ExampleInput, example_of_batch
 from lightning_light.substitution.apply import apply_operators
 from lightning_light.substitution.candidates import find_candidates
 from lightning_light.substitution.operators import Operator
@@ -101,14 +100,14 @@ def substitute_operators(
     batches = [example] if data is None else [example_of_batch(b, model) for b in islice(data, calibration_batches)]
     dense = budget.measure(model, example)
     if has_state(model):
-        dense = state_of(model).reference(budget, lambda: dense)
+        dense = state_of(model).reference(budget.quantity, lambda: dense)
     candidates = find_candidates(model, budget, example, options, optimizers=optimizers or None)
     plan = plan_substitution(
         model, budget, example, candidates, batches, budget.goal(dense), options, progress_bar=progress_bar
     )
     if plan.layers and not dry_run:
         attached = has_state(model)
-        attach(model).reference(budget, lambda: dense)
+        attach(model).reference(budget.quantity, lambda: dense)
         calls = batches if correct_batch_norm and data is not None else []
         before = measure_statistics(model, calls)
         entry = apply_operators(model, plan, optimizers=optimizers)

@@ -216,7 +216,7 @@ class Substitution(RecordedInputs):
         example = self._example(pl_module)
         return self.budget.goal(
             self.compression_state(pl_module).reference(
-                self.budget, lambda: broadcast(trainer, self.budget.measure(pl_module, example))
+                self.budget.quantity, lambda: broadcast(trainer, self.budget.measure(pl_module, example))
             )
         )
 

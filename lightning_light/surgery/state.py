@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +30,6 @@ from lightning_light.surgery.operations import is_registered, replay_edits
 from lightning_light.surgery.optimizer import order_parameters, orphans, parameter_order
 from lightning_light.surgery.ownership import Claim, all_names, refuse_owned
 from lightning_light.surgery.structure import PRIVATE_PREFIX, apply_structure, compare, copy_structure
-
-if TYPE_CHECKING:
-    from lightning_light.budgets import Budget
 
 
 class CompressionState:
@@ -113,18 +110,18 @@ class CompressionState:
         found = [claim for claim in self.claims.values() if any(map(claim.covers, names))]
         return sorted(found, key=lambda claim: claim.stage)
 
-    def reference(self, budget: Budget, measure: Callable[[], float], *, scope: str = "") -> float:
-        """Return the value of the budget's quantity before any method changed the network.
+    def reference(self, quantity: str, measure: Callable[[], float], *, scope: str = "") -> float:
+        """Return the value of a budget's quantity before any method changed the network.
 
         Measured once per quantity, stored in checkpoints, and shared by all methods: two budgets of 70 % and 50 % end
         at 50 %. Every method asks before it changes anything, so that the value is the uncompressed network's.
 
         Args:
-            budget: names the quantity.
+            quantity: `Budget.quantity`.
             measure: measures it now; called only if it is not known yet.
             scope: what the value depends on besides the network, for instance the targets whose channels count.
         """
-        key = f"{budget.quantity}:{scope}" if scope else budget.quantity
+        key = f"{quantity}:{scope}" if scope else quantity
         if key not in self.references:
             self.references[key] = float(measure())
         return self.references[key]

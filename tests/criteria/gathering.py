@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
 from lightning_light.callback import CompressionCallback
-from lightning_light.criteria.collector import KINDS, EvidenceCollector, EvidenceStorage
+from lightning_light.criteria.collector import EvidenceCollector
+from lightning_light.criteria.gathered import KINDS, EvidenceStorage
 from lightning_light.order import Stage
 from lightning_light.progress import steps_done
 from lightning_light.surgery.averaged_models import averaged_models_of

@@ -22,14 +22,10 @@ from lightning_light.criteria import (
     Wanda,
     channel_scores,
 )
-from lightning_light.criteria.collector import (
-    KINDS,
-    EvidenceCollector,
-    Gathered,
-    check_needs,
-    collect_evidence,
-    input_rows,
-)
+from lightning_light.criteria.collector import EvidenceCollector, input_rows
+from lightning_light.criteria.data import collect_evidence
+from lightning_light.criteria.gathered import KINDS, Gathered
+from lightning_light.criteria.group_criterion import check_needs
 from lightning_light.errors import UnsupportedError
 from lightning_light.surgery.edit import cut
 

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 
-from lightning_light.criteria.collector import KINDS
+from lightning_light.criteria.gathered import KINDS
 from lightning_light.surgery.attachment import state_of
 from tests.criteria.gathering import Gather
 from tests.surgery.runs import HOSTS, MODULES, Lit, Loader, same, trainer

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch_pruning.pruner import function
 
 from lightning_light.criteria import Gathered, Magnitude, collect_evidence
-from lightning_light.criteria.evidence import Evidence, GroupCriterion
+from lightning_light.criteria.evidence import Evidence
+from lightning_light.criteria.group_criterion import GroupCriterion
 from lightning_light.criteria.torch_pruning import FromTorchPruning
 from lightning_light.dependency import ChannelGroup, trace_dependencies
 from lightning_light.errors import UnsupportedError

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_light.budgets import MACs, Params
 from lightning_light.errors import UnsupportedError
 from lightning_light.order import Stage
 from lightning_light.surgery.attachment import attach, check_owners, has_state, release, state_of
@@ -125,7 +124,7 @@ def test_a_part_that_was_compressed_alone_keeps_its_claims_inside_a_whole(net: n
 def test_claims_and_references_travel_in_checkpoints_and_copies(net: nn.Sequential, tmp_path: Any) -> None:
     state = attach(net)
     state.claim(net, "quantization", Stage.QUANTIZATION, ["0"])
-    assert state.reference(MACs(0.5), lambda: 48.0) == 48.0
+    assert state.reference("macs", lambda: 48.0) == 48.0
     torch.save({KEY: state.manifest(net), "state_dict": net.state_dict()}, tmp_path / "net.ckpt")
     loaded = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
     attach(loaded).load(loaded, torch.load(tmp_path / "net.ckpt", weights_only=True))
@@ -154,11 +153,11 @@ def test_a_reference_is_measured_once_for_each_quantity(net: nn.Sequential) -> N
         measured.append(sum(parameter.numel() for parameter in net.parameters()))
         return float(measured[-1])
 
-    dense = state.reference(Params(0.7), measure)
+    dense = state.reference("params", measure)
     cut(net, KEPT)
-    assert state.reference(Params(0.5), measure) == dense == measured[0]
+    assert state.reference("params", measure) == dense == measured[0]
     assert len(measured) == 1
-    assert state.reference(Params(0.5), measure, scope="0") < dense
+    assert state.reference("params", measure, scope="0") < dense
 
 
 def test_looking_attaches_nothing(net: nn.Sequential) -> None:

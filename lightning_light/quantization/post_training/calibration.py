@@ -9,9 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from lightning_light.criteria.collector import example_of_batch
 from lightning_light.errors import UnsupportedError
-from lightning_light.example_input import ExampleInput
+from lightning_light.example_input import ExampleInput, example_of_batch
 from lightning_light.int8 import quantizers_of
 from lightning_light.nested import tensors_in
 
