@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lightning_light.cli.errors import command_line, write_warnings
 from lightning_light.errors import LightningLightError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ __all__ = ["main"]
 
 _CHECKPOINT = "checkpoint of Lightning, compressed or not"
 _MODULE = "class of the LightningModule, as package.module:MyModule"
+_TOLERANCES = ("absolute", "relative", "quant_steps")
 _EXAMPLE = (
     "shape of each input, as 1,3,32,32 or 1,128:int64; by default the module's `example_input_array`, else the example "
     "that the checkpoint holds"
@@ -29,16 +31,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: of the command; those of the process by default.
     """
+    options: list[str] = []
     try:
         given = vars(_parser().parse_args(arguments))
         command = given["command"]
+        options = _options(command)
         sys.path.insert(0, os.getcwd())  # classes of the user, as `python -m` finds them
         module = importlib.import_module(f"lightning_light.cli.{_COMMANDS[command].module}")  # `--help` needs no torch
-        getattr(module, command)(**vars(given[command]))
+        with write_warnings(options):
+            getattr(module, command)(**vars(given[command]))
     except (LightningLightError, OSError) as error:
-        sys.stderr.write(f"lightning-light: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"lightning-light: {command_line(str(error), options)}\n")
         return 1
     return 0
+
+
+def _options(command: str) -> list[str]:
+    names: list[str] = []
+    _COMMANDS[command].add_arguments(lambda *flags, **_: names.append(flags[-1]))
+    return [name.removeprefix("--") for name in names if name.startswith("--")]
 
 
 def _parser() -> ArgumentParser:
@@ -95,17 +106,23 @@ def _verify(add: _Add) -> None:
     add("--against", type=str, required=True, help=_CHECKPOINT)
     add("--module", type=str, required=True, help=_MODULE)
     add("--example", nargs="+", type=str, help=_EXAMPLE)
-    for name in ("absolute", "relative", "quant_steps"):
+    for name in _TOLERANCES:
         add(f"--{name}", type=NonNegativeFloat | None, help="tolerance; by default that of the export")
 
 
 def _export(add: _Add) -> None:
+    from jsonargparse.typing import NonNegativeFloat
+
     add("checkpoint", type=str, help=_CHECKPOINT)
     add("--to", type=str, required=True, help="path of the file, which ends in .ptl, .pte, .onnx or .pt2")
     add("--module", type=str, required=True, help=_MODULE)
     add("--example", nargs="+", type=str, help=_EXAMPLE)
     add("--batch", choices=["any", "one", "as_given"], help="sizes of batches that the file is verified with")
+    add("--inputs", nargs="+", type=str, help="inputs of the file; by default all that the outputs are computed from")
+    add("--merge_branches", type=bool, default=True, help="merge blocks of parallel branches")
     add("--float", action="store_true", help="export a quantized network in float")
+    for name in _TOLERANCES:
+        add(f"--{name}", type=NonNegativeFloat | None, help="tolerance of the verification")
 
 
 def _convert(add: _Add) -> None:
@@ -126,6 +143,28 @@ def _convert(add: _Add) -> None:
     add("--example", nargs="+", type=str, help=_EXAMPLE)
 
 
+def _sensitivity(add: _Add) -> None:
+    from jsonargparse.typing import PositiveInt
+
+    add("checkpoint", type=str, help=_CHECKPOINT)
+    add("--module", type=str, required=True, help=_MODULE)
+    add(
+        "--data",
+        type=str,
+        help="class of a LightningDataModule, or a function that returns batches, as package.module:MyData; by default "
+        "the module's own `val_dataloader`",
+    )
+    add("--batches", type=PositiveInt, default=4, help="number of batches that are used")
+    add("--bits", nargs="+", type=int, default=[2, 3, 4, 6, 8], help="widths to measure")
+    add("--distance", choices=["kl", "error"], default="kl", help="of class scores, or of any other output")
+    add(
+        "-o",
+        "--out",
+        type=str,
+        help="path of a JSON file: layer, bits, distance, weights and MACs, one row per measurement",
+    )
+
+
 class _Command(NamedTuple):
     module: str
     summary: str
@@ -141,5 +180,8 @@ _COMMANDS = {
     "export": _Command("files", "Export a checkpoint to a file, and verify the file.", _export),
     "diff": _Command("checkpoints", "Show what changed between two checkpoints.", _diff),
     "report": _Command("checkpoints", "Write the report of a checkpoint as HTML and JSON.", _report),
+    "sensitivity": _Command(
+        "sensitivity", "Quantize one layer at a time, and measure the change of the outputs.", _sensitivity
+    ),
     "convert": _Command("convert", "Factorize the layers of a finished checkpoint.", _convert),
 }
