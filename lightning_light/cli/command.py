@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_light.cli.errors import command_line, write_warnings
+from lightning_light.cli.sentences import with_sentences
 from lightning_light.errors import LightningLightError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -61,12 +62,13 @@ def _parser() -> ArgumentParser:
             f"`lightning-light`: expected the packages jsonargparse and rich, found that one cannot be imported "
             f"({error}). Install them: `pip install lightning-light[cli]`."
         ) from error
-    parser = jsonargparse.ArgumentParser(
+    parser_class = with_sentences(jsonargparse.ArgumentParser)
+    parser: ArgumentParser = parser_class(
         prog="lightning-light", description="Inspect, compare, export and measure compressed networks."
     )
     commands = parser.add_subcommands(dest="command", title="commands")
     for name, command in _COMMANDS.items():
-        subparser = jsonargparse.ArgumentParser(description=command.summary)
+        subparser = parser_class(description=command.summary)
         command.add_arguments(subparser.add_argument)
         commands.add_subcommand(name, subparser, help=command.summary)
     return parser
@@ -107,7 +109,7 @@ def _verify(add: _Add) -> None:
     add("--module", type=str, required=True, help=_MODULE)
     add("--example", nargs="+", type=str, help=_EXAMPLE)
     for name in _TOLERANCES:
-        add(f"--{name}", type=NonNegativeFloat | None, help="tolerance; by default that of the export")
+        add(f"--{name}", type=NonNegativeFloat, help="tolerance; by default that of the export")
 
 
 def _export(add: _Add) -> None:
@@ -122,7 +124,7 @@ def _export(add: _Add) -> None:
     add("--merge_branches", type=bool, default=True, help="merge blocks of parallel branches")
     add("--float", action="store_true", help="export a quantized network in float")
     for name in _TOLERANCES:
-        add(f"--{name}", type=NonNegativeFloat | None, help="tolerance of the verification")
+        add(f"--{name}", type=NonNegativeFloat, help="tolerance of the verification")
 
 
 def _convert(add: _Add) -> None:
@@ -131,14 +133,14 @@ def _convert(add: _Add) -> None:
     add("checkpoint", type=str, help=_CHECKPOINT)
     add("--to", type=str, required=True, help="path of the new checkpoint")
     add("--module", type=str, required=True, help=_MODULE)
-    add("--macs", type=float | None, help="fraction of the multiply-accumulates that remains")
-    add("--params", type=float | None, help="fraction of the parameters that remains")
-    add("--energy", type=float | None, help="fraction of each layer's energy that remains")
-    add("--ratio", type=float | None, help="fraction of each layer's full rank")
+    add("--macs", type=float, help="fraction of the multiply-accumulates that remains")
+    add("--params", type=float, help="fraction of the parameters that remains")
+    add("--energy", type=float, help="fraction of each layer's energy that remains")
+    add("--ratio", type=float, help="fraction of each layer's full rank")
     add("--evbmf", action="store_true", help="ranks above the noise level of each layer")
     forms = ["auto", "channel", "spatial", "tucker2", "depthwise"]
     add("--form", choices=forms, help="form of factorized convolutions")
-    add("--round_to", type=PositiveInt | None, help="multiple that ranks are rounded to")
+    add("--round_to", type=PositiveInt, help="multiple that ranks are rounded to")
     add("--targets", nargs="+", type=str, help="patterns of layers; all by default")
     add("--example", nargs="+", type=str, help=_EXAMPLE)
 

@@ -179,11 +179,25 @@ def test_an_error_is_one_sentence(
     assert not list(folder.glob("a.*"))
 
 
-def test_wrong_arguments_have_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+WRONG = {
+    "": 'expected "command" to be one of {inspect,benchmark,verify,export,diff, ...}, but it was not provided. See `',
+    "benchmark a.ptl --threads=0": "`threads`: expected a positive int, found 0.\n",
+    "benchmark a.ptl --threads=two": "`threads`: expected a positive int, found 'two'.\n",
+    "export a.ckpt --to=a.ptl": "`export.module`: expected values, found none.\n",
+    "inspect a.ckpt b.ckpt": "unrecognized arguments: b.ckpt. See `lightning-light inspect --help`.\n",
+    f"sensitivity a.ckpt {NET} --bits 8 x": "`bits`: expected int, found x.\n",
+    f"verify a.ptl --against a.ckpt {NET} --absolute=-1": "`absolute`: expected a non negative float, found -1.\n",
+}
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_wrong_arguments_are_one_sentence_and_status_2(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
-        main(["benchmark", "a.ptl", "--threads=0"])
+        main(line.split())
     assert exit_.value.code == 2
-    assert '"threads"' in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {WRONG[line]}")
+    assert error.count("\n") == 1
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
