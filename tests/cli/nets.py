@@ -39,6 +39,13 @@ class Wide(Net):
         super().__init__(12)
 
 
+class Branching(Net):
+    """Takes a branch by the values of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if x.sum() < 1e9 else -x)
+
+
 class Demanding(Net):
     """Its argument is in no checkpoint of `Net`."""
 

@@ -179,6 +179,15 @@ def test_an_error_is_one_sentence(
     assert not list(folder.glob("a.*"))
 
 
+@pytest.mark.filterwarnings("default")
+def test_a_warning_is_one_line(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    module = "--module=tests.cli.nets:Branching"
+    assert main(["export", f"{folder}/dense.ckpt", f"--to={tmp_path}/a.ptl", module, EXAMPLE]) == 0
+    error = capfd.readouterr().err
+    assert error.startswith("lightning-light: warning: `TorchScriptLite()` on `Branching`: Python values that were")
+    assert error.count("\n") == 1
+
+
 WRONG = {
     "": 'expected "command" to be one of {inspect,benchmark,verify,export,diff, ...}, but it was not provided. See `',
     "benchmark a.ptl --threads=0": "`threads`: expected a positive int, found 0.\n",
@@ -200,10 +209,27 @@ def test_wrong_arguments_are_one_sentence_and_status_2(line: str, capsys: pytest
     assert error.count("\n") == 1
 
 
-def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setitem(sys.modules, "jsonargparse", None)
-    assert main(["inspect", "a.ckpt"]) == 1
-    assert "Install them: `pip install lightning-light[cli]`." in capsys.readouterr().err
+MISSING = {
+    "inspect pruned.ckpt": ("jsonargparse", "cli"),
+    f"export dense.ckpt --to=a.onnx {NET} {EXAMPLE}": ("onnxruntime", "onnx"),
+    f"verify int8.onnx --against=quantized.ckpt {NET} {EXAMPLE}": ("onnxruntime", "onnx"),
+    "benchmark int8.onnx": ("onnxruntime", "onnx"),
+    "report pruned.ckpt -o a.html": ("matplotlib.figure", "report"),
+}
+
+
+@pytest.mark.parametrize("line", MISSING)
+def test_a_missing_extra_is_named(
+    line: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    package, extra = MISSING[line]
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main(line.split()) == 1
+    error = capfd.readouterr().err
+    assert error.endswith(f": `pip install lightning-light[{extra}]`.\n")
+    assert error.count("\n") == 1
+    assert not list(folder.glob("a.*"))
 
 
 @pytest.mark.slow
