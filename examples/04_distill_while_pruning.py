@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/distill_while_pruning"))
     args = parser.parse_args()
 
+    L.seed_everything(args.seed, verbose=False)
     dense = Classifier(24)
     before = train(dense, [], args.epochs, args)
     rows = {}

@@ -205,10 +205,11 @@ def plural(count: int, noun: str) -> str:
     """Return a count and its noun.
 
     Example:
-        >>> plural(1, "layer"), plural(5, "layer")
-        ('1 layer', '5 layers')
+        >>> plural(1, "layer"), plural(5, "layer"), plural(2, "batch")
+        ('1 layer', '5 layers', '2 batches')
     """
-    return f"{count} {noun}{'' if count == 1 else 's'}"
+    ending = "es" if noun.endswith("ch") else "s"
+    return f"{count} {noun}{'' if count == 1 else ending}"
 
 
 def human_count(value: float) -> str:

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lightning_light.cli.errors import command_line, write_warnings
+from lightning_light.cli.sentences import with_sentences
 from lightning_light.errors import LightningLightError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -17,6 +19,7 @@ __all__ = ["main"]
 
 _CHECKPOINT = "checkpoint of Lightning, compressed or not"
 _MODULE = "class of the LightningModule, as package.module:MyModule"
+_TOLERANCES = ("absolute", "relative", "quant_steps")
 _EXAMPLE = (
     "shape of each input, as 1,3,32,32 or 1,128:int64; by default the module's `example_input_array`, else the example "
     "that the checkpoint holds"
@@ -29,16 +32,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: of the command; those of the process by default.
     """
+    options: list[str] = []
     try:
         given = vars(_parser().parse_args(arguments))
         command = given["command"]
+        options = _options(command)
         sys.path.insert(0, os.getcwd())  # classes of the user, as `python -m` finds them
         module = importlib.import_module(f"lightning_light.cli.{_COMMANDS[command].module}")  # `--help` needs no torch
-        getattr(module, command)(**vars(given[command]))
+        with write_warnings(options):
+            getattr(module, command)(**vars(given[command]))
     except (LightningLightError, OSError) as error:
-        sys.stderr.write(f"lightning-light: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"lightning-light: {command_line(str(error), options)}\n")
         return 1
     return 0
+
+
+def _options(command: str) -> list[str]:
+    names: list[str] = []
+    _COMMANDS[command].add_arguments(lambda *flags, **_: names.append(flags[-1]))
+    return [name.removeprefix("--") for name in names if name.startswith("--")]
 
 
 def _parser() -> ArgumentParser:
@@ -50,12 +62,13 @@ def _parser() -> ArgumentParser:
             f"`lightning-light`: expected the packages jsonargparse and rich, found that one cannot be imported "
             f"({error}). Install them: `pip install lightning-light[cli]`."
         ) from error
-    parser = jsonargparse.ArgumentParser(
+    parser_class = with_sentences(jsonargparse.ArgumentParser)
+    parser: ArgumentParser = parser_class(
         prog="lightning-light", description="Inspect, compare, export and measure compressed networks."
     )
     commands = parser.add_subcommands(dest="command", title="commands")
     for name, command in _COMMANDS.items():
-        subparser = jsonargparse.ArgumentParser(description=command.summary)
+        subparser = parser_class(description=command.summary)
         command.add_arguments(subparser.add_argument)
         commands.add_subcommand(name, subparser, help=command.summary)
     return parser
@@ -95,17 +108,23 @@ def _verify(add: _Add) -> None:
     add("--against", type=str, required=True, help=_CHECKPOINT)
     add("--module", type=str, required=True, help=_MODULE)
     add("--example", nargs="+", type=str, help=_EXAMPLE)
-    for name in ("absolute", "relative", "quant_steps"):
-        add(f"--{name}", type=NonNegativeFloat | None, help="tolerance; by default that of the export")
+    for name in _TOLERANCES:
+        add(f"--{name}", type=NonNegativeFloat, help="tolerance; by default that of the export")
 
 
 def _export(add: _Add) -> None:
+    from jsonargparse.typing import NonNegativeFloat
+
     add("checkpoint", type=str, help=_CHECKPOINT)
     add("--to", type=str, required=True, help="path of the file, which ends in .ptl, .pte, .onnx or .pt2")
     add("--module", type=str, required=True, help=_MODULE)
     add("--example", nargs="+", type=str, help=_EXAMPLE)
     add("--batch", choices=["any", "one", "as_given"], help="sizes of batches that the file is verified with")
+    add("--inputs", nargs="+", type=str, help="inputs of the file; by default all that the outputs are computed from")
+    add("--merge_branches", type=bool, default=True, help="merge blocks of parallel branches")
     add("--float", action="store_true", help="export a quantized network in float")
+    for name in _TOLERANCES:
+        add(f"--{name}", type=NonNegativeFloat, help="tolerance of the verification")
 
 
 def _convert(add: _Add) -> None:
@@ -114,16 +133,38 @@ def _convert(add: _Add) -> None:
     add("checkpoint", type=str, help=_CHECKPOINT)
     add("--to", type=str, required=True, help="path of the new checkpoint")
     add("--module", type=str, required=True, help=_MODULE)
-    add("--macs", type=float | None, help="fraction of the multiply-accumulates that remains")
-    add("--params", type=float | None, help="fraction of the parameters that remains")
-    add("--energy", type=float | None, help="fraction of each layer's energy that remains")
-    add("--ratio", type=float | None, help="fraction of each layer's full rank")
+    add("--macs", type=float, help="fraction of the multiply-accumulates that remains")
+    add("--params", type=float, help="fraction of the parameters that remains")
+    add("--energy", type=float, help="fraction of each layer's energy that remains")
+    add("--ratio", type=float, help="fraction of each layer's full rank")
     add("--evbmf", action="store_true", help="ranks above the noise level of each layer")
     forms = ["auto", "channel", "spatial", "tucker2", "depthwise"]
     add("--form", choices=forms, help="form of factorized convolutions")
-    add("--round_to", type=PositiveInt | None, help="multiple that ranks are rounded to")
+    add("--round_to", type=PositiveInt, help="multiple that ranks are rounded to")
     add("--targets", nargs="+", type=str, help="patterns of layers; all by default")
     add("--example", nargs="+", type=str, help=_EXAMPLE)
+
+
+def _sensitivity(add: _Add) -> None:
+    from jsonargparse.typing import PositiveInt
+
+    add("checkpoint", type=str, help=_CHECKPOINT)
+    add("--module", type=str, required=True, help=_MODULE)
+    add(
+        "--data",
+        type=str,
+        help="class of a LightningDataModule, or a function that returns batches, as package.module:MyData; by default "
+        "the module's own `val_dataloader`",
+    )
+    add("--batches", type=PositiveInt, default=4, help="number of batches that are used")
+    add("--bits", nargs="+", type=int, default=[2, 3, 4, 6, 8], help="widths to measure")
+    add("--distance", choices=["kl", "error"], default="kl", help="of class scores, or of any other output")
+    add(
+        "-o",
+        "--out",
+        type=str,
+        help="path of a JSON file: layer, bits, distance, weights and MACs, one row per measurement",
+    )
 
 
 class _Command(NamedTuple):
@@ -141,5 +182,8 @@ _COMMANDS = {
     "export": _Command("files", "Export a checkpoint to a file, and verify the file.", _export),
     "diff": _Command("checkpoints", "Show what changed between two checkpoints.", _diff),
     "report": _Command("checkpoints", "Write the report of a checkpoint as HTML and JSON.", _report),
+    "sensitivity": _Command(
+        "sensitivity", "Quantize one layer at a time, and measure the change of the outputs.", _sensitivity
+    ),
     "convert": _Command("convert", "Factorize the layers of a finished checkpoint.", _convert),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +14,12 @@ from torch import nn
 
 from lightning_light.cli.errors import CommandError, as_command_error, expecting
 from lightning_light.cli.modules import example_of, load_module, random_input, working
+from lightning_light.errors import ParityError
 from lightning_light.export import ExportReport, export_model, load_exported
 from lightning_light.export.exporter import Exporter
 from lightning_light.export.formats import exporter_of
 from lightning_light.export.functional import Batch, ExportOptions, verify_exported
+from lightning_light.export.parity import Tolerance
 from lightning_light.formatting import DataTable, human_bytes
 from lightning_light.measure import LatencyStats, file_bytes, measure_latency
 from lightning_light.measure.latency import torch_threads
@@ -53,20 +55,10 @@ def benchmark(files: Sequence[str], threads: int, runs: int) -> None:
     DataTable(headers, lines, notes=(note,), text_columns=frozenset({"runtime"}), droppable=droppable).write()
 
 
-def verify(
-    file: str,
-    against: str,
-    module: str,
-    example: Sequence[str] | None,
-    absolute: float | None,
-    relative: float | None,
-    quant_steps: float | None,
-) -> None:
+def verify(file: str, against: str, module: str, example: Sequence[str] | None, **tolerances: float | None) -> None:
     """Run a file, compare it with the module, and print the largest difference."""
     _exporter(file)
     report = _report_of(file)
-    given = {"absolute": absolute, "relative": relative, "quant_steps": quant_steps}
-    tolerance = replace(report.tolerance, **{name: value for name, value in given.items() if value is not None})
     network = load_module(against, module)
     scales = report.details.get("output_scales")
     call = example_of(network, against, example)
@@ -74,8 +66,13 @@ def verify(
         raise CommandError(f"`{file}`: expected the quantized network that the file is of, found a float `{against}`.")
     int8 = nullcontext() if scales is None else fake_quantized(network)
     with expecting(file, f"{_RUNNABLE} as `{module}` does"), working(f"verifying {file}"), int8:
-        options = ExportOptions(parity=tolerance, batch=cast(Batch, report.batch))
-        parity = verify_exported(network, call, file, options, scales)
+        options = ExportOptions(parity=_changed(report.tolerance, tolerances), batch=cast(Batch, report.batch))
+        try:
+            parity = verify_exported(network, call, file, options, scales)
+        except ParityError as error:
+            raise CommandError(
+                f"`{file}` against `{against}`: {error} Or the file is of another checkpoint."
+            ) from error
     steps = "".join(f", {name} {off:.3g} quantization steps" for name, off in parity.quant_steps.items())
     sys.stdout.write(
         f"{file} agrees with {against} in {_exporter(file).runtime()}: largest difference {parity.max_absolute:.1e}"
@@ -84,16 +81,36 @@ def verify(
 
 
 def export(
-    checkpoint: str, to: str, module: str, example: Sequence[str] | None, batch: Batch | None, **options: Any
+    checkpoint: str,
+    to: str,
+    module: str,
+    example: Sequence[str] | None,
+    batch: Batch | None,
+    inputs: Sequence[str] | None,
+    merge_branches: bool,
+    float: bool,
+    **tolerances: float | None,
 ) -> None:
     """Export a checkpoint, and print the report of the file in one line."""
     _exporter(to).check()
     network = load_module(checkpoint, module)
-    int8 = nullcontext() if options["float"] else _as_trained(network, checkpoint)
+    int8 = nullcontext() if float else _as_trained(network, checkpoint)
     call = example_of(network, checkpoint, example)
     with expecting(to, f"`{module}` to be exported"), working(f"exporting {to}"), int8:
-        report = export_model(network, call, to, batch=batch or ExportOptions.batch)
+        report = export_model(
+            network,
+            call,
+            to,
+            parity=_changed(ExportOptions.parity, tolerances),
+            batch=batch or ExportOptions.batch,
+            inputs=inputs,
+            merge_branches=merge_branches,
+        )
     sys.stdout.write(f"{report.summary()}\n")
+
+
+def _changed(tolerance: Tolerance, given: Mapping[str, float | None]) -> Tolerance:
+    return replace(tolerance, **{name: value for name, value in given.items() if value is not None})
 
 
 def _as_trained(network: nn.Module, checkpoint: str) -> AbstractContextManager[Any]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import lightning_light.depth.blocks
 import lightning_light.lowrank.build
@@ -19,7 +22,7 @@ from lightning_light.example_input import ExampleInput
 from lightning_light.surgery.checkpoint import load_from_checkpoint
 from lightning_light.surgery.manifest import KEY, Manifest, naming_file
 
-__all__ = ["example_of", "import_class", "load_module", "random_input", "working"]
+__all__ = ["batches_of", "example_of", "import_class", "load_module", "random_input", "working"]
 
 
 @contextmanager
@@ -36,19 +39,21 @@ def working(description: str) -> Iterator[None]:
 
 
 def import_class(path: str) -> Any:
-    """Import a class by its path ``package.module:Class``."""
-    module, colon, name = path.partition(":")
-    if not (module and colon and name):
-        raise CommandError(f"`--module {path}`: expected package.module:MyModule.")
-    try:
-        found: Any = importlib.import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise CommandError(f"`--module {path}`: expected a class to import, found that {error}.") from error
+    """Import the class of a LightningModule by its path ``package.module:Class``."""
+    found = _imported("--module", path)
     if not isinstance(found, type) or not hasattr(found, "load_from_checkpoint"):
         raise CommandError(f"`--module {path}`: expected the class of a LightningModule, found {found!r}.")
     return found
+
+
+def _imported(option: str, path: str) -> Any:
+    module, colon, name = path.partition(":")
+    if not (module and colon and name):
+        raise CommandError(f"`{option} {path}`: expected a path as package.module:Name.")
+    try:
+        return operator.attrgetter(name)(importlib.import_module(module))
+    except (ImportError, AttributeError) as error:
+        raise CommandError(f"`{option} {path}`: expected a class to import, found that {error}.") from error
 
 
 def load_module(checkpoint: str, path: str) -> Any:
@@ -58,6 +63,33 @@ def load_module(checkpoint: str, path: str) -> Any:
     advice = "Give the class, and a checkpoint that holds its hyperparameters (`save_hyperparameters`)."
     with expecting(checkpoint, f"a checkpoint of `{path}`", advice), working(f"loading {checkpoint}"):
         return load_from_checkpoint(cls, checkpoint, map_location="cpu").eval()
+
+
+def batches_of(module: Any, checkpoint: str, path: str | None, count: int) -> list[Any]:
+    """Return the first validation batches of a data module, those that a function returns, or the module's own.
+
+    Args:
+        module: loaded from the checkpoint.
+        checkpoint: with the hyperparameters of the data module, if that saves them.
+        path: of the data module's class, or of a function without arguments that returns batches; None: the module has
+            ``val_dataloader``.
+        count: of the batches.
+    """
+    source = module if path is None else _imported("--data", path)
+    advice = "Give a data module, or a function that returns batches: `--data package.module:MyData`."
+    with expecting(path or checkpoint, "validation batches", advice), working("reading batches"):
+        if hasattr(source, "load_from_checkpoint") and source is not module:
+            source = source.load_from_checkpoint(checkpoint, weights_only=True)
+        if hasattr(source, "val_dataloader"):
+            source.prepare_data()
+            source.setup("validate")
+            loaders = tree_leaves(source.val_dataloader())
+        else:
+            loaders = [source()]
+        found = list(islice(chain.from_iterable(loaders), count))
+    if not found:
+        raise CommandError(f"`{path or checkpoint}`: expected validation batches, found none.")
+    return found
 
 
 def example_of(module: nn.Module, checkpoint: str, shapes: Sequence[str] | None) -> ExampleInput:

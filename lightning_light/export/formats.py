@@ -44,5 +44,5 @@ def exporter_of(path: str | os.PathLike[str], exporter: Exporter | None) -> Expo
     known = ", ".join(f"{kind.suffix!r} ({kind.__name__})" for kind in _EXPORTERS)
     raise ValueError(
         f"`{str(path)!r}`: expected a path that ends in one of {known}, found {suffix!r}. Write "
-        f"{str(Path(path).with_suffix('.pte'))!r}, or give `exporter=`."
+        f"{str(Path(path).with_suffix('.pte'))!r}; another format needs an exporter of your own."
     )

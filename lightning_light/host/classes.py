@@ -12,7 +12,7 @@ import importlib.util
 import sys
 from typing import TYPE_CHECKING
 
-__all__ = ["Callback", "host_class", "is_host", "loaded_hosts"]
+__all__ = ["Callback", "host_class", "host_classes", "is_host", "loaded_hosts"]
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
@@ -45,7 +45,19 @@ def is_host(obj: object, name: str) -> bool:
         >>> is_host(ModelCheckpoint(), "ModelCheckpoint"), is_host("model.ckpt", "ModelCheckpoint")
         (True, False)
     """
-    return isinstance(obj, _classes(loaded_hosts(), name))
+    return isinstance(obj, host_classes(name))
+
+
+def host_classes(name: str) -> tuple[type, ...]:
+    """Return the classes ``name`` of all loaded hosts.
+
+    Args:
+        name: as for `is_host`.
+
+    Raises:
+        ValueError: no loaded host has such a class.
+    """
+    return _classes(loaded_hosts(), name)
 
 
 def host_class(near: object, name: str) -> type:

@@ -39,8 +39,37 @@ class Wide(Net):
         super().__init__(12)
 
 
+class Branching(Net):
+    """Takes a branch by the values of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if x.sum() < 1e9 else -x)
+
+
 class Demanding(Net):
     """Its argument is in no checkpoint of `Net`."""
 
     def __init__(self, height: int) -> None:
         super().__init__(height)
+
+
+class Data(lightning.pytorch.LightningDataModule):
+    """Its size is a hyperparameter of the checkpoint."""
+
+    def __init__(self, samples: int = 4) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+    def train_dataloader(self) -> DataLoader:
+        return Net().train_dataloader()
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(TensorDataset(noise(self.hparams.samples, 3, 8, 8)), batch_size=4)
+
+
+def batches() -> list[Tensor]:
+    return [noise(2, 3, 8, 8), noise(2, 3, 8, 8)]
+
+
+def no_batches() -> list[Tensor]:
+    return []

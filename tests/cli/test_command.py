@@ -1,5 +1,6 @@
 """The command `lightning-light`: each command on real checkpoints and files, each kind of error in one sentence."""
 
+import json
 import re
 import subprocess
 import sys
@@ -12,13 +13,15 @@ import torch
 from lightning_light.budgets import MACs
 from lightning_light.cli.command import main
 from lightning_light.export import ExportReport
-from lightning_light.quantization import Int8, QuantizationAwareTraining
+from lightning_light.quantization import Int8, QuantizationAwareTraining, measure_sensitivity
 from lightning_light.report import RunReport, report_from_checkpoint
 from lightning_light.schedules import OneShot
 from lightning_light.structured import StructuredPruning
 from lightning_light.surgery.checkpoint import load_from_checkpoint
-from tests.cli.nets import Net
+from tests.cli.nets import Data, Net, batches
 from tests.contract.runs import checkpoints, trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader` but have no `validation_step`")
 
 ROOT = Path(__file__).parents[2]
 NET, EXAMPLE = "--module=tests.cli.nets:Net", "--example=2,3,8,8"
@@ -38,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     for name, methods in callbacks.items():
         run = trainer(*methods)
-        run.fit(Net())
+        run.fit(Net(), datamodule=Data(samples=12) if name == "dense" else None)
         run.save_checkpoint(found / f"{name}.ckpt")
     assert main(["export", f"{found}/pruned.ckpt", f"--to={found}/pruned.ptl", NET]) == 0  # its example is stored
     assert main(["export", f"{found}/quantized.ckpt", f"--to={found}/int8.onnx", NET, EXAMPLE]) == 0
@@ -101,6 +104,19 @@ def test_verify_runs_the_file_and_compares(folder: Path, capsys: pytest.CaptureF
     assert "int8_layers" in ExportReport.read(folder / "int8.onnx.json").details
 
 
+def test_sensitivity_is_that_of_the_function(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["sensitivity", f"{folder}/dense.ckpt", NET, "--bits", "8", "3", "-o", f"{folder}/scan.json"]
+    for given, data in (("Data", Data(samples=12).val_dataloader()), ("batches", batches())):
+        options = ["--distance=error"] if given == "batches" else []
+        assert main([*line, f"--data=tests.cli.nets:{given}", *options]) == 0
+        module = load_from_checkpoint(Net, folder / "dense.ckpt").eval()
+        expected = measure_sensitivity(module, data=data, bits=(8, 3), distance="error" if options else "kl")
+        assert json.loads((folder / "scan.json").read_text()) == expected.rows()
+        shown = [row.split() for row in capsys.readouterr().out.splitlines() if re.match("  (net|head)", row)]
+        assert [row[0] for row in shown] == expected.most_sensitive(3, bits=3)
+        assert shown[0][-2:] == [f"{expected.distances[shown[0][0]][bits]:.3g}" for bits in (3, 8)]
+
+
 READS = "expected a checkpoint that `torch.load(..., weights_only=True)` reads, found"
 ERRORS = {
     "inspect text.ckpt": f"text.ckpt`: {READS}",
@@ -123,13 +139,28 @@ ERRORS = {
     f"export steps/step=6.ckpt --to=a.ptl {NET} {EXAMPLE}": "found one whose ranges were still being observed",
     "export dense.ckpt --to=a.ptl --module=nowhere:Net": "expected a class to import, found that No module named",
     "export dense.ckpt --to=a.ptl --module=torch.nn:Linear": "expected the class of a LightningModule, found <class",
-    "export dense.ckpt --to=a.ptl --module=Net": "`--module Net`: expected package.module:MyModule.",
+    "export dense.ckpt --to=a.ptl --module=Net": "`--module Net`: expected a path as package.module:Name.",
     "export dense.ckpt --to=a.ptl --module=tests.cli.nets:Demanding": "missing 1 required positional argument",
     "export pruned.ckpt --to=a.ptl --module=tests.cli.nets:Wide": "The checkpoint is of another network than this",
-    f"verify pruned.ptl --against=dense.ckpt {NET} {EXAMPLE}": "expected the exported file to compute the outputs of",
+    f"export dense.ckpt --to=a.ptl {NET} {EXAMPLE} --inputs y": "`--inputs y`: expected inputs of `Net.forward`",
+    f"export cut.ckpt --to=a.ptl {NET}": f"cut.ckpt`: {READS}",
+    f"verify pruned.ptl --against=cut.ckpt {NET}": f"cut.ckpt`: {READS}",
+    f"verify cut.ptl --against=pruned.ckpt {NET}": "expected the file that its report describes, of ",
+    f"verify pruned.ptl --against=dense.ckpt {NET} {EXAMPLE} --absolute=0": "dense.ckpt`: `--absolute 0.0 --relative ",
+    f"verify pruned.ptl --against=dense.ckpt {NET} {EXAMPLE}": "`--absolute ...`. Or the file is of another",
+    "diff dense.ckpt cut.ckpt": f"cut.ckpt`: {READS}",
+    "report cut.ckpt": f"cut.ckpt`: {READS}",
     f"verify int8.onnx --against=dense.ckpt {NET} {EXAMPLE}": "expected the quantized network that the file is of",
     f"convert dense.ckpt --to=a.ckpt {NET} {EXAMPLE}": "expected one of --macs, --params, --energy, --ratio and",
-    f"convert dense.ckpt --to=a.ckpt {NET} {EXAMPLE} --macs=3": "expected 0 < remaining <= 1, found 3.0",
+    f"convert dense.ckpt --to=a.ckpt {NET} {EXAMPLE} --macs=3": "`--macs 3.0`: expected 0 < remaining <= 1, found 3.0",
+    f"convert dense.ckpt --to=a.ckpt {NET} {EXAMPLE} --energy=0": "`--energy 0.0`: expected 0 < ",
+    f"convert cut.ckpt --to=a.ckpt {NET} --macs=0.5": f"cut.ckpt`: {READS}",
+    f"sensitivity cut.ckpt {NET}": f"cut.ckpt`: {READS}",
+    f"sensitivity dense.ckpt {NET}": "Give a data module, or a function that returns batches: `--data package",
+    f"sensitivity dense.ckpt {NET} --data=tests.cli.nets:Dat": "nets:Dat`: expected a class to import",
+    f"sensitivity dense.ckpt {NET} --data=tests.cli.nets:no_batches": "expected validation batches, found none.",
+    f"sensitivity dense.ckpt {NET} --data=tests.cli.nets:Net": "`tests.cli.nets:Net`: expected validation batches, fou",
+    f"sensitivity dense.ckpt {NET} --data=tests.cli.nets:batches --bits 9": "`--bits 9`: expected ",
 }
 
 
@@ -148,17 +179,57 @@ def test_an_error_is_one_sentence(
     assert not list(folder.glob("a.*"))
 
 
-def test_wrong_arguments_have_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.filterwarnings("default")
+def test_a_warning_is_one_line(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    module = "--module=tests.cli.nets:Branching"
+    assert main(["export", f"{folder}/dense.ckpt", f"--to={tmp_path}/a.ptl", module, EXAMPLE]) == 0
+    error = capfd.readouterr().err
+    assert error.startswith("lightning-light: warning: `TorchScriptLite()` on `Branching`: Python values that were")
+    assert error.count("\n") == 1
+
+
+WRONG = {
+    "": 'expected "command" to be one of {inspect,benchmark,verify,export,diff, ...}, but it was not provided. See `',
+    "benchmark a.ptl --threads=0": "`threads`: expected a positive int, found 0.\n",
+    "benchmark a.ptl --threads=two": "`threads`: expected a positive int, found 'two'.\n",
+    "export a.ckpt --to=a.ptl": "`export.module`: expected values, found none.\n",
+    "inspect a.ckpt b.ckpt": "unrecognized arguments: b.ckpt. See `lightning-light inspect --help`.\n",
+    f"sensitivity a.ckpt {NET} --bits 8 x": "`bits`: expected int, found x.\n",
+    f"verify a.ptl --against a.ckpt {NET} --absolute=-1": "`absolute`: expected a non negative float, found -1.\n",
+}
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_wrong_arguments_are_one_sentence_and_status_2(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
-        main(["benchmark", "a.ptl", "--threads=0"])
+        main(line.split())
     assert exit_.value.code == 2
-    assert '"threads"' in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {WRONG[line]}")
+    assert error.count("\n") == 1
 
 
-def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setitem(sys.modules, "jsonargparse", None)
-    assert main(["inspect", "a.ckpt"]) == 1
-    assert "Install them: `pip install lightning-light[cli]`." in capsys.readouterr().err
+MISSING = {
+    "inspect pruned.ckpt": ("jsonargparse", "cli"),
+    f"export dense.ckpt --to=a.onnx {NET} {EXAMPLE}": ("onnxruntime", "onnx"),
+    f"verify int8.onnx --against=quantized.ckpt {NET} {EXAMPLE}": ("onnxruntime", "onnx"),
+    "benchmark int8.onnx": ("onnxruntime", "onnx"),
+    "report pruned.ckpt -o a.html": ("matplotlib.figure", "report"),
+}
+
+
+@pytest.mark.parametrize("line", MISSING)
+def test_a_missing_extra_is_named(
+    line: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    package, extra = MISSING[line]
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main(line.split()) == 1
+    error = capfd.readouterr().err
+    assert error.endswith(f": `pip install lightning-light[{extra}]`.\n")
+    assert error.count("\n") == 1
+    assert not list(folder.glob("a.*"))
 
 
 @pytest.mark.slow
@@ -178,4 +249,4 @@ def test_help_needs_no_torch() -> None:
         "assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert "{inspect,benchmark,verify,export,diff,report,convert}" in done.stdout
+    assert "{inspect,benchmark,verify,export,diff,report,sensitivity,convert}" in done.stdout

@@ -1,5 +1,6 @@
 """`LightningLightCLI`: a wrong key, class or value gives one sentence; `plan` prints the plan of a run."""
 
+import json
 import re
 import subprocess
 import sys
@@ -48,6 +49,24 @@ WRONG = {
     "type": ("trainer: {max_epochs: many}", "`trainer.max_epochs`: expected int or null, found many."),
     "suffix": (CALLBACK.format("MobileExport", "path: model.tfl"), r"'model.tfl'`: expected a path that ends in one"),
 }
+PROGRAM = """
+import contextlib, io, json, sys
+from {0}.demos.boring_classes import BoringModel
+from lightning_light.cli import LightningLightCLI
+
+class Net(BoringModel):
+    def __init__(self, net: int = 3):
+        super().__init__()
+
+def run(arguments):
+    with contextlib.redirect_stderr(io.StringIO()) as error, contextlib.redirect_stdout(io.StringIO()) as out:
+        try:
+            LightningLightCLI(Net, args=["fit", *arguments], seed_everything_default=0, save_config_callback=None)
+        except SystemExit as stopped:
+            return stopped.code, out.getvalue(), error.getvalue()
+
+print(json.dumps({{name: run(arguments) for name, arguments in json.load(sys.stdin).items()}}))
+"""
 
 
 def start(arguments: list[str], monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
@@ -55,18 +74,21 @@ def start(arguments: list[str], monkeypatch: pytest.MonkeyPatch, **options: Any)
     LightningLightCLI(Boring, args=arguments, seed_everything_default=0, save_config_callback=None, **options)
 
 
+def check(name: str, status: object, error: str) -> None:
+    """The status is that of wrong arguments, and the sentence is the whole output."""
+    assert status == 2
+    (line,) = [line for line in error.splitlines() if not line.startswith("Seed set")]
+    assert re.search(f"^error: .*{WRONG[name][1]}", line)
+
+
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_input_gives_one_sentence(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text, sentence = WRONG[name]
-    (tmp_path / "run.yaml").write_text(text)
+    (tmp_path / "run.yaml").write_text(WRONG[name][0])
     with pytest.raises(SystemExit) as stopped:
         start(["fit", f"--config={tmp_path / 'run.yaml'}"], monkeypatch)
-    assert stopped.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("Seed set")]
-    assert len(lines) == 1
-    assert re.search(f"^error: .*{sentence}", lines[0])
+    check(name, stopped.value.code, capsys.readouterr().err)
 
 
 def test_plan_prints_what_fit_would_do(
@@ -85,23 +107,20 @@ def test_plan_prints_what_fit_would_do(
 @pytest.mark.slow
 @pytest.mark.parametrize("host", ["lightning.pytorch", "pytorch_lightning"])
 def test_both_hosts_in_a_process_of_their_own(host: str, tmp_path: Path) -> None:
-    (tmp_path / "main.py").write_text(
-        f"from {host}.demos.boring_classes import BoringModel\n"
-        "from lightning_light.cli import LightningLightCLI\n"
-        "LightningLightCLI(BoringModel)\n"
-    )
-
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "main.py", "fit", *arguments]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-
-    wrong = run("--trainer.callbacks+=WeightClusterin")
-    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
-    assert "The nearest: `WeightClustering`" in wrong.stderr
-    assert "StructuredPruning" in run("--trainer.callbacks.help=StructuredPruning").stdout
-    assert "max_epochs: 7" in run("--trainer.max_epochs=7", "--print_config").stdout
-    budget = ["--trainer.callbacks.budget=MACs", "--trainer.callbacks.budget.remaining=0.00001"]
+    (tmp_path / "main.py").write_text(PROGRAM.format(host))
+    for name, (text, _) in WRONG.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
     length = ["--trainer.max_epochs=2", "--trainer.logger=false", "--trainer.enable_checkpointing=false"]
-    refused = run("--trainer.callbacks+=StructuredPruning", *budget, *length, "--trainer.accelerator=cpu")
-    assert refused.returncode == 1
-    assert "Traceback" not in refused.stderr
+    budget = ["--trainer.callbacks.budget=MACs", "--trainer.callbacks.budget.remaining=0.00001"]
+    given = {name: [f"--config={name}.yaml"] for name in WRONG}
+    given["help"] = ["--trainer.callbacks.help=StructuredPruning"]
+    given["print"] = ["--trainer.max_epochs=7", "--print_config"]
+    given["refused"] = ["--trainer.callbacks+=StructuredPruning", *budget, *length, "--trainer.accelerator=cpu"]
+    command = [sys.executable, "-W", "ignore", "main.py"]
+    done = subprocess.run(command, cwd=tmp_path, input=json.dumps(given), capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    for name in WRONG:
+        check(name, found[name][0], found[name][2])
+    assert "StructuredPruning" in found["help"][1]
+    assert "max_epochs: 7" in found["print"][1]
+    assert re.match(r"error: `MACs\(remaining=1e-05\)` cannot be reached: ", found["refused"][0])

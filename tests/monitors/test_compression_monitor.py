@@ -25,14 +25,15 @@ from tensorboard.plugins.hparams.backend_context import Context
 from tensorboard.plugins.hparams.list_session_groups import Handler as ListSessionGroups
 from torch import Tensor, nn
 
-from lightning_light.budgets import MACs
+from lightning_light.budgets import MACs, Sparsity
 from lightning_light.errors import TargetError, UnsupportedError
 from lightning_light.export import MobileExport
 from lightning_light.measure import count_cost
 from lightning_light.monitors import CompressionMonitor
 from lightning_light.monitors.dashboard import add_histograms, read_layout
-from lightning_light.quantization import Int8, QuantizationAwareTraining
+from lightning_light.quantization import Int8, IntN, QuantizationAwareTraining
 from lightning_light.schedules import Linear, OneShot, Window
+from lightning_light.sparsity import WeightPruning
 from lightning_light.structured import StructuredPruning
 from lightning_light.surgery.attachment import state_of
 from tests.surgery.runs import HOSTS, MODULES, Events, Lit, Loader, same, trainer
@@ -256,6 +257,9 @@ def served(logger: Any) -> set[str]:
     return {category["title"] for category in json.loads(page.layout_impl(RequestContext(), ""))["category"]}
 
 
+METHODS = {"methods", "budget/macs", "budget/sparsity", "weight_bits"}
+
+
 def hparams_page(logger: Any) -> set[str]:
     content = read(logger).SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     return set(plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams)
@@ -265,7 +269,7 @@ def test_methods_join_the_users_hyper_parameters_and_leave_the_module_alone(boar
     module = Lit()
     run = trainer(Events(cuts=(2,)), CompressionMonitor(), logger=board)
     run.fit(module, Loader())
-    assert hparams_page(board) == {"optimizer", "by_name", "early", "methods"}
+    assert hparams_page(board) == {"optimizer", "by_name", "early", *METHODS}
     assert "methods: events" in Path(board.log_dir, "hparams.yaml").read_text()
     assert set(module.hparams) == set(module.hparams_initial) == {"optimizer", "by_name", "early"}
 
@@ -296,8 +300,23 @@ def test_methods_join_the_hyper_parameters_of_a_datamodule(board: TensorBoardLog
 
 def test_a_dense_run_is_on_the_page_too(board: TensorBoardLogger) -> None:
     trainer(CompressionMonitor(), logger=board, max_epochs=1).fit(Boring(), Boring.data(), Boring.data())
-    assert hparams_page(board) == {"methods"}
+    assert hparams_page(board) == METHODS
     assert curve(board, "macs")[-1][1] == read(board).Scalars("final/macs")[0].value
+
+
+def hparams_of(folder: Path) -> tuple[Any, Any]:
+    """What the page of hyper-parameters gets of the runs in a folder: their names and types, and the rows by MACs."""
+    multiplexer = EventMultiplexer().AddRunsFromDirectory(str(folder))
+    multiplexer.Reload()
+    context = TBContext(data_provider=MultiplexerDataProvider(multiplexer, str(folder)), multiplexer=multiplexer)
+    request, backend = RequestContext(), Context(context)
+    content = backend.hparams_metadata(request, "")
+    experiment = backend.experiment_from_metadata(request, "", True, content, [])
+    by_macs = [{"metric": {"tag": "final/macs"}, "order": api_pb2.ORDER_ASC}]
+    asked = api_pb2.ListSessionGroupsRequest(
+        allowed_statuses=range(4), slice_size=99, start_index=0, col_params=by_macs
+    )
+    return experiment, ListSessionGroups(request, backend, "", asked).run().session_groups
 
 
 def test_runs_of_a_sweep_are_compared_by_budgets_and_final_metrics(tmp_path: Path) -> None:
@@ -307,21 +326,11 @@ def test_runs_of_a_sweep_are_compared_by_budgets_and_final_metrics(tmp_path: Pat
         trainer(pruning, export := MobileExport(tmp_path / f"{number}.ptl"), CompressionMonitor(), logger=board).fit(
             Lit(), Loader()
         )
-    multiplexer = EventMultiplexer().AddRunsFromDirectory(str(tmp_path))
-    multiplexer.Reload()
-    context = TBContext(data_provider=MultiplexerDataProvider(multiplexer, str(tmp_path)), multiplexer=multiplexer)
-    request, backend = RequestContext(), Context(context)
-    content = backend.hparams_metadata(request, "")
-    experiment = backend.experiment_from_metadata(request, "", True, content, [])
-    names = {info.name.tag for info in experiment.metric_infos}
-    assert names == {
+    experiment, groups = hparams_of(tmp_path)
+    assert {info.name.tag for info in experiment.metric_infos} == {
         f"final/{name}" for name in ("val_loss", "params", "size", "bits", "macs", "file_size", "latency_ms")
     }
     assert {info.name: info.type for info in experiment.hparam_infos}["budget/macs"] == api_pb2.DATA_TYPE_FLOAT64
-    asked = api_pb2.ListSessionGroupsRequest(
-        allowed_statuses=range(4), slice_size=9, start_index=0, col_params=[{"metric": {"tag": "final/macs"}}]
-    )
-    groups = ListSessionGroups(request, backend, "", asked).run().session_groups
     found = {
         group.hparams["budget/macs"].number_value: {metric.name.tag: metric.value for metric in group.metric_values}
         for group in groups
@@ -332,6 +341,75 @@ def test_runs_of_a_sweep_are_compared_by_budgets_and_final_metrics(tmp_path: Pat
     assert export.report is not None
     assert found[0.3]["final/file_size"] == export.report.bytes
     assert found[0.3]["final/latency_ms"] == pytest.approx(1e3 * export.report.latency.median)
+
+
+class Judged(Lit):
+    """Logs the accuracy too."""
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        self.log("val_accuracy", (self(batch[0]).argmax(1) == batch[1]).float().mean())
+
+
+WITHOUT = {"budget/macs": 1.0, "budget/sparsity": 0.0, "weight_bits": 32.0}
+
+
+def sweep() -> list[tuple[dict[str, float], list[Any]]]:
+    """Hyper-parameters and methods of twenty runs, one of them dense."""
+    start = OneShot(at=0.5)
+
+    def quantized(bits: int) -> QuantizationAwareTraining:
+        return QuantizationAwareTraining(IntN(bits), start=0.7, calibration_batches=2)
+
+    runs: list[tuple[dict[str, float], list[Any]]] = [({}, [])]
+    for left in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3):
+        runs.append(({"budget/macs": left}, [StructuredPruning(MACs(left), schedule=start)]))
+    for amount in (0.4, 0.5, 0.6, 0.7, 0.8):
+        runs.append(({"budget/sparsity": amount}, [WeightPruning(Sparsity(amount), schedule=start)]))
+    for bits in (2, 3, 4, 6, 8):
+        runs.append(({"weight_bits": bits}, [quantized(bits)]))
+    for left in (0.7, 0.4):
+        both = [StructuredPruning(MACs(left), schedule=OneShot(at=0.2)), quantized(8)]
+        runs.append(({"budget/macs": left, "weight_bits": 8}, both))
+    return runs
+
+
+def train_sweep(folder: Path) -> list[tuple[dict[str, float], dict[str, float]]]:
+    """Train the runs of the sweep; return their hyper-parameters and their results."""
+    found = []
+    for number, (hparams, methods) in enumerate(sweep()):
+        monitor = CompressionMonitor(per_layer=False, histograms=False, heat_map=False, table=False)
+        board = TensorBoardLogger(folder, name="", version=f"run{number:02}")
+        run = trainer(*methods, monitor, logger=board, limit_val_batches=4)
+        run.fit(module := Judged(), Loader())
+        macs = float(count_cost(module, (torch.zeros(1, 3, 8, 8),)).macs)
+        found.append((WITHOUT | hparams, {"macs": macs, "val_accuracy": float(run.callback_metrics["val_accuracy"])}))
+    return found
+
+
+@pytest.mark.slow
+def test_twenty_runs_are_compared_by_accuracy_and_macs(tmp_path: Path) -> None:
+    expected = train_sweep(tmp_path)
+    experiment, groups = hparams_of(tmp_path)
+    assert len(expected) == len(groups) == 20
+    types = {info.name: info.type for info in experiment.hparam_infos}
+    assert {types[name] for name in WITHOUT} == {api_pb2.DATA_TYPE_FLOAT64}
+    found = []
+    for group in groups:
+        metrics = {metric.name.tag: metric.value for metric in group.metric_values}
+        assert metrics.keys() == {f"final/{n}" for n in ("val_accuracy", "params", "size", "bits", "macs")}
+        hparams = {name: group.hparams[name].number_value for name in WITHOUT}
+        found.append((hparams, {name: metrics[f"final/{name}"] for name in ("macs", "val_accuracy")}))
+    macs = [metrics["macs"] for _, metrics in found]
+    assert macs == sorted(macs)
+    assert len(set(macs)) == 8
+
+    def in_order(runs: list[Any]) -> list[Any]:
+        return sorted(runs, key=lambda run: sorted(run[0].items()))
+
+    for (hparams, metrics), (given, results) in zip(in_order(found), in_order(expected), strict=True):
+        assert hparams == pytest.approx(given)
+        assert metrics == pytest.approx(results)
 
 
 # The table, the progress bar, other callbacks.
