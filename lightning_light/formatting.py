@@ -7,11 +7,21 @@ import os
 import shutil
 import sys
 import textwrap
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
-__all__ = ["DataTable", "human_bytes", "human_count", "human_percent", "layer_lines", "plural", "short_names"]
+__all__ = [
+    "DataTable",
+    "Tabular",
+    "human_bytes",
+    "human_count",
+    "human_percent",
+    "layer_lines",
+    "plural",
+    "short_names",
+]
 
 _ARROW = " → "
 _DIM, _GREEN, _BOLD, _PLAIN = "\x1b[2m", "\x1b[32m", "\x1b[1m", "\x1b[0m"
@@ -158,6 +168,20 @@ class DataTable:
             shown = _colored(cell) if color else cell
             cells.append(padding + shown if self._is_number(header) else shown + padding)
         return "  " + "  ".join(cells).rstrip()
+
+
+class Tabular(ABC):
+    """A result that is printed as tables, and displayed as HTML in a notebook."""
+
+    @abstractmethod
+    def tables(self) -> Sequence[DataTable]:
+        """Return the result as tables."""
+
+    def __str__(self) -> str:
+        return "\n\n".join(map(str, self.tables()))
+
+    def _repr_html_(self) -> str:
+        return "".join(table.html() for table in self.tables())
 
 
 def _colored(cell: str) -> str:
