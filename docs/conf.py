@@ -12,7 +12,7 @@ copyright = "The lightning_light developers"
 release = version = ll.__version__
 
 extensions = [
-    "myst_parser",
+    "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
@@ -26,6 +26,10 @@ html_title = "lightning_light"
 
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
+nb_execution_mode = "cache"  # a notebook is executed again when its code has changed; delete `docs/_build` otherwise
+nb_execution_raise_on_error = True
+nb_execution_timeout = 300  # seconds per cell
+nb_merge_streams = True
 
 autodoc_inherit_docstrings = False
 autodoc_member_order = "bysource"

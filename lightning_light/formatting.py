@@ -98,7 +98,7 @@ class DataTable:
         head = "".join(self._html_cell(header, header, "th") for header in self.headers)
         body = "".join(self._html_line(line) for line in self.lines)
         foot = "".join(self._html_line(line) for line in self.totals)
-        title = f"<caption>{html.escape(self.title)}</caption>" if self.title else ""
+        title = f'<caption style="text-align: left">{html.escape(self.title)}</caption>' if self.title else ""
         notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
         return (
             f"<table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"

@@ -126,8 +126,10 @@ def test_results_of_public_functions_are_tables(kind: type, tmp_path: Path) -> N
 def test_a_report_in_a_notebook_has_the_picture_of_the_run() -> None:
     start = Snapshot.from_plain(report().before.plain())
     history = measure.History.of(start, ["conv", ""]).extended(0, start, start).extended(5, start, report().after)
-    result = report(history=history, metrics={"accuracy": [(5, 0.5)], "loss": [(5, 2.0)]})
+    dense = report(metrics={"accuracy": [(3, 0.4)]}).plain()
+    result = report(history=history, metrics={"accuracy": [(5, 0.5)], "loss": [(5, 2.0)]}, baseline=dense)
     assert result.picture() in result._repr_html_()
     assert "remaining output channels of each layer" in result.picture()
     assert ">accuracy<" in result.picture()
+    assert ">accuracy (baseline)<" in result.picture()
     assert ">loss<" not in result.picture()  # beside fractions, it has no scale

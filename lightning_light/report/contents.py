@@ -145,11 +145,17 @@ class RunReport(Tabular):
         return [self.summary_table(), self.layer_table()]
 
     def picture(self) -> str:
-        """Return costs, metrics in [0, 1] and layers over the run as SVG; nothing where they were not recorded."""
+        """Return costs, metrics in [0, 1] and layers over the run as SVG; nothing where they were not recorded.
+
+        Behind each metric is that of the baseline.
+        """
         if self.history is None or not self.history.layers or not self.history.steps:
             return ""
-        shares = {name: curve for name, curve in self.metrics.items() if all(0 <= value <= 1 for _, value in curve)}
-        return svg(run_figure(self.history, shares))
+        dense, shown = curves_of((self.baseline or {}).get("metrics", {})), dict[str, Curve]()
+        for name, curve in self.metrics.items():
+            if all(0 <= value <= 1 for _, value in curve):
+                shown |= {name: curve} | ({f"{name} (baseline)": dense[name]} if name in dense else {})
+        return svg(run_figure(self.history, shown))
 
     @override
     def _repr_html_(self) -> str:
