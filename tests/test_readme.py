@@ -2,9 +2,11 @@
 
 import ast
 import functools
+import importlib.util
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch
 import pytest
@@ -65,6 +67,19 @@ def test_figures_are_those_of_the_experiments(document: Path) -> None:
         ]
         for figure in re.findall(r"(\d\d\.\d\d(?: ± \d\.\d\d)?) %", line):
             assert f" {figure} " in ("\n".join(rows) or measured), line
+
+
+def test_every_public_name_and_result_is_in_the_reference(tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("conf", ROOT / "docs" / "conf.py")
+    assert spec is not None
+    assert spec.loader is not None
+    conf = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(conf)
+    conf.write_reference(SimpleNamespace(srcdir=tmp_path))
+    pages = "\n".join(page.read_text() for page in (tmp_path / "api").glob("*.rst"))
+    described = [path.rpartition(".")[2] for path in re.findall(r"^\.\. auto[a-z]+:: (.*)", pages, flags=re.MULTILINE)]
+    assert sorted({*ll.__all__, "RunPlan", "Plan"} - {*described}) == []
+    assert [name for name in ("RunPlan", "StructuredPruning") if described.count(name) != 1] == []
 
 
 def test_notebooks_are_stored_without_outputs() -> None:
