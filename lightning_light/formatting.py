@@ -200,11 +200,13 @@ def short_names(names: Sequence[str], longest: int = 40) -> list[str]:
     """Shorten dotted names: without the part that all share, and long ones without their middle.
 
     Example:
-        >>> short_names(["net.encoder.conv", "net.encoder.fc"])
-        ['conv', 'fc']
+        >>> short_names(["net.encoder.conv", "net.encoder.fc"]), short_names(["model.net.0", "model.net.fc"])
+        (['conv', 'fc'], ['net.0', 'net.fc'])
     """
     parents = [name.split(".")[:-1] for name in names]
     shared = sum(1 for _ in takewhile(lambda parts: len(set(parts)) == 1, zip(*parents, strict=False)))
+    if any(".".join(name.split(".")[shared:]).isdigit() for name in names):  # a number alone is no name
+        shared = max(shared - 1, 0)
     cut = [".".join(name.split(".")[shared:]) or "model" for name in names]
     half = longest // 2
     return [name if len(name) <= longest else f"{name[: longest - half - 1]}…{name[-half:]}" for name in cut]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -16,7 +17,7 @@ from lightning_light.report import RunReport
 ROOT = Path(__file__).parents[1]
 ELSEWHERE = ("pip install", "tensorboard")  # commands that install, or wait for a browser
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # under a minute of one core
 
 
 def run(command: str, folder: Path) -> str:
@@ -29,14 +30,14 @@ def run(command: str, folder: Path) -> str:
 def environment() -> dict[str, str]:
     """That of a shell in which this Python and its commands come first."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "COLUMNS": "80", "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "COLUMNS": "80"}
 
 
 def interrupt(command: str, folder: Path, when: Path) -> None:
     """Start a command, and press Ctrl+C once a file is there."""
-    with subprocess.Popen(
-        command.split(), cwd=folder, env=environment(), stderr=subprocess.STDOUT, stdout=-1
-    ) as process:
+    options: dict[str, Any] = {"cwd": folder, "env": environment(), "stdout": -1, "stderr": subprocess.STDOUT}
+    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background ignores it
+    with subprocess.Popen(command.split(), **options) as process:
         while not when.exists() and process.poll() is None:
             time.sleep(0.1)
         assert process.poll() is None, process.communicate()[0].decode()
@@ -78,7 +79,7 @@ def test_the_quickstart_is_right_from_top_to_bottom(tmp_path: Path, monkeypatch:
     macs = {event.step: event.value for event in events.Scalars("compression/macs")}
     assert macs[max(macs)] == report.after.macs
     tags = events.Tags()
-    for key in ("macs", "params", "size", "sparsity", "bits", "macs_planned"):
+    for key in ("macs", "params", "size", "macs_planned"):
         assert f"compression/{key}" in tags["scalars"]
     assert "compression_layers/channels/net.0" in tags["scalars"]
     assert any(tag.startswith("compression_layers/heat_map") for tag in tags["images"])

@@ -14,15 +14,20 @@ from lightning_light.report.contents import export_reports
 
 __all__ = ["defer_hparams", "final_metrics", "method_hparams"]
 
+_DENSE = {"budget/macs": 1.0, "budget/params": 1.0, "budget/sparsity": 0.0, "weight_bits": 32.0}
+
 
 def method_hparams(callbacks: Iterable[object]) -> dict[str, Any]:
-    """Return the methods, their budgets (``budget/macs``: 0.4), and the bits of quantized weights; few, and numeric."""
+    """Return the methods, their budgets (``budget/macs``: 0.4), and the bits of quantized weights; few, and numeric.
+
+    The usual ones are there without such a method too: TensorBoard takes the columns of its page from one of the runs.
+    """
     methods = [
         callback
         for callback in callbacks
         if isinstance(callback, CompressionCallback) and callback.stage < Stage.EXPORT
     ]
-    hparams: dict[str, Any] = {}
+    hparams = dict(_DENSE)
     for callback in methods:
         budget, recipe = getattr(callback, "budget", None), getattr(callback, "recipe", None)
         if isinstance(budget, Budget):

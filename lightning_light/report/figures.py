@@ -117,7 +117,7 @@ def layer_figure(before: Snapshot, after: Snapshot) -> Figure:
     axes.invert_yaxis()
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.set_title(f"{_NAMES[quantity]} of each layer", loc="left", fontsize=10)
-    axes.legend(frameon=False, loc="lower right", fontsize=8)
+    axes.legend(frameon=False, ncols=2, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1.0), borderaxespad=0.2)
     return figure
 
 
