@@ -31,7 +31,8 @@ html_title = "lightning_light"
 
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
-nb_execution_mode = "cache"  # a notebook is executed again when its code has changed; delete `docs/_build` otherwise
+nb_execution_mode = "cache"  # a notebook is executed again when its own code has changed, or without `docs/_build`
+nb_execution_cache_path = str(Path(__file__).parent / "_build" / ".jupyter_cache")
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300  # seconds per cell
 nb_merge_streams = True

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 def with_progress_bar(items: Iterable[T], total: int, description: str, *, shown: bool) -> Iterable[T]:
     """``items``, with a bar that is removed when it is done."""
-    from tqdm.auto import tqdm  # widgets in a notebook that has them
+    from tqdm import tqdm
 
     in_notebook = type(sys.stderr).__module__.startswith("ipykernel")
     hidden = not (shown and (sys.stderr.isatty() or in_notebook))
