@@ -1,18 +1,23 @@
 """Configuration of the documentation site. Build it with ``sphinx-build -W docs docs/_build``."""
 
-import inspect
-from pathlib import Path
+from __future__ import annotations
 
-from sphinx.application import Sphinx
+import inspect
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, get_type_hints
 
 import lightning_light as ll
+
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
 
 project = "lightning_light"
 copyright = "The lightning_light developers"
 release = version = ll.__version__
 
 extensions = [
-    "myst_parser",
+    "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
@@ -26,6 +31,11 @@ html_title = "lightning_light"
 
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
+nb_execution_mode = "cache"  # a notebook is executed again when its own code has changed, or without `docs/_build`
+nb_execution_cache_path = str(Path(__file__).parent / "_build" / ".jupyter_cache")
+nb_execution_raise_on_error = True
+nb_execution_timeout = 300  # seconds per cell
+nb_merge_streams = True
 
 autodoc_inherit_docstrings = False
 autodoc_member_order = "bysource"
@@ -41,7 +51,7 @@ def write_reference(app: Sphinx) -> None:
     """Write one page per public module into ``api/``; each name is documented on the page of its innermost module."""
     folder = Path(app.srcdir) / "api"
     folder.mkdir(exist_ok=True)
-    modules = {getattr(ll, name).__name__: getattr(ll, name) for name in ll._MODULES}
+    modules = {value.__name__: value for value in (ll, *(getattr(ll, name) for name in ll._MODULES))}
     innermost_first = sorted(modules, key=lambda name: (-name.count("."), name))
     page_of: dict[str, str] = {}
     for module in innermost_first:
@@ -51,7 +61,7 @@ def write_reference(app: Sphinx) -> None:
         objects = {name: getattr(value, name) for name in value.__all__}
         here = {n: o for n, o in objects.items() if page_of[_canonical(o, n)] == module and not inspect.ismodule(o)}
         elsewhere = {n: page_of[_canonical(o, n)] for n, o in objects.items() if n not in here}
-        (folder / f"{module}.rst").write_text(_page(module, here, elsewhere))
+        (folder / f"{module}.rst").write_text(_page(module, here, elsewhere, _results(here.values(), page_of)))
     (folder / "index.rst").write_text(_index(sorted(modules)))
 
 
@@ -59,12 +69,22 @@ def _canonical(value: object, name: str) -> str:
     return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', name)}"
 
 
-def _page(module: str, here: dict[str, object], elsewhere: dict[str, str]) -> str:
+def _results(functions: Iterable[object], page_of: dict[str, str]) -> list[type]:
+    """Return the classes that functions return, and that are on no page."""
+    hints = [get_type_hints(each).get("return") for each in functions if inspect.isfunction(each)]
+    classes = [hint for hint in hints if inspect.isclass(hint) and hint.__module__.startswith("lightning_light.")]
+    found = [each for each in dict.fromkeys(classes) if _canonical(each, "") not in page_of]
+    page_of.update((_canonical(each, ""), each.__module__) for each in found)
+    return found
+
+
+def _page(module: str, here: dict[str, object], elsewhere: dict[str, str], results: list[type]) -> str:
     parts = [module, "=" * len(module), "", f".. automodule:: {module}", "   :no-members:", ""]
     if elsewhere:
         links = (f":doc:`{name} <{page}>`" for name, page in sorted(elsewhere.items()) if page != module)
         parts += ["Also in this module: " + ", ".join(links) + ".", ""]
-    return "\n".join([*parts, *(_directive(f"{module}.{name}", value) for name, value in here.items())])
+    parts += [_directive(f"{module}.{name}", value) for name, value in here.items()]
+    return "\n".join([*parts, *(_directive(f"{each.__module__}.{each.__qualname__}", each) for each in results)])
 
 
 def _directive(path: str, value: object) -> str:

@@ -1,6 +1,6 @@
 """Train a dense network; then one run prunes, distils and quantizes it, and writes a file for every runtime there is.
 
-The Lightning module, of 01_prune_and_export.py, knows nothing of compression. Less than three minutes on one CPU core.
+The Lightning module, of 01_prune_and_export.py, has no code for compression. Less than three minutes on one CPU core.
 """
 
 import argparse

@@ -92,11 +92,11 @@ class CompressionCallback(Callback):
 
     @override
     def __repr__(self) -> str:
-        """The call that makes an equal callback: arguments that are not at their defaults."""
+        """The call that makes an equal callback: arguments that are not at their defaults; a network by its class."""
         parameters = [p for name, p in inspect.signature(type(self).__init__).parameters.items() if name != "self"]
         given = [(p.name, getattr(self, p.name)) for p in parameters if hasattr(self, p.name)]
         defaults = {p.name: p.default for p in parameters}
-        return f"{type(self).__name__}({', '.join(f'{n}={v!r}' for n, v in given if v != defaults[n])})"
+        return f"{type(self).__name__}({', '.join(f'{n}={_written(v)}' for n, v in given if v != defaults[n])})"
 
     # Lightning's hooks, in the order a run meets them.
 
@@ -380,6 +380,11 @@ def _log_plan(trainer: Trainer, pl_module: LightningModule) -> None:
         log_rank_zero(trainer, f"fast_dev_run: the whole run{length} cannot be planned: {error}")
     else:
         log_rank_zero(trainer, f"fast_dev_run: the whole run{length} would do this\n{planned}")
+
+
+def _written(value: object) -> str:
+    text = repr(value)
+    return f"{type(value).__name__}(...)" if isinstance(value, torch.nn.Module) and "\n" in text else text
 
 
 def _peers(trainer: Trainer) -> list[CompressionCallback]:

@@ -7,11 +7,21 @@ import os
 import shutil
 import sys
 import textwrap
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
-__all__ = ["DataTable", "human_bytes", "human_count", "human_percent", "layer_lines", "plural", "short_names"]
+__all__ = [
+    "DataTable",
+    "Tabular",
+    "human_bytes",
+    "human_count",
+    "human_percent",
+    "layer_lines",
+    "plural",
+    "short_names",
+]
 
 _ARROW = " → "
 _DIM, _GREEN, _BOLD, _PLAIN = "\x1b[2m", "\x1b[32m", "\x1b[1m", "\x1b[0m"
@@ -88,7 +98,7 @@ class DataTable:
         head = "".join(self._html_cell(header, header, "th") for header in self.headers)
         body = "".join(self._html_line(line) for line in self.lines)
         foot = "".join(self._html_line(line) for line in self.totals)
-        title = f"<caption>{html.escape(self.title)}</caption>" if self.title else ""
+        title = f'<caption style="text-align: left">{html.escape(self.title)}</caption>' if self.title else ""
         notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
         return (
             f"<table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
@@ -160,6 +170,20 @@ class DataTable:
         return "  " + "  ".join(cells).rstrip()
 
 
+class Tabular(ABC):
+    """A result that is printed as tables, and displayed as HTML in a notebook."""
+
+    @abstractmethod
+    def tables(self) -> Sequence[DataTable]:
+        """Return the result as tables."""
+
+    def __str__(self) -> str:
+        return "\n\n".join(map(str, self.tables()))
+
+    def _repr_html_(self) -> str:
+        return "".join(table.html() for table in self.tables())
+
+
 def _colored(cell: str) -> str:
     old, arrow, new = cell.partition(_ARROW)
     return f"{_DIM}{old}{arrow}{_PLAIN}{_GREEN}{new}{_PLAIN}" if arrow else cell
@@ -176,11 +200,13 @@ def short_names(names: Sequence[str], longest: int = 40) -> list[str]:
     """Shorten dotted names: without the part that all share, and long ones without their middle.
 
     Example:
-        >>> short_names(["net.encoder.conv", "net.encoder.fc"])
-        ['conv', 'fc']
+        >>> short_names(["net.encoder.conv", "net.encoder.fc"]), short_names(["model.net.0", "model.net.fc"])
+        (['conv', 'fc'], ['net.0', 'net.fc'])
     """
     parents = [name.split(".")[:-1] for name in names]
     shared = sum(1 for _ in takewhile(lambda parts: len(set(parts)) == 1, zip(*parents, strict=False)))
+    if any(".".join(name.split(".")[shared:]).isdigit() for name in names):  # a number alone is no name
+        shared = max(shared - 1, 0)
     cut = [".".join(name.split(".")[shared:]) or "model" for name in names]
     half = longest // 2
     return [name if len(name) <= longest else f"{name[: longest - half - 1]}…{name[-half:]}" for name in cut]

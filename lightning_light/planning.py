@@ -9,6 +9,7 @@ from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_light.copies import copy_network
 from lightning_light.criteria.evidence import Criterion
@@ -16,7 +17,7 @@ from lightning_light.criteria.gathered import PARAMETER_KINDS
 from lightning_light.criteria.learned_gates import LearnedGates
 from lightning_light.criteria.magnitude import Magnitude
 from lightning_light.example_input import ExampleInput, example_of_batch
-from lightning_light.formatting import DataTable, human_bytes, human_count, human_percent, layer_lines
+from lightning_light.formatting import DataTable, Tabular, human_bytes, human_count, human_percent, layer_lines
 from lightning_light.isolation import isolated, plain_execution
 from lightning_light.measure import Snapshot, count_cost, take_snapshot
 from lightning_light.measure.layer_stats import layer_stats
@@ -56,7 +57,7 @@ class MethodPlan:
 
 
 @dataclass(frozen=True)
-class RunPlan:
+class RunPlan(Tabular):
     """What a run will do, printed as one table per method and an overview; in a notebook as HTML.
 
     Attributes:
@@ -74,15 +75,10 @@ class RunPlan:
         headers = ("method", "when", *_COSTS)
         return DataTable(headers, (first, *lines), title="Plan of the run", text_columns=frozenset({"when"}))
 
+    @override
     def tables(self) -> list[DataTable]:
         """Return the table of each method, then the overview."""
         return [*(each.table() for each in self.methods), self.overview()]
-
-    def __str__(self) -> str:
-        return "\n\n".join(map(str, self.tables()))
-
-    def _repr_html_(self) -> str:
-        return "".join(table.html() for table in self.tables())
 
 
 @validated

@@ -1,4 +1,4 @@
-"""A progress bar, where there is a terminal."""
+"""A progress bar, where there is a terminal or a notebook."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ def with_progress_bar(items: Iterable[T], total: int, description: str, *, shown
     """``items``, with a bar that is removed when it is done."""
     from tqdm import tqdm
 
-    hidden = not (shown and sys.stderr.isatty())
+    in_notebook = type(sys.stderr).__module__.startswith("ipykernel")
+    hidden = not (shown and (sys.stderr.isatty() or in_notebook))
     bar: Iterable[T] = tqdm(items, description, total, leave=False, disable=hidden, dynamic_ncols=True)
     return bar

@@ -14,18 +14,23 @@ from lightning_light.monitors import report_image
 
 
 def main(run: Path) -> None:
-    """Draw the last run that is logged under ``run``."""
-    version = max(run.glob("lightning_logs/version_*"), key=lambda path: int(path.name.partition("_")[2]))
-    (checkpoint,) = version.glob("checkpoints/*.ckpt")
+    """Draw the last run that is logged under ``run``, beside the dense one before it."""
+    versions = sorted(run.glob("lightning_logs/version_*"), key=lambda path: int(path.name.partition("_")[2]))
+    dense, pruned = versions[-2:]
+    (checkpoint,) = pruned.glob("checkpoints/*.ckpt")
     state = torch.load(checkpoint, weights_only=True)["lightning_light"]["state"]["compression_monitor"]
-    events = EventAccumulator(str(version)).Reload()
-    curve = [(event.step, event.value) for event in events.Scalars("val_accuracy")]
     report_image(
         History.from_plain(state["history"]),
         Path(__file__).with_name("prune_and_export.png"),
-        metrics={"validation accuracy": curve},
+        metrics={"validation accuracy": accuracy(pruned), "of the dense network in the same epochs": accuracy(dense)},
         title="Fashion-MNIST: pruned to 40 % of its MACs in one fit",
     )
+
+
+def accuracy(version: Path) -> list[tuple[int, float]]:
+    """Read (step, validation accuracy) from the event files of a run."""
+    events = EventAccumulator(str(version)).Reload()
+    return [(event.step, event.value) for event in events.Scalars("val_accuracy")]
 
 
 if __name__ == "__main__":

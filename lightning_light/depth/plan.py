@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
+from typing_extensions import override
 
 from lightning_light.budgets import Budget
 from lightning_light.depth.blocks import Blocks, find_blocks, without_blocks
@@ -13,13 +14,14 @@ from lightning_light.depth.criteria import BlockCriterion
 from lightning_light.depth.options import DepthPruningOptions
 from lightning_light.errors import BudgetError
 from lightning_light.example_input import ExampleInput
+from lightning_light.formatting import DataTable, Tabular, layer_lines
 from lightning_light.targets import as_targets
 
 __all__ = ["DepthPlan", "check_budget", "plan_blocks"]
 
 
 @dataclass(frozen=True)
-class DepthPlan:
+class DepthPlan(Tabular):
     """Which blocks are removed.
 
     Attributes:
@@ -43,6 +45,11 @@ class DepthPlan:
             for name, score in self.scores.items()
         ]
         return [*scored, *(f"{name}: kept ({reason})" for name, reason in self.kept.items())]
+
+    @override
+    def tables(self) -> list[DataTable]:
+        """Return one line per block."""
+        return [layer_lines(self.lines())]
 
 
 def check_budget(

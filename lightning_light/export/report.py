@@ -8,17 +8,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import override
+
 from lightning_light.atomic import atomic_write
 from lightning_light.export.evaluation import Evaluation, MetricComparison
 from lightning_light.export.parity import Parity, Tolerance
-from lightning_light.formatting import DataTable, human_bytes, plural
+from lightning_light.formatting import DataTable, Tabular, human_bytes, plural
 from lightning_light.measure import LatencyStats
 
 __all__ = ["ExportReport"]
 
 
 @dataclass(frozen=True)
-class ExportReport:
+class ExportReport(Tabular):
     """Size, latency, parity and metrics of one exported file.
 
     Attributes:
@@ -93,16 +95,18 @@ class ExportReport:
             f"{self._notes()}"
         )
 
-    def _repr_html_(self) -> str:
+    @override
+    def tables(self) -> list[DataTable]:
+        """Return one line per quantity."""
         lines = (
             ("file", self.file),
             ("runtime", self.runtime),
             ("size", human_bytes(self.bytes)),
             ("latency per sample", f"{1e3 * self.latency.median:.3g} ms, {plural(self.latency.threads, 'thread')}"),
             ("largest difference", f"{self.parity.max_absolute:.1e} on {plural(self.parity.samples, 'sample')}"),
-            ("metrics", self.evaluation.summary() if self.evaluation else ""),
+            *([("metrics", self.evaluation.summary())] if self.evaluation else []),
         )
-        return DataTable(("", "exported"), lines, text_columns=frozenset({"exported"})).html()
+        return [DataTable(("", "exported"), lines, text_columns=frozenset({"exported"}))]
 
     def _notes(self) -> str:
         steps = [f"{name} {off:.3g} quantization steps" for name, off in self.parity.quant_steps.items()]

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_light.budgets import Budget, MACs
 from lightning_light.errors import BudgetError
-from lightning_light.formatting import human_count, layer_lines
+from lightning_light.formatting import DataTable, Tabular, human_count, layer_lines
 from lightning_light.lowrank.allocate import Choice, allocate, frontier
 from lightning_light.lowrank.build import OPERATION
 from lightning_light.lowrank.layers import FactorizableLayer
@@ -101,7 +102,7 @@ class FactorizedLayer:
 
 
 @dataclass(frozen=True, eq=False)
-class FactorizationPlan:
+class FactorizationPlan(Tabular):
     """The factors of every layer, and the cost of the network before and after.
 
     Attributes:
@@ -151,8 +152,10 @@ class FactorizationPlan:
         file = measured_text(self.after, self.estimated)
         return f"factorized {len(self.layers)} of {count} layers, {file}{cost}"
 
-    def _repr_html_(self) -> str:
-        return layer_lines(self.lines(), self.summary()).html()
+    @override
+    def tables(self) -> list[DataTable]:
+        """Return one line per layer."""
+        return [layer_lines(self.lines(), self.summary())]
 
 
 def plan_factors(

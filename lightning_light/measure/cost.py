@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import override
 
+from lightning_light.formatting import DataTable, Tabular, human_count
 from lightning_light.isolation import isolated, unfused_kernels
 from lightning_light.merging import is_training_branch
 from lightning_light.module_stack import ModuleCall, ModuleStack
@@ -25,7 +26,7 @@ __all__ = ["Cost", "count_cost", "count_params"]
 
 
 @dataclass(frozen=True)
-class Cost:
+class Cost(Tabular):
     """MACs of one forward pass, and parameters.
 
     Attributes:
@@ -39,6 +40,20 @@ class Cost:
     params: int
     macs_by_module: dict[str, int]
     params_by_module: dict[str, int]
+
+    @override
+    def tables(self) -> list[DataTable]:
+        """Return one line per module."""
+        names = dict.fromkeys((*self.macs_by_module, *self.params_by_module))
+        lines = [
+            (
+                name or "(model)",
+                *(human_count(part.get(name, 0)) for part in (self.macs_by_module, self.params_by_module)),
+            )
+            for name in names
+        ]
+        total = ("total", human_count(self.macs), human_count(self.params))
+        return [DataTable(("module", "MACs", "params"), tuple(lines), (total,))]
 
 
 @validated

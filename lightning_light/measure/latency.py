@@ -8,14 +8,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from typing_extensions import override
 
+from lightning_light.formatting import DataTable, Tabular
 from lightning_light.validation import NonNegativeInt, PositiveInt, validated
 
 __all__ = ["LatencyStats", "measure_latency", "torch_threads"]
 
 
 @dataclass(frozen=True)
-class LatencyStats:
+class LatencyStats(Tabular):
     """Wall-clock seconds per call, over many calls.
 
     Attributes:
@@ -31,6 +33,13 @@ class LatencyStats:
     p90: float
     runs: int
     threads: int
+
+    @override
+    def tables(self) -> list[DataTable]:
+        """Return one line."""
+        times = (f"{1e3 * seconds:.3g} ms" for seconds in (self.median, self.p10, self.p90))
+        headers = ("latency", "p10", "p90", "runs", "threads")
+        return [DataTable(headers, ((*times, str(self.runs), str(self.threads)),))]
 
 
 @validated

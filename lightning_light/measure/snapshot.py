@@ -8,7 +8,9 @@ from typing import Annotated, Any, TypedDict
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from typing_extensions import override
 
+from lightning_light.formatting import DataTable, Tabular, human_bytes, human_count, human_percent
 from lightning_light.isolation import isolated
 from lightning_light.measure.cost import Cost, count_params
 from lightning_light.measure.layer_table import LayerRow, effective_macs, layer_table, layer_weights, weight_matrices
@@ -34,7 +36,7 @@ class PlainSnapshot(TypedDict):
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class Snapshot(Tabular):
     """The layers and totals of a model at one step.
 
     Attributes:
@@ -74,6 +76,27 @@ class Snapshot:
             return None
         inputs = {name: numbers.get("activation_bits", 32.0) for name, numbers in self.stats.items()}
         return round(sum(row.macs * (row.bits or 32.0) * inputs.get(row.name, 32.0) for row in self.rows))
+
+    @override
+    def tables(self) -> list[DataTable]:
+        """Return one line per layer."""
+        lines = [
+            (
+                row.name or "(model)",
+                "" if row.channels_out is None else str(row.channels_out),
+                human_count(row.params),
+                "" if self.macs is None else human_count(row.macs),
+                human_bytes(row.bytes),
+                human_percent(row.sparsity),
+                f"{row.bits:.3g}",
+            )
+            for row in self.rows
+        ]
+        macs = "" if self.macs is None else human_count(self.macs)
+        costs = (human_count(self.params), macs, human_bytes(self.bytes))
+        total = ("total", "", *costs, human_percent(self.sparsity), f"{self.bits:.3g}")
+        headers = ("layer", "channels", "params", "MACs", "size", "sparsity", "bits")
+        return [DataTable(headers, tuple(lines), (total,))]
 
     def plain(self) -> dict[str, Any]:
         """Return plain types, for a checkpoint."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import nn
+from typing_extensions import override
 
-from lightning_light.formatting import DataTable, human_bytes, human_count, human_percent
+from lightning_light.formatting import DataTable, Tabular, human_bytes, human_count, human_percent
 from lightning_light.isolation import isolated
 from lightning_light.measure.cost import Cost, count_params
 from lightning_light.measure.layer_table import LayerRow, effective_macs, layer_table, weight_matrices
@@ -18,7 +19,7 @@ __all__ = ["SparsityReport", "measure_sparsity"]
 
 
 @dataclass(frozen=True)
-class SparsityReport:
+class SparsityReport(Tabular):
     """The sparsity of a network and what it saves.
 
     Attributes:
@@ -40,7 +41,7 @@ class SparsityReport:
     deflated: int
 
     def table(self) -> DataTable:
-        """Return a table of every layer; a notebook shows it."""
+        """Return a table of every layer."""
         lines = tuple(
             (row.name, human_percent(row.sparsity), str(row.dead_filters), human_count(row.params))
             for row in self.layers
@@ -49,8 +50,10 @@ class SparsityReport:
         size = f"{human_bytes(self.bytes)}, {human_bytes(self.deflated)} after compression (DEFLATE)"
         return DataTable(("layer", "sparsity", "dead filters", "params"), lines, totals=(total,), notes=(size,))
 
-    def _repr_html_(self) -> str:
-        return self.table().html()
+    @override
+    def tables(self) -> list[DataTable]:
+        """Return one line per layer."""
+        return [self.table()]
 
 
 @validated

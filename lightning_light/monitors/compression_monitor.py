@@ -21,6 +21,7 @@ from lightning_light.monitors.dashboard import add_events, add_heat_maps, add_hi
 from lightning_light.monitors.hparams import defer_hparams, final_metrics, method_hparams
 from lightning_light.monitors.recording import RecordingCallback
 from lightning_light.monitors.scalars import (
+    COSTS,
     DETAILS,
     PREFIX,
     custom_layout,
@@ -50,13 +51,13 @@ __all__ = ["CompressionMonitor"]
 class CompressionMonitor(RecordingCallback):
     """Log the cost of a network while it is compressed, and print a table of every layer before and after.
 
-    Every logger gets the totals ``compression/macs``, ``params``, ``size``, ``sparsity`` and ``bits``, beside them what
-    the schedule of a budget planned (``macs_planned``), and the number of events so far (``events``); under
-    ``compression_layers/<quantity>/<layer>`` what changes of a layer; and under ``compression_details`` what only some
-    methods change (``dead_filters``, ``churn`` of masks, ``effective_macs`` of nonzero weights), at Lightning's own
-    steps. Fake-quantized weights count as they will be stored. The final table is an artifact. TensorBoard also gets
-    the events as text, histograms of weights, a heat map of the layers, a page of Custom Scalars, and hyper-parameters
-    together with the final metrics, so that the runs of a sweep can be compared.
+    Every logger gets the totals ``compression/macs``, ``params`` and ``size``, from their first change on ``sparsity``
+    and ``bits``, beside them what the schedule of a budget planned (``macs_planned``), and the number of events so far
+    (``events``); under ``compression_layers/<quantity>/<layer>`` what changes of a layer; and under
+    ``compression_details`` what only some methods change (``dead_filters``, ``churn`` of masks, ``effective_macs`` of
+    nonzero weights), at Lightning's own steps. Fake-quantized weights count as they will be stored. The final table is
+    an artifact. TensorBoard also gets the events as text, histograms of weights, a heat map of the layers, a page of
+    Custom Scalars, and hyper-parameters together with the final metrics, so that the runs of a sweep can be compared.
 
     The totals are in ``trainer.callback_metrics`` too, with their remaining fractions (``compression/macs_remaining``).
     The progress bar shows what has changed: ``macs`` and ``params`` as remaining fractions, ``sparsity``, ``bits``.
@@ -104,7 +105,7 @@ class CompressionMonitor(RecordingCallback):
     _last_step: int | None = None  # of the last record
     _masks: Mapping[str, Tensor] | None = None  # copies, of the last record
     _patches: tuple[InstancePatch, ...] = ()
-    _curves: frozenset[str] = frozenset()  # tags of a layer, or of an extra quantity, that have changed
+    _curves: frozenset[str] = COSTS  # tags that have changed, and those of costs
     _events_written: int = 0
     _validation: ValidationMetrics | None = None
 
@@ -206,7 +207,7 @@ class CompressionMonitor(RecordingCallback):
     def _reset(self) -> None:
         super()._reset()
         self._last_step = self._masks = self._validation = None
-        self._curves = frozenset()
+        self._curves = COSTS
 
     def _is_due(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         step = steps_done(trainer)
@@ -236,12 +237,16 @@ class CompressionMonitor(RecordingCallback):
         step, first, now = steps_done(trainer), *(self._parts(one, recorder) for one in (recorder.before, recorder.now))
         begun = {tag for tag, value in now.items() if value != first.get(tag)} - self._curves
         earlier = {tag: first[tag] for tag in begun if tag in first}
-        for past in sorted({recorder.history.steps[0], step - 1}) if earlier else ():
+        is_resumed = self._last_step is None and step > 1  # what was before its first step is in another file
+        for past in sorted({recorder.history.steps[0], *([] if is_resumed else [step - 1])}) if earlier else ():
             if past < step:  # so that a curve begins flat, and falls at the step of the change
                 _log(trainer, earlier, past)
         self._curves |= begun
-        scalars = {**total_scalars(recorder.now), **self._planned(trainer, pl_module), **churn}
-        scalars |= {tag: now[tag] for tag in now if tag in self._curves}
+        scalars = {
+            **self._planned(trainer, pl_module),
+            **churn,
+            **{tag: now[tag] for tag in now if tag in self._curves},
+        }
         if events:
             scalars[f"{PREFIX}/events"] = float(len(events))
         _log(trainer, scalars, step)
@@ -252,8 +257,9 @@ class CompressionMonitor(RecordingCallback):
         self._events_written = len(events)
 
     def _parts(self, snapshot: Snapshot, recorder: Recorder) -> dict[str, float]:
-        """Return the scalars that are logged from their first change on."""
-        return extra_scalars(snapshot) | (layer_scalars(snapshot, recorder.layers) if self.per_layer else {})
+        """Return all scalars; those that are not of costs are logged from their first change on."""
+        layers = layer_scalars(snapshot, recorder.layers) if self.per_layer else {}
+        return total_scalars(snapshot) | extra_scalars(snapshot) | layers
 
     def _planned(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         callbacks, dense = callbacks_of(trainer), self.compression_state(pl_module).references

@@ -14,7 +14,6 @@ from lightning_light.report.contents import export_reports
 
 __all__ = ["defer_hparams", "final_metrics", "method_hparams"]
 
-
 _WITHOUT = {"budget/macs": 1.0, "budget/sparsity": 0.0, "weight_bits": 32.0}
 """In every run: TensorBoard shows the hyper-parameters of the first run that it reads as the columns of all."""
 

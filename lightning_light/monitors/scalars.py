@@ -13,6 +13,7 @@ from lightning_light.measure.snapshot import Snapshot
 from lightning_light.schedules import Schedule, resolve
 
 __all__ = [
+    "COSTS",
     "DETAILS",
     "LAYERS",
     "PREFIX",
@@ -26,6 +27,9 @@ __all__ = [
 
 PREFIX = "compression"
 """Prefix of what describes the whole network."""
+
+COSTS = frozenset(f"{PREFIX}/{key}" for key in ("macs", "params", "size"))
+"""What is logged from the start; all else from its first change on."""
 
 DETAILS = "compression_details"
 """Prefix of what only some methods change."""

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import override
+
 from lightning_light.atomic import atomic_write
-from lightning_light.formatting import DataTable, human_count, short_names
+from lightning_light.formatting import DataTable, Tabular, human_count, short_names
 from lightning_light.nas.choices import Item
 from lightning_light.nas.costs import Costs
 
@@ -22,7 +24,7 @@ _COLORS = {"blocks": "#081d58", "channels": "#1d91c0", "ranks": "#d95f0e"}
 
 
 @dataclass
-class SearchTable:
+class SearchTable(Tabular):
     """Scores and costs of every item alone, and the costs of the network as it is.
 
     Attributes:
@@ -99,11 +101,10 @@ class SearchTable:
         notes = (f"network as it is: {', '.join(f'{q} {human_count(v)}' for q, v in self.costs.items())}",)
         return DataTable(headers, tuple(lines), notes=notes, text_columns=frozenset({"choice", "solution"}))
 
-    def __str__(self) -> str:
-        return self.table().text()
-
-    def _repr_html_(self) -> str:
-        return self.table().html()
+    @override
+    def tables(self) -> list[DataTable]:
+        """Return one line per item."""
+        return [self.table()]
 
     def figure(self, quantity: str) -> Figure:
         """Draw what each item saves of ``quantity``, and how far the outputs are then.

@@ -9,9 +9,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from typing_extensions import override
 
 from lightning_light.errors import UnsupportedError
 from lightning_light.example_input import ExampleInput
+from lightning_light.formatting import DataTable, Tabular, layer_lines
 from lightning_light.merging import BranchedLayer
 from lightning_light.order import Stage
 from lightning_light.reparameterization.branches import Branch, BranchedConv2d, ExpandedConv2d, Spec, expand
@@ -42,7 +44,7 @@ Merged = dict[str, tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)
-class Expansion:
+class Expansion(Tabular):
     """Which convolutions are expanded.
 
     Attributes:
@@ -52,6 +54,12 @@ class Expansion:
 
     layers: dict[str, list[Spec]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+
+    @override
+    def tables(self) -> list[DataTable]:
+        """Return one line per convolution."""
+        expanded = [f"{name}: {', '.join(branch for branch, *_ in branches)}" for name, branches in self.layers.items()]
+        return [layer_lines(expanded + [f"{name}: left alone ({reason})" for name, reason in self.skipped.items()])]
 
     def summary(self) -> str:
         """Return one line for the log."""

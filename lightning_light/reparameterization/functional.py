@@ -9,10 +9,12 @@ from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from lightning_light.copies import copy_network
 from lightning_light.errors import NoEffectWarning
 from lightning_light.example_input import ExampleInput
+from lightning_light.formatting import DataTable, Tabular, layer_lines
 from lightning_light.merging import TOLERANCE, check_merged, merge_blocks
 from lightning_light.reparameterization.apply import (
     Expansion,
@@ -31,7 +33,7 @@ __all__ = ["Merging", "expand_branches", "merge_branches"]
 
 
 @dataclass(frozen=True)
-class Merging:
+class Merging(Tabular):
     """What was merged.
 
     Attributes:
@@ -43,6 +45,15 @@ class Merging:
     layers: tuple[str, ...]
     blocks: dict[str, str]
     error: float | None = None
+
+    @override
+    def tables(self) -> list[DataTable]:
+        """Return one line per layer or block."""
+        merged = [f"{name}: merged" for name in self.layers]
+        notes = (
+            [] if self.error is None else [f"largest difference of an output: {self.error:.1e} of the largest output"]
+        )
+        return [layer_lines(merged + [f"{name}: merged by `{method}`" for name, method in self.blocks.items()], *notes)]
 
 
 @validated

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -9,11 +10,14 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import override
+
 from lightning_light.event_log import event_text
-from lightning_light.formatting import DataTable, human_bytes, human_count, human_percent
+from lightning_light.formatting import DataTable, Tabular, human_bytes, human_count, human_percent
 from lightning_light.measure.comparison import compression_table
 from lightning_light.measure.history import History
 from lightning_light.measure.snapshot import Snapshot
+from lightning_light.report.figures import run_figure, svg
 
 __all__ = ["Curve", "RunReport", "curves_of", "export_reports"]
 
@@ -22,7 +26,7 @@ Curve = list[tuple[int, float]]
 
 
 @dataclass(frozen=True)
-class RunReport:
+class RunReport(Tabular):
     """A network before and after compression, and how it came about.
 
     Attributes:
@@ -135,8 +139,29 @@ class RunReport:
         earlier = {name: [value for step, value in curve if step <= first] for name, curve in self.metrics.items()}
         return {name: values[-1] for name, values in earlier.items() if values}
 
+    @override
+    def tables(self) -> list[DataTable]:
+        """Return the tables of metrics and costs, and of the layers."""
+        return [self.summary_table(), self.layer_table()]
+
+    def picture(self) -> str:
+        """Return costs, metrics in [0, 1] and layers over the run as SVG; nothing where they were not recorded.
+
+        Behind each metric is that of the baseline.
+        """
+        if self.history is None or not self.history.layers or not self.history.steps:
+            return ""
+        dense, shown = curves_of((self.baseline or {}).get("metrics", {})), dict[str, Curve]()
+        for name, curve in self.metrics.items():
+            if all(0 <= value <= 1 for _, value in curve):
+                shown |= {name: curve} | ({f"{name} (baseline)": dense[name]} if name in dense else {})
+        return svg(run_figure(self.history, shown))
+
+    @override
     def _repr_html_(self) -> str:
-        return self.summary_table().html() + self.layer_table().html()
+        """Return the tables, and the picture where matplotlib is installed."""
+        drawn = self.picture() if importlib.util.find_spec("matplotlib") else ""
+        return drawn + super()._repr_html_()
 
 
 def curves_of(plain: Mapping[str, Iterable[Any]]) -> dict[str, Curve]:

@@ -29,7 +29,7 @@ Curve = Sequence[tuple[int, float]]
 
 _COLORS = {"macs": "#081d58", "params": "#1d91c0", "bytes": "#7fcdbb"}
 _NAMES = {"macs": "MACs", "params": "parameters", "bytes": "stored size"}
-_METRIC_COLORS = ("#d95f0e", "#993404", "#fe9929")  # warm, against the cool ones of the costs
+_METRIC_STYLES = (("#d95f0e", "-"), ("#737373", "--"), ("#993404", ":"))  # against the cool colors of the costs
 
 
 @validated
@@ -88,8 +88,11 @@ def run_figure(history: History, metrics: Mapping[str, Curve]) -> Figure:
     rows = max(1.2, 0.2 * len(history.layers))
     figure = Figure(figsize=(8, 3.4 + rows), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2.2, rows))
-    _draw_curves(above, history, metrics)
-    _draw_layers(below, history)
+    steps = [step for curve in metrics.values() for step, _ in curve]
+    end = max([history.end, history.steps[-1] + 1, *steps])
+    _draw_curves(above, history, metrics, end)
+    _draw_layers(below, history, end)
+    above.set_xlim(history.steps[0], end)
     return figure
 
 
@@ -114,7 +117,7 @@ def layer_figure(before: Snapshot, after: Snapshot) -> Figure:
     axes.invert_yaxis()
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.set_title(f"{_NAMES[quantity]} of each layer", loc="left", fontsize=10)
-    axes.legend(frameon=False, loc="lower right", fontsize=8)
+    axes.legend(frameon=False, ncols=2, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1.0), borderaxespad=0.2)
     return figure
 
 
@@ -129,28 +132,31 @@ def svg(figure: Figure) -> str:
     return drawn[drawn.index("<svg") :]
 
 
-def _draw_curves(axes: Axes, history: History, metrics: Mapping[str, Curve]) -> None:
+def _draw_curves(axes: Axes, history: History, metrics: Mapping[str, Curve], end: int) -> None:
     """Draw costs as step functions, and metrics as lines with a dot at each measurement."""
-    steps = [*history.steps, _end(history)]
+    steps = [*history.steps, end]
     for key, color in _COLORS.items():
         fractions = [total[key] for total in history.totals if key in total]
         if len(fractions) == len(history.totals):
-            axes.step(steps, [*fractions, fractions[-1]], where="post", color=color, linewidth=2, label=_NAMES[key])
-    for color, (name, curve) in zip(_METRIC_COLORS * len(metrics), metrics.items(), strict=False):
-        axes.plot(*zip(*curve, strict=True), color=color, marker="o", markersize=4, linewidth=1.5, label=name)
+            line = "--" if key == "bytes" else "-"  # over the parameters, which are often the same share
+            axes.step(
+                steps, [*fractions, fractions[-1]], line, where="post", color=color, linewidth=2, label=_NAMES[key]
+            )
+    for (color, line), (name, curve) in zip(_METRIC_STYLES * len(metrics), metrics.items(), strict=False):
+        axes.plot(*zip(*curve, strict=True), line, color=color, marker="o", markersize=4, linewidth=1.5, label=name)
     axes.set_ylim(0, 1.04)
     axes.yaxis.set_major_formatter(lambda fraction, _: f"{fraction:.0%}")
     axes.grid(axis="y", color="#e5e5e5")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, ncols=5, loc="lower left", bbox_to_anchor=(0, 1.0), borderaxespad=0.2)
+    axes.legend(frameon=False, ncols=3, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1.0), borderaxespad=0.2)
 
 
-def _draw_layers(axes: Axes, history: History) -> None:
+def _draw_layers(axes: Axes, history: History, end: int) -> None:
     shown = history.channels if any(min(column) < 1 for column in history.channels) else history.weights
     kind = "output channels" if shown is history.channels else "weights"
     count = len(history.layers)
-    edges = [*history.steps, _end(history)]
+    edges = [*history.steps, end]
     field = [[column[row] for column in shown] for row in range(count)]
     axes.pcolormesh(edges, range(count + 1), field, cmap="YlGnBu", vmin=0, vmax=1)
     axes.hlines(range(1, count), edges[0], edges[-1], color="white", linewidth=0.8)
@@ -162,7 +168,3 @@ def _draw_layers(axes: Axes, history: History) -> None:
     axes.set_xlabel("training step")
     for row, fraction in enumerate(shown[-1]):
         axes.annotate(f"{fraction:.0%}", (1.01, row + 0.5), xycoords=("axes fraction", "data"), va="center", fontsize=8)
-
-
-def _end(history: History) -> int:
-    return max(history.end, history.steps[-1] + 1)

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_light.formatting import DataTable
 from lightning_light.report.contents import RunReport
-from lightning_light.report.figures import layer_figure, run_figure, svg
+from lightning_light.report.figures import layer_figure, svg
 from lightning_light.validation import validated
 
 __all__ = ["render_report", "write_report"]
@@ -47,7 +47,7 @@ def render_report(report: RunReport, title: str = "Compression report") -> str:
     """
     sections = [
         ("Before → after", _table(report.summary_table())),
-        ("Over the run", _figure(report)),
+        ("Over the run", report.picture()),
         ("Layers", svg(layer_figure(report.before, report.after)) + _table(report.layer_table())),
         ("Exported files", _exports(report)),
         ("Events", _table(report.event_table()) if report.events else ""),
@@ -65,13 +65,6 @@ def _table(table: DataTable) -> str:
 
 def _listing(text: str) -> str:
     return f"<pre>{escape(text)}</pre>" if text else ""
-
-
-def _figure(report: RunReport) -> str:
-    if report.history is None or not report.history.layers or not report.history.steps:
-        return ""
-    metrics = {name: curve for name, curve in report.metrics.items() if all(0 <= value <= 1 for _, value in curve)}
-    return svg(run_figure(report.history, metrics))
 
 
 def _exports(report: RunReport) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
+from typing_extensions import override
 
 from lightning_light.budgets import Budget
 from lightning_light.criteria.gathered import Gathered
@@ -17,7 +18,7 @@ from lightning_light.criteria.learned_gates import GateProblem
 from lightning_light.dependency import ChannelGroup, DependencyGraph
 from lightning_light.errors import BudgetError, UnsupportedError
 from lightning_light.example_input import ExampleInput
-from lightning_light.formatting import layer_lines
+from lightning_light.formatting import DataTable, Tabular, layer_lines
 from lightning_light.measure.latency_table import LatencyTable, TimedFiles, lowered
 from lightning_light.order import Stage
 from lightning_light.structured.costs import Estimator, FileEstimator, smallest
@@ -67,7 +68,7 @@ class Goal:
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class Plan(Tabular):
     """What a cut removes.
 
     Attributes:
@@ -105,8 +106,10 @@ class Plan:
         """Describe each layer: its new width, or why its channels are kept."""
         return self.cuts() + [f"{name}: kept ({reason})" for name, reason in self.skipped.items()]
 
-    def _repr_html_(self) -> str:
-        return layer_lines(self.lines()).html()
+    @override
+    def tables(self) -> list[DataTable]:
+        """Return one line per layer."""
+        return [layer_lines(self.lines())]
 
 
 def check_prunable(model: nn.Module) -> None:

@@ -8,12 +8,13 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_light.budgets import Budget
 from lightning_light.criteria.output_distance import output_distance
 from lightning_light.errors import BudgetError
 from lightning_light.example_input import ExampleInput
-from lightning_light.formatting import plural
+from lightning_light.formatting import DataTable, Tabular, layer_lines, plural
 from lightning_light.integer_program import choose_items
 from lightning_light.isolation import isolated
 from lightning_light.order import Stage
@@ -31,7 +32,7 @@ _ATTEMPTS = 5  # to meet a budget whose quantity is not the sum of the layers'
 
 
 @dataclass(frozen=True)
-class SubstitutionPlan:
+class SubstitutionPlan(Tabular):
     """Which layers are replaced by what.
 
     Attributes:
@@ -69,6 +70,11 @@ class SubstitutionPlan:
 
     def _left_alone(self) -> list[str]:
         return [f"{name}: left alone ({reason})" for name, reason in self.skipped.items()]
+
+    @override
+    def tables(self) -> list[DataTable]:
+        """Return one line per convolution; `lines` has all candidates."""
+        return [layer_lines(self.replacements(), self.summary())]
 
     def summary(self) -> str:
         """Return what is replaced, in a few words."""

@@ -1,20 +1,15 @@
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from lightning_light.budgets import MACs
-from lightning_light.export import export_model
 from lightning_light.formatting import human_bytes, human_count
-from lightning_light.lowrank import factorize
-from lightning_light.measure import LayerRow, count_cost, measure_sparsity
+from lightning_light.measure import LayerRow, count_cost
 from lightning_light.measure.comparison import compression_table
 from lightning_light.measure.layer_matching import match_layers, remaining
 from lightning_light.measure.snapshot import Snapshot, matrix_layers, structure, take_snapshot
-from lightning_light.structured import prune_channels
 from tests.zoo import ZOO, Net
 
 
@@ -233,16 +228,3 @@ def test_markdown_has_the_same_lines() -> None:
 )
 def test_counts_have_three_digits(value: float, shown: str) -> None:
     assert human_count(value) == shown
-
-
-def test_results_are_tables_in_a_notebook(tmp_path: Path) -> None:
-    model, image = ZOO["plain"](), torch.zeros(1, 3, 8, 8)
-    model.fc.weight.data.zero_()
-    assert '<td style="text-align: right">100%</td>' in measure_sparsity(model)._repr_html_()
-    report = export_model(model, (image,), tmp_path / "model.ptl", latency_runs=1)
-    assert f">{human_bytes(report.bytes)}<" in report._repr_html_()
-    factors = factorize(ZOO["plain"](), image, MACs(0.8))
-    assert f"<p>{factors.summary()}</p>" in factors._repr_html_()
-    cuts = prune_channels(model, image, MACs(0.5))
-    layer, change = cuts.cuts()[0].split(": ")
-    assert f'>{layer}</td><td style="text-align: left">{change.replace(">", "&gt;")}<' in cuts._repr_html_()

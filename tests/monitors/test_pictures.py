@@ -102,6 +102,7 @@ def test_brightness_falls_with_the_fraction() -> None:
         (["net.a.conv", "net.b.conv"], ["a.conv", "b.conv"]),
         (["net.a.x", "net.a.y"], ["x", "y"]),
         (["net.fc"], ["fc"]),
+        (["model.net.0", "model.net.3"], ["net.0", "net.3"]),
         (["stem", "net.fc"], ["stem", "net.fc"]),
         ([""], ["model"]),
         (["a" * 100], ["a" * 19 + "…" + "a" * 20]),

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric
+from typing_extensions import override
 
 from lightning_light.example_input import ExampleInput
+from lightning_light.formatting import DataTable, Tabular
 from lightning_light.isolation import isolated
 from lightning_light.measure.cost import count_cost
 from lightning_light.measure.metrics import local_copy
@@ -33,7 +35,7 @@ Distance = Literal["kl", "error"]
 
 
 @dataclass(frozen=True)
-class Sensitivity:
+class Sensitivity(Tabular):
     """How much the outputs of a network change when the weight of one layer is quantized.
 
     Attributes:
@@ -46,9 +48,10 @@ class Sensitivity:
         >>> scan.most_sensitive(1)
         ['stem']
         >>> print(scan)
-        layer  weights  4 bits  8 bits
-        stem        27     0.5    0.01
-        head        90     0.2    0.02
+          layer  weights  4 bits  8 bits
+         ────────────────────────────────
+          stem        27     0.5    0.01
+          head        90     0.2    0.02
     """
 
     distances: Mapping[str, Mapping[int, float]]
@@ -83,15 +86,14 @@ class Sensitivity:
         found = [(layer, bits, one) for layer, row in self.distances.items() for bits, one in row.items()]
         return [dict(zip(names, (*row, self.weights[row[0]], self.macs.get(row[0], 0)), strict=True)) for row in found]
 
-    def __str__(self) -> str:
-        """A table: one line per layer, one column per width."""
-        lines = [["layer", "weights", *(f"{bits} bits" for bits in self.widths)]]
-        for layer, found in self.distances.items():
-            lines.append([layer, str(self.weights[layer]), *(f"{found[bits]:.3g}" for bits in self.widths)])
-        sizes = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        aligned = [[text.rjust(size) for text, size in zip(line, sizes, strict=True)] for line in lines]
-        names = (line[0].ljust(sizes[0]) for line in lines)
-        return "\n".join("  ".join([name, *texts[1:]]) for name, texts in zip(names, aligned, strict=True))
+    @override
+    def tables(self) -> list[DataTable]:
+        """Return one line per layer, one column per width."""
+        lines = [
+            (layer, str(self.weights[layer]), *(f"{found[bits]:.3g}" for bits in self.widths))
+            for layer, found in self.distances.items()
+        ]
+        return [DataTable(("layer", "weights", *(f"{bits} bits" for bits in self.widths)), tuple(lines))]
 
 
 @torch.no_grad()
