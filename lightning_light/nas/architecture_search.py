@@ -281,7 +281,7 @@ class ArchitectureSearch(RecordedInputs):
         state = self.state(pl_module)
         log_rank_zero(trainer, f"{self.method}: search on the inputs of {self.recorded_batches} training batches")
         references = self._references(trainer, pl_module)
-        items = on_rank_zero(trainer, lambda: self._search(pl_module, state["inputs"], references))
+        items = on_rank_zero(trainer, lambda: self._search(trainer, pl_module, state["inputs"], references))
         calls = [ExampleInput(**call).to(pl_module) for call in state["inputs"][: self.calibration_batches]]
         steps = list(in_order(self.options.choices, items))
         for number, (choices, mine) in enumerate(steps, 1):
@@ -292,7 +292,7 @@ class ArchitectureSearch(RecordedInputs):
         state.pop("inputs", None)
 
     def _search(
-        self, pl_module: LightningModule, inputs: Sequence[Mapping[str, Any]], references: Costs
+        self, trainer: Trainer, pl_module: LightningModule, inputs: Sequence[Mapping[str, Any]], references: Costs
     ) -> tuple[Item, ...]:
         calls = [ExampleInput(**call).to(pl_module) for call in inputs]
         parts = calls[: self.calibration_batches], calls[self.calibration_batches :]
@@ -306,7 +306,7 @@ class ArchitectureSearch(RecordedInputs):
                 self.options,
                 parts,
                 references,
-                progress_bar=False,
+                progress_bar=trainer.progress_bar_callback is not None,
             )
         return self.result.items
 
