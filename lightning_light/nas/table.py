@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SearchTable", "savings_of", "total"]
 
-_COLORS = {"blocks": "#081d58", "channels": "#1d91c0", "ranks": "#d95f0e"}
+_COLORS = {"blocks": "#081d58", "channels": "#1d91c0", "ranks": "#d95f0e", "operators": "#993404"}
 
 
 @dataclass
