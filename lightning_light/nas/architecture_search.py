@@ -28,7 +28,7 @@ from lightning_light.order import Stage
 from lightning_light.progress import epochs_planned, steps_done, steps_planned, training_progress
 from lightning_light.recorded_inputs import RecordedInputs
 from lightning_light.schedules import OneShot, Schedule, require_rising
-from lightning_light.schema import LayerName, PlainExample
+from lightning_light.schema import PlainExample
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.distributed import broadcast, log_rank_zero, on_rank_zero
 from lightning_light.timing import Events
@@ -44,7 +44,7 @@ class _PlainItem(TypedDict):
     """An `Item` in plain types."""
 
     kind: str
-    target: LayerName
+    target: str
     choice: str
     layers: list[str]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 from lightning_light.errors import BudgetError
 from lightning_light.integer_program import choose_items
@@ -139,7 +140,7 @@ class Solver:
                 break
             best = self._best()
             network = self._evaluator.changed(best.items, self._recipe)
-            measured = {**best.costs, **self._meter.measure(network)}
+            measured = {**best.costs, **self._file_costs(best.items, network)}
             score = best.score if self._recipe is None else self._evaluator.score(network, self._recipe)
             best = Candidate(best.items, score, measured)
             excess = {q: measured[q] / goal for q, goal in self._goals.items()}
@@ -159,6 +160,14 @@ class Solver:
                 "`space`."
             )
         return nearest[1]
+
+    def _file_costs(self, items: tuple[Item, ...], network: nn.Module) -> Costs:
+        """Measure a file once: an interrupted search that continues decides by the same values."""
+        key = "; ".join(item.name for item in items)
+        if self._meter.of_file and key not in self._table.files:
+            self._table.files[key] = self._meter.measure(network)
+            self._table.save()
+        return self._table.files.get(key, {})
 
     def _is_within(self, candidate: Candidate) -> bool:
         predicted = self.predicted(candidate.items)

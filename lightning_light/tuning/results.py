@@ -99,7 +99,7 @@ class TuningResult:
         return self.table().html() + (svg(self.figure()) if has_matplotlib() else "")
 
     def figure(self, x: str | None = None, y: str | None = None) -> Figure:
-        """Draw one objective against another, with the Pareto front; for one objective, its value per trial.
+        """Draw one objective against another, with Pareto front and best trial; for one objective, its value per trial.
 
         Args:
             x: an objective; None: the second one.

@@ -166,6 +166,13 @@ def test_an_interrupted_table_continues_and_that_of_other_weights_starts_again(t
     assert run(other, ll.MACs(0.5), table=path, dry_run=True).table.distances[name] != 7.0
 
 
+def test_a_search_that_is_repeated_decides_by_the_latencies_in_its_table(tmp_path: Path) -> None:
+    options = {"space": [BlockChoices()], "table": tmp_path / "table.json", "evaluations": 0, "dry_run": True}
+    first, second = (run(network(), [ll.MACs(0.9), ll.Latency("10 s")], **options) for _ in range(2))
+    assert first.measured == second.measured
+    assert 0.0 < second.measured["seconds"] < 10.0
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_written_int8_file_meets_its_size(tmp_path: Path) -> None:
