@@ -23,8 +23,7 @@ sys.path.append(str(Path(__file__).parents[1] / "examples"))
 
 SCHEDULES = {
     "at once": ll.OneShot(at=0.1),
-    "portions until 0.3": ll.Window(ll.schedules.Linear(), start=0.1, end=0.3),
-    "portions until 0.5": ll.Window(ll.schedules.Linear(), start=0.1, end=0.5),
+    "in portions": ll.Window(ll.schedules.Linear(), start=0.1, end=0.4),
 }
 
 
@@ -42,8 +41,8 @@ def train(module: L.LightningModule, epochs: int, callbacks: list[L.Callback]) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--dense-epochs", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--dense-epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -68,9 +67,9 @@ def main() -> None:
             search = ll.ArchitectureSearch(
                 [ll.MACs(0.3), ll.Params(0.4)],
                 schedule=schedule,
-                calibration_batches=2,
-                evaluation_batches=3,
-                evaluations=8,
+                calibration_batches=1,
+                evaluation_batches=2,
+                evaluations=4,
                 table=args.work / f"table-{seed}.json",
             )
             teacher = ll.KnowledgeDistillation(teacher="self", losses=[ll.SoftTargets(temperature=4.0)])
