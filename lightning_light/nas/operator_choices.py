@@ -72,7 +72,7 @@ class OperatorChoices(Choices):
         few = [call.small(_SAMPLES) for call in calls]
         with isolated(model):
             torch.manual_seed(0)  # of random starts; `isolated` restores the generators
-            layers = {name: self._layers(model, name, operator, few) for name, operator in operators.items()}
+            layers = {name: self._layers(model, name, operator, few).cpu() for name, operator in operators.items()}
         return SubstitutionPlan(operators, layers=layers)
 
     @override

@@ -1,5 +1,6 @@
 """`ArchitectureSearch` in a Trainer: what it reaches, and what it refuses."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,22 @@ SMALL: dict[str, Any] = {
 }
 
 
-def test_the_budgets_are_met_the_optimizer_follows_and_the_table_is_on_disk(tmp_path: Path) -> None:
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_budgets_are_met_the_optimizer_follows_and_the_table_is_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
     module = module_class(Deep, L)()
     dense = count_cost(module, (torch.zeros(1, 3, 8, 8),))
     method = ll.ArchitectureSearch([ll.MACs(0.5), ll.Params(0.6)], table=tmp_path / "table.json", **SMALL)
-    run = trainer(method)
+    run = trainer(method, enable_progress_bar=True)
     run.fit(module)
+    assert all(f"{part}: 100%" in terminal.getvalue() for part in ("outputs and counts", "whole networks"))
     small = count_cost(module, (torch.zeros(1, 3, 8, 8),))
     assert small.macs <= 0.5 * dense.macs
     assert small.params <= 0.6 * dense.params
