@@ -1,30 +1,35 @@
 """Search widths, ranks and depth of a CIFAR-10 ResNet-20 under the latency and the size of its int8 file.
 
-    python benchmarks/search.py --data cifar10.npz --weights resnet20_cifar10.pt --table resnet20.json --seconds 0.7
+    python benchmarks/search.py --data cifar10.npz --weights resnet20_cifar10.pt --work runs --seconds 0.7 --bytes 0.8
 
-Each kind of choice alone, and all jointly. Budgets are fractions of the dense network's int8 file in ONNX Runtime, one
-thread; printed are those of the measured files. The table is kept, so that a second budget needs no new one. Recovery:
-SGD, the dense network as teacher, the same for every row. Accuracies are those of the network in float.
+Each kind of choice alone, and all jointly, by the same number of evaluations; the same recovery for every row: SGD on
+flipped images, the outputs of the dense network as targets, under bfloat16 mixed precision. Budgets and costs are
+fractions of the dense network's int8 file in ONNX Runtime, one thread; accuracies are those of the written int8 files.
+The table and every row are kept: a second budget needs no new table, and an interrupted run continues.
 """
 
 import argparse
 import copy
-import itertools
+import json
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
 import torch.nn.functional as F
 from cifar_resnet import EXAMPLE, accuracy, read
 from nets import cifar_resnet
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_light as ll
+from lightning_light.atomic import atomic_write
 from lightning_light.example_input import ExampleInput
+from lightning_light.export.loading import load_exported
 from lightning_light.nas import BlockChoices, ChannelChoices, RankChoices, SearchTable
+from lightning_light.nas.apply import apply_items
 from lightning_light.nas.costs import Meter
 from lightning_light.nas.evaluation import Evaluator, split_batches
 from lightning_light.nas.sensitivity import fill_table
@@ -32,76 +37,150 @@ from lightning_light.nas.solver import Solver
 
 SPACE = [
     BlockChoices(),
-    ChannelChoices((0.5, 0.25), targets="layer*.conv1"),
+    ChannelChoices((0.75, 0.5, 0.25), targets="layer*.conv1"),
     RankChoices((0.5, 0.33, 0.25), targets="layer*.conv?"),
 ]
-KINDS = {"blocks": {"blocks"}, "channels": {"channels"}, "ranks": {"ranks"}, "joint": {"blocks", "channels", "ranks"}}
+KINDS = {"joint": {"blocks", "channels", "ranks"}, "blocks": {"blocks"}, "ranks": {"ranks"}, "channels": {"channels"}}
+RESULTS = Path(__file__).parent / "results" / "search.json"
+RECIPE, RUNTIME = ll.Int8(engine="onnx"), ll.ONNX()
 
 
-def recover(net: nn.Module, dense: nn.Module, data: TensorDataset, steps: int) -> None:
-    """Train with the dense network as teacher, on flipped images."""
-    L.seed_everything(1, verbose=False)
-    optimizer = torch.optim.SGD(net.parameters(), 0.02, momentum=0.9, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.02, total_steps=steps + 1)
-    net.train()
-    for x, _ in itertools.islice(DataLoader(data, 128, shuffle=True), steps):
-        images = x.flip(-1) if torch.rand(()) < 0.5 else x
-        with torch.no_grad():
-            target = F.log_softmax(dense(images), 1)
-        loss = F.kl_div(F.log_softmax(net(images), 1), target, reduction="batchmean", log_target=True)
+class Search:
+    """The table, and the assignments that are found with it."""
+
+    def __init__(self, dense: nn.Module, data: TensorDataset, table: Path) -> None:
+        L.seed_everything(0, verbose=False)
+        self.dense, self.example = dense, ExampleInput.of(EXAMPLE)
+        self.parts = split_batches("search", dense, DataLoader(data, 128, shuffle=True), 2, 4)
+        self.evaluator = Evaluator(dense, self.example, SPACE, *self.parts)
+        self.meter = Meter([ll.Latency(1.0, runtime=RUNTIME), ll.Size("1 GB")], self.example, RUNTIME, RECIPE)
+        items = [item for choices in SPACE for item in choices.items(dense, self.example)]
+        self.table = SearchTable.open("search", table, self.evaluator.digest(), items)
+        fill_table(self.table, self.evaluator, self.meter, RECIPE, progress_bar=True)
+
+    def assignment(self, kind: str, seconds: float, size: float, evaluations: int) -> dict[str, Any]:
+        """Return the items of the best network, with what it costs, or the least that the kind can reach."""
+        mine = replace(self.table, items=[i for i in self.table.items if i.kind in KINDS[kind]], path=None)
+        dense = self.table.costs
+        goals = {"seconds": seconds * dense["seconds"], "bytes": size * dense["bytes"]}
+        solver = Solver("search", mine, self.evaluator, self.meter, goals, RECIPE, 0)
+        try:
+            solver.check_reachable()
+            best = solver.solve(evaluations, progress_bar=True)
+        except ll.BudgetError as error:
+            return {"error": str(error)}
+        return {
+            "items": [item.name for item in best.items],
+            "costs": {key: best.costs[key] / dense[key] for key in goals},
+            "changed": best.score.changed,
+            "evaluated": len(solver.evaluated),
+        }
+
+    def network(self, names: list[str]) -> nn.Module:
+        """Return a copy of the dense network with the items carried out."""
+        small = copy.deepcopy(self.dense)
+        items = [item for item in self.table.items if item.name in names]
+        apply_items(small, self.example, SPACE, items, calls=self.parts[0])
+        return small
+
+    def file_accuracy(self, net: nn.Module, test: TensorDataset, path: Path) -> float:
+        """Quantize a copy after training, write its file, and run that over the test images."""
+        net = copy.deepcopy(net).eval()
+        ll.quantize(net, self.parts[0][0], RECIPE, data=self.parts[0], progress_bar=False)
+        with ll.fake_quantized(net):
+            ll.export_model(net, EXAMPLE, path, exporter=RUNTIME, batch="one", latency_runs=1)
+        run = load_exported(path, exporter=RUNTIME, batch="one")
+        right = sum(int(run(x[None]).argmax(1) == y) for x, y in test)
+        return right / len(test)
+
+
+@torch.no_grad()
+def targets_of(dense: nn.Module, data: TensorDataset, path: Path) -> Tensor:
+    """Return the log probabilities of the dense network, shape ``(2, images, classes)``: plain and flipped images."""
+    if not path.exists():
+        images = data.tensors[0].split(500)
+        found = [torch.cat([dense(x.flip(-1) if flip else x) for x in images]) for flip in (False, True)]
+        torch.save(torch.stack(found).log_softmax(2), path)
+    return torch.load(path, weights_only=True)
+
+
+def recover(net: nn.Module, images: Tensor, targets: Tensor, steps: int, seed: int) -> None:
+    """Train ``steps`` batches of 128 images, in channels-last format under bfloat16 mixed precision."""
+    L.seed_everything(seed, verbose=False)
+    net.train().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=steps + 1)
+    order = torch.cat([torch.randperm(len(images)) for _ in range(steps * 128 // len(images) + 1)])
+    for chosen in order[: steps * 128].split(128):
+        flipped = torch.rand(len(chosen)) < 0.5
+        x = images[chosen]
+        x = torch.where(flipped[:, None, None, None], x.flip(-1), x).to(memory_format=torch.channels_last)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = net(x)
+        target = targets[flipped.long(), chosen]
+        loss = F.kl_div(out.float().log_softmax(1), target, reduction="batchmean", log_target=True)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
+    net.eval().to(memory_format=torch.contiguous_format)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--weights", type=Path, required=True)
-    parser.add_argument("--table", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True, help="folder of the table and of files")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--seconds", type=float, default=0.7, help="of the dense int8 file")
-    parser.add_argument("--bytes", type=float, default=0.7, help="of the dense int8 file")
-    parser.add_argument("--evaluations", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=100, help="of recovery; 0 for none")
-    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
-    parser.add_argument("--test-images", type=int, default=2000)
+    parser.add_argument("--bytes", type=float, default=0.8, help="of the dense int8 file")
+    parser.add_argument("--evaluations", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=390, help="of recovery; 390 are one epoch")
+    parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=list(KINDS))
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1], help="of the recovery")
     args = parser.parse_args()
-    L.seed_everything(0, verbose=False)
-    data = read(args.data)
-    test = TensorDataset(*(tensor[: args.test_images] for tensor in data["test"].tensors))
-    net = cifar_resnet(20).eval()
-    net.load_state_dict(torch.load(args.weights, weights_only=True))
-    dense = copy.deepcopy(net)
-    started, example, recipe, runtime = time.process_time(), ExampleInput.of(EXAMPLE), ll.Int8(engine="onnx"), ll.ONNX()
-    parts = split_batches("search", net, DataLoader(data["train"], 128, shuffle=True), 2, 4)
-    evaluator = Evaluator(net, example, SPACE, *parts)
-    meter = Meter([ll.Latency(1.0, runtime=runtime), ll.Size("1 GB")], example, runtime, recipe)
-    items = [item for choices in SPACE for item in choices.items(net, example)]
-    table = SearchTable.open("search", args.table, evaluator.digest(), items)
-    fill_table(table, evaluator, meter, recipe, progress_bar=True)
-    print(f"{len(items)} choices, {time.process_time() - started:.0f} s of processor time; {table.costs}", flush=True)
-    print(
-        f"dense: {accuracy(dense, test):.2%}\n| | seconds | bytes | predictions changed | test | after |\n{'|---' * 6}|"
-    )
-    goals = {"seconds": args.seconds * table.costs["seconds"], "bytes": args.bytes * table.costs["bytes"]}
-    for name in args.kinds:
-        kinds = KINDS[name]
-        mine = replace(table, items=[item for item in items if item.kind in kinds], path=None)
-        solver = Solver("search", mine, evaluator, meter, goals, recipe, 0)
-        try:
-            solver.check_reachable()
-            best = solver.solve(args.evaluations, progress_bar=True)
-        except ll.BudgetError as error:
-            print(f"| {name} | {error} |", flush=True)
-            continue
-        small = evaluator.changed(best.items)
-        before = accuracy(small, test)
-        if args.steps:
-            recover(small, dense, data["train"], args.steps)
-        costs = " | ".join(f"{best.measured[key] / table.costs[key]:.3f}" for key in ("seconds", "bytes"))
-        row = f"{costs} | {best.score.changed:.3f} | {before:.2%} | {accuracy(small, test):.2%}"
-        print(f"| {name} | {row} | {len(best.items)} items, {solver.evaluated} networks", flush=True)
+    args.work.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = json.loads(args.results.read_text()) if args.results.exists() else {}
+
+    def keep(key: str, compute: Any) -> Any:
+        """Return a result, computed if the file does not have it."""
+        if key not in results:
+            started = time.process_time()
+            found = compute()
+            results[key] = {**found, "processor_seconds": round(time.process_time() - started, 1)}
+            args.results.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(args.results) as part:
+                part.write_text(json.dumps(results, indent=1))
+        print(key, json.dumps(results[key]), flush=True)
+        return results[key]
+
+    data, dense = read(args.data), cifar_resnet(20).eval()
+    dense.load_state_dict(torch.load(args.weights, weights_only=True))
+    targets = targets_of(dense, data["train"], args.work / "targets.pt")
+    started = time.process_time()
+    search = Search(dense, data["train"], args.work / "table.json")
+    print(f"{len(search.table.items)} choices, {time.process_time() - started:.0f} s; {search.table.costs}", flush=True)
+    file = args.work / "network.onnx"
+    keep("dense", lambda: {"after": search.file_accuracy(dense, data["test"], file), **search.table.costs})
+
+    def recovered(items: list[str], seed: int) -> dict[str, float]:
+        small = search.network(items)
+        before = accuracy(small, data["test"])
+        recover(small, data["train"].tensors[0], targets, args.steps, seed)
+        return {"before": before, "after": search.file_accuracy(small, data["test"], file)}
+
+    budget = f"seconds {args.seconds:g}, bytes {args.bytes:g}"
+    found = {
+        kind: keep(
+            f"{budget}: {kind}", lambda kind=kind: search.assignment(kind, args.seconds, args.bytes, args.evaluations)
+        )
+        for kind in args.kinds
+    }
+    for seed in args.seeds:
+        for kind, one in found.items():
+            if "items" in one:
+                name = f"{budget}: {kind}, {args.steps} steps, seed {seed}"
+                keep(name, lambda one=one, seed=seed: recovered(one["items"], seed))
 
 
 if __name__ == "__main__":

@@ -109,16 +109,18 @@ def forget_end_of_epoch(folder: Path) -> None:
         saved[-1].unlink()
 
 
-def fit(folder: Path, kill: Kill | None, world: int) -> None:
+def fit(
+    folder: Path, kill: Kill | None, world: int, *, callbacks: list[Any] | None = None, body: type[Body] = Body
+) -> None:
     """Train from the newest checkpoint in ``folder``, if there is one, and store how it ends."""
     torch.manual_seed(3)
     saved = checkpoints(folder)
-    module = module_class(Body, lightning.pytorch)()
+    module = module_class(body, lightning.pytorch)()
     rank = int(os.environ.get("RANK", "0"))
     module.train_dataloader = lambda: Loader(turn=rank)
     saving = ModelCheckpoint(folder, "step={step}", auto_insert_metric_name=False, save_top_k=-1, every_n_train_steps=1)
     parallel: dict[str, Any] = {} if world == 1 else {"strategy": DDPStrategy(process_group_backend="gloo")}
-    run = trainer(*chain(folder), saving, *([kill] if kill else []), devices=world, **parallel)
+    run = trainer(*(callbacks or chain(folder)), saving, *([kill] if kill else []), devices=world, **parallel)
     run.fit(module, ckpt_path=saved[-1] if saved else None)
     if rank == 0:
         state = state_of(module)
@@ -196,7 +198,8 @@ def differing(whole: dict[str, Any], end: dict[str, Any]) -> list[str]:
     losses = whole.pop("losses")
     if not later:  # started again after its last step, Lightning validates no more, and counts one step less
         for run in (whole, end):
-            run["metrics"] = run["state"]["compression_monitor"]["history"]["end"] = None
+            run["metrics"] = None
+            run["state"].get("compression_monitor", {"history": {}})["history"]["end"] = None
     return differences(whole, end) + ["losses"] * (later != losses[len(losses) - len(later) :])
 
 

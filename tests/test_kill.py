@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,16 @@ def test_killed_and_started_again(world, count, seed, tmp_path) -> None:
     assert found["kills"] >= count
     if world > 1:
         assert any("closed by peer" in message or "reset by peer" in message for message in found["messages"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_searches_killed_in_each_phase_and_started_again(tmp_path) -> None:
+    found = json.loads(script("nas.kill_script", tmp_path).splitlines()[-1])
+    assert found.keys() == {"fit-table", "fit-networks", "fit-change", "search-table", "search-networks"}
+    for what, outcome in found.items():
+        assert outcome["status"] == -signal.SIGKILL, what
+        assert outcome["differs"] == [], what
 
 
 @pytest.mark.slow

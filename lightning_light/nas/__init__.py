@@ -1,4 +1,4 @@
-"""Search for an assignment of widths, ranks, depth and int8 under several budgets at once."""
+"""Search for an assignment of widths, ranks, operators, depth and int8 under several budgets at once."""
 
 from lightning_light.nas.architecture_search import ArchitectureSearch
 from lightning_light.nas.block_choices import BlockChoices
@@ -6,6 +6,7 @@ from lightning_light.nas.channel_choices import ChannelChoices
 from lightning_light.nas.choices import Change, Choices, Item
 from lightning_light.nas.evaluation import Score
 from lightning_light.nas.functional import search
+from lightning_light.nas.operator_choices import OperatorChoices
 from lightning_light.nas.options import SearchOptions
 from lightning_light.nas.rank_choices import RankChoices
 from lightning_light.nas.result import SearchResult
@@ -18,6 +19,7 @@ __all__ = [
     "ChannelChoices",
     "Choices",
     "Item",
+    "OperatorChoices",
     "RankChoices",
     "Score",
     "SearchOptions",

@@ -1,4 +1,4 @@
-"""Carry out the items of a solution: blocks, then channels, then ranks; batch-norm statistics follow."""
+"""Carry out the items of a solution: blocks, operators, channels, then ranks; batch-norm statistics follow."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def apply_items(
     attach(model)
     statistics = measure_statistics(model, calls) if before is None else before
     for choices, mine in in_order(space, items):
-        change = choices.carry_out(model, choices.plan(model, example, mine), optimizers=optimizers)
+        change = choices.carry_out(model, choices.plan(model, example, mine, calls), optimizers=optimizers)
         after = measure_statistics(model, calls)
         move_statistics(model, statistics, after, change.kept or {})
         statistics = after
@@ -73,4 +73,4 @@ def claim_layers(model: nn.Module, choices: Choices, change: Change) -> None:
         state = attach(model)
         claimed = state.claims.get(change.method)
         layers = [*(claimed.layers if claimed else ()), *change.layers]
-        state.claim(model, change.method, choices.stage, layers)
+        state.claim(model, change.method, choices.stage, layers, follows_cuts=change.follows_cuts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
@@ -40,19 +40,32 @@ if TYPE_CHECKING:
 __all__ = ["ArchitectureSearch"]
 
 
+class _PlainItem(TypedDict):
+    """An `Item` in plain types."""
+
+    kind: str
+    target: str
+    choice: str
+    layers: list[str]
+
+
 class _State(TypedDict, total=False):
     """What a checkpoint holds of a run.
 
     Attributes:
         planned: whether the counted budgets were found possible.
         searched: whether the search of this fit is done.
+        count: of the items that the search has chosen.
+        pending: those that are not carried out yet, in order.
         items: names of the items that were carried out, in all fits.
         example: the example input.
-        inputs: calls of the module in the last training batches, until the search is done.
+        inputs: calls of the module in the last training batches, until all items are carried out.
     """
 
     planned: bool
     searched: bool
+    count: int
+    pending: list[_PlainItem]
     items: list[str]
     example: PlainExample
     inputs: list[PlainExample]
@@ -63,8 +76,9 @@ class ArchitectureSearch(RecordedInputs):
     """Choose widths, ranks and depth under one or several budgets at one point of the run, and train on.
 
     The search is that of `lightning_light.search`, on the inputs of the last training batches: those of the first are
-    for batch-norm statistics, the others, held back, for the comparison of outputs. All changes are made at once:
-    blocks are removed, then channels, then layers are factorized; the optimizers follow. Add
+    for batch-norm statistics, the others, held back, for the comparison of outputs. At the first step of the schedule
+    the assignment is chosen; of its changes the fraction that the schedule gives is made at each step: first blocks are
+    removed, then operators replaced, then channels removed, then layers factorized. The optimizers follow. Add
     ``KnowledgeDistillation(teacher="self")`` for the network before the change as teacher, and
     ``QuantizationAwareTraining`` for an int8 file.
 
@@ -75,7 +89,8 @@ class ArchitectureSearch(RecordedInputs):
 
     Args:
         budget: what the network is to reach: ``MACs``, ``Params``, ``Size`` or ``Latency``, or several at once.
-        schedule: its one step is the point of the run.
+        schedule: fraction of the changes that are made by a point of the run. `OneShot` makes all at once;
+            ``Window(Linear(), start=0.1, end=0.4)`` makes them in ten portions.
         space: see `SearchOptions`. With a recipe the costs are those of int8 files; the run needs a
             ``QuantizationAwareTraining``.
         runtime: see `SearchOptions`.
@@ -91,8 +106,8 @@ class ArchitectureSearch(RecordedInputs):
 
     Raises:
         TypeError: an argument has the wrong type; at construction.
-        ValueError: an argument is out of range, budgets or space contradict each other, or the schedule has several
-            steps; at construction.
+        ValueError: an argument is out of range, budgets or space contradict each other, or the schedule falls; at
+            construction.
         BudgetError: the budgets cannot be reached; where they are counted, before the first optimizer step.
         TargetError: the targets of a kind match nothing.
         UnsupportedError: the training step does not call ``self(...)``, or calls parts of the module beside it; a
@@ -124,11 +139,6 @@ class ArchitectureSearch(RecordedInputs):
         table: str | Path | None = SearchOptions.table,
     ) -> None:
         require_rising("ArchitectureSearch", schedule)
-        if len(schedule.changes() or ()) != 1:
-            raise ValueError(
-                f"`ArchitectureSearch(schedule={schedule!r})`: expected a schedule of one step, found another. Write "
-                "`schedule=OneShot(at=0.1)`."
-            )
         self.budget = budget
         self.schedule = schedule
         self.space = space
@@ -178,7 +188,7 @@ class ArchitectureSearch(RecordedInputs):
                 f"int8 files, found none. Add `QuantizationAwareTraining({self.options.recipe!r})` to the Trainer."
             )
         self.result = None
-        self.record_inputs(pl_module, "planned", "searched", samples=self.samples)
+        self.record_inputs(pl_module, "planned", "searched", "count", "pending", samples=self.samples)
         self._plan_run(trainer, pl_module)
 
     @override
@@ -189,7 +199,7 @@ class ArchitectureSearch(RecordedInputs):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Search if it is due: before the batch, so that no checkpoint pairs new weights with an old metric."""
+        """Act if it is due: before the batch, so that no checkpoint pairs new weights with an old metric."""
         state = self.state(pl_module)
         assert self.captured is not None  # since `on_fit_start`
         assert self.recorder is not None
@@ -198,7 +208,9 @@ class ArchitectureSearch(RecordedInputs):
             self._plan_run(trainer, pl_module)
         due = Events.due(self._points, training_progress(trainer), steps_planned(trainer))
         if due and not state.get("searched") and len(state.get("inputs", [])) == self.recorded_batches:
-            self._act(trainer, pl_module)
+            self._search(trainer, pl_module)
+        if due and "pending" in state:
+            self._change(trainer, pl_module, self._points[due - 1][1])
         progress, _ = self._points[0]
         near = steps_done(trainer) + self.recorded_batches >= progress * steps_planned(trainer)
         self.recorder.active = near and not state.get("searched")
@@ -219,7 +231,7 @@ class ArchitectureSearch(RecordedInputs):
 
     @override
     def window(self, max_epochs: int | None) -> tuple[float, float] | None:
-        """The point of the search."""
+        """The point of the search and that of the last change."""
         return self._events().window(max_epochs)
 
     @override
@@ -276,47 +288,68 @@ class ArchitectureSearch(RecordedInputs):
 
         return {budget.quantity: measured(budget) for budget in counted}
 
-    def _act(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Search on rank 0, and change the network on every rank."""
+    def _search(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Search on rank 0, and keep the chosen items for all."""
         state = self.state(pl_module)
         log_rank_zero(trainer, f"{self.method}: search on the inputs of {self.recorded_batches} training batches")
-        references = self._references(trainer, pl_module)
-        items = on_rank_zero(trainer, lambda: self._search(pl_module, state["inputs"], references))
-        calls = [ExampleInput(**call).to(pl_module) for call in state["inputs"][: self.calibration_batches]]
+        calls, example, references = (
+            self._calls(pl_module),
+            self._example(pl_module),
+            self._references(trainer, pl_module),
+        )
+        parts = calls[: self.calibration_batches], calls[self.calibration_batches :]
+        shown = trainer.progress_bar_callback is not None
+
+        def find() -> list[dict[str, Any]]:
+            with plain_execution():
+                self.result = find_assignment(
+                    "ArchitectureSearch",
+                    pl_module,
+                    example,
+                    self._budgets,
+                    self.options,
+                    parts,
+                    references,
+                    progress_bar=shown,
+                )
+            ordered = [item for _, mine in in_order(self.options.choices, self.result.items) for item in mine]
+            return [item.plain() for item in ordered]
+
+        state["pending"] = on_rank_zero(trainer, find)
+        state["count"], state["searched"] = len(state["pending"]), True
+        state["inputs"] = state["inputs"][: self.calibration_batches]
+
+    def _change(self, trainer: Trainer, pl_module: LightningModule, fraction: float) -> None:
+        """Carry out so many of the pending items that ``fraction`` of all are done."""
+        state, calls = self.state(pl_module), self._calls(pl_module)
+        left = round((1.0 - fraction) * state["count"])
+        items = [Item.of(plain) for plain in state["pending"][: max(0, len(state["pending"]) - left)]]
         steps = list(in_order(self.options.choices, items))
         for number, (choices, mine) in enumerate(steps, 1):
-            plan = self._plan(trainer, pl_module, choices, mine)
+            plan = self._plan(trainer, pl_module, choices, mine, calls)
             self._carry_out(trainer, pl_module, choices, plan, calls, f"{number}/{len(steps)}")
         state["items"] = [*state.get("items", []), *(item.name for item in items)]
-        state["searched"] = True
-        state.pop("inputs", None)
+        state["pending"] = state["pending"][len(items) :]
+        if not state["pending"]:
+            del state["pending"], state["inputs"]
 
-    def _search(
-        self, pl_module: LightningModule, inputs: Sequence[Mapping[str, Any]], references: Costs
-    ) -> tuple[Item, ...]:
-        calls = [ExampleInput(**call).to(pl_module) for call in inputs]
-        parts = calls[: self.calibration_batches], calls[self.calibration_batches :]
-        example = self._example(pl_module)
-        with plain_execution():
-            self.result = find_assignment(
-                "ArchitectureSearch",
-                pl_module,
-                example,
-                self._budgets,
-                self.options,
-                parts,
-                references,
-                progress_bar=False,
-            )
-        return self.result.items
+    def _calls(self, pl_module: LightningModule) -> list[ExampleInput]:
+        return [ExampleInput(**call).to(pl_module) for call in self.state(pl_module)["inputs"]]
 
-    def _plan(self, trainer: Trainer, pl_module: LightningModule, choices: Choices, items: list[Item]) -> Any:
+    def _plan(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        choices: Choices,
+        items: list[Item],
+        calls: Sequence[ExampleInput],
+    ) -> Any:
         """Return the plan of rank 0 on every rank."""
         example = self._example(pl_module)
 
         def plan() -> Any:
             with plain_execution():
-                return choices.plan(pl_module, example, items)
+                return choices.plan(pl_module, example, items, calls)
 
         return on_rank_zero(trainer, plan)
 

@@ -45,7 +45,9 @@ class BlockChoices(Choices):
         return [Item(self.kind, name, "removed", inside(name)) for name in names]
 
     @override
-    def plan(self, model: nn.Module, example: ExampleInput, items: Sequence[Item]) -> list[str]:
+    def plan(
+        self, model: nn.Module, example: ExampleInput, items: Sequence[Item], calls: Sequence[ExampleInput] = ()
+    ) -> list[str]:
         return [item.target for item in items]
 
     @override

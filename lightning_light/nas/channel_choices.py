@@ -78,7 +78,9 @@ class ChannelChoices(Choices):
         return list(found.values())
 
     @override
-    def plan(self, model: nn.Module, example: ExampleInput, items: Sequence[Item]) -> Cut:
+    def plan(
+        self, model: nn.Module, example: ExampleInput, items: Sequence[Item], calls: Sequence[ExampleInput] = ()
+    ) -> Cut:
         graph = trace_dependencies(model, example.args, example.kwargs)
         remaining = {item.target: float(item.choice) for item in items}
         plan = prune_channels(model, example, remaining=remaining, **self._options(), graph=graph)

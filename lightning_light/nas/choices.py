@@ -35,6 +35,15 @@ class Item:
         """Name of the item, for tables and messages."""
         return f"{self.target}: {self.kind} {self.choice}"
 
+    def plain(self) -> dict[str, Any]:
+        """Return the item in plain types, for checkpoints."""
+        return {**vars(self), "layers": sorted(self.layers)}
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> Item:
+        """Return the item of `plain`."""
+        return cls(**{**plain, "layers": frozenset(plain["layers"])})
+
 
 @dataclass(frozen=True)
 class Change:
@@ -45,12 +54,14 @@ class Change:
         kept: tensor name -> dimension -> positions that stayed, where channels were removed; else None.
         method: that owns the changed layers from now on; an empty string if none does.
         layers: those that it owns.
+        follows_cuts: whether channels of these layers may be removed afterwards.
     """
 
     entry: Mapping[str, Any]
     kept: Mapping[str, Mapping[int, Tensor]] | None = None
     method: str = ""
     layers: tuple[str, ...] = ()
+    follows_cuts: bool = False
 
 
 class Choices(ABC):
@@ -76,8 +87,17 @@ class Choices(ABC):
         """
 
     @abstractmethod
-    def plan(self, model: nn.Module, example: ExampleInput, items: Sequence[Item]) -> Any:
-        """Plan how ``items`` are carried out on ``model``, which is left as it is; the plan can be pickled."""
+    def plan(
+        self, model: nn.Module, example: ExampleInput, items: Sequence[Item], calls: Sequence[ExampleInput] = ()
+    ) -> Any:
+        """Plan how ``items`` are carried out on ``model``, which is left as it is; the plan can be pickled.
+
+        Args:
+            model: the network.
+            example: one call of it.
+            items: of this kind.
+            calls: of the network in the calibration batches; none where only shapes are counted.
+        """
 
     @abstractmethod
     def carry_out(

@@ -158,7 +158,8 @@ def find_assignment(
     best = solver.solve(options.evaluations, progress_bar=progress_bar)
     predicted = {q: value for q, value in solver.predicted(best.items).items() if q in meter.of_file}
     quantized = recipe is not None
-    return SearchResult(best.items, quantized, table, goals, predicted, best.measured, best.score, solver.evaluated)
+    evaluated = tuple(solver.evaluated)
+    return SearchResult(best.items, quantized, table, goals, predicted, best.costs, best.score, evaluated)
 
 
 def check_counts(

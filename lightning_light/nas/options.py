@@ -31,8 +31,9 @@ class SearchOptions:
     """What `lightning_light.search` and `ArchitectureSearch` have in common.
 
     Args:
-        space: what may be done: `BlockChoices`, `ChannelChoices`, `RankChoices`, each at most once; a recipe beside
-            them, ``Int8()``, if the file is to be int8. None: the three with their defaults.
+        space: what may be done: `BlockChoices`, `OperatorChoices`, `ChannelChoices`, `RankChoices`, each at most once;
+            a recipe beside them, ``Int8()``, if the file is to be int8. None: blocks, channels and ranks with their
+            defaults.
         runtime: format and runtime of the file whose bytes `Size` counts; by default that of ``Latency(runtime=...)``;
             without either, the stored tensors count.
         distance: of the outputs: ``"kl"``, the Kullback-Leibler divergence of class probabilities, or ``"mse"``, the
@@ -64,8 +65,9 @@ class SearchOptions:
         recipes = len(self.parts) - len(kinds)
         if not kinds or len(set(kinds)) < len(kinds) or recipes > 1:
             raise ValueError(
-                f"`space={list(self.parts)}`: expected at least one of `BlockChoices`, `ChannelChoices` and "
-                f"`RankChoices`, each at most once, and at most one recipe, found {kinds or 'no choices'}"
+                f"`space={list(self.parts)}`: expected at least one of `BlockChoices`, `OperatorChoices`, "
+                f"`ChannelChoices` and `RankChoices`, each at most once, and at most one recipe, found "
+                f"{kinds or 'no choices'}"
                 f"{f' and {recipes} recipes' if recipes else ''}. Without choices of structure use `quantize`."
             )
 

@@ -60,7 +60,9 @@ class RankChoices(Choices):
         return list(found.values())
 
     @override
-    def plan(self, model: nn.Module, example: ExampleInput, items: Sequence[Item]) -> FactorizationPlan:
+    def plan(
+        self, model: nn.Module, example: ExampleInput, items: Sequence[Item], calls: Sequence[ExampleInput] = ()
+    ) -> FactorizationPlan:
         names: dict[str, list[str]] = {}
         for item in items:
             names.setdefault(item.choice, []).append(item.target)

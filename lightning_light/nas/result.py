@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from lightning_light.formatting import human_count, human_percent, layer_lines
 from lightning_light.nas.choices import Item
 from lightning_light.nas.costs import Costs
 from lightning_light.nas.evaluation import Score
+from lightning_light.nas.solver import Candidate
 from lightning_light.nas.table import SearchTable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["SearchResult"]
 
@@ -26,7 +31,7 @@ class SearchResult:
             all items alone. It is too low where the savings of neighbouring layers overlap.
         measured: quantity -> value of the whole network, of the written file where there is a runtime.
         score: how far the outputs are from those of the network before, without training.
-        evaluated: how many whole networks were compared.
+        evaluated: the whole networks that were compared, in order.
     """
 
     items: tuple[Item, ...]
@@ -36,7 +41,7 @@ class SearchResult:
     predicted: Costs
     measured: Costs
     score: Score
-    evaluated: int
+    evaluated: tuple[Candidate, ...]
 
     def lines(self) -> list[str]:
         """Return one line per target that is changed."""
@@ -60,4 +65,38 @@ class SearchResult:
         return str(layer_lines(self.lines(), self.summary()))
 
     def _repr_html_(self) -> str:
-        return layer_lines(self.lines(), self.summary()).html()
+        from lightning_light.report.figures import has_matplotlib, svg
+
+        picture = svg(self.figure()) if has_matplotlib() else ""
+        return layer_lines(self.lines(), self.summary()).html() + picture
+
+    def figure(self, quantity: str | None = None) -> Figure:
+        """Draw the evaluated networks: what they cost, and how many predictions change before training.
+
+        The Pareto front is joined, the chosen network is marked. Where no classes are compared, the distance of the
+        outputs is drawn.
+
+        Args:
+            quantity: a quantity of the budgets; None: the first one. That of a file is predicted, except of the chosen
+                network.
+
+        Raises:
+            UnsupportedError: matplotlib is not installed.
+            ValueError: there is no such quantity.
+        """
+        from lightning_light.report.figures import front_figure, least_of
+
+        if quantity is not None and quantity not in self.goals:
+            raise ValueError(f"`figure({quantity!r})`: expected one of the quantities {list(self.goals)}.")
+        cost = quantity or next(iter(self.goals))
+        by_class = any(one.score.changed for one in self.evaluated)
+
+        def place(costs: Costs, score: Score) -> tuple[float, float]:
+            return costs[cost], score.changed if by_class else score.distance
+
+        points = [(self.table.costs[cost], 0.0), *(place(one.costs, one.score) for one in self.evaluated)]
+        chosen = place(self.measured, self.score)
+        labels = (cost, f"{'predictions changed' if by_class else 'distance of the outputs'}, before training")
+        figure = front_figure([*points, chosen], least_of([*points, chosen]), labels, name="networks", chosen=chosen)
+        figure.axes[0].axvline(self.goals[cost], color="#d95f0e", linewidth=0.8, linestyle=":")
+        return figure

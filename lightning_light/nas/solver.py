@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 from lightning_light.errors import BudgetError
 from lightning_light.integer_program import choose_items
@@ -30,17 +31,18 @@ _CORRECTIONS, _ROUNDS, _TOLERANCE, _ROUNDING = 8, 6, 0.05, 1e-9
 
 @dataclass(frozen=True)
 class Candidate:
-    """A solution that was evaluated.
+    """A whole network that was compared with the network as it is.
 
     Attributes:
         items: that are carried out.
         score: of the whole network.
-        measured: quantity -> value of the whole network.
+        costs: quantity -> value of the whole network, counted; those of a file are predicted, measured where it was
+            written.
     """
 
     items: tuple[Item, ...]
     score: Score
-    measured: Costs
+    costs: Costs
 
 
 class Solver:
@@ -54,6 +56,9 @@ class Solver:
         goals: quantity -> largest value.
         recipe: of the int8 file; None for a float file.
         seed: of the candidates around the first solutions.
+
+    Attributes:
+        evaluated: the whole networks whose outputs were compared, in order.
     """
 
     def __init__(
@@ -76,12 +81,7 @@ class Solver:
         self._exclusive = [{i for i, item in enumerate(table.items) if layer in item.layers} for layer in layers]
         self._known: dict[frozenset[int], Candidate] = {}
         self._refused: list[frozenset[int]] = []
-        self._evaluated = 0
-
-    @property
-    def evaluated(self) -> int:
-        """The number of whole networks whose outputs were compared."""
-        return self._evaluated
+        self.evaluated: list[Candidate] = []
 
     def predicted(self, items: Sequence[Item]) -> Costs:
         """Return the costs of the network as it is without what the items save alone."""
@@ -140,7 +140,7 @@ class Solver:
                 break
             best = self._best()
             network = self._evaluator.changed(best.items, self._recipe)
-            measured = {**best.measured, **self._meter.measure(network)}
+            measured = {**best.costs, **self._file_costs(best.items, network)}
             score = best.score if self._recipe is None else self._evaluator.score(network, self._recipe)
             best = Candidate(best.items, score, measured)
             excess = {q: measured[q] / goal for q, goal in self._goals.items()}
@@ -156,10 +156,18 @@ class Solver:
         if nearest is None or nearest[0] > 1.0 + _TOLERANCE:
             raise BudgetError(
                 f"`{self._call}(...)`: expected an assignment that meets {self._goals}, found none among the evaluated "
-                f"ones; the nearest has {nearest[1].measured if nearest else 'more'}. Ask for less, or add choices to "
+                f"ones; the nearest has {nearest[1].costs if nearest else 'more'}. Ask for less, or add choices to "
                 "`space`."
             )
         return nearest[1]
+
+    def _file_costs(self, items: tuple[Item, ...], network: nn.Module) -> Costs:
+        """Measure a file once: an interrupted search that continues decides by the same values."""
+        key = "; ".join(item.name for item in items)
+        if self._meter.of_file and key not in self._table.files:
+            self._table.files[key] = self._meter.measure(network)
+            self._table.save()
+        return self._table.files.get(key, {})
 
     def _is_within(self, candidate: Candidate) -> bool:
         predicted = self.predicted(candidate.items)
@@ -189,8 +197,9 @@ class Solver:
                 q: value - self._goals[q] for q, value in counted.items() if value > self._goals[q] * (1 + _ROUNDING)
             }
             if not over:
-                self._known[found] = Candidate(items, self._evaluator.score(network), counted)
-                self._evaluated += 1
+                costs = {**self.predicted(items), **counted}
+                self._known[found] = Candidate(items, self._evaluator.score(network), costs)
+                self.evaluated.append(self._known[found])
                 return
             self._refused.append(found)
             limits = {quantity: limit - over.get(quantity, 0.0) for quantity, limit in limits.items()}

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["SearchTable", "savings_of", "total"]
 
-_COLORS = {"blocks": "#081d58", "channels": "#1d91c0", "ranks": "#d95f0e"}
+_COLORS = {"blocks": "#081d58", "channels": "#1d91c0", "ranks": "#d95f0e", "operators": "#993404"}
+_STORED = ("distances", "shapes", "savings", "costs", "files")
 
 
 @dataclass
@@ -34,6 +35,7 @@ class SearchTable(Tabular):
         shapes: name of an item -> digest of the shapes that it leaves; items of equal shapes have equal costs.
         savings: name of an item -> quantity -> what it takes off.
         costs: quantity -> value of the network as it is, as the file is written.
+        files: names of the items of a whole network -> what was measured on its file.
         path: of the file; None to keep the table in memory.
     """
 
@@ -43,6 +45,7 @@ class SearchTable(Tabular):
     shapes: dict[str, str] = field(default_factory=dict)
     savings: dict[str, Costs] = field(default_factory=dict)
     costs: Costs = field(default_factory=dict)
+    files: dict[str, Costs] = field(default_factory=dict)
     path: Path | None = None
 
     @classmethod
@@ -71,15 +74,15 @@ class SearchTable(Tabular):
                 "the file."
             )
         if found == digest:
-            for name in ("distances", "shapes", "savings", "costs"):
-                setattr(table, name, stored[name])
+            for name in _STORED:
+                setattr(table, name, stored.get(name, {}))
         return table
 
     def save(self) -> None:
         """Write the table to its file, if it has one."""
         if self.path is None:
             return
-        stored = {name: getattr(self, name) for name in ("digest", "distances", "shapes", "savings", "costs")}
+        stored = {name: getattr(self, name) for name in ("digest", *_STORED)}
         with atomic_write(self.path) as part:
             part.write_text(json.dumps({"items": [item.name for item in self.items], **stored}, indent=1))
 

@@ -7,10 +7,11 @@ megabytes of script to every report.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import io
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_light.errors import UnsupportedError
 from lightning_light.formatting import human_count, short_names
@@ -23,9 +24,19 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["check_matplotlib", "layer_figure", "report_image", "run_figure", "svg"]
+__all__ = [
+    "check_matplotlib",
+    "front_figure",
+    "has_matplotlib",
+    "layer_figure",
+    "least_of",
+    "report_image",
+    "run_figure",
+    "svg",
+]
 
 Curve = Sequence[tuple[int, float]]
+Point = tuple[float, float]
 
 _COLORS = {"macs": "#081d58", "params": "#1d91c0", "bytes": "#7fcdbb"}
 _NAMES = {"macs": "MACs", "params": "parameters", "bytes": "stored size"}
@@ -78,6 +89,64 @@ def check_matplotlib(call: str) -> None:
             f"`{call}`: expected the package matplotlib, found that it cannot be imported ({error}). Install it: "
             "`pip install lightning-light[report]`."
         ) from error
+
+
+def has_matplotlib() -> bool:
+    """Check whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def front_figure(
+    points: Sequence[Point],
+    front: Sequence[Point],
+    labels: tuple[str, str],
+    *,
+    name: str,
+    joined: bool = True,
+    chosen: Point | None = None,
+) -> Figure:
+    """Draw candidates as dots, and their Pareto front.
+
+    Args:
+        points: of all candidates.
+        front: of those that no other one beats.
+        labels: of the axes.
+        name: of the candidates in the legend.
+        joined: whether the front is joined by steps.
+        chosen: the candidate that is marked.
+    """
+    check_matplotlib("figure")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    if points:
+        axes.scatter(*zip(*points, strict=True), color="#7fcdbb", label=name)
+        line = "-" if joined else ""
+        style: dict[str, Any] = {"color": "#081d58", "marker": "o", "linestyle": line, "drawstyle": "steps-post"}
+        axes.plot(*zip(*sorted(front), strict=True), label="Pareto front", **style)
+        if chosen is not None:
+            ring: dict[str, Any] = {"facecolors": "none", "edgecolors": "#d95f0e", "linewidths": 2.0}
+            axes.scatter(*chosen, s=120, zorder=3, label="chosen", **ring)
+        axes.legend(frameon=False)
+    axes.set_xlabel(labels[0])
+    axes.set_ylabel(labels[1])
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def least_of(points: Sequence[Point]) -> list[Point]:
+    """Return the points of which no other is at most as large in both values, by the first value.
+
+    Example:
+        >>> least_of([(1.0, 3.0), (2.0, 1.0), (2.0, 2.0), (3.0, 1.0)])
+        [(1.0, 3.0), (2.0, 1.0)]
+    """
+    kept: list[Point] = []
+    for x, y in sorted(points):
+        if not kept or y < kept[-1][1]:
+            kept.append((x, y))
+    return kept
 
 
 def run_figure(history: History, metrics: Mapping[str, Curve]) -> Figure:

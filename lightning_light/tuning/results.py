@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_light.errors import LightningLightError
 from lightning_light.formatting import DataTable, human_count, plural
-from lightning_light.report.figures import check_matplotlib
+from lightning_light.report.figures import check_matplotlib, front_figure, has_matplotlib, svg
 from lightning_light.tuning.study import error_of
 from lightning_light.validation import validated
 
@@ -96,10 +96,10 @@ class TuningResult:
         return f"TuningResult({self.study.study_name!r}, {plural(len(self.study.get_trials()), 'trial')})"
 
     def _repr_html_(self) -> str:
-        return self.table().html()
+        return self.table().html() + (svg(self.figure()) if has_matplotlib() else "")
 
     def figure(self, x: str | None = None, y: str | None = None) -> Figure:
-        """Draw one objective against another, with the Pareto front; for one objective, its value per trial.
+        """Draw one objective against another, with Pareto front and best trial; for one objective, its value per trial.
 
         Args:
             x: an objective; None: the second one.
@@ -110,29 +110,19 @@ class TuningResult:
             ValueError: there is no such objective.
         """
         check_matplotlib("TuningResult.figure")
-        from matplotlib.figure import Figure
-
         names = list(self.objectives)
         if unknown := [name for name in (x, y) if name is not None and name not in names]:
             raise ValueError(f"`figure({unknown[0]!r})`: expected one of the objectives {names}.")
         down, across = names.index(y or names[0]), names.index(x or names[min(1, len(names) - 1)])
-        figure = Figure(figsize=(6, 4), layout="constrained")
-        axes = figure.subplots()
 
         def place(trial: FrozenTrial) -> tuple[float, float]:
             return (trial.number if down == across else trial.values[across]), trial.values[down]
 
-        done = [trial for trial in self.study.get_trials() if trial.state.name == "COMPLETE"]
-        if done:
-            axes.scatter(*zip(*map(place, done), strict=True), color="#7fcdbb", label="trials")
-            line = "-" if len(names) == 2 else ""  # more objectives are a surface, one is a point
-            style: dict[str, Any] = {"color": "#081d58", "marker": "o", "linestyle": line, "drawstyle": "steps-post"}
-            axes.plot(*zip(*sorted(map(place, self.front)), strict=True), label="Pareto front", **style)
-            axes.legend(frameon=False)
-        axes.set_xlabel("trial" if down == across else names[across])
-        axes.set_ylabel(names[down])
-        axes.spines[["top", "right"]].set_visible(False)
-        return figure
+        done = [place(trial) for trial in self.study.get_trials() if trial.state.name == "COMPLETE"]
+        front, best = list(map(place, self.front)), place(self.best) if done else None
+        labels = "trial" if down == across else names[across], names[down]
+        joined = len(names) == 2  # more objectives are a surface, one is a point
+        return front_figure(done, front, labels, name="trials", joined=joined, chosen=best)
 
     @validated
     def write_config(self, path: str | os.PathLike[str], trial: int | None = None) -> Path:

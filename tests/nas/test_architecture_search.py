@@ -1,5 +1,6 @@
 """`ArchitectureSearch` in a Trainer: what it reaches, and what it refuses."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,22 @@ SMALL: dict[str, Any] = {
 }
 
 
-def test_the_budgets_are_met_the_optimizer_follows_and_the_table_is_on_disk(tmp_path: Path) -> None:
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_budgets_are_met_the_optimizer_follows_and_the_table_is_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
     module = module_class(Deep, L)()
     dense = count_cost(module, (torch.zeros(1, 3, 8, 8),))
     method = ll.ArchitectureSearch([ll.MACs(0.5), ll.Params(0.6)], table=tmp_path / "table.json", **SMALL)
-    run = trainer(method)
+    run = trainer(method, enable_progress_bar=True)
     run.fit(module)
+    assert all(f"{part}: 100%" in terminal.getvalue() for part in ("outputs and counts", "whole networks"))
     small = count_cost(module, (torch.zeros(1, 3, 8, 8),))
     assert small.macs <= 0.5 * dense.macs
     assert small.params <= 0.6 * dense.params
@@ -66,9 +77,23 @@ def test_int8_costs_need_a_method_that_quantizes() -> None:
         trainer(ll.ArchitectureSearch(ll.Size("10 kB"), **options)).fit(module_class(Deep, L)())
 
 
-def test_a_schedule_of_several_steps_is_refused() -> None:
-    with pytest.raises(ValueError, match="expected a schedule of one step"):
-        ll.ArchitectureSearch(ll.MACs(0.5), schedule=Window(Linear(), start=0.1, end=0.5))
+def test_a_gradual_schedule_makes_the_same_changes_in_the_order_of_the_methods() -> None:
+    found: list[list[str]] = []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            found.append(gradual.state(pl_module).get("items", []))
+
+    budget, at_once, module = ll.MACs(0.45), module_class(Deep, L)(), module_class(Deep, L)()
+    trainer(ll.ArchitectureSearch(budget, **SMALL)).fit(at_once)
+    window = Window(Linear(), start=0.3, end=0.8)
+    gradual = ll.ArchitectureSearch(budget, **{**SMALL, "schedule": window})
+    trainer(gradual, Watch()).fit(module)
+    assert [p.shape for p in module.parameters()] == [p.shape for p in at_once.parameters()]
+    kinds = [name.split()[1] for name in found[-1]]
+    assert kinds == sorted(kinds, key=["blocks", "channels", "ranks"].index)
+    assert len({len(names) for names in found}) == len(found[-1]) + 1 >= 3  # one change at a time
+    assert "inputs" not in gradual.state(module)
 
 
 @pytest.mark.slow

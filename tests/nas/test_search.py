@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import lightning_light as ll
 from lightning_light.measure import count_cost
-from lightning_light.nas import BlockChoices, ChannelChoices, RankChoices
+from lightning_light.nas import BlockChoices, ChannelChoices, OperatorChoices, RankChoices
+from lightning_light.substitution import DepthwiseSeparable
 from lightning_light.surgery import manifest_of, restructure
 
 EXAMPLE = torch.zeros(1, 3, 8, 8)
@@ -66,6 +67,16 @@ def test_two_budgets_are_met_in_place_and_the_edits_are_replayed() -> None:
     assert params <= 0.7 * dense_params
     assert (macs, params) == (result.measured["macs"], result.measured["params"])
     assert {id(p) for p in optimizer.param_groups[0]["params"]} == {id(p) for p in net.parameters()}
+    (axes,) = result.figure("params").axes
+    drawn = [[tuple(map(float, place)) for place in dots.get_offsets()] for dots in axes.collections]
+    chosen = (params, result.score.changed)
+    compared = [(one.costs["params"], one.score.changed) for one in result.evaluated]
+    assert drawn == [[(dense_params, 0.0), *compared, chosen], [chosen]]
+    front = [tuple(map(float, place)) for place in axes.lines[0].get_xydata()]
+    assert front == [
+        a for a in sorted({*drawn[0]}) if not any(b != a and b[0] <= a[0] and b[1] <= a[1] for b in drawn[0])
+    ]
+    assert "<svg" in result._repr_html_()
     rebuilt = restructure(network(), net.state_dict(), manifest_of(net))
     assert torch.equal(rebuilt.eval()(batches()[0]), net(batches()[0]))
 
@@ -87,6 +98,30 @@ def test_the_distance_of_an_item_is_that_of_the_changed_network_with_moved_stati
         for x in batches()[2:]
     ]
     assert table.distances["3: blocks removed"] == pytest.approx(float(torch.stack(found).mean().detach()), rel=1e-4)
+
+
+def test_an_operator_starts_as_in_substitution_and_may_be_chosen_beside_other_kinds() -> None:
+    net, small = network(), network()
+    operator, wide = DepthwiseSeparable(multiplier=4), DepthwiseSeparable(multiplier=9)
+    space = [
+        BlockChoices("4"),
+        OperatorChoices([operator, wide], targets="3.conv?"),
+        ChannelChoices((0.5,), targets="0"),
+    ]
+    result = run(net, ll.MACs(0.5), space=space)
+    given = {"operators": [operator], "targets": "3.conv1", "data": batches()[:2], "fit_steps": 0}
+    ll.substitute_operators(small, EXAMPLE, ll.MACs(0.95), **given)
+    plain = network()
+    found = [
+        F.kl_div(small(x).log_softmax(1), plain(x).log_softmax(1), reduction="batchmean", log_target=True)
+        for x in batches()[2:]
+    ]
+    names = [item.name for item in result.table.items if item.kind == "operators"]
+    assert names == [f"3.conv{n}: operators DepthwiseSeparable(multiplier=4)" for n in (1, 2)]  # wide saves nothing
+    assert result.table.distances[names[0]] == pytest.approx(float(torch.stack(found).mean().detach()), rel=1e-4)
+    assert names[0] in [item.name for item in result.items]
+    rebuilt = restructure(network(), net.state_dict(), manifest_of(net))
+    assert torch.equal(rebuilt.eval()(batches()[0]), net(batches()[0]))
 
 
 def test_the_exact_solution_is_the_least_of_all_feasible_sets() -> None:
@@ -129,6 +164,13 @@ def test_an_interrupted_table_continues_and_that_of_other_weights_starts_again(t
     other = network()
     other[7].bias.data += 1.0
     assert run(other, ll.MACs(0.5), table=path, dry_run=True).table.distances[name] != 7.0
+
+
+def test_a_search_that_is_repeated_decides_by_the_latencies_in_its_table(tmp_path: Path) -> None:
+    options = {"space": [BlockChoices()], "table": tmp_path / "table.json", "evaluations": 0, "dry_run": True}
+    first, second = (run(network(), [ll.MACs(0.9), ll.Latency("10 s")], **options) for _ in range(2))
+    assert first.measured == second.measured
+    assert 0.0 < second.measured["seconds"] < 10.0
 
 
 @pytest.mark.slow

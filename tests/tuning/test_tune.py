@@ -146,6 +146,8 @@ def test_the_pareto_front_is_marked_and_drawn() -> None:
     (axes,) = result.figure(x="macs").axes
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("macs", "val_loss")
     assert sorted(axes.collections[0].get_offsets()[:, 0]) == sorted(macs.values())
+    assert axes.collections[1].get_offsets().tolist() == [[result.best.values[1], result.best.values[0]]]
+    assert "<svg" in result._repr_html_()
 
 
 def test_a_teacher_in_memory_is_tuned_but_not_written() -> None:

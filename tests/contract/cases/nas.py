@@ -6,7 +6,7 @@ from lightning_light.budgets import MACs, Params
 from lightning_light.distillation import KnowledgeDistillation
 from lightning_light.nas import ArchitectureSearch, BlockChoices, ChannelChoices, RankChoices
 from lightning_light.quantization import Int8, QuantizationAwareTraining
-from lightning_light.schedules import OneShot
+from lightning_light.schedules import Linear, OneShot, Window
 from tests.contract.case import Case
 from tests.contract.cases.depth import Deep
 
@@ -44,7 +44,9 @@ CASES = [
     Case(
         "architecture_search_of_all_kinds_with_teacher_and_quantization",
         lambda folder: [
-            ArchitectureSearch([MACs(0.4), Params(0.5)], schedule=OneShot(at=0.3), space=SPACE, **SMALL),
+            ArchitectureSearch(
+                [MACs(0.4), Params(0.5)], schedule=Window(Linear(), start=0.25, end=0.55), space=SPACE, **SMALL
+            ),
             KnowledgeDistillation(teacher="self"),
             QuantizationAwareTraining(Int8(), start=0.6, calibration_batches=2),
         ],
