@@ -16,7 +16,14 @@ from lightning_light.cli import LightningLightCLI
 from lightning_light.reparameterization import ACB
 
 CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
-PROGRAMS = {"gates", "prune", "quantize", "search", "space"}  # of whole programs, tested with them
+PROGRAMS = {
+    "gates",
+    "prune",
+    "quantize",
+    "reparameterize_and_quantize",
+    "search",
+    "space",
+}  # of whole programs, tested with them
 TWINS: dict[str, Callable[[], Any]] = {
     "block_sparsity": lambda: ll.WeightPruning(
         ll.Sparsity(0.7), pattern=ll.Block(4, 1), targets=ll.Targets("blocks.*")
