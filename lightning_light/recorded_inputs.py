@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from typing_extensions import override
 
-from lightning_light.batch_norm import SAMPLES, InputRecorder
+from lightning_light.batch_norm import SAMPLES, InputRecorder, Statistics, measure_statistics
+from lightning_light.budgets import Budget
 from lightning_light.callback import CompressionCallback
 from lightning_light.capture import Capture
 from lightning_light.errors import UnsupportedError
+from lightning_light.example_input import ExampleInput
+from lightning_light.measure.latency_table import LatencyTable, quantity
+from lightning_light.surgery.distributed import on_rank_zero
 from lightning_light.surgery.stored_example import restore_or_capture_example, store_example
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 __all__ = ["RecordedInputs"]
+
+T = TypeVar("T")
 
 
 class RecordedInputs(CompressionCallback):
@@ -51,6 +58,41 @@ class RecordedInputs(CompressionCallback):
                 state.pop(key, None)
         self.captured = restore_or_capture_example(pl_module, state)
         self.recorder = InputRecorder(pl_module, samples)
+
+    def example(self, pl_module: LightningModule) -> ExampleInput:
+        """Return the example input, which is known once the run is planned."""
+        assert self.captured is not None
+        assert self.captured.example is not None
+        return self.captured.example.to(pl_module)
+
+    def decided(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        budget: Budget,
+        decide: Callable[[LatencyTable | None], T],
+    ) -> T:
+        """Return what rank 0 decides, or raise its error, on every rank; keep the latencies that it has measured."""
+        state = self.state(pl_module)
+        table = LatencyTable.of(budget, state.get("latency"))
+        found, timed = on_rank_zero(trainer, lambda: (decide(table), None if table is None else table.used))
+        if timed is not None:
+            state["latency"] = timed
+        return found
+
+    def reference(self, trainer: Trainer, pl_module: LightningModule, budget: Budget) -> float:
+        """Return the quantity of ``budget`` before any method changed the network."""
+        example = self.example(pl_module)
+        return self.compression_state(pl_module).reference(
+            budget.quantity,
+            lambda: self.decided(trainer, pl_module, budget, lambda table: quantity(budget, pl_module, example, table)),
+        )
+
+    def statistics(
+        self, trainer: Trainer, pl_module: LightningModule, calls: list[ExampleInput]
+    ) -> dict[str, Statistics]:
+        """Measure the batch-norm statistics on inputs of rank 0, which a checkpoint holds, for all ranks."""
+        return on_rank_zero(trainer, lambda: measure_statistics(pl_module, calls))
 
     @override
     def on_train_batch_end(

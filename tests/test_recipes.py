@@ -18,7 +18,14 @@ from lightning_light.cli import LightningLightCLI
 from lightning_light.reparameterization import ACB
 
 CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
-PROGRAMS = {"gates", "prune", "quantize", "search", "space"}  # of whole programs, tested with them
+PROGRAMS = {
+    "gates",
+    "prune",
+    "quantize",
+    "reparameterize_and_quantize",
+    "search",
+    "space",
+}  # whole programs
 SPARSE = ll.Targets(exclude="stem.0")
 
 

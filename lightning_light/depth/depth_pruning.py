@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 from typing_extensions import override
 
-from lightning_light.batch_norm import Statistics, measure_statistics, move_statistics
+from lightning_light.batch_norm import move_statistics
 from lightning_light.budgets import Budget, require_reducible
 from lightning_light.depth.blocks import METHOD, Blocks, remove_blocks
 from lightning_light.depth.criteria import BlockCriterion
@@ -15,13 +15,14 @@ from lightning_light.depth.functional import prune_blocks
 from lightning_light.depth.options import DepthPruningOptions
 from lightning_light.depth.plan import DepthPlan, check_budget, plan_blocks
 from lightning_light.example_input import ExampleInput
+from lightning_light.measure.latency_table import LatencyTable, TimedFiles
 from lightning_light.order import DEFAULT_WINDOWS, Stage
 from lightning_light.progress import epochs_planned, steps_planned, training_progress
 from lightning_light.recorded_inputs import RecordedInputs
 from lightning_light.schedules import Linear, Schedule, Window, require_rising
 from lightning_light.schema import PlainExample
 from lightning_light.surgery.averaged_models import averaged_models_of
-from lightning_light.surgery.distributed import broadcast, log_rank_zero, on_rank_zero
+from lightning_light.surgery.distributed import log_rank_zero
 from lightning_light.targets import Targets, as_targets
 from lightning_light.timing import Events
 from lightning_light.validation import NonNegativeInt, PositiveInt, validated
@@ -43,6 +44,7 @@ class _State(TypedDict, total=False):
         planned: whether the whole run was found possible.
         example: the example input.
         inputs: calls of the module in the last training batches, for scores and batch-norm statistics.
+        latency: what was measured in the runtime of the budget.
     """
 
     events: NonNegativeInt
@@ -50,6 +52,7 @@ class _State(TypedDict, total=False):
     planned: bool
     example: PlainExample
     inputs: list[PlainExample]
+    latency: TimedFiles
 
 
 @validated
@@ -138,7 +141,7 @@ class DepthPruning(RecordedInputs):
         super().on_fit_start(trainer, pl_module)
         as_targets(self.targets).select(pl_module)
         self._last_plan = None
-        self.record_inputs(pl_module, "events", "planned")
+        self.record_inputs(pl_module, "events", "planned", "latency")
         self._plan_run(trainer, pl_module)
 
     @override
@@ -196,26 +199,27 @@ class DepthPruning(RecordedInputs):
 
     def _check(self, trainer: Trainer, pl_module: LightningModule, fraction: float) -> tuple[Blocks, float]:
         """Return the blocks that can be removed, and the goal after ``fraction`` of the way; on every rank alike."""
-        assert self.captured is not None
-        assert self.captured.example is not None  # since the run is planned
-        example = self.captured.example.to(pl_module)
-        dense = self.compression_state(pl_module).reference(
-            self.budget.quantity, lambda: broadcast(trainer, self.budget.measure(pl_module, example))
+        example, budget = self.example(pl_module), self.budget
+        goal = budget.at(self.reference(trainer, pl_module, budget), fraction)
+        blocks = self.decided(
+            trainer,
+            pl_module,
+            budget,
+            lambda table: check_budget(pl_module, budget, example, self.options, goal, table),
         )
-        goal = self.budget.at(dense, fraction)
-        return on_rank_zero(trainer, lambda: check_budget(pl_module, self.budget, example, self.options, goal)), goal
+        return blocks, goal
 
     def _act(self, trainer: Trainer, pl_module: LightningModule, due: int) -> None:
         """Remove the blocks that are due at event ``due``: decided on rank 0, carried out on every rank."""
-        assert self.captured is not None
-        assert self.captured.example is not None  # since the run is planned
-        state, example = self.state(pl_module), self.captured.example.to(pl_module)
+        state, example, budget = self.state(pl_module), self.example(pl_module), self.budget
         blocks, goal = self._check(trainer, pl_module, self._points[due - 1][1])
         calls = [ExampleInput(**call).to(pl_module) for call in state["inputs"]]
-        plan = self._last_plan = on_rank_zero(
-            trainer, lambda: plan_blocks(pl_module, self.budget, example, blocks, self.criterion, calls, goal)
-        )
-        dense = self.compression_state(pl_module).references[self.budget.quantity]
+
+        def decide(table: LatencyTable | None) -> DepthPlan:
+            return plan_blocks(pl_module, budget, example, blocks, self.criterion, calls, goal, table)
+
+        plan = self._last_plan = self.decided(trainer, pl_module, budget, decide)
+        dense = self.reference(trainer, pl_module, budget)
         summary = f"{type(self.budget).__name__} {100 * plan.after / dense:.0f} %, removed {', '.join(plan.removed)}"
         if self.dry_run:
             log_rank_zero(trainer, "\n  ".join([f"{self.method}: dry run, nothing is removed", *plan.lines()]))
@@ -236,18 +240,11 @@ class DepthPruning(RecordedInputs):
         part: str,
     ) -> None:
         averaged_models = averaged_models_of(trainer, pl_module)
+        corrected = calls if self.correct_batch_norm else []
         self._before_surgery(trainer, pl_module)
-        before = self._statistics(trainer, pl_module, calls)
+        before = self.statistics(trainer, pl_module, corrected)
         entry = remove_blocks(pl_module, plan.removed, optimizers=trainer.optimizers, averaged_models=averaged_models)
-        after = self._statistics(trainer, pl_module, calls)
+        after = self.statistics(trainer, pl_module, corrected)
         for network in (pl_module, *averaged_models):
             move_statistics(network, before, after, {})
         self._after_surgery(trainer, pl_module, entry, summary, part=part)
-
-    def _statistics(
-        self, trainer: Trainer, pl_module: LightningModule, calls: list[ExampleInput]
-    ) -> dict[str, Statistics]:
-        """Measure the batch-norm statistics on the inputs of rank 0, which a checkpoint holds, for all."""
-        if not self.correct_batch_norm:
-            return {}
-        return on_rank_zero(trainer, lambda: measure_statistics(pl_module, calls))

@@ -16,6 +16,7 @@ from lightning_light.depth.criteria import BlockCriterion
 from lightning_light.depth.options import DepthPruningOptions
 from lightning_light.depth.plan import DepthPlan, check_budget, plan_blocks
 from lightning_light.example_input import ExampleInput, example_of_batch
+from lightning_light.measure.latency_table import LatencyTable, quantity
 from lightning_light.surgery.attachment import attach, has_state, record, release, state_of
 from lightning_light.targets import Targets
 from lightning_light.validation import PositiveInt, validated
@@ -78,12 +79,13 @@ def prune_blocks(
     options = DepthPruningOptions(criterion, targets, calibration_batches, correct_batch_norm)
     example = ExampleInput.of(example_inputs).to(model)
     batches = [example] if data is None else [example_of_batch(b, model) for b in islice(data, calibration_batches)]
-    dense = budget.measure(model, example)
+    table = LatencyTable.of(budget)
+    dense = quantity(budget, model, example, table)
     if has_state(model):
         dense = state_of(model).reference(budget.quantity, lambda: dense)
     goal = budget.goal(dense)
-    blocks = check_budget(model, budget, example, options, goal)
-    plan = plan_blocks(model, budget, example, blocks, criterion, batches, goal)
+    blocks = check_budget(model, budget, example, options, goal, table)
+    plan = plan_blocks(model, budget, example, blocks, criterion, batches, goal, table)
     if plan.removed and not dry_run:
         attached = has_state(model)
         attach(model).reference(budget.quantity, lambda: dense)

@@ -15,6 +15,7 @@ from lightning_light.depth.options import DepthPruningOptions
 from lightning_light.errors import BudgetError
 from lightning_light.example_input import ExampleInput
 from lightning_light.formatting import DataTable, Tabular, layer_lines
+from lightning_light.measure.latency_table import LatencyTable, quantity
 from lightning_light.targets import as_targets
 
 __all__ = ["DepthPlan", "check_budget", "plan_blocks"]
@@ -53,7 +54,12 @@ class DepthPlan(Tabular):
 
 
 def check_budget(
-    model: nn.Module, budget: Budget, example: ExampleInput, options: DepthPruningOptions, goal: float
+    model: nn.Module,
+    budget: Budget,
+    example: ExampleInput,
+    options: DepthPruningOptions,
+    goal: float,
+    table: LatencyTable | None = None,
 ) -> Blocks:
     """Return the blocks of ``model``, and refuse a budget that is out of reach without all of them.
 
@@ -62,7 +68,7 @@ def check_budget(
         TargetError: ``options.targets`` match no module.
     """
     blocks = find_blocks(model, example, as_targets(options.targets))
-    least = _measure_without(model, budget, example, blocks.names)
+    least = _measure_without(model, budget, example, blocks.names, table)
     if least > goal:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in blocks.kept.items())
         raise BudgetError(
@@ -81,6 +87,7 @@ def plan_blocks(
     criterion: BlockCriterion,
     calls: Sequence[ExampleInput],
     goal: float,
+    table: LatencyTable | None = None,
 ) -> DepthPlan:
     """Remove the least important block, score the others without it, and so on until the budget is met.
 
@@ -94,9 +101,10 @@ def plan_blocks(
         criterion: scores them.
         calls: of the model, one per batch.
         goal: value of the quantity to reach.
+        table: of ``budget``, if its quantity is that of a written file.
     """
-    before = now = budget.measure(model, example)
-    savings = {name: before - _measure_without(model, budget, example, [name]) for name in blocks.names}
+    before = now = quantity(budget, model, example, table)
+    savings = {name: before - _measure_without(model, budget, example, [name], table) for name in blocks.names}
     removed: list[str] = []
     first: dict[str, float] = {}
     while now > goal and len(removed) < len(blocks.names):
@@ -105,10 +113,12 @@ def plan_blocks(
         first = first or scores
         enough = [name for name in scores if now - savings[name] <= goal]
         removed.append(min(enough or scores, key=scores.__getitem__))
-        now = _measure_without(model, budget, example, removed)
+        now = _measure_without(model, budget, example, removed, table)
     return DepthPlan(removed, first, blocks.kept, before, now)
 
 
-def _measure_without(model: nn.Module, budget: Budget, example: ExampleInput, names: Sequence[str]) -> float:
+def _measure_without(
+    model: nn.Module, budget: Budget, example: ExampleInput, names: Sequence[str], table: LatencyTable | None
+) -> float:
     with without_blocks(model, names):
-        return budget.measure(model, example)
+        return quantity(budget, model, example, table)

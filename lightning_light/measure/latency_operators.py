@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from lightning_light.example_input import ExampleInput
 from lightning_light.isolation import isolated, unfused_kernels
 from lightning_light.nested import tensors_in
 
-__all__ = ["COPIES", "Operator", "OperatorCalls", "operator_calls"]
+__all__ = ["COPIES", "Operator", "OperatorCalls", "operator_calls", "repeated"]
 
 COPIES = 4
 
@@ -69,6 +70,15 @@ class Operator:
             sizes["output_padding"] = output_padding
             return _module(_TRANSPOSED[place], self.weight[0], self.weight[1] * groups, kernel, sizes)
         return _module(_CONVOLUTIONS[place], self.weight[1] * groups, self.weight[0], kernel, sizes)
+
+
+def repeated(module: nn.Module) -> nn.Module:
+    """Build a module that applies `COPIES` copies of ``module``, whose weights differ, as `Operator.copies` does."""
+    copies = [copy.deepcopy(module) for _ in range(COPIES)]
+    for place, each in enumerate(copies):
+        for parameter in each.parameters():
+            parameter.data += 0.01 * place
+    return _Repeated(copies)
 
 
 @dataclass

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from lightning_light.atomic import atomic_write
-from lightning_light.budgets import Latency
-from lightning_light.measure.latency_operators import COPIES, Operator, OperatorCalls, operator_calls
+from lightning_light.budgets import Budget, Latency
+from lightning_light.measure.latency_operators import COPIES, Operator, OperatorCalls, operator_calls, repeated
 from lightning_light.progress_bar import with_progress_bar
 from lightning_light.validation import PositiveFloat
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lightning_light.example_input import ExampleInput
     from lightning_light.runtime import Runtime
 
-__all__ = ["CACHE", "LatencyTable", "TimedFiles", "lowered", "measured_text"]
+__all__ = ["CACHE", "LatencyTable", "TimedFiles", "lowered", "measured_text", "quantity"]
 
 CACHE = "LIGHTNING_LIGHT_CACHE"
 """Environment variable: folder of the measured tables; ``~/.cache/lightning_light`` without it."""
@@ -101,6 +101,10 @@ class LatencyTable:
         """Return the seconds of the file of ``model``; networks of one structure are measured once."""
         return self._file(operator_calls(model, example), model, example)
 
+    def part(self, module: nn.Module, example: ExampleInput) -> float:
+        """Return the seconds that ``module`` takes inside a file, as measured in a file of several copies."""
+        return self.file(repeated(module), example) / COPIES
+
     def _file(self, calls: OperatorCalls, model: nn.Module, example: ExampleInput) -> float:
         if calls.digest not in self._used:
             found = self._disk.get(calls.digest)
@@ -143,6 +147,11 @@ class LatencyTable:
             slope = (slow - fast) / (high - low)
             return slow - slope * high, slope
         return 0.0, slow / high
+
+
+def quantity(budget: Budget, model: nn.Module, example: ExampleInput, table: LatencyTable | None) -> float:
+    """Measure the quantity of ``budget``; with a table, of files, of which those of one structure are measured once."""
+    return budget.measure(model, example) if table is None else table.file(model, example)
 
 
 def lowered(target: float, estimated: float, seconds: float, limit: float) -> float:

@@ -16,7 +16,7 @@ from lightning_light.example_input import ExampleInput
 from lightning_light.formatting import DataTable, Tabular, layer_lines
 from lightning_light.merging import BranchedLayer
 from lightning_light.order import Stage
-from lightning_light.reparameterization.branches import Branch, BranchedConv2d, ExpandedConv2d, Spec, expand
+from lightning_light.reparameterization.branches import Branch, ExpandedConv2d, Spec, expand
 from lightning_light.reparameterization.forms import Form
 from lightning_light.surgery.operations import register_operation
 from lightning_light.surgery.plain_layers import why_not_plain
@@ -144,7 +144,7 @@ def expand_layers(
     followers: dict[nn.Parameter, list[nn.Parameter]] = {}
     for name, branched in _expanded(model, layers).items():
         new[name] = branched
-        weight = cast(nn.Parameter, branched.conv.weight)
+        weight = cast(nn.Parameter, branched.main.weight)
         followers[weight] = [weight, *branched.branches.parameters()]
     replace_modules(
         model,
@@ -247,9 +247,7 @@ def replay_merging(model: nn.Module, entry: Mapping[str, Any]) -> None:
 
 
 def _check_intact(name: str, branched: ExpandedConv2d) -> None:
-    if not isinstance(branched, BranchedConv2d):
-        return
-    branches = cast(Iterable[Branch], branched.branches)
+    branches = (branch for branch in branched.branches if isinstance(branch, Branch))
     layers = (branched.main, *(layer for branch in branches for layer in branch.layers))
     plain = (nn.Conv2d, nn.BatchNorm2d, nn.AvgPool2d)
     for layer in layers:

@@ -36,13 +36,24 @@ Pads: TypeAlias = tuple[tuple[int, int], tuple[int, int]]
 """What is padded before and after, for height and width; negative where the input is cropped."""
 
 
-class ExpandedConv2d(BranchedLayer):
-    """A convolution with branches, of either kind."""
+class ExpandedConv2d(EffectiveLayer, BranchedLayer):
+    """A convolution with branches, of either kind.
 
-    @property
-    @abstractmethod
-    def conv(self) -> nn.Conv2d:
-        """The convolution that was expanded, whose weight stays after merging."""
+    ``weight`` and ``bias`` are those of the merged convolution, and read-only.
+
+    Attributes:
+        main: the convolution that was expanded, whose weight stays after merging.
+        branches: see the subclasses.
+    """
+
+    def __init__(self, main: nn.Conv2d, branches: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.main: nn.Conv2d = main
+        self.branches = nn.ModuleList(branches)
+
+    @override
+    def read(self, name: str) -> Any:
+        return getattr(self.main, name) if name in _OF_CONVOLUTION else super().read(name)
 
     @abstractmethod
     def kernel_and_bias(self) -> tuple[Tensor, Tensor | None]:
@@ -58,13 +69,13 @@ class ExpandedConv2d(BranchedLayer):
 
     @abstractmethod
     def randomize(self, generator: torch.Generator) -> None:
-        """Give the branches, on ``meta`` so far, tensors beside those of `conv`, so that the function is preserved."""
+        """Give the branches, on ``meta`` so far, tensors beside those of `main`, so that the function is preserved."""
 
     @override
     def fuse(self) -> nn.Conv2d:
         kernel, bias = self.kernel_and_bias()
-        weight = self.conv.weight
-        fused = _plain_layer(self.conv, nn.Parameter(torch.empty_like(weight), weight.requires_grad))
+        weight = self.main.weight
+        fused = _plain_layer(self.main, nn.Parameter(torch.empty_like(weight), weight.requires_grad))
         fused.bias = None if bias is None else nn.Parameter(weight.new_empty(len(bias)), weight.requires_grad)
         with torch.no_grad():
             fused.weight.copy_(kernel)
@@ -110,21 +121,15 @@ class Branch(nn.Module):
         return kernel, bias
 
 
-class BranchedConv2d(EffectiveLayer, ExpandedConv2d):
+class BranchedConv2d(ExpandedConv2d):
     """A convolution and branches beside it, whose outputs are added.
 
-    ``weight`` and ``bias`` are those of the merged convolution, read-only and without gradient; in training mode, where
-    the batch norms of the branches use the statistics of the batch, their values are refused.
+    ``weight`` and ``bias`` have no gradient; in training mode, where the batch norms of the branches use the statistics
+    of the batch, their values are refused.
 
     Attributes:
-        main: the convolution that was expanded.
         branches: of class `Branch`.
     """
-
-    def __init__(self, main: nn.Conv2d, branches: Iterable[Branch]) -> None:
-        super().__init__()
-        self.main: nn.Conv2d = main
-        self.branches = nn.ModuleList(branches)
 
     @override
     def forward(self, x: Tensor) -> Tensor:
@@ -133,20 +138,11 @@ class BranchedConv2d(EffectiveLayer, ExpandedConv2d):
             output = output + branch(x)
         return cast(Tensor, output)
 
-    @property
-    @override
-    def conv(self) -> nn.Conv2d:
-        return self.main
-
     @override
     def effective(self, name: str) -> tuple[Callable[[], Tensor], Sequence[int], Tensor]:
         weight = self.main.weight.detach()
         shape = weight.shape if name == "weight" else weight.shape[:1]
         return lambda: self._merged(name).to(weight), shape, weight
-
-    @override
-    def read(self, name: str) -> Any:
-        return getattr(self.main, name) if name in _OF_CONVOLUTION else super().read(name)
 
     def _merged(self, name: str) -> Tensor:
         if self.training:
@@ -221,29 +217,32 @@ class KernelBranch(nn.Module):
         return F.pad(kernel, _margins(self.size, kernel.shape[2:])) * self.scale[:, None, None, None]
 
 
-class OnlineConv2d(nn.Conv2d, ExpandedConv2d):
+class OnlineConv2d(ExpandedConv2d):
     """A convolution with the sum of its own kernel and those of its branches.
 
     Attributes:
         branches: of class `KernelBranch`.
     """
 
-    @property
-    @override
-    def conv(self) -> nn.Conv2d:
-        return self
-
     @override
     def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self._conv_forward(x, self._kernel(), self.bias))
+        return cast(Tensor, self.main._conv_forward(x, self._kernel(), self.main.bias))
+
+    @override
+    def effective(self, name: str) -> tuple[Callable[[], Tensor], Sequence[int], Tensor] | None:
+        if name == "weight":
+            return self._kernel, self.main.weight.shape, self.main.weight
+        bias = self.main.bias
+        return None if bias is None else (lambda: bias, bias.shape, bias)
 
     @override
     def kernel_and_bias(self) -> tuple[Tensor, Tensor | None]:
-        return self._kernel().detach().cpu(), None if self.bias is None else self.bias.detach().cpu()
+        bias = self.main.bias
+        return self._kernel().detach().cpu(), None if bias is None else bias.detach().cpu()
 
     @override
     def unfilled(self) -> nn.Conv2d:
-        return _plain_layer(self, self.weight).train(self.training)
+        return _plain_layer(self.main, self.main.weight).train(self.training)
 
     @override
     def randomize(self, generator: torch.Generator) -> None:
@@ -253,10 +252,10 @@ class OnlineConv2d(nn.Conv2d, ExpandedConv2d):
                 if weight is not None:
                     nn.init.kaiming_uniform_(weight, a=_GAIN, generator=generator)
             nn.init.zeros_(branch.scale)
-        self.branches.to(device=self.weight.device, dtype=self.weight.dtype)
+        self.branches.to(device=self.main.weight.device, dtype=self.main.weight.dtype)
 
     def _kernel(self) -> Tensor:
-        kernel: Tensor = self.weight
+        kernel: Tensor = self.main.weight
         for branch in self.branches:
             kernel = kernel + branch()
         return kernel
@@ -278,12 +277,12 @@ def expand(conv: nn.Conv2d, specs: Sequence[Sequence[Any]], name: str | None = N
     """
     kinds = {kind for kind, _, _ in specs}
     expanded: ExpandedConv2d
+    main = _plain_layer(conv, conv.weight)
     if kinds <= _BUILDERS.keys():
-        branches = [_BUILDERS[kind](conv, (height, width)) for kind, height, width in specs]
-        expanded = BranchedConv2d(_plain_layer(conv, conv.weight), branches)
+        branches = (_BUILDERS[kind](conv, (height, width)) for kind, height, width in specs)
+        expanded = BranchedConv2d(main, branches)
     elif kinds <= set(_KERNELS):
-        expanded = cast(OnlineConv2d, _plain_layer(conv, conv.weight, OnlineConv2d))
-        expanded.branches = nn.ModuleList(KernelBranch(conv, *spec) for spec in specs)
+        expanded = OnlineConv2d(main, (KernelBranch(conv, *spec) for spec in specs))
     else:
         raise ValueError(
             f"`Form.branches` returned the kinds {sorted(kinds)}: expected them to be among {sorted(_BUILDERS)}, or "
@@ -294,9 +293,9 @@ def expand(conv: nn.Conv2d, specs: Sequence[Sequence[Any]], name: str | None = N
     return expanded
 
 
-def _plain_layer(conv: nn.Conv2d, weight: Tensor, kind: type[nn.Conv2d] = nn.Conv2d) -> nn.Conv2d:
+def _plain_layer(conv: nn.Conv2d, weight: Tensor) -> nn.Conv2d:
     """Return a convolution like ``conv``, without its hooks, with the parameter ``weight`` and the same bias object."""
-    layer = kind(
+    layer = nn.Conv2d(
         conv.in_channels,
         conv.out_channels,
         cast("tuple[int, int]", conv.kernel_size),

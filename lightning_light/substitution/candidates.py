@@ -15,6 +15,7 @@ from lightning_light.budgets import Budget, Latency
 from lightning_light.errors import BudgetError
 from lightning_light.example_input import ExampleInput
 from lightning_light.isolation import FORWARD_ERRORS, has_hooks, isolated
+from lightning_light.measure.latency_table import LatencyTable
 from lightning_light.merging import BranchedLayer
 from lightning_light.substitution.operators import Operator
 from lightning_light.substitution.options import SubstitutionOptions
@@ -73,6 +74,7 @@ def find_candidates(
     options: SubstitutionOptions,
     *,
     optimizers: Iterable[Any] | None = None,
+    table: LatencyTable | None = None,
 ) -> Candidates:
     """Find the convolutions that can be replaced, and the operators that reduce the quantity of the budget there.
 
@@ -82,6 +84,7 @@ def find_candidates(
         example: one call of the model.
         options: which operators and targets.
         optimizers: those that train the model; None where that is not known.
+        table: of ``budget``, if its quantity is that of a written file: each operator is timed there.
 
     Raises:
         TargetError: the targets match no module.
@@ -94,7 +97,7 @@ def find_candidates(
         for operator in options.candidates:
             key = operator, _geometry(conv), shape  # equal layers have equal costs
             if key not in costs:
-                costs[key] = _cost(model, name, conv, shape, operator, budget, example)
+                costs[key] = _cost(model, name, conv, shape, operator, budget, example, table)
             cost = costs[key]
             if isinstance(cost, float):
                 found.append(Candidate(name, operator, cost))
@@ -198,10 +201,11 @@ def _cost(
     operator: Operator,
     budget: Budget,
     example: ExampleInput,
+    table: LatencyTable | None,
 ) -> float | str:
     """Return by how much ``operator`` in the place of ``conv`` changes the quantity, or why it cannot stand there.
 
-    Latency is measured on the whole network, other quantities on the layer alone.
+    Latency in PyTorch is measured on the whole network, other quantities on the layer alone.
     """
     if reason := operator.incompatibility(conv):
         return reason
@@ -210,12 +214,14 @@ def _cost(
         layers = operator.build(conv).to(conv.weight).eval()
         if reason := _other_shape(layers, x, conv(x)):
             return reason
-        if isinstance(budget, Latency):
+        call = ExampleInput((x,))
+        if table is not None:
+            cost = table.part(layers, call) - table.part(conv, call)
+        elif isinstance(budget, Latency):
             with temporarily_replaced(model, {name: layers}):
                 replaced = budget.measure(model, example)
             cost = replaced - budget.measure(model, example)  # one after the other, on a machine that may be busy
         else:
-            call = ExampleInput((x,))
             cost = budget.measure(layers, call) - budget.measure(conv, call)
     return cost if cost < 0 else f"does not reduce {budget.quantity}"
 

@@ -13,6 +13,7 @@ from lightning_light.batch_norm import measure_statistics, move_statistics
 from lightning_light.budgets import Budget, require_reducible
 from lightning_light.criteria.output_distance import Distance
 from lightning_light.example_input import ExampleInput, example_of_batch
+from lightning_light.measure.latency_table import LatencyTable, quantity
 from lightning_light.substitution.apply import apply_operators
 from lightning_light.substitution.candidates import find_candidates
 from lightning_light.substitution.operators import Operator
@@ -98,12 +99,14 @@ def substitute_operators(
     )
     example, optimizers = ExampleInput.of(example_inputs).to(model), list(optimizers)
     batches = [example] if data is None else [example_of_batch(b, model) for b in islice(data, calibration_batches)]
-    dense = budget.measure(model, example)
+    table = LatencyTable.of(budget)
+    dense = quantity(budget, model, example, table)
     if has_state(model):
         dense = state_of(model).reference(budget.quantity, lambda: dense)
-    candidates = find_candidates(model, budget, example, options, optimizers=optimizers or None)
+    candidates = find_candidates(model, budget, example, options, optimizers=optimizers or None, table=table)
+    goal = budget.goal(dense)
     plan = plan_substitution(
-        model, budget, example, candidates, batches, budget.goal(dense), options, progress_bar=progress_bar
+        model, budget, example, candidates, batches, goal, options, table=table, progress_bar=progress_bar
     )
     if plan.layers and not dry_run:
         attached = has_state(model)

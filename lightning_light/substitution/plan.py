@@ -17,6 +17,7 @@ from lightning_light.example_input import ExampleInput
 from lightning_light.formatting import DataTable, Tabular, layer_lines, plural
 from lightning_light.integer_program import choose_items
 from lightning_light.isolation import isolated
+from lightning_light.measure.latency_table import LatencyTable, quantity
 from lightning_light.order import Stage
 from lightning_light.progress_bar import with_progress_bar
 from lightning_light.substitution.candidates import Candidate, Candidates, require_reachable
@@ -91,6 +92,7 @@ def plan_substitution(
     goal: float,
     options: SubstitutionOptions,
     *,
+    table: LatencyTable | None = None,
     progress_bar: bool = True,
 ) -> SubstitutionPlan:
     """Fit and score the candidates, and choose one or none for each layer: the lowest sum of scores for the budget.
@@ -103,13 +105,14 @@ def plan_substitution(
         calls: calibration data, one call per batch.
         goal: value of the quantity to reach.
         options: how candidates are fitted and scored.
+        table: of ``budget``, if its quantity is that of a written file.
         progress_bar: show progress where there is a terminal.
 
     Raises:
         BudgetError: the goal cannot be reached.
         UnsupportedError: a later method owns one of the layers.
     """
-    before = budget.measure(model, example)
+    before = quantity(budget, model, example, table)
     plan = SubstitutionPlan({}, (), candidates.skipped, budget.quantity, before, before)
     if before <= goal:
         return plan
@@ -117,18 +120,18 @@ def plan_substitution(
     check_owners(model, candidates.layers, method=METHOD, stage=Stage.SUBSTITUTION, replaces=True)
     after = before
     with isolated(model):
-        table, layers = _fitted(model, candidates, calls, options, progress_bar)
+        rows, layers = _fitted(model, candidates, calls, options, progress_bar)
         target = goal
         for _ in range(_ATTEMPTS):
-            chosen = _choose(table, candidates.layers, target - before)
+            chosen = _choose(rows, candidates.layers, target - before)
             if chosen is None:
                 break
             operators = {row.layer: row.operator for row in chosen}
             new = {row.layer: layers[row.layer, row.operator] for row in chosen}
             with temporarily_replaced(model, new):
-                after = budget.measure(model, example)
+                after = quantity(budget, model, example, table)
             if after <= goal:
-                return replace(plan, operators=operators, table=table, after=after, layers=new)
+                return replace(plan, operators=operators, table=rows, after=after, layers=new)
             target = before + sum(row.cost for row in chosen) - (after - goal)
     raise BudgetError(
         f"`{budget!r}` is not met by the operators that should meet it: expected {budget.quantity} <= {goal:.6g}, "

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypedDict
 from torch import nn
 from typing_extensions import override
 
-from lightning_light.batch_norm import Statistics, measure_statistics, move_statistics
+from lightning_light.batch_norm import move_statistics
 from lightning_light.budgets import Budget, require_reducible
 from lightning_light.criteria.output_distance import Distance
 from lightning_light.example_input import ExampleInput
+from lightning_light.measure.latency_table import LatencyTable, TimedFiles, quantity
 from lightning_light.order import DEFAULT_WINDOWS, Stage
 from lightning_light.progress import epochs_planned, steps_planned, training_progress
 from lightning_light.recorded_inputs import RecordedInputs
@@ -27,7 +28,7 @@ from lightning_light.substitution.operators import Operator
 from lightning_light.substitution.options import METHOD, SubstitutionOptions
 from lightning_light.substitution.plan import SubstitutionPlan, plan_substitution
 from lightning_light.surgery.averaged_models import averaged_models_of
-from lightning_light.surgery.distributed import broadcast, log_rank_zero, on_rank_zero
+from lightning_light.surgery.distributed import log_rank_zero
 from lightning_light.targets import Targets, as_targets
 from lightning_light.timing import Events
 from lightning_light.validation import Moment, NonNegativeInt, PositiveInt, validated
@@ -48,6 +49,7 @@ class _State(TypedDict, total=False):
         planned: whether the budget was found possible.
         example: the example input.
         inputs: calls of the module in the last training batches, for fits, scores and batch-norm statistics.
+        latency: what was measured in the runtime of the budget.
     """
 
     done: bool
@@ -55,6 +57,7 @@ class _State(TypedDict, total=False):
     planned: bool
     example: PlainExample
     inputs: list[PlainExample]
+    latency: TimedFiles
 
 
 @validated
@@ -149,7 +152,7 @@ class Substitution(RecordedInputs):
         super().on_fit_start(trainer, pl_module)
         as_targets(self.targets).select(pl_module)
         self.last_plan = None
-        self.record_inputs(pl_module, "done", "planned")
+        self.record_inputs(pl_module, "done", "planned", "latency")
         self._check_budget(trainer, pl_module)
 
     @override
@@ -213,40 +216,33 @@ class Substitution(RecordedInputs):
         state["planned"] = True
 
     def _goal(self, trainer: Trainer, pl_module: LightningModule) -> float:
-        example = self._example(pl_module)
-        return self.budget.goal(
-            self.compression_state(pl_module).reference(
-                self.budget.quantity, lambda: broadcast(trainer, self.budget.measure(pl_module, example))
-            )
-        )
+        return self.budget.goal(self.reference(trainer, pl_module, self.budget))
 
     def _candidates(self, trainer: Trainer, pl_module: LightningModule) -> Candidates:
         """Return what may be replaced by what, on every rank alike, for a budget that can be reached."""
-        goal, example = self._goal(trainer, pl_module), self._example(pl_module)
+        goal, example, budget = self._goal(trainer, pl_module), self.example(pl_module), self.budget
 
-        def find() -> Candidates:
-            found = find_candidates(pl_module, self.budget, example, self.options, optimizers=trainer.optimizers)
-            require_reachable(found, self.budget, self.budget.measure(pl_module, example), goal)
+        def find(table: LatencyTable | None) -> Candidates:
+            optimizers = trainer.optimizers
+            found = find_candidates(pl_module, budget, example, self.options, optimizers=optimizers, table=table)
+            require_reachable(found, budget, quantity(budget, pl_module, example, table), goal)
             return found
 
-        return on_rank_zero(trainer, find)
-
-    def _example(self, pl_module: LightningModule) -> ExampleInput:
-        assert self.captured is not None
-        assert self.captured.example is not None  # since the budget is checked
-        return self.captured.example.to(pl_module)
+        return self.decided(trainer, pl_module, budget, find)
 
     def _act(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Replace the layers: decided and fitted on rank 0, carried out on every rank."""
-        state, example = self.state(pl_module), self._example(pl_module)
+        state, example = self.state(pl_module), self.example(pl_module)
         goal, candidates = self._goal(trainer, pl_module), self._candidates(trainer, pl_module)
         calls = [ExampleInput(**call).to(pl_module) for call in state["inputs"]]
 
-        def plan() -> SubstitutionPlan:
-            found = plan_substitution(pl_module, self.budget, example, candidates, calls, goal, self.options)
+        def plan(table: LatencyTable | None) -> SubstitutionPlan:
+            found = plan_substitution(
+                pl_module, self.budget, example, candidates, calls, goal, self.options, table=table
+            )
             return replace(found, layers={name: copy.deepcopy(new).cpu() for name, new in found.layers.items()})
 
-        decided = self.last_plan = on_rank_zero(trainer, plan)
+        decided = self.last_plan = self.decided(trainer, pl_module, self.budget, plan)
         text = "\n  ".join([f"{self.method}: {decided.summary()}", *decided.lines()])
         if self.dry_run:
             log_rank_zero(trainer, text.replace("replaced", "dry run, would have replaced", 1))
@@ -258,10 +254,11 @@ class Substitution(RecordedInputs):
         self, trainer: Trainer, pl_module: LightningModule, plan: SubstitutionPlan, calls: list[ExampleInput]
     ) -> None:
         averaged_models = averaged_models_of(trainer, pl_module)
+        corrected = calls if self.correct_batch_norm else []
         self._before_surgery(trainer, pl_module)
-        before = self._statistics(trainer, pl_module, calls)
+        before = self.statistics(trainer, pl_module, corrected)
         entry = apply_operators(pl_module, plan, optimizers=trainer.optimizers, averaged_models=averaged_models)
-        after = self._statistics(trainer, pl_module, calls)
+        after = self.statistics(trainer, pl_module, corrected)
         for network in (pl_module, *averaged_models):
             move_statistics(network, before, after, {})
         state = self.state(pl_module)
@@ -269,11 +266,3 @@ class Substitution(RecordedInputs):
         state["layers"] = {**state.get("layers", {}), **replaced}
         self.claim(pl_module, state["layers"], follows_cuts=True)
         self._after_surgery(trainer, pl_module, entry, plan.summary())
-
-    def _statistics(
-        self, trainer: Trainer, pl_module: LightningModule, calls: list[ExampleInput]
-    ) -> dict[str, Statistics]:
-        """Measure the batch-norm statistics on the inputs of rank 0, which a checkpoint holds, for all."""
-        if not self.correct_batch_norm:
-            return {}
-        return on_rank_zero(trainer, lambda: measure_statistics(pl_module, calls))

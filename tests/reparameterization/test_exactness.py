@@ -106,6 +106,31 @@ def test_every_branch_learns(form: Form) -> None:
     assert not set(still) & {*kernels, *scales}
 
 
+class ReadOutside(nn.Module):
+    """Code that reads the weight of the layer instead of calling it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv = self.conv
+        return nn.functional.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding)
+
+
+def test_the_weight_of_summed_kernels_is_readable_and_its_gradient_reaches_the_branches() -> None:
+    torch.manual_seed(0)
+    model, x = ReadOutside(), torch.randn(2, 4, 8, 8)
+    expand_branches(model, x, OREPA())
+    trained(model, x)
+    y = model(x)
+    y.square().mean().backward()
+    assert torch.equal(y, model.conv(x))
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    merge_branches(model, x)
+    assert difference(model(x), y) <= 1e-5
+
+
 def test_the_same_branches_are_drawn_in_every_process_and_no_random_number_is_taken() -> None:
     weights = []
     for seed in (1, 2):

@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from lightning_light.budgets import MACs, Sparsity
+from lightning_light.distillation import KnowledgeDistillation, SoftTargets
 from lightning_light.quantization import Int8, MovingAverage, QuantizationAwareTraining
 from lightning_light.reparameterization import ACB, DBB, OREPA, Branches, Reparameterization, RepVGG
 from lightning_light.schedules import Linear, OneShot, Window
@@ -12,6 +13,7 @@ from lightning_light.structured import StructuredPruning
 from lightning_light.targets import Targets
 from tests.contract.bodies import Momentum
 from tests.contract.case import Case
+from tests.contract.cases.distillation import MENTOR
 
 
 def expand_fewer(callback: Reparameterization) -> None:
@@ -48,6 +50,7 @@ CASES = [
         "reparameterization_then_pruning_and_quantization",
         lambda folder: [
             Reparameterization(ACB()),
+            KnowledgeDistillation(teacher=MENTOR, losses=[SoftTargets(temperature=4.0)]),
             StructuredPruning(MACs(0.7), schedule=OneShot(at=0.2)),
             WeightPruning(Sparsity(0.5), schedule=Window(Linear(), start=0.4, end=0.5)),
             QuantizationAwareTraining(Int8(observer=MovingAverage(0.9)), start=0.6, calibration_batches=2),
