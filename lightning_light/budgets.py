@@ -183,6 +183,10 @@ class MACs(RelativeBudget):
     def measure(self, model: nn.Module, example: ExampleInput | None) -> float:
         return sum(_macs_by_module(self, model, example).values()) / _given(self, example).samples
 
+    @override
+    def tensor_costs(self, model: nn.Module, example: ExampleInput | None) -> dict[str, float]:
+        return _attributed(model, _macs_by_module(self, model, example), 1.0 / _given(self, example).samples)
+
 
 @validated
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from lightning_light.formatting import DataTable, Tabular, human_count
 from lightning_light.isolation import isolated, unfused_kernels
 from lightning_light.merging import is_training_branch
 from lightning_light.module_stack import ModuleCall, ModuleStack
+from lightning_light.nested import tensors_in
 from lightning_light.validation import validated
 
 __all__ = ["Cost", "count_cost", "count_params"]
@@ -58,7 +59,11 @@ class Cost(Tabular):
 
 @validated
 def count_cost(
-    model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, *, shapes_only: bool = True
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    shapes_only: bool | None = None,
 ) -> Cost:
     """Count the MACs of ``model(*args, **kwargs)`` in evaluation mode, and the parameters.
 
@@ -74,8 +79,9 @@ def count_cost(
         model: on any device; its ``forward`` is called once or twice.
         args: positional inputs of ``forward``.
         kwargs: keyword inputs of ``forward``.
-        shapes_only: propagate only shapes, without computing. Where that fails, because control flow depends on
-            values or an operator has no shape function, the model runs on the data.
+        shapes_only: propagate only shapes, without computing; by default where that is faster, for all but small
+            models. Where it fails, because control flow depends on values or an operator has no shape function, the
+            model runs on the data.
 
     Raises:
         ValueError: a parameter has no shape yet (lazy layers).
@@ -89,6 +95,8 @@ def count_cost(
         {'0': 7776, '2': 2880}
     """
     params = _params_by_module(model)
+    if shapes_only is None:
+        shapes_only = not _is_small(model, (args, kwargs))
     macs = _macs_by_module(model, args, kwargs or {}, shapes_only=shapes_only)
     return Cost(sum(macs.values()), sum(params.values()), macs, params)
 
@@ -131,6 +139,18 @@ def _macs_by_module(
         except RuntimeError:  # values are needed; what is wrong with the model itself fails again below
             pass
     return _run(model, args, kwargs, None)
+
+
+def _is_small(model: nn.Module, inputs: Any) -> bool:
+    """Whether a pass takes less time than propagating shapes, which is about a millisecond per operator.
+
+    Layers are taken to use each weight at most once per element of the inputs.
+    """
+    elements = sum(tensor.numel() for tensor in tensors_in(inputs))
+    return elements * sum(parameter.numel() for parameter in model.parameters()) < _SMALL
+
+
+_SMALL = 10**9
 
 
 def _run(

@@ -38,12 +38,12 @@ def trainer(*callbacks: Any, host: Any = DEFAULT_HOST, **options: Any) -> Any:
     return host.Trainer(callbacks=list(callbacks), **{**quiet, **options})
 
 
-def checkpoints(folder: Path, host: Any = DEFAULT_HOST) -> list[Any]:
-    """Callbacks that save after every step, ``step=3.ckpt``, and at the end of every epoch, ``epoch=1.ckpt``."""
+def checkpoints(folder: Path, host: Any = DEFAULT_HOST, every: int = 1) -> list[Any]:
+    """Callbacks that save every few steps, ``step=3.ckpt``, and at the end of every epoch, ``epoch=1.ckpt``."""
     make = host.callbacks.ModelCheckpoint
-    every = {"auto_insert_metric_name": False, "save_top_k": -1}
-    by_step = make(folder, "step={step}", every_n_train_steps=1, **every)
-    return [by_step, make(folder, "epoch={epoch}", every_n_epochs=1, save_on_train_epoch_end=True, **every)]
+    all_of_them = {"auto_insert_metric_name": False, "save_top_k": -1}
+    by_step = make(folder, "step={step}", every_n_train_steps=every, **all_of_them)
+    return [by_step, make(folder, "epoch={epoch}", every_n_epochs=1, save_on_train_epoch_end=True, **all_of_them)]
 
 
 def shapes(module: Any) -> dict[str, tuple[int, ...]]:

@@ -11,9 +11,12 @@ from lightning_light.surgery.checkpoint import load_from_checkpoint
 from tests.contract.runs import module_of, trainer, unless_refused
 from tests.contract.table import CASES
 
+# A row that only trains other weights than its method's first row exports the same program.
+ROWS = [case for case in CASES if case.full or case.structural or case.tolerance > 1e-4]
+
 
 @pytest.mark.filterwarnings("ignore:.*layers that stay float")  # what no kernel computes is listed
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", ROWS, ids=str)
 def test_the_exported_file_agrees(case, tmp_path) -> None:
     with unless_refused(case, "export"):
         callbacks = case.build(tmp_path)

@@ -1,6 +1,7 @@
 """A request that cannot be met is refused with module and optimizer unchanged, whatever the method and its schedule."""
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -129,12 +130,14 @@ def test_excluded_layers_that_do_not_exist_change_nothing(schedule) -> None:
     assert_refused_unchanged(method, TargetError, LIT())
 
 
+@functools.cache
 def clustered() -> Any:
     module = LIT()
     trainer(WeightClustering(8, start=0.5), max_epochs=1).fit(module)
     return module
 
 
+@functools.cache
 def quantized() -> Any:
     module = LIT()
     trainer(QuantizationAwareTraining(Int8(), start=0.0, calibration_batches=2), max_epochs=1).fit(module)
@@ -145,4 +148,4 @@ def quantized() -> Any:
 @pytest.mark.parametrize("later", [clustered, quantized])
 @pytest.mark.parametrize("method", EARLIER)
 def test_layers_of_a_later_method_change_nothing(method, later, schedule) -> None:
-    assert_refused_unchanged(METHODS[method](REACHABLE[method], schedule), UnsupportedError, later())
+    assert_refused_unchanged(METHODS[method](REACHABLE[method], schedule), UnsupportedError, copy.deepcopy(later()))

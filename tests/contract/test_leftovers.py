@@ -81,7 +81,7 @@ def test_a_run_without_a_planned_end_is_refused_and_leaves_the_module_as_it_was(
     """Also for a project that wraps ``fit`` and swallows the exception."""
     callback = case.build(tmp_path)[0]
     if callback.window(3) is None and not isinstance(callback, KnowledgeDistillation):
-        return
+        pytest.skip("needs no end: it changes nothing")
     for options in ({"max_epochs": -1}, {"max_epochs": None, "max_time": {"hours": 1}}):
         module = module_of(case)
         before, weights = traces(module), {name: value.clone() for name, value in module.state_dict().items()}
@@ -105,28 +105,13 @@ def test_a_run_that_is_stopped_before_the_last_change_says_so(case, tmp_path) ->
     callbacks = case.build(tmp_path)
     last = callbacks[0].last_change(3)
     if last is None or last < 0.2:
-        return
+        pytest.skip("has no change that a run of one batch does not reach")
     with pytest.warns(UserWarning, match=f"`{type(callbacks[0]).__name__}`: .* it was stopped at 8%, by `max_time`"):
         trainer(*callbacks, OutOfTime()).fit(module_of(case))
 
 
-@pytest.mark.parametrize("case", FULL)
+@pytest.mark.parametrize("case", [row for row in FULL if row.values[0].no_effect])
 def test_a_run_without_effect_says_so_by_name(case, tmp_path) -> None:
-    if case.no_effect is None:
-        return
     callbacks = case.no_effect(tmp_path)
     with pytest.warns(NoEffectWarning, match=type(callbacks[0]).__name__):
         trainer(*callbacks).fit(module_of(case))
-
-
-@pytest.mark.parametrize("case", FULL)
-def test_two_networks_are_not_mixed_up_when_copied(case, tmp_path) -> None:
-    """A module that was fitted can be copied and pickled: nothing in it refers to the run."""
-    import copy
-    import pickle
-
-    module = module_of(case)
-    trainer(*case.build(tmp_path)).fit(module)
-    module.trainer = None
-    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-        assert not differences(dict(module.state_dict()), dict(twin.state_dict()))

@@ -12,7 +12,16 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning_light.surgery.averaged_models import averaged_models_of
 from tests.contract.bodies import Body, Compiled, FrozenBackbone, MadeLate, Tied, TwoOptimizers, Wrapped
 from tests.contract.case import Case
-from tests.contract.runs import assert_changed, checkpoints, differences, module_of, outcome, trainer, unless_refused
+from tests.contract.runs import (
+    assert_changed,
+    checkpoints,
+    differences,
+    module_of,
+    outcome,
+    shapes,
+    trainer,
+    unless_refused,
+)
 from tests.contract.table import FULL
 
 pytestmark = [
@@ -44,23 +53,18 @@ def fitted(case: Case, folder: Path, body: type[Body] | None = None, *beside: An
 
 
 @pytest.mark.parametrize("how", list(PRECISIONS))
-def test_precision_accumulation_clipping(case, how, tmp_path) -> None:
+def test_fits_and_resumes_in_any_precision_with_accumulation_and_clipping(case, how, tmp_path) -> None:
     with unless_refused(case, how):
-        run, module = fitted(case, tmp_path, **PRECISIONS[how]())
+        run, module = fitted(case, tmp_path, None, *checkpoints(tmp_path, every=3), **PRECISIONS[how]())
         assert_changed(case, module)
         for parameter, state in run.optimizers[0].state.items():
             moments = [value for value in state.values() if value.ndim]
             assert all(value.shape == parameter.shape for value in moments)
-
-
-@pytest.mark.parametrize("how", ["bf16", "fp16", "accumulation"])
-def test_resumes_under_it(case, how, tmp_path) -> None:
-    with unless_refused(case, how):
-        run, whole = fitted(case, tmp_path, None, *checkpoints(tmp_path), **PRECISIONS[how]())
-        module = module_of(case)
-        again = trainer(*case.build(tmp_path / "again"), **PRECISIONS[how]())
-        again.fit(module, ckpt_path=tmp_path / f"step={run.global_step // 2}.ckpt")
-        assert not differences(outcome(run, whole), outcome(again, module))
+        if how in ("bf16", "fp16", "accumulation"):
+            resumed = module_of(case)
+            again = trainer(*case.build(tmp_path / "again"), **PRECISIONS[how]())
+            again.fit(resumed, ckpt_path=tmp_path / f"step={run.global_step // 2}.ckpt")
+            assert not differences(outcome(run, module), outcome(again, resumed))
 
 
 BODIES = {
@@ -76,24 +80,19 @@ BODIES = {
 @pytest.mark.parametrize("what", list(BODIES))
 def test_models_and_optimizers_of_every_kind(case, what, tmp_path) -> None:
     with unless_refused(case, what):
-        run, module = fitted(case, tmp_path, BODIES[what], *checkpoints(tmp_path))
+        run, module = fitted(case, tmp_path, BODIES[what], *checkpoints(tmp_path, every=6))
         assert_changed(case, module, BODIES[what])
         resumed = module_of(case, BODIES[what])
         again = trainer(*case.build(tmp_path / "again"))
         again.fit(resumed, ckpt_path=tmp_path / "step=6.ckpt" if what != "manual" else tmp_path / "step=12.ckpt")
         assert not differences(outcome(run, module), outcome(again, resumed))
-
-
-def test_what_is_frozen_stays_frozen_and_what_is_tied_stays_tied(case, tmp_path) -> None:
-    if "frozen" not in case.refuses:
-        _, module = fitted(case, tmp_path, FrozenBackbone)
-        learning = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
-        assert not learning.get("features.stem.weight", False)
-        assert learning.get("features.last.weight", True)
-    if "tied" not in case.refuses:
-        _, module = fitted(case, tmp_path, Tied)
-        assert module.alias is module.features.conv1
-        assert getattr(module.first, "weight", 0) is getattr(module.second, "weight", 0)
+        if what == "frozen":
+            learning = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+            assert not learning.get("features.stem.weight", False)
+            assert learning.get("features.last.weight", True)
+        if what == "tied":
+            assert module.alias is module.features.conv1
+            assert getattr(module.first, "weight", 0) is getattr(module.second, "weight", 0)
 
 
 def averaging(kind: str) -> Any:
@@ -102,40 +101,32 @@ def averaging(kind: str) -> Any:
     return StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1, annealing_epochs=1)
 
 
+class CopiesFollow(lightning.pytorch.Callback):
+    """Notes after every step whether the averaged models have the shapes of the live one."""
+
+    def __init__(self) -> None:
+        self.equal: list[bool] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.equal += [shapes(pl_module) == shapes(copied) for copied in averaged_models_of(trainer, pl_module)]
+
+
 @pytest.mark.parametrize("order", ["before", "after"])
 @pytest.mark.parametrize("kind", ["ema", "swa"])
 @pytest.mark.filterwarnings("ignore:Swapping scheduler:UserWarning")
-def test_averaged_copies_follow(case, kind, order, tmp_path) -> None:
+def test_averaged_copies_follow_and_resume(case, kind, order, tmp_path) -> None:
     with unless_refused(case, kind):
-        torch.manual_seed(3)
-        callbacks, average = case.build(tmp_path), averaging(kind)
-        module = module_of(case)
-        shapes: list[bool] = []
-
-        class Look(lightning.pytorch.Callback):
-            def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-                live = {name: value.shape for name, value in pl_module.named_parameters()}
-                for averaged_model in averaged_models_of(trainer, pl_module):
-                    shapes.append(live == {name: value.shape for name, value in averaged_model.named_parameters()})
-
-        beside = [average, *callbacks] if order == "before" else [*callbacks, average]
-        run = trainer(*beside, Look(), max_epochs=4)
-        run.fit(module)
-        assert shapes
-        assert all(shapes)
-        assert_changed(case, module)
-        assert torch.isfinite(module(next(iter(module.train_dataloader()))[0])).all()
-
-
-@pytest.mark.parametrize("order", ["before", "after"])
-def test_resumes_beside_an_average(case, order, tmp_path) -> None:
-    with unless_refused(case, "ema"):
-        ends = []
-        for resume in (None, tmp_path / "step=6.ckpt"):
+        ends, look = [], CopiesFollow()
+        for resume in (None, tmp_path / "step=6.ckpt") if kind == "ema" else (None,):
             torch.manual_seed(3)
-            callbacks, saving = case.build(tmp_path), checkpoints(tmp_path) if resume is None else []
-            both = [averaging("ema"), *callbacks] if order == "before" else [*callbacks, averaging("ema")]
-            module, run = module_of(case), trainer(*both, *saving)
+            callbacks, saving = case.build(tmp_path), [] if resume else checkpoints(tmp_path, every=6)
+            both = [averaging(kind), *callbacks] if order == "before" else [*callbacks, averaging(kind)]
+            module = module_of(case)
+            run = trainer(*both, look, *saving)
             run.fit(module, ckpt_path=resume)
+            assert_changed(case, module)
+            assert torch.isfinite(module(next(iter(module.train_dataloader()))[0])).all()
             ends.append(outcome(run, module))
-        assert not differences(*ends)
+        assert look.equal
+        assert all(look.equal)
+        assert not differences(ends[0], ends[-1])

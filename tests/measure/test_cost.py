@@ -175,6 +175,19 @@ def test_the_model_runs_where_control_flow_depends_on_values() -> None:
     assert macs(model, -torch.ones(1, 3)) == 6 + 6
 
 
+@pytest.mark.parametrize(("side", "runs"), [(8, True), (2000, False)])
+def test_by_default_only_small_models_run(side: int, runs: bool) -> None:
+    seen: list[type[Tensor]] = []
+
+    class Watched(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(type(self.weight.data + 0))
+            return super().forward(x)
+
+    assert count_cost(Watched(3, 64, 3), (torch.zeros(1, 3, side, side),)).macs == 64 * 27 * (side - 2) ** 2
+    assert (seen == [Tensor]) == runs
+
+
 def test_an_error_of_the_model_is_raised() -> None:
     with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
         count_cost(nn.Linear(3, 2), (torch.zeros(1, 4),))
