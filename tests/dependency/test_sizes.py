@@ -151,11 +151,22 @@ class Functional(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x).transpose(0, 1)
         for layer in self.layers:
-            width, projections = x.shape[-1], {f"{name}_proj_weight": layer[name].weight for name in "qkv"}
+            width, o = x.shape[-1], layer["o"]
+            projections = {f"{name}_proj_weight": layer[name].weight for name in "qkv"}
+            none = torch.empty(0), None, None, None, False, 0.0
             y, _ = F.multi_head_attention_forward(
-                x * (width / self.heads) ** 0.5, x, x, width, self.heads, torch.empty(0), None, None, None, False, 0.0,
-                layer["o"].weight, layer["o"].bias, self.training, use_separate_proj_weight=True, **projections,
-            )  # fmt: skip
+                x * (width / self.heads) ** 0.5,
+                x,
+                x,
+                width,
+                self.heads,
+                *none,
+                o.weight,
+                o.bias,
+                self.training,
+                use_separate_proj_weight=True,
+                **projections,
+            )
             x = x + y
         return self.head(x.transpose(0, 1))
 
