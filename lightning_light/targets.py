@@ -63,13 +63,17 @@ class Targets:
         for pattern in (*self.include, *self.exclude):
             _compiled(pattern)
 
-    def select(self, model: nn.Module) -> dict[str, nn.Module]:
+    def select(self, model: nn.Module, *, root: bool = False) -> dict[str, nn.Module]:
         """Return the selected modules by name, in the model's order; the model itself only if it has no children.
+
+        Args:
+            model: any module.
+            root: return the model itself as well, under an empty name, unless the patterns name only parts of it.
 
         Raises:
             TargetError: nothing is selected, or one of the patterns matches nothing.
         """
-        names = _names(model)
+        names = ({model: [""]} if root else {}) | _names(model)
         known = [name for aliases in names.values() for name in aliases]
         included = self._named(self.include, "include", known)
         excluded = self._named(self.exclude, "exclude", known)

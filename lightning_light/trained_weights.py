@@ -7,20 +7,22 @@ parametrizations. Both scale the elements of one parameter, so a zero of it is a
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-__all__ = ["Norm", "TrainedWeight", "other_parametrizations", "trained_weights"]
+__all__ = ["Norm", "TrainedWeight", "loose_parameters", "other_parametrizations", "trained_weights"]
 
 Norm = Literal["", "weight norm", "spectral norm"]
 
+_LARGE = 0.01  # of all parameters
 _PARAMETRIZATIONS: dict[type, tuple[Norm, str]] = {
     parametrizations._WeightNorm: ("weight norm", "original1"),
     parametrizations._SpectralNorm: ("spectral norm", "original"),
@@ -84,6 +86,28 @@ def other_parametrizations(module: nn.Module) -> list[str]:
         for tensor, steps in _parametrized(module)
         if "weight" in tensor and (len(steps) != 1 or type(steps[0]) not in _PARAMETRIZATIONS)
     ]
+
+
+def loose_parameters(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """Return the large parameters of two or more axes that ``modules`` of the user's own classes hold, by name.
+
+    Example:
+        >>> class Scaled(nn.Linear):
+        ...     def __init__(self):
+        ...         super().__init__(4, 2)
+        ...         self.scale = nn.Parameter(torch.ones(2, 4))
+        >>> net = nn.Sequential(nn.Linear(4, 4), Scaled())
+        >>> list(loose_parameters(net, dict(net.named_modules())))
+        ['1.weight', '1.scale']
+    """
+    large = _LARGE * sum(parameter.numel() for parameter in model.parameters() if not is_lazy(parameter))
+    return {
+        f"{path}.{name}" if path else name: parameter
+        for path, module in modules.items()
+        if not type(module).__module__.startswith("torch.nn.")
+        for name, parameter in module.named_parameters(recurse=False)
+        if not is_lazy(parameter) and parameter.ndim >= 2 and parameter.numel() >= large
+    }
 
 
 def _parametrized(module: nn.Module) -> Iterator[tuple[str, Any]]:

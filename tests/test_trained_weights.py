@@ -19,6 +19,7 @@ from lightning_light.quantization import Int8, fake_quantized, quantize
 from lightning_light.schedules import OneShot
 from lightning_light.sparsity import DynamicSparseTraining, Filter, RigL, WeightPruning, prune_weights
 from lightning_light.structured import prune_channels
+from lightning_light.targets import Targets
 from lightning_light.trained_weights import trained_weights
 from tests.contract.runs import checkpoints, differences, outcome, trainer
 from tests.zoo import noise
@@ -206,3 +207,33 @@ def test_expert_weights_are_masked_and_other_large_parameters_are_named(caplog) 
     assert "['0.table']" in caplog.text
     with pytest.raises(TargetError, match=r"0.down_proj.*layout of its own"):
         prune_weights(nn.Sequential(Experts()), None, Sparsity(0.5), pattern=Filter())
+
+
+class OwnWeights(nn.Module):
+    """A network that holds weights itself, beside its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(32, 64), nn.Linear(64, 3)
+        self.weight, self.mixing = nn.Parameter(torch.randn(64, 64)), nn.Parameter(torch.randn(64, 64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(F.linear(F.relu(self.first(x)), self.weight) @ self.mixing))
+
+
+def test_weights_that_the_network_itself_holds_are_masked_or_named(caplog) -> None:
+    net, x = OwnWeights(), noise(2, 32)
+    with caplog.at_level("INFO"):
+        masks = prune_weights(net, x, Sparsity(0.8))
+    assert list(masks) == ["weight", "first.weight", "head.weight"]
+    assert (net.weight == 0).float().mean() > 0.5
+    assert "['mixing']" in caplog.text
+    for targets, layers in {"head": ["head"], Targets(exclude=""): ["first", "head"]}.items():
+        masks = prune_weights(OwnWeights(), x, Sparsity(0.8), targets=targets)
+        assert list(masks) == [f"{layer}.weight" for layer in layers]
+    plan = factorize(net, x, MACs(0.9))
+    assert set(plan.skipped) >= {"weight", "mixing"}
+    assert "not of a layer" in plan.skipped["mixing"]
+    del net.weight, net.first, net.head
+    with pytest.raises(TargetError, match="besides `mixing`"):
+        prune_weights(net, None, Sparsity(0.5))

@@ -18,6 +18,7 @@ __all__ = ["SizeAttribute", "Split", "TraceContext", "counts", "integers_of"]
 HEAD_COUNTS = ("num_heads", "n_heads", "nheads", "n_head", "nhead", "heads", "num_attention_heads")
 HEAD_SIZES = ("head_dim", "dim_head", "d_head", "head_size", "attention_head_size", "d_k", "key_value_proj_dim")
 PART_SIZES = (*HEAD_SIZES, "key_dim", "value_dim", "val_dim", "d_v")
+_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 WIDTHS = ("embed_dim", "all_head_size", "inner_dim", "hidden_size", "d_model", "dim", "width", "val_attn_dim")
 
 
@@ -215,6 +216,25 @@ class TraceContext:
             number = getattr(self._module, name, None)
             if type(number) is int and counts(number, label):
                 self.note_attribute(name, label.reshape(-1)[:number])
+
+    def couple_attention(self, arguments: Mapping[str, Any]) -> None:
+        """Couple the inner and outer width of an attention that torch computes, which it expects to be equal.
+
+        Args:
+            arguments: of ``torch.nn.functional.multi_head_attention_forward``, by name.
+        """
+        stream, out = self.along(arguments["query"], -1), arguments["out_proj_weight"]
+        rows = [self.along(arguments[name], 0) for name in _PROJECTIONS if arguments.get(name) is not None]
+        rows.append(self.along(out, 1))
+        if isinstance(self._module, nn.MultiheadAttention):
+            rows.append(self.along(out, 0))  # as wide as the attribute, also where nothing is added to it
+        for labels in rows:
+            if labels is not None and stream is not None:
+                self.union.merge(labels.reshape(-1, stream.numel()), stream)
+            elif labels is not None:
+                self.union.protect(labels, "is as wide as the query of its attention, which is of fixed size")
+        if stream is not None:
+            self.note_merge(stream)
 
     @property
     def _module(self) -> nn.Module | None:

@@ -7,6 +7,7 @@ sequence does not depend on strides, so it is the same in every pass over the sa
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import _disable_current_modes
@@ -64,6 +66,7 @@ _DROPOUTS = {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", 
 _RANDOM = _DRAWS | _FILLS | _DROPOUTS
 _NAMES: dict[Any, str] = {}
 _GET_DATA, SET_DATA = Tensor.data.__get__, Tensor.data.__set__  # type: ignore[attr-defined]  # a descriptor
+_ATTENTION = inspect.signature(F.multi_head_attention_forward)
 _TENSOR = object()
 """Stands for a tensor in the structure of a recorded result."""
 
@@ -220,6 +223,9 @@ class Recorder(TorchFunctionMode):
         elif function == SET_DATA:
             with _disable_current_modes():
                 self.tracer.couple_labels(*args)
+        elif function == F.multi_head_attention_forward:
+            with _disable_current_modes():
+                self.tracer.couple_attention(_ATTENTION.bind(*args, **kwargs).arguments)
         tensors, structure = structure_of(out)
         outputs = tuple(self._recorded(tensor, inputs) for tensor in tensors)
         if outputs or name == "setitem" or function == SET_DATA:

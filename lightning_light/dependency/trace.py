@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from typing_extensions import override
 
-from lightning_light.dependency.context import SizeAttribute, TraceContext
+from lightning_light.dependency.context import TraceContext
 from lightning_light.dependency.labels import LabelUnion
 from lightning_light.dependency.placeholders import PRODUCTS, Placeholders, ValueNeededError
 from lightning_light.dependency.recording import Recorder, wrap_forwards
@@ -184,7 +184,6 @@ def trace(
             tracer.union.protect(label, "produces the model output")
     tracer.history.append(("output", [tracer.labels_of(tensor) for tensor in outputs]))
     if known is None:
-        _couple_attention(model, tracer)
         _protect_projections(model, tracer)
         tracer.protect_unused()
     return tracer
@@ -251,24 +250,6 @@ class _Modules(ModuleStack):
     @override
     def left(self, call: ModuleCall, output: Any) -> None:
         self._tracer._widths.pop()
-
-
-def _couple_attention(model: nn.Module, tracer: Tracer) -> None:
-    """Couple the inner and outer width of ``nn.MultiheadAttention``, which are one attribute."""
-    labels = {(leaf.tensor, leaf.dim): leaf.labels for leaf in tracer.leaves}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention):
-            prefix = f"{name}." if name else ""
-            stream = labels[f"{prefix}out_proj.weight", 0]
-            tracer.size_attributes.append(SizeAttribute(name, "embed_dim", stream))
-            for weight in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
-                rows = labels.get((f"{prefix}{weight}", 0))
-                if rows is not None:
-                    tracer.union.merge(rows.view(-1, stream.numel()), stream)
-            tracer.union.merge(labels[f"{prefix}out_proj.weight", 1], stream)
-            queries = labels.get((f"{prefix}in_proj_weight", 1), labels.get((f"{prefix}q_proj_weight", 1)))
-            if queries is not None:
-                tracer.union.merge(queries, stream)
 
 
 def _protect_projections(model: nn.Module, tracer: Tracer) -> None:

@@ -23,7 +23,7 @@ from lightning_light.lowrank.splitting import SplitAttention, SplitLinear, split
 from lightning_light.nested import tensors_in
 from lightning_light.surgery.replace import put_module
 from lightning_light.surgery.trial import failing_replacements
-from lightning_light.trained_weights import trained_weights
+from lightning_light.trained_weights import loose_parameters, trained_weights
 from lightning_light.training_step import callable_with
 
 __all__ = ["FactorizableLayer", "find_layers"]
@@ -128,7 +128,8 @@ def find_layers(
     layers: list[FactorizableLayer] = []
     reasons: dict[str, str] = {}
     helpers = helper_networks(model, example)
-    for name in _outermost(model, names):
+    names = _outermost(model, names)
+    for name in names:
         module = model.get_submodule(name)
         if inside(name, helpers):
             if isinstance(module, _FACTORIZABLE):
@@ -143,6 +144,9 @@ def find_layers(
             layers += _layers_inside(name, module, parts, calls)
         else:
             layers.append(_layer(name, module, calls, form))
+    others = loose_parameters(model, {name: model.get_submodule(name) for name in ("", *names) if name not in reasons})
+    matrices = [name for name, parameter in others.items() if 1 not in parameter.shape]
+    reasons |= dict.fromkeys(matrices, "a parameter of the network's own code, not of a layer that factors can replace")
     failing = failing_replacements(model, _exact_replacements(model, layers), example)
     return [layer for layer in layers if (layer.owner or layer.name) not in failing], reasons | failing
 

@@ -11,13 +11,12 @@ from torch.nn.utils.prune import BasePruningMethod
 from lightning_light.errors import TargetError, UnsupportedError
 from lightning_light.helper_networks import inside
 from lightning_light.targets import Targets
-from lightning_light.trained_weights import TrainedWeight, other_parametrizations, trained_weights
+from lightning_light.trained_weights import TrainedWeight, loose_parameters, other_parametrizations, trained_weights
 
 __all__ = ["MaskableWeight", "find_weights", "uncovered_parameters"]
 
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
 _MARKS = ("weight", "proj")
-_LARGE = 0.01  # of all parameters
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -64,7 +63,7 @@ def find_weights(
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found: dict[int, MaskableWeight] = {}
-    selected = targets.select(model)
+    selected = targets.select(model, root=True)
     selected = {name: module for name, module in selected.items() if not inside(name, left_alone)}
     for layer, module in selected.items():
         _refuse_computed(method, layer, module)
@@ -74,9 +73,11 @@ def find_weights(
                 weight = MaskableWeight(names[id(parameter)], parameter, layer, module, source)
                 found.setdefault(id(parameter), weight)
     if not found:
+        others = loose_parameters(model, selected)
         raise TargetError(
             f"`{method}(targets={targets!r})`: expected at least one layer with a weight of two or more axes "
-            f"(convolution, linear, attention, recurrent), found none among {len(selected)} modules. Widen `targets`."
+            f"(convolution, linear, attention, recurrent), found none among {len(selected)} modules{_named(others)}. "
+            "Widen `targets`."
         )
     return list(found.values())
 
@@ -84,14 +85,13 @@ def find_weights(
 def uncovered_parameters(model: nn.Module, weights: Iterable[MaskableWeight], targets: Targets) -> list[str]:
     """Name the large parameters of two or more axes that are in no layer of torch and have no mask."""
     covered = {id(weight.parameter) for weight in weights}
-    large = _LARGE * sum(parameter.numel() for parameter in model.parameters() if not nn.parameter.is_lazy(parameter))
-    return [
-        f"{layer}.{name}" if layer else name
-        for layer, module in {"": model, **targets.select(model)}.items()
-        if not type(module).__module__.startswith("torch.nn.")
-        for name, parameter in module.named_parameters(recurse=False)
-        if id(parameter) not in covered and parameter.ndim >= 2 and parameter.numel() >= large
-    ]
+    loose = loose_parameters(model, targets.select(model, root=True))
+    return [name for name, parameter in loose.items() if id(parameter) not in covered]
+
+
+def _named(parameters: Iterable[str]) -> str:
+    names = ", ".join(f"`{name}`" for name in parameters)
+    return f", besides {names}, whose names have no `weight` or `proj`" if names else ""
 
 
 def _refuse_computed(method: str, layer: str, module: nn.Module) -> None:

@@ -137,6 +137,40 @@ class Maps(nn.Module):
         return self.conv(F.relu(self.norm(self.first(x.flatten(0, 1)).view(-1, self.channels, 4, 4)))).mean((2, 3))
 
 
+class Functional(nn.Module):
+    """Attention by torch's function with projections of one's own, which fixes no number of the module.
+
+    The scores are multiplied with the square root by which torch divides them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head, self.heads = nn.Linear(6, 24), nn.Linear(24, 3), 4
+        self.layers = nn.ModuleList(nn.ModuleDict({name: nn.Linear(24, 24) for name in "qkvo"}) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).transpose(0, 1)
+        for layer in self.layers:
+            width, o = x.shape[-1], layer["o"]
+            projections = {f"{name}_proj_weight": layer[name].weight for name in "qkv"}
+            none = torch.empty(0), None, None, None, False, 0.0
+            y, _ = F.multi_head_attention_forward(
+                x * (width / self.heads) ** 0.5,
+                x,
+                x,
+                width,
+                self.heads,
+                *none,
+                o.weight,
+                o.bias,
+                self.training,
+                use_separate_proj_weight=True,
+                **projections,
+            )
+            x = x + y
+        return self.head(x.transpose(0, 1))
+
+
 def traced(kind: type[nn.Module], heads: str = "dim") -> tuple[nn.Module, Tensor, DependencyGraph]:
     torch.manual_seed(0)
     net, x = kind().double().eval(), torch.randn(2, 5, 6, dtype=torch.double)
@@ -158,6 +192,7 @@ def free(graph: DependencyGraph) -> dict[str, int]:
         (Experts, "dim", {"down": 20, "gate_up": 16}),
         (Messages, "dim", {"first": 20, "message": 24}),
         (Maps, "dim", {"first": 12}),
+        (Functional, "dim", {"first": 6}),
     ],
 )
 def test_everything_that_can_be_removed_is_free_and_exact(kind, heads, groups) -> None:
