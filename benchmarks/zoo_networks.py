@@ -357,6 +357,7 @@ _TIMM = """
     convnext_atto convnextv2_atto convmixer_768_32 mambaout_femto rdnet_tiny focalnet_tiny_srf poolformer_s12
     caformer_s18 efficientvit_b0 edgenext_xx_small fastvit_t8 mobilevit_xxs mobilevitv2_050 shvit_s1 swiftformer_xs
     pvt_v2_b0 halonet26t lowformer_b0 coat_lite_tiny davit_tiny twins_svt_small
+    tiny_vit_5m_224
 """
 _TIMM_TOKENS: dict[str, dict[str, Any]] = {
     "vit_tiny_patch16_224": {"depth": 4},
@@ -377,7 +378,6 @@ _TIMM_TOKENS: dict[str, dict[str, Any]] = {
     "tnt_s_patch16_224": {"depth": 2},
     "levit_128s": {},
     "visformer_tiny": {},
-    "tiny_vit_5m_224": {},
     "efficientformerv2_s0": {},
     "mvitv2_tiny": {},
     "coatnet_nano_rw_224": {},

@@ -36,6 +36,7 @@ FORWARD_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, 
 _TABLES = ("_parameters", "_buffers", "_modules")
 _RETURN_NONE = frozenset({"append", "extend", "update", "__setitem__"})
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_LIBRARIES = ("torch.nn.utils.", "transformers.")
 
 
 @contextmanager
@@ -50,8 +51,9 @@ def isolated(model: nn.Module, *, hooks: bool = False) -> Iterator[None]:
     Args:
         model: any module; the modules inside ``torch.jit`` modules are left alone.
         hooks: run all forward hooks of the user. Otherwise only hooks run that may be part of the forward pass: of
-            ``torch.nn.utils``, which compute a weight, and those that can return another input or output. A function
-            that returns None in every case only observes. Hooks of this package never run, if they were there before.
+            ``torch.nn.utils``, which compute a weight, of ``transformers``, which collect what a model returns, and
+            those that can return another input or output. Other functions that return None in every case only observe.
+            Hooks of this package never run, if they were there before.
 
     Example:
         >>> model = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(2)).train()
@@ -187,11 +189,12 @@ def _silence_hooks(module: nn.Module, *, users: bool) -> None:
 
 
 def _is_kept(hook: Any, *, users: bool) -> bool:
-    """Check whether a hook computes a weight, or is the user's and can return another input or output."""
-    if (type(hook).__module__ or "").startswith("torch.nn.utils."):
-        return True
+    """Check whether a hook is part of a library's models, or is the user's and can return another input or output."""
     function = inspect.unwrap(getattr(hook, "__func__", hook))
-    if (getattr(function, "__module__", None) or type(hook).__module__).startswith("lightning_light."):
+    places = type(hook).__module__ or "", getattr(function, "__module__", None) or ""
+    if any(place.startswith(_LIBRARIES) for place in places):
+        return True
+    if (places[1] or places[0]).startswith("lightning_light."):
         return False
     code = getattr(function, "__code__", None)
     return users or code is None or _can_return_value(code)

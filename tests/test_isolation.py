@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_light.host.patches import patches_of, wrap_method
 from lightning_light.isolation import isolated, uncompile, uncompiled
+from lightning_light.measure.cost import count_cost
 
 
 class Restless(nn.Module):
@@ -95,6 +96,25 @@ def test_hooks_that_the_output_depends_on_run() -> None:
     with isolated(model):
         assert model(torch.ones(1)).item() == 3.0
     assert seen == []
+
+
+def test_hooks_of_transformers_collect_what_its_models_return() -> None:
+    class Collecting(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.clear()
+            super().forward(x)
+            return seen[0] + seen[1]
+
+    seen: list[Tensor] = []
+
+    def collect(module: nn.Module, args: Any, output: Any) -> None:
+        seen.append(output)
+
+    collect.__module__ = "transformers.utils.output_capturing"
+    model = Collecting(nn.Linear(4, 3), nn.Linear(3, 3))
+    for layer in model:
+        layer.register_forward_hook(collect)
+    assert count_cost(model, (torch.zeros(1, 4),)).macs == 3 * 4 + 3 * 3
 
 
 class Two(pl.LightningModule):

@@ -95,7 +95,9 @@ class _CallRecorder:
     shapes: dict[nn.Module, tuple[int, ...]] = field(default_factory=dict)
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
-        x, y = next(tensors_in((args, kwargs.get("query"), kwargs))), next(tensors_in(output))
+        x, y = next(tensors_in((args, kwargs.get("query"), kwargs)), None), next(tensors_in(output), None)
+        if x is None or y is None:
+            return  # a layer of the user's own, called with sizes for instance
         totals = self.positions.setdefault(module, [0.0, 0.0, 0.0])
         for index, count in enumerate(_positions(module, x, y)):
             totals[index] += count / self.samples

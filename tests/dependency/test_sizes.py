@@ -171,6 +171,22 @@ class Functional(nn.Module):
         return self.head(x.transpose(0, 1))
 
 
+class TalkingHeads(nn.Module):
+    """Attention whose scores are mixed between the heads, as CaiT writes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head, self.heads = nn.Linear(6, 20), nn.Linear(20, 3), 4
+        self.q, self.k, self.v = (nn.Linear(20, 24) for _ in range(3))
+        self.mix, self.o = nn.Linear(4, 4), nn.Linear(24, 20)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        q, k, v = (y.view(*y.shape[:2], self.heads, -1).transpose(1, 2) for y in (self.q(x), self.k(x), self.v(x)))
+        scores = self.mix((q @ k.transpose(-1, -2)).movedim(1, -1)).softmax(2).movedim(-1, 1)
+        return self.head(x + self.o((scores @ v).transpose(1, 2).flatten(2)))
+
+
 def traced(kind: type[nn.Module], heads: str = "dim") -> tuple[nn.Module, Tensor, DependencyGraph]:
     torch.manual_seed(0)
     net, x = kind().double().eval(), torch.randn(2, 5, 6, dtype=torch.double)
@@ -193,6 +209,7 @@ def free(graph: DependencyGraph) -> dict[str, int]:
         (Messages, "dim", {"first": 20, "message": 24}),
         (Maps, "dim", {"first": 12}),
         (Functional, "dim", {"first": 6}),
+        (TalkingHeads, "dim", {"first": 20, "q": 6, "v": 6}),
     ],
 )
 def test_everything_that_can_be_removed_is_free_and_exact(kind, heads, groups) -> None:

@@ -599,3 +599,23 @@ def test_whitened_fit_of_split_layers_reads_their_inputs(name, split) -> None:
         assert plan.layers[layer].error < 1e-5
         assert not torch.allclose(product, weight, atol=1e-2)
         torch.testing.assert_close(inputs[0] @ product.T, inputs[0] @ weight.T, rtol=1e-3, atol=1e-3)
+
+
+def test_a_layer_that_is_called_without_a_tensor_stays_dense() -> None:
+    """Positions as Marian writes them: an embedding that is called with the size of the input."""
+
+    class Positions(nn.Embedding):
+        def forward(self, size: torch.Size) -> Tensor:
+            return super().forward(torch.arange(size[1]))
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.positions, self.body = Positions(16, 32), nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x + self.positions(x.shape))
+
+    plan = factorize(Net(), torch.randn(2, 5, 32), RankRatio(0.25))
+    assert list(plan.layers) == ["body"]
+    assert "Positions" in plan.skipped["positions"]

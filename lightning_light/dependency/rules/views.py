@@ -80,7 +80,7 @@ def _view(context: TraceContext, name: str, args: Sequence[Any], kwargs: dict[st
             slot.append(result)
     if name in _RESHAPES:
         to_map = _makes_map(context, shape, out.shape)
-        moved = [[_reshaped(context, label, to_map) for label in moved[0]]]
+        moved = [_one_per_dimension(context, [_reshaped(context, label, to_map) for label in moved[0]])]
     for tensor, slot in zip(outputs, moved, strict=True):
         context.set_labels(tensor, slot)
         context.follow_parameter(source, tensor, _dims_after(name, len(shape), args[1:]))
@@ -177,6 +177,25 @@ def _reshaped(context: TraceContext, label: Tensor, to_map: bool) -> Tensor:
     label = context.union.canonical(label)
     context.note_parts(label, dims)
     return label
+
+
+def _one_per_dimension(context: TraceContext, labels: Labels) -> Labels:
+    """Keep one label tensor per dimension: where a reshape merges two dimensions with channels, that of the inner one.
+
+    The channels of the outer dimension are protected: what the merged dimension holds of one of them is a whole block.
+    """
+    kept: dict[int, Tensor] = {}
+    for label in sorted((label for label in labels if len(varying(label)) == 1), key=_changes):
+        outer = kept.get(varying(label)[0], label)
+        if not torch.equal(context.union.roots(outer), context.union.roots(label)):
+            context.union.protect(outer, "is the outer part of a dimension that a reshape merges, as heads are")
+        kept[varying(label)[0]] = label
+    return [label for label in labels if len(varying(label)) != 1] + list(kept.values())
+
+
+def _changes(label: Tensor) -> int:
+    flat = label.reshape(-1)
+    return int((flat[1:] != flat[:-1]).sum())
 
 
 @rule("cat", "concat", "concatenate", "stack")
