@@ -51,7 +51,7 @@ class _Search:
 
     def __init__(self, trials: Trials, failing: Sequence[str]) -> None:
         self._trials, self._failing = trials, set(failing)
-        self._recording = Recording(trials.tracer)
+        self._recording = Recording(trials.tracer.recorder)
         self._tried: set[tuple[str, str]] = set()
 
     def breaks(self) -> list[Break]:

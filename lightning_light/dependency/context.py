@@ -11,15 +11,25 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_light.dependency.labels import LabelUnion, varying
+from lightning_light.dependency.placeholders import Placeholders
 from lightning_light.module_stack import ModuleStack
 
-__all__ = ["SizeAttribute", "Split", "TraceContext", "counts", "integers_of"]
+__all__ = ["Leaf", "SizeAttribute", "Split", "TraceContext", "counts", "integers_of"]
 
 HEAD_COUNTS = ("num_heads", "n_heads", "nheads", "n_head", "nhead", "heads", "num_attention_heads")
 HEAD_SIZES = ("head_dim", "dim_head", "d_head", "head_size", "attention_head_size", "d_k", "key_value_proj_dim")
 PART_SIZES = (*HEAD_SIZES, "key_dim", "value_dim", "val_dim", "d_v")
 _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 WIDTHS = ("embed_dim", "all_head_size", "inner_dim", "hidden_size", "d_model", "dim", "width", "val_attn_dim")
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One dimension of one parameter or buffer, and the label of each of its positions."""
+
+    tensor: str
+    dim: int
+    labels: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +81,9 @@ class TraceContext:
         roles: (parameter, dimension) -> ``"in"`` or ``"out"``, where a matrix product reads it.
         shape_before: shape of the operation's first argument before it ran.
         modules: the modules that are running.
+        leaves: the dimensions that were labelled.
+        output_shapes: of the model.
+        placeholders: the tensors whose values are not computed.
     """
 
     heads: str = "dim"
@@ -86,6 +99,9 @@ class TraceContext:
     _indices: MutableMapping[Tensor, list[Tensor]] = field(default_factory=WeakIdKeyDictionary)
     _parameters: MutableMapping[Tensor, tuple[str, list[int]]] = field(default_factory=WeakIdKeyDictionary)
     modules: ModuleStack = field(default_factory=ModuleStack)
+    leaves: list[Leaf] = field(default_factory=list)
+    output_shapes: list[tuple[int, ...]] = field(default_factory=list)
+    placeholders: Placeholders = field(default_factory=Placeholders)
     _widths: list[Tensor | None] = field(default_factory=list)
     _function: Any = None
 

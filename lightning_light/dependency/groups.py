@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_light.dependency.context import SizeAttribute
+from lightning_light.dependency.context import Leaf, SizeAttribute
 from lightning_light.dependency.labels import FIXED
-from lightning_light.dependency.trace import Leaf, Tracer
+from lightning_light.dependency.trace import Tracer
 
 __all__ = ["ChannelGroup", "DependencyGraph", "Member", "graph_of"]
 

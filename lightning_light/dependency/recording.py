@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +22,8 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from lightning_light.dependency.context import TraceContext
 from lightning_light.dependency.labels import varying
-
-if TYPE_CHECKING:
-    from lightning_light.dependency.trace import Tracer
 
 __all__ = [
     "METADATA",
@@ -185,16 +183,16 @@ class ModuleResult:
 
 
 class Recorder(TorchFunctionMode):
-    """Record the calls of the pass that ``tracer`` follows, and the results of modules.
+    """Record the calls of the pass that ``trace`` follows, and the results of modules.
 
     Attributes:
         calls: the torch functions that were called.
         results: (module name, how often it has run) -> its result.
     """
 
-    def __init__(self, tracer: Tracer) -> None:
+    def __init__(self, trace: TraceContext) -> None:
         super().__init__()
-        self.tracer = tracer
+        self.trace = trace
         self.calls: list[Call] = []
         self.results: dict[tuple[str, int], ModuleResult] = {}
 
@@ -212,32 +210,32 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if function in METADATA:
             return function(*args, **kwargs)
-        name, start = function_name(function), len(self.tracer.history)
+        name, start = function_name(function), len(self.trace.history)
         inputs = tensors_of((args, kwargs))
-        self.tracer.placeholders.check_read(name, inputs)
+        self.trace.placeholders.check_read(name, inputs)
         seed_for(function, len(self.calls))
         before = tuple(self._recorded(tensor) for tensor in inputs)
         out = function(*args, **kwargs)
         if function == _GET_DATA:  # no operation, so that no rule sees it
-            self.tracer.share_labels(args[0], out)
+            self.trace.share_labels(args[0], out)
         elif function == SET_DATA:
             with _disable_current_modes():
-                self.tracer.couple_labels(*args)
+                self.trace.couple_labels(*args)
         elif function == F.multi_head_attention_forward:
             with _disable_current_modes():
-                self.tracer.couple_attention(_ATTENTION.bind(*args, **kwargs).arguments)
+                self.trace.couple_attention(_ATTENTION.bind(*args, **kwargs).arguments)
         tensors, structure = structure_of(out)
         outputs = tuple(self._recorded(tensor, inputs) for tensor in tensors)
         if outputs or name == "setitem" or function == SET_DATA:
-            operations = slice(start, len(self.tracer.history))
-            running = self.tracer.modules.current
+            operations = slice(start, len(self.trace.history))
+            running = self.trace.modules.current
             module = "" if running is None else running.name
             self.calls.append(Call(function, name, before, outputs, operations, structure, module))
         return out
 
     def _recorded(self, tensor: Tensor, inputs: Sequence[Tensor] = ()) -> Recorded:
         alias = next((number for number, other in enumerate(inputs) if other is tensor), None)
-        labels = tuple(self.tracer.stored_labels(tensor))
+        labels = tuple(self.trace.stored_labels(tensor))
         return Recorded(tuple(tensor.shape), tensor.dtype, tensor.device, labels, alias)
 
 
@@ -252,9 +250,9 @@ def tensors_of(value: Any) -> list[Tensor]:
 class Recording:
     """The calls of a traced pass, with the labels as they are coupled now."""
 
-    def __init__(self, tracer: Tracer) -> None:
-        self.tracer = tracer
-        self.calls, self.results = tracer.recorder.calls, tracer.recorder.results
+    def __init__(self, recorder: Recorder) -> None:
+        self.trace = trace = recorder.trace
+        self.calls, self.results = recorder.calls, recorder.results
         self._spans: dict[int, tuple[int, int]] = {}
         flat: list[Tensor] = [torch.empty(0, dtype=torch.long)]
         end = 0
@@ -263,8 +261,8 @@ class Recording:
                 self._spans[id(label)] = (end, end + label.numel())
                 end += label.numel()
                 flat.append(label.reshape(-1))
-        self.roots = tracer.union.roots(torch.cat(flat))
-        self.leaf_roots = tracer.union.roots(torch.cat([flat[0], *(leaf.labels for leaf in tracer.leaves)]))
+        self.roots = trace.union.roots(torch.cat(flat))
+        self.leaf_roots = trace.union.roots(torch.cat([flat[0], *(leaf.labels for leaf in trace.leaves)]))
 
     def _labels(self) -> Iterator[Tensor]:
         called = (tensor for call in self.calls for tensor in (*call.inputs, *call.outputs))
@@ -275,8 +273,8 @@ class Recording:
     @cached_property
     def history(self) -> list[tuple[str, list[list[Tensor]]]]:
         """The operations of the pass, with the labels of their outputs."""
-        roots = self.tracer.union.roots
-        return [(name, [[roots(x) for x in labels] for labels in outputs]) for name, outputs in self.tracer.history]
+        roots = self.trace.union.roots
+        return [(name, [[roots(x) for x in labels] for labels in outputs]) for name, outputs in self.trace.history]
 
     def span(self, label: Tensor) -> tuple[int, int]:
         """Return where the labels of a recorded tensor are in `roots`."""
@@ -293,7 +291,7 @@ class Expectation:
 
     def __init__(self, recording: Recording, removed: Tensor) -> None:
         self._recording = recording
-        self.removed = torch.zeros(recording.tracer.union.parent.numel(), dtype=torch.bool)
+        self.removed = torch.zeros(recording.trace.union.parent.numel(), dtype=torch.bool)
         self.removed[removed] = True
         self._kept = ~self.removed[recording.roots]
         self._count = [0, *self._kept.cumsum(0).tolist()]
@@ -301,7 +299,7 @@ class Expectation:
     def kept_positions(self) -> dict[str, dict[int, Tensor]]:
         """Map tensor name -> dimension -> positions that are kept, where some are removed."""
         positions: dict[str, dict[int, Tensor]] = {}
-        leaves = self._recording.tracer.leaves
+        leaves = self._recording.trace.leaves
         sizes = [leaf.labels.numel() for leaf in leaves]
         kept = (~self.removed[self._recording.leaf_roots]).split(sizes)  # type: ignore[no-untyped-call]  # torch's own signature
         for leaf, mask in zip(leaves, kept, strict=True):

@@ -183,7 +183,7 @@ class Rehearsal(TorchFunctionMode):
         self._recording, self._compare_order = recording, compare_order
         self._union = _FixedUnion(self.expected.removed.numel())
         self._tracer = _TrialTracer(
-            heads=recording.tracer.heads,
+            heads=recording.trace.heads,
             union=self._union,
             skip_products=skip_products,
         )
@@ -219,7 +219,7 @@ class Rehearsal(TorchFunctionMode):
         finally:
             self._tracer.modules.remove()
         shapes = [tuple(tensor.shape) for tensor in tensors_in(out, objects=True)]
-        if self._position != len(self._recording.calls) or shapes != self._recording.tracer.output_shapes:
+        if self._position != len(self._recording.calls) or shapes != self._recording.trace.output_shapes:
             raise OtherPathError("output")
         return self.breaks
 

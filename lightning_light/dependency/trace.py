@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from typing_extensions import override
 
-from lightning_light.dependency.context import TraceContext
+from lightning_light.dependency.context import Leaf, TraceContext
 from lightning_light.dependency.labels import LabelUnion
-from lightning_light.dependency.placeholders import PRODUCTS, Placeholders, ValueNeededError
+from lightning_light.dependency.placeholders import PRODUCTS, ValueNeededError
 from lightning_light.dependency.recording import Recorder, wrap_forwards
 from lightning_light.dependency.rules import RULES, elementwise, operands, outputs_of, unknown
 from lightning_light.errors import TraceError
@@ -23,7 +23,7 @@ from lightning_light.isolation import FORWARD_ERRORS, isolated, unfused_kernels
 from lightning_light.module_stack import ModuleCall, ModuleStack
 from lightning_light.nested import tensors_in
 
-__all__ = ["UNUSED", "Leaf", "Tracer", "running", "trace"]
+__all__ = ["UNUSED", "Tracer", "running", "trace"]
 
 UNUSED = "is not used by the forward pass"
 
@@ -33,31 +33,16 @@ _NAMES: dict[Any, str] = {}
 Known: TypeAlias = "Mapping[tuple[str, int], Tensor]"
 
 
-@dataclass(frozen=True)
-class Leaf:
-    """One dimension of one parameter or buffer, and the label of each of its positions."""
-
-    tensor: str
-    dim: int
-    labels: Tensor
-
-
 @dataclass(eq=False)
 class Tracer(TraceContext, TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own signature
     """Follow labels through ATen operations by their rules.
 
     Attributes:
-        leaves: the dimensions that were labelled.
-        output_shapes: of the model.
         recorder: of the torch functions that the user's code calls.
-        placeholders: the tensors whose values are not computed.
         skip_products: do not compute matrix products and convolutions.
     """
 
-    leaves: list[Leaf] = field(default_factory=list)
-    output_shapes: list[tuple[int, ...]] = field(default_factory=list)
     recorder: Recorder = field(init=False)
-    placeholders: Placeholders = field(default_factory=Placeholders)
     skip_products: bool = False
     _used: set[str] = field(default_factory=set)
 

@@ -106,7 +106,7 @@ class _Search:
 
     def __init__(self, trials: Trials, graph: DependencyGraph, groups: Sequence[ChannelGroup]) -> None:
         self._trials, self._graph = trials, graph
-        self._recording = Recording(trials.tracer)
+        self._recording = Recording(trials.tracer.recorder)
         self._names = [group.name for group in groups]
         self._owner = torch.full((trials.tracer.union.parent.numel(),), -1)
         for number, group in enumerate(groups):
