@@ -15,8 +15,8 @@ from lightning_light.report.contents import export_reports
 __all__ = ["defer_hparams", "final_metrics", "method_hparams"]
 
 
-_WITHOUT = {"budget/macs": 1.0, "budget/sparsity": 0.0, "weight_bits": 32.0}
-"""In every run: TensorBoard shows the hyper-parameters of the first run that it reads as the columns of all."""
+_WITHOUT = {"budget/macs": 1.0, "budget/sparsity": 0.0, "budget/weight_bits": 32.0}
+"""In every run, because TensorBoard takes the columns of all runs from one of them; it shows the first five by name."""
 
 
 def method_hparams(callbacks: Iterable[object]) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def method_hparams(callbacks: Iterable[object]) -> dict[str, Any]:
             goal = budget.remaining if isinstance(budget, RelativeBudget) else budget.goal(1.0)
             hparams[f"budget/{budget.quantity}"] = float(goal)
         if recipe is not None:
-            hparams["weight_bits"] = float(recipe.spec().weight.bits)
+            hparams["budget/weight_bits"] = float(recipe.spec().weight.bits)
     return {"methods": " ".join(type(each).method for each in methods) or "none", **_WITHOUT, **hparams}
 
 
