@@ -59,6 +59,9 @@ def curve(logger: Any, tag: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in tags]
 
 
+BUDGETS = {"budget/macs", "budget/params", "budget/sparsity", "budget/weight_bits"}  # columns of every run
+
+
 @pytest.fixture
 def board(tmp_path: Path) -> TensorBoardLogger:
     return TensorBoardLogger(tmp_path, name="board")
@@ -257,9 +260,6 @@ def served(logger: Any) -> set[str]:
     return {category["title"] for category in json.loads(page.layout_impl(RequestContext(), ""))["category"]}
 
 
-METHODS = {"methods", "budget/macs", "budget/sparsity", "budget/weight_bits"}
-
-
 def hparams_page(logger: Any) -> set[str]:
     content = read(logger).SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     return set(plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams)
@@ -269,7 +269,7 @@ def test_methods_join_the_users_hyper_parameters_and_leave_the_module_alone(boar
     module = Lit()
     run = trainer(Events(cuts=(2,)), CompressionMonitor(), logger=board)
     run.fit(module, Loader())
-    assert hparams_page(board) == {"optimizer", "by_name", "early", *METHODS}
+    assert hparams_page(board) == {"optimizer", "by_name", "early", "methods", *BUDGETS}
     assert "methods: events" in Path(board.log_dir, "hparams.yaml").read_text()
     assert set(module.hparams) == set(module.hparams_initial) == {"optimizer", "by_name", "early"}
 
@@ -300,7 +300,7 @@ def test_methods_join_the_hyper_parameters_of_a_datamodule(board: TensorBoardLog
 
 def test_a_dense_run_is_on_the_page_too(board: TensorBoardLogger) -> None:
     trainer(CompressionMonitor(), logger=board, max_epochs=1).fit(Boring(), Boring.data(), Boring.data())
-    assert hparams_page(board) == METHODS
+    assert hparams_page(board) == {"methods", *BUDGETS}
     assert curve(board, "macs")[-1][1] == read(board).Scalars("final/macs")[0].value
 
 
@@ -351,7 +351,7 @@ class Judged(Lit):
         self.log("val_accuracy", self(batch[0]).softmax(1).gather(1, batch[1][:, None]).mean())
 
 
-WITHOUT = {"budget/macs": 1.0, "budget/sparsity": 0.0, "budget/weight_bits": 32.0}
+WITHOUT = {"budget/macs": 1.0, "budget/params": 1.0, "budget/sparsity": 0.0, "budget/weight_bits": 32.0}
 
 
 def sweep() -> list[tuple[dict[str, float], list[Any]]]:
