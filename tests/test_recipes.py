@@ -18,21 +18,7 @@ from lightning_light.cli import LightningLightCLI
 from lightning_light.reparameterization import ACB
 
 CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
-PROGRAMS = {
-    "gates",
-    "prune",
-    "quantize",
-    "reparameterize_and_quantize",
-    "search",
-    "space",
-}  # whole programs
-SPARSE = ll.Targets(exclude="stem.0")
-
-
-def export(name: str) -> ll.MobileExport:
-    return ll.MobileExport(f"runs/{name}.ptl")
-
-
+PROGRAMS = {"gates", "prune", "quantize", "reparameterize_and_quantize", "search", "space"}
 TWINS: dict[str, Callable[[], Any]] = {
     "block_sparsity": lambda: ll.WeightPruning(
         ll.Sparsity(0.7), pattern=ll.Block(4, 1), targets=ll.Targets("blocks.*")
@@ -67,8 +53,13 @@ TWINS: dict[str, Callable[[], Any]] = {
     ],
     "weight_pruning": lambda: ll.WeightPruning(ll.Sparsity(0.9)),
 }
+SPARSE = ll.Targets(exclude="stem.0")
 LENGTH: dict[str, Any] = {"max_epochs": 4, "limit_train_batches": 5, "limit_val_batches": 0, "accelerator": "cpu"}
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+
+
+def export(name: str) -> ll.MobileExport:
+    return ll.MobileExport(f"runs/{name}.ptl")
 
 
 def test_every_recipe_has_a_twin() -> None:

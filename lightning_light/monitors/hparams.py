@@ -14,29 +14,28 @@ from lightning_light.report.contents import export_reports
 
 __all__ = ["defer_hparams", "final_metrics", "method_hparams"]
 
-_WITHOUT = {"budget/macs": 1.0, "budget/sparsity": 0.0, "weight_bits": 32.0}
-"""In every run: TensorBoard shows the hyper-parameters of the first run that it reads as the columns of all."""
+_DENSE = {"budget/macs": 1.0, "budget/params": 1.0, "budget/sparsity": 0.0, "budget/weight_bits": 32.0}
 
 
 def method_hparams(callbacks: Iterable[object]) -> dict[str, Any]:
     """Return the methods, their budgets (``budget/macs``: 0.4), and the bits of quantized weights; few, and numeric.
 
-    The remaining MACs, the sparsity and the bits are there without a method for them too: 1.0, 0.0, 32.0.
+    The usual ones are there without such a method too: TensorBoard takes the columns of its page from one of the runs.
     """
     methods = [
         callback
         for callback in callbacks
         if isinstance(callback, CompressionCallback) and callback.stage < Stage.EXPORT
     ]
-    hparams: dict[str, Any] = {}
+    hparams = dict(_DENSE)
     for callback in methods:
         budget, recipe = getattr(callback, "budget", None), getattr(callback, "recipe", None)
         if isinstance(budget, Budget):
             goal = budget.remaining if isinstance(budget, RelativeBudget) else budget.goal(1.0)
             hparams[f"budget/{budget.quantity}"] = float(goal)
         if recipe is not None:
-            hparams["weight_bits"] = float(recipe.spec().weight.bits)
-    return {"methods": " ".join(type(each).method for each in methods) or "none", **_WITHOUT, **hparams}
+            hparams["budget/weight_bits"] = float(recipe.spec().weight.bits)
+    return {"methods": " ".join(type(each).method for each in methods) or "none", **hparams}
 
 
 def final_metrics(now: Snapshot, validation: Mapping[str, float], callbacks: Iterable[object]) -> dict[str, float]:
