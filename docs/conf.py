@@ -1,9 +1,10 @@
-"""Configuration of the documentation site. Build it with ``sphinx-build -W docs docs/_build``."""
+"""Configuration of the documentation site. Build it with ``make docs``."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, get_type_hints
 
@@ -32,7 +33,6 @@ html_title = "lightning_light"
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 nb_execution_mode = "cache"  # a notebook is executed again when its own code has changed, or without `docs/_build`
-nb_execution_cache_path = str(Path(__file__).parent / "_build" / ".jupyter_cache")
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300  # seconds per cell
 nb_merge_streams = True
@@ -103,6 +103,15 @@ def _index(modules: list[str]) -> str:
     )
 
 
+def show_plain_types(app: Sphinx, described: object, bound_method: bool) -> None:
+    """Leave ranges out of the types of arguments; the text beside them has them."""
+    with suppress(
+        AttributeError, NameError, TypeError
+    ):  # of the standard library, or of what is imported for types alone
+        described.__annotations__ = get_type_hints(described)
+
+
 def setup(app: Sphinx) -> None:
     """Generate the reference before the sources are read."""
     app.connect("builder-inited", write_reference)
+    app.connect("autodoc-before-process-signature", show_plain_types)
