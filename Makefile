@@ -18,4 +18,4 @@ slow:
 	$(PYTHON) -m pytest -m slow $(TESTS)
 
 docs:
-	$(PYTHON) -m sphinx -W --keep-going -q docs docs/_build/html
+	$(PYTHON) -m sphinx -W --keep-going -q docs docs/_build

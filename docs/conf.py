@@ -24,7 +24,7 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
 ]
-exclude_patterns = ["_build", "images"]
+exclude_patterns = ["_build", "images", "jupyter_execute"]
 default_role = "code"  # single backticks in docstrings are code
 
 html_theme = "furo"
@@ -33,6 +33,7 @@ html_title = "lightning_light"
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 nb_execution_mode = "cache"  # a notebook is executed again when its own code has changed, or without `docs/_build`
+nb_execution_cache_path = str(Path(__file__).parent / "_build" / ".jupyter_cache")
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300  # seconds per cell
 nb_merge_streams = True

@@ -14,7 +14,7 @@ from lightning_light.report.contents import export_reports
 
 __all__ = ["defer_hparams", "final_metrics", "method_hparams"]
 
-_DENSE = {"budget/macs": 1.0, "budget/params": 1.0, "budget/sparsity": 0.0, "weight_bits": 32.0}
+_DENSE = {"budget/macs": 1.0, "budget/params": 1.0, "budget/sparsity": 0.0, "budget/weight_bits": 32.0}
 
 
 def method_hparams(callbacks: Iterable[object]) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def method_hparams(callbacks: Iterable[object]) -> dict[str, Any]:
             goal = budget.remaining if isinstance(budget, RelativeBudget) else budget.goal(1.0)
             hparams[f"budget/{budget.quantity}"] = float(goal)
         if recipe is not None:
-            hparams["weight_bits"] = float(recipe.spec().weight.bits)
+            hparams["budget/weight_bits"] = float(recipe.spec().weight.bits)
     return {"methods": " ".join(type(each).method for each in methods) or "none", **hparams}
 
 
