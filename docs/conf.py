@@ -106,9 +106,7 @@ def _index(modules: list[str]) -> str:
 
 def show_plain_types(app: Sphinx, described: object, bound_method: bool) -> None:
     """Leave ranges out of the types of arguments; the text beside them has them."""
-    with suppress(
-        AttributeError, NameError, TypeError
-    ):  # of the standard library, or of what is imported for types alone
+    with suppress(AttributeError, NameError, TypeError):  # built-in functions; names that are imported for types alone
         described.__annotations__ = get_type_hints(described)
 
 
