@@ -1,9 +1,10 @@
-"""Configuration of the documentation site. Build it with ``sphinx-build -W docs docs/_build``."""
+"""Configuration of the documentation site. Build it with ``make docs``."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, get_type_hints
 
@@ -23,7 +24,7 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
 ]
-exclude_patterns = ["_build", "images"]
+exclude_patterns = ["_build", "images", "jupyter_execute"]
 default_role = "code"  # single backticks in docstrings are code
 
 html_theme = "furo"
@@ -103,6 +104,13 @@ def _index(modules: list[str]) -> str:
     )
 
 
+def show_plain_types(app: Sphinx, described: object, bound_method: bool) -> None:
+    """Leave ranges out of the types of arguments; the text beside them has them."""
+    with suppress(AttributeError, NameError, TypeError):  # built-in functions; names that are imported for types alone
+        described.__annotations__ = get_type_hints(described)
+
+
 def setup(app: Sphinx) -> None:
     """Generate the reference before the sources are read."""
     app.connect("builder-inited", write_reference)
+    app.connect("autodoc-before-process-signature", show_plain_types)

@@ -13,6 +13,7 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_light.callback import CompressionCallback
+from lightning_light.distillation import KnowledgeDistillation
 from lightning_light.errors import NoEffectWarning, OrderError, UnsupportedError
 from lightning_light.host.patches import patches_of
 from lightning_light.order import Stage
@@ -296,3 +297,8 @@ def test_what_others_compare_with_is_measured_before_the_first_change() -> None:
     trainer(CutsAfterAsking(cuts=(0, 5)), owner, max_steps=1).fit(module, Loader())
     assert sum(parameter.numel() for parameter in module.parameters()) < dense
     assert owner.compression_state(module).references == {"params": dense}
+
+
+def test_a_network_among_the_arguments_is_written_by_its_class() -> None:
+    teacher = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    assert repr(KnowledgeDistillation(teacher)) == "KnowledgeDistillation(teacher=Sequential(...))"

@@ -317,8 +317,6 @@ def hparams_of(folder: Path) -> tuple[Any, Any]:
 
 
 def test_runs_of_a_sweep_are_compared_by_budgets_and_final_metrics(tmp_path: Path) -> None:
-    board = TensorBoardLogger(tmp_path, name="", version="dense")  # TensorBoard takes the columns from the first run
-    trainer(MobileExport(tmp_path / "dense.ptl"), CompressionMonitor(), logger=board).fit(Lit(), Loader())
     for number, remaining in enumerate((0.8, 0.5, 0.3)):
         board = TensorBoardLogger(tmp_path, name="", version=f"run{number}")
         pruning = StructuredPruning(MACs(remaining), schedule=OneShot(at=0.5))
@@ -334,7 +332,7 @@ def test_runs_of_a_sweep_are_compared_by_budgets_and_final_metrics(tmp_path: Pat
         group.hparams["budget/macs"].number_value: {metric.name.tag: metric.value for metric in group.metric_values}
         for group in groups
     }
-    assert sorted(found) == [0.3, 0.5, 0.8, 1.0]
+    assert sorted(found) == [0.3, 0.5, 0.8]
     dense = count_cost(Lit(), (torch.zeros(1, 3, 8, 8),)).macs
     assert all(0.5 * budget < metrics["final/macs"] / dense <= budget for budget, metrics in found.items())
     assert export.report is not None
