@@ -19,7 +19,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.nn.functional as F
-from cifar_resnet import EXAMPLE, accuracy, read
+from cifar_resnet import EXAMPLE, read
 from nets import cifar_resnet
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -28,12 +28,13 @@ import lightning_light as ll
 from lightning_light.atomic import atomic_write
 from lightning_light.example_input import ExampleInput
 from lightning_light.export.loading import load_exported
-from lightning_light.nas import BlockChoices, ChannelChoices, RankChoices, SearchTable
+from lightning_light.nas import BlockChoices, ChannelChoices, RankChoices, SearchResult, SearchTable
 from lightning_light.nas.apply import apply_items
 from lightning_light.nas.costs import Meter
 from lightning_light.nas.evaluation import Evaluator, split_batches
 from lightning_light.nas.sensitivity import fill_table
 from lightning_light.nas.solver import Solver
+from lightning_light.report.figures import svg
 
 SPACE = [
     BlockChoices(),
@@ -58,7 +59,9 @@ class Search:
         self.table = SearchTable.open("search", table, self.evaluator.digest(), items)
         fill_table(self.table, self.evaluator, self.meter, RECIPE, progress_bar=True)
 
-    def assignment(self, kind: str, seconds: float, size: float, evaluations: int) -> dict[str, Any]:
+    def assignment(
+        self, kind: str, seconds: float, size: float, evaluations: int, figure: Path | None
+    ) -> dict[str, Any]:
         """Return the items of the best network, with what it costs, or the least that the kind can reach."""
         mine = replace(self.table, items=[i for i in self.table.items if i.kind in KINDS[kind]], path=None)
         dense = self.table.costs
@@ -69,6 +72,10 @@ class Search:
             best = solver.solve(evaluations, progress_bar=True)
         except ll.BudgetError as error:
             return {"error": str(error)}
+        if figure is not None:
+            predicted, evaluated = solver.predicted(best.items), tuple(solver.evaluated)
+            result = SearchResult(best.items, True, mine, goals, predicted, best.costs, best.score, evaluated)
+            figure.write_text(svg(result.figure("seconds")))
         return {
             "items": [item.name for item in best.items],
             "costs": {key: best.costs[key] / dense[key] for key in goals},
@@ -136,6 +143,8 @@ def main() -> None:
     parser.add_argument("--bytes", type=float, default=0.8, help="of the dense int8 file")
     parser.add_argument("--evaluations", type=int, default=20)
     parser.add_argument("--steps", type=int, default=390, help="of recovery; 390 are one epoch")
+    parser.add_argument("--test-images", type=int, default=10_000)
+    parser.add_argument("--figure", type=Path, help="SVG of the networks that the joint search compares")
     parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1], help="of the recovery")
     args = parser.parse_args()
@@ -161,26 +170,25 @@ def main() -> None:
     search = Search(dense, data["train"], args.work / "table.json")
     print(f"{len(search.table.items)} choices, {time.process_time() - started:.0f} s; {search.table.costs}", flush=True)
     file = args.work / "network.onnx"
-    keep("dense", lambda: {"after": search.file_accuracy(dense, data["test"], file), **search.table.costs})
+    test = TensorDataset(*(tensor[: args.test_images] for tensor in data["test"].tensors))
 
     def recovered(items: list[str], seed: int) -> dict[str, float]:
         small = search.network(items)
-        before = accuracy(small, data["test"])
         recover(small, data["train"].tensors[0], targets, args.steps, seed)
-        return {"before": before, "after": search.file_accuracy(small, data["test"], file)}
+        return {"after": search.file_accuracy(small, test, file)}
 
     budget = f"seconds {args.seconds:g}, bytes {args.bytes:g}"
-    found = {
-        kind: keep(
-            f"{budget}: {kind}", lambda kind=kind: search.assignment(kind, args.seconds, args.bytes, args.evaluations)
-        )
-        for kind in args.kinds
-    }
+    limits = args.seconds, args.bytes, args.evaluations
+    found = {}
+    for kind in args.kinds:
+        figure = args.figure if kind == "joint" else None
+        found[kind] = keep(f"{budget}: {kind}", lambda: search.assignment(kind, *limits, figure))  # noqa: B023
     for seed in args.seeds:
         for kind, one in found.items():
             if "items" in one:
                 name = f"{budget}: {kind}, {args.steps} steps, seed {seed}"
                 keep(name, lambda one=one, seed=seed: recovered(one["items"], seed))
+    keep(f"dense, {len(test)} images", lambda: {"after": search.file_accuracy(dense, test, file), **search.table.costs})
 
 
 if __name__ == "__main__":

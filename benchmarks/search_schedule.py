@@ -1,4 +1,4 @@
-"""Make the changes of an `ArchitectureSearch` at once, or in portions: the same assignments, three seeds.
+"""Make the changes of an `ArchitectureSearch` at once, or in portions: three seeds.
 
     python benchmarks/search_schedule.py --work runs
 
@@ -56,6 +56,7 @@ def main() -> None:
         L.seed_everything(0, verbose=False)
         module = make(lr=0.1)
         rows["dense"] = train(module, args.dense_epochs, [])
+        kept.write_text(json.dumps(rows, indent=1))
         torch.save(module.state_dict(), weights)
     for seed in range(args.seeds):
         for name, schedule in SCHEDULES.items():

@@ -11,8 +11,9 @@ from torch import Tensor
 
 import lightning_light as ll
 from lightning_light.measure import count_cost
-from lightning_light.nas import BlockChoices, ChannelChoices, RankChoices
+from lightning_light.nas import BlockChoices, ChannelChoices, OperatorChoices, RankChoices
 from lightning_light.schedules import Linear, OneShot, Window
+from lightning_light.substitution import DepthwiseSeparable
 from tests.contract.bodies import TwoOptimizers
 from tests.contract.cases.depth import Deep
 from tests.contract.runs import module_class, trainer
@@ -84,14 +85,18 @@ def test_a_gradual_schedule_makes_the_same_changes_in_the_order_of_the_methods()
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
             found.append(gradual.state(pl_module).get("items", []))
 
-    budget, at_once, module = ll.MACs(0.45), module_class(Deep, L)(), module_class(Deep, L)()
-    trainer(ll.ArchitectureSearch(budget, **SMALL)).fit(at_once)
+    operators = OperatorChoices([DepthwiseSeparable(3)], "features.3.*")
+    space = [BlockChoices("features.1"), operators, RankChoices((0.5,), targets="features.2")]
+    budget, at_once, module = ll.MACs(0.52), module_class(Deep, L)(), module_class(Deep, L)()
+    options = {**SMALL, "space": space}
+    trainer(ll.ArchitectureSearch(budget, **options)).fit(at_once)
     window = Window(Linear(), start=0.3, end=0.8)
-    gradual = ll.ArchitectureSearch(budget, **{**SMALL, "schedule": window})
+    gradual = ll.ArchitectureSearch(budget, **{**options, "schedule": window})
     trainer(gradual, Watch()).fit(module)
     assert [p.shape for p in module.parameters()] == [p.shape for p in at_once.parameters()]
     kinds = [name.split()[1] for name in found[-1]]
-    assert kinds == sorted(kinds, key=["blocks", "channels", "ranks"].index)
+    assert kinds == sorted(kinds, key=["blocks", "operators", "ranks"].index)
+    assert {*kinds} == {"blocks", "operators", "ranks"}  # nothing less meets the budget
     assert len({len(names) for names in found}) == len(found[-1]) + 1 >= 3  # one change at a time
     assert "inputs" not in gradual.state(module)
 
