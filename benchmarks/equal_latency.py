@@ -45,7 +45,7 @@ def blocks(net: nn.Module, remaining: float, batches: list[Tensor]) -> None:
 
 
 def channels(net: nn.Module, remaining: float, batches: list[Tensor]) -> None:
-    ll.prune_channels(net, batches[0], ll.MACs(remaining), widths=ll.Widths(round_to=8), data=batches)
+    ll.prune_channels(net, batches[0], ll.MACs(remaining), widths=ll.structured.Widths(round_to=8), data=batches)
 
 
 def low_rank(net: nn.Module, remaining: float, batches: list[Tensor]) -> None:
