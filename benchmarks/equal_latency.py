@@ -11,6 +11,7 @@ there is not run again. The table is printed at the end.
 import argparse
 import copy
 import json
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -143,13 +144,11 @@ class Study:
         return min(tried)[1]
 
     def _written(self, net: nn.Module) -> Call:
-        path = self.folder / "network.onnx"
-        with warnings.catch_warnings():
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            path = Path(folder) / "network.onnx"
             ll.export_model(net.eval(), self.task.example, path, batch="any", latency_runs=1)
-        file = session(path)
-        path.unlink()
-        return file
+            return session(path)
 
     def _fastest(self, file: Call) -> float:
         file(self.task.example)
