@@ -137,16 +137,16 @@ def test_tuning_ends_with_a_config_that_repeats_the_best_trial(small: Path, tmp_
 def test_a_chain_with_branches_ends_in_an_int8_file_as_accurate_as_the_trainer_and_its_yaml_twin(
     small: Path, tmp_path: Path
 ) -> None:
-    arguments = [f"--data={small}", "--epochs=4"]
-    printed = run(EXAMPLES / "10_reparameterize_and_quantize.py", *arguments, folder=tmp_path)
+    arguments = [f"--data={small}", "--epochs=8"]  # enough steps to calibrate and quantize
+    printed = run(EXAMPLES / "10_reparameterize_int8.py", *arguments, folder=tmp_path)
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines() if line.startswith("│")]
     rows = {name: numbers for name, _, *numbers in (line for line in cells if len(line) == 7)}
     assert abs(float(rows["int8"][0].removesuffix("%")) - float(rows["int8"][1].removesuffix("%"))) <= 0.4  # 2 of 500
     assert float(rows["int8"][2].removesuffix(" M")) <= 0.505 * float(rows["dense"][2].removesuffix(" M"))
     out = tmp_path / "runs" / "reparameterize"
     assert (out / "int8.ptl").stat().st_size < 0.25 * (out / "dense.ptl").stat().st_size
-    python, config = final_weights(out), EXAMPLES / "configs" / "reparameterize_and_quantize.yaml"
-    changes = [f"--data.data={small}", "--trainer.max_epochs=4"]
+    python, config = final_weights(out), EXAMPLES / "configs" / "reparameterize_int8.yaml"
+    changes = [f"--data.data={small}", "--trainer.max_epochs=8"]
     run(EXAMPLES / "cli.py", "fit", f"--config={config}", *changes, folder=tmp_path)
     yaml = final_weights(out)
     assert len(list(out.glob("lightning_logs/version_*"))) == 3
