@@ -1,7 +1,7 @@
 # One verb: `make check`. It uses the Python that is active; CONTRIBUTING.md says how to set one up.
 PYTHON ?= python
 
-.PHONY: check lint types test slow docs
+.PHONY: check lint types test slow docs lower-bounds
 check: lint types test slow
 
 lint:
@@ -19,3 +19,9 @@ slow:
 
 docs:
 	$(PYTHON) -m sphinx -W --keep-going -q docs docs/_build
+
+lower-bounds:
+	.ci/lower-bounds
+
+python-%:
+	.ci/pythons $*

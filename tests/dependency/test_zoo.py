@@ -1,6 +1,7 @@
 """Every network of the zoo: coupled channels are found, and any of them can be removed."""
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -38,6 +39,13 @@ def built(name: str) -> tuple[Net, tuple[Any, ...], dict[str, Any]]:
     return net, *net.example
 
 
+@functools.cache
+def graph_of(name: str, heads: str) -> DependencyGraph:
+    """The graph of a new network; it refers to none."""
+    net, args, kwargs = built(name)
+    return trace_dependencies(net, args, kwargs, heads=heads)
+
+
 def prunable(graph: DependencyGraph) -> list[ChannelGroup]:
     return [group for group in graph.groups if group.reason is None]
 
@@ -70,8 +78,7 @@ def silence(net: nn.Module, graph: DependencyGraph, masks: dict[str, Tensor]) ->
 
 @pytest.mark.parametrize(("name", "heads"), ROWS)
 def test_any_channels_of_a_prunable_group_can_be_removed(name, heads) -> None:
-    net, args, kwargs = built(name)
-    graph = trace_dependencies(net, args, kwargs, heads=heads)
+    graph, (net, args, kwargs) = graph_of(name, heads), built(name)
     assert prunable(graph), "every net of the zoo has something to prune"
     before = outputs_of(net, args, kwargs)
     for seed in range(3):
@@ -89,8 +96,7 @@ def test_any_channels_of_a_prunable_group_can_be_removed(name, heads) -> None:
 
 @pytest.mark.parametrize(("name", "heads"), ROWS)
 def test_a_cut_network_trains_and_is_traced_again(name, heads) -> None:
-    net, args, kwargs = built(name)
-    graph = trace_dependencies(net, args, kwargs, heads=heads)
+    graph, (net, args, kwargs) = graph_of(name, heads), built(name)
     masks = random_masks(graph, 7)
     cut(net, graph.kept_positions(masks), attributes=graph.attributes(net, masks))
     net.train()
@@ -105,8 +111,7 @@ def test_a_cut_network_trains_and_is_traced_again(name, heads) -> None:
 
 @pytest.mark.parametrize(("name", "heads"), ROWS)
 def test_the_graph_after_a_cut_equals_a_new_trace(name, heads) -> None:
-    net, args, kwargs = built(name)
-    graph = trace_dependencies(net, args, kwargs, heads=heads)
+    graph, (net, args, kwargs) = graph_of(name, heads), built(name)
     masks = {
         g.name: torch.arange(g.width) % 2 == 0 if g.width > 3 else torch.ones(g.width) > 0 for g in prunable(graph)
     }
@@ -126,8 +131,7 @@ def table(graph: DependencyGraph) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", list(ZOO))
 def test_every_position_is_in_one_group_alone(name) -> None:
-    net, args, kwargs = built(name)
-    graph = trace_dependencies(net, args, kwargs)
+    graph = graph_of(name, "dim")
     places = [
         (member.tensor, member.dim, position)
         for group in graph.groups
@@ -173,10 +177,9 @@ def test_tracing_changes_nothing(name) -> None:
 
 @pytest.mark.parametrize("name", list(ZOO))
 def test_tracing_is_deterministic(name) -> None:
-    first, second = (trace_dependencies(net, args, kwargs) for net, args, kwargs in (built(name), built(name)))
-    assert table(first) == table(second)
+    first, (net, args, kwargs) = graph_of(name, "dim"), built(name)
+    assert table(trace_dependencies(net, args, kwargs)) == table(first)
     with torch.no_grad():
-        net, args, kwargs = built(name)
         for parameter in net.parameters():
             parameter.normal_()
         assert list(table(trace_dependencies(net, args, kwargs))) == list(table(first))
