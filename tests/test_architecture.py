@@ -186,13 +186,13 @@ def test_every_subpackage_is_a_method_or_core() -> None:
 
 
 def imports_within_the_package() -> dict[str, set[str]]:
-    """Module -> modules of the package that it imports as it runs, also inside functions."""
+    """Module -> modules of the package that it imports, also inside functions and for type checkers."""
     modules = {".".join(("lightning_light", *file.relative_to(ROOT).with_suffix("").parts)): file for file in FILES}
     modules = {name.removesuffix(".__init__"): file for name, file in modules.items()}
     graph: dict[str, set[str]] = {}
     for name, file in modules.items():
-        tree = ast.parse(file.read_text())
-        graph[name] = {found for found in imported(tree) if found in modules} - {name}
+        found = (module for node in ast.walk(ast.parse(file.read_text())) for module in imported_by(node))
+        graph[name] = {module for module in found if module in modules} - {name}
     return graph
 
 

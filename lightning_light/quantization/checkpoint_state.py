@@ -17,6 +17,7 @@ from lightning_light.quantization.encoding import decode, encode
 from lightning_light.quantization.fake_quantize import merge_ranges
 from lightning_light.quantization.fake_quantizer import FakeQuantizer
 from lightning_light.quantization.learned_qparams import initial_values, places_of
+from lightning_light.quantization.lowering.quantizer import LoweringQuantizer
 from lightning_light.quantization.plan import QuantizationPlan, plan_quantization
 from lightning_light.quantization.recipes import Engine, Recipe
 from lightning_light.quantization.trace import trace_ops
@@ -168,7 +169,7 @@ def attach_fake_quantizer(model: nn.Module, state: dict[str, Any]) -> FakeQuanti
     found = read_state(state)
     if not found.plan.layers:
         return None
-    quantizer = FakeQuantizer(found.plan, found.engine, found.learned if found.enabled else None)
+    quantizer = LoweringQuantizer(found.plan, found.engine, found.learned if found.enabled else None)
     quantizer.update(found.ranges, found.min_bits)
     quantizer.enabled = found.enabled
     quantizer.attach(model)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_light.host.patches import InstancePatch
-from lightning_light.int8 import LoweredModel, QDQConstraints, Quantizer
 from lightning_light.isolation import uncompile
 from lightning_light.quantization.fake_quantize import (
     SMALLEST_SCALE,
@@ -26,9 +24,6 @@ from lightning_light.quantization.fake_quantize import (
     qparams_of,
 )
 from lightning_light.quantization.learned_qparams import learned_qparams_of, names_of, weight_scale
-from lightning_light.quantization.lowering.base import Lowering, lowered
-from lightning_light.quantization.lowering.qdq import QDQLowering
-from lightning_light.quantization.lowering.quantized_ops import QuantizedOpsLowering, quantized_engine
 from lightning_light.quantization.op_calls import OpCall, OpId, OpMode, OpStack
 from lightning_light.quantization.operators import arguments
 from lightning_light.quantization.plan import QuantizationPlan
@@ -39,7 +34,17 @@ from lightning_light.surgery.attachment import has_state, state_of
 __all__ = ["FakeQuantizer"]
 
 
-class FakeQuantizer(OpStack, Quantizer):
+class OpHandler(Protocol):
+    """Computes operator calls in place of the fake quantizer."""
+
+    def handle(self, call: OpCall) -> Any:
+        """Return the result of one operator call."""
+
+    def output(self, output: Any) -> Any:
+        """Return what the network returns in place of ``output``; None for ``output`` itself."""
+
+
+class FakeQuantizer(OpStack):
     """Fake-quantizes one network by a plan, as long as it is attached.
 
     Args:
@@ -64,7 +69,7 @@ class FakeQuantizer(OpStack, Quantizer):
         self.learned: Mapping[str, Tensor] = learned or {}
         self.enabled = self.freeze_batch_norm = False
         self.observer: RangeObserver | None = None
-        self.lowering: Lowering | None = None
+        self.lowering: OpHandler | None = None
         self.min_bits = 0
         self.ranges = torch.empty(0, 2)
         self.activations = list(plan.activations)
@@ -146,16 +151,6 @@ class FakeQuantizer(OpStack, Quantizer):
     @override
     def output(self, output: Any) -> Any:
         return None if self.lowering is None else self.lowering.output(output)
-
-    # What an exporter asks.
-
-    @override
-    def quantized_ops(self, call: Callable[[], Any], engine: str) -> AbstractContextManager[LoweredModel]:
-        return quantized_engine(self, lowered(self, call, QuantizedOpsLowering(self, engine)), engine)
-
-    @override
-    def qdq(self, call: Callable[[], Any], constraints: QDQConstraints) -> AbstractContextManager[LoweredModel]:
-        return lowered(self, call, QDQLowering(self, constraints))
 
     # Operator calls.
 

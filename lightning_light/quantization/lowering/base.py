@@ -5,21 +5,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from lightning_light.int8 import QUANTIZED_TENSORS_ARE_DEPRECATED, LoweredModel
+from lightning_light.quantization.fake_quantizer import FakeQuantizer
 from lightning_light.quantization.lowering.weights import QuantizedWeight, fold
 from lightning_light.quantization.op_calls import OpCall, OpId
 from lightning_light.quantization.operators import METADATA, arguments, operator_of
 from lightning_light.quantization.specs import QParams
 from lightning_light.warning_filters import ignored_warnings
-
-if TYPE_CHECKING:
-    from lightning_light.quantization.fake_quantizer import FakeQuantizer
 
 __all__ = ["Lowering", "lowered", "scalar"]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,14 +14,12 @@ from typing_extensions import override
 
 from lightning_light.int8 import Int8Weights, LoweredModel
 from lightning_light.nested import map_tensors
+from lightning_light.quantization.fake_quantizer import FakeQuantizer
 from lightning_light.quantization.lowering.base import Lowering, scalar
 from lightning_light.quantization.lowering.weights import QuantizedWeight, share_storage
 from lightning_light.quantization.op_calls import OpCall, OpId
 from lightning_light.quantization.operators import KernelCall, is_view, operator_of
 from lightning_light.quantization.specs import QParams
-
-if TYPE_CHECKING:
-    from lightning_light.quantization.fake_quantizer import FakeQuantizer
 
 __all__ = ["QuantizedOpsLowering", "quantized_engine"]
 
