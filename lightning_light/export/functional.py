@@ -31,7 +31,7 @@ from lightning_light.export.inputs import (
     samples,
     tripled,
 )
-from lightning_light.export.int8 import check_details
+from lightning_light.export.int8 import check_details, warn_of_float_file
 from lightning_light.export.networks import ExportedNetwork, ReferenceNetwork
 from lightning_light.export.parity import Parity, Tolerance, compare_outputs
 from lightning_light.export.report import ExportReport
@@ -156,6 +156,7 @@ def export_model(
         >>> report.inputs, report.macs, report.details["batch_norms_left"]
         ([{'name': 'input', 'shape': [1, 3, 8, 8], 'dtype': 'float32'}], 18944, 0)
     """
+    warn_of_float_file(model)
     batches = iter(data)
     compared = list(itertools.islice(batches, _PARITY_BATCHES))
     evaluator = DataEvaluator(model, itertools.chain(compared, batches), metrics, metric_inputs) if compared else None

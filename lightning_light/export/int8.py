@@ -12,8 +12,10 @@ from lightning_light.errors import UnsupportedError
 from lightning_light.export.inputs import Positional
 from lightning_light.export.program import Program, flat_tensors, traced
 from lightning_light.int8 import LoweredModel, QDQConstraints, Quantizer, quantizers_of
+from lightning_light.order import Stage
+from lightning_light.surgery.attachment import has_state, state_of
 
-__all__ = ["check_details", "describe", "quantizer_of", "traced_int8"]
+__all__ = ["check_details", "describe", "quantizer_of", "traced_int8", "warn_of_float_file"]
 
 
 def quantizer_of(call: str, model: nn.Module) -> Quantizer | None:
@@ -30,6 +32,18 @@ def quantizer_of(call: str, model: nn.Module) -> Quantizer | None:
             "`QuantizationAwareTraining` is at work."
         )
     return found[0] if found else None
+
+
+def warn_of_float_file(model: nn.Module) -> None:
+    """Warn where a network that was quantized computes in float, so that its file will be float too."""
+    states = [state_of(module) for module in model.modules() if has_state(module)]
+    claims = [claim for state in states for claim in state.claims.values()]
+    if any(claim.stage == Stage.QUANTIZATION for claim in claims) and quantizer_of("export_model", model) is None:
+        warnings.warn(
+            f"`export_model` on `{type(model).__name__}`: a float file of a quantized network, because it computes in "
+            "float outside of `fake_quantized`. For an int8 file: `with fake_quantized(model): export_model(...)`.",
+            stacklevel=3,
+        )
 
 
 def traced_int8(

@@ -114,3 +114,14 @@ def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
     with pytest.raises(LightningLightError, match=r"failed after training: .*could not be saved in .*m.ptl.ckpt"):
         fit(module, MobileExport(folder / "m.ptl", **QUICK))
     assert folder.read_text() == "no folder"
+
+
+def test_a_float_file_of_a_quantized_network_is_named(tmp_path: Path) -> None:
+    images = noise(2, 3, 8, 8)
+    net = quantize(ZOO["plain"]().eval(), images, Int8("qnnpack"), data=[images])
+    with pytest.warns(UserWarning, match="float file of a quantized network.*with fake_quantized"):
+        float_file = export_model(net, images, tmp_path / "float.ptl", **QUICK)
+    with fake_quantized(net):
+        int8_file = export_model(net, images, tmp_path / "int8.ptl", **QUICK)
+    assert "int8_layers" not in float_file.details
+    assert int8_file.details["int8_layers"] > 0
