@@ -64,7 +64,7 @@ def choose_items(
     if not count:
         return [] if all(high >= 0.0 for high in highs) else None
     objective = np.asarray(scores, dtype=np.float64)
-    objective = objective * (_LARGEST / (np.abs(objective).max() or 1.0))  # the solver stops at an absolute gap of 1e-6
+    objective = objective / (np.abs(objective).max() or 1.0) * _LARGEST  # the solver stops at an absolute gap of 1e-6
     constraints = [LinearConstraint(np.stack(rows), -np.inf, np.asarray(highs))] if rows else []
     found = milp(
         objective,

@@ -54,3 +54,4 @@ def test_scores_of_any_size_are_solved_exactly() -> None:
     scores = [3e-9, 2e-9, 1e-9, 2.5e-9]
     assert choose_items(scores, [[-1.0, -1.0, -1.0, -1.0]], [-2.0]) == [1, 2]
     assert choose_items([7.0, 1e-3, 1.001e-3], [[-5.0, -1.0, -1.0]], [-6.0]) == [0, 1]
+    assert choose_items([2e-309, 1e-309, 3e-309], [[-1.0, -1.0, -1.0]], [-1.0]) == [1]  # subnormal
