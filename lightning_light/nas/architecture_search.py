@@ -249,11 +249,6 @@ class ArchitectureSearch(RecordedInputs):
     def _events(self) -> Events:
         return Events(self.schedule)
 
-    def _example(self, pl_module: LightningModule) -> ExampleInput:
-        assert self.captured is not None
-        assert self.captured.example is not None  # since the run is planned
-        return self.captured.example.to(pl_module)
-
     def _check_step(self, pl_module: LightningModule, batch: Any) -> None:
         """Refuse a training step that reads what the comparison of outputs does not show."""
         assert self.captured is not None
@@ -269,7 +264,7 @@ class ArchitectureSearch(RecordedInputs):
         """Check, once per fit and as soon as the example input is known, that the counted budgets can be reached."""
         state = self.state(pl_module)
         if not state.get("planned") and self.captured is not None and self.captured.example is not None:
-            example, references = self._example(pl_module), self._references(trainer, pl_module)
+            example, references = self.example(pl_module), self._references(trainer, pl_module)
 
             def check() -> None:
                 with plain_execution():
@@ -280,7 +275,7 @@ class ArchitectureSearch(RecordedInputs):
 
     def _references(self, trainer: Trainer, pl_module: LightningModule) -> Costs:
         """Return the counted quantities before any method changed the network."""
-        example, state = self._example(pl_module), self.compression_state(pl_module)
+        example, state = self.example(pl_module), self.compression_state(pl_module)
         counted = [budget for budget in self._budgets if not budget.runs_model]
 
         def measured(budget: Budget) -> float:
@@ -294,7 +289,7 @@ class ArchitectureSearch(RecordedInputs):
         log_rank_zero(trainer, f"{self.method}: search on the inputs of {self.recorded_batches} training batches")
         calls, example, references = (
             self._calls(pl_module),
-            self._example(pl_module),
+            self.example(pl_module),
             self._references(trainer, pl_module),
         )
         parts = calls[: self.calibration_batches], calls[self.calibration_batches :]
@@ -345,7 +340,7 @@ class ArchitectureSearch(RecordedInputs):
         calls: Sequence[ExampleInput],
     ) -> Any:
         """Return the plan of rank 0 on every rank."""
-        example = self._example(pl_module)
+        example = self.example(pl_module)
 
         def plan() -> Any:
             with plain_execution():
