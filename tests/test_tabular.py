@@ -124,6 +124,7 @@ def test_results_of_public_functions_are_tables(kind: type, tmp_path: Path) -> N
 
 
 def test_a_report_in_a_notebook_has_the_picture_of_the_run() -> None:
+    pytest.importorskip("matplotlib")
     start = Snapshot.from_plain(report().before.plain())
     history = measure.History.of(start, ["conv", ""]).extended(0, start, start).extended(5, start, report().after)
     dense = report(metrics={"accuracy": [(3, 0.4)]}).plain()
