@@ -19,7 +19,7 @@ def jobs(args: argparse.Namespace) -> list[Job]:
     tasks = {
         "cnn": FashionCNN(args.work, args.data),
         "resnet": CIFARResNet(profile.depth, args.cifar10, args.weights),
-        SHORTCUTS: CIFARResNet(profile.depth, args.cifar10, args.weights, convolution=True, precision="bf16-mixed"),
+        SHORTCUTS: CIFARResNet(profile.depth, args.cifar10, args.weights, convolution=True),
     }
     found = [
         Job(

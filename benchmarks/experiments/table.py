@@ -37,7 +37,7 @@ class Profile:
 
 
 PROFILES = {
-    "cpu": Profile(20, {"cnn": 3, "resnet": 1, SHORTCUTS: 10}, {"cnn": 3, "resnet": 1, SHORTCUTS: 3}),
+    "cpu": Profile(20, {"cnn": 3, "resnet": 10, SHORTCUTS: 10}, {"cnn": 3, "resnet": 3, SHORTCUTS: 3}),
     "gpu": Profile(56, {"cnn": 10, "resnet": 200, SHORTCUTS: 200}, {"cnn": 5, "resnet": 3, SHORTCUTS: 3}),
 }
 

@@ -187,7 +187,7 @@ class CIFARResNet(Task):
     weights: Path | None = None
     lr: float = 0.01
     convolution: bool = False
-    precision: str = "32-true"
+    precision: str = "bf16-mixed"
 
     shape = (3, 32, 32)
 

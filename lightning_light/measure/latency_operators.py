@@ -31,11 +31,13 @@ _TRANSPOSED: tuple[Any, ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvT
 
 @dataclass(frozen=True)
 class Operator:
-    """A convolution or matrix product with a weight, fused with what follows it, on one sample.
+    """A convolution or matrix product on one sample.
+
+    One with a weight is fused with what follows it.
 
     Attributes:
         input: shape.
-        weight: shape; of a matrix product ``(outputs, inputs)``.
+        weight: shape; of a matrix product ``(outputs, inputs)``; of a batched one, the shape of the second factor.
         options: of a convolution: stride, padding, dilation, output padding, groups, and whether it is transposed.
     """
 
@@ -47,13 +49,22 @@ class Operator:
     def key(self) -> str:
         """Name of the operator in a table."""
         shapes = "x".join(map(str, self.input)), "x".join(map(str, self.weight))
-        return " ".join(("conv" if self.options else "linear", *shapes, *map(str, self.options)))
+        return " ".join((self._kind, *shapes, *map(str, self.options)))
+
+    @property
+    def _kind(self) -> str:
+        if self.options:
+            return "conv"
+        return "linear" if len(self.weight) == 2 else "product"
 
     def copies(self) -> tuple[nn.Module, ExampleInput]:
         """Build a module that applies the operator `COPIES` times, and a call of it.
 
         Additions and activations follow, as in residual blocks; the changes of layout at the ends count once.
         """
+        if self._kind == "product":
+            factors = (torch.full((1, *shape), 0.5) for shape in (self.input, self.weight))  # one sample of all heads
+            return _Products(), ExampleInput(tuple(factors))
         layers = [self._layer() for _ in range(COPIES)]
         for place, layer in enumerate(layers):
             for parameter in layer.to_empty(device="cpu").parameters():
@@ -144,6 +155,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif func in (_aten.mm.default, _aten.addmm.default):
             x, matrix = args[-2:]
             self._add(x, (matrix.shape[1], matrix.shape[0]))
+        elif func is _aten.bmm.default:
+            self._add(args[0], tuple(args[1].shape))
         return func(*args, **(kwargs or {}))
 
     def _add(self, x: Tensor, weight: tuple[int, ...], options: tuple[Any, ...] = ()) -> None:
@@ -161,6 +174,17 @@ class _Repeated(nn.Module):
         output: Tensor = first(x)
         for layer in rest:
             output = (output + layer(x)).relu()
+        return output
+
+
+class _Products(nn.Module):
+    """Batched products whose second factors differ, so that none is computed once for all."""
+
+    @override
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        output = x @ y
+        for place in range(1, COPIES):
+            output = (output + x @ (y * (1.0 + 0.01 * place))).relu()
         return output
 
 

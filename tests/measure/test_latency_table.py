@@ -121,6 +121,18 @@ def test_what_a_run_has_measured_comes_before_what_is_on_disk() -> None:
     assert table(budget, known).file(network(), EXAMPLE) == 2 * first.file(network(), EXAMPLE)
 
 
+@pytest.mark.parametrize("heads", [1, 2])
+def test_products_of_attention_are_operators(heads: int) -> None:
+    attention = nn.TransformerEncoderLayer(8, heads, 16, batch_first=True).eval()
+    operators = operator_calls(attention, ExampleInput((torch.zeros(3, 5, 8),))).operators
+    size = 8 // heads
+    scores, values = Operator((heads, 5, size), (heads, size, 5)), Operator((heads, 5, 5), (heads, 5, size))
+    assert operators[scores] == operators[values] == 1
+    for operator in (scores, values):
+        assert operator.key.startswith("product")
+        assert operator_calls(*operator.copies()).operators == {operator: COPIES}
+
+
 @pytest.mark.parametrize("text", ["", "[]", '{"seconds": {"a": -1.0}}', '{"seconds": {"a": "1"}}'])
 def test_a_damaged_table_is_measured_again_with_a_warning(text: str, tmp_path: Path) -> None:
     budget = Latency("1 s", Simulated())
