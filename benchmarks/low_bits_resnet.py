@@ -7,6 +7,7 @@ at eight, as the papers do.
 """
 
 import argparse
+import copy
 import time
 from pathlib import Path
 
@@ -60,6 +61,7 @@ def training_options(parser: argparse.ArgumentParser, epochs: int) -> None:
     parser.add_argument("--observe", type=int, default=32, help="batches that are observed at first")
     parser.add_argument("--precision", default="32-true", help="of training; all accuracies are in float32")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--teacher", action="store_true", help="distill from the float network")
 
 
 def trained(args: argparse.Namespace) -> CIFARResNet:
@@ -74,6 +76,7 @@ def trained_on(
 ) -> tuple[OwnCrops, float, str]:
     """Trained with fake quantization: the module, the Trainer's top-1 of all test images, and what it was at first."""
     L.seed_everything(args.seed, verbose=False)
+    teachers = [ll.KnowledgeDistillation(copy.deepcopy(net))] if args.teacher else []
     module = OwnCrops(net.train().to(memory_format=torch.channels_last), args.lr)  # a Trainer leaves evaluation as is
     qat = ll.QuantizationAwareTraining(
         recipe, start=0.0, calibration_batches=args.observe, freeze_observers=args.freeze, freeze_batch_norm=args.freeze
@@ -87,7 +90,7 @@ def trained_on(
         "accelerator": "cpu",
     }
     train = TensorDataset(*(tensor[: args.images] for tensor in data["train"].tensors))
-    trainer = L.Trainer(max_epochs=args.epochs, callbacks=[qat, look], precision=args.precision, **quiet)
+    trainer = L.Trainer(max_epochs=args.epochs, callbacks=[*teachers, qat, look], precision=args.precision, **quiet)
     trainer.fit(module, DataLoader(train, 128, shuffle=True, drop_last=True))
     tester = L.Trainer(callbacks=[qat], **quiet)
     (found,) = tester.test(module, DataLoader(data["test"], 500), verbose=False)
@@ -123,6 +126,7 @@ def main() -> None:
 
     data = read(args.data)
     settings = f"lr {args.lr}, frozen from {args.freeze}, seed {args.seed}, {args.precision}"
+    settings += ", teacher: the float network" * args.teacher
     print(f"ResNet-{args.depth}, {args.epochs} epochs of {args.images} images, {settings}")
     print("| | at first | after training | minutes |\n|---|---|---|---|")
     print(f"| float | {accuracy(trained(args), data['test']):.2%} | | |", flush=True)

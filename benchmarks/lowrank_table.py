@@ -109,9 +109,15 @@ def one_shot(net: nn.Module, data: dict[str, TensorDataset], example: Tensor, ar
 def depthwise(net: nn.Module, data: dict[str, TensorDataset], example: Tensor) -> None:
     """Decouple all 3x3 layers but the first."""
     kernels = [name for name, module in net.named_modules() if getattr(module, "kernel_size", None) == (3, 3)]
-    decoupled = copy.deepcopy(net).eval()
-    factorize(decoupled, example, Params(0.534), form="depthwise", targets=kernels[1:])
-    row("one shot, `form='depthwise'`, `Params(0.534)`", [accuracy(decoupled, data["test"])], decoupled, net, example)
+    calibration = DataLoader(TensorDataset(data["train"].tensors[0][:8192]), 128)
+    for name, options in (
+        ("without data", {}),
+        ("statistics of batch norms corrected", {"data": calibration, "calibration_batches": 64}),
+    ):
+        decoupled = copy.deepcopy(net).eval()
+        factorize(decoupled, example, Params(0.534), form="depthwise", targets=kernels[1:], **options)
+        title = f"one shot, `form='depthwise'`, `Params(0.534)`, {name}"
+        row(title, [accuracy(decoupled, data["test"])], decoupled, net, example)
 
 
 def fine_tuned(net: nn.Module, data: dict[str, TensorDataset], example: Tensor, args: argparse.Namespace) -> None:
