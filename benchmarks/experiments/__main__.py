@@ -10,7 +10,7 @@ import torch
 from benchmarks.experiments import page
 from benchmarks.experiments.harness import RESULTS, Job, run_missing
 from benchmarks.experiments.table import EXPERIMENTS, PROFILES, SHORTCUTS
-from benchmarks.experiments.tasks import CIFARResNet, FashionCNN, from_environment
+from benchmarks.experiments.tasks import CIFARResNet, FashionCNN, FashionViT, from_environment
 
 
 def jobs(args: argparse.Namespace) -> list[Job]:
@@ -18,6 +18,7 @@ def jobs(args: argparse.Namespace) -> list[Job]:
     profile = PROFILES[args.profile]
     tasks = {
         "cnn": FashionCNN(args.work, args.data),
+        "vit": FashionViT(args.work, args.data),
         "resnet": CIFARResNet(profile.depth, args.cifar10, args.weights),
         SHORTCUTS: CIFARResNet(profile.depth, args.cifar10, args.weights, convolution=True),
     }

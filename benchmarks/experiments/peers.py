@@ -51,6 +51,7 @@ class TorchPruning(Method):
             for images, labels in batches:
                 F.cross_entropy(net(images), labels).backward()
         last = [module for module in net.modules() if isinstance(module, nn.Linear)][-1]
+        attentions = [module for module in net.modules() if isinstance(module, nn.MultiheadAttention)]
         pruner = tp.pruner.BasePruner(
             net,
             example,
@@ -61,6 +62,7 @@ class TorchPruning(Method):
             ignored_layers=[last],
             in_channel_groups={},
             out_channel_groups={},
+            num_heads={attention: attention.num_heads for attention in attentions},
         )
         pruner.step()
         net.zero_grad(set_to_none=True)

@@ -1,6 +1,7 @@
 """The table of experiments."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch_pruning as tp
 
@@ -37,8 +38,12 @@ class Profile:
 
 
 PROFILES = {
-    "cpu": Profile(20, {"cnn": 3, "resnet": 10, SHORTCUTS: 10}, {"cnn": 3, "resnet": 3, SHORTCUTS: 3}),
-    "gpu": Profile(56, {"cnn": 10, "resnet": 200, SHORTCUTS: 200}, {"cnn": 5, "resnet": 3, SHORTCUTS: 3}),
+    "cpu": Profile(
+        20, {"cnn": 3, "vit": 3, "resnet": 10, SHORTCUTS: 10}, {"cnn": 3, "vit": 3, "resnet": 3, SHORTCUTS: 3}
+    ),
+    "gpu": Profile(
+        56, {"cnn": 10, "vit": 10, "resnet": 200, SHORTCUTS: 200}, {"cnn": 5, "vit": 5, "resnet": 3, SHORTCUTS: 3}
+    ),
 }
 
 
@@ -53,7 +58,7 @@ class Experiment:
         method: how.
         package: that does it; `NONE` where nothing is compressed.
         beside: the experiment of this package with which the row of a peer is compared.
-        network: ``"cnn"``, ``"resnet"``, or `SHORTCUTS`: the ResNet with convolutional shortcuts.
+        network: ``"cnn"``, ``"vit"``, ``"resnet"``, or `SHORTCUTS`: the ResNet with convolutional shortcuts.
         epochs: of training; None for those of the profile, 0 for none.
     """
 
@@ -285,4 +290,62 @@ RESNET_SHORTCUTS = [
     _half("magnitude", "`Magnitude`, one cut", PruneChannels(ll.MACs(0.5))),
 ]
 
-EXPERIMENTS = [*CNN, *RESNET, *RESNET_SHORTCUTS]
+_VIT = "Vision transformer, Fashion-MNIST"
+_VIT_PRUNED = f"{_VIT}: structured pruning to 60% of the MACs"
+
+
+def _vit(name: str, title: str, method: Method, section: str = _VIT_PRUNED, **options: Any) -> Experiment:
+    return Experiment(f"vit-{name}", section, title, method, network="vit", **options)
+
+
+_SIXTY = ll.MACs(0.6)
+
+VIT = [
+    _vit("dense", "the starting weights of all rows", Method(), _VIT, package=NONE, epochs=0),
+    _vit("dense-trained-on", "trained on for as many epochs as the others", Method(), _VIT, package=NONE),
+    _vit("magnitude-0.6", "`Magnitude`, one cut", PruneChannels(_SIXTY)),
+    _vit("taylor-0.6", "`Taylor`, one cut", PruneChannels(_SIXTY, ll.Taylor())),
+    _vit("gates-0.6", "`LearnedGates`, one cut", PruneChannels(_SIXTY, LearnedGates(60))),
+    _vit(
+        "gates-teacher-0.6",
+        "`LearnedGates`, one cut, dense teacher",
+        PruneChannels(_SIXTY, LearnedGates(60), teacher=True),
+    ),
+    _vit(
+        "torch-pruning-magnitude-0.6",
+        "`GroupMagnitudeImportance`, one cut",
+        TorchPruning(tp.importance.GroupMagnitudeImportance, 0.6),
+        package="torch-pruning",
+        beside="vit-magnitude-0.6",
+    ),
+    _vit(
+        "torch-pruning-taylor-0.6",
+        "`GroupTaylorImportance`, one cut",
+        TorchPruning(tp.importance.GroupTaylorImportance, 0.6, gradients=True),
+        package="torch-pruning",
+        beside="vit-taylor-0.6",
+    ),
+    _vit("sparse-0.9", "`WeightPruning`, 90 %, gradual", Callbacks([ll.WeightPruning(ll.Sparsity(0.9))]), _VIT),
+    _vit(
+        "model-pruning-0.9",
+        "`ModelPruning`, 90 % after the first epoch",
+        LightningModelPruning(0.9),
+        _VIT,
+        package="Lightning",
+        beside="vit-sparse-0.9",
+    ),
+    _vit(
+        "low-rank-0.5",
+        "`LowRankFactorization`, 50 % of the MACs",
+        Callbacks([ll.LowRankFactorization(ll.MACs(0.5))]),
+        _VIT,
+    ),
+    _vit(
+        "qat",
+        "`QuantizationAwareTraining`, int8",
+        Callbacks([ll.QuantizationAwareTraining(ll.Int8("onnx"))], quantized=True),
+        _VIT,
+    ),
+]
+
+EXPERIMENTS = [*CNN, *VIT, *RESNET, *RESNET_SHORTCUTS]

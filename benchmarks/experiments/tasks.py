@@ -103,12 +103,30 @@ class CNN(nn.Module):
         return self.head(self.blocks(self.stem(x)).mean((2, 3)))
 
 
-class Classifier(L.LightningModule):
-    """Cross entropy with label smoothing, SGD, one cycle of the learning rate."""
+class ViT(nn.Module):
+    """A pre-norm transformer on 16 patches of 7 x 7 pixels: four layers with four heads."""
 
-    def __init__(self, net: nn.Module, lr: float, example: Tensor) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.net, self.lr = net, lr
+        self.patch, self.position = nn.Conv2d(1, width, 7, 7), nn.Parameter(torch.zeros(1, 16, width))
+        layers = (
+            nn.TransformerEncoderLayer(width, 4, 2 * width, 0.0, F.gelu, batch_first=True, norm_first=True)
+            for _ in range(4)
+        )
+        self.layers = nn.Sequential(*layers)
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patch(x).flatten(2).transpose(1, 2) + self.position
+        return self.head(self.norm(self.layers(tokens)).mean(1))
+
+
+class Classifier(L.LightningModule):
+    """Cross entropy with label smoothing, SGD or AdamW, one cycle of the learning rate."""
+
+    def __init__(self, net: nn.Module, lr: float, example: Tensor, optimizer: str = "SGD") -> None:
+        super().__init__()
+        self.net, self.lr, self.optimizer = net, lr, optimizer
         self.example_input_array = example
 
     def forward(self, x: Tensor) -> Tensor:
@@ -118,7 +136,10 @@ class Classifier(L.LightningModule):
         return F.cross_entropy(self(batch[0]), batch[1], label_smoothing=0.1)
 
     def configure_optimizers(self):
-        optimizer = torch.optim.SGD(self.parameters(), self.lr, momentum=0.9, weight_decay=5e-4)
+        if self.optimizer == "SGD":
+            optimizer = torch.optim.SGD(self.parameters(), self.lr, momentum=0.9, weight_decay=5e-4)
+        else:
+            optimizer = torch.optim.AdamW(self.parameters(), self.lr, weight_decay=0.05)
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, total_steps=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -136,6 +157,8 @@ class FashionCNN(Task):
 
     name = "CNN, Fashion-MNIST"
     shape = (1, 28, 28)
+    kind = "cnn"
+    optimizer = "SGD"
 
     def __post_init__(self) -> None:
         self._data = None
@@ -147,7 +170,7 @@ class FashionCNN(Task):
         return CNN(self.width)
 
     def trained(self, seed: int) -> nn.Module:
-        net, path = self.untrained(), self.cache / f"cnn-{self.width}-{self.epochs}-{seed}.pt"
+        net, path = self.untrained(), self.cache / f"{self.kind}-{self.width}-{self.epochs}-{seed}.pt"
         if not path.exists():
             L.seed_everything(seed, verbose=False)
             net = self.untrained()
@@ -159,7 +182,7 @@ class FashionCNN(Task):
         return net.eval()
 
     def module(self, net: nn.Module) -> L.LightningModule:
-        return Classifier(net, self.lr, self.example)
+        return Classifier(net, self.lr, self.example, self.optimizer)
 
     def train_loader(self) -> DataLoader[Any]:
         return self._loaded().train_dataloader()
@@ -172,6 +195,22 @@ class FashionCNN(Task):
             self._data = importlib.import_module("fashion_mnist").FashionMNIST(self.data)
             self._data.setup("fit")
         return self._data
+
+
+@dataclass
+class FashionViT(FashionCNN):
+    """A small vision transformer on Fashion-MNIST; trained once per seed, and kept in ``cache``."""
+
+    width: int = 64
+    epochs: int = 20
+    lr: float = 0.002
+
+    name = "ViT, Fashion-MNIST"
+    kind = "vit"
+    optimizer = "AdamW"
+
+    def untrained(self) -> nn.Module:
+        return ViT(self.width)
 
 
 @dataclass
