@@ -25,7 +25,7 @@ from lightning_light.export.exporter import Exporter
 from lightning_light.export.inputs import Positional, is_plain
 from lightning_light.export.int8 import describe, quantizer_of
 from lightning_light.export.program import flat_tensors
-from lightning_light.int8 import QUANTIZED_TENSORS_ARE_DEPRECATED, Int8Weights
+from lightning_light.int8 import Int8Weights, int8_kernels
 from lightning_light.isolation import plain_attention
 from lightning_light.validation import validated
 from lightning_light.warning_filters import ignored_warnings
@@ -107,11 +107,11 @@ class TorchScriptLite(Exporter):
     @override
     def load(self, path: Path) -> Callable[..., Any]:
         engine = _engine_of(path)
-        with quiet_deprecations(), _engine(engine):  # packs the weights for the engine
+        with quiet_deprecations(), int8_kernels(engine):  # packs the weights for the engine
             network = _runtime()._load_for_lite_interpreter(str(path))
 
         def run(*tensors: Any) -> Any:
-            with _engine(engine):
+            with int8_kernels(engine):
                 return network(*tensors)
 
         return network if engine is None else run
@@ -130,17 +130,6 @@ def _engine_of(path: Path) -> str | None:
     with zipfile.ZipFile(path) as archive:
         names = [name for name in archive.namelist() if name.endswith("/extra/engine")]
         return archive.read(names[0]).decode() if names else None
-
-
-@contextmanager
-def _engine(name: str | None) -> Iterator[None]:
-    before = torch.backends.quantized.engine
-    torch.backends.quantized.engine = before if name is None else name
-    try:
-        with ignored_warnings(QUANTIZED_TENSORS_ARE_DEPRECATED):
-            yield
-    finally:
-        torch.backends.quantized.engine = before
 
 
 def _written(

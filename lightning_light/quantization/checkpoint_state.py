@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_light.encoding import decode, encode
 from lightning_light.errors import LightningLightError
 from lightning_light.example_input import ExampleInput
-from lightning_light.quantization.encoding import decode, encode
 from lightning_light.quantization.fake_quantize import merge_ranges
 from lightning_light.quantization.fake_quantizer import FakeQuantizer
 from lightning_light.quantization.learned_qparams import initial_values, places_of
-from lightning_light.quantization.lowering.quantizer import LoweringQuantizer
 from lightning_light.quantization.plan import QuantizationPlan, plan_quantization
 from lightning_light.quantization.recipes import Engine, Recipe
 from lightning_light.quantization.trace import trace_ops
@@ -135,16 +134,21 @@ def begin(state: dict[str, Any], model: nn.Module, example: ExampleInput, recipe
     return plan
 
 
-def merge(state: dict[str, Any], seen: Tensor, momentum: Tensor) -> None:
-    """Merge the ranges of one batch into those of ``state``.
+def merge(state: dict[str, Any], quantizer: FakeQuantizer, seen: Tensor, momentum: Tensor | None = None) -> None:
+    """Merge the ranges of one batch into those of ``state``, and quantize by them.
 
     Args:
         state: as `begin` has made it.
+        quantizer: attached by it.
         seen: ``(activations, 2)``, of the batch.
-        momentum: as in `merge_ranges`.
+        momentum: as in `merge_ranges`; that of the observers by default.
     """
+    momentum = quantizer.observer.momentum if momentum is None else momentum
     state["ranges"] = merge_ranges(state["ranges"].to(seen), seen, momentum.to(seen))
     state["batches"] += 1
+    if not state["enabled"]:
+        state["learned"] |= quantizer.observer.weight_scales
+    quantizer.update(state["ranges"], state["min_bits"])
 
 
 def enable(state: dict[str, Any], quantizer: FakeQuantizer) -> None:
@@ -152,6 +156,8 @@ def enable(state: dict[str, Any], quantizer: FakeQuantizer) -> None:
     state["enabled"] = quantizer.enabled = True
     state["layers"] = quantizer.plan.bits_of_layers(state["min_bits"])
     state["learned"] |= initial_values(quantizer.activations, quantizer.qparams)
+    quantizer.learned = state["learned"]
+    quantizer.update(state["ranges"], state["min_bits"])
 
 
 def attach_fake_quantizer(model: nn.Module, state: dict[str, Any]) -> FakeQuantizer | None:
@@ -169,7 +175,7 @@ def attach_fake_quantizer(model: nn.Module, state: dict[str, Any]) -> FakeQuanti
     found = read_state(state)
     if not found.plan.layers:
         return None
-    quantizer = LoweringQuantizer(found.plan, found.engine, found.learned if found.enabled else None)
+    quantizer = FakeQuantizer(found.plan, found.engine, found.learned if found.enabled else None)
     quantizer.update(found.ranges, found.min_bits)
     quantizer.enabled = found.enabled
     quantizer.attach(model)

@@ -23,7 +23,6 @@ from lightning_light.quantization.post_training.adaround import AdaRound
 from lightning_light.quantization.post_training.calibration import calls_from, explained
 from lightning_light.quantization.post_training.equalization import equalize as equalize_layers
 from lightning_light.quantization.post_training.refinement import Refinement
-from lightning_light.quantization.range_observer import RangeObserver
 from lightning_light.quantization.recipes import Recipe
 from lightning_light.surgery.attachment import attach, release
 from lightning_light.validation import validated
@@ -108,8 +107,7 @@ def quantize(
         try:
             _observe(model, quantizer, state, chain([first], inputs))
             enable(state, quantizer)
-            state["recipe"], quantizer.learned = repr(recipe), state["learned"]
-            quantizer.update(state["ranges"])
+            state["recipe"] = repr(recipe)
             if correct_bias or rounding is not None:
                 refinement = Refinement(model, quantizer, examples, rounding, correct_bias, state["learned"])
                 refinement.run(progress_bar=progress_bar)
@@ -124,17 +122,15 @@ def quantize(
 
 
 def _observe(model: nn.Module, quantizer: FakeQuantizer, state: dict[str, Any], inputs: Iterable[ExampleInput]) -> None:
-    observer = quantizer.observer = RangeObserver(quantizer.activations)
     widest = torch.tensor([isinstance(spec.observer, MinMax | MovingAverage) for spec in quantizer.activations]).bool()
+    quantizer.observing = True
     for batch, call in enumerate(inputs):
         with explained("quantize", model, call):
             model(*call.args, **call.kwargs)
-        seen = observer.take(torch.device("cpu"))
+        seen = quantizer.observer.take(torch.device("cpu"))
         _check_finite(quantizer.plan, seen, batch)
-        merge(state, seen, torch.where(widest, torch.nan, 1 / (batch + 1)))
-    state["learned"] |= observer.weight_scales
-    quantizer.observer = None
-    quantizer.update(state["ranges"])
+        merge(state, quantizer, seen, torch.where(widest, torch.nan, 1 / (batch + 1)))
+    quantizer.observing = False
 
 
 @contextmanager

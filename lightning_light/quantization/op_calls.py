@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from lightning_light.int8 import QUANTIZED_TENSORS_ARE_DEPRECATED
 from lightning_light.module_stack import ModuleCall, ModuleStack
 from lightning_light.validation import PositiveInt
 
-__all__ = ["OpCall", "OpId", "OpMode", "OpStack", "intercepted"]
+__all__ = ["OpCall", "OpId", "OpStack"]
 
 _BETWEEN = (
     str(Path(__file__).parent),
@@ -102,55 +102,45 @@ class OpCall:
         return self.function(*self.args, **self.kwargs)
 
 
-class OpMode(TorchFunctionMode):
-    """Route every operator call inside a model to ``handle``, which returns its result."""
-
-    def __init__(self, stack: OpStack, handle: Callable[[OpCall], Any]) -> None:
-        super().__init__()
-        self._stack, self._handle = stack, handle
-
-    @override
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        op = self._stack.next_op(str(getattr(func, "__name__", func)))
-        if op is None:
-            return func(*args, **(kwargs or {}))
-        call = OpCall(op, func, list(args), dict(kwargs or {}))
-        if torch._C._get_tracing_state() is None:
-            return self._handle(call)
-        with _attributed_to_caller():
-            return self._handle(call)
-
-
 class OpStack(ModuleStack):
-    """Counts the operator calls of every running module call.
+    """Routes every operator call inside a model to ``handle``, which returns its result.
 
     Identities agree between runs, also where a part of the network is called by itself. A subclass may act where the
     outermost call begins and ends.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, handle: Callable[[OpCall], Any]) -> None:
         super().__init__()
+        self._handle = handle
         self._counts: Counter[tuple[str, int, str]] = Counter()
+        self._modes: list[AbstractContextManager[Any]] = []
 
     @property
     def is_running(self) -> bool:
         """Whether a module is being called."""
         return self.outermost is not None
 
-    def next_op(self, function: str) -> OpId | None:
-        """Identity of the operator call that is about to run; None outside of the model."""
-        call = self.current
-        if call is None:
-            return None
-        key = (call.name, call.number, function)
-        self._counts[key] += 1
-        return OpId(*key, self._counts[key])
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Inside, `watch` a model."""
+        self.watch(model)
+        try:
+            yield
+        finally:
+            self.remove()
 
-    def begin(self) -> None:
+    def begin(self, args: tuple[Any, ...]) -> None:
         """Act before the outermost call."""
+        self._modes = [_OpMode(self)]
+        if "torch._dynamo" in sys.modules:  # compiled code would not see the mode
+            self._modes.append(torch.compiler.set_stance("force_eager"))
+        for mode in self._modes:
+            mode.__enter__()
 
     def end(self) -> None:
         """Act after the outermost call, failed or not."""
+        while self._modes:
+            self._modes.pop().__exit__(None, None, None)
 
     def output(self, output: Any) -> Any:
         """Replace the output of the outermost call; None leaves it."""
@@ -159,7 +149,7 @@ class OpStack(ModuleStack):
     def entered(self, call: ModuleCall) -> None:
         if self.outermost is call:
             self._counts.clear()
-            self.begin()
+            self.begin(call.args)
 
     @override
     def left(self, call: ModuleCall, output: Any) -> Any:
@@ -174,17 +164,28 @@ class OpStack(ModuleStack):
             self.end()
         super().reset()
 
+    def dispatch(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the result of a function that is called; outside of the model it is not handled."""
+        caller = self.current
+        if caller is None:
+            return function(*args, **kwargs)
+        key = (caller.name, caller.number, str(getattr(function, "__name__", function)))
+        self._counts[key] += 1
+        call = OpCall(OpId(*key, self._counts[key]), function, list(args), kwargs)
+        if torch._C._get_tracing_state() is None:
+            return self._handle(call)
+        with _attributed_to_caller():
+            return self._handle(call)
 
-@contextmanager
-def intercepted(model: nn.Module, handle: Callable[[OpCall], Any], stack: OpStack | None = None) -> Iterator[None]:
-    """Inside, route every operator call of ``model`` to ``handle``, which returns its result."""
-    stack = stack or OpStack()
-    stack.watch(model)
-    try:
-        with OpMode(stack, handle):
-            yield
-    finally:
-        stack.remove()
+
+class _OpMode(TorchFunctionMode):
+    def __init__(self, stack: OpStack) -> None:
+        super().__init__()
+        self._stack = stack
+
+    @override
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self._stack.dispatch(func, args, dict(kwargs or {}))
 
 
 @contextmanager

@@ -32,16 +32,10 @@ from lightning_light.quantization.dampening import add_dampening_gradients
 from lightning_light.quantization.fake_quantizer import FakeQuantizer
 from lightning_light.quantization.functional import quantize
 from lightning_light.quantization.learned_qparams import LearnedQParams
-from lightning_light.quantization.range_observer import RangeObserver
 from lightning_light.quantization.recipes import Int8, Recipe
 from lightning_light.schedules import Cosine, Schedule, resolve, resolve_moment
 from lightning_light.surgery.checkpoint_monitoring import reset_monitoring
-from lightning_light.surgery.distributed import (
-    check_agreement,
-    log_rank_zero,
-    reduce_max,
-    reduce_mean,
-)
+from lightning_light.surgery.distributed import check_agreement, log_rank_zero, reduce_max, reduce_mean
 from lightning_light.surgery.stored_example import restore_or_capture_example, store_example
 from lightning_light.training_step import callable_with
 from lightning_light.validation import Moment, PositiveInt, validated
@@ -134,7 +128,6 @@ class QuantizationAwareTraining(CompressionCallback):
         self._moments: dict[str, float] = {}
         self._capture: Capture | None = None
         self._quantizer: FakeQuantizer | None = None
-        self._observer: RangeObserver | None = None
 
     # Lightning's hooks, in the order a run meets them.
 
@@ -153,9 +146,8 @@ class QuantizationAwareTraining(CompressionCallback):
                     f"`{type(self).__name__}(start={self.start})`: expected a start before the end of the run, found "
                     f"`Trainer(max_epochs={trainer.max_epochs})`. Start earlier, for instance `start=0.7`."
                 )
-            self._bit_width_schedule = self.bit_width_schedule and resolve(
-                self.bit_width_schedule, epochs_planned(trainer)
-            )
+            schedule = self.bit_width_schedule
+            self._bit_width_schedule = schedule and resolve(schedule, epochs_planned(trainer))
             self.disclaim(pl_module)  # a fit starts over, unless a checkpoint brings the claim back
 
     @override
@@ -170,8 +162,7 @@ class QuantizationAwareTraining(CompressionCallback):
             state.clear()
         self._attach(pl_module)
         if state.get("enabled"):
-            self.claim(pl_module, state["layers"])
-            self._learn(trainer, pl_module)
+            self._claim_and_learn(trainer, pl_module)
         super().on_fit_start(trainer, pl_module)
         state = self.state(pl_module)
         self.recipe.specs(pl_module, [])  # checks its patterns
@@ -212,7 +203,7 @@ class QuantizationAwareTraining(CompressionCallback):
         if not state["enabled"] and state["batches"] >= self.calibration_batches:
             self._enable(trainer, pl_module)
         observes = not state["enabled"] or progress < self._moments["freeze_observers"]
-        self._quantizer.observer = self._observer if observes else None
+        self._quantizer.observing = observes
         # In its last epoch `StochasticWeightAveraging` collects statistics again, and does not train.
         freeze = progress >= self._moments["freeze_batch_norm"]
         self._quantizer.freeze_batch_norm = freeze and not is_backward_skipped(trainer)
@@ -244,15 +235,12 @@ class QuantizationAwareTraining(CompressionCallback):
             store_example(state, self._capture)
         if quantizer is None:
             return
-        if (observer := quantizer.observer) is not None:
-            quantizer.observer = None
-            seen = self._on_all_ranks(trainer, observer.take(pl_module.device), observer.momentum)
-            merge(state, seen, observer.momentum)
-            if not state["enabled"]:
-                state["learned"] |= observer.weight_scales
-        elif not quantizer.learned:
-            return
-        quantizer.update(state["ranges"], state["min_bits"])
+        if quantizer.observing:
+            quantizer.observing = False
+            momentum = quantizer.observer.momentum
+            merge(state, quantizer, self._on_all_ranks(trainer, quantizer.observer.take(pl_module.device), momentum))
+        elif quantizer.learned:
+            quantizer.update(state["ranges"], state["min_bits"])
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -302,14 +290,13 @@ class QuantizationAwareTraining(CompressionCallback):
     def _attach(self, pl_module: LightningModule) -> None:
         if self._quantizer is None:
             self._quantizer = attach_fake_quantizer(pl_module, self.state(pl_module))
-            self._observer = None if self._quantizer is None else RangeObserver(self._quantizer.activations)
 
     def _detach(self) -> None:
         if self._capture is not None:
             self._capture.remove()
         if self._quantizer is not None:
             self._quantizer.detach()
-        self._capture, self._quantizer, self._observer = None, None, None
+        self._capture, self._quantizer = None, None
 
     def _continues_from_quantize(self, trainer: Trainer, state: dict[str, Any]) -> bool:
         """Whether `quantize` has found the ranges, by the same recipe, and training quantizes from its first batch."""
@@ -329,18 +316,22 @@ class QuantizationAwareTraining(CompressionCallback):
         state, quantizer = self.state(pl_module), self._quantizer
         assert quantizer is not None
         enable(state, quantizer)
-        self.claim(pl_module, state["layers"])
-        self._learn(trainer, pl_module)
+        self._claim_and_learn(trainer, pl_module)
         reset_monitoring(trainer)  # else "best" is the float network
         self.log_event(trainer, pl_module, f"enabled after {state['batches']} calibration batches")
-        dynamic = [spec.is_dynamic for spec in quantizer.activations]
-        sites = quantizer.plan.sites()
-        if unseen := {op.module: 0 for op, place in sites if quantizer.qparams[place] is None and not dynamic[place]}:
-            _warn_of_unseen(list(unseen))
+        sites, specs = quantizer.plan.sites(), quantizer.activations
+        if unseen := {op.module: 0 for op, at in sites if quantizer.qparams[at] is None and not specs[at].is_dynamic}:
+            warnings.warn(
+                "`QuantizationAwareTraining`: expected finite values of all quantized activations, found none at "
+                f"{list(unseen)} in the calibration batches: those stay float. Does `training_step` call "
+                "`self(...)`, in the same way as the example?",
+                stacklevel=2,
+            )
 
-    def _learn(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the optimizers what is learned."""
+    def _claim_and_learn(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Claim the quantized layers, and give the optimizers what is learned."""
         state, quantizer = self.state(pl_module), self._quantizer
+        self.claim(pl_module, state["layers"])
         if state["learned"] and quantizer is not None:
             self._learned = LearnedQParams(state, quantizer.plan, pl_module, trainer.optimizers)
             quantizer.learned = self._learned.parameters
@@ -418,12 +409,3 @@ def _refuse_several(trainer: Trainer) -> None:
             f"{len(found)}. For layers with recipes of their own write one: "
             "`QuantizationAwareTraining(MixedPrecision({'layer1.*': IntN(4)}, default=Int8()))`."
         )
-
-
-def _warn_of_unseen(modules: list[str]) -> None:
-    warnings.warn(
-        f"`QuantizationAwareTraining`: expected finite values of all quantized activations, found none at "
-        f"{modules} in the calibration batches: those stay float. Does `training_step` call "
-        "`self(...)`, in the same way as the example?",
-        stacklevel=2,
-    )

@@ -12,10 +12,10 @@ from lightning_light.quantization.fake_quantize import (
     fake_quantize_weight,
     qparams_of,
 )
+from lightning_light.quantization.fake_quantizer import RangeObserver
 from lightning_light.quantization.learned_qparams import initial_values, learned_qparams_of, names_of, weight_scale
 from lightning_light.quantization.observers import LSQObserver
 from lightning_light.quantization.op_calls import OpId
-from lightning_light.quantization.range_observer import RangeObserver
 from lightning_light.quantization.specs import ActivationSpec, QParams, WeightSpec
 from tests.zoo import noise
 

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lightning_light.encoding import decode, encode
 from lightning_light.example_input import ExampleInput
 from lightning_light.export import ONNX, export_model
-from lightning_light.quantization.encoding import decode, encode
 from lightning_light.quantization.op_calls import OpCall, OpId
 from lightning_light.quantization.operators import is_view
 from lightning_light.quantization.plan import FusedOps, QuantizationPlan

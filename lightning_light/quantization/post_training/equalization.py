@@ -143,7 +143,7 @@ def _pair_of(first: OpNode, parameters: WritableParameters) -> Pair | None:
 
 
 def _is_relu(node: OpNode) -> bool:
-    return node.operator.name == "relu" or node.bounds == (0.0, None)
+    return node.operator.name == "relu" or node.bounds == (0, None)
 
 
 def _keeps_channels(first: OpNode, before: OpNode, node: OpNode) -> bool:

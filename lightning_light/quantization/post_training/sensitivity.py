@@ -21,7 +21,7 @@ from lightning_light.measure.metrics import local_copy
 from lightning_light.nested import map_tensors, tensors_in
 from lightning_light.progress_bar import with_progress_bar
 from lightning_light.quantization.fake_quantize import fake_quantize_weight
-from lightning_light.quantization.op_calls import OpCall, OpId, intercepted
+from lightning_light.quantization.op_calls import OpCall, OpId, OpStack
 from lightning_light.quantization.plan import origin_of
 from lightning_light.quantization.post_training.calibration import calls_from, explained
 from lightning_light.quantization.recipes import Bits, Engine, IntN
@@ -181,7 +181,7 @@ def _quantized(model: nn.Module, calls: Mapping[OpId, OpNode], spec: WeightSpec)
             call.set("weight", 1, weight)
         return call.run()
 
-    return intercepted(model, handle)
+    return OpStack(handle).watching(model)
 
 
 def _finite_outputs(model: nn.Module, call: ExampleInput, batch: int) -> list[Tensor]:
