@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from lightning_light.quantization.learned_qparams import initial_values, places_
 from lightning_light.quantization.plan import QuantizationPlan, plan_quantization
 from lightning_light.quantization.recipes import Engine, Recipe
 from lightning_light.quantization.trace import trace_ops
-from lightning_light.schema import Context, PlainExample, Rule, check_schema, damage
+from lightning_light.schema import Context, Length, PlainExample, Rule, TensorOf, check_schema, damage
 from lightning_light.surgery.attachment import state_of
 from lightning_light.validation import NonNegativeFloat, NonNegativeInt, Range, validated
 
@@ -57,13 +58,13 @@ class QuantizationState:
     """
 
     plan: QuantizationPlan
-    ranges: Tensor
+    ranges: Annotated[Tensor, TensorOf("float", 2)]
     engine: Engine
     batches: NonNegativeInt = 0
     enabled: bool = False
     min_bits: Annotated[int, Range(0, 16)] = 0
-    learned: dict[str, Tensor] = field(default_factory=dict)
-    optimizer_groups: dict[str, list[NonNegativeInt]] = field(default_factory=dict)
+    learned: dict[str, Annotated[Tensor, TensorOf("float", low=-math.inf)]] = field(default_factory=dict)
+    optimizer_groups: dict[str, Annotated[list[NonNegativeInt], Length(2)]] = field(default_factory=dict)
     layers: dict[str, dict[str, NonNegativeFloat]] = field(default_factory=dict)
     recipe: str | None = None
 
@@ -75,11 +76,20 @@ def read_state(state: Mapping[str, Any]) -> QuantizationState:
         ManifestError: a part of it is damaged; the error names it.
     """
     found: QuantizationState = decode(QuantizationState, dict(state), METHOD)
-    activations = len(found.plan.activations)
+    activations, known = len(found.plan.activations), places_of(found.plan)
     if outside := [place for place in found.plan.activations_named() if place >= activations]:
         raise damage(f"{METHOD}.plan", f"places below {activations} in `activations`", str(outside[0]))
-    _check_ranges(found.ranges, activations)
-    _check_learned(found)
+    if tuple(found.ranges.shape) != (activations, 2):
+        raise damage(f"{METHOD}.ranges", f"a tensor of shape {(activations, 2)}", str(tuple(found.ranges.shape)))
+    low, high = found.ranges.unbind(1)
+    unseen = (low == torch.inf) & (high == -torch.inf)
+    if not bool((unseen | (found.ranges.isfinite().all(1) & (low <= high))).all()):
+        raise damage(f"{METHOD}.ranges", "finite ranges from low to high", "others")
+    for name, value in found.learned.items():
+        if name not in known or value.ndim > name.startswith("weight"):  # per channel; else of the tensor
+            raise damage(f"{METHOD}.learned[{name!r}]", "a quantization parameter in the plan", "another")
+    if unknown := found.optimizer_groups.keys() - found.learned:
+        raise damage(f"{METHOD}.optimizer_groups", "names of what is learned", repr(min(unknown)))
     return found
 
 
@@ -95,32 +105,6 @@ class SoundState(Rule):
         modules = {op.module for op in found.plan.ops()} | found.layers.keys()
         if context.shapes is not None and (unknown := sorted(modules - context.layers)):
             raise damage(f"{path}['plan']", "names of modules of the network", repr(unknown[0]))
-
-
-def _check_ranges(ranges: Tensor, activations: int) -> None:
-    if tuple(ranges.shape) != (activations, 2) or not ranges.is_floating_point():
-        expected = f"a tensor of shape {(activations, 2)}, floats, one row per quantized activation of the plan"
-        raise damage(f"{METHOD}.ranges", expected, f"{ranges.dtype!s} of shape {tuple(ranges.shape)}")
-    low, high = ranges.unbind(1)
-    unseen = (low == torch.inf) & (high == -torch.inf)
-    if not bool((unseen | (ranges.isfinite().all(1) & (low <= high))).all()):
-        raise damage(f"{METHOD}.ranges", "finite ranges from low to high", "others")
-
-
-def _check_learned(found: QuantizationState) -> None:
-    """What is learned is in the plan, finite, and trained by an optimizer and one of its groups."""
-    known = places_of(found.plan)
-    for name, value in found.learned.items():
-        dims = 1 if name.startswith("weight") else 0  # per channel; else of the tensor
-        if name not in known or not value.is_floating_point() or value.ndim > dims or not bool(value.isfinite().all()):
-            raise damage(
-                f"{METHOD}.learned[{name!r}]", "finite values of a quantization parameter in the plan", "others"
-            )
-    for name, place in found.optimizer_groups.items():
-        if name not in found.learned or len(place) != 2:
-            raise damage(
-                f"{METHOD}.optimizer_groups[{name!r}]", "an optimizer and a group for what is learned", str(place)
-            )
 
 
 def begin(state: dict[str, Any], model: nn.Module, example: ExampleInput, recipe: Recipe) -> QuantizationPlan:

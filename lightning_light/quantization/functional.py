@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_light.errors import NoEffectWarning
 from lightning_light.example_input import ExampleInput
-from lightning_light.isolation import isolated, uncompiled
+from lightning_light.isolation import isolated
 from lightning_light.order import Stage
 from lightning_light.quantization.checkpoint_state import METHOD, attach_fake_quantizer, begin, enable, merge
 from lightning_light.quantization.fake_quantizer import FakeQuantizer
@@ -86,14 +86,12 @@ def quantize(
     inputs = calls_from("quantize", model, example_inputs, data)
     state: dict[str, Any] = {}
     changes = equalize or correct_bias or rounding is not None
-    with _restored_on_failure(model, changes), torch.no_grad(), uncompiled(model):
-        if changes:
-            examples = list(inputs)
-            inputs = iter(examples)
-        first = next(inputs)
-        with isolated(model), explained("quantize", model, first):
+    examples = list(inputs) if changes else []
+    inputs = iter(examples) if changes else inputs
+    first = next(inputs)
+    with isolated(model), _parameters_restored_on_failure(model if changes else nn.Module()):
+        with explained("quantize", model, first):
             model(*first.args, **first.kwargs)
-        model.eval()
         if equalize and not equalize_layers(model, first):
             _warn("equalize=True", "no two layers in a row with nothing but batch norm, ReLU and pooling between them")
         plan = begin(state, model, first, recipe)
@@ -134,20 +132,14 @@ def _observe(model: nn.Module, quantizer: FakeQuantizer, state: dict[str, Any], 
 
 
 @contextmanager
-def _restored_on_failure(model: nn.Module, changes: bool) -> Iterator[None]:
-    """Training modes are as before in any case, parameters that the block ``changes`` if it raises."""
-    modes = {module: module.training for module in model.modules()}
-    before = {parameter: parameter.detach().clone() for parameter in model.parameters() if changes}
+def _parameters_restored_on_failure(model: nn.Module) -> Iterator[None]:
+    before = {parameter: parameter.detach().clone() for parameter in model.parameters()}
     try:
         yield
     except BaseException:
-        with torch.no_grad():
-            for parameter, value in before.items():
-                parameter.copy_(value)
+        for parameter, value in before.items():
+            parameter.data.copy_(value)
         raise
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _check_finite(plan: QuantizationPlan, seen: Tensor, batch: int) -> None:

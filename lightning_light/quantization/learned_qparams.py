@@ -1,4 +1,4 @@
-"""Learned quantization parameters: their first values, and their place in the user's optimizers.
+"""Learned quantization parameters: their first values, their place in the user's optimizers, and a penalty.
 
 They are no part of the LightningModule: its state dict, its averaged copies and DDP's buckets do not know them. The
 values are in the method's state, so that checkpoints have them; the optimizer that trains a layer trains its
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from lightning_light.errors import UnsupportedError
-from lightning_light.quantization.fake_quantize import SMALLEST_SCALE
+from lightning_light.quantization.fake_quantize import SMALLEST_SCALE, columns, fake_quantize_weight
 from lightning_light.quantization.op_calls import OpId
 from lightning_light.quantization.plan import QuantizationPlan
-from lightning_light.quantization.specs import ActivationSpec, QParams
+from lightning_light.quantization.specs import ActivationSpec, QParams, WeightSpec
 from lightning_light.schema import damage
 from lightning_light.surgery.distributed import reduce_mean
 from lightning_light.surgery.optimizer import adopt, disown, unwrap
@@ -26,7 +26,18 @@ from lightning_light.surgery.optimizer import adopt, disown, unwrap
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-__all__ = ["LearnedQParams", "initial_values", "learned_qparams_of", "names_of", "places_of", "weight_scale"]
+    from lightning_light.quantization.fake_quantizer import FakeQuantizer
+
+__all__ = [
+    "LearnedQParams",
+    "add_dampening_gradients",
+    "dampening_gradient",
+    "initial_values",
+    "learned_qparams_of",
+    "names_of",
+    "places_of",
+    "weight_scale",
+]
 
 Quantity = Literal["scale", "offset", "clip"]
 _QUANTITIES: dict[str, tuple[Quantity, ...]] = {
@@ -153,3 +164,43 @@ def places_of(plan: QuantizationPlan) -> dict[str, str]:
         for name in names_of(activation, plan.activations[activation]).values():
             found.setdefault(name, op.module)
     return found
+
+
+def dampening_gradient(w: Tensor, spec: WeightSpec, scale: Tensor) -> Tensor:
+    """Return the gradient of ``dampening * sum((w_hat - clamp(w, s * quant_min, s * quant_max)) ** 2)``.
+
+    ``w_hat``, the fake-quantized weight, is a constant; the learned scale gets no gradient.
+
+    Nagel et al., 2022, "Overcoming Oscillations in Quantization-Aware Training", equation 7.
+    https://arxiv.org/abs/2203.11086
+
+    Args:
+        w: the weight; no gradient is followed.
+        spec: how it is quantized.
+        scale: the learned scale, of each output channel or of all.
+    """
+    w, scale = w.detach().float(), scale.detach()
+    quantized, found = fake_quantize_weight(w, spec, scale)
+    step = columns(found, w)
+    inside = (w >= step * spec.quant_min) & (w <= step * spec.quant_max)
+    return 2.0 * spec.dampening * (w - quantized) * inside
+
+
+@torch.no_grad()
+def add_dampening_gradients(
+    quantizer: FakeQuantizer, model: nn.Module, parameters: Iterable[nn.Parameter], strength: float
+) -> None:
+    """Add the gradient of the penalty to the ``.grad`` of all weights with learned scales that are dampened.
+
+    Args:
+        quantizer: of the network, with its current scales.
+        model: the live module.
+        parameters: those of the coming optimizer step; other weights are left alone.
+        strength: fraction of the full penalty, in [0, 1].
+    """
+    mine = set(parameters)
+    for op in quantizer.plan.layers:
+        spec, scale = quantizer.weight(op)
+        weight = getattr(model.get_submodule(op.module), "weight", None)
+        if spec.dampening and scale is not None and weight in mine and weight.grad is not None:
+            weight.grad.add_((strength * dampening_gradient(weight, spec, scale)).to(weight.grad.dtype))

@@ -28,10 +28,9 @@ from lightning_light.quantization.checkpoint_state import (
     merge,
     read_state,
 )
-from lightning_light.quantization.dampening import add_dampening_gradients
 from lightning_light.quantization.fake_quantizer import FakeQuantizer
 from lightning_light.quantization.functional import quantize
-from lightning_light.quantization.learned_qparams import LearnedQParams
+from lightning_light.quantization.learned_qparams import LearnedQParams, add_dampening_gradients
 from lightning_light.quantization.recipes import Int8, Recipe
 from lightning_light.schedules import Cosine, Schedule, resolve, resolve_moment
 from lightning_light.surgery.checkpoint_monitoring import reset_monitoring
