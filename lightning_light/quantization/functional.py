@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_light.calibration import calls_from, explained
 from lightning_light.errors import NoEffectWarning
 from lightning_light.example_input import ExampleInput
 from lightning_light.isolation import isolated
@@ -20,7 +21,6 @@ from lightning_light.quantization.fake_quantizer import FakeQuantizer
 from lightning_light.quantization.observers import MinMax, MovingAverage
 from lightning_light.quantization.plan import QuantizationPlan
 from lightning_light.quantization.post_training.adaround import AdaRound
-from lightning_light.quantization.post_training.calibration import calls_from, explained
 from lightning_light.quantization.post_training.equalization import equalize as equalize_layers
 from lightning_light.quantization.post_training.refinement import Refinement
 from lightning_light.quantization.recipes import Recipe

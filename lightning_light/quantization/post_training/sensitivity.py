@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric
 from typing_extensions import override
 
+from lightning_light.calibration import calls_from, explained
+from lightning_light.criteria.output_distance import Distance, output_distance
 from lightning_light.example_input import ExampleInput
 from lightning_light.formatting import DataTable, Tabular
 from lightning_light.isolation import isolated
@@ -23,15 +24,12 @@ from lightning_light.progress_bar import with_progress_bar
 from lightning_light.quantization.fake_quantize import fake_quantize_weight
 from lightning_light.quantization.op_calls import OpCall, OpId, OpStack
 from lightning_light.quantization.plan import origin_of
-from lightning_light.quantization.post_training.calibration import calls_from, explained
 from lightning_light.quantization.recipes import Bits, Engine, IntN
 from lightning_light.quantization.specs import WeightSpec
 from lightning_light.quantization.trace import OpNode, trace_ops
 from lightning_light.validation import validated
 
-__all__ = ["Distance", "Sensitivity", "measure_sensitivity"]
-
-Distance = Literal["kl", "error"]
+__all__ = ["Sensitivity", "measure_sensitivity"]
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,7 @@ def measure_sensitivity(
         example_inputs: as for `quantize`.
         data: as for `quantize`; a few hundred images.
         bits: widths to measure.
-        distance: ``"kl"`` for class scores; ``"error"`` for any other output: ``|y - y_quantized|^2 / |y|^2``.
+        distance: ``"kl"`` for class scores; ``"mse"`` for any other output: the squared error relative to the variance.
         metric: of torchmetrics, updated with (outputs, target); its absolute change is then the distance. ``data`` has
             to be batches ``(inputs, target)``.
         engine: for whose kernels weights of eight bits are quantized.
@@ -141,30 +139,35 @@ def measure_sensitivity(
     """
     data, targets = _with_targets(data, metric)
     inputs = list(calls_from("measure_sensitivity", model, example_inputs, data))
-    widths = {width: IntN(weights=width, engine=engine).spec().weight for width in bits}
+    specs = {width: IntN(weights=width, engine=engine).spec().weight for width in bits}
     with explained("measure_sensitivity", model, inputs[0]):
         nodes = trace_ops(model, inputs[0].args, inputs[0].kwargs).nodes
     layers: dict[str, dict[OpId, OpNode]] = {}
     for node in nodes:
         if node.role == "layer" and node.id.module and origin_of(node.inputs[0][1]).role != "integer":
             layers.setdefault(node.id.module, {})[node.id] = node
-    if not layers or not widths:
+    if not layers or not specs:
         raise ValueError(
             f"`measure_sensitivity({type(model).__name__}, ..., bits={tuple(bits)})`: expected layers to quantize and "
             f"widths, found {len(layers)} convolution or linear layers."
         )
     found: dict[str, dict[int, float]] = {layer: {} for layer in layers}
     with isolated(model):
-        right = [_finite_outputs(model, call, place) for place, call in enumerate(inputs)]
-        before = 0.0 if metric is None else _metric_value(model, metric, inputs, targets)
+        before = [_outputs(model, call) for call in inputs]
+        for batch, outputs in enumerate(before):
+            if not all(bool(output.isfinite().all()) for output in outputs):
+                raise ValueError(
+                    f"`measure_sensitivity(...)`: expected finite outputs, found others for batch {batch}. "
+                    "Look for them in the batch and in the weights: `torch.isfinite(x).all()`."
+                )
+        if metric is None:
+            change = _change_of_outputs(model, inputs, before, distance)
+        else:
+            change = _change_of_metric(model, inputs, targets, metric)
         for layer in with_progress_bar(layers, len(layers), "Sensitivity", shown=progress_bar):
-            for width, spec in widths.items():
+            for width, spec in specs.items():
                 with _quantized(model, layers[layer], spec):
-                    found[layer][width] = (
-                        _mean_distance(model, inputs, right, distance)
-                        if metric is None
-                        else abs(_metric_value(model, metric, inputs, targets) - before)
-                    )
+                    found[layer][width] = change()
     cost = count_cost(model, inputs[0].args, inputs[0].kwargs).macs_by_module
     weights = {layer: {node.named["weight"] for node in calls.values()} for layer, calls in layers.items()}
     sizes = {layer: sum(one.numel() for one in tensors) for layer, tensors in weights.items()}
@@ -184,25 +187,48 @@ def _quantized(model: nn.Module, calls: Mapping[OpId, OpNode], spec: WeightSpec)
     return OpStack(handle).watching(model)
 
 
-def _finite_outputs(model: nn.Module, call: ExampleInput, batch: int) -> list[Tensor]:
-    outputs = _outputs(model, call)
-    if not all(bool(output.isfinite().all()) for output in outputs):
+def _outputs(model: nn.Module, call: ExampleInput) -> list[Tensor]:
+    return [leaf.double() for leaf in tensors_in(model(*call.args, **call.kwargs)) if leaf.is_floating_point()]
+
+
+def _change_of_outputs(
+    model: nn.Module, inputs: Sequence[ExampleInput], before: Sequence[list[Tensor]], distance: Distance
+) -> Callable[[], float]:
+    """The mean distance of the outputs from those ``before``."""
+    plain = [output for outputs in before for output in outputs]
+    if distance == "kl" and (shapes := [tuple(one.shape) for one in plain if one.shape[_class_dim(one)] < 2]):
         raise ValueError(
-            f"`measure_sensitivity(...)`: expected finite outputs, found others for batch {batch}. "
-            "Look for them in the batch and in the weights: `torch.isfinite(x).all()`."
+            "`measure_sensitivity(..., distance='kl')`: expected scores of classes, found an output of shape "
+            f"{shapes[0]}. Write `distance='mse'`."
         )
-    return outputs
+
+    def change() -> float:
+        changed = [output for call in inputs for output in _outputs(model, call)]
+        pairs = zip(changed, plain, strict=True)
+        return float(torch.stack([output_distance(*pair, distance, _class_dim(pair[1])) for pair in pairs]).mean())
+
+    return change
 
 
-def _mean_distance(
-    model: nn.Module, inputs: Sequence[ExampleInput], right: Sequence[list[Tensor]], distance: Distance
-) -> float:
-    found = [
-        _DISTANCES[distance](first.double(), second.double())
-        for call, outputs in zip(inputs, right, strict=True)
-        for first, second in zip(outputs, _outputs(model, call), strict=True)
-    ]
-    return float(torch.stack(found).mean())
+def _class_dim(output: Tensor) -> int:
+    return 1 if output.dim() > 3 else -1
+
+
+def _change_of_metric(
+    model: nn.Module, inputs: Sequence[ExampleInput], targets: Sequence[Any], metric: Metric
+) -> Callable[[], float]:
+    """The absolute change of ``metric`` over all batches, in copies of it."""
+
+    def value() -> float:
+        copied: Any = local_copy(metric)
+        for call, target in zip(inputs, targets, strict=True):
+            outputs = model(*call.args, **call.kwargs)
+            device = next(tensors_in(outputs)).device
+            copied.to(device).update(outputs, map_tensors(lambda tensor: tensor.to(device), target))  # noqa: B023
+        return float(copied.compute())
+
+    before = value()
+    return lambda: abs(value() - before)
 
 
 def _with_targets(data: Iterable[Any] | None, metric: Metric | None) -> tuple[Iterable[Any] | None, list[Any]]:
@@ -217,37 +243,3 @@ def _with_targets(data: Iterable[Any] | None, metric: Metric | None) -> tuple[It
             f"`(inputs, target)`, found {', '.join(kinds) or 'no batch'}. Pass `data=val_dataloader`."
         )
     return batches, [batch[1] for batch in batches]
-
-
-def _metric_value(model: nn.Module, metric: Metric, inputs: Sequence[ExampleInput], targets: Sequence[Any]) -> float:
-    """Compute ``metric`` over all batches, in a copy of it."""
-    copied: Any = local_copy(metric)
-    for call, target in zip(inputs, targets, strict=True):
-        outputs = model(*call.args, **call.kwargs)
-        device = next(tensors_in(outputs)).device
-        copied.to(device).update(outputs, map_tensors(lambda tensor: tensor.to(device), target))  # noqa: B023
-    return float(copied.compute())
-
-
-def _outputs(model: nn.Module, call: ExampleInput) -> list[Tensor]:
-    leaves = tree_leaves(model(*call.args, **call.kwargs))
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-
-def _divergence(right: Tensor, found: Tensor) -> Tensor:
-    """``KL(softmax(right) || softmax(found))``, the mean over all but the classes."""
-    classes = 1 if right.dim() > 3 else -1
-    if right.shape[classes] < 2:
-        raise ValueError(
-            f"`measure_sensitivity(..., distance='kl')`: expected scores of classes, found an output of shape "
-            f"{tuple(right.shape)}. Write `distance='error'`."
-        )
-    p, q = right.log_softmax(classes), found.log_softmax(classes)
-    return (p.exp() * (p - q)).sum(classes).mean()
-
-
-def _error(right: Tensor, found: Tensor) -> Tensor:
-    return (right - found).square().sum() / right.square().sum().clamp_min(1e-30)
-
-
-_DISTANCES = {"kl": _divergence, "error": _error}
