@@ -17,9 +17,10 @@ from lightning_light.errors import LightningLightError
 from lightning_light.example_input import ExampleInput
 from lightning_light.quantization.fake_quantize import merge_ranges
 from lightning_light.quantization.fake_quantizer import FakeQuantizer
-from lightning_light.quantization.learned_qparams import initial_values, places_of
+from lightning_light.quantization.learned_qparams import initial_values, learned_by
 from lightning_light.quantization.plan import QuantizationPlan, plan_quantization
 from lightning_light.quantization.recipes import Engine, Recipe
+from lightning_light.quantization.specs import WeightSpec
 from lightning_light.quantization.trace import trace_ops
 from lightning_light.schema import Context, Length, PlainExample, Rule, TensorOf, check_schema, damage
 from lightning_light.surgery.attachment import state_of
@@ -76,7 +77,7 @@ def read_state(state: Mapping[str, Any]) -> QuantizationState:
         ManifestError: a part of it is damaged; the error names it.
     """
     found: QuantizationState = decode(QuantizationState, dict(state), METHOD)
-    activations, known = len(found.plan.activations), places_of(found.plan)
+    activations, known = len(found.plan.activations), learned_by(found.plan)
     if outside := [place for place in found.plan.activations_named() if place >= activations]:
         raise damage(f"{METHOD}.plan", f"places below {activations} in `activations`", str(outside[0]))
     if tuple(found.ranges.shape) != (activations, 2):
@@ -86,7 +87,9 @@ def read_state(state: Mapping[str, Any]) -> QuantizationState:
     if not bool((unseen | (found.ranges.isfinite().all(1) & (low <= high))).all()):
         raise damage(f"{METHOD}.ranges", "finite ranges from low to high", "others")
     for name, value in found.learned.items():
-        if name not in known or value.ndim > name.startswith("weight"):  # per channel; else of the tensor
+        if name not in known or value.ndim > isinstance(
+            known[name].spec, WeightSpec
+        ):  # per channel; else of the tensor
             raise damage(f"{METHOD}.learned[{name!r}]", "a quantization parameter in the plan", "another")
     if unknown := found.optimizer_groups.keys() - found.learned:
         raise damage(f"{METHOD}.optimizer_groups", "names of what is learned", repr(min(unknown)))
@@ -195,4 +198,4 @@ def fake_quantized(model: nn.Module) -> Iterator[nn.Module]:
         yield model
     finally:
         for quantizer in quantizers:
-            quantizer.detach()
+            quantizer.remove()

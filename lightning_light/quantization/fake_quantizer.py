@@ -24,7 +24,7 @@ from lightning_light.quantization.fake_quantize import (
     gain_and_shift,
     qparams_of,
 )
-from lightning_light.quantization.learned_qparams import learned_qparams_of, names_of, weight_scale
+from lightning_light.quantization.learned_qparams import learned_by, learned_qparams_of, names_of, weight_scale
 from lightning_light.quantization.lowering.qdq import QDQLowering
 from lightning_light.quantization.lowering.quantized_ops import QuantizedOpsLowering
 from lightning_light.quantization.op_calls import OpCall, OpId, OpStack
@@ -122,16 +122,16 @@ class FakeQuantizer(OpStack, Quantizer):
         self._compiled: list[InstancePatch] = []
 
     def attach(self, model: nn.Module) -> None:
-        """Hook ``model``; modules that are compiled in place run as written until `detach`."""
+        """Hook ``model``; modules that are compiled in place run as written until `remove`."""
         self.watch(model)
         if has_state(model):
             self._active = state_of(model).active
             self._active.append(self)
         self._compiled = uncompile(model)
 
-    def detach(self) -> None:
-        """Undo `attach`; more than once does no harm."""
-        self.remove()
+    @override
+    def remove(self) -> None:
+        super().remove()
         self._active[:] = [one for one in self._active if one is not self]
         while self._compiled:
             self._compiled.pop().undo()
@@ -148,18 +148,11 @@ class FakeQuantizer(OpStack, Quantizer):
 
     def reduce_bits(self, min_bits: int, learned: Mapping[str, Tensor]) -> None:
         """Go on to another stage of a bit-width schedule; ``learned`` scales grow, so that no range becomes smaller."""
-        before = self._quant_max_of_scales()
+        for name, (_, spec, quantity) in learned_by(self.plan).items():
+            if name in learned and quantity == "scale":
+                before, after = (spec.with_min_bits(bits).quant_max for bits in (self.min_bits, min_bits))
+                learned[name].mul_(before / after)  # the parameters' own memory
         self.update(self.ranges, min_bits)
-        for name, quant_max in self._quant_max_of_scales().items():
-            if name in learned:
-                learned[name].mul_(before[name] / quant_max)  # the parameters' own memory
-        self.update(self.ranges, min_bits)
-
-    def _quant_max_of_scales(self) -> dict[str, int]:
-        """``quant_max`` of all whose scale is learned, now."""
-        weights = {weight_scale(op): spec.quant_max for op, spec in self.weights.items() if spec.learned}
-        names = ((names_of(activation, spec).get("scale"), spec) for activation, spec in enumerate(self.activations))
-        return weights | {name: spec.quant_max for name, spec in names if name is not None}
 
     def weight(self, op: OpId) -> tuple[WeightSpec, Tensor | None]:
         """How the weight of a layer call is quantized, and its scale if that is learned."""

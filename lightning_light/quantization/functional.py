@@ -111,7 +111,7 @@ def quantize(
                 refinement.run(progress_bar=progress_bar)
                 _warn_of_unchanged(refinement)
         finally:
-            quantizer.detach()
+            quantizer.remove()
     compression_state = attach(model)
     compression_state.state[METHOD] = state
     compression_state.claim(model, METHOD, Stage.QUANTIZATION, state["layers"])

@@ -8,7 +8,7 @@ quantization parameters too.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +33,9 @@ __all__ = [
     "add_dampening_gradients",
     "dampening_gradient",
     "initial_values",
+    "learned_by",
     "learned_qparams_of",
     "names_of",
-    "places_of",
     "weight_scale",
 ]
 
@@ -45,6 +45,14 @@ _QUANTITIES: dict[str, tuple[Quantity, ...]] = {
     "scale and offset": ("scale", "offset"),
     "clip": ("clip",),
 }
+
+
+class LearnedValue(NamedTuple):
+    """What is learned of one tensor: the module that it belongs to, how it is quantized, and which quantity it is."""
+
+    module: str
+    spec: WeightSpec | ActivationSpec
+    quantity: Quantity = "scale"
 
 
 def names_of(activation: int, spec: ActivationSpec) -> dict[Quantity, str]:
@@ -114,11 +122,11 @@ class LearnedQParams:
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         self.parameters = {name: nn.Parameter(value.to(device).clone()) for name, value in state["learned"].items()}
         places: dict[str, list[int]] = state["optimizer_groups"]
-        modules = places_of(plan)
+        known = learned_by(plan)
         for name, parameter in self.parameters.items():
             state["learned"][name] = parameter.detach()
             if name not in places:
-                places[name] = self._place(model, modules[name])
+                places[name] = self._place(model, known[name].module)
             optimizer, group = places[name]
             if optimizer >= len(self._optimizers) or group >= len(self._optimizers[optimizer].param_groups):
                 raise damage(
@@ -157,12 +165,14 @@ class LearnedQParams:
                 disown(optimizer, parameter)
 
 
-def places_of(plan: QuantizationPlan) -> dict[str, str]:
-    """Name of what is learned -> path of the module that it belongs to."""
-    found = {weight_scale(op): op.module for op in plan.layers}
+def learned_by(plan: QuantizationPlan) -> dict[str, LearnedValue]:
+    """Name of what is learned by ``plan`` -> what it is."""
+    layers = plan.layers.items()
+    found = {weight_scale(op): LearnedValue(op.module, site.weight) for op, site in layers if site.weight.learned}
     for op, activation in plan.sites():
-        for name in names_of(activation, plan.activations[activation]).values():
-            found.setdefault(name, op.module)
+        spec = plan.activations[activation]
+        for quantity, name in names_of(activation, spec).items():
+            found.setdefault(name, LearnedValue(op.module, spec, quantity))
     return found
 
 

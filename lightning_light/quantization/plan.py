@@ -123,25 +123,17 @@ class _Planner:
         self.nodes, self.plan = nodes, QuantizationPlan()
         self._specs: dict[OpNode, LayerSpec] = {}
         for node in nodes:
-            if node.role != "layer":
-                continue
-            spec = specs.get(node.id.module)
-            if spec is None:
+            if node.role == "layer" and (spec := specs.get(node.id.module)) is not None:
+                per_channel = spec.weight.per_channel and node.operator.per_channel
+                self._specs[node] = replace(spec, weight=replace(spec.weight, per_channel=per_channel))
+            elif node.role == "layer":
                 node.operator = FLOAT
                 self.plan.left_float[node.id.module] = "excluded by the recipe"
-                continue
-            if not node.operator.per_channel:
-                spec = replace(spec, weight=replace(spec.weight, per_channel=False))
-            self._specs[node] = spec
-        self._tails: dict[OpNode, OpNode] = {}
-        self._fused: dict[OpNode, FusedOps] = {}
         self._activations: dict[OpNode, int] = {}
         with_kernel = (spec.activation for spec in self._specs.values() if not spec.no_kernel)
         self._default = next((found for found in with_kernel if found is not None), ActivationSpec())
 
     def run(self) -> QuantizationPlan:
-        for node in self.nodes:
-            self._fuse(node)
         for node in self.nodes:
             if node in self._specs:
                 self._layer(node)
@@ -149,46 +141,44 @@ class _Planner:
                 self._join(node)
         return self.plan
 
-    def _fuse(self, node: OpNode) -> None:
+    def _fused(self, node: OpNode) -> tuple[OpNode, FusedOps]:
+        """The last operator that the kernel of ``node`` computes along with it, and all of them."""
         parts = node.followers(*(("batch_norm",) if self._lacks_kernel(node) else node.operator.fuses))
-        self._tails[node] = tail = [node, *parts.values()][-1]
-        self._fused[node] = FusedOps(tail.id, **{role: part.id for role, part in parts.items()})
+        tail = [node, *parts.values()][-1]
+        return tail, FusedOps(tail.id, **{role: part.id for role, part in parts.items()})
 
     def _lacks_kernel(self, node: OpNode) -> bool:
         return node in self._specs and self._specs[node].no_kernel is not None
 
     def _layer(self, node: OpNode) -> None:
-        ((position, source),) = node.inputs
-        spec = self._specs[node]
+        ((position, source),), spec = node.inputs, self._specs[node]
+        tail, fused = self._fused(node)
         if origin_of(source).role == "integer":
             self.plan.left_float[node.id.module] = "reads integers"
         elif spec.no_kernel:
-            self._layer_without_kernel(node, position, source, spec)
+            if spec.activation is not None:
+                self.plan.inputs.setdefault(node.id, {})[position] = self._new_activation(source, spec.activation)
+            self.plan.layers[node.id] = LayerSite(spec.weight, fused, None, spec.no_kernel)
         else:
             read = self._quantize_input(node, position, source, spec.activation)
-            self.plan.layers[node.id] = LayerSite(spec.weight, self._fused[node], read)
-            self._quantize(self._tails[node], spec.activation)
-
-    def _layer_without_kernel(self, node: OpNode, position: int, source: OpNode, spec: LayerSpec) -> None:
-        if spec.activation is not None:
-            self.plan.inputs.setdefault(node.id, {})[position] = self._new_activation(source, spec.activation)
-        self.plan.layers[node.id] = LayerSite(spec.weight, self._fused[node], None, spec.no_kernel)
+            self.plan.layers[node.id] = LayerSite(spec.weight, fused, read)
+            self._quantize(tail, spec.activation)
 
     def _join(self, node: OpNode) -> None:
-        sources = [origin_of(source) for _, source in node.inputs]
+        sources, (tail, fused) = [origin_of(source) for _, source in node.inputs], self._fused(node)
         if any(source.role == "integer" for source in sources) or not any(
             source in self._activations for source in sources
         ):
             return
-        if node.operator.fuses and any(map(self._is_float, _readers(self._tails[node]))):
+        if node.operator.fuses and any(map(self._is_float, _readers(tail))):
             return
         if node.operator.name == "cat" and any(map(_is_quantized_by_readers, sources)):
             return  # an element of a list is no argument of its own
         for position, source in node.inputs:
             self._quantize_input(node, position, source)
         if node.role == "join":
-            self.plan.joins[node.id] = self._fused[node]
-            self._quantize(self._tails[node])
+            self.plan.joins[node.id] = fused
+            self._quantize(tail)
         elif sources[0] in self._activations:
             self._activations[node] = self.plan.outputs[node.id] = self._activations[sources[0]]
             self.plan.averages.append(node.id)

@@ -16,18 +16,11 @@ from lightning_light.callback import CompressionCallback
 from lightning_light.capture import Capture
 from lightning_light.example_input import ExampleInput
 from lightning_light.formatting import plural
-from lightning_light.host.trainer import is_accumulating, is_backward_skipped, is_restoring
+from lightning_light.host.trainer import callbacks_of, is_accumulating, is_backward_skipped, is_restoring
 from lightning_light.int8 import Int8Weights
 from lightning_light.order import DEFAULT_WINDOWS, Stage
 from lightning_light.progress import epochs_planned, steps_planned, training_progress
-from lightning_light.quantization.checkpoint_state import (
-    SoundState,
-    attach_fake_quantizer,
-    begin,
-    enable,
-    merge,
-    read_state,
-)
+from lightning_light.quantization.checkpoint_state import SoundState, attach_fake_quantizer, begin, enable, merge
 from lightning_light.quantization.fake_quantizer import FakeQuantizer
 from lightning_light.quantization.functional import quantize
 from lightning_light.quantization.learned_qparams import LearnedQParams, add_dampening_gradients
@@ -113,8 +106,13 @@ class QuantizationAwareTraining(CompressionCallback):
         freeze_batch_norm: Moment = 0.95,
         bit_width_schedule: Schedule | None = None,
     ) -> None:
-        moments = {"start": start, "freeze_observers": freeze_observers, "freeze_batch_norm": freeze_batch_norm}
-        _check_order(type(self).__name__, moments)
+        fractions = [one for one in (start, freeze_observers, freeze_batch_norm) if isinstance(one, float)]
+        if fractions != sorted(fractions):
+            raise ValueError(
+                f"`{type(self).__name__}(start={start}, freeze_observers={freeze_observers}, freeze_batch_norm="
+                f"{freeze_batch_norm})`: expected start <= freeze_observers <= freeze_batch_norm, found another order. "
+                "To freeze nothing write 1.0."
+            )
         self.recipe = recipe
         self.start = start
         self.calibration_batches = calibration_batches
@@ -136,17 +134,14 @@ class QuantizationAwareTraining(CompressionCallback):
         super().setup(trainer, pl_module, stage)
         _refuse_several(trainer)
         if stage == "fit":
-            self._moments = {
-                name: self._resolved(name, epochs_planned(trainer))
-                for name in ("start", "freeze_observers", "freeze_batch_norm")
-            }
+            epochs, names = epochs_planned(trainer), ("start", "freeze_observers", "freeze_batch_norm")
+            self._moments = {name: self._resolved(name, epochs) for name in names}
             if self._moments["start"] >= 1.0:
                 raise ValueError(
                     f"`{type(self).__name__}(start={self.start})`: expected a start before the end of the run, found "
                     f"`Trainer(max_epochs={trainer.max_epochs})`. Start earlier, for instance `start=0.7`."
                 )
-            schedule = self.bit_width_schedule
-            self._bit_width_schedule = schedule and resolve(schedule, epochs_planned(trainer))
+            self._bit_width_schedule = self.bit_width_schedule and resolve(self.bit_width_schedule, epochs)
             self.disclaim(pl_module)  # a fit starts over, unless a checkpoint brings the claim back
 
     @override
@@ -201,8 +196,7 @@ class QuantizationAwareTraining(CompressionCallback):
         self._reduce_bits(state, progress)
         if not state["enabled"] and state["batches"] >= self.calibration_batches:
             self._enable(trainer, pl_module)
-        observes = not state["enabled"] or progress < self._moments["freeze_observers"]
-        self._quantizer.observing = observes
+        self._quantizer.observing = not state["enabled"] or progress < self._moments["freeze_observers"]
         # In its last epoch `StochasticWeightAveraging` collects statistics again, and does not train.
         freeze = progress >= self._moments["freeze_batch_norm"]
         self._quantizer.freeze_batch_norm = freeze and not is_backward_skipped(trainer)
@@ -248,12 +242,18 @@ class QuantizationAwareTraining(CompressionCallback):
             self._quantizer.freeze_batch_norm = False
         state = self.state(pl_module)
         if not state.get("enabled") and not getattr(trainer, "fast_dev_run", False) and not self._warned:
-            self._no_effect(self._why_nothing(state))
+            self._no_effect(
+                f"the run was over after {state.get('batches', 0)} of the `calibration_batches="
+                f"{self.calibration_batches}` that follow `start={self.start}`. Start earlier, or observe fewer."
+            )
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave no hook behind."""
-        self._detach()
+        for held in (self._capture, self._quantizer):
+            if held is not None:
+                held.remove()
+        self._capture, self._quantizer = None, None
         super().teardown(trainer, pl_module, stage)
 
     @override
@@ -275,9 +275,9 @@ class QuantizationAwareTraining(CompressionCallback):
     def rehearse(self, model: nn.Module, example: ExampleInput, batches: Sequence[Any]) -> list[str]:
         """Quantize by the ranges of these batches; the copy stays fake-quantized."""
         quantize(model, example, self.recipe, data=list(batches) or None, progress_bar=False)
-        state = self.state(model)
-        attach_fake_quantizer(model, state)
-        plan = read_state(state).plan
+        quantizer = attach_fake_quantizer(model, self.state(model))
+        assert quantizer is not None  # `quantize` has found layers
+        plan = quantizer.plan
         lines = [
             f"{name}: weights of {bits['weight_bits']:g} bits, inputs of {bits.get('activation_bits', 32):g}"
             for name, bits in plan.bits_of_layers().items()
@@ -289,13 +289,6 @@ class QuantizationAwareTraining(CompressionCallback):
     def _attach(self, pl_module: LightningModule) -> None:
         if self._quantizer is None:
             self._quantizer = attach_fake_quantizer(pl_module, self.state(pl_module))
-
-    def _detach(self) -> None:
-        if self._capture is not None:
-            self._capture.remove()
-        if self._quantizer is not None:
-            self._quantizer.detach()
-        self._capture, self._quantizer = None, None
 
     def _continues_from_quantize(self, trainer: Trainer, state: dict[str, Any]) -> bool:
         """Whether `quantize` has found the ranges, by the same recipe, and training quantizes from its first batch."""
@@ -368,6 +361,9 @@ class QuantizationAwareTraining(CompressionCallback):
         check_agreement(trainer, "the plan of `QuantizationAwareTraining`", state["plan"])
         self.claim(pl_module, plan.bits_of_layers())
         self._attach(pl_module)
+        if not plan.layers:
+            self._warned = True
+            self._no_effect("no convolution or linear layer was found whose weight can be quantized.")
         kept = f", {plural(len(plan.left_float), 'layer')} left in float" if plan.left_float else ""
         self.log_event(trainer, pl_module, f"observing {plural(len(plan.layers), 'layer')}{kept}")
         for name, reason in plan.left_float.items():
@@ -379,29 +375,9 @@ class QuantizationAwareTraining(CompressionCallback):
         within = moment if name == "start" or isinstance(moment, float) else min(moment, max_epochs or 0)
         return resolve_moment(within, max_epochs, f"{type(self).__name__}({name}={moment})")
 
-    def _why_nothing(self, state: dict[str, Any]) -> str:
-        if "plan" not in state:
-            return f"the run was over before `start={self.start}`."
-        if self._quantizer is None:
-            return "no convolution or linear layer was found whose weight can be quantized."
-        return (
-            f"the run was over after {state['batches']} of `calibration_batches={self.calibration_batches}`. Start "
-            "earlier, or observe fewer."
-        )
-
-
-def _check_order(call: str, moments: dict[str, Moment]) -> None:
-    fractions = [moment for moment in moments.values() if isinstance(moment, float)]
-    if fractions != sorted(fractions):
-        raise ValueError(
-            f"`{call}({', '.join(f'{name}={moment}' for name, moment in moments.items())})`: expected start <= "
-            "freeze_observers <= freeze_batch_norm, found another order. To freeze nothing write 1.0."
-        )
-
 
 def _refuse_several(trainer: Trainer) -> None:
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # an attribute set by a connector
-    found = [repr(one) for one in callbacks if isinstance(one, QuantizationAwareTraining)]
+    found = [repr(one) for one in callbacks_of(trainer) if isinstance(one, QuantizationAwareTraining)]
     if len(found) > 1:
         raise ValueError(
             f"`callbacks=[{', '.join(found)}]`: expected one `QuantizationAwareTraining` in a Trainer, found "

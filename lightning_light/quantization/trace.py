@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -105,17 +105,70 @@ class OpNode:
         return result
 
 
-@dataclass(frozen=True)
-class Trace:
-    """Operator calls of a forward pass, in order.
+class Trace(OpStack):
+    """Operator calls between inputs and outputs: of the network, or of the parts that a training step calls.
 
     Attributes:
-        nodes: those that depend on an input of the network.
-        calls: all of them.
+        op_calls: all of them, in order.
     """
 
-    nodes: list[OpNode]
-    calls: list[OpCall]
+    def __init__(self) -> None:
+        super().__init__(self._trace)
+        self.op_calls: list[OpCall] = []
+        self._nodes: dict[OpId, OpNode] = {}
+        self._inputs = 0
+        self._producers: dict[int, OpNode] = {}
+        self._alive: list[Tensor] = []  # else another tensor could get the same identity
+
+    @property
+    def nodes(self) -> list[OpNode]:
+        """Those that depend on an input of the network."""
+        return list(self._nodes.values())
+
+    @override
+    def begin(self, args: tuple[Any, ...]) -> None:
+        self.enter(tensors_in(args))
+        super().begin(args)
+
+    @override
+    def output(self, output: Any) -> None:
+        for tensor in tensors_in(output):
+            if (node := self._producers.get(id(tensor))) is not None:
+                node.is_output = True
+
+    def _produce(self, tensors: Iterable[Tensor], node: OpNode) -> None:
+        for tensor in tensors:
+            self._producers[id(tensor)] = node
+            self._alive.append(tensor)
+
+    def enter(self, tensors: Iterable[Tensor]) -> None:
+        """Add a node for each of the inputs that no operator has produced."""
+        for tensor in tensors:
+            if id(tensor) not in self._producers:
+                call = OpCall(OpId("", 0, "input", self._inputs), nn.Identity(), [tensor], {}, tensor)
+                self._produce([tensor], OpNode(call, INPUT if tensor.is_floating_point() else INTEGER))
+                self._inputs += 1
+
+    def _trace(self, call: OpCall) -> Any:
+        call.result = call.run()
+        self.op_calls.append(call)
+        made = list(tensors_in(call.result))
+        inputs = [
+            (position, self._producers[id(tensor)])
+            for position, value in enumerate(call.values)
+            for tensor in tensors_in(value)
+            if id(tensor) in self._producers
+        ]
+        is_layer = operator_of(call.id.function).role == "layer"
+        if call.id.function == "__get__" or not made or not (inputs or is_layer):
+            return call.result  # a property gives a view of its tensor at most
+        if call.id not in self._nodes:  # else of a part that a training step calls again
+            node = self._nodes[call.id] = OpNode(call, FLOAT, inputs)
+            node.operator = _classify(node, made)
+            for _, source in inputs:
+                source.users.append(node)
+        self._produce(made, self._nodes[call.id])
+        return call.result
 
 
 def trace_ops(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Trace:
@@ -123,11 +176,11 @@ def trace_ops(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
     Python functions are seen as they are called, so a branch is the one that the example takes.
     """
-    tracer = _Tracer()
-    tracer.enter(tensors_in((args, dict(kwargs))))
-    with isolated(model), tracer.watching(model):
+    trace = Trace()
+    trace.enter(tensors_in((args, dict(kwargs))))
+    with isolated(model), trace.watching(model):
         model(*args, **kwargs)
-    return Trace([*tracer.nodes.values()], tracer.traced)
+    return trace
 
 
 def inputs_of_layer(model: nn.Module, op: OpId, examples: Iterable[ExampleInput]) -> list[Tensor]:
@@ -161,7 +214,7 @@ class WritableParameters:
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._uses = Counter(
             id(tensor)
-            for call in trace.calls
+            for call in trace.op_calls
             if any(True for _ in tensors_in(call.result))
             for tensor in tensors_in([*call.args, call.kwargs])
             if id(tensor) in self._names
@@ -170,63 +223,6 @@ class WritableParameters:
     def name_of(self, tensor: Tensor | None) -> str | None:
         """Its name in ``named_parameters``; None if it must not be written."""
         return self._names.get(id(tensor)) if self._uses[id(tensor)] == 1 else None
-
-
-class _Tracer(OpStack):
-    """Finds the operators between inputs and outputs: of the network, or of the parts that a training step calls."""
-
-    def __init__(self) -> None:
-        super().__init__(self._trace)
-        self.nodes: dict[OpId, OpNode] = {}
-        self.traced: list[OpCall] = []
-        self._inputs = 0
-        self._producers: dict[int, OpNode] = {}
-        self._alive: list[Tensor] = []  # else another tensor could get the same identity
-
-    @override
-    def begin(self, args: tuple[Any, ...]) -> None:
-        self.enter(_tensors(args))
-        super().begin(args)
-
-    @override
-    def output(self, output: Any) -> None:
-        for tensor in _tensors(output):
-            if (node := self._producers.get(id(tensor))) is not None:
-                node.is_output = True
-
-    def _produce(self, tensors: Iterable[Tensor], node: OpNode) -> None:
-        for tensor in tensors:
-            self._producers[id(tensor)] = node
-            self._alive.append(tensor)
-
-    def enter(self, tensors: Iterable[Tensor]) -> None:
-        """Add a node for each of the inputs that no operator has produced."""
-        for tensor in tensors:
-            if id(tensor) not in self._producers:
-                call = OpCall(OpId("", 0, "input", self._inputs), nn.Identity(), [tensor], {}, tensor)
-                self._produce([tensor], OpNode(call, INPUT if tensor.is_floating_point() else INTEGER))
-                self._inputs += 1
-
-    def _trace(self, call: OpCall) -> Any:
-        call.result = call.run()
-        self.traced.append(call)
-        made = list(_tensors(call.result))
-        inputs = [
-            (position, self._producers[id(tensor)])
-            for position, value in enumerate(call.values)
-            for tensor in _tensors(value)
-            if id(tensor) in self._producers
-        ]
-        is_layer = operator_of(call.id.function).role == "layer"
-        if call.id.function == "__get__" or not made or not (inputs or is_layer):
-            return call.result  # a property gives a view of its tensor at most
-        if call.id not in self.nodes:  # else of a part that a training step calls again
-            node = self.nodes[call.id] = OpNode(call, FLOAT, inputs)
-            node.operator = _classify(node, made)
-            for _, source in inputs:
-                source.users.append(node)
-        self._produce(made, self.nodes[call.id])
-        return call.result
 
 
 def _classify(node: OpNode, made: list[Tensor]) -> Operator:
@@ -254,10 +250,3 @@ def _is_spatial(call: OpCall) -> bool:
     dims = call.get("dim", 1)
     listed = [dims] if isinstance(dims, int) else list(dims or [])
     return call.args[0].dim() == 4 and {dim % 4 for dim in listed} == {2, 3}
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple | dict):
-        yield from tensors_in(value)

@@ -35,7 +35,7 @@ def test_every_net_of_the_zoo_is_quantized_and_stays_close(name, engine) -> None
         found = [leaf for leaf in tree_leaves(net(*args, **kwargs)) if isinstance(leaf, Tensor)]
         assert list(net.state_dict()) == keys
         assert min(map(decibels, right, found)) > (33 if engine == "qnnpack" else 26)
-        quantizer.detach()
+        quantizer.remove()
         again = [leaf for leaf in tree_leaves(net(*args, **kwargs)) if isinstance(leaf, Tensor)]
     assert all(map(torch.equal, right, again))
     assert {name for name in vars(net) if not name.startswith("_lightning_light")} == before.keys()
@@ -138,7 +138,7 @@ def test_an_error_in_forward_leaves_no_mode_behind() -> None:
             net(noise(2, 4, 8, 8))
         assert not quantizer.is_running
         assert torch.overrides._get_current_function_mode() is None
-    quantizer.detach()
+    quantizer.remove()
 
 
 def test_adding_zero_keeps_quantization_parameters() -> None:

@@ -247,7 +247,7 @@ def test_every_recipe_quantizes_and_lists_what_has_no_kernel(recipe) -> None:
             assert kernels.layers == len(quantizer.plan.layers) - len(expected)
             step = float(kernels.output_scales) or 0.02
             assert (found - quantized).abs().max() <= 3.1 * step
-    quantizer.detach()
+    quantizer.remove()
 
 
 def test_a_stage_of_a_bit_width_schedule_has_more_bits() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_light.quantization.fake_quantize import SMALLEST_SCALE
+from lightning_light.quantization.specs import WeightSpec
 from lightning_light.validation import FractionBelowOne, PositiveFloat, PositiveInt, validated
 
 __all__ = ["AdaRound", "learn_rounding", "logits_of", "dequantized", "rectified_sigmoid", "regularizer"]
@@ -100,8 +101,7 @@ def regularizer(h: Tensor, beta: float) -> Tensor:
 
 def learn_rounding(
     weight: Tensor,
-    largest: Tensor,
-    limit: int,
+    spec: WeightSpec,
     batches: Sequence[Batch],
     forward: Callable[[Tensor, Tensor], Tensor],
     channels: int,
@@ -116,14 +116,15 @@ def learn_rounding(
 
     Args:
         weight: the float weight.
-        largest: of all that shares a scale, spread over ``weight``: ``s = largest / limit``.
-        limit: the largest quantized weight.
+        spec: how it is quantized, uniformly.
         batches: inputs of the quantized network with outputs of the float one.
         forward: input and weight -> output.
         channels: the dimension of an output that counts channels.
         settings: how it is learned.
         subsets: whether a step may take a part of a batch along its first dimension.
     """
+    limit = spec.quant_max
+    largest = weight.abs().amax(list(range(int(spec.per_channel), weight.dim())), keepdim=True)
     scale = (largest / limit).clamp_min(SMALLEST_SCALE)
     nearest, down = (weight / scale).round(), (weight / scale).floor()
     fixed = (weight == 0) | (weight.abs() == largest) | (nearest == weight / scale)

@@ -82,28 +82,14 @@ class Refinement:
                 parameter.data = changed[name]
 
     def _learn(
-        self,
-        layer: _Layer,
-        parameters: WritableParameters,
-        batches: list[tuple[Tensor, Tensor]],
-        settings: AdaRound,
+        self, layer: _Layer, parameters: WritableParameters, batches: list[tuple[Tensor, Tensor]], settings: AdaRound
     ) -> None:
         spec, _ = self.quantizer.weight(layer.id)
         if parameters.name_of(layer.weight) is None or spec.form != "uniform":
             self.nearest.append(layer.id.module)
             return
-        weight = layer.weight.detach().float()
-        largest = weight.abs().amax(list(range(int(spec.per_channel), weight.dim())), keepdim=True)
-        learned = learn_rounding(
-            weight,
-            largest,
-            spec.quant_max,
-            batches,
-            layer.output,
-            layer.node.channel_dim,
-            settings,
-            subsets=layer.takes_subsets,
-        )
+        weight, channels = layer.weight.detach().float(), layer.node.channel_dim
+        learned = learn_rounding(weight, spec, batches, layer.output, channels, settings, subsets=layer.takes_subsets)
         layer.weight.copy_(learned)
         if spec.learned:
             self.scales[weight_scale(layer.id)] = quantize_weight(learned, replace(spec, learned=False))[1]

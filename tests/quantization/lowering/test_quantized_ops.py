@@ -272,7 +272,7 @@ def test_an_engine_with_a_smaller_range_than_the_recipe_is_refused(tmp_path) -> 
     quantizer = calibrated(net, ExampleInput((images,)))
     with pytest.raises(UnsupportedError, match=r"found \[-127, 127\], for 'qnnpack'.*Int8\(engine='x86'\)"):
         exported(net, tmp_path, images, exporter=TorchScriptLite("x86"))
-    quantizer.detach()
+    quantizer.remove()
     calibrated(net, ExampleInput((images,)), Int8(engine="x86"))
     assert exported(net, tmp_path, images, exporter=TorchScriptLite("qnnpack")).details["engine"] == "qnnpack"
 

@@ -29,8 +29,7 @@ def rule(high: int, per_channel: bool = True) -> WeightSpec:
 
 
 def learned(weight: Tensor, high: int, x: Tensor, settings: AdaRound = QUICK) -> Tensor:
-    largest = weight.abs().amax(1, keepdim=True)
-    return learn_rounding(weight, largest, high, [(x, x @ weight.T)], F.linear, -1, settings)
+    return learn_rounding(weight, rule(high), [(x, x @ weight.T)], F.linear, -1, settings)
 
 
 def test_rectified_sigmoid_is_equation_23_of_the_paper() -> None:
