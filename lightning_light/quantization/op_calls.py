@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,17 +14,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
-from lightning_light.int8 import QUANTIZED_TENSORS_ARE_DEPRECATED
 from lightning_light.module_stack import ModuleCall, ModuleStack
 from lightning_light.validation import PositiveInt
 
 __all__ = ["OpCall", "OpId", "OpStack"]
-
-_BETWEEN = (
-    str(Path(__file__).parent),
-    torch.overrides.__file__,
-    str(Path(warnings.__file__).with_name("contextlib.py")),
-)
 
 
 class OpId(NamedTuple):
@@ -102,7 +93,7 @@ class OpCall:
         return self.function(*self.args, **self.kwargs)
 
 
-class OpStack(ModuleStack):
+class OpStack(ModuleStack, TorchFunctionMode):
     """Routes every operator call inside a model to ``handle``, which returns its result.
 
     Identities agree between runs, also where a part of the network is called by itself. A subclass may act where the
@@ -110,15 +101,11 @@ class OpStack(ModuleStack):
     """
 
     def __init__(self, handle: Callable[[OpCall], Any]) -> None:
-        super().__init__()
+        ModuleStack.__init__(self)
+        TorchFunctionMode.__init__(self)
         self._handle = handle
         self._counts: Counter[tuple[str, int, str]] = Counter()
         self._modes: list[AbstractContextManager[Any]] = []
-
-    @property
-    def is_running(self) -> bool:
-        """Whether a module is being called."""
-        return self.outermost is not None
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
@@ -131,7 +118,7 @@ class OpStack(ModuleStack):
 
     def begin(self, args: tuple[Any, ...]) -> None:
         """Act before the outermost call."""
-        self._modes = [_OpMode(self)]
+        self._modes = [self]
         if "torch._dynamo" in sys.modules:  # compiled code would not see the mode
             self._modes.append(torch.compiler.set_stance("force_eager"))
         for mode in self._modes:
@@ -153,52 +140,23 @@ class OpStack(ModuleStack):
 
     @override
     def left(self, call: ModuleCall, output: Any) -> Any:
-        if self.is_running:
+        if self.outermost is not None:
             return None
         self.end()
         return self.output(output)
 
     @override
     def reset(self) -> None:
-        if self.is_running:
+        if self.outermost is not None:
             self.end()
         super().reset()
 
-    def dispatch(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return the result of a function that is called; outside of the model it is not handled."""
-        caller = self.current
-        if caller is None:
-            return function(*args, **kwargs)
-        key = (caller.name, caller.number, str(getattr(function, "__name__", function)))
-        self._counts[key] += 1
-        call = OpCall(OpId(*key, self._counts[key]), function, list(args), kwargs)
-        if torch._C._get_tracing_state() is None:
-            return self._handle(call)
-        with _attributed_to_caller():
-            return self._handle(call)
-
-
-class _OpMode(TorchFunctionMode):
-    def __init__(self, stack: OpStack) -> None:
-        super().__init__()
-        self._stack = stack
-
     @override
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self._stack.dispatch(func, args, dict(kwargs or {}))
-
-
-@contextmanager
-def _attributed_to_caller() -> Iterator[None]:
-    """Let a tracer's warnings that would name a line of this package name the line that called the operator instead."""
-    frame = sys._getframe()
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_BETWEEN):
-        frame = frame.f_back
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        warnings.filterwarnings("ignore", QUANTIZED_TENSORS_ARE_DEPRECATED)
-        yield
-    for warning in caught:
-        ours = warning.filename.startswith(_BETWEEN)
-        place = (frame.f_code.co_filename, frame.f_lineno) if ours else (warning.filename, warning.lineno)
-        warnings.warn_explicit(warning.message, warning.category, *place)
+        """Return the result of a function that is called; outside of the model it is not handled."""
+        kwargs, caller = kwargs or {}, self.current
+        if caller is None:
+            return func(*args, **kwargs)
+        key = (caller.name, caller.number, str(getattr(func, "__name__", func)))
+        self._counts[key] += 1
+        return self._handle(OpCall(OpId(*key, self._counts[key]), func, list(args), dict(kwargs)))

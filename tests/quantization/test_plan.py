@@ -136,7 +136,7 @@ def test_an_error_in_forward_leaves_no_mode_behind() -> None:
     for _ in range(2):
         with pytest.raises(RuntimeError):
             net(noise(2, 4, 8, 8))
-        assert not quantizer.is_running
+        assert quantizer.outermost is None
         assert torch.overrides._get_current_function_mode() is None
     quantizer.remove()
 

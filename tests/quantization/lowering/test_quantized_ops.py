@@ -23,6 +23,7 @@ from lightning_light.quantization.lowering.weights import QuantizedWeight, share
 from tests.contract.bodies import Body, module_class
 from tests.contract.runs import DEFAULT_HOST, trainer
 from tests.quantization.helpers import calibrated, in_turn
+from tests import zoo
 from tests.zoo import ZOO, noise
 
 ENGINES = [
@@ -62,6 +63,8 @@ def test_every_net_of_the_zoo_as_a_file(name, engine, tmp_path) -> None:
     assert quantizer.enabled
     details = report.details
     assert details["engine"] == engine
+    lines = {line.partition(":")[0] for line in details["built_in_values"]}
+    assert lines == ({zoo.__file__} if name == "control_flow" else set())
     left = ["up"] if engine == "x86" and name in TRANSPOSED else []
     assert list(details["left_float"]) == left
     assert details["int8_layers"] == len(quantizer.plan.layers) - len(left)
