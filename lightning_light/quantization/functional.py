@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_light.calibration import calls_from, explained
+from lightning_light.copies import copy_network
 from lightning_light.errors import NoEffectWarning
 from lightning_light.example_input import ExampleInput
 from lightning_light.isolation import isolated
@@ -89,11 +90,13 @@ def quantize(
     examples = list(inputs) if changes else []
     inputs = iter(examples) if changes else inputs
     first = next(inputs)
-    with isolated(model), _parameters_restored_on_failure(model if changes else nn.Module()):
+    with isolated(model), _restored_on_failure(model.parameters() if changes else ()):
         with explained("quantize", model, first):
             model(*first.args, **first.kwargs)
         if equalize and not equalize_layers(model, first):
             _warn("equalize=True", "no two layers in a row with nothing but batch norm, ReLU and pooling between them")
+        refined = correct_bias or rounding is not None
+        original = copy_network(model) if refined else model
         plan = begin(state, model, first, recipe)
         quantizer = attach_fake_quantizer(model, state)
         if quantizer is None:
@@ -106,8 +109,8 @@ def quantize(
             _observe(model, quantizer, state, chain([first], inputs))
             enable(state, quantizer)
             state["recipe"] = repr(recipe)
-            if correct_bias or rounding is not None:
-                refinement = Refinement(model, quantizer, examples, rounding, correct_bias, state["learned"])
+            if refined:
+                refinement = Refinement(model, original, quantizer, examples, rounding, correct_bias, state["learned"])
                 refinement.run(progress_bar=progress_bar)
                 _warn_of_unchanged(refinement)
         finally:
@@ -132,8 +135,8 @@ def _observe(model: nn.Module, quantizer: FakeQuantizer, state: dict[str, Any], 
 
 
 @contextmanager
-def _parameters_restored_on_failure(model: nn.Module) -> Iterator[None]:
-    before = {parameter: parameter.detach().clone() for parameter in model.parameters()}
+def _restored_on_failure(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    before = {parameter: parameter.detach().clone() for parameter in parameters}
     try:
         yield
     except BaseException:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,15 +13,18 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from lightning_light.int8 import LoweredModel
-from lightning_light.quantization.lowering.weights import QuantizedWeight, fold
+from lightning_light.quantization.fake_quantize import columns, gain_and_shift, quantize_weight
 from lightning_light.quantization.op_calls import OpCall, OpId
 from lightning_light.quantization.operators import METADATA, arguments, operator_of
-from lightning_light.quantization.specs import QParams
+from lightning_light.quantization.specs import QParams, WeightSpec
 
 if TYPE_CHECKING:
     from lightning_light.quantization.fake_quantizer import FakeQuantizer
 
-__all__ = ["Lowering"]
+__all__ = ["Lowering", "QuantizedWeight", "fold"]
+
+_COARSEST = 256.0  # XNNPACK does not load a file with more
+_MOST = 2.0**30  # of the 32 bits in which a kernel accumulates; products take the rest
 
 
 class Lowering(ABC):
@@ -104,7 +108,7 @@ class Lowering(ABC):
             return f"its {'output' if writes is None else 'input'} was never observed"
         norm = None if site.fused.batch_norm is None else self._collected[site.fused.batch_norm]
         weight = fold(self._collected[op], norm, *self.quantizer.weight(op), reads.scale, writes.scale)
-        if weight.is_too_coarse(reads.scale, writes.scale):
+        if reads.scale * float(weight.scale.max()) >= _COARSEST * writes.scale:
             return "one step of its sums is more than the whole range of its output"
         self.weights[op] = weight
         return None
@@ -159,3 +163,60 @@ class Lowering(ABC):
     def qparams_of_output(self, op: OpId) -> QParams | None:
         """Of a layer or join, after what is fused into it."""
         return self.qparams[self.plan.outputs[self.fused[op].last]]
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedWeight:
+    """``integers * scale`` is the fake-quantized weight, times the gain of the batch norm.
+
+    Attributes:
+        integers: int8, the shape of the weight.
+        scale: float64; one per output channel (the first dimension), or a scalar.
+        bias: float32, or None.
+    """
+
+    integers: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+    @property
+    def per_channel(self) -> bool:
+        """Whether there is one scale per channel."""
+        return self.scale.dim() > 0
+
+
+def fold(
+    named: Mapping[str, Any],
+    norm: Mapping[str, Any] | None,
+    spec: WeightSpec,
+    scale: Tensor | None,
+    reads: float,
+    writes: float,
+) -> QuantizedWeight:
+    """Quantize a weight as in training, and multiply its scales by the gain of the batch norm after it.
+
+    A kernel counts the bias in steps of ``reads * scale``, in 32 bits, and multiplies by ``reads * scale / writes`` in
+    the end. Where the scale is too small for that, as in an almost dead channel, it becomes the smallest one that fits,
+    with fewer steps for the weight: what is lost is far below a step of the output.
+
+    Args:
+        named: arguments of the layer by name.
+        norm: arguments of the batch norm, or None.
+        spec: how the weight is quantized.
+        scale: of the weight, if that is learned.
+        reads: scale of the layer's input.
+        writes: scale of its output.
+    """
+    bias = named.get("bias")
+    bias = None if bias is None else bias.detach().float()
+    integers, found = quantize_weight(named["weight"], spec, scale)
+    found = found.double()
+    if norm is not None:
+        gain, shift = gain_and_shift(norm, bias)
+        integers, found, bias = integers * columns(gain.sign().float(), integers), found * gain.abs(), shift.float()
+    most = torch.full_like(found, writes)
+    if bias is not None:
+        largest = bias.double().abs()
+        most = torch.maximum(most, largest if found.dim() else largest.amax())
+    fitting = torch.maximum(found, most / (_MOST * reads))
+    return QuantizedWeight((integers * columns(found / fitting, integers)).round().to(torch.int8), fitting, bias)

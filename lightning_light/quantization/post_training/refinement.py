@@ -6,8 +6,7 @@ Bias Correction", appendix D. https://arxiv.org/abs/1906.04721
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -31,6 +30,7 @@ class Refinement:
 
     Attributes:
         model: in evaluation mode, hooked by ``quantizer``; its weights are float.
+        original: a copy of it as it was, not hooked.
         quantizer: with all ranges, enabled.
         inputs: calibration data.
         rounding: how rounding is learned, or None for nearest.
@@ -41,6 +41,7 @@ class Refinement:
     """
 
     model: nn.Module
+    original: nn.Module
     quantizer: FakeQuantizer
     inputs: Sequence[ExampleInput]
     rounding: AdaRound | None
@@ -52,34 +53,20 @@ class Refinement:
     @torch.no_grad()
     def run(self, *, progress_bar: bool) -> None:
         """Refine all layers."""
-        before = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
         trace = trace_ops(self.model, self.inputs[0].args, self.inputs[0].kwargs)
         parameters = WritableParameters(self.model, trace)
+        first = {node.id: node for node in trace_ops(self.original, self.inputs[0].args, self.inputs[0].kwargs).nodes}
         layers = [_Layer.of(node) for node in trace.nodes if node.id in self.quantizer.plan.layers]
         for layer in with_progress_bar(layers, len(layers), "Refining layers", shown=progress_bar):
-            with self._in_float(before):
-                inputs, weight = inputs_of_layer(self.model, layer.id, self.inputs), layer.weight.detach()
-                means = [layer.means(x, weight) for x in inputs] if self.correct_bias else []
-                outputs = [layer.output(x, weight) for x in inputs] if self.rounding is not None else []
+            before = _Layer.of(first[layer.id])
+            inputs = inputs_of_layer(self.original, layer.id, self.inputs)
+            means = [before.means(x, before.weight) for x in inputs] if self.correct_bias else []
+            outputs = [before.output(x, before.weight) for x in inputs] if self.rounding is not None else []
             inputs = inputs_of_layer(self.model, layer.id, self.inputs)
             if self.rounding is not None:
                 self._learn(layer, parameters, list(zip(inputs, outputs, strict=True)), self.rounding)
             if self.correct_bias:
                 self._correct(layer, parameters, inputs, torch.stack(means))
-
-    @contextmanager
-    def _in_float(self, before: Mapping[str, Tensor]) -> Iterator[None]:
-        """Inside, the network as it was: with its first weights, and in float."""
-        changed = {name: parameter.data for name, parameter in self.model.named_parameters()}
-        self.quantizer.enabled = False
-        try:
-            for name, parameter in self.model.named_parameters():
-                parameter.data = before[name]
-            yield
-        finally:
-            self.quantizer.enabled = True
-            for name, parameter in self.model.named_parameters():
-                parameter.data = changed[name]
 
     def _learn(
         self, layer: _Layer, parameters: WritableParameters, batches: list[tuple[Tensor, Tensor]], settings: AdaRound

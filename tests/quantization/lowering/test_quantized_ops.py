@@ -18,12 +18,12 @@ from lightning_light.example_input import ExampleInput
 from lightning_light.export import MobileExport, Tolerance, TorchScriptLite, export_model
 from lightning_light.export.torchscript_lite import quiet_deprecations
 from lightning_light.quantization import Int8, MovingAverage, QuantizationAwareTraining, fake_quantized, quantize
-from lightning_light.quantization.lowering.quantized_ops import QuantizedOpsLowering
-from lightning_light.quantization.lowering.weights import QuantizedWeight, share_storage
+from lightning_light.quantization.lowering.base import QuantizedWeight
+from lightning_light.quantization.lowering.quantized_ops import QuantizedOpsLowering, share_storage
+from tests import zoo
 from tests.contract.bodies import Body, module_class
 from tests.contract.runs import DEFAULT_HOST, trainer
 from tests.quantization.helpers import calibrated, in_turn
-from tests import zoo
 from tests.zoo import ZOO, noise
 
 ENGINES = [
