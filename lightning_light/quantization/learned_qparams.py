@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from lightning_light.errors import UnsupportedError
 from lightning_light.quantization.fake_quantize import SMALLEST_SCALE, columns, fake_quantize_weight
@@ -20,12 +19,9 @@ from lightning_light.quantization.op_calls import OpId
 from lightning_light.quantization.plan import QuantizationPlan
 from lightning_light.quantization.specs import ActivationSpec, QParams, WeightSpec
 from lightning_light.schema import damage
-from lightning_light.surgery.distributed import reduce_mean
-from lightning_light.surgery.optimizer import adopt, disown, unwrap
+from lightning_light.surgery.optimizer import adopt, unwrap
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
-
     from lightning_light.quantization.fake_quantizer import FakeQuantizer
 
 __all__ = [
@@ -149,20 +145,6 @@ class LearnedQParams:
             f"parameters during a run, found {[type(one).__name__ for one in self._optimizers] or 'none'}. Train with "
             "`SGD` or `AdamW`, or use a recipe with observers: `IntN(...)`."
         )
-
-    def reduce(self, trainer: Trainer) -> None:
-        """DDP does not know the parameters: take the mean of their gradients over all ranks."""
-        parameters = list(self.parameters.values())
-        for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        vector_to_parameters(reduce_mean(trainer, parameters_to_vector(gradients)), gradients)
-
-    def discard(self) -> None:
-        """Take the parameters back from the optimizers, if they have them."""
-        for optimizer in self._optimizers:
-            for parameter in self.parameters.values():
-                disown(optimizer, parameter)
 
 
 def learned_by(plan: QuantizationPlan) -> dict[str, LearnedValue]:

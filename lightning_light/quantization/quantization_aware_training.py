@@ -27,7 +27,14 @@ from lightning_light.quantization.learned_qparams import LearnedQParams, add_dam
 from lightning_light.quantization.recipes import Int8, Recipe
 from lightning_light.schedules import Cosine, Schedule, resolve, resolve_moment
 from lightning_light.surgery.checkpoint_monitoring import reset_monitoring
-from lightning_light.surgery.distributed import check_agreement, log_rank_zero, reduce_max, reduce_mean
+from lightning_light.surgery.distributed import (
+    check_agreement,
+    log_rank_zero,
+    reduce_gradients,
+    reduce_max,
+    reduce_mean,
+)
+from lightning_light.surgery.optimizer import disown
 from lightning_light.surgery.stored_example import restore_or_capture_example, store_example
 from lightning_light.training_step import callable_with
 from lightning_light.validation import Moment, PositiveInt, validated
@@ -148,7 +155,7 @@ class QuantizationAwareTraining(CompressionCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Continue from the checkpoint, learned parameters in the optimizers before their state; or start over."""
         if self._learned is not None:
-            self._learned.discard()  # of an earlier fit with the same optimizers
+            disown(trainer.optimizers, self._learned.parameters.values())  # of an earlier fit with the same optimizers
         self._learned = None
         state = self.state(pl_module)
         continues = self._continues_from_quantize(trainer, state)
@@ -206,7 +213,7 @@ class QuantizationAwareTraining(CompressionCallback):
         """DDP does not know learned quantization parameters: take the mean of their gradients."""
         accumulating = pl_module.automatic_optimization and is_accumulating(trainer)
         if self._learned is not None and trainer.world_size > 1 and not accumulating:
-            self._learned.reduce(trainer)
+            reduce_gradients(trainer, self._learned.parameters.values())
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
