@@ -112,9 +112,7 @@ class SoundState(Rule):
 
 def begin(state: dict[str, Any], model: nn.Module, example: ExampleInput, recipe: Recipe) -> QuantizationPlan:
     """Plan the quantization of ``model``, and write a state in which nothing is observed yet."""
-    nodes = trace_ops(model, example.args, example.kwargs).nodes
-    layers = list(dict.fromkeys(node.id.module for node in nodes if node.role == "layer"))
-    plan = plan_quantization(nodes, recipe.specs(model, layers))
+    plan = plan_quantization(model, trace_ops(model, example.args, example.kwargs).nodes, recipe)
     ranges = torch.tensor([[torch.inf, -torch.inf]] * len(plan.activations)).reshape(-1, 2)
     state.clear()
     state |= encode(QuantizationState(plan, ranges, recipe.engine))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+
+from torch import nn
 
 from lightning_light.quantization.op_calls import OpId
 from lightning_light.quantization.operators import FLOAT
+from lightning_light.quantization.recipes import Recipe
 from lightning_light.quantization.specs import ActivationSpec, LayerSpec, WeightSpec
 from lightning_light.quantization.trace import OpNode
 from lightning_light.validation import NonNegativeInt
@@ -102,7 +105,7 @@ class QuantizationPlan:
         return found
 
 
-def plan_quantization(nodes: Iterable[OpNode], specs: Mapping[str, LayerSpec]) -> QuantizationPlan:
+def plan_quantization(model: nn.Module, nodes: Sequence[OpNode], recipe: Recipe) -> QuantizationPlan:
     """Plan the quantization of a traced network, so that every layer with a weight reads and writes int8.
 
     Batch norm and ReLU after a layer belong to it: only the result of the last of them is quantized. Sums and
@@ -112,14 +115,16 @@ def plan_quantization(nodes: Iterable[OpNode], specs: Mapping[str, LayerSpec]) -
     The input of a layer without a kernel is quantized for it alone, and its output is float, as in the papers.
 
     Args:
+        model: the network.
         nodes: of one forward pass.
-        specs: module -> what the recipe prescribes; a layer that is not in it stays float.
+        recipe: how its layers are quantized.
     """
-    return _Planner(list(nodes), specs).run()
+    layers = list(dict.fromkeys(node.id.module for node in nodes if node.role == "layer"))
+    return _Planner(nodes, recipe.specs(model, layers)).run()
 
 
 class _Planner:
-    def __init__(self, nodes: list[OpNode], specs: Mapping[str, LayerSpec]) -> None:
+    def __init__(self, nodes: Sequence[OpNode], specs: Mapping[str, LayerSpec]) -> None:
         self.nodes, self.plan = nodes, QuantizationPlan()
         self._specs: dict[OpNode, LayerSpec] = {}
         for node in nodes:

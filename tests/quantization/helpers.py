@@ -29,8 +29,7 @@ def in_turn(first: Sequence[A], second: Sequence[B]) -> list[tuple[A, B]]:
 
 
 def plan_of(model: nn.Module, *args: Any, recipe: Recipe = Int8(), **kwargs: Any) -> QuantizationPlan:
-    nodes = trace_ops(model, args, kwargs).nodes
-    return plan_quantization(nodes, recipe.specs(model, [node.id.module for node in nodes]))
+    return plan_quantization(model, trace_ops(model, args, kwargs).nodes, recipe)
 
 
 def calibrated(model: nn.Module, example: ExampleInput, recipe: Recipe = Int8()) -> FakeQuantizer:

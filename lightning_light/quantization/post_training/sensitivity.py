@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,12 +20,10 @@ from lightning_light.measure.cost import count_cost
 from lightning_light.measure.metrics import local_copy
 from lightning_light.nested import map_tensors, tensors_in
 from lightning_light.progress_bar import with_progress_bar
-from lightning_light.quantization.fake_quantize import fake_quantize_weight
-from lightning_light.quantization.op_calls import OpCall, OpId, OpStack
-from lightning_light.quantization.plan import origin_of
+from lightning_light.quantization.fake_quantizer import FakeQuantizer
+from lightning_light.quantization.plan import QuantizationPlan, plan_quantization
 from lightning_light.quantization.recipes import Bits, Engine, IntN
-from lightning_light.quantization.specs import WeightSpec
-from lightning_light.quantization.trace import OpNode, trace_ops
+from lightning_light.quantization.trace import trace_ops
 from lightning_light.validation import validated
 
 __all__ = ["Sensitivity", "measure_sensitivity"]
@@ -139,19 +136,19 @@ def measure_sensitivity(
     """
     data, targets = _with_targets(data, metric)
     inputs = list(calls_from("measure_sensitivity", model, example_inputs, data))
-    specs = {width: IntN(weights=width, engine=engine).spec().weight for width in bits}
     with explained("measure_sensitivity", model, inputs[0]):
         nodes = trace_ops(model, inputs[0].args, inputs[0].kwargs).nodes
-    layers: dict[str, dict[OpId, OpNode]] = {}
+    plans = {width: plan_quantization(model, nodes, IntN(width, None, engine=engine)) for width in bits}
+    weights: dict[str, set[Tensor]] = {}
     for node in nodes:
-        if node.role == "layer" and node.id.module and origin_of(node.inputs[0][1]).role != "integer":
-            layers.setdefault(node.id.module, {})[node.id] = node
-    if not layers or not specs:
+        if node.id.module and any(node.id in plan.layers for plan in plans.values()):
+            weights.setdefault(node.id.module, set()).add(node.named["weight"])
+    if not weights:
         raise ValueError(
             f"`measure_sensitivity({type(model).__name__}, ..., bits={tuple(bits)})`: expected layers to quantize and "
-            f"widths, found {len(layers)} convolution or linear layers."
+            "widths, found 0 convolution or linear layers with a width."
         )
-    found: dict[str, dict[int, float]] = {layer: {} for layer in layers}
+    found: dict[str, dict[int, float]] = {layer: {} for layer in weights}
     with isolated(model):
         before = [_outputs(model, call) for call in inputs]
         for batch, outputs in enumerate(before):
@@ -164,27 +161,16 @@ def measure_sensitivity(
             change = _change_of_outputs(model, inputs, before, distance)
         else:
             change = _change_of_metric(model, inputs, targets, metric)
-        for layer in with_progress_bar(layers, len(layers), "Sensitivity", shown=progress_bar):
-            for width, spec in specs.items():
-                with _quantized(model, layers[layer], spec):
+        for layer in with_progress_bar(weights, len(weights), "Sensitivity", shown=progress_bar):
+            for width, plan in plans.items():
+                calls = {op: site for op, site in plan.layers.items() if op.module == layer}
+                quantizer = FakeQuantizer(QuantizationPlan(layers=calls), engine)
+                quantizer.enabled = True
+                with quantizer.watching(model):
                     found[layer][width] = change()
     cost = count_cost(model, inputs[0].args, inputs[0].kwargs).macs_by_module
-    weights = {layer: {node.named["weight"] for node in calls.values()} for layer, calls in layers.items()}
     sizes = {layer: sum(one.numel() for one in tensors) for layer, tensors in weights.items()}
-    return Sensitivity(found, sizes, {layer: cost.get(layer, 0) for layer in layers})
-
-
-def _quantized(model: nn.Module, calls: Mapping[OpId, OpNode], spec: WeightSpec) -> AbstractContextManager[None]:
-    """Inside, the weight of one layer alone, of all its ``calls``, is fake-quantized."""
-
-    def handle(call: OpCall) -> Any:
-        if (node := calls.get(call.id)) is not None:
-            per_channel = spec.per_channel and node.operator.per_channel
-            weight, _ = fake_quantize_weight(call.get("weight", 1), replace(spec, per_channel=per_channel))
-            call.set("weight", 1, weight)
-        return call.run()
-
-    return OpStack(handle).watching(model)
+    return Sensitivity(found, sizes, {layer: cost.get(layer, 0) for layer in weights})
 
 
 def _outputs(model: nn.Module, call: ExampleInput) -> list[Tensor]:
