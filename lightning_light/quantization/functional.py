@@ -21,9 +21,8 @@ from lightning_light.quantization.checkpoint_state import METHOD, attach_fake_qu
 from lightning_light.quantization.fake_quantizer import FakeQuantizer
 from lightning_light.quantization.observers import MinMax, MovingAverage
 from lightning_light.quantization.plan import QuantizationPlan
-from lightning_light.quantization.post_training.adaround import AdaRound
 from lightning_light.quantization.post_training.equalization import equalize as equalize_layers
-from lightning_light.quantization.post_training.refinement import Refinement
+from lightning_light.quantization.post_training.refinement import AdaRound, Refinement
 from lightning_light.quantization.recipes import Recipe
 from lightning_light.surgery.attachment import attach, release
 from lightning_light.validation import validated

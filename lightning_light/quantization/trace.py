@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import override
 
 from lightning_light.example_input import ExampleInput
@@ -117,8 +118,7 @@ class Trace(OpStack):
         self.op_calls: list[OpCall] = []
         self._nodes: dict[OpId, OpNode] = {}
         self._inputs = 0
-        self._producers: dict[int, OpNode] = {}
-        self._alive: list[Tensor] = []  # else another tensor could get the same identity
+        self._producers: Any = WeakIdKeyDictionary()  # tensor -> its node
 
     @property
     def nodes(self) -> list[OpNode]:
@@ -133,20 +133,15 @@ class Trace(OpStack):
     @override
     def output(self, output: Any) -> None:
         for tensor in tensors_in(output):
-            if (node := self._producers.get(id(tensor))) is not None:
+            if (node := self._producers.get(tensor)) is not None:
                 node.is_output = True
-
-    def _produce(self, tensors: Iterable[Tensor], node: OpNode) -> None:
-        for tensor in tensors:
-            self._producers[id(tensor)] = node
-            self._alive.append(tensor)
 
     def enter(self, tensors: Iterable[Tensor]) -> None:
         """Add a node for each of the inputs that no operator has produced."""
         for tensor in tensors:
-            if id(tensor) not in self._producers:
+            if tensor not in self._producers:
                 call = OpCall(OpId("", 0, "input", self._inputs), nn.Identity(), [tensor], {}, tensor)
-                self._produce([tensor], OpNode(call, INPUT if tensor.is_floating_point() else INTEGER))
+                self._producers[tensor] = OpNode(call, INPUT if tensor.is_floating_point() else INTEGER)
                 self._inputs += 1
 
     def _trace(self, call: OpCall) -> Any:
@@ -154,10 +149,10 @@ class Trace(OpStack):
         self.op_calls.append(call)
         made = list(tensors_in(call.result))
         inputs = [
-            (position, self._producers[id(tensor)])
+            (position, self._producers[tensor])
             for position, value in enumerate(call.values)
             for tensor in tensors_in(value)
-            if id(tensor) in self._producers
+            if tensor in self._producers
         ]
         is_layer = operator_of(call.id.function).role == "layer"
         if call.id.function == "__get__" or not made or not (inputs or is_layer):
@@ -167,7 +162,7 @@ class Trace(OpStack):
             node.operator = _classify(node, made)
             for _, source in inputs:
                 source.users.append(node)
-        self._produce(made, self._nodes[call.id])
+        self._producers.update((tensor, self._nodes[call.id]) for tensor in made)
         return call.result
 
 

@@ -63,12 +63,6 @@ class QDQLowering(Lowering):
             self._quantized.pop(id(call.input), None)  # from here on it is the result
         else:
             call.args, call.kwargs = tree_map(self._read, (call.args, call.kwargs))
-        site, activation = self.plan.layers.get(call.id), self.plan.outputs.get(call.id)
-        if site is not None and call.id in self.refused:
-            weight = self._constant(call.id, lambda: self._float_weight(call))
-            call.set("weight", 1, weight)
-        for position, index in self.plan.inputs.get(call.id, {}).items():
-            self._quantize_input(call, position, index, in_float=site is not None and site.no_kernel is not None)
         if is_norm and self.is_fused(call.id):
             result = call.input
         elif is_norm and known is not None and self.runtime == "xnnpack" and call.get("running_var", 2) is not None:
@@ -76,6 +70,7 @@ class QDQLowering(Lowering):
         else:
             self._set_operands(call)
             result = call.run()
+        activation = self.plan.outputs.get(call.id)
         qparams = kept if activation is None else self.qparams[activation]
         return result if qparams is None else tree_map(lambda leaf: self._qdq(leaf, qparams), result)
 
@@ -90,26 +85,32 @@ class QDQLowering(Lowering):
         return output
 
     def _set_operands(self, call: OpCall) -> None:
-        """The weight of an int8 layer, from constants; operands with the quantization parameters of the result."""
-        if call.id in self.weights and call.id not in self.refused:
-            weight, ops = self.weights[call.id], torch.ops.quantized_decomposed
-            dequantize = ops.dequantize_per_channel if weight.per_channel else ops.dequantize_per_tensor
+        """Quantize the inputs that only this operator reads, its weight, and what must have the scale of the result."""
+        site, ops = self.plan.layers.get(call.id), torch.ops.quantized_decomposed
+        for position, activation in self.plan.inputs.get(call.id, {}).items():
+            value, qparams = call.values[position], self.qparams[activation]
+            if site is not None and site.no_kernel is not None:  # by plain operators, which no runtime fuses
+                call.replace(position, self.quantizer.quantize(activation, value))
+            elif qparams is not None:
+                call.replace(position, self._qdq(value, qparams))
+        if site is not None and call.id in self.refused:
+            how = self.quantizer.weight(call.id)
+            weight = self._constant(call.id, lambda: fake_quantize_weight(call.get("weight", 1), *how)[0].detach())
+            call.set("weight", 1, weight)
+        elif site is not None:
+            integers = self.weights[call.id]
+            dequantize = ops.dequantize_per_channel if integers.per_channel else ops.dequantize_per_tensor
             call.set("weight", 1, dequantize.default(*self._constants[call.id]))
-            call.set("bias", 2, weight.bias)
+            call.set("bias", 2, integers.bias)
         elif call.id in self.plan.joins and self.runtime in operator_of(call.id.function).same_qparams:
-            qparams = self.qparams_of_output(call.id)
-            if qparams is not None:
-                call.replace(0, [self._qdq(value, qparams) for value in call.values[0]])
+            output = self.qparams_of_output(call.id)
+            if output is not None:
+                call.replace(0, [self._qdq(value, output) for value in call.values[0]])
 
     def _constant(self, op: OpId, make: Callable[[], Any]) -> Any:
         if op not in self._constants:
             self._constants[op] = make()
         return self._constants[op]
-
-    def _float_weight(self, call: OpCall) -> Tensor:
-        """The fake-quantized weight of a layer that stays float."""
-        weight, _ = fake_quantize_weight(call.get("weight", 1), *self.quantizer.weight(call.id))
-        return weight.detach()
 
     def _normalized(self, call: OpCall) -> Tensor:
         """By a product and a sum: ExecuTorch makes a convolution of a batch norm, and fails if its input is int8."""
@@ -119,14 +120,6 @@ class QDQLowering(Lowering):
         )
         result: Tensor = x * gain + shift
         return result
-
-    def _quantize_input(self, call: OpCall, position: int, activation: int, *, in_float: bool) -> None:
-        """By plain operators where the layer is float; no runtime fuses those."""
-        qparams, value = self.qparams[activation], call.values[position]
-        if in_float:
-            call.replace(position, self.quantizer.quantize(activation, value))
-        elif qparams is not None:
-            call.replace(position, self._qdq(value, qparams))
 
     def _qdq(self, x: Any, qparams: QParams) -> Any:
         """Quantize and dequantize ``x``; what is no floating point tensor stays itself."""

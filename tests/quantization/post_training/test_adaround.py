@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from lightning_light.quantization.fake_quantize import fake_quantize_weight, quantize_weight
-from lightning_light.quantization.post_training.adaround import (
+from lightning_light.quantization.post_training.refinement import (
     AdaRound,
     dequantized,
     learn_rounding,
