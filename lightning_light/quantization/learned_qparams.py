@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_light.errors import UnsupportedError
 from lightning_light.quantization.fake_quantize import SMALLEST_SCALE, columns, fake_quantize_weight
@@ -25,11 +26,11 @@ if TYPE_CHECKING:
     from lightning_light.quantization.fake_quantizer import FakeQuantizer
 
 __all__ = [
-    "LearnedQParams",
     "add_dampening_gradients",
     "dampening_gradient",
     "initial_values",
     "learned_by",
+    "learned_parameters",
     "learned_qparams_of",
     "names_of",
     "weight_scale",
@@ -98,8 +99,10 @@ def learned_qparams_of(learned: Mapping[str, Tensor], activation: int, spec: Act
     return QParams(float(scale), 0 if spec.non_negative else (top + 1) // 2, top)
 
 
-class LearnedQParams:
-    """Parameters for all that is learned, each with the optimizer of its layer.
+def learned_parameters(
+    state: dict[str, Any], plan: QuantizationPlan, model: nn.Module, optimizers: Iterable[Any]
+) -> dict[str, nn.Parameter]:
+    """Make parameters of all that is learned, by name, and add each to the optimizer of its layer.
 
     Args:
         state: of the method; its ``learned`` has the values, and shares their memory from now on.
@@ -110,41 +113,38 @@ class LearnedQParams:
     Raises:
         UnsupportedError: no optimizer takes parameters during a run.
     """
+    unwrapped, known = [unwrap(optimizer) for optimizer in optimizers], learned_by(plan)
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    parameters = {name: nn.Parameter(value.to(device).clone()) for name, value in state["learned"].items()}
+    places: dict[str, list[int]] = state["optimizer_groups"]
+    for name, parameter in parameters.items():
+        state["learned"][name] = parameter.detach()
+        if name not in places:
+            places[name] = _place(model, known[name].module, unwrapped)
+        optimizer, group = places[name]
+        if optimizer >= len(unwrapped) or group >= len(unwrapped[optimizer].param_groups):
+            raise damage(
+                f"optimizer_groups[{name!r}]", "an optimizer of this run and one of its groups", str(places[name])
+            )
+        adopt(unwrapped[optimizer].param_groups[group], parameter, f"quantization.{name}")
+    return parameters
 
-    def __init__(
-        self, state: dict[str, Any], plan: QuantizationPlan, model: nn.Module, optimizers: Iterable[Any]
-    ) -> None:
-        self._optimizers = [unwrap(optimizer) for optimizer in optimizers]
-        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        self.parameters = {name: nn.Parameter(value.to(device).clone()) for name, value in state["learned"].items()}
-        places: dict[str, list[int]] = state["optimizer_groups"]
-        known = learned_by(plan)
-        for name, parameter in self.parameters.items():
-            state["learned"][name] = parameter.detach()
-            if name not in places:
-                places[name] = self._place(model, known[name].module)
-            optimizer, group = places[name]
-            if optimizer >= len(self._optimizers) or group >= len(self._optimizers[optimizer].param_groups):
-                raise damage(
-                    f"optimizer_groups[{name!r}]", "an optimizer of this run and one of its groups", str(places[name])
-                )
-            adopt(self._optimizers[optimizer].param_groups[group], parameter, f"quantization.{name}")
 
-    def _place(self, model: nn.Module, path: str) -> list[int]:
-        """The optimizer that changes the module at ``path``, and in it the group with the least weight decay."""
-        wanted = [{id(p) for p in module.parameters()} for module in (model.get_submodule(path), model)]
-        for mine in wanted:
-            for place, optimizer in enumerate(self._optimizers):
-                groups = optimizer.param_groups
-                trains = any(id(p) in mine for group in groups for p in group["params"])
-                if trains and not isinstance(optimizer, torch.optim.LBFGS):
-                    decays = [float(group.get("weight_decay", 0.0)) for group in groups]
-                    return [place, decays.index(min(decays))]
-        raise UnsupportedError(
-            "`QuantizationAwareTraining` with learned scales: expected an optimizer of the module that takes "
-            f"parameters during a run, found {[type(one).__name__ for one in self._optimizers] or 'none'}. Train with "
-            "`SGD` or `AdamW`, or use a recipe with observers: `IntN(...)`."
-        )
+def _place(model: nn.Module, path: str, optimizers: Sequence[Optimizer]) -> list[int]:
+    """The optimizer that changes the module at ``path``, and in it the group with the least weight decay."""
+    for module in (model.get_submodule(path), model):
+        mine = {id(p) for p in module.parameters()}
+        for place, optimizer in enumerate(optimizers):
+            groups = optimizer.param_groups
+            trains = any(id(p) in mine for group in groups for p in group["params"])
+            if trains and not isinstance(optimizer, torch.optim.LBFGS):
+                decays = [float(group.get("weight_decay", 0.0)) for group in groups]
+                return [place, decays.index(min(decays))]
+    raise UnsupportedError(
+        "`QuantizationAwareTraining` with learned scales: expected an optimizer of the module that takes "
+        f"parameters during a run, found {[type(one).__name__ for one in optimizers] or 'none'}. Train with "
+        "`SGD` or `AdamW`, or use a recipe with observers: `IntN(...)`."
+    )
 
 
 def learned_by(plan: QuantizationPlan) -> dict[str, LearnedValue]:

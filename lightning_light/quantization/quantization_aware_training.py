@@ -23,7 +23,7 @@ from lightning_light.progress import epochs_planned, steps_planned, training_pro
 from lightning_light.quantization.checkpoint_state import SoundState, attach_fake_quantizer, begin, enable, merge
 from lightning_light.quantization.fake_quantizer import FakeQuantizer
 from lightning_light.quantization.functional import quantize
-from lightning_light.quantization.learned_qparams import LearnedQParams, add_dampening_gradients
+from lightning_light.quantization.learned_qparams import add_dampening_gradients, learned_parameters
 from lightning_light.quantization.recipes import Int8, Recipe
 from lightning_light.schedules import Cosine, Schedule, resolve, resolve_moment
 from lightning_light.surgery.checkpoint_monitoring import reset_monitoring
@@ -128,7 +128,7 @@ class QuantizationAwareTraining(CompressionCallback):
         self.bit_width_schedule = bit_width_schedule
         self._warned = False
         self._bit_width_schedule: Schedule | None = None
-        self._learned: LearnedQParams | None = None
+        self._learned: dict[str, nn.Parameter] = {}
         self._moments: dict[str, float] = {}
         self._capture: Capture | None = None
         self._quantizer: FakeQuantizer | None = None
@@ -154,9 +154,8 @@ class QuantizationAwareTraining(CompressionCallback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Continue from the checkpoint, learned parameters in the optimizers before their state; or start over."""
-        if self._learned is not None:
-            disown(trainer.optimizers, self._learned.parameters.values())  # of an earlier fit with the same optimizers
-        self._learned = None
+        disown(trainer.optimizers, self._learned.values())  # of an earlier fit with the same optimizers
+        self._learned = {}
         state = self.state(pl_module)
         continues = self._continues_from_quantize(trainer, state)
         if not is_restoring(trainer) and not continues:
@@ -212,8 +211,8 @@ class QuantizationAwareTraining(CompressionCallback):
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """DDP does not know learned quantization parameters: take the mean of their gradients."""
         accumulating = pl_module.automatic_optimization and is_accumulating(trainer)
-        if self._learned is not None and trainer.world_size > 1 and not accumulating:
-            reduce_gradients(trainer, self._learned.parameters.values())
+        if trainer.world_size > 1 and not accumulating:
+            reduce_gradients(trainer, self._learned.values())
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -332,8 +331,8 @@ class QuantizationAwareTraining(CompressionCallback):
         state, quantizer = self.state(pl_module), self._quantizer
         self.claim(pl_module, state["layers"])
         if state["learned"] and quantizer is not None:
-            self._learned = LearnedQParams(state, quantizer.plan, pl_module, trainer.optimizers)
-            quantizer.learned = self._learned.parameters
+            self._learned = learned_parameters(state, quantizer.plan, pl_module, trainer.optimizers)
+            quantizer.learned = self._learned
             quantizer.update(state["ranges"], state["min_bits"])
 
     def _reduce_bits(self, state: dict[str, Any], progress: float) -> None:

@@ -19,7 +19,7 @@ from lightning_light.nested import tensors_in
 from lightning_light.quantization.op_calls import OpCall, OpId, OpStack
 from lightning_light.quantization.operators import FLOAT, INPUT, INTEGER, Operator, arguments, is_view, operator_of
 
-__all__ = ["OpNode", "Trace", "WritableParameters", "inputs_of_layer", "trace_ops"]
+__all__ = ["OpNode", "Trace", "inputs_of_layer", "trace_ops", "writable_parameters"]
 
 _VIEW, _RELU6 = operator_of("view"), operator_of("relu6")
 
@@ -199,25 +199,18 @@ class _Stop(Exception):  # noqa: N818  # ends a forward pass early
     pass
 
 
-class WritableParameters:
-    """The parameters of ``model`` that can be written without changing anything else.
+def writable_parameters(model: nn.Module, trace: Trace) -> dict[Any, str]:
+    """Parameter -> name, for those of ``model`` that can be written without changing anything else.
 
-    Those that one operator reads, as they are: neither tied, nor part of a computed weight.
+    One operator reads them, as they are: they are neither tied, nor part of a computed weight.
     """
-
-    def __init__(self, model: nn.Module, trace: Trace) -> None:
-        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
-        self._uses = Counter(
-            id(tensor)
-            for call in trace.op_calls
-            if any(True for _ in tensors_in(call.result))
-            for tensor in tensors_in([*call.args, call.kwargs])
-            if id(tensor) in self._names
-        )
-
-    def name_of(self, tensor: Tensor | None) -> str | None:
-        """Its name in ``named_parameters``; None if it must not be written."""
-        return self._names.get(id(tensor)) if self._uses[id(tensor)] == 1 else None
+    uses = Counter(
+        tensor
+        for call in trace.op_calls
+        if any(True for _ in tensors_in(call.result))
+        for tensor in tensors_in([*call.args, call.kwargs])
+    )
+    return {parameter: name for name, parameter in model.named_parameters() if uses[parameter] == 1}
 
 
 def _classify(node: OpNode, made: list[Tensor]) -> Operator:

@@ -6,15 +6,16 @@ https://arxiv.org/abs/1906.04721
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_light.example_input import ExampleInput
 from lightning_light.quantization.fake_quantize import gain_and_shift
-from lightning_light.quantization.trace import OpNode, WritableParameters, trace_ops
+from lightning_light.quantization.trace import OpNode, trace_ops, writable_parameters
 
 __all__ = ["Pair", "equalize", "equalizing_scales", "find_pairs"]
 
@@ -88,7 +89,7 @@ def equalize(model: nn.Module, example: ExampleInput) -> int:
         How many pairs there were.
     """
     trace = trace_ops(model, example.args, example.kwargs)
-    pairs = find_pairs(trace.nodes, WritableParameters(model, trace))
+    pairs = find_pairs(trace.nodes, writable_parameters(model, trace))
     written = dict(model.named_parameters())
     names = {name for pair in pairs for name in (*pair.divided, pair.multiplied, pair.made) if name is not None}
     values = {name: written[name].detach().double().clone(memory_format=torch.contiguous_format) for name in names}
@@ -102,7 +103,7 @@ def equalize(model: nn.Module, example: ExampleInput) -> int:
     return len(pairs)
 
 
-def find_pairs(nodes: Sequence[OpNode], parameters: WritableParameters) -> list[Pair]:
+def find_pairs(nodes: Sequence[OpNode], parameters: Mapping[Any, str]) -> list[Pair]:
     """The pairs in order: through batch norm, ReLU, leaky ReLU, pooling and flattening, but not through ReLU6.
 
     Args:
@@ -113,7 +114,7 @@ def find_pairs(nodes: Sequence[OpNode], parameters: WritableParameters) -> list[
     return [pair for pair in found if pair is not None]
 
 
-def _pair_of(first: OpNode, parameters: WritableParameters) -> Pair | None:
+def _pair_of(first: OpNode, parameters: Mapping[Any, str]) -> Pair | None:
     """The pair that begins with a layer, if all that has to be scaled are parameters that nothing else reads."""
     batch_norm, before, second = None, first, first.only_user
     while second is not None and second.role != "layer":
@@ -126,12 +127,12 @@ def _pair_of(first: OpNode, parameters: WritableParameters) -> Pair | None:
         return None
     scaled = (first if batch_norm is None else batch_norm).named
     keys = ("weight",) if batch_norm is None and scaled.get("bias") is None else ("weight", "bias")
-    divided = [name for key in keys if (name := parameters.name_of(scaled.get(key))) is not None]
-    multiplied = parameters.name_of(second.named["weight"])
+    divided = [name for key in keys if (name := parameters.get(scaled.get(key))) is not None]
+    multiplied = parameters.get(second.named["weight"])
     has_statistics = batch_norm is None or scaled.get("running_var") is not None
     if multiplied is None or len(divided) < len(keys) or not has_statistics:
         return None
-    made = parameters.name_of(first.named["weight"])
+    made = parameters.get(first.named["weight"])
     return Pair(first, batch_norm, second, columns, divided, multiplied, made)
 
 

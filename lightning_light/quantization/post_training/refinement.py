@@ -7,8 +7,9 @@ Bias Correction", appendix D. https://arxiv.org/abs/1906.04721
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,8 @@ from lightning_light.quantization.fake_quantize import (
 )
 from lightning_light.quantization.fake_quantizer import FakeQuantizer
 from lightning_light.quantization.learned_qparams import weight_scale
-from lightning_light.quantization.op_calls import OpId
 from lightning_light.quantization.specs import WeightSpec
-from lightning_light.quantization.trace import OpNode, WritableParameters, inputs_of_layer, trace_ops
+from lightning_light.quantization.trace import OpNode, inputs_of_layer, trace_ops, writable_parameters
 from lightning_light.validation import FractionBelowOne, PositiveFloat, PositiveInt, validated
 
 __all__ = ["AdaRound", "Refinement", "dequantized", "learn_rounding", "logits_of", "rectified_sigmoid", "regularizer"]
@@ -211,44 +211,44 @@ class Refinement:
     def run(self, *, progress_bar: bool) -> None:
         """Refine all layers."""
         trace = trace_ops(self.model, self.inputs[0].args, self.inputs[0].kwargs)
-        parameters = WritableParameters(self.model, trace)
+        parameters = writable_parameters(self.model, trace)
         first = {node.id: node for node in trace_ops(self.original, self.inputs[0].args, self.inputs[0].kwargs).nodes}
-        layers = [_Layer.of(node) for node in trace.nodes if node.id in self.quantizer.plan.layers]
+        layers = [_Layer(node) for node in trace.nodes if node.id in self.quantizer.plan.layers]
         for layer in with_progress_bar(layers, len(layers), "Refining layers", shown=progress_bar):
-            before = _Layer.of(first[layer.id])
-            inputs = inputs_of_layer(self.original, layer.id, self.inputs)
+            before = _Layer(first[layer.node.id])
+            inputs = inputs_of_layer(self.original, layer.node.id, self.inputs)
             means = [before.means(x, before.weight) for x in inputs] if self.correct_bias else []
             outputs = [before.output(x, before.weight) for x in inputs] if self.rounding is not None else []
-            inputs = inputs_of_layer(self.model, layer.id, self.inputs)
+            inputs = inputs_of_layer(self.model, layer.node.id, self.inputs)
             if self.rounding is not None:
                 self._learn(layer, parameters, list(zip(inputs, outputs, strict=True)), self.rounding)
             if self.correct_bias:
                 self._correct(layer, parameters, inputs, torch.stack(means))
 
     def _learn(
-        self, layer: _Layer, parameters: WritableParameters, batches: list[tuple[Tensor, Tensor]], settings: AdaRound
+        self, layer: _Layer, parameters: Mapping[Any, str], batches: list[tuple[Tensor, Tensor]], settings: AdaRound
     ) -> None:
-        spec, _ = self.quantizer.weight(layer.id)
-        if parameters.name_of(layer.weight) is None or spec.form != "uniform":
-            self.nearest.append(layer.id.module)
+        spec, _ = self.quantizer.weight(layer.node.id)
+        if parameters.get(layer.weight) is None or spec.form != "uniform":
+            self.nearest.append(layer.node.id.module)
             return
         weight, channels = layer.weight.detach().float(), layer.node.channel_dim
         learned = learn_rounding(weight, spec, batches, layer.output, channels, settings, subsets=layer.takes_subsets)
         layer.weight.copy_(learned)
         if spec.learned:
-            self.scales[weight_scale(layer.id)] = quantize_weight(learned, replace(spec, learned=False))[1]
+            self.scales[weight_scale(layer.node.id)] = quantize_weight(learned, replace(spec, learned=False))[1]
 
-    def _correct(self, layer: _Layer, parameters: WritableParameters, inputs: list[Tensor], right: Tensor) -> None:
-        weight, _ = fake_quantize_weight(layer.weight, *self.quantizer.weight(layer.id))
+    def _correct(self, layer: _Layer, parameters: Mapping[Any, str], inputs: list[Tensor], right: Tensor) -> None:
+        weight, _ = fake_quantize_weight(layer.weight, *self.quantizer.weight(layer.node.id))
         samples = torch.tensor([x.numel() for x in inputs]).to(right)
         shift = samples @ (right - torch.stack([layer.means(x, weight) for x in inputs])) / samples.sum()
         own, norm = layer.node.named.get("bias"), None if layer.norm is None else layer.norm.named
-        if norm is not None and parameters.name_of(norm.get("bias")) is not None:
+        if norm is not None and parameters.get(norm.get("bias")) is not None:
             norm["bias"].add_(shift)
-        elif own is not None and parameters.name_of(own) is not None:
+        elif own is not None and parameters.get(own) is not None:
             own.add_(shift if norm is None else shift / gain_and_shift(norm)[0])
         else:
-            self.uncorrected.append(layer.id.module)
+            self.uncorrected.append(layer.node.id.module)
 
 
 @dataclass
@@ -256,23 +256,17 @@ class _Layer:
     """One layer with the batch norm and the ReLU that its kernel computes along with it."""
 
     node: OpNode
-    norm: OpNode | None
-    relu: OpNode | None
-
-    @classmethod
-    def of(cls, node: OpNode) -> _Layer:
-        parts = node.followers("batch_norm", "activation")
-        return cls(node, parts.get("batch_norm"), parts.get("activation"))
-
-    @property
-    def id(self) -> OpId:
-        return self.node.id
 
     @property
     def weight(self) -> Tensor:
         """As it was called with: the parameter itself, if it is one."""
         weight: Tensor = self.node.named["weight"]
         return weight
+
+    @property
+    def norm(self) -> OpNode | None:
+        """The batch norm."""
+        return self.node.followers("batch_norm").get("batch_norm")
 
     @property
     def takes_subsets(self) -> bool:
@@ -291,5 +285,5 @@ class _Layer:
 
     def output(self, x: Tensor, weight: Tensor) -> Tensor:
         """All of it."""
-        found = self.before_relu(x, weight)
-        return found if self.relu is None else self.relu.rerun(found)
+        found, relu = self.before_relu(x, weight), self.node.followers("batch_norm", "activation").get("activation")
+        return found if relu is None else relu.rerun(found)
