@@ -26,9 +26,7 @@ from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer
 
 import lightning_light as ll
 from lightning_light.example_input import ExampleInput
-from lightning_light.quantization.checkpoint_state import attach_fake_quantizer, begin
-from lightning_light.quantization.fake_quantize import merge_ranges
-from lightning_light.quantization.range_observer import RangeObserver
+from lightning_light.quantization.checkpoint_state import attach_fake_quantizer, begin, merge
 
 SHAPES = {"resnet20": (3, 32, 32), "perceptron": (256,)}
 
@@ -44,12 +42,10 @@ def ours(net: nn.Module, x: Tensor) -> Callable[[], None]:
     state = {}
     begin(state, net, ExampleInput((x[:2],)), ll.Int8())
     quantizer = attach_fake_quantizer(net, state)
-    observer = quantizer.observer = RangeObserver(quantizer.activations)
+    quantizer.observing = True
 
     def after_batch() -> None:
-        seen = observer.take(torch.device("cpu"))
-        state["ranges"] = merge_ranges(state["ranges"], seen, observer.momentum)
-        quantizer.update(state["ranges"])
+        merge(state, quantizer, quantizer.observer.take(torch.device("cpu")))
 
     net(x)
     after_batch()

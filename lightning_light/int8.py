@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_light.errors import UnsupportedError
 from lightning_light.surgery.attachment import has_state, state_of
+from lightning_light.warning_filters import ignored_warnings
 
 __all__ = [
     "QUANTIZED_TENSORS_ARE_DEPRECATED",
@@ -19,12 +21,25 @@ __all__ = [
     "LoweredModel",
     "QDQConstraints",
     "Quantizer",
+    "int8_kernels",
     "largest_weight",
     "quantizers_of",
 ]
 
 QUANTIZED_TENSORS_ARE_DEPRECATED = r"torch\.quantize_per_tensor, torch\.quantize_per_channel"
 """How torch's deprecation warning of its int8 kernels begins."""
+
+
+@contextmanager
+def int8_kernels(engine: str | None) -> Iterator[None]:
+    """Inside, torch computes on the int8 kernels of ``engine``, or of the one that is set, without its deprecation."""
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = before if engine is None else engine
+    try:
+        with ignored_warnings(QUANTIZED_TENSORS_ARE_DEPRECATED):
+            yield
+    finally:
+        torch.backends.quantized.engine = before
 
 
 def largest_weight(engine: str) -> int:

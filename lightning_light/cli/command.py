@@ -158,7 +158,7 @@ def _sensitivity(add: _Add) -> None:
     )
     add("--batches", type=PositiveInt, default=4, help="number of batches that are used")
     add("--bits", nargs="+", type=int, default=[2, 3, 4, 6, 8], help="widths to measure")
-    add("--distance", choices=["kl", "error"], default="kl", help="of class scores, or of any other output")
+    add("--distance", choices=["kl", "mse"], default="kl", help="of class scores, or of any other output")
     add(
         "-o",
         "--out",

@@ -9,13 +9,16 @@ from collections.abc import Sequence
 from lightning_light.atomic import atomic_write
 from lightning_light.cli.errors import as_command_error
 from lightning_light.cli.modules import batches_of, load_module
+from lightning_light.criteria.output_distance import Distance
 from lightning_light.formatting import DataTable, human_count, plural
 from lightning_light.quantization import measure_sensitivity
-from lightning_light.quantization.post_training.sensitivity import Distance
 
 __all__ = ["sensitivity"]
 
-_MEASURES: dict[Distance, str] = {"kl": "KL divergence of the class scores", "error": "relative squared error"}
+_MEASURES: dict[Distance, str] = {
+    "kl": "KL divergence of the class scores",
+    "mse": "squared error relative to the variance",
+}
 
 
 def sensitivity(

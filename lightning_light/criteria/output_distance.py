@@ -34,7 +34,7 @@ def output_distance(changed: Any, plain: Any, distance: Distance, class_dim: int
         tensor(2.)
     """
     pairs = zip(tensors_in(changed), tensors_in(plain), strict=True)
-    found = [_of_tensors(a.float(), b.float(), distance, class_dim) for a, b in pairs if a.is_floating_point()]
+    found = [_of_tensors(_precise(a), _precise(b), distance, class_dim) for a, b in pairs if a.is_floating_point()]
     if not found:
         raise UnsupportedError(
             "Comparison of outputs: expected a network whose output holds floating-point tensors, found "
@@ -42,6 +42,11 @@ def output_distance(changed: Any, plain: Any, distance: Distance, class_dim: int
             "`Global()`."
         )
     return torch.stack(found).sum()
+
+
+def _precise(x: Tensor) -> Tensor:
+    """In float32 or finer."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _of_tensors(changed: Tensor, plain: Tensor, distance: Distance, class_dim: int) -> Tensor:

@@ -25,7 +25,7 @@ from lightning_light.distillation.feature_pairs import FeaturePairs
 from lightning_light.distillation.logits import SoftTargets
 from lightning_light.distillation.loss import DistillationLoss, FeatureLoss
 from lightning_light.distillation.loss_balancing import gradient_factors
-from lightning_light.distillation.projectors import Projectors, ProjectorState, discard, owner_of
+from lightning_light.distillation.projectors import Projectors, ProjectorState, owner_of
 from lightning_light.distillation.self_teacher import SelfTeacherState, copy_of_student, update_average
 from lightning_light.distillation.step_patch import add_to_loss
 from lightning_light.distillation.student_hook import ForwardCall, StudentHook
@@ -40,7 +40,8 @@ from lightning_light.progress import epochs_planned, steps_done, training_progre
 from lightning_light.schedules import Schedule, resolve, resolve_moment
 from lightning_light.schema import LayerName, Length
 from lightning_light.selectors import Selector
-from lightning_light.surgery.distributed import log_rank_zero, reduce_mean, refuse_sharding
+from lightning_light.surgery.distributed import log_rank_zero, reduce_gradients, reduce_mean, refuse_sharding
+from lightning_light.surgery.optimizer import disown
 from lightning_light.validation import Moment, NonNegativeFloat, NonNegativeInt, PositiveInt, validated
 
 if TYPE_CHECKING:
@@ -231,7 +232,7 @@ class KnowledgeDistillation(CompressionCallback):
         """Build the teachers, and add the projectors to the optimizer before its state is loaded."""
         resuming = is_restoring(trainer)
         if self._run is not None:
-            discard(self._run.projectors, trainer.optimizers)  # of an earlier fit with the same optimizers
+            disown(trainer.optimizers, self._run.projectors.parameters())  # of an earlier fit with the same optimizers
         state = self.state(pl_module)
         if not resuming:
             state.clear()
@@ -273,9 +274,7 @@ class KnowledgeDistillation(CompressionCallback):
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Average the projectors' gradients over DDP's processes, before they are unscaled or clipped."""
         if self._run is not None and trainer.world_size > 1 and not is_accumulating(trainer):
-            for parameter in self._run.projectors.parameters():
-                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                parameter.grad = reduce_mean(trainer, gradient)
+            reduce_gradients(trainer, self._run.projectors.parameters())
 
     @override
     def on_train_batch_end(

@@ -19,7 +19,7 @@ from lightning_light.schema import Context, Rule, TensorOf, damage
 from lightning_light.surgery.edit import cut
 from lightning_light.surgery.optimizer import adopt, disown, unwrap
 
-__all__ = ["ProjectorState", "Projectors", "channel_source", "discard", "owner_of"]
+__all__ = ["ProjectorState", "Projectors", "channel_source", "owner_of"]
 
 
 class _Weight(Rule):
@@ -112,7 +112,7 @@ class Projectors:
 
     def _make(self, key: str, inputs: int, outputs: int, entry: dict[str, Any]) -> nn.Module:
         if key in self.layers:
-            disown(self._optimizer, self.layers[key].get_parameter("weight"))
+            disown([self._optimizer], self.layers[key].parameters())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed + len(self.layers))
             layer = _layer(entry["kind"], inputs, outputs).to(self._like.device, self._like.dtype)
@@ -128,13 +128,6 @@ class Projectors:
         self.layers[key] = layer
         self._state[key] = {**entry, "weight": layer.weight.detach()}
         adopt(self._optimizer.param_groups[0], layer.weight, f"distillation.{key}.weight")
-
-
-def discard(projectors: Projectors, optimizers: Iterable[Any]) -> None:
-    """Remove the projectors' parameters from the optimizers."""
-    for optimizer in map(unwrap, optimizers):
-        for parameter in projectors.parameters():
-            disown(optimizer, parameter)
 
 
 def owner_of(student: nn.Module, optimizers: Sequence[Any]) -> Any:

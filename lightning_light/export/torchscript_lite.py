@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
 import re
+import sys
 import warnings
 import zipfile
 from collections import Counter
@@ -25,7 +27,7 @@ from lightning_light.export.exporter import Exporter
 from lightning_light.export.inputs import Positional, is_plain
 from lightning_light.export.int8 import describe, quantizer_of
 from lightning_light.export.program import flat_tensors
-from lightning_light.int8 import QUANTIZED_TENSORS_ARE_DEPRECATED, Int8Weights
+from lightning_light.int8 import Int8Weights, int8_kernels
 from lightning_light.isolation import plain_attention
 from lightning_light.validation import validated
 from lightning_light.warning_filters import ignored_warnings
@@ -36,6 +38,8 @@ Engine = Literal["qnnpack", "x86"]
 
 _DEPRECATIONS = (r"`torch\.jit\.\w+` is deprecated", r"Lite Interpreter is deprecated")
 _TORCH = os.path.dirname(torch.__file__)
+_BETWEEN = (str(Path(__file__).parents[1]), torch.overrides.__file__, warnings.__file__)
+"""Files whose code stands between the tracer and the line that called an operator."""
 
 
 @validated
@@ -107,11 +111,11 @@ class TorchScriptLite(Exporter):
     @override
     def load(self, path: Path) -> Callable[..., Any]:
         engine = _engine_of(path)
-        with quiet_deprecations(), _engine(engine):  # packs the weights for the engine
+        with quiet_deprecations(), int8_kernels(engine):  # packs the weights for the engine
             network = _runtime()._load_for_lite_interpreter(str(path))
 
         def run(*tensors: Any) -> Any:
-            with _engine(engine):
+            with int8_kernels(engine):
                 return network(*tensors)
 
         return network if engine is None else run
@@ -130,17 +134,6 @@ def _engine_of(path: Path) -> str | None:
     with zipfile.ZipFile(path) as archive:
         names = [name for name in archive.namelist() if name.endswith("/extra/engine")]
         return archive.read(names[0]).decode() if names else None
-
-
-@contextmanager
-def _engine(name: str | None) -> Iterator[None]:
-    before = torch.backends.quantized.engine
-    torch.backends.quantized.engine = before if name is None else name
-    try:
-        with ignored_warnings(QUANTIZED_TENSORS_ARE_DEPRECATED):
-            yield
-    finally:
-        torch.backends.quantized.engine = before
 
 
 def _written(
@@ -225,19 +218,27 @@ def _trace(
     exporter: TorchScriptLite, model: Positional, tensors: tuple[Any, ...], packed: Sequence[Any]
 ) -> tuple[Any, list[str]]:
     """Return the trace, and the lines of code whose Python values became constants."""
-    with warnings.catch_warnings(record=True) as caught:
+    lines: list[str] = []
+    with warnings.catch_warnings():
         warnings.simplefilter("always", TracerWarning)
+        warnings.showwarning = functools.partial(_note_line, lines, warnings.showwarning)
         try:
             traced = torch.jit.trace(_TracedCall(model, packed).eval(), tensors, strict=False, check_trace=False)  # type: ignore[no-untyped-call]
         except (RuntimeError, TypeError, ValueError) as error:
             raise TraceError(_advice(exporter, model, error)) from error
-    lines = []
-    for warning in caught:
-        if not issubclass(warning.category, TracerWarning):
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-        elif not warning.filename.startswith(_TORCH):  # torch's own checks hold for every input
-            lines.append(f"{warning.filename}:{warning.lineno}")
     return traced, list(dict.fromkeys(lines))
+
+
+def _note_line(lines: list[str], show: Callable[..., None], message: Any, category: Any, *rest: Any) -> None:
+    """Note the line that called the operator of which the tracer warns; show other warnings."""
+    if not issubclass(category, TracerWarning):
+        show(message, category, *rest)
+        return
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_BETWEEN):
+        frame = frame.f_back
+    if not frame.f_code.co_filename.startswith(_TORCH):  # torch's own checks hold for every input
+        lines.append(f"{frame.f_code.co_filename}:{frame.f_lineno}")
 
 
 def _warn_of(exporter: TorchScriptLite, branches: list[str], name: str) -> None:

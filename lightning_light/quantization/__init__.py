@@ -10,7 +10,8 @@ from lightning_light.quantization.observers import (
     Observer,
     Percentile,
 )
-from lightning_light.quantization.post_training import AdaRound, BitBudget, Sensitivity, measure_sensitivity
+from lightning_light.quantization.post_training.refinement import AdaRound
+from lightning_light.quantization.post_training.sensitivity import BitBudget, Sensitivity, measure_sensitivity
 from lightning_light.quantization.quantization_aware_training import QuantizationAwareTraining
 from lightning_light.quantization.recipes import LSQ, PACT, Binary, Int8, IntN, MixedPrecision, Recipe, Ternary
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,17 +12,17 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_light.encoding import decode, encode
 from lightning_light.errors import LightningLightError
 from lightning_light.example_input import ExampleInput
-from lightning_light.quantization.encoding import decode, encode
 from lightning_light.quantization.fake_quantize import merge_ranges
 from lightning_light.quantization.fake_quantizer import FakeQuantizer
-from lightning_light.quantization.learned_qparams import initial_values, places_of
-from lightning_light.quantization.lowering.quantizer import LoweringQuantizer
+from lightning_light.quantization.learned_qparams import initial_values, learned_by
 from lightning_light.quantization.plan import QuantizationPlan, plan_quantization
 from lightning_light.quantization.recipes import Engine, Recipe
+from lightning_light.quantization.specs import WeightSpec
 from lightning_light.quantization.trace import trace_ops
-from lightning_light.schema import Context, PlainExample, Rule, check_schema, damage
+from lightning_light.schema import Context, Length, PlainExample, Rule, TensorOf, check_schema, damage
 from lightning_light.surgery.attachment import state_of
 from lightning_light.validation import NonNegativeFloat, NonNegativeInt, Range, validated
 
@@ -58,13 +59,13 @@ class QuantizationState:
     """
 
     plan: QuantizationPlan
-    ranges: Tensor
+    ranges: Annotated[Tensor, TensorOf("float", 2)]
     engine: Engine
     batches: NonNegativeInt = 0
     enabled: bool = False
     min_bits: Annotated[int, Range(0, 16)] = 0
-    learned: dict[str, Tensor] = field(default_factory=dict)
-    optimizer_groups: dict[str, list[NonNegativeInt]] = field(default_factory=dict)
+    learned: dict[str, Annotated[Tensor, TensorOf("float", low=-math.inf)]] = field(default_factory=dict)
+    optimizer_groups: dict[str, Annotated[list[NonNegativeInt], Length(2)]] = field(default_factory=dict)
     layers: dict[str, dict[str, NonNegativeFloat]] = field(default_factory=dict)
     recipe: str | None = None
 
@@ -76,11 +77,22 @@ def read_state(state: Mapping[str, Any]) -> QuantizationState:
         ManifestError: a part of it is damaged; the error names it.
     """
     found: QuantizationState = decode(QuantizationState, dict(state), METHOD)
-    activations = len(found.plan.activations)
+    activations, known = len(found.plan.activations), learned_by(found.plan)
     if outside := [place for place in found.plan.activations_named() if place >= activations]:
         raise damage(f"{METHOD}.plan", f"places below {activations} in `activations`", str(outside[0]))
-    _check_ranges(found.ranges, activations)
-    _check_learned(found)
+    if tuple(found.ranges.shape) != (activations, 2):
+        raise damage(f"{METHOD}.ranges", f"a tensor of shape {(activations, 2)}", str(tuple(found.ranges.shape)))
+    low, high = found.ranges.unbind(1)
+    unseen = (low == torch.inf) & (high == -torch.inf)
+    if not bool((unseen | (found.ranges.isfinite().all(1) & (low <= high))).all()):
+        raise damage(f"{METHOD}.ranges", "finite ranges from low to high", "others")
+    for name, value in found.learned.items():
+        if name not in known or value.ndim > isinstance(
+            known[name].spec, WeightSpec
+        ):  # per channel; else of the tensor
+            raise damage(f"{METHOD}.learned[{name!r}]", "a quantization parameter in the plan", "another")
+    if unknown := found.optimizer_groups.keys() - found.learned:
+        raise damage(f"{METHOD}.optimizer_groups", "names of what is learned", repr(min(unknown)))
     return found
 
 
@@ -98,53 +110,30 @@ class SoundState(Rule):
             raise damage(f"{path}['plan']", "names of modules of the network", repr(unknown[0]))
 
 
-def _check_ranges(ranges: Tensor, activations: int) -> None:
-    if tuple(ranges.shape) != (activations, 2) or not ranges.is_floating_point():
-        expected = f"a tensor of shape {(activations, 2)}, floats, one row per quantized activation of the plan"
-        raise damage(f"{METHOD}.ranges", expected, f"{ranges.dtype!s} of shape {tuple(ranges.shape)}")
-    low, high = ranges.unbind(1)
-    unseen = (low == torch.inf) & (high == -torch.inf)
-    if not bool((unseen | (ranges.isfinite().all(1) & (low <= high))).all()):
-        raise damage(f"{METHOD}.ranges", "finite ranges from low to high", "others")
-
-
-def _check_learned(found: QuantizationState) -> None:
-    """What is learned is in the plan, finite, and trained by an optimizer and one of its groups."""
-    known = places_of(found.plan)
-    for name, value in found.learned.items():
-        dims = 1 if name.startswith("weight") else 0  # per channel; else of the tensor
-        if name not in known or not value.is_floating_point() or value.ndim > dims or not bool(value.isfinite().all()):
-            raise damage(
-                f"{METHOD}.learned[{name!r}]", "finite values of a quantization parameter in the plan", "others"
-            )
-    for name, place in found.optimizer_groups.items():
-        if name not in found.learned or len(place) != 2:
-            raise damage(
-                f"{METHOD}.optimizer_groups[{name!r}]", "an optimizer and a group for what is learned", str(place)
-            )
-
-
 def begin(state: dict[str, Any], model: nn.Module, example: ExampleInput, recipe: Recipe) -> QuantizationPlan:
     """Plan the quantization of ``model``, and write a state in which nothing is observed yet."""
-    nodes = trace_ops(model, example.args, example.kwargs).nodes
-    layers = list(dict.fromkeys(node.id.module for node in nodes if node.role == "layer"))
-    plan = plan_quantization(nodes, recipe.specs(model, layers))
+    plan = plan_quantization(model, trace_ops(model, example.args, example.kwargs).nodes, recipe)
     ranges = torch.tensor([[torch.inf, -torch.inf]] * len(plan.activations)).reshape(-1, 2)
     state.clear()
     state |= encode(QuantizationState(plan, ranges, recipe.engine))
     return plan
 
 
-def merge(state: dict[str, Any], seen: Tensor, momentum: Tensor) -> None:
-    """Merge the ranges of one batch into those of ``state``.
+def merge(state: dict[str, Any], quantizer: FakeQuantizer, seen: Tensor, momentum: Tensor | None = None) -> None:
+    """Merge the ranges of one batch into those of ``state``, and quantize by them.
 
     Args:
         state: as `begin` has made it.
+        quantizer: attached by it.
         seen: ``(activations, 2)``, of the batch.
-        momentum: as in `merge_ranges`.
+        momentum: as in `merge_ranges`; that of the observers by default.
     """
+    momentum = quantizer.observer.momentum if momentum is None else momentum
     state["ranges"] = merge_ranges(state["ranges"].to(seen), seen, momentum.to(seen))
     state["batches"] += 1
+    if not state["enabled"]:
+        state["learned"] |= quantizer.observer.weight_scales
+    quantizer.update(state["ranges"], state["min_bits"])
 
 
 def enable(state: dict[str, Any], quantizer: FakeQuantizer) -> None:
@@ -152,6 +141,8 @@ def enable(state: dict[str, Any], quantizer: FakeQuantizer) -> None:
     state["enabled"] = quantizer.enabled = True
     state["layers"] = quantizer.plan.bits_of_layers(state["min_bits"])
     state["learned"] |= initial_values(quantizer.activations, quantizer.qparams)
+    quantizer.learned = state["learned"]
+    quantizer.update(state["ranges"], state["min_bits"])
 
 
 def attach_fake_quantizer(model: nn.Module, state: dict[str, Any]) -> FakeQuantizer | None:
@@ -169,7 +160,7 @@ def attach_fake_quantizer(model: nn.Module, state: dict[str, Any]) -> FakeQuanti
     found = read_state(state)
     if not found.plan.layers:
         return None
-    quantizer = LoweringQuantizer(found.plan, found.engine, found.learned if found.enabled else None)
+    quantizer = FakeQuantizer(found.plan, found.engine, found.learned if found.enabled else None)
     quantizer.update(found.ranges, found.min_bits)
     quantizer.enabled = found.enabled
     quantizer.attach(model)
@@ -205,4 +196,4 @@ def fake_quantized(model: nn.Module) -> Iterator[nn.Module]:
         yield model
     finally:
         for quantizer in quantizers:
-            quantizer.detach()
+            quantizer.remove()

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_light.host.patches import InstancePatch
+from lightning_light.int8 import LoweredModel, QDQConstraints, Quantizer
 from lightning_light.isolation import uncompile
 from lightning_light.quantization.fake_quantize import (
     SMALLEST_SCALE,
@@ -23,29 +24,66 @@ from lightning_light.quantization.fake_quantize import (
     gain_and_shift,
     qparams_of,
 )
-from lightning_light.quantization.learned_qparams import learned_qparams_of, names_of, weight_scale
-from lightning_light.quantization.op_calls import OpCall, OpId, OpMode, OpStack
+from lightning_light.quantization.learned_qparams import learned_by, learned_qparams_of, names_of, weight_scale
+from lightning_light.quantization.lowering.qdq import QDQLowering
+from lightning_light.quantization.lowering.quantized_ops import QuantizedOpsLowering
+from lightning_light.quantization.op_calls import OpCall, OpId, OpStack
 from lightning_light.quantization.operators import arguments
 from lightning_light.quantization.plan import QuantizationPlan
-from lightning_light.quantization.range_observer import RangeObserver
-from lightning_light.quantization.specs import QParams, WeightSpec
+from lightning_light.quantization.specs import ActivationSpec, QParams, WeightSpec
 from lightning_light.surgery.attachment import has_state, state_of
 
-__all__ = ["FakeQuantizer"]
+if TYPE_CHECKING:
+    from lightning_light.quantization.lowering.base import Lowering
+
+__all__ = ["FakeQuantizer", "RangeObserver"]
 
 
-class OpHandler(Protocol):
-    """Computes operator calls in place of the fake quantizer."""
+class RangeObserver:
+    """Collects what the observers of the activations find.
 
-    def handle(self, call: OpCall) -> Any:
-        """Return the result of one operator call."""
+    Args:
+        specs: of the activations.
 
-    def output(self, output: Any) -> Any:
-        """Return what the network returns in place of ``output``; None for ``output`` itself."""
+    Attributes:
+        momentum: ``(n,)``, weight of a new batch in each moving average; nan for the widest range of all batches.
+        weight_scales: LSQ's first scale of each learned weight that was seen, by name.
+    """
+
+    def __init__(self, specs: Sequence[ActivationSpec]) -> None:
+        momenta = (spec.observer.momentum for spec in specs)
+        self.momentum = torch.tensor([torch.nan if momentum is None else momentum for momentum in momenta])
+        self.weight_scales: dict[str, Tensor] = {}
+        self._found: dict[int, Tensor] = {}
+
+    def observe(self, activation: int, spec: ActivationSpec, x: Tensor) -> None:
+        """Take in the values of one activation."""
+        if spec.is_dynamic or not x.numel():
+            return
+        found = spec.observer.range_of(x.detach().float(), spec.quant_max, spec.non_negative)
+        if spec.non_negative:
+            found = found.clamp_min(0.0)
+        if (before := self._found.get(activation)) is not None:
+            found = torch.stack([torch.minimum(before[0], found[0]), torch.maximum(before[1], found[1])])
+        self._found[activation] = found
+
+    def observe_weight(self, op: OpId, w: Tensor, spec: WeightSpec) -> None:
+        """``2 * mean|w| / sqrt(quant_max)`` per channel or tensor; zeros of a mask do not count."""
+        magnitude = w.detach().float().abs()
+        magnitude = magnitude.flatten(1) if spec.per_channel else magnitude.flatten()
+        mean = magnitude.sum(-1) / (magnitude > 0).sum(-1).clamp_min(1)
+        self.weight_scales[weight_scale(op)] = (2.0 * mean / max(spec.quant_max, 1) ** 0.5).clamp_min(SMALLEST_SCALE)
+
+    def take(self, device: torch.device) -> Tensor:
+        """``(n, 2)``: the ranges since the last call; (inf, -inf) where nothing was observed."""
+        nothing = torch.tensor([torch.inf, -torch.inf], device=device)
+        ranges = [self._found.get(activation, nothing).to(device) for activation in range(len(self.momentum))]
+        self._found = {}
+        return torch.stack(ranges) if ranges else torch.empty(0, 2, device=device)
 
 
-class FakeQuantizer(OpStack):
-    """Fake-quantizes one network by a plan, as long as it is attached.
+class FakeQuantizer(OpStack, Quantizer):
+    """Fake-quantizes one network by a plan, as long as it is attached; exporters can lower it to a runtime.
 
     Args:
         plan: of the network.
@@ -54,7 +92,8 @@ class FakeQuantizer(OpStack):
 
     Attributes:
         enabled: whether tensors are quantized; else the network computes in float.
-        observer: watches the ranges, where it is not None.
+        observing: whether ranges are observed.
+        observer: collects them.
         freeze_batch_norm: whether folded batch norms use, and keep, the statistics that they have.
         lowering: computes instead, while the network is exported.
         min_bits: no tensor has fewer bits, for now.
@@ -64,12 +103,13 @@ class FakeQuantizer(OpStack):
     """
 
     def __init__(self, plan: QuantizationPlan, engine: str, learned: Mapping[str, Tensor] | None = None) -> None:
-        super().__init__()
+        super().__init__(self._handle_call)
         self.plan, self.engine = plan, engine
         self.learned: Mapping[str, Tensor] = learned or {}
         self.enabled = self.freeze_batch_norm = False
-        self.observer: RangeObserver | None = None
-        self.lowering: OpHandler | None = None
+        self.observing = False
+        self.observer = RangeObserver(plan.activations)
+        self.lowering: Lowering | None = None
         self.min_bits = 0
         self.ranges = torch.empty(0, 2)
         self.activations = list(plan.activations)
@@ -79,20 +119,19 @@ class FakeQuantizer(OpStack):
         self._folded = frozenset(site.fused.batch_norm for site in plan.layers.values())
         self._active: list[object] = []  # of the compression state, where exporters look
         self._norms: dict[OpId, tuple[Tensor, Tensor | None]] = {}  # folded ones: unit and bias of the layer before
-        self._modes: list[Any] = []
         self._compiled: list[InstancePatch] = []
 
     def attach(self, model: nn.Module) -> None:
-        """Hook ``model``; modules that are compiled in place run as written until `detach`."""
+        """Hook ``model``; modules that are compiled in place run as written until `remove`."""
         self.watch(model)
         if has_state(model):
             self._active = state_of(model).active
             self._active.append(self)
         self._compiled = uncompile(model)
 
-    def detach(self) -> None:
-        """Undo `attach`; more than once does no harm."""
-        self.remove()
+    @override
+    def remove(self) -> None:
+        super().remove()
         self._active[:] = [one for one in self._active if one is not self]
         while self._compiled:
             self._compiled.pop().undo()
@@ -109,18 +148,11 @@ class FakeQuantizer(OpStack):
 
     def reduce_bits(self, min_bits: int, learned: Mapping[str, Tensor]) -> None:
         """Go on to another stage of a bit-width schedule; ``learned`` scales grow, so that no range becomes smaller."""
-        before = self._quant_max_of_scales()
+        for name, (_, spec, quantity) in learned_by(self.plan).items():
+            if name in learned and quantity == "scale":
+                before, after = (spec.with_min_bits(bits).quant_max for bits in (self.min_bits, min_bits))
+                learned[name].mul_(before / after)  # the parameters' own memory
         self.update(self.ranges, min_bits)
-        for name, quant_max in self._quant_max_of_scales().items():
-            if name in learned:
-                learned[name].mul_(before[name] / quant_max)  # the parameters' own memory
-        self.update(self.ranges, min_bits)
-
-    def _quant_max_of_scales(self) -> dict[str, int]:
-        """``quant_max`` of all whose scale is learned, now."""
-        weights = {weight_scale(op): spec.quant_max for op, spec in self.weights.items() if spec.learned}
-        names = ((names_of(activation, spec).get("scale"), spec) for activation, spec in enumerate(self.activations))
-        return weights | {name: spec.quant_max for name, spec in names if name is not None}
 
     def weight(self, op: OpId) -> tuple[WeightSpec, Tensor | None]:
         """How the weight of a layer call is quantized, and its scale if that is learned."""
@@ -129,12 +161,8 @@ class FakeQuantizer(OpStack):
         return spec, values.get(weight_scale(op)) if spec.learned else None
 
     @override
-    def begin(self) -> None:
-        self._modes = [OpMode(self, self._handle)]
-        if "torch._dynamo" in sys.modules:  # compiled code would not see the mode
-            self._modes.append(torch.compiler.set_stance("force_eager"))
-        for context in self._modes:
-            context.__enter__()
+    def begin(self, args: tuple[Any, ...]) -> None:
+        super().begin(args)
         if self.enabled and self.lowering is None and torch.compiler.is_exporting():
             warnings.warn(
                 "`torch.export` of a fake-quantized network: found no lowering, so that quantization is exported as "
@@ -145,16 +173,23 @@ class FakeQuantizer(OpStack):
     @override
     def end(self) -> None:
         self._norms = {}
-        while self._modes:
-            self._modes.pop().__exit__(None, None, None)
+        super().end()
 
     @override
     def output(self, output: Any) -> Any:
         return None if self.lowering is None else self.lowering.output(output)
 
+    @override
+    def quantized_ops(self, call: Callable[[], Any], engine: str) -> AbstractContextManager[LoweredModel]:
+        return QuantizedOpsLowering(self, engine).active(call)
+
+    @override
+    def qdq(self, call: Callable[[], Any], constraints: QDQConstraints) -> AbstractContextManager[LoweredModel]:
+        return QDQLowering(self, constraints).active(call)
+
     # Operator calls.
 
-    def _handle(self, call: OpCall) -> Any:
+    def _handle_call(self, call: OpCall) -> Any:
         return self.compute(call) if self.lowering is None else self.lowering.handle(call)
 
     def compute(self, call: OpCall) -> Any:
@@ -178,7 +213,7 @@ class FakeQuantizer(OpStack):
                 weight, scale = fake_quantize_weight(weight, spec, scale)
                 call.set("weight", 1, weight)
                 self._quantize_bias(call, scale)
-            elif self.observer is not None and spec.learned:
+            elif self.observing and spec.learned:
                 self.observer.observe_weight(call.id, weight, spec)
 
     def _quantize_bias(self, call: OpCall, scale: Tensor) -> None:
@@ -209,7 +244,7 @@ class FakeQuantizer(OpStack):
         if not isinstance(x, Tensor) or not x.is_floating_point():
             return x
         spec = self.activations[activation]
-        if self.observer is not None and not (spec.learned and self.enabled):
+        if self.observing and not (spec.learned and self.enabled):
             self.observer.observe(activation, spec, x)
         if not self.enabled:
             return x

@@ -11,19 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_light.calibration import calls_from, explained
+from lightning_light.copies import copy_network
 from lightning_light.errors import NoEffectWarning
 from lightning_light.example_input import ExampleInput
-from lightning_light.isolation import isolated, uncompiled
+from lightning_light.isolation import isolated
 from lightning_light.order import Stage
 from lightning_light.quantization.checkpoint_state import METHOD, attach_fake_quantizer, begin, enable, merge
 from lightning_light.quantization.fake_quantizer import FakeQuantizer
 from lightning_light.quantization.observers import MinMax, MovingAverage
 from lightning_light.quantization.plan import QuantizationPlan
-from lightning_light.quantization.post_training.adaround import AdaRound
-from lightning_light.quantization.post_training.calibration import calls_from, explained
 from lightning_light.quantization.post_training.equalization import equalize as equalize_layers
-from lightning_light.quantization.post_training.refinement import Refinement
-from lightning_light.quantization.range_observer import RangeObserver
+from lightning_light.quantization.post_training.refinement import AdaRound, Refinement
 from lightning_light.quantization.recipes import Recipe
 from lightning_light.surgery.attachment import attach, release
 from lightning_light.validation import validated
@@ -87,16 +86,16 @@ def quantize(
     inputs = calls_from("quantize", model, example_inputs, data)
     state: dict[str, Any] = {}
     changes = equalize or correct_bias or rounding is not None
-    with _restored_on_failure(model, changes), torch.no_grad(), uncompiled(model):
-        if changes:
-            examples = list(inputs)
-            inputs = iter(examples)
-        first = next(inputs)
-        with isolated(model), explained("quantize", model, first):
+    examples = list(inputs) if changes else []
+    inputs = iter(examples) if changes else inputs
+    first = next(inputs)
+    with isolated(model), _restored_on_failure(model.parameters() if changes else ()):
+        with explained("quantize", model, first):
             model(*first.args, **first.kwargs)
-        model.eval()
         if equalize and not equalize_layers(model, first):
             _warn("equalize=True", "no two layers in a row with nothing but batch norm, ReLU and pooling between them")
+        refined = correct_bias or rounding is not None
+        original = copy_network(model) if refined else model
         plan = begin(state, model, first, recipe)
         quantizer = attach_fake_quantizer(model, state)
         if quantizer is None:
@@ -108,14 +107,13 @@ def quantize(
         try:
             _observe(model, quantizer, state, chain([first], inputs))
             enable(state, quantizer)
-            state["recipe"], quantizer.learned = repr(recipe), state["learned"]
-            quantizer.update(state["ranges"])
-            if correct_bias or rounding is not None:
-                refinement = Refinement(model, quantizer, examples, rounding, correct_bias, state["learned"])
+            state["recipe"] = repr(recipe)
+            if refined:
+                refinement = Refinement(model, original, quantizer, examples, rounding, correct_bias, state["learned"])
                 refinement.run(progress_bar=progress_bar)
                 _warn_of_unchanged(refinement)
         finally:
-            quantizer.detach()
+            quantizer.remove()
     compression_state = attach(model)
     compression_state.state[METHOD] = state
     compression_state.claim(model, METHOD, Stage.QUANTIZATION, state["layers"])
@@ -124,34 +122,26 @@ def quantize(
 
 
 def _observe(model: nn.Module, quantizer: FakeQuantizer, state: dict[str, Any], inputs: Iterable[ExampleInput]) -> None:
-    observer = quantizer.observer = RangeObserver(quantizer.activations)
     widest = torch.tensor([isinstance(spec.observer, MinMax | MovingAverage) for spec in quantizer.activations]).bool()
+    quantizer.observing = True
     for batch, call in enumerate(inputs):
         with explained("quantize", model, call):
             model(*call.args, **call.kwargs)
-        seen = observer.take(torch.device("cpu"))
+        seen = quantizer.observer.take(torch.device("cpu"))
         _check_finite(quantizer.plan, seen, batch)
-        merge(state, seen, torch.where(widest, torch.nan, 1 / (batch + 1)))
-    state["learned"] |= observer.weight_scales
-    quantizer.observer = None
-    quantizer.update(state["ranges"])
+        merge(state, quantizer, seen, torch.where(widest, torch.nan, 1 / (batch + 1)))
+    quantizer.observing = False
 
 
 @contextmanager
-def _restored_on_failure(model: nn.Module, changes: bool) -> Iterator[None]:
-    """Training modes are as before in any case, parameters that the block ``changes`` if it raises."""
-    modes = {module: module.training for module in model.modules()}
-    before = {parameter: parameter.detach().clone() for parameter in model.parameters() if changes}
+def _restored_on_failure(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    before = {parameter: parameter.detach().clone() for parameter in parameters}
     try:
         yield
     except BaseException:
-        with torch.no_grad():
-            for parameter, value in before.items():
-                parameter.copy_(value)
+        for parameter, value in before.items():
+            parameter.data.copy_(value)
         raise
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _check_finite(plan: QuantizationPlan, seen: Tensor, batch: int) -> None:

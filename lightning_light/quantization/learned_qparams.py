@@ -1,4 +1,4 @@
-"""Learned quantization parameters: their first values, and their place in the user's optimizers.
+"""Learned quantization parameters: their first values, their place in the user's optimizers, and a penalty.
 
 They are no part of the LightningModule: its state dict, its averaged copies and DDP's buckets do not know them. The
 values are in the method's state, so that checkpoints have them; the optimizer that trains a layer trains its
@@ -8,25 +8,33 @@ quantization parameters too.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.optim import Optimizer
 
 from lightning_light.errors import UnsupportedError
-from lightning_light.quantization.fake_quantize import SMALLEST_SCALE
+from lightning_light.quantization.fake_quantize import SMALLEST_SCALE, columns, fake_quantize_weight
 from lightning_light.quantization.op_calls import OpId
 from lightning_light.quantization.plan import QuantizationPlan
-from lightning_light.quantization.specs import ActivationSpec, QParams
+from lightning_light.quantization.specs import ActivationSpec, QParams, WeightSpec
 from lightning_light.schema import damage
-from lightning_light.surgery.distributed import reduce_mean
-from lightning_light.surgery.optimizer import adopt, disown, unwrap
+from lightning_light.surgery.optimizer import adopt, unwrap
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
+    from lightning_light.quantization.fake_quantizer import FakeQuantizer
 
-__all__ = ["LearnedQParams", "initial_values", "learned_qparams_of", "names_of", "places_of", "weight_scale"]
+__all__ = [
+    "add_dampening_gradients",
+    "dampening_gradient",
+    "initial_values",
+    "learned_by",
+    "learned_parameters",
+    "learned_qparams_of",
+    "names_of",
+    "weight_scale",
+]
 
 Quantity = Literal["scale", "offset", "clip"]
 _QUANTITIES: dict[str, tuple[Quantity, ...]] = {
@@ -34,6 +42,14 @@ _QUANTITIES: dict[str, tuple[Quantity, ...]] = {
     "scale and offset": ("scale", "offset"),
     "clip": ("clip",),
 }
+
+
+class LearnedValue(NamedTuple):
+    """What is learned of one tensor: the module that it belongs to, how it is quantized, and which quantity it is."""
+
+    module: str
+    spec: WeightSpec | ActivationSpec
+    quantity: Quantity = "scale"
 
 
 def names_of(activation: int, spec: ActivationSpec) -> dict[Quantity, str]:
@@ -83,8 +99,10 @@ def learned_qparams_of(learned: Mapping[str, Tensor], activation: int, spec: Act
     return QParams(float(scale), 0 if spec.non_negative else (top + 1) // 2, top)
 
 
-class LearnedQParams:
-    """Parameters for all that is learned, each with the optimizer of its layer.
+def learned_parameters(
+    state: dict[str, Any], plan: QuantizationPlan, model: nn.Module, optimizers: Iterable[Any]
+) -> dict[str, nn.Parameter]:
+    """Make parameters of all that is learned, by name, and add each to the optimizer of its layer.
 
     Args:
         state: of the method; its ``learned`` has the values, and shares their memory from now on.
@@ -95,61 +113,86 @@ class LearnedQParams:
     Raises:
         UnsupportedError: no optimizer takes parameters during a run.
     """
-
-    def __init__(
-        self, state: dict[str, Any], plan: QuantizationPlan, model: nn.Module, optimizers: Iterable[Any]
-    ) -> None:
-        self._optimizers = [unwrap(optimizer) for optimizer in optimizers]
-        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        self.parameters = {name: nn.Parameter(value.to(device).clone()) for name, value in state["learned"].items()}
-        places: dict[str, list[int]] = state["optimizer_groups"]
-        modules = places_of(plan)
-        for name, parameter in self.parameters.items():
-            state["learned"][name] = parameter.detach()
-            if name not in places:
-                places[name] = self._place(model, modules[name])
-            optimizer, group = places[name]
-            if optimizer >= len(self._optimizers) or group >= len(self._optimizers[optimizer].param_groups):
-                raise damage(
-                    f"optimizer_groups[{name!r}]", "an optimizer of this run and one of its groups", str(places[name])
-                )
-            adopt(self._optimizers[optimizer].param_groups[group], parameter, f"quantization.{name}")
-
-    def _place(self, model: nn.Module, path: str) -> list[int]:
-        """The optimizer that changes the module at ``path``, and in it the group with the least weight decay."""
-        wanted = [{id(p) for p in module.parameters()} for module in (model.get_submodule(path), model)]
-        for mine in wanted:
-            for place, optimizer in enumerate(self._optimizers):
-                groups = optimizer.param_groups
-                trains = any(id(p) in mine for group in groups for p in group["params"])
-                if trains and not isinstance(optimizer, torch.optim.LBFGS):
-                    decays = [float(group.get("weight_decay", 0.0)) for group in groups]
-                    return [place, decays.index(min(decays))]
-        raise UnsupportedError(
-            "`QuantizationAwareTraining` with learned scales: expected an optimizer of the module that takes "
-            f"parameters during a run, found {[type(one).__name__ for one in self._optimizers] or 'none'}. Train with "
-            "`SGD` or `AdamW`, or use a recipe with observers: `IntN(...)`."
-        )
-
-    def reduce(self, trainer: Trainer) -> None:
-        """DDP does not know the parameters: take the mean of their gradients over all ranks."""
-        parameters = list(self.parameters.values())
-        for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        vector_to_parameters(reduce_mean(trainer, parameters_to_vector(gradients)), gradients)
-
-    def discard(self) -> None:
-        """Take the parameters back from the optimizers, if they have them."""
-        for optimizer in self._optimizers:
-            for parameter in self.parameters.values():
-                disown(optimizer, parameter)
+    unwrapped, known = [unwrap(optimizer) for optimizer in optimizers], learned_by(plan)
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    parameters = {name: nn.Parameter(value.to(device).clone()) for name, value in state["learned"].items()}
+    places: dict[str, list[int]] = state["optimizer_groups"]
+    for name, parameter in parameters.items():
+        state["learned"][name] = parameter.detach()
+        if name not in places:
+            places[name] = _place(model, known[name].module, unwrapped)
+        optimizer, group = places[name]
+        if optimizer >= len(unwrapped) or group >= len(unwrapped[optimizer].param_groups):
+            raise damage(
+                f"optimizer_groups[{name!r}]", "an optimizer of this run and one of its groups", str(places[name])
+            )
+        adopt(unwrapped[optimizer].param_groups[group], parameter, f"quantization.{name}")
+    return parameters
 
 
-def places_of(plan: QuantizationPlan) -> dict[str, str]:
-    """Name of what is learned -> path of the module that it belongs to."""
-    found = {weight_scale(op): op.module for op in plan.layers}
+def _place(model: nn.Module, path: str, optimizers: Sequence[Optimizer]) -> list[int]:
+    """The optimizer that changes the module at ``path``, and in it the group with the least weight decay."""
+    for module in (model.get_submodule(path), model):
+        mine = {id(p) for p in module.parameters()}
+        for place, optimizer in enumerate(optimizers):
+            groups = optimizer.param_groups
+            trains = any(id(p) in mine for group in groups for p in group["params"])
+            if trains and not isinstance(optimizer, torch.optim.LBFGS):
+                decays = [float(group.get("weight_decay", 0.0)) for group in groups]
+                return [place, decays.index(min(decays))]
+    raise UnsupportedError(
+        "`QuantizationAwareTraining` with learned scales: expected an optimizer of the module that takes "
+        f"parameters during a run, found {[type(one).__name__ for one in optimizers] or 'none'}. Train with "
+        "`SGD` or `AdamW`, or use a recipe with observers: `IntN(...)`."
+    )
+
+
+def learned_by(plan: QuantizationPlan) -> dict[str, LearnedValue]:
+    """Name of what is learned by ``plan`` -> what it is."""
+    layers = plan.layers.items()
+    found = {weight_scale(op): LearnedValue(op.module, site.weight) for op, site in layers if site.weight.learned}
     for op, activation in plan.sites():
-        for name in names_of(activation, plan.activations[activation]).values():
-            found.setdefault(name, op.module)
+        spec = plan.activations[activation]
+        for quantity, name in names_of(activation, spec).items():
+            found.setdefault(name, LearnedValue(op.module, spec, quantity))
     return found
+
+
+def dampening_gradient(w: Tensor, spec: WeightSpec, scale: Tensor) -> Tensor:
+    """Return the gradient of ``dampening * sum((w_hat - clamp(w, s * quant_min, s * quant_max)) ** 2)``.
+
+    ``w_hat``, the fake-quantized weight, is a constant; the learned scale gets no gradient.
+
+    Nagel et al., 2022, "Overcoming Oscillations in Quantization-Aware Training", equation 7.
+    https://arxiv.org/abs/2203.11086
+
+    Args:
+        w: the weight; no gradient is followed.
+        spec: how it is quantized.
+        scale: the learned scale, of each output channel or of all.
+    """
+    w, scale = w.detach().float(), scale.detach()
+    quantized, found = fake_quantize_weight(w, spec, scale)
+    step = columns(found, w)
+    inside = (w >= step * spec.quant_min) & (w <= step * spec.quant_max)
+    return 2.0 * spec.dampening * (w - quantized) * inside
+
+
+@torch.no_grad()
+def add_dampening_gradients(
+    quantizer: FakeQuantizer, model: nn.Module, parameters: Iterable[nn.Parameter], strength: float
+) -> None:
+    """Add the gradient of the penalty to the ``.grad`` of all weights with learned scales that are dampened.
+
+    Args:
+        quantizer: of the network, with its current scales.
+        model: the live module.
+        parameters: those of the coming optimizer step; other weights are left alone.
+        strength: fraction of the full penalty, in [0, 1].
+    """
+    mine = set(parameters)
+    for op in quantizer.plan.layers:
+        spec, scale = quantizer.weight(op)
+        weight = getattr(model.get_submodule(op.module), "weight", None)
+        if spec.dampening and scale is not None and weight in mine and weight.grad is not None:
+            weight.grad.add_((strength * dampening_gradient(weight, spec, scale)).to(weight.grad.dtype))

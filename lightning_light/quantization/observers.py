@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from typing import Annotated
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_light.encoding import Extensible
 from lightning_light.validation import OpenFraction, Range, validated
 
 __all__ = [
@@ -26,7 +27,7 @@ _BINS = 2048
 _CANDIDATES = 64
 
 
-class Observer(ABC):
+class Observer(Extensible, ABC):
     """Finds the range of an activation; a frozen dataclass.
 
     A subclass looks at one batch. Its `momentum` decides how batches, and processes, are combined: as a moving average
@@ -34,18 +35,11 @@ class Observer(ABC):
     """
 
     momentum: float | None
-    kinds: ClassVar[dict[str, type[Observer]]] = {}
-    """Observers by the name under which a checkpoint keeps them; one of the user's own is there once it is imported."""
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        """Register the class, so that checkpoints can name it."""
-        super().__init_subclass__(**options)
-        Observer.kinds[cls.kind()] = cls
 
     @classmethod
+    @override
     def kind(cls) -> str:
-        """Name of the class in a checkpoint."""
-        return cls.__name__ if cls.__module__ == __name__ else f"{cls.__module__}.{cls.__qualname__}"
+        return cls.__name__ if cls.__module__ == __name__ else super().kind()
 
     @abstractmethod
     def range_of(self, x: Tensor, quant_max: int, non_negative: bool) -> Tensor:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,17 +14,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
-from lightning_light.int8 import QUANTIZED_TENSORS_ARE_DEPRECATED
 from lightning_light.module_stack import ModuleCall, ModuleStack
 from lightning_light.validation import PositiveInt
 
-__all__ = ["OpCall", "OpId", "OpMode", "OpStack", "intercepted"]
-
-_BETWEEN = (
-    str(Path(__file__).parent),
-    torch.overrides.__file__,
-    str(Path(warnings.__file__).with_name("contextlib.py")),
-)
+__all__ = ["OpCall", "OpId", "OpStack"]
 
 
 class OpId(NamedTuple):
@@ -102,55 +93,41 @@ class OpCall:
         return self.function(*self.args, **self.kwargs)
 
 
-class OpMode(TorchFunctionMode):
-    """Route every operator call inside a model to ``handle``, which returns its result."""
-
-    def __init__(self, stack: OpStack, handle: Callable[[OpCall], Any]) -> None:
-        super().__init__()
-        self._stack, self._handle = stack, handle
-
-    @override
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        op = self._stack.next_op(str(getattr(func, "__name__", func)))
-        if op is None:
-            return func(*args, **(kwargs or {}))
-        call = OpCall(op, func, list(args), dict(kwargs or {}))
-        if torch._C._get_tracing_state() is None:
-            return self._handle(call)
-        with _attributed_to_caller():
-            return self._handle(call)
-
-
-class OpStack(ModuleStack):
-    """Counts the operator calls of every running module call.
+class OpStack(ModuleStack, TorchFunctionMode):
+    """Routes every operator call inside a model to ``handle``, which returns its result.
 
     Identities agree between runs, also where a part of the network is called by itself. A subclass may act where the
     outermost call begins and ends.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, handle: Callable[[OpCall], Any]) -> None:
+        ModuleStack.__init__(self)
+        TorchFunctionMode.__init__(self)
+        self._handle = handle
         self._counts: Counter[tuple[str, int, str]] = Counter()
+        self._modes: list[AbstractContextManager[Any]] = []
 
-    @property
-    def is_running(self) -> bool:
-        """Whether a module is being called."""
-        return self.outermost is not None
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Inside, `watch` a model."""
+        self.watch(model)
+        try:
+            yield
+        finally:
+            self.remove()
 
-    def next_op(self, function: str) -> OpId | None:
-        """Identity of the operator call that is about to run; None outside of the model."""
-        call = self.current
-        if call is None:
-            return None
-        key = (call.name, call.number, function)
-        self._counts[key] += 1
-        return OpId(*key, self._counts[key])
-
-    def begin(self) -> None:
+    def begin(self, args: tuple[Any, ...]) -> None:
         """Act before the outermost call."""
+        self._modes = [self]
+        if "torch._dynamo" in sys.modules:  # compiled code would not see the mode
+            self._modes.append(torch.compiler.set_stance("force_eager"))
+        for mode in self._modes:
+            mode.__enter__()
 
     def end(self) -> None:
         """Act after the outermost call, failed or not."""
+        while self._modes:
+            self._modes.pop().__exit__(None, None, None)
 
     def output(self, output: Any) -> Any:
         """Replace the output of the outermost call; None leaves it."""
@@ -159,45 +136,27 @@ class OpStack(ModuleStack):
     def entered(self, call: ModuleCall) -> None:
         if self.outermost is call:
             self._counts.clear()
-            self.begin()
+            self.begin(call.args)
 
     @override
     def left(self, call: ModuleCall, output: Any) -> Any:
-        if self.is_running:
+        if self.outermost is not None:
             return None
         self.end()
         return self.output(output)
 
     @override
     def reset(self) -> None:
-        if self.is_running:
+        if self.outermost is not None:
             self.end()
         super().reset()
 
-
-@contextmanager
-def intercepted(model: nn.Module, handle: Callable[[OpCall], Any], stack: OpStack | None = None) -> Iterator[None]:
-    """Inside, route every operator call of ``model`` to ``handle``, which returns its result."""
-    stack = stack or OpStack()
-    stack.watch(model)
-    try:
-        with OpMode(stack, handle):
-            yield
-    finally:
-        stack.remove()
-
-
-@contextmanager
-def _attributed_to_caller() -> Iterator[None]:
-    """Let a tracer's warnings that would name a line of this package name the line that called the operator instead."""
-    frame = sys._getframe()
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_BETWEEN):
-        frame = frame.f_back
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        warnings.filterwarnings("ignore", QUANTIZED_TENSORS_ARE_DEPRECATED)
-        yield
-    for warning in caught:
-        ours = warning.filename.startswith(_BETWEEN)
-        place = (frame.f_code.co_filename, frame.f_lineno) if ours else (warning.filename, warning.lineno)
-        warnings.warn_explicit(warning.message, warning.category, *place)
+    @override
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Return the result of a function that is called; outside of the model it is not handled."""
+        kwargs, caller = kwargs or {}, self.current
+        if caller is None:
+            return func(*args, **kwargs)
+        key = (caller.name, caller.number, str(getattr(func, "__name__", func)))
+        self._counts[key] += 1
+        return self._handle(OpCall(OpId(*key, self._counts[key]), func, list(args), dict(kwargs)))

@@ -49,6 +49,7 @@ class KernelCall:
         engine: whose kernels: ``qnnpack`` or ``x86``.
         relu: whether a ReLU is fused.
         checking: whether values may be looked at, before the call is traced.
+        packed: the weight of a layer.
     """
 
     call: OpCall
@@ -56,6 +57,7 @@ class KernelCall:
     engine: str
     relu: bool
     checking: bool
+    packed: Any = None
 
     def run(self, name: str, *arguments: Any) -> Any:
         """Call ``quantized::name``."""
@@ -127,6 +129,10 @@ def is_view(call: OpCall) -> bool:
 _NEUTRAL = {"add": 0, "mul": 1}
 
 
+def _layer(kernel: KernelCall) -> Any:
+    return kernel.run(kernel.call.id.function, kernel.call.input, kernel.packed)
+
+
 def _add(kernel: KernelCall) -> Any:
     values = kernel.call.values[:2]
     if kernel.checking and not all(2.0**-14 <= value.q_scale() / kernel.output.scale < 2.0**8 for value in values):
@@ -177,33 +183,23 @@ def _entry(name: str, functions: str, role: Role, **options: Any) -> Operator:
     return Operator(name, frozenset(functions.split()), role, **options)
 
 
-_LAYER = ("input", "weight", "bias")
-_CONV = (*_LAYER, "stride", "padding", "dilation", "groups")
-_CONV_TRANSPOSE = (*_LAYER, "stride", "padding", "output_padding", "groups", "dilation")
+def _layer_entry(name: str, functions: str, parameters: str = "", **options: Any) -> Operator:
+    named = ("input", "weight", "bias", *parameters.split())
+    return _entry(name, functions, "layer", kernel=_layer, parameters=named, **options)
+
+
 _AFTER_LAYER: tuple[Role, ...] = ("batch_norm", "activation")
+_CONV: dict[str, Any] = {"parameters": "stride padding dilation groups", "fuses": _AFTER_LAYER}
+_TRANSPOSED: dict[str, Any] = {"parameters": "stride padding output_padding groups dilation", "per_channel": False}
 _WRONG_TRANSPOSED = {"x86": "the x86 kernel of transposed convolutions computes wrong numbers"}  # dozens of steps off
 _NO_3D = dict.fromkeys(("qnnpack", "xnnpack"), "the engine has no kernel of 3-D convolutions")
 
 TABLE: Final = (
-    _entry("conv", "conv1d conv2d", "layer", fuses=_AFTER_LAYER, parameters=_CONV),
-    _entry("conv", "conv3d", "layer", fuses=_AFTER_LAYER, parameters=_CONV, refused=_NO_3D),
-    _entry(
-        "conv_transpose",
-        "conv_transpose1d conv_transpose2d",
-        "layer",
-        per_channel=False,
-        parameters=_CONV_TRANSPOSE,
-        refused=_WRONG_TRANSPOSED,
-    ),
-    _entry(
-        "conv_transpose",
-        "conv_transpose3d",
-        "layer",
-        per_channel=False,
-        parameters=_CONV_TRANSPOSE,
-        refused={**_WRONG_TRANSPOSED, **_NO_3D},
-    ),
-    _entry("linear", "linear", "layer", parameters=_LAYER, fuses=_AFTER_LAYER),
+    _layer_entry("conv", "conv1d conv2d", **_CONV),
+    _layer_entry("conv", "conv3d", refused=_NO_3D, **_CONV),
+    _layer_entry("conv_transpose", "conv_transpose1d conv_transpose2d", refused=_WRONG_TRANSPOSED, **_TRANSPOSED),
+    _layer_entry("conv_transpose", "conv_transpose3d", refused=_WRONG_TRANSPOSED | _NO_3D, **_TRANSPOSED),
+    _layer_entry("linear", "linear", fuses=_AFTER_LAYER),
     _entry("batch_norm", "batch_norm", "batch_norm", parameters=tuple(inspect.signature(F.batch_norm).parameters)),
     _entry("relu", "relu relu_", "activation", non_negative=True),
     _entry("relu6", "relu6", "activation", non_negative=True, upper_bound=6.0),
@@ -221,11 +217,8 @@ TABLE: Final = (
         "view",
         kernel=_same,
     ),
-    _entry("sigmoid", "sigmoid", "unary"),
-    _entry("hardsigmoid", "hardsigmoid", "unary"),
-    _entry("tanh", "tanh", "unary"),
+    _entry("unary", "sigmoid hardsigmoid tanh leaky_relu leaky_relu_", "unary"),
     _entry("hardswish", "hardswish hardswish_", "unary", kernel=lambda k: k.run("hardswish", k.call.input)),
-    _entry("leaky_relu", "leaky_relu leaky_relu_", "unary"),
 )
 FLOAT: Final = Operator("float")
 INTEGER: Final = Operator("integer", role="integer")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+
+from torch import nn
 
 from lightning_light.quantization.op_calls import OpId
 from lightning_light.quantization.operators import FLOAT
+from lightning_light.quantization.recipes import Recipe
 from lightning_light.quantization.specs import ActivationSpec, LayerSpec, WeightSpec
 from lightning_light.quantization.trace import OpNode
 from lightning_light.validation import NonNegativeInt
@@ -102,7 +105,7 @@ class QuantizationPlan:
         return found
 
 
-def plan_quantization(nodes: Iterable[OpNode], specs: Mapping[str, LayerSpec]) -> QuantizationPlan:
+def plan_quantization(model: nn.Module, nodes: Sequence[OpNode], recipe: Recipe) -> QuantizationPlan:
     """Plan the quantization of a traced network, so that every layer with a weight reads and writes int8.
 
     Batch norm and ReLU after a layer belong to it: only the result of the last of them is quantized. Sums and
@@ -112,36 +115,30 @@ def plan_quantization(nodes: Iterable[OpNode], specs: Mapping[str, LayerSpec]) -
     The input of a layer without a kernel is quantized for it alone, and its output is float, as in the papers.
 
     Args:
+        model: the network.
         nodes: of one forward pass.
-        specs: module -> what the recipe prescribes; a layer that is not in it stays float.
+        recipe: how its layers are quantized.
     """
-    return _Planner(list(nodes), specs).run()
+    layers = list(dict.fromkeys(node.id.module for node in nodes if node.role == "layer"))
+    return _Planner(nodes, recipe.specs(model, layers)).run()
 
 
 class _Planner:
-    def __init__(self, nodes: list[OpNode], specs: Mapping[str, LayerSpec]) -> None:
+    def __init__(self, nodes: Sequence[OpNode], specs: Mapping[str, LayerSpec]) -> None:
         self.nodes, self.plan = nodes, QuantizationPlan()
         self._specs: dict[OpNode, LayerSpec] = {}
         for node in nodes:
-            if node.role != "layer":
-                continue
-            spec = specs.get(node.id.module)
-            if spec is None:
+            if node.role == "layer" and (spec := specs.get(node.id.module)) is not None:
+                per_channel = spec.weight.per_channel and node.operator.per_channel
+                self._specs[node] = replace(spec, weight=replace(spec.weight, per_channel=per_channel))
+            elif node.role == "layer":
                 node.operator = FLOAT
                 self.plan.left_float[node.id.module] = "excluded by the recipe"
-                continue
-            if not node.operator.per_channel:
-                spec = replace(spec, weight=replace(spec.weight, per_channel=False))
-            self._specs[node] = spec
-        self._tails: dict[OpNode, OpNode] = {}
-        self._fused: dict[OpNode, FusedOps] = {}
         self._activations: dict[OpNode, int] = {}
         with_kernel = (spec.activation for spec in self._specs.values() if not spec.no_kernel)
         self._default = next((found for found in with_kernel if found is not None), ActivationSpec())
 
     def run(self) -> QuantizationPlan:
-        for node in self.nodes:
-            self._fuse(node)
         for node in self.nodes:
             if node in self._specs:
                 self._layer(node)
@@ -149,46 +146,44 @@ class _Planner:
                 self._join(node)
         return self.plan
 
-    def _fuse(self, node: OpNode) -> None:
+    def _fused(self, node: OpNode) -> tuple[OpNode, FusedOps]:
+        """The last operator that the kernel of ``node`` computes along with it, and all of them."""
         parts = node.followers(*(("batch_norm",) if self._lacks_kernel(node) else node.operator.fuses))
-        self._tails[node] = tail = [node, *parts.values()][-1]
-        self._fused[node] = FusedOps(tail.id, **{role: part.id for role, part in parts.items()})
+        tail = [node, *parts.values()][-1]
+        return tail, FusedOps(tail.id, **{role: part.id for role, part in parts.items()})
 
     def _lacks_kernel(self, node: OpNode) -> bool:
         return node in self._specs and self._specs[node].no_kernel is not None
 
     def _layer(self, node: OpNode) -> None:
-        ((position, source),) = node.inputs
-        spec = self._specs[node]
+        ((position, source),), spec = node.inputs, self._specs[node]
+        tail, fused = self._fused(node)
         if origin_of(source).role == "integer":
             self.plan.left_float[node.id.module] = "reads integers"
         elif spec.no_kernel:
-            self._layer_without_kernel(node, position, source, spec)
+            if spec.activation is not None:
+                self.plan.inputs.setdefault(node.id, {})[position] = self._new_activation(source, spec.activation)
+            self.plan.layers[node.id] = LayerSite(spec.weight, fused, None, spec.no_kernel)
         else:
             read = self._quantize_input(node, position, source, spec.activation)
-            self.plan.layers[node.id] = LayerSite(spec.weight, self._fused[node], read)
-            self._quantize(self._tails[node], spec.activation)
-
-    def _layer_without_kernel(self, node: OpNode, position: int, source: OpNode, spec: LayerSpec) -> None:
-        if spec.activation is not None:
-            self.plan.inputs.setdefault(node.id, {})[position] = self._new_activation(source, spec.activation)
-        self.plan.layers[node.id] = LayerSite(spec.weight, self._fused[node], None, spec.no_kernel)
+            self.plan.layers[node.id] = LayerSite(spec.weight, fused, read)
+            self._quantize(tail, spec.activation)
 
     def _join(self, node: OpNode) -> None:
-        sources = [origin_of(source) for _, source in node.inputs]
+        sources, (tail, fused) = [origin_of(source) for _, source in node.inputs], self._fused(node)
         if any(source.role == "integer" for source in sources) or not any(
             source in self._activations for source in sources
         ):
             return
-        if node.operator.fuses and any(map(self._is_float, _readers(self._tails[node]))):
+        if node.operator.fuses and any(map(self._is_float, _readers(tail))):
             return
         if node.operator.name == "cat" and any(map(_is_quantized_by_readers, sources)):
             return  # an element of a list is no argument of its own
         for position, source in node.inputs:
             self._quantize_input(node, position, source)
         if node.role == "join":
-            self.plan.joins[node.id] = self._fused[node]
-            self._quantize(self._tails[node])
+            self.plan.joins[node.id] = fused
+            self._quantize(tail)
         elif sources[0] in self._activations:
             self._activations[node] = self.plan.outputs[node.id] = self._activations[sources[0]]
             self.plan.averages.append(node.id)

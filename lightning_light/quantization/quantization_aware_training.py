@@ -16,32 +16,25 @@ from lightning_light.callback import CompressionCallback
 from lightning_light.capture import Capture
 from lightning_light.example_input import ExampleInput
 from lightning_light.formatting import plural
-from lightning_light.host.trainer import is_accumulating, is_backward_skipped, is_restoring
+from lightning_light.host.trainer import callbacks_of, is_accumulating, is_backward_skipped, is_restoring
 from lightning_light.int8 import Int8Weights
 from lightning_light.order import DEFAULT_WINDOWS, Stage
 from lightning_light.progress import epochs_planned, steps_planned, training_progress
-from lightning_light.quantization.checkpoint_state import (
-    SoundState,
-    attach_fake_quantizer,
-    begin,
-    enable,
-    merge,
-    read_state,
-)
-from lightning_light.quantization.dampening import add_dampening_gradients
+from lightning_light.quantization.checkpoint_state import SoundState, attach_fake_quantizer, begin, enable, merge
 from lightning_light.quantization.fake_quantizer import FakeQuantizer
 from lightning_light.quantization.functional import quantize
-from lightning_light.quantization.learned_qparams import LearnedQParams
-from lightning_light.quantization.range_observer import RangeObserver
+from lightning_light.quantization.learned_qparams import add_dampening_gradients, learned_parameters
 from lightning_light.quantization.recipes import Int8, Recipe
 from lightning_light.schedules import Cosine, Schedule, resolve, resolve_moment
 from lightning_light.surgery.checkpoint_monitoring import reset_monitoring
 from lightning_light.surgery.distributed import (
     check_agreement,
     log_rank_zero,
+    reduce_gradients,
     reduce_max,
     reduce_mean,
 )
+from lightning_light.surgery.optimizer import disown
 from lightning_light.surgery.stored_example import restore_or_capture_example, store_example
 from lightning_light.training_step import callable_with
 from lightning_light.validation import Moment, PositiveInt, validated
@@ -120,8 +113,13 @@ class QuantizationAwareTraining(CompressionCallback):
         freeze_batch_norm: Moment = 0.95,
         bit_width_schedule: Schedule | None = None,
     ) -> None:
-        moments = {"start": start, "freeze_observers": freeze_observers, "freeze_batch_norm": freeze_batch_norm}
-        _check_order(type(self).__name__, moments)
+        fractions = [one for one in (start, freeze_observers, freeze_batch_norm) if isinstance(one, float)]
+        if fractions != sorted(fractions):
+            raise ValueError(
+                f"`{type(self).__name__}(start={start}, freeze_observers={freeze_observers}, freeze_batch_norm="
+                f"{freeze_batch_norm})`: expected start <= freeze_observers <= freeze_batch_norm, found another order. "
+                "To freeze nothing write 1.0."
+            )
         self.recipe = recipe
         self.start = start
         self.calibration_batches = calibration_batches
@@ -130,11 +128,10 @@ class QuantizationAwareTraining(CompressionCallback):
         self.bit_width_schedule = bit_width_schedule
         self._warned = False
         self._bit_width_schedule: Schedule | None = None
-        self._learned: LearnedQParams | None = None
+        self._learned: dict[str, nn.Parameter] = {}
         self._moments: dict[str, float] = {}
         self._capture: Capture | None = None
         self._quantizer: FakeQuantizer | None = None
-        self._observer: RangeObserver | None = None
 
     # Lightning's hooks, in the order a run meets them.
 
@@ -144,34 +141,28 @@ class QuantizationAwareTraining(CompressionCallback):
         super().setup(trainer, pl_module, stage)
         _refuse_several(trainer)
         if stage == "fit":
-            self._moments = {
-                name: self._resolved(name, epochs_planned(trainer))
-                for name in ("start", "freeze_observers", "freeze_batch_norm")
-            }
+            epochs, names = epochs_planned(trainer), ("start", "freeze_observers", "freeze_batch_norm")
+            self._moments = {name: self._resolved(name, epochs) for name in names}
             if self._moments["start"] >= 1.0:
                 raise ValueError(
                     f"`{type(self).__name__}(start={self.start})`: expected a start before the end of the run, found "
                     f"`Trainer(max_epochs={trainer.max_epochs})`. Start earlier, for instance `start=0.7`."
                 )
-            self._bit_width_schedule = self.bit_width_schedule and resolve(
-                self.bit_width_schedule, epochs_planned(trainer)
-            )
+            self._bit_width_schedule = self.bit_width_schedule and resolve(self.bit_width_schedule, epochs)
             self.disclaim(pl_module)  # a fit starts over, unless a checkpoint brings the claim back
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Continue from the checkpoint, learned parameters in the optimizers before their state; or start over."""
-        if self._learned is not None:
-            self._learned.discard()  # of an earlier fit with the same optimizers
-        self._learned = None
+        disown(trainer.optimizers, self._learned.values())  # of an earlier fit with the same optimizers
+        self._learned = {}
         state = self.state(pl_module)
         continues = self._continues_from_quantize(trainer, state)
         if not is_restoring(trainer) and not continues:
             state.clear()
         self._attach(pl_module)
         if state.get("enabled"):
-            self.claim(pl_module, state["layers"])
-            self._learn(trainer, pl_module)
+            self._claim_and_learn(trainer, pl_module)
         super().on_fit_start(trainer, pl_module)
         state = self.state(pl_module)
         self.recipe.specs(pl_module, [])  # checks its patterns
@@ -211,8 +202,7 @@ class QuantizationAwareTraining(CompressionCallback):
         self._reduce_bits(state, progress)
         if not state["enabled"] and state["batches"] >= self.calibration_batches:
             self._enable(trainer, pl_module)
-        observes = not state["enabled"] or progress < self._moments["freeze_observers"]
-        self._quantizer.observer = self._observer if observes else None
+        self._quantizer.observing = not state["enabled"] or progress < self._moments["freeze_observers"]
         # In its last epoch `StochasticWeightAveraging` collects statistics again, and does not train.
         freeze = progress >= self._moments["freeze_batch_norm"]
         self._quantizer.freeze_batch_norm = freeze and not is_backward_skipped(trainer)
@@ -221,8 +211,8 @@ class QuantizationAwareTraining(CompressionCallback):
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """DDP does not know learned quantization parameters: take the mean of their gradients."""
         accumulating = pl_module.automatic_optimization and is_accumulating(trainer)
-        if self._learned is not None and trainer.world_size > 1 and not accumulating:
-            self._learned.reduce(trainer)
+        if trainer.world_size > 1 and not accumulating:
+            reduce_gradients(trainer, self._learned.values())
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -244,15 +234,12 @@ class QuantizationAwareTraining(CompressionCallback):
             store_example(state, self._capture)
         if quantizer is None:
             return
-        if (observer := quantizer.observer) is not None:
-            quantizer.observer = None
-            seen = self._on_all_ranks(trainer, observer.take(pl_module.device), observer.momentum)
-            merge(state, seen, observer.momentum)
-            if not state["enabled"]:
-                state["learned"] |= observer.weight_scales
-        elif not quantizer.learned:
-            return
-        quantizer.update(state["ranges"], state["min_bits"])
+        if quantizer.observing:
+            quantizer.observing = False
+            momentum = quantizer.observer.momentum
+            merge(state, quantizer, self._on_all_ranks(trainer, quantizer.observer.take(pl_module.device), momentum))
+        elif quantizer.learned:
+            quantizer.update(state["ranges"], state["min_bits"])
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -261,12 +248,18 @@ class QuantizationAwareTraining(CompressionCallback):
             self._quantizer.freeze_batch_norm = False
         state = self.state(pl_module)
         if not state.get("enabled") and not getattr(trainer, "fast_dev_run", False) and not self._warned:
-            self._no_effect(self._why_nothing(state))
+            self._no_effect(
+                f"the run was over after {state.get('batches', 0)} of the `calibration_batches="
+                f"{self.calibration_batches}` that follow `start={self.start}`. Start earlier, or observe fewer."
+            )
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave no hook behind."""
-        self._detach()
+        for held in (self._capture, self._quantizer):
+            if held is not None:
+                held.remove()
+        self._capture, self._quantizer = None, None
         super().teardown(trainer, pl_module, stage)
 
     @override
@@ -288,9 +281,9 @@ class QuantizationAwareTraining(CompressionCallback):
     def rehearse(self, model: nn.Module, example: ExampleInput, batches: Sequence[Any]) -> list[str]:
         """Quantize by the ranges of these batches; the copy stays fake-quantized."""
         quantize(model, example, self.recipe, data=list(batches) or None, progress_bar=False)
-        state = self.state(model)
-        attach_fake_quantizer(model, state)
-        plan = read_state(state).plan
+        quantizer = attach_fake_quantizer(model, self.state(model))
+        assert quantizer is not None  # `quantize` has found layers
+        plan = quantizer.plan
         lines = [
             f"{name}: weights of {bits['weight_bits']:g} bits, inputs of {bits.get('activation_bits', 32):g}"
             for name, bits in plan.bits_of_layers().items()
@@ -302,14 +295,6 @@ class QuantizationAwareTraining(CompressionCallback):
     def _attach(self, pl_module: LightningModule) -> None:
         if self._quantizer is None:
             self._quantizer = attach_fake_quantizer(pl_module, self.state(pl_module))
-            self._observer = None if self._quantizer is None else RangeObserver(self._quantizer.activations)
-
-    def _detach(self) -> None:
-        if self._capture is not None:
-            self._capture.remove()
-        if self._quantizer is not None:
-            self._quantizer.detach()
-        self._capture, self._quantizer, self._observer = None, None, None
 
     def _continues_from_quantize(self, trainer: Trainer, state: dict[str, Any]) -> bool:
         """Whether `quantize` has found the ranges, by the same recipe, and training quantizes from its first batch."""
@@ -329,21 +314,25 @@ class QuantizationAwareTraining(CompressionCallback):
         state, quantizer = self.state(pl_module), self._quantizer
         assert quantizer is not None
         enable(state, quantizer)
-        self.claim(pl_module, state["layers"])
-        self._learn(trainer, pl_module)
+        self._claim_and_learn(trainer, pl_module)
         reset_monitoring(trainer)  # else "best" is the float network
         self.log_event(trainer, pl_module, f"enabled after {state['batches']} calibration batches")
-        dynamic = [spec.is_dynamic for spec in quantizer.activations]
-        sites = quantizer.plan.sites()
-        if unseen := {op.module: 0 for op, place in sites if quantizer.qparams[place] is None and not dynamic[place]}:
-            _warn_of_unseen(list(unseen))
+        sites, specs = quantizer.plan.sites(), quantizer.activations
+        if unseen := {op.module: 0 for op, at in sites if quantizer.qparams[at] is None and not specs[at].is_dynamic}:
+            warnings.warn(
+                "`QuantizationAwareTraining`: expected finite values of all quantized activations, found none at "
+                f"{list(unseen)} in the calibration batches: those stay float. Does `training_step` call "
+                "`self(...)`, in the same way as the example?",
+                stacklevel=2,
+            )
 
-    def _learn(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the optimizers what is learned."""
+    def _claim_and_learn(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Claim the quantized layers, and give the optimizers what is learned."""
         state, quantizer = self.state(pl_module), self._quantizer
+        self.claim(pl_module, state["layers"])
         if state["learned"] and quantizer is not None:
-            self._learned = LearnedQParams(state, quantizer.plan, pl_module, trainer.optimizers)
-            quantizer.learned = self._learned.parameters
+            self._learned = learned_parameters(state, quantizer.plan, pl_module, trainer.optimizers)
+            quantizer.learned = self._learned
             quantizer.update(state["ranges"], state["min_bits"])
 
     def _reduce_bits(self, state: dict[str, Any], progress: float) -> None:
@@ -378,6 +367,9 @@ class QuantizationAwareTraining(CompressionCallback):
         check_agreement(trainer, "the plan of `QuantizationAwareTraining`", state["plan"])
         self.claim(pl_module, plan.bits_of_layers())
         self._attach(pl_module)
+        if not plan.layers:
+            self._warned = True
+            self._no_effect("no convolution or linear layer was found whose weight can be quantized.")
         kept = f", {plural(len(plan.left_float), 'layer')} left in float" if plan.left_float else ""
         self.log_event(trainer, pl_module, f"observing {plural(len(plan.layers), 'layer')}{kept}")
         for name, reason in plan.left_float.items():
@@ -389,41 +381,12 @@ class QuantizationAwareTraining(CompressionCallback):
         within = moment if name == "start" or isinstance(moment, float) else min(moment, max_epochs or 0)
         return resolve_moment(within, max_epochs, f"{type(self).__name__}({name}={moment})")
 
-    def _why_nothing(self, state: dict[str, Any]) -> str:
-        if "plan" not in state:
-            return f"the run was over before `start={self.start}`."
-        if self._quantizer is None:
-            return "no convolution or linear layer was found whose weight can be quantized."
-        return (
-            f"the run was over after {state['batches']} of `calibration_batches={self.calibration_batches}`. Start "
-            "earlier, or observe fewer."
-        )
-
-
-def _check_order(call: str, moments: dict[str, Moment]) -> None:
-    fractions = [moment for moment in moments.values() if isinstance(moment, float)]
-    if fractions != sorted(fractions):
-        raise ValueError(
-            f"`{call}({', '.join(f'{name}={moment}' for name, moment in moments.items())})`: expected start <= "
-            "freeze_observers <= freeze_batch_norm, found another order. To freeze nothing write 1.0."
-        )
-
 
 def _refuse_several(trainer: Trainer) -> None:
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # an attribute set by a connector
-    found = [repr(one) for one in callbacks if isinstance(one, QuantizationAwareTraining)]
+    found = [repr(one) for one in callbacks_of(trainer) if isinstance(one, QuantizationAwareTraining)]
     if len(found) > 1:
         raise ValueError(
             f"`callbacks=[{', '.join(found)}]`: expected one `QuantizationAwareTraining` in a Trainer, found "
             f"{len(found)}. For layers with recipes of their own write one: "
             "`QuantizationAwareTraining(MixedPrecision({'layer1.*': IntN(4)}, default=Int8()))`."
         )
-
-
-def _warn_of_unseen(modules: list[str]) -> None:
-    warnings.warn(
-        f"`QuantizationAwareTraining`: expected finite values of all quantized activations, found none at "
-        f"{modules} in the calibration batches: those stay float. Does `training_step` call "
-        "`self(...)`, in the same way as the example?",
-        stacklevel=2,
-    )

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import override
 
 from lightning_light.example_input import ExampleInput
 from lightning_light.isolation import isolated
-from lightning_light.module_stack import ModuleCall
 from lightning_light.nested import tensors_in
-from lightning_light.quantization.op_calls import OpCall, OpId, OpStack, intercepted
+from lightning_light.quantization.op_calls import OpCall, OpId, OpStack
 from lightning_light.quantization.operators import FLOAT, INPUT, INTEGER, Operator, arguments, is_view, operator_of
 
-__all__ = ["OpNode", "Trace", "WritableParameters", "inputs_of_layer", "trace_ops"]
+__all__ = ["OpNode", "Trace", "inputs_of_layer", "trace_ops", "writable_parameters"]
 
 _VIEW, _RELU6 = operator_of("view"), operator_of("relu6")
 
@@ -34,7 +34,6 @@ class OpNode:
         inputs: the nodes whose results it reads, with the position of the argument.
         users: the nodes that read its result.
         is_output: whether its result leaves the network.
-        bounds: of a clamp.
     """
 
     call: OpCall
@@ -42,7 +41,6 @@ class OpNode:
     inputs: list[tuple[int, OpNode]] = field(default_factory=list)
     users: list[OpNode] = field(default_factory=list)
     is_output: bool = False
-    bounds: tuple[float | None, float | None] = (None, None)
 
     @property
     def id(self) -> OpId:
@@ -79,6 +77,20 @@ class OpNode:
         return arguments(self.call)
 
     @property
+    def bounds(self) -> tuple[Any, Any]:
+        """The lowest and the highest value of a clamp; None where there is none, nan where a tensor has them."""
+        call = self.call
+        if call.id.function not in operator_of("clamp").functions:
+            return None, None
+        low, high = (-1, 1) if call.id.function.startswith("hardtanh") else (None, None)
+        found = (
+            call.get("min_val", 1, call.kwargs.get("min", low)),
+            call.get("max_val", 2, call.kwargs.get("max", high)),
+        )
+        first, second = (math.nan if isinstance(value, Tensor) else value for value in found)
+        return first, second
+
+    @property
     def channel_dim(self) -> int:
         """The dimension of a layer's result that counts its output channels."""
         dims: int = self.call.result.dim()
@@ -94,17 +106,64 @@ class OpNode:
         return result
 
 
-@dataclass(frozen=True)
-class Trace:
-    """Operator calls of a forward pass, in order.
+class Trace(OpStack):
+    """Operator calls between inputs and outputs: of the network, or of the parts that a training step calls.
 
     Attributes:
-        nodes: those that depend on an input of the network.
-        calls: all of them.
+        op_calls: all of them, in order.
     """
 
-    nodes: list[OpNode]
-    calls: list[OpCall]
+    def __init__(self) -> None:
+        super().__init__(self._trace)
+        self.op_calls: list[OpCall] = []
+        self._nodes: dict[OpId, OpNode] = {}
+        self._inputs = 0
+        self._producers: Any = WeakIdKeyDictionary()  # tensor -> its node
+
+    @property
+    def nodes(self) -> list[OpNode]:
+        """Those that depend on an input of the network."""
+        return list(self._nodes.values())
+
+    @override
+    def begin(self, args: tuple[Any, ...]) -> None:
+        self.enter(tensors_in(args))
+        super().begin(args)
+
+    @override
+    def output(self, output: Any) -> None:
+        for tensor in tensors_in(output):
+            if (node := self._producers.get(tensor)) is not None:
+                node.is_output = True
+
+    def enter(self, tensors: Iterable[Tensor]) -> None:
+        """Add a node for each of the inputs that no operator has produced."""
+        for tensor in tensors:
+            if tensor not in self._producers:
+                call = OpCall(OpId("", 0, "input", self._inputs), nn.Identity(), [tensor], {}, tensor)
+                self._producers[tensor] = OpNode(call, INPUT if tensor.is_floating_point() else INTEGER)
+                self._inputs += 1
+
+    def _trace(self, call: OpCall) -> Any:
+        call.result = call.run()
+        self.op_calls.append(call)
+        made = list(tensors_in(call.result))
+        inputs = [
+            (position, self._producers[tensor])
+            for position, value in enumerate(call.values)
+            for tensor in tensors_in(value)
+            if tensor in self._producers
+        ]
+        is_layer = operator_of(call.id.function).role == "layer"
+        if call.id.function == "__get__" or not made or not (inputs or is_layer):
+            return call.result  # a property gives a view of its tensor at most
+        if call.id not in self._nodes:  # else of a part that a training step calls again
+            node = self._nodes[call.id] = OpNode(call, FLOAT, inputs)
+            node.operator = _classify(node, made)
+            for _, source in inputs:
+                source.users.append(node)
+        self._producers.update((tensor, self._nodes[call.id]) for tensor in made)
+        return call.result
 
 
 def trace_ops(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Trace:
@@ -112,11 +171,11 @@ def trace_ops(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
     Python functions are seen as they are called, so a branch is the one that the example takes.
     """
-    tracer = _Tracer()
-    tracer.enter(tensors_in((args, dict(kwargs))))
-    with isolated(model), intercepted(model, tracer.handle, _Ends(tracer)):
+    trace = Trace()
+    trace.enter(tensors_in((args, dict(kwargs))))
+    with isolated(model), trace.watching(model):
         model(*args, **kwargs)
-    return Trace(tracer.nodes, tracer.calls)
+    return trace
 
 
 def inputs_of_layer(model: nn.Module, op: OpId, examples: Iterable[ExampleInput]) -> list[Tensor]:
@@ -129,7 +188,7 @@ def inputs_of_layer(model: nn.Module, op: OpId, examples: Iterable[ExampleInput]
             raise _Stop
         return call.run()
 
-    with intercepted(model, note):
+    with OpStack(note).watching(model):
         for example in examples:
             with suppress(_Stop):
                 model(*example.args, **example.kwargs)
@@ -140,95 +199,18 @@ class _Stop(Exception):  # noqa: N818  # ends a forward pass early
     pass
 
 
-class WritableParameters:
-    """The parameters of ``model`` that can be written without changing anything else.
+def writable_parameters(model: nn.Module, trace: Trace) -> dict[Any, str]:
+    """Parameter -> name, for those of ``model`` that can be written without changing anything else.
 
-    Those that one operator reads, as they are: neither tied, nor part of a computed weight.
+    One operator reads them, as they are: they are neither tied, nor part of a computed weight.
     """
-
-    def __init__(self, model: nn.Module, trace: Trace) -> None:
-        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
-        self._uses = Counter(
-            id(tensor)
-            for call in trace.calls
-            if any(True for _ in tensors_in(call.result))
-            for tensor in tensors_in([*call.args, call.kwargs])
-            if id(tensor) in self._names
-        )
-
-    def name_of(self, tensor: Tensor | None) -> str | None:
-        """Its name in ``named_parameters``; None if it must not be written."""
-        return self._names.get(id(tensor)) if self._uses[id(tensor)] == 1 else None
-
-
-class _Ends(OpStack):
-    """Finds the inputs and outputs of outermost calls: of the network, or of the parts that a training step calls."""
-
-    def __init__(self, tracer: _Tracer) -> None:
-        super().__init__()
-        self._tracer = tracer
-
-    @override
-    def entered(self, call: ModuleCall) -> None:
-        super().entered(call)
-        with torch._C.DisableTorchFunction():
-            self._tracer.enter(_tensors(call.args) if self.outermost is call else ())
-
-    @override
-    def output(self, output: Any) -> None:
-        for tensor in _tensors(output):
-            if (node := self._tracer.producers.get(id(tensor))) is not None:
-                node.is_output = True
-
-
-class _Tracer:
-    def __init__(self) -> None:
-        self.nodes: list[OpNode] = []
-        self._inputs = 0
-        self._by_id: dict[OpId, OpNode] = {}
-        self.calls: list[OpCall] = []
-        self.producers: dict[int, OpNode] = {}
-        self._alive: list[Tensor] = []  # else another tensor could get the same identity
-
-    def produce(self, tensor: Tensor, node: OpNode) -> None:
-        self.producers[id(tensor)] = node
-        self._alive.append(tensor)
-
-    def enter(self, tensors: Iterable[Tensor]) -> None:
-        """Add a node for each of the inputs that no operator has produced."""
-        for tensor in tensors:
-            if id(tensor) not in self.producers:
-                call = OpCall(OpId("", 0, "input", self._inputs), nn.Identity(), [tensor], {}, tensor)
-                self.produce(tensor, OpNode(call, INPUT if tensor.is_floating_point() else INTEGER))
-                self._inputs += 1
-
-    def handle(self, call: OpCall) -> Any:
-        call.result = call.run()
-        self.calls.append(call)
-        made = list(_tensors(call.result))
-        inputs = [
-            (position, self.producers[id(tensor)])
-            for position, value in enumerate(call.values)
-            for tensor in _tensors(value)
-            if id(tensor) in self.producers
-        ]
-        is_layer = operator_of(call.id.function).role == "layer"
-        if call.id.function == "__get__" or not made or not (inputs or is_layer):
-            return call.result  # a property gives a view of its tensor at most
-        node = OpNode(call, FLOAT, inputs)
-        if self._by_id.setdefault(call.id, node) is not node:  # a part that a training step calls again
-            for tensor in made:
-                self.produce(tensor, self._by_id[call.id])
-            return call.result
-        if call.id.function in operator_of("clamp").functions:
-            node.bounds = _bounds(call)
-        node.operator = _classify(node, made)
-        for _, source in inputs:
-            source.users.append(node)
-        self.nodes.append(node)
-        for tensor in made:
-            self.produce(tensor, node)
-        return call.result
+    uses = Counter(
+        tensor
+        for call in trace.op_calls
+        if any(True for _ in tensors_in(call.result))
+        for tensor in tensors_in([*call.args, call.kwargs])
+    )
+    return {parameter: name for name, parameter in model.named_parameters() if uses[parameter] == 1}
 
 
 def _classify(node: OpNode, made: list[Tensor]) -> Operator:
@@ -249,24 +231,10 @@ def _classify(node: OpNode, made: list[Tensor]) -> Operator:
         return FLOAT  # it normalizes another dimension than the one that the layer's weight can take a gain for
     if (call.id.function == "mean" and not _is_spatial(call)) or (operator is _VIEW and not is_view(call)):
         return FLOAT
-    return _RELU6 if node.bounds == (0.0, 6.0) else operator
+    return _RELU6 if node.bounds == (0, 6) else operator
 
 
 def _is_spatial(call: OpCall) -> bool:
     dims = call.get("dim", 1)
     listed = [dims] if isinstance(dims, int) else list(dims or [])
     return call.args[0].dim() == 4 and {dim % 4 for dim in listed} == {2, 3}
-
-
-def _bounds(call: OpCall) -> tuple[float | None, float | None]:
-    low, high = (-1.0, 1.0) if call.id.function.startswith("hardtanh") else (None, None)
-    found = call.get("min_val", 1, call.kwargs.get("min", low)), call.get("max_val", 2, call.kwargs.get("max", high))
-    first, second = (float(value) if isinstance(value, int | float) else None for value in found)
-    return first, second
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple | dict):
-        yield from tensors_in(value)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_light.errors import ManifestError
+from lightning_light.encoding import Extensible, decode, encode
 from lightning_light.substitution.layers import ChannelPermutation, FireConv2d, GhostConv2d
 from lightning_light.substitution.starts import (
     assign_balanced,
@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 
-class Operator(ABC):
+class Operator(Extensible, ABC):
     """A lighter operator: a frozen dataclass whose `build` makes layers with the shapes of a convolution.
 
     One of your own needs `build`; with `start` its training begins closer to the old layer. Its fields are stored in
@@ -344,28 +344,19 @@ def plain_operator(operator: Operator) -> list[Any]:
         >>> plain_operator(Ghost(ratio=4))
         ['lightning_light.substitution.operators.Ghost', {'ratio': 4, 'kernel_size': 3}]
     """
-    return [f"{type(operator).__module__}.{type(operator).__qualname__}", asdict(operator)]  # type: ignore[call-overload]
+    options = encode(operator)
+    return [options.pop("kind"), options]
 
 
 def operator_from(plain: Sequence[Any]) -> Operator:
     """Return the operator that `plain_operator` has written.
 
     Raises:
-        ManifestError: its class is not imported.
+        ManifestError: its class is not imported, or its fields are damaged.
     """
     name, options = plain
-    classes = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in _subclasses(Operator)}
-    if name not in classes:
-        raise ManifestError(
-            f"The checkpoint holds layers of the operator `{name}`: expected an imported subclass of `Operator`, found "
-            f"{', '.join(sorted(classes))}. Import the module that defines it before loading."
-        )
-    return classes[name](**options)
-
-
-def _subclasses(kind: Any) -> list[type[Operator]]:
-    direct = kind.__subclasses__()
-    return [*direct, *(inner for derived in direct for inner in _subclasses(derived))]
+    found: Operator = decode(Operator, {**options, "kind": name}, "operators")
+    return found
 
 
 def _like(conv: nn.Conv2d, inputs: int, outputs: int, *, groups: int = 1, bias: bool) -> nn.Conv2d:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from lightning_light.errors import LightningLightError, RankMismatchError, UnsupportedError
 from lightning_light.host.classes import loaded_hosts
@@ -102,6 +103,16 @@ def reduce_mean(trainer: Trainer, tensor: Tensor) -> Tensor:
     mean = trainer.strategy.reduce(tensor.detach().clone(), reduce_op="mean")
     assert isinstance(mean, Tensor)  # a tensor in, a tensor out
     return mean
+
+
+def reduce_gradients(trainer: Trainer, parameters: Iterable[nn.Parameter]) -> None:
+    """Replace gradients of parameters that DDP does not know by their mean over all ranks; none counts as zero."""
+    known = list(parameters)
+    gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in known]
+    if known:
+        vector_to_parameters(reduce_mean(trainer, parameters_to_vector(gradients)), gradients)
+    for parameter, gradient in zip(known, gradients, strict=True):
+        parameter.grad = gradient
 
 
 def reduce_max(trainer: Trainer, tensor: Tensor) -> Tensor:

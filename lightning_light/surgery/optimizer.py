@@ -158,15 +158,17 @@ def adopt(group: dict[str, Any], parameter: nn.Parameter, name: str) -> None:
         group["param_names"].append(name)
 
 
-def disown(optimizer: Any, parameter: nn.Parameter) -> None:
-    """Remove a parameter and its state from an optimizer, if it has it."""
-    optimizer = unwrap(optimizer)
-    for group in optimizer.param_groups:
-        for place in [place for place, held in enumerate(group["params"]) if held is parameter]:
-            del group["params"][place]
-            if "param_names" in group:
-                del group["param_names"][place]
-    optimizer.state.pop(parameter, None)
+def disown(optimizers: Iterable[Any], parameters: Iterable[nn.Parameter]) -> None:
+    """Remove parameters and their state from the optimizers that have them."""
+    held = {id(parameter): parameter for parameter in parameters}
+    for optimizer in map(unwrap, optimizers):
+        for group in optimizer.param_groups:
+            for place in reversed([place for place, one in enumerate(group["params"]) if id(one) in held]):
+                del group["params"][place]
+                if "param_names" in group:
+                    del group["param_names"][place]
+        for parameter in held.values():
+            optimizer.state.pop(parameter, None)
 
 
 def orphans(optimizers: Iterable[Any], model: nn.Module) -> int:

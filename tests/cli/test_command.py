@@ -107,10 +107,10 @@ def test_verify_runs_the_file_and_compares(folder: Path, capsys: pytest.CaptureF
 def test_sensitivity_is_that_of_the_function(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["sensitivity", f"{folder}/dense.ckpt", NET, "--bits", "8", "3", "-o", f"{folder}/scan.json"]
     for given, data in (("Data", Data(samples=12).val_dataloader()), ("batches", batches())):
-        options = ["--distance=error"] if given == "batches" else []
+        options = ["--distance=mse"] if given == "batches" else []
         assert main([*line, f"--data=tests.cli.nets:{given}", *options]) == 0
         module = load_from_checkpoint(Net, folder / "dense.ckpt").eval()
-        expected = measure_sensitivity(module, data=data, bits=(8, 3), distance="error" if options else "kl")
+        expected = measure_sensitivity(module, data=data, bits=(8, 3), distance="mse" if options else "kl")
         assert json.loads((folder / "scan.json").read_text()) == expected.rows()
         shown = [row.split() for row in capsys.readouterr().out.splitlines() if re.match("  (net|head)", row)]
         assert [row[0] for row in shown] == expected.most_sensitive(3, bits=3)

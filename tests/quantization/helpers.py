@@ -11,7 +11,6 @@ from lightning_light.quantization.checkpoint_state import attach_fake_quantizer,
 from lightning_light.quantization.fake_quantizer import FakeQuantizer
 from lightning_light.quantization.learned_qparams import initial_values
 from lightning_light.quantization.plan import QuantizationPlan, plan_quantization
-from lightning_light.quantization.range_observer import RangeObserver
 from lightning_light.quantization.recipes import Int8, Recipe
 from lightning_light.quantization.trace import trace_ops
 from lightning_light.surgery.attachment import attach, release
@@ -30,8 +29,7 @@ def in_turn(first: Sequence[A], second: Sequence[B]) -> list[tuple[A, B]]:
 
 
 def plan_of(model: nn.Module, *args: Any, recipe: Recipe = Int8(), **kwargs: Any) -> QuantizationPlan:
-    nodes = trace_ops(model, args, kwargs).nodes
-    return plan_quantization(nodes, recipe.specs(model, [node.id.module for node in nodes]))
+    return plan_quantization(model, trace_ops(model, args, kwargs).nodes, recipe)
 
 
 def calibrated(model: nn.Module, example: ExampleInput, recipe: Recipe = Int8()) -> FakeQuantizer:
@@ -42,10 +40,11 @@ def calibrated(model: nn.Module, example: ExampleInput, recipe: Recipe = Int8())
     begin(state, model, example, recipe)
     quantizer = attach_fake_quantizer(model, state)
     assert quantizer is not None
-    observer = quantizer.observer = RangeObserver(quantizer.activations)
+    quantizer.observing = True
     with torch.no_grad():
         model(*example.args, **example.kwargs)
-    quantizer.observer, quantizer.enabled = None, True
+    quantizer.observing, quantizer.enabled = False, True
+    observer = quantizer.observer
     ranges = observer.take(torch.device("cpu"))
     quantizer.update(ranges)
     quantizer.learned = {**observer.weight_scales, **initial_values(quantizer.activations, quantizer.qparams)}

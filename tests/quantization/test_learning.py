@@ -5,17 +5,22 @@ import torch
 from torch import Tensor
 
 from lightning_light.quantization import LSQ, PACT
-from lightning_light.quantization.dampening import dampening_gradient
 from lightning_light.quantization.fake_quantize import (
     fake_quantize,
     fake_quantize_learned,
     fake_quantize_weight,
     qparams_of,
 )
-from lightning_light.quantization.learned_qparams import initial_values, learned_qparams_of, names_of, weight_scale
+from lightning_light.quantization.fake_quantizer import RangeObserver
+from lightning_light.quantization.learned_qparams import (
+    dampening_gradient,
+    initial_values,
+    learned_qparams_of,
+    names_of,
+    weight_scale,
+)
 from lightning_light.quantization.observers import LSQObserver
 from lightning_light.quantization.op_calls import OpId
-from lightning_light.quantization.range_observer import RangeObserver
 from lightning_light.quantization.specs import ActivationSpec, QParams, WeightSpec
 from tests.zoo import noise
 

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, strategies as st
 from torch import Tensor, nn
 
+from lightning_light.encoding import decode, encode
 from lightning_light.errors import LightningLightError, ManifestError, TargetError
 from lightning_light.example_input import ExampleInput
 from lightning_light.quantization import (
@@ -30,11 +31,10 @@ from lightning_light.quantization import (
     quantize,
 )
 from lightning_light.quantization.checkpoint_state import attach_fake_quantizer, begin
-from lightning_light.quantization.encoding import decode, encode
 from lightning_light.quantization.fake_quantize import fake_quantize_dynamic, fake_quantize_weight, quantize_weight
+from lightning_light.quantization.fake_quantizer import RangeObserver
 from lightning_light.quantization.observers import LSQObserver
 from lightning_light.quantization.plan import QuantizationPlan
-from lightning_light.quantization.range_observer import RangeObserver
 from lightning_light.quantization.specs import ActivationSpec, WeightSpec
 from lightning_light.surgery.attachment import state_of
 from lightning_light.surgery.manifest import plain_copy
@@ -247,7 +247,7 @@ def test_every_recipe_quantizes_and_lists_what_has_no_kernel(recipe) -> None:
             assert kernels.layers == len(quantizer.plan.layers) - len(expected)
             step = float(kernels.output_scales) or 0.02
             assert (found - quantized).abs().max() <= 3.1 * step
-    quantizer.detach()
+    quantizer.remove()
 
 
 def test_a_stage_of_a_bit_width_schedule_has_more_bits() -> None:
@@ -269,10 +269,10 @@ def test_a_stage_of_a_bit_width_schedule_has_more_bits() -> None:
     begin(state, net, ExampleInput((noise(2, 3, 8, 8),)), IntN(4, 4))
     quantizer = attach_fake_quantizer(net, state)
     assert quantizer is not None
-    observer = quantizer.observer = RangeObserver(quantizer.activations)
+    quantizer.observing = True
     net(noise(2, 3, 8, 8))
-    quantizer.observer, quantizer.enabled = None, True
-    ranges = observer.take(torch.device("cpu"))
+    quantizer.observing, quantizer.enabled = False, True
+    ranges = quantizer.observer.take(torch.device("cpu"))
     errors = []
     with torch.no_grad():
         for min_bits in (8, 6, 4):
@@ -345,7 +345,7 @@ def test_an_observer_of_the_users_own_is_found_again() -> None:
     assert decode(Observer, activations[0]["observer"], "observer") == Halved(0.25)
     with fake_quantized(net):
         net(noise(2, 3, 8, 8))
-    with pytest.raises(LightningLightError, match=r"observer `yours\.Lost`: .*Import it before you load"):
+    with pytest.raises(LightningLightError, match=r"observer `yours\.Lost`: .*Import the module that defines it"):
         decode(Observer, {"kind": "yours.Lost", "momentum": 0.1}, "observer")
 
 

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
-from lightning_light.int8 import QUANTIZED_TENSORS_ARE_DEPRECATED, LoweredModel
-from lightning_light.quantization.fake_quantizer import FakeQuantizer
-from lightning_light.quantization.lowering.weights import QuantizedWeight, fold
+from lightning_light.int8 import LoweredModel
+from lightning_light.quantization.fake_quantize import columns, gain_and_shift, quantize_weight
 from lightning_light.quantization.op_calls import OpCall, OpId
 from lightning_light.quantization.operators import METADATA, arguments, operator_of
-from lightning_light.quantization.specs import QParams
-from lightning_light.warning_filters import ignored_warnings
+from lightning_light.quantization.specs import QParams, WeightSpec
 
-__all__ = ["Lowering", "lowered", "scalar"]
+if TYPE_CHECKING:
+    from lightning_light.quantization.fake_quantizer import FakeQuantizer
+
+__all__ = ["Lowering", "QuantizedWeight", "fold"]
+
+_COARSEST = 256.0  # XNNPACK does not load a file with more
+_MOST = 2.0**30  # of the 32 bits in which a kernel accumulates; products take the rest
 
 
 class Lowering(ABC):
@@ -32,6 +37,8 @@ class Lowering(ABC):
         runtime: name of the engine or runtime in the op table.
         quantizer: the fake quantizer whose plan it follows.
         weights: layer call -> its weight in integers.
+        packed: layer call -> its weight as a kernel reads it, where that is no tensor.
+        fused: layer or join -> what its kernel computes along with it.
         refused: operator call -> why it stays float.
         checking: whether this is the first or the second round.
     """
@@ -40,13 +47,33 @@ class Lowering(ABC):
         self.runtime, self.quantizer = runtime, quantizer
         self.plan, self.qparams = quantizer.plan, quantizer.qparams
         self.weights: dict[OpId, QuantizedWeight] = {}
+        self.packed: dict[OpId, Any] = {}
         self.refused = {op: site.no_kernel for op, site in self.plan.layers.items() if site.no_kernel}
         self.checking = True
         self._collecting = True
         self._output_scales: Any = None
         self._collected: dict[OpId, dict[str, Any]] = {}
-        fused = [*((op, site.fused) for op, site in self.plan.layers.items()), *self.plan.joins.items()]
-        self._heads = {part: op for op, ops in fused for part in (ops.batch_norm, ops.activation) if part}
+        self.fused = {op: site.fused for op, site in self.plan.layers.items()} | self.plan.joins
+        self._heads = {part: op for op, ops in self.fused.items() for part in (ops.batch_norm, ops.activation) if part}
+
+    @contextmanager
+    def active(self, call: Callable[[], Any]) -> Iterator[LoweredModel]:
+        """Inside, a forward pass of the quantizer's network is computed by this lowering.
+
+        Args:
+            call: one forward pass in evaluation mode, of the network that the quantizer is attached to.
+        """
+        try:
+            self.quantizer.lowering = self
+            with torch.no_grad():
+                call()
+                self.build()
+                call()
+            self.checking = False
+            yield self.description()
+        finally:
+            self.quantizer.reset()
+            self.quantizer.lowering = None
 
     def handle(self, call: OpCall) -> Any:
         """Compute one operator call."""
@@ -81,7 +108,7 @@ class Lowering(ABC):
             return f"its {'output' if writes is None else 'input'} was never observed"
         norm = None if site.fused.batch_norm is None else self._collected[site.fused.batch_norm]
         weight = fold(self._collected[op], norm, *self.quantizer.weight(op), reads.scale, writes.scale)
-        if weight.is_too_coarse(reads.scale, writes.scale):
+        if reads.scale * float(weight.scale.max()) >= _COARSEST * writes.scale:
             return "one step of its sums is more than the whole range of its output"
         self.weights[op] = weight
         return None
@@ -99,26 +126,29 @@ class Lowering(ABC):
         return call.run()
 
     @abstractmethod
-    def scale_of(self, leaf: Tensor) -> Tensor:
-        """The scale of an output of the network, as a scalar; 0 if it is not quantized."""
+    def scale_of(self, leaf: Tensor) -> float:
+        """The scale of an output of the network; 0 if it is not quantized."""
 
     def output(self, output: Any) -> Any:
         """The outputs of the network, in float; None leaves them as they are."""
         if self._collecting:
             return None
         if self.checking:
-            self._output_scales = tree_map(lambda x: self.scale_of(x) if isinstance(x, Tensor) else x, output)
+            self._output_scales = tree_map_only(
+                Tensor, lambda x: torch.tensor(self.scale_of(x), dtype=torch.float64), output
+            )
         return self.dequantized(output)
 
+    @abstractmethod
     def dequantized(self, output: Any) -> Any:
         """The outputs in float."""
-        return output
 
     def description(self) -> LoweredModel:
         """What an exporter has to know."""
         layers = [op for op in self.weights if op not in self.refused]
         refused = {op.module: reason for op, reason in self.refused.items() if op in self.plan.layers}
         return LoweredModel(
+            packed=[self.packed[op] for op in layers if op in self.packed],
             output_scales=self._output_scales,
             layers=len(layers),
             left_float={**self.plan.left_float, **refused},
@@ -132,33 +162,61 @@ class Lowering(ABC):
 
     def qparams_of_output(self, op: OpId) -> QParams | None:
         """Of a layer or join, after what is fused into it."""
-        fused = self.plan.layers[op].fused if op in self.plan.layers else self.plan.joins[op]
-        return self.qparams[self.plan.outputs[fused.last]]
+        return self.qparams[self.plan.outputs[self.fused[op].last]]
 
 
-@contextmanager
-def lowered(quantizer: FakeQuantizer, call: Callable[[], Any], lowering: Lowering) -> Iterator[LoweredModel]:
-    """Inside, a forward pass of the quantizer's network is computed by ``lowering``.
+@dataclass(frozen=True, eq=False)
+class QuantizedWeight:
+    """``integers * scale`` is the fake-quantized weight, times the gain of the batch norm.
+
+    Attributes:
+        integers: int8, the shape of the weight.
+        scale: float64; one per output channel (the first dimension), or a scalar.
+        bias: float32, or None.
+    """
+
+    integers: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+    @property
+    def per_channel(self) -> bool:
+        """Whether there is one scale per channel."""
+        return self.scale.dim() > 0
+
+
+def fold(
+    named: Mapping[str, Any],
+    norm: Mapping[str, Any] | None,
+    spec: WeightSpec,
+    scale: Tensor | None,
+    reads: float,
+    writes: float,
+) -> QuantizedWeight:
+    """Quantize a weight as in training, and multiply its scales by the gain of the batch norm after it.
+
+    A kernel counts the bias in steps of ``reads * scale``, in 32 bits, and multiplies by ``reads * scale / writes`` in
+    the end. Where the scale is too small for that, as in an almost dead channel, it becomes the smallest one that fits,
+    with fewer steps for the weight: what is lost is far below a step of the output.
 
     Args:
-        quantizer: attached to the network.
-        call: one forward pass in evaluation mode.
-        lowering: for a runtime.
+        named: arguments of the layer by name.
+        norm: arguments of the batch norm, or None.
+        spec: how the weight is quantized.
+        scale: of the weight, if that is learned.
+        reads: scale of the layer's input.
+        writes: scale of its output.
     """
-    try:
-        quantizer.lowering = lowering
-        with torch.no_grad(), ignored_warnings(QUANTIZED_TENSORS_ARE_DEPRECATED):
-            call()
-            lowering.build()
-            call()
-        lowering.checking = False
-        with ignored_warnings(QUANTIZED_TENSORS_ARE_DEPRECATED):
-            yield lowering.description()
-    finally:
-        quantizer.reset()
-        quantizer.lowering = None
-
-
-def scalar(scale: float) -> Tensor:
-    """As `LoweredModel.output_scales` holds it."""
-    return torch.tensor(scale, dtype=torch.float64)
+    bias = named.get("bias")
+    bias = None if bias is None else bias.detach().float()
+    integers, found = quantize_weight(named["weight"], spec, scale)
+    found = found.double()
+    if norm is not None:
+        gain, shift = gain_and_shift(norm, bias)
+        integers, found, bias = integers * columns(gain.sign().float(), integers), found * gain.abs(), shift.float()
+    most = torch.full_like(found, writes)
+    if bias is not None:
+        largest = bias.double().abs()
+        most = torch.maximum(most, largest if found.dim() else largest.amax())
+    fitting = torch.maximum(found, most / (_MOST * reads))
+    return QuantizedWeight((integers * columns(found / fitting, integers)).round().to(torch.int8), fitting, bias)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,11 +14,13 @@ from typing_extensions import override
 from lightning_light.errors import UnsupportedError
 from lightning_light.int8 import QDQConstraints
 from lightning_light.quantization.fake_quantize import fake_quantize_weight, gain_and_shift
-from lightning_light.quantization.fake_quantizer import FakeQuantizer
-from lightning_light.quantization.lowering.base import Lowering, scalar
+from lightning_light.quantization.lowering.base import Lowering
 from lightning_light.quantization.op_calls import OpCall, OpId
 from lightning_light.quantization.operators import arguments, is_view, operator_of
 from lightning_light.quantization.specs import QParams
+
+if TYPE_CHECKING:
+    from lightning_light.quantization.fake_quantizer import FakeQuantizer
 
 __all__ = ["QDQLowering", "register_operations"]
 
@@ -38,9 +41,7 @@ class QDQLowering(Lowering):
         super().__init__(quantizer, constraints.runtime)
         register_operations()
         self.constraints = constraints
-        self._constants: dict[OpId, tuple[Any, ...]] = {}  # made once: a runtime looks for constants
-        self._float_weights: dict[OpId, Tensor] = {}  # fake-quantized weights of layers that stay float
-        self._norms: dict[OpId, list[Tensor]] = {}  # gain and shift of batch norms that are not folded
+        self._constants: dict[OpId, Any] = {}  # of layers and batch norms, made once: a runtime looks for constants
         self._quantized: dict[int, tuple[Tensor, Tensor, QParams]] = {}  # by identity: the tensor, integers, qparams
 
     @override
@@ -61,12 +62,7 @@ class QDQLowering(Lowering):
         if _writes(call):
             self._quantized.pop(id(call.input), None)  # from here on it is the result
         else:
-            call.args, call.kwargs = self._read(call.args), self._read(call.kwargs)
-        site, activation = self.plan.layers.get(call.id), self.plan.outputs.get(call.id)
-        if site is not None and call.id in self.refused:
-            self._set_float_weight(call)
-        for position, index in self.plan.inputs.get(call.id, {}).items():
-            self._quantize_input(call, position, index, in_float=site is not None and site.no_kernel is not None)
+            call.args, call.kwargs = tree_map(self._read, (call.args, call.kwargs))
         if is_norm and self.is_fused(call.id):
             result = call.input
         elif is_norm and known is not None and self.runtime == "xnnpack" and call.get("running_var", 2) is not None:
@@ -74,13 +70,14 @@ class QDQLowering(Lowering):
         else:
             self._set_operands(call)
             result = call.run()
+        activation = self.plan.outputs.get(call.id)
         qparams = kept if activation is None else self.qparams[activation]
         return result if qparams is None else tree_map(lambda leaf: self._qdq(leaf, qparams), result)
 
     @override
-    def scale_of(self, leaf: Tensor) -> Tensor:
+    def scale_of(self, leaf: Tensor) -> float:
         known = self._quantized.get(id(leaf))
-        return scalar(0.0 if known is None else known[2].scale)
+        return 0.0 if known is None else known[2].scale
 
     @override
     def dequantized(self, output: Any) -> Any:
@@ -88,40 +85,41 @@ class QDQLowering(Lowering):
         return output
 
     def _set_operands(self, call: OpCall) -> None:
-        """The weight of an int8 layer, from constants; operands with the quantization parameters of the result."""
-        if call.id in self.weights and call.id not in self.refused:
-            weight, ops = self.weights[call.id], torch.ops.quantized_decomposed
-            dequantize = ops.dequantize_per_channel if weight.per_channel else ops.dequantize_per_tensor
+        """Quantize the inputs that only this operator reads, its weight, and what must have the scale of the result."""
+        site, ops = self.plan.layers.get(call.id), torch.ops.quantized_decomposed
+        for position, activation in self.plan.inputs.get(call.id, {}).items():
+            value, qparams = call.values[position], self.qparams[activation]
+            if site is not None and site.no_kernel is not None:  # by plain operators, which no runtime fuses
+                call.replace(position, self.quantizer.quantize(activation, value))
+            elif qparams is not None:
+                call.replace(position, self._qdq(value, qparams))
+        if site is not None and call.id in self.refused:
+            how = self.quantizer.weight(call.id)
+            weight = self._constant(call.id, lambda: fake_quantize_weight(call.get("weight", 1), *how)[0].detach())
+            call.set("weight", 1, weight)
+        elif site is not None:
+            integers = self.weights[call.id]
+            dequantize = ops.dequantize_per_channel if integers.per_channel else ops.dequantize_per_tensor
             call.set("weight", 1, dequantize.default(*self._constants[call.id]))
-            call.set("bias", 2, weight.bias)
+            call.set("bias", 2, integers.bias)
         elif call.id in self.plan.joins and self.runtime in operator_of(call.id.function).same_qparams:
-            qparams = self.qparams_of_output(call.id)
-            if qparams is not None:
-                call.replace(0, [self._qdq(value, qparams) for value in call.values[0]])
+            output = self.qparams_of_output(call.id)
+            if output is not None:
+                call.replace(0, [self._qdq(value, output) for value in call.values[0]])
 
-    def _set_float_weight(self, call: OpCall) -> None:
-        """The fake-quantized weight, as a float constant."""
-        if call.id not in self._float_weights:
-            weight, _ = fake_quantize_weight(call.get("weight", 1), *self.quantizer.weight(call.id))
-            self._float_weights[call.id] = weight.detach()
-        call.set("weight", 1, self._float_weights[call.id])
+    def _constant(self, op: OpId, make: Callable[[], Any]) -> Any:
+        if op not in self._constants:
+            self._constants[op] = make()
+        return self._constants[op]
 
     def _normalized(self, call: OpCall) -> Tensor:
         """By a product and a sum: ExecuTorch makes a convolution of a batch norm, and fails if its input is int8."""
-        if call.id not in self._norms:
-            columns = (-1, *[1] * (call.input.dim() - 2))
-            self._norms[call.id] = [value.to(call.input).reshape(columns) for value in gain_and_shift(arguments(call))]
-        gain, shift = self._norms[call.id]
-        result: Tensor = call.input * gain + shift
+        columns, x = (-1, *[1] * (call.input.dim() - 2)), call.input
+        gain, shift = self._constant(
+            call.id, lambda: [value.to(x).reshape(columns) for value in gain_and_shift(arguments(call))]
+        )
+        result: Tensor = x * gain + shift
         return result
-
-    def _quantize_input(self, call: OpCall, position: int, activation: int, *, in_float: bool) -> None:
-        """By plain operators where the layer is float; no runtime fuses those."""
-        qparams, value = self.qparams[activation], call.values[position]
-        if in_float:
-            call.replace(position, self.quantizer.quantize(activation, value))
-        elif qparams is not None:
-            call.replace(position, self._qdq(value, qparams))
 
     def _qdq(self, x: Any, qparams: QParams) -> Any:
         """Quantize and dequantize ``x``; what is no floating point tensor stays itself."""
@@ -133,15 +131,13 @@ class QDQLowering(Lowering):
         self._quantized[id(result)] = result, integers, qparams
         return result
 
-    def _read(self, value: Any) -> Any:
-        """Every quantized tensor in ``value``, dequantized for this reader alone."""
-        if isinstance(value, Tensor) and id(value) in self._quantized:
-            _, integers, qparams = self._quantized[id(value)]
-            dequantize = torch.ops.quantized_decomposed.dequantize_per_tensor.default
-            return _cast(value.dtype, dequantize(integers, *self._arguments(qparams)))
-        if isinstance(value, dict):
-            return {key: self._read(item) for key, item in value.items()}
-        return type(value)(map(self._read, value)) if type(value) in (list, tuple) else value
+    def _read(self, x: Any) -> Any:
+        """A quantized tensor, dequantized for this reader alone."""
+        if not isinstance(x, Tensor) or id(x) not in self._quantized:
+            return x
+        _, integers, qparams = self._quantized[id(x)]
+        dequantize = torch.ops.quantized_decomposed.dequantize_per_tensor.default
+        return _cast(x.dtype, dequantize(integers, *self._arguments(qparams)))
 
     def _arguments(self, qparams: QParams) -> tuple[float, int, int, int, torch.dtype]:
         scale, zero_point, _ = qparams

@@ -2,61 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_light.int8 import Int8Weights, LoweredModel
+from lightning_light.int8 import Int8Weights, LoweredModel, int8_kernels
 from lightning_light.nested import map_tensors
-from lightning_light.quantization.fake_quantizer import FakeQuantizer
-from lightning_light.quantization.lowering.base import Lowering, scalar
-from lightning_light.quantization.lowering.weights import QuantizedWeight, share_storage
+from lightning_light.quantization.lowering.base import Lowering, QuantizedWeight
 from lightning_light.quantization.op_calls import OpCall, OpId
 from lightning_light.quantization.operators import KernelCall, is_view, operator_of
 from lightning_light.quantization.specs import QParams
 
-__all__ = ["QuantizedOpsLowering", "quantized_engine"]
+if TYPE_CHECKING:
+    from lightning_light.quantization.fake_quantizer import FakeQuantizer
+
+__all__ = ["QuantizedOpsLowering", "share_storage"]
 
 _VIEW = operator_of("view")
 
 
-@contextmanager
-def quantized_engine(
-    quantizer: FakeQuantizer, lowering: AbstractContextManager[LoweredModel], engine: str
-) -> Iterator[LoweredModel]:
-    """Enter ``lowering`` with the kernels of ``engine``, if the weights fit them.
-
-    Raises:
-        UnsupportedError: the weights are quantized for an engine with a wider range.
-    """
-    widest = max((spec.quant_max for spec in quantizer.weights.values() if spec.bits == 8), default=0)
-    Int8Weights(quantizer.engine, widest).check(engine)
-    before = torch.backends.quantized.engine
-    try:
-        torch.backends.quantized.engine = engine
-        with lowering as model:
-            yield model
-    finally:
-        torch.backends.quantized.engine = before
-
-
 class QuantizedOpsLowering(Lowering):
-    """Computes one forward pass on int8 kernels, where there are some, with quantized tensors between them.
-
-    Attributes:
-        layers: layer call -> its kernel.
-    """
+    """Computes one forward pass on int8 kernels, where there are some, with quantized tensors between them."""
 
     def __init__(self, quantizer: FakeQuantizer, engine: str) -> None:
         super().__init__(quantizer, engine)
-        self.layers: dict[OpId, _PackedLayer] = {}
         self._views: dict[OpId, QParams] = {}  # of quantized tensors whose view is computed in float
+
+    @override
+    @contextmanager
+    def active(self, call: Callable[[], Any]) -> Iterator[LoweredModel]:
+        widest = max((spec.quant_max for spec in self.quantizer.weights.values() if spec.bits == 8), default=0)
+        Int8Weights(self.quantizer.engine, widest).check(self.runtime)
+        with int8_kernels(self.runtime), super().active(call) as model:
+            yield model
 
     @cached_property
     def _shared(self) -> dict[OpId, QuantizedWeight]:
@@ -69,12 +53,8 @@ class QuantizedOpsLowering(Lowering):
 
     @override
     def prepare(self, op: OpId, named: dict[str, Any]) -> str | None:
-        qparams = self.qparams_of_output(op)
-        assert qparams is not None  # `build` has refused the others
-        kernel = op.function + ("_relu" if self.plan.layers[op].fused.activation is not None else "")
         try:
-            packed = _packed(op.function, self._shared[op], named, self._zeros)
-            self.layers[op] = _PackedLayer(getattr(torch.ops.quantized, kernel), packed, qparams)
+            self.packed[op] = _packed(op.function, self._shared[op], named, self._zeros)
         except (RuntimeError, NotImplementedError, AttributeError) as error:
             return f"the engine has no kernel: {str(error).strip().splitlines()[0]}"
         return None
@@ -107,66 +87,44 @@ class QuantizedOpsLowering(Lowering):
         return call.run()
 
     @override
-    def description(self) -> LoweredModel:
-        found = super().description()
-        found.packed = [layer.packed for op, layer in self.layers.items() if op not in self.refused]
-        return found
-
-    @override
-    def scale_of(self, leaf: Tensor) -> Tensor:
-        return scalar(leaf.q_scale() if leaf.is_quantized else 0.0)
+    def scale_of(self, leaf: Tensor) -> float:
+        return float(leaf.q_scale()) if leaf.is_quantized else 0.0
 
     @override
     def dequantized(self, output: Any) -> Any:
-        return _dequantized(output)
+        """Dequantize the tensors in ``output``."""
+        return map_tensors(lambda x: x.dequantize() if x.is_quantized else x, output)
 
     def _on_kernel(self, call: OpCall) -> Any:
         """The result of the operator's kernel; None if there is none, or nothing that it reads is quantized."""
-        if call.id in self.layers:
-            if not call.input.is_quantized:
-                raise NotImplementedError("its input is not quantized")
-            return self.layers[call.id](call.input)
-        operator, relu, activation = operator_of(call.id.function), False, self.plan.outputs.get(call.id)
-        output = None if activation is None else self.qparams[activation]
-        if call.id in self.plan.joins:
+        operator, fused = operator_of(call.id.function), self.fused.get(call.id)
+        if fused is not None:
             output = self.qparams_of_output(call.id)
-            operands = call.values[0] if operator.name == "cat" else call.values[:2]
-            if output is None or not all(isinstance(value, Tensor) and value.is_quantized for value in operands):
-                raise NotImplementedError("not all of its operands are quantized")
-            relu = self.plan.joins[call.id].activation is not None
-        elif not (isinstance(call.input, Tensor) and call.input.is_quantized):
+            reads = call.values[0] if operator.name == "cat" else call.values[: 1 if operator.role == "layer" else 2]
+            if output is None or not all(map(_is_quantized, reads)):
+                raise NotImplementedError("not all that it reads is quantized")
+        elif not _is_quantized(call.input):
             return None
         elif is_view(call) or call.id in self.plan.averages:
             operator, output = _VIEW, QParams(1.0, 0)  # the kernel keeps those of the input
-        elif operator.role != "unary":
-            return None
+        else:
+            activation = self.plan.outputs.get(call.id)
+            output = None if activation is None or operator.role != "unary" else self.qparams[activation]
         if operator.kernel is None or output is None:
             return None
-        return operator.kernel(KernelCall(call, output, self.runtime, relu, self.checking))
+        relu = fused is not None and fused.activation is not None
+        return operator.kernel(KernelCall(call, output, self.runtime, relu, self.checking, self.packed.get(call.id)))
 
     def _in_float(self, call: OpCall) -> Any:
-        first = call.input
-        if self.checking and isinstance(first, Tensor) and first.is_quantized and is_view(call):
-            self._views[call.id] = QParams(first.q_scale(), first.q_zero_point())
-        call.args, call.kwargs = _dequantized(call.args), _dequantized(call.kwargs)
+        if self.checking and _is_quantized(call.input) and is_view(call):
+            self._views[call.id] = QParams(call.input.q_scale(), call.input.q_zero_point())
+        call.args, call.kwargs = self.dequantized((call.args, call.kwargs))
         self.quantizer.prepare(call)
         result, activation = call.run(), self.plan.outputs.get(call.id)
         qparams = self._views.get(call.id) if activation is None else self.qparams[activation]
         if qparams is None or not isinstance(result, Tensor) or not result.is_floating_point():
             return result
         return _quantized(result, qparams)
-
-
-@dataclass
-class _PackedLayer:
-    """A layer with its batch norm folded, its weight packed, and the quantization parameters of its output."""
-
-    kernel: Any
-    packed: Any
-    output: QParams
-
-    def __call__(self, x: Tensor) -> Any:
-        return self.kernel(x, self.packed, self.output.scale, self.output.zero_point)
 
 
 def _packed(function: str, weight: QuantizedWeight, named: dict[str, Any], zeros: Tensor) -> Any:
@@ -199,6 +157,31 @@ def _quantized(x: Tensor, qparams: QParams) -> Tensor:
     return x if x.is_quantized else torch.quantize_per_tensor(x.float(), scale, zero_point, torch.quint8)
 
 
-def _dequantized(value: Any) -> Any:
-    """Quantized tensors in ``value``, dequantized."""
-    return map_tensors(lambda x: x.dequantize() if x.is_quantized else x, value)
+def _is_quantized(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_quantized
+
+
+def share_storage(weights: Mapping[Any, QuantizedWeight]) -> dict[Any, QuantizedWeight]:
+    """The same weights, whose scales per channel share one storage, and biases another.
+
+    A `.ptl` file has a record per storage, which costs some two hundred bytes: more than the scales of 16 channels.
+
+    Example:
+        >>> two = {name: QuantizedWeight(torch.ones(2, 3), torch.rand(2).double(), torch.rand(2)) for name in "ab"}
+        >>> shared = share_storage(two)
+        >>> shared["b"].scale.equal(two["b"].scale), shared["b"].scale.storage_offset()
+        (True, 2)
+    """
+    scales = _joined({key: weight.scale for key, weight in weights.items() if weight.per_channel})
+    biases = _joined({key: weight.bias for key, weight in weights.items() if weight.bias is not None})
+    return {
+        key: replace(weight, scale=scales.get(key, weight.scale), bias=biases.get(key))
+        for key, weight in weights.items()
+    }
+
+
+def _joined(parts: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
+    if not parts:
+        return {}
+    views = torch.split(torch.cat(list(parts.values())), [len(part) for part in parts.values()])
+    return dict(zip(parts, views, strict=True))

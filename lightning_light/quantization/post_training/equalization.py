@@ -6,14 +6,16 @@ https://arxiv.org/abs/1906.04721
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_light.example_input import ExampleInput
 from lightning_light.quantization.fake_quantize import gain_and_shift
-from lightning_light.quantization.trace import OpNode, WritableParameters, trace_ops
+from lightning_light.quantization.trace import OpNode, trace_ops, writable_parameters
 
 __all__ = ["Pair", "equalize", "equalizing_scales", "find_pairs"]
 
@@ -42,6 +44,7 @@ def equalizing_scales(first: Tensor, second: Tensor) -> Tensor:
     return torch.where(alive, (first * second).sqrt() / torch.where(alive, second, 1.0), 1.0)
 
 
+@dataclass
 class Pair:
     """Two layers of which the second alone reads the first, through operators that a positive scale commutes with.
 
@@ -50,51 +53,33 @@ class Pair:
         batch_norm: after it, which takes the scale instead of its weight.
         second: a layer.
         columns: how many inputs of the second one channel of the first is; more than one after flattening.
-        divided: names of the weight and the bias that are divided by the scale; None for one that must not be written.
-        multiplied: name of the weight that is multiplied by it, or None.
-        names: of all parameters that the scales are computed from.
+        divided: names of the weight and the bias that are divided by the scale.
+        multiplied: name of the weight that is multiplied by it.
+        made: name of the weight of the first layer; None if it is computed.
     """
 
-    def __init__(
-        self, first: OpNode, batch_norm: OpNode | None, second: OpNode, columns: int, parameters: WritableParameters
-    ) -> None:
-        self.first, self.batch_norm, self.second, self.columns = first, batch_norm, second, columns
-        scaled = (first if batch_norm is None else batch_norm).named
-        tensors = [scaled.get(key) for key in ("weight", "bias")]
-        if batch_norm is None and tensors[1] is None:
-            tensors.pop()  # a layer needs no bias; a batch norm has nothing else
-        self.divided = [parameters.name_of(tensor) for tensor in tensors]
-        self.multiplied = parameters.name_of(second.named["weight"])
-        self._made = parameters.name_of(first.named["weight"])
-        self.names = [name for name in (*self.divided, self.multiplied, self._made) if name is not None]
-
-    @property
-    def is_writable(self) -> bool:
-        """Whether all that has to be scaled are parameters that nothing else reads."""
-        has_statistics = self.batch_norm is None or self.batch_norm.named.get("running_var") is not None
-        return has_statistics and None not in (*self.divided, self.multiplied)
+    first: OpNode
+    batch_norm: OpNode | None
+    second: OpNode
+    columns: int
+    divided: list[str]
+    multiplied: str
+    made: str | None
 
     def equalize(self, values: dict[str, Tensor]) -> float:
-        """Scale ``values``; returns how far the farthest scale was from 1."""
-        made = self.first.named["weight"].detach().double() if self._made is None else values[self._made]
+        """Scale ``values`` in place; returns how far the farthest scale was from 1."""
+        made = self.first.named["weight"].detach().double() if self.made is None else values[self.made]
         first = _over(made, self.first, outputs=True).abs().amax((1, 3)).flatten()
         if self.batch_norm is not None:
-            first = first * gain_and_shift({**self.batch_norm.named, "weight": values[str(self.divided[0])]})[0].abs()
-        multiplied = str(self.multiplied)
-        read = _over(values[multiplied], self.second, outputs=False)
+            first = first * gain_and_shift({**self.batch_norm.named, "weight": values[self.divided[0]]})[0].abs()
+        read = _over(values[self.multiplied], self.second, outputs=False)
         second = read.abs().amax((1, 3)).reshape(-1, self.columns).amax(1)
         scales = equalizing_scales(first, second)
-        for name in map(str, self.divided):
-            values[name] = self._divided(values[name], scales)
-        columns = scales.repeat_interleave(self.columns).reshape(read.shape[0], 1, read.shape[2], 1)
-        values[multiplied] = (read * columns).reshape(values[multiplied].shape)
+        for name in self.divided:
+            rows = values[name] if values[name].dim() == 1 else _over(values[name], self.first, outputs=True)
+            rows.div_(scales if rows.dim() == 1 else scales.reshape(rows.shape[0], 1, rows.shape[2], 1))
+        read.mul_(scales.repeat_interleave(self.columns).reshape(read.shape[0], 1, read.shape[2], 1))
         return float((scales - 1).abs().max())
-
-    def _divided(self, value: Tensor, scales: Tensor) -> Tensor:
-        if value.dim() == 1:
-            return value / scales
-        rows = _over(value, self.first, outputs=True)
-        return (rows / scales.reshape(rows.shape[0], 1, rows.shape[2], 1)).reshape(value.shape)
 
 
 def equalize(model: nn.Module, example: ExampleInput) -> int:
@@ -104,9 +89,10 @@ def equalize(model: nn.Module, example: ExampleInput) -> int:
         How many pairs there were.
     """
     trace = trace_ops(model, example.args, example.kwargs)
-    pairs = find_pairs(trace.nodes, WritableParameters(model, trace))
+    pairs = find_pairs(trace.nodes, writable_parameters(model, trace))
     written = dict(model.named_parameters())
-    values = {name: written[name].detach().double() for pair in pairs for name in pair.names}
+    names = {name for pair in pairs for name in (*pair.divided, pair.multiplied, pair.made) if name is not None}
+    values = {name: written[name].detach().double().clone(memory_format=torch.contiguous_format) for name in names}
     for _ in range(_SWEEPS):
         changes = [pair.equalize(values) for pair in pairs]
         if max(changes, default=0.0) < _DONE:
@@ -117,33 +103,41 @@ def equalize(model: nn.Module, example: ExampleInput) -> int:
     return len(pairs)
 
 
-def find_pairs(nodes: Sequence[OpNode], parameters: WritableParameters) -> list[Pair]:
+def find_pairs(nodes: Sequence[OpNode], parameters: Mapping[Any, str]) -> list[Pair]:
     """The pairs in order: through batch norm, ReLU, leaky ReLU, pooling and flattening, but not through ReLU6.
 
     Args:
         nodes: of one forward pass.
         parameters: which of them can be written.
     """
-    found = [_pair_of(node, parameters) for node in nodes if node.role == "layer"]
-    return [pair for pair in found if pair is not None and pair.is_writable]
+    found = (_pair_of(node, parameters) for node in nodes if node.role == "layer")
+    return [pair for pair in found if pair is not None]
 
 
-def _pair_of(first: OpNode, parameters: WritableParameters) -> Pair | None:
-    batch_norm, before = None, first
-    while (after := before.only_user) is not None:
-        if after.role == "layer":
-            columns = _columns(first, after)
-            return Pair(first, batch_norm, after, columns, parameters) if columns else None
-        if after.role == "batch_norm" and before is first:
-            batch_norm = after
-        elif not (after.id.function in _ELEMENTWISE or _is_relu(after) or _keeps_channels(first, before, after)):
+def _pair_of(first: OpNode, parameters: Mapping[Any, str]) -> Pair | None:
+    """The pair that begins with a layer, if all that has to be scaled are parameters that nothing else reads."""
+    batch_norm, before, second = None, first, first.only_user
+    while second is not None and second.role != "layer":
+        if second.role == "batch_norm" and before is first:
+            batch_norm = second
+        elif not (second.id.function in _ELEMENTWISE or _is_relu(second) or _keeps_channels(first, before, second)):
             return None
-        before = after
-    return None
+        before, second = second, second.only_user
+    if second is None or not (columns := _columns(first, second)):
+        return None
+    scaled = (first if batch_norm is None else batch_norm).named
+    keys = ("weight",) if batch_norm is None and scaled.get("bias") is None else ("weight", "bias")
+    divided = [name for key in keys if (name := parameters.get(scaled.get(key))) is not None]
+    multiplied = parameters.get(second.named["weight"])
+    has_statistics = batch_norm is None or scaled.get("running_var") is not None
+    if multiplied is None or len(divided) < len(keys) or not has_statistics:
+        return None
+    made = parameters.get(first.named["weight"])
+    return Pair(first, batch_norm, second, columns, divided, multiplied, made)
 
 
 def _is_relu(node: OpNode) -> bool:
-    return node.operator.name == "relu" or node.bounds == (0.0, None)
+    return node.operator.name == "relu" or node.bounds == (0, None)
 
 
 def _keeps_channels(first: OpNode, before: OpNode, node: OpNode) -> bool:

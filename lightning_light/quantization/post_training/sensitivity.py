@@ -1,37 +1,36 @@
-"""Per-layer quantization sensitivity: quantize one layer at a time and measure the change of the output."""
+"""Per-layer quantization sensitivity, and an allocation of bits to layers by it, within a budget."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric
 from typing_extensions import override
 
+from lightning_light.budgets import Size
+from lightning_light.calibration import calls_from, explained
+from lightning_light.criteria.output_distance import Distance, output_distance
+from lightning_light.errors import BudgetError
 from lightning_light.example_input import ExampleInput
 from lightning_light.formatting import DataTable, Tabular
+from lightning_light.integer_program import choose_items
 from lightning_light.isolation import isolated
 from lightning_light.measure.cost import count_cost
 from lightning_light.measure.metrics import local_copy
 from lightning_light.nested import map_tensors, tensors_in
 from lightning_light.progress_bar import with_progress_bar
-from lightning_light.quantization.fake_quantize import fake_quantize_weight
-from lightning_light.quantization.op_calls import OpCall, OpId, intercepted
-from lightning_light.quantization.plan import origin_of
-from lightning_light.quantization.post_training.calibration import calls_from, explained
-from lightning_light.quantization.recipes import Bits, Engine, IntN
-from lightning_light.quantization.specs import WeightSpec
-from lightning_light.quantization.trace import OpNode, trace_ops
-from lightning_light.validation import validated
+from lightning_light.quantization.fake_quantizer import FakeQuantizer
+from lightning_light.quantization.plan import QuantizationPlan, plan_quantization
+from lightning_light.quantization.recipes import Bits, Engine, IntN, MixedPrecision
+from lightning_light.quantization.trace import trace_ops
+from lightning_light.validation import OpenFraction, validated
 
-__all__ = ["Distance", "Sensitivity", "measure_sensitivity"]
-
-Distance = Literal["kl", "error"]
+__all__ = ["BitBudget", "Sensitivity", "measure_sensitivity"]
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ def measure_sensitivity(
         example_inputs: as for `quantize`.
         data: as for `quantize`; a few hundred images.
         bits: widths to measure.
-        distance: ``"kl"`` for class scores; ``"error"`` for any other output: ``|y - y_quantized|^2 / |y|^2``.
+        distance: ``"kl"`` for class scores; ``"mse"`` for any other output: the squared error relative to the variance.
         metric: of torchmetrics, updated with (outputs, target); its absolute change is then the distance. ``data`` has
             to be batches ``(inputs, target)``.
         engine: for whose kernels weights of eight bits are quantized.
@@ -141,68 +140,85 @@ def measure_sensitivity(
     """
     data, targets = _with_targets(data, metric)
     inputs = list(calls_from("measure_sensitivity", model, example_inputs, data))
-    widths = {width: IntN(weights=width, engine=engine).spec().weight for width in bits}
     with explained("measure_sensitivity", model, inputs[0]):
         nodes = trace_ops(model, inputs[0].args, inputs[0].kwargs).nodes
-    layers: dict[str, dict[OpId, OpNode]] = {}
+    plans = {width: plan_quantization(model, nodes, IntN(width, None, engine=engine)) for width in bits}
+    weights: dict[str, set[Tensor]] = {}
     for node in nodes:
-        if node.role == "layer" and node.id.module and origin_of(node.inputs[0][1]).role != "integer":
-            layers.setdefault(node.id.module, {})[node.id] = node
-    if not layers or not widths:
+        if node.id.module and any(node.id in plan.layers for plan in plans.values()):
+            weights.setdefault(node.id.module, set()).add(node.named["weight"])
+    if not weights:
         raise ValueError(
             f"`measure_sensitivity({type(model).__name__}, ..., bits={tuple(bits)})`: expected layers to quantize and "
-            f"widths, found {len(layers)} convolution or linear layers."
+            "widths, found 0 convolution or linear layers with a width."
         )
-    found: dict[str, dict[int, float]] = {layer: {} for layer in layers}
+    found: dict[str, dict[int, float]] = {layer: {} for layer in weights}
     with isolated(model):
-        right = [_finite_outputs(model, call, place) for place, call in enumerate(inputs)]
-        before = 0.0 if metric is None else _metric_value(model, metric, inputs, targets)
-        for layer in with_progress_bar(layers, len(layers), "Sensitivity", shown=progress_bar):
-            for width, spec in widths.items():
-                with _quantized(model, layers[layer], spec):
-                    found[layer][width] = (
-                        _mean_distance(model, inputs, right, distance)
-                        if metric is None
-                        else abs(_metric_value(model, metric, inputs, targets) - before)
-                    )
+        before = [_outputs(model, call) for call in inputs]
+        for batch, outputs in enumerate(before):
+            if not all(bool(output.isfinite().all()) for output in outputs):
+                raise ValueError(
+                    f"`measure_sensitivity(...)`: expected finite outputs, found others for batch {batch}. "
+                    "Look for them in the batch and in the weights: `torch.isfinite(x).all()`."
+                )
+        if metric is None:
+            change = _change_of_outputs(model, inputs, before, distance)
+        else:
+            change = _change_of_metric(model, inputs, targets, metric)
+        for layer in with_progress_bar(weights, len(weights), "Sensitivity", shown=progress_bar):
+            for width, plan in plans.items():
+                calls = {op: site for op, site in plan.layers.items() if op.module == layer}
+                quantizer = FakeQuantizer(QuantizationPlan(layers=calls), engine)
+                quantizer.enabled = True
+                with quantizer.watching(model):
+                    found[layer][width] = change()
     cost = count_cost(model, inputs[0].args, inputs[0].kwargs).macs_by_module
-    weights = {layer: {node.named["weight"] for node in calls.values()} for layer, calls in layers.items()}
     sizes = {layer: sum(one.numel() for one in tensors) for layer, tensors in weights.items()}
-    return Sensitivity(found, sizes, {layer: cost.get(layer, 0) for layer in layers})
+    return Sensitivity(found, sizes, {layer: cost.get(layer, 0) for layer in weights})
 
 
-def _quantized(model: nn.Module, calls: Mapping[OpId, OpNode], spec: WeightSpec) -> AbstractContextManager[None]:
-    """Inside, the weight of one layer alone, of all its ``calls``, is fake-quantized."""
-
-    def handle(call: OpCall) -> Any:
-        if (node := calls.get(call.id)) is not None:
-            per_channel = spec.per_channel and node.operator.per_channel
-            weight, _ = fake_quantize_weight(call.get("weight", 1), replace(spec, per_channel=per_channel))
-            call.set("weight", 1, weight)
-        return call.run()
-
-    return intercepted(model, handle)
+def _outputs(model: nn.Module, call: ExampleInput) -> list[Tensor]:
+    return [leaf.double() for leaf in tensors_in(model(*call.args, **call.kwargs)) if leaf.is_floating_point()]
 
 
-def _finite_outputs(model: nn.Module, call: ExampleInput, batch: int) -> list[Tensor]:
-    outputs = _outputs(model, call)
-    if not all(bool(output.isfinite().all()) for output in outputs):
+def _change_of_outputs(
+    model: nn.Module, inputs: Sequence[ExampleInput], before: Sequence[list[Tensor]], distance: Distance
+) -> Callable[[], float]:
+    """The mean distance of the outputs from those ``before``."""
+    plain = [output for outputs in before for output in outputs]
+    if distance == "kl" and (shapes := [tuple(one.shape) for one in plain if one.shape[_class_dim(one)] < 2]):
         raise ValueError(
-            f"`measure_sensitivity(...)`: expected finite outputs, found others for batch {batch}. "
-            "Look for them in the batch and in the weights: `torch.isfinite(x).all()`."
+            "`measure_sensitivity(..., distance='kl')`: expected scores of classes, found an output of shape "
+            f"{shapes[0]}. Write `distance='mse'`."
         )
-    return outputs
+
+    def change() -> float:
+        changed = [output for call in inputs for output in _outputs(model, call)]
+        pairs = zip(changed, plain, strict=True)
+        return float(torch.stack([output_distance(*pair, distance, _class_dim(pair[1])) for pair in pairs]).mean())
+
+    return change
 
 
-def _mean_distance(
-    model: nn.Module, inputs: Sequence[ExampleInput], right: Sequence[list[Tensor]], distance: Distance
-) -> float:
-    found = [
-        _DISTANCES[distance](first.double(), second.double())
-        for call, outputs in zip(inputs, right, strict=True)
-        for first, second in zip(outputs, _outputs(model, call), strict=True)
-    ]
-    return float(torch.stack(found).mean())
+def _class_dim(output: Tensor) -> int:
+    return 1 if output.dim() > 3 else -1
+
+
+def _change_of_metric(
+    model: nn.Module, inputs: Sequence[ExampleInput], targets: Sequence[Any], metric: Metric
+) -> Callable[[], float]:
+    """The absolute change of ``metric`` over all batches, in copies of it."""
+
+    def value() -> float:
+        copied: Any = local_copy(metric)
+        for call, target in zip(inputs, targets, strict=True):
+            outputs = model(*call.args, **call.kwargs)
+            device = next(tensors_in(outputs)).device
+            copied.to(device).update(outputs, map_tensors(lambda tensor: tensor.to(device), target))  # noqa: B023
+        return float(copied.compute())
+
+    before = value()
+    return lambda: abs(value() - before)
 
 
 def _with_targets(data: Iterable[Any] | None, metric: Metric | None) -> tuple[Iterable[Any] | None, list[Any]]:
@@ -219,35 +235,101 @@ def _with_targets(data: Iterable[Any] | None, metric: Metric | None) -> tuple[It
     return batches, [batch[1] for batch in batches]
 
 
-def _metric_value(model: nn.Module, metric: Metric, inputs: Sequence[ExampleInput], targets: Sequence[Any]) -> float:
-    """Compute ``metric`` over all batches, in a copy of it."""
-    copied: Any = local_copy(metric)
-    for call, target in zip(inputs, targets, strict=True):
-        outputs = model(*call.args, **call.kwargs)
-        device = next(tensors_in(outputs)).device
-        copied.to(device).update(outputs, map_tensors(lambda tensor: tensor.to(device), target))  # noqa: B023
-    return float(copied.compute())
+@validated
+@dataclass(frozen=True)
+class BitBudget:
+    """Allocate bits to each layer, within a budget for the whole network.
 
+    Of all ways to give each layer one of the widths that keep the budget, it takes the one with the smallest sum of
+    measured distances, by dynamic programming over the Pareto front of cost and distance. Layers are assumed to change
+    the outputs independently of each other, as HAWQ and ZeroQ do.
 
-def _outputs(model: nn.Module, call: ExampleInput) -> list[Tensor]:
-    leaves = tree_leaves(model(*call.args, **call.kwargs))
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    Dong et al., 2020, "HAWQ-V2: Hessian Aware trace-Weighted Quantization of Neural Networks".
+    https://arxiv.org/abs/1911.03852
+    Cai et al., 2020, "ZeroQ: A Novel Zero Shot Quantization Framework". https://arxiv.org/abs/2001.00281
 
+    Example:
+        >>> from lightning_light.quantization import Sensitivity
+        >>> scan = Sensitivity({"stem": {4: 0.5, 8: 0.01}, "head": {4: 0.2, 8: 0.02}}, {"stem": 90, "head": 90}, {})
+        >>> BitBudget(size=140).solve(scan)
+        {'stem': 8, 'head': 4}
 
-def _divergence(right: Tensor, found: Tensor) -> Tensor:
-    """``KL(softmax(right) || softmax(found))``, the mean over all but the classes."""
-    classes = 1 if right.dim() > 3 else -1
-    if right.shape[classes] < 2:
-        raise ValueError(
-            f"`measure_sensitivity(..., distance='kl')`: expected scores of classes, found an output of shape "
-            f"{tuple(right.shape)}. Write `distance='error'`."
+    Args:
+        size: bytes of the weights of all layers with one, packed: ``"40 kB"``, or an int. Biases and normalizations
+            are not counted: they are not quantized.
+        bops: instead of it, the remaining fraction of the bit operations (MACs times bits of the weight times bits of
+            the activation), of those with the widest width in all layers; in (0, 1].
+        widths: that a layer may have; all that were measured by default.
+
+    Raises:
+        ValueError: neither or both of ``size`` and ``bops``, or one out of range; widths that no recipe has.
+    """
+
+    size: int | str | None = None
+    bops: OpenFraction | None = None
+    widths: Sequence[Bits] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.size is None) == (self.bops is None):
+            raise ValueError(
+                f"`{self!r}`: expected one of `size` and `bops`, found {'none' if self.size is None else 'both'}. "
+                "Write for instance `BitBudget(size='40 kB')`."
+            )
+        if self.size is not None:
+            Size(self.size)
+
+    def solve(self, scan: Sensitivity) -> dict[str, int]:
+        """Layer -> bits.
+
+        Args:
+            scan: of the network, with all ``widths``.
+
+        Raises:
+            ValueError: a width was not measured.
+            BudgetError: even the smallest width in all layers is too much.
+        """
+        widths = sorted(scan.widths if self.widths is None else self.widths)
+        if unknown := set(widths) - set(scan.widths):
+            raise ValueError(
+                f"`{self!r}`: expected widths that were measured, {scan.widths}, found {sorted(unknown)} besides. "
+                f"Measure them: `measure_sensitivity(..., bits={tuple(widths)})`."
+            )
+        units = scan.weights if self.bops is None else scan.macs
+        costs = {layer: [units[layer] * width for width in widths] for layer in scan.distances}
+        losses = {layer: [found[width] for width in widths] for layer, found in scan.distances.items()}
+        least, most = (sum(row[end] for row in costs.values()) for end in (0, -1))
+        if self.size is not None:
+            limit, remains = 8.0 * Size(self.size).bytes, f"the weights still take {-(-least // 8)} bytes"
+        else:
+            fraction = least / max(most, 1)
+            limit, remains = (self.bops or 0.0) * most, f"{fraction:.3f} of the bit operations remain"
+        if least > limit:
+            raise BudgetError(f"`{self!r}`: with {widths[0]} bits in every layer {remains}.")
+        items = [(layer, place) for layer in costs for place in range(1, len(widths))]  # in place of the smallest width
+        found = choose_items(
+            [losses[layer][place] - losses[layer][0] for layer, place in items],
+            [[costs[layer][place] - costs[layer][0] for layer, place in items]],
+            [limit - least],
+            exclusive=[{number for number, item in enumerate(items) if item[0] == layer} for layer in costs],
         )
-    p, q = right.log_softmax(classes), found.log_softmax(classes)
-    return (p.exp() * (p - q)).sum(classes).mean()
+        assert found is not None  # the smallest widths are within the limit
+        return dict.fromkeys(costs, widths[0]) | {
+            layer: widths[place] for layer, place in map(items.__getitem__, found)
+        }
 
+    def recipe(self, scan: Sensitivity, base: IntN = IntN()) -> MixedPrecision:
+        """``base`` with the bits that `solve` gives each layer's weight.
 
-def _error(right: Tensor, found: Tensor) -> Tensor:
-    return (right - found).square().sum() / right.square().sum().clamp_min(1e-30)
+        Args:
+            scan: of the network.
+            base: says all else: bits of activations, observer, engine.
 
-
-_DISTANCES = {"kl": _divergence, "error": _error}
+        Raises:
+            ValueError: as `solve`.
+            BudgetError: as `solve`.
+        """
+        plain = replace(base, exclude=None)
+        solved = self.solve(scan)
+        inner_first = sorted(solved, key=lambda layer: -layer.count("."))  # a pattern names what is inside, too
+        layers = {f"re:{re.escape(layer)}": replace(plain, weights=solved[layer]) for layer in inner_first}
+        return MixedPrecision(layers, default=plain, exclude=base.exclude)

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations
 
 from lightning_light.export import ONNX, ExecuTorch, Exporter, Tolerance, TorchScriptLite, export_model
 from lightning_light.quantization import Int8, fake_quantized, quantize
-from lightning_light.quantization.lowering.weights import fold
+from lightning_light.quantization.lowering.base import fold
 from lightning_light.quantization.specs import WeightSpec
 from tests.quantization.helpers import in_turn
 from tests.zoo import noise

@@ -18,8 +18,9 @@ from lightning_light.example_input import ExampleInput
 from lightning_light.export import MobileExport, Tolerance, TorchScriptLite, export_model
 from lightning_light.export.torchscript_lite import quiet_deprecations
 from lightning_light.quantization import Int8, MovingAverage, QuantizationAwareTraining, fake_quantized, quantize
-from lightning_light.quantization.lowering.quantized_ops import QuantizedOpsLowering
-from lightning_light.quantization.lowering.weights import QuantizedWeight, share_storage
+from lightning_light.quantization.lowering.base import QuantizedWeight
+from lightning_light.quantization.lowering.quantized_ops import QuantizedOpsLowering, share_storage
+from tests import zoo
 from tests.contract.bodies import Body, module_class
 from tests.contract.runs import DEFAULT_HOST, trainer
 from tests.quantization.helpers import calibrated, in_turn
@@ -62,6 +63,8 @@ def test_every_net_of_the_zoo_as_a_file(name, engine, tmp_path) -> None:
     assert quantizer.enabled
     details = report.details
     assert details["engine"] == engine
+    lines = {line.partition(":")[0] for line in details["built_in_values"]}
+    assert lines == ({zoo.__file__} if name == "control_flow" else set())
     left = ["up"] if engine == "x86" and name in TRANSPOSED else []
     assert list(details["left_float"]) == left
     assert details["int8_layers"] == len(quantizer.plan.layers) - len(left)
@@ -272,7 +275,7 @@ def test_an_engine_with_a_smaller_range_than_the_recipe_is_refused(tmp_path) -> 
     quantizer = calibrated(net, ExampleInput((images,)))
     with pytest.raises(UnsupportedError, match=r"found \[-127, 127\], for 'qnnpack'.*Int8\(engine='x86'\)"):
         exported(net, tmp_path, images, exporter=TorchScriptLite("x86"))
-    quantizer.detach()
+    quantizer.remove()
     calibrated(net, ExampleInput((images,)), Int8(engine="x86"))
     assert exported(net, tmp_path, images, exporter=TorchScriptLite("qnnpack")).details["engine"] == "qnnpack"
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from lightning_light.quantization.fake_quantize import fake_quantize_weight, quantize_weight
-from lightning_light.quantization.post_training.adaround import (
+from lightning_light.quantization.post_training.refinement import (
     AdaRound,
     dequantized,
     learn_rounding,
@@ -29,8 +29,7 @@ def rule(high: int, per_channel: bool = True) -> WeightSpec:
 
 
 def learned(weight: Tensor, high: int, x: Tensor, settings: AdaRound = QUICK) -> Tensor:
-    largest = weight.abs().amax(1, keepdim=True)
-    return learn_rounding(weight, largest, high, [(x, x @ weight.T)], F.linear, -1, settings)
+    return learn_rounding(weight, rule(high), [(x, x @ weight.T)], F.linear, -1, settings)
 
 
 def test_rectified_sigmoid_is_equation_23_of_the_paper() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_light.example_input import ExampleInput
 from lightning_light.quantization.post_training.equalization import equalize, equalizing_scales, find_pairs
-from lightning_light.quantization.trace import WritableParameters, trace_ops
+from lightning_light.quantization.trace import trace_ops, writable_parameters
 from tests.zoo import ZOO, Net, noise
 
 
@@ -17,7 +17,7 @@ def pairs_of(net: Net) -> list[tuple[str, str | None, str, int]]:
     net.eval()
     args, kwargs = net.example
     trace = trace_ops(net, args, kwargs)
-    found = find_pairs(trace.nodes, WritableParameters(net, trace))
+    found = find_pairs(trace.nodes, writable_parameters(net, trace))
     return [
         (pair.first.id.module, pair.batch_norm and pair.batch_norm.id.module, pair.second.id.module, pair.columns)
         for pair in found

@@ -42,7 +42,7 @@ def test_one_layer_at_a_time_is_quantized() -> None:
 
 
 def test_what_it_is_for() -> None:
-    scan = measure_sensitivity(trained(ZOO["residual"]()), data=IMAGES, bits=(2, 8), distance="error")
+    scan = measure_sensitivity(trained(ZOO["residual"]()), data=IMAGES, bits=(2, 8), distance="mse")
     worst = max(scan.distances, key=lambda layer: scan.distances[layer][2])
     assert scan.most_sensitive(1) == [worst]
     assert set(scan.most_sensitive(2, bits=8)) <= set(scan.distances)
@@ -57,7 +57,7 @@ def test_what_it_is_for() -> None:
     [
         (nn.Linear(3, 4), [], {}, "found no batch"),
         (nn.Sequential(nn.ReLU()), [noise(2, 3)], {}, "found 0 convolution or linear layers"),
-        (nn.Sequential(nn.Linear(3, 1)), [noise(2, 3)], {}, "Write `distance='error'`"),
+        (nn.Sequential(nn.Linear(3, 1)), [noise(2, 3)], {}, "Write `distance='mse'`"),
         (
             nn.Sequential(nn.Linear(3, 4)),
             [noise(2, 3)],
@@ -76,7 +76,7 @@ def test_what_it_refuses(net, batches, options, sentence) -> None:
 def test_from_the_scan_to_a_quantized_network(name) -> None:
     net = trained(ZOO[name]())
     batches = [net.example[0]]
-    scan = measure_sensitivity(net, data=batches, bits=(2, 4, 8), distance="error", progress_bar=False)
+    scan = measure_sensitivity(net, data=batches, bits=(2, 4, 8), distance="mse", progress_bar=False)
     budget = BitBudget(size=sum(scan.weights.values()) * 4 // 8)
     assert len(set(budget.solve(scan).values())) > 1
     quantize(net, None, budget.recipe(scan, IntN(activations=8)), data=batches)

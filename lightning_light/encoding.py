@@ -4,13 +4,45 @@ from __future__ import annotations
 
 from dataclasses import fields, is_dataclass
 from types import NoneType, UnionType
-from typing import Annotated, Any, TypedDict, Union, get_args, get_origin
+from typing import Annotated, Any, TypedDict, TypeVar, Union, get_args, get_origin
 
-from lightning_light.errors import LightningLightError, ManifestError
-from lightning_light.quantization.observers import Observer
+from typing_extensions import Self
+
+from lightning_light.errors import ManifestError
 from lightning_light.schema import check_schema, hints_of
 
-__all__ = ["decode", "encode"]
+__all__ = ["Extensible", "decode", "encode"]
+
+E = TypeVar("E", bound="Extensible")
+
+
+class Extensible:
+    """Base of dataclasses that are encoded with the name of their class: a user may define further subclasses."""
+
+    @classmethod
+    def kind(cls) -> str:
+        """Return the name of the class in a checkpoint."""
+        return f"{cls.__module__}.{cls.__qualname__}"
+
+    @classmethod
+    def subclass(cls, name: str) -> type[Self]:
+        """Return the subclass whose `kind` is ``name``.
+
+        Raises:
+            ManifestError: it has not been imported.
+        """
+        kinds = {kind.kind(): kind for kind in _subclasses(cls)}
+        if name not in kinds:
+            raise ManifestError(
+                f"A checkpoint with the {cls.__name__.lower()} `{name}`: expected an imported subclass of "
+                f"`{cls.__name__}`, found {', '.join(sorted(kinds))}. Import the module that defines it, then load."
+            )
+        return kinds[name]
+
+
+def _subclasses(kind: type[E]) -> list[type[E]]:
+    direct = kind.__subclasses__()
+    return [*direct, *(inner for derived in direct for inner in _subclasses(derived))]
 
 
 def encode(value: Any) -> Any:
@@ -23,7 +55,7 @@ def encode(value: Any) -> Any:
     """
     if is_dataclass(value) and not isinstance(value, type):
         found = {field.name: encode(getattr(value, field.name)) for field in fields(value) if field.init}
-        return {**found, "kind": value.kind()} if isinstance(value, Observer) else found
+        return {**found, "kind": value.kind()} if isinstance(value, Extensible) else found
     if isinstance(value, dict):
         pairs = [(encode(key), encode(item)) for key, item in value.items()]
         return pairs if any(isinstance(key, tuple) for key in value) else dict(pairs)
@@ -41,8 +73,7 @@ def decode(kind: Any, plain: Any, path: str) -> Any:
         path: where it is found in the checkpoint, for errors.
 
     Raises:
-        ManifestError: ``plain`` is of another form; the error names the part.
-        LightningLightError: it names an observer that has not been imported.
+        ManifestError: ``plain`` is of another form, or names a class that has not been imported; the error names it.
     """
     origin, parts = get_origin(kind), get_args(kind)
     if origin is Annotated:
@@ -62,8 +93,11 @@ def decode(kind: Any, plain: Any, path: str) -> Any:
     if hasattr(kind, "_fields"):
         check_schema(plain, tuple[tuple(hints_of(kind).values())], path)  # type: ignore[misc]
         return kind(*plain)
-    if kind is Observer:
-        return _decode_observer(plain, path)
+    if isinstance(kind, type) and issubclass(kind, Extensible):
+        check_schema(plain, dict[str, Any], path)
+        check_schema(plain.get("kind"), str, f"{path}.kind")
+        values = {name: value for name, value in plain.items() if name != "kind"}
+        return _decode_dataclass(kind.subclass(plain["kind"]), values, path)
     if is_dataclass(kind):
         return _decode_dataclass(kind, plain, path)
     check_schema(plain, kind, path)
@@ -78,15 +112,3 @@ def _decode_dataclass(kind: Any, plain: Any, path: str) -> Any:
         return kind(**values)
     except (TypeError, ValueError) as error:  # of a class that checks its arguments
         raise ManifestError(f"The checkpoint's manifest is damaged at `{path}`: {error}") from error
-
-
-def _decode_observer(plain: Any, path: str) -> Any:
-    check_schema(plain, dict[str, Any], path)
-    check_schema(plain.get("kind"), str, f"{path}.kind")
-    kind = Observer.kinds.get(plain["kind"])
-    if kind is None:
-        raise LightningLightError(
-            f"A checkpoint with the observer `{plain['kind']}`: expected its class to be defined, found "
-            f"{sorted(Observer.kinds)}. Import it before you load."
-        )
-    return _decode_dataclass(kind, {name: value for name, value in plain.items() if name != "kind"}, path)

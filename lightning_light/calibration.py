@@ -1,10 +1,10 @@
-"""Calibration data: inputs of the network, without labels."""
+"""Calibration data of functions without a Trainer: inputs of the network, without labels."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 from torch import nn
@@ -20,9 +20,16 @@ _CURE = "Pass `data`, batches for calibration, for instance `data=val_dataloader
 
 
 def calls_from(
-    function: str, model: nn.Module, example_inputs: Any, data: Iterable[Any] | None
+    function: str, model: nn.Module, example_inputs: Any, data: Iterable[Any] | None, *, limit: int | None = None
 ) -> Iterator[ExampleInput]:
     """Yield the calls of ``model`` that it is calibrated on: those of ``data``, or the one with ``example_inputs``.
+
+    Args:
+        function: that the user has called.
+        model: the network.
+        example_inputs: as in `ExampleInput.of`.
+        data: batches, as in `example_of_batch`.
+        limit: how many of them, at most.
 
     Raises:
         UnsupportedError: the network is fake-quantized already.
@@ -35,7 +42,7 @@ def calls_from(
         )
     if data is None and example_inputs is not None:
         return iter([_checked(function, ExampleInput.of(example_inputs).to(model))])
-    calls = (_checked(function, example_of_batch(batch, model)) for batch in data or ())
+    calls = (_checked(function, example_of_batch(batch, model)) for batch in islice(data or (), limit))
     first = next(calls, None)
     if first is None:
         raise ValueError(
