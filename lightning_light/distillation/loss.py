@@ -64,7 +64,7 @@ class DistillationLoss(ABC):
 
     @property
     def name(self) -> str:
-        """Key of the logged loss: ``soft_targets`` for `SoftTargets`."""
+        """Key of the logged loss, ``soft_targets`` for `SoftTargets`."""
         return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(self).__name__).lower()
 
     @property
