@@ -27,7 +27,7 @@ _CANDIDATES = 64
 
 
 class Observer(ABC):
-    """Finds the range of an activation; a frozen dataclass.
+    """Find the range of an activation; a frozen dataclass.
 
     A subclass looks at one batch. Its `momentum` decides how batches, and processes, are combined: as a moving average
     in which a new batch has that weight, or, where it is None, as the widest range of all.
@@ -49,7 +49,7 @@ class Observer(ABC):
 
     @abstractmethod
     def range_of(self, x: Tensor, quant_max: int, non_negative: bool) -> Tensor:
-        """``(2,)``: the smallest and the largest value that the quantized range should hold, for one batch.
+        """Return the smallest and the largest value of the quantized range for one batch, shape ``(2,)``.
 
         Args:
             x: not empty, without a gradient, in float32 or finer.
