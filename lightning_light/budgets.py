@@ -148,6 +148,9 @@ class RelativeBudget(Budget):
 
     Args:
         remaining: the fraction that stays, in (0, 1].
+
+    Raises:
+        ValueError: unless ``0 < remaining <= 1``.
     """
 
     remaining: OpenFraction

@@ -168,6 +168,12 @@ class LSQObserver(Observer):
     """The range of the scale that `LSQ` begins with: ``2 * mean|x| / sqrt(quant_max)``.
 
     Esser et al., 2020, section 2.1. https://arxiv.org/abs/1902.08153
+
+    Args:
+        momentum: weight of a new batch in the moving average, in (0, 1].
+
+    Raises:
+        ValueError: ``momentum`` is out of range.
     """
 
     momentum: OpenFraction = 0.1
