@@ -251,7 +251,7 @@ _MODULES = {
     "teachers": "distillation.teachers",
     "tuning": "tuning",
 }
-"""Name of a module in ``lightning_light`` -> where it lives below this package."""
+"""Name of a module in ``lightning_light`` -> its path below this package."""
 
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 _COMMAND_LINES = ("lightning.pytorch.cli", "pytorch_lightning.cli")

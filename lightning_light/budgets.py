@@ -1,6 +1,6 @@
 """Budgets: what a run is to reach. Measured and solved for, never guessed.
 
-A budget measures its quantity and names the value to reach; the schedule says how fast.
+A budget measures its quantity and names the value to reach; the schedule determines how fast.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Budget(ABC):
 
     @abstractmethod
     def goal(self, dense: float) -> float:
-        """Value of the quantity at the end, for a model that starts at ``dense``."""
+        """Return the value of the quantity at the end, for a model that starts at ``dense``."""
 
     @abstractmethod
     def measure(self, model: nn.Module, example: ExampleInput | None) -> float:
@@ -90,7 +90,7 @@ class Budget(ABC):
         return None
 
     def at(self, dense: float, fraction: float) -> float:
-        """Value of the quantity once ``fraction`` of the way is completed: ``dense + fraction * (goal - dense)``.
+        """Return the value at ``fraction`` of the way to the goal: ``dense + fraction * (goal - dense)``.
 
         Args:
             dense: value of the quantity before compression.
@@ -148,6 +148,9 @@ class RelativeBudget(Budget):
 
     Args:
         remaining: the fraction that stays, in (0, 1].
+
+    Raises:
+        ValueError: unless ``0 < remaining <= 1``.
     """
 
     remaining: OpenFraction
@@ -279,7 +282,7 @@ class Sparsity(Budget):
 
     @override
     def measure(self, model: nn.Module, example: ExampleInput | None) -> float:
-        """The fraction of zeros in all weights of two dimensions and more."""
+        """Return the fraction of zeros in all weights of two dimensions and more."""
         from lightning_light.measure.sparsity import zero_fraction
 
         return zero_fraction(parameter for parameter in model.parameters() if parameter.dim() > 1)

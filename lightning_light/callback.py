@@ -64,10 +64,10 @@ class CompressionCallback(Callback):
     """
 
     method: ClassVar[str]
-    """Key of the method's state in a checkpoint, and prefix of its log keys: ``structured_pruning``."""
+    """Key of the method's state in a checkpoint and prefix of its log keys, such as ``structured_pruning``."""
 
     stage: ClassVar[int]
-    """Position in a chain of methods: one of `lightning_light.order.Stage`."""
+    """Position in a chain of methods, one of `lightning_light.order.Stage`."""
 
     structural: ClassVar[bool] = True
     """Whether shapes or modules change during a run, which some strategies and optimizers cannot follow."""
@@ -164,7 +164,7 @@ class CompressionCallback(Callback):
             self._loading.undo()
 
     def _check_before_loading(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check a checkpoint before shards are loaded: only after that the module's own hook sees it."""
+        """Check a checkpoint before shards are loaded; the module's own hook is called after that."""
 
         def check(load: Callable[..., Any], path: Any, *args: Any, **kwargs: Any) -> Any:
             with naming_file(path):
@@ -230,7 +230,7 @@ class CompressionCallback(Callback):
         return self.compression_state(pl_module).state.setdefault(self._key or type(self).method, {})
 
     def resumed(self, pl_module: nn.Module) -> bool:
-        """In ``on_fit_start`` or later: whether this ``fit`` goes on from a checkpoint that has a compression_state."""
+        """Whether this ``fit`` continues from a checkpoint with a compression state; from ``on_fit_start`` on."""
         return self.compression_state(pl_module).resumed
 
     def claim(self, pl_module: nn.Module, layers: Iterable[str], *, follows_cuts: bool = False) -> None:

@@ -62,7 +62,7 @@ class ExampleInput:
 
     @property
     def samples(self) -> int:
-        """Return the number of samples: the first dimension of the first tensor; 1 without tensors."""
+        """Return the number of samples, the first dimension of the first tensor; 1 without tensors."""
         return next((len(tensor) for tensor in tensors_in((self.args, self.kwargs), objects=True) if tensor.ndim), 1)
 
     @property

@@ -1,4 +1,4 @@
-"""The interface between quantizers and exporters: what a fake-quantized network offers, and what a runtime asks for."""
+"""The interface between quantizers and exporters: what a fake-quantized network provides, and what a runtime needs."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class LoweredModel:
 
 @dataclass(frozen=True)
 class QDQConstraints:
-    """What a runtime asks of a QDQ graph.
+    """What a runtime requires of a QDQ graph.
 
     Attributes:
         runtime: its name in the op table: ``xnnpack`` or ``onnxruntime``.

@@ -46,7 +46,7 @@ DEFAULT_WINDOWS: Mapping[Stage, Window] = MappingProxyType(
         Stage.QUANTIZATION: (0.7, 1.0),
     }
 )
-"""Where the default schedule of each stage changes the network, as fractions of the run: one after the other."""
+"""Windows of the default schedules, one after the other, as fractions of the run."""
 
 
 def check_order(items: Sequence[Item]) -> None:

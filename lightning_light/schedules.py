@@ -1,6 +1,6 @@
 """Schedules: progress in [0, 1] -> fraction of the way to the budget, in [0, 1].
 
-The budget says *where to*, the schedule *how fast*. Frozen values without a Trainer; compose them:
+The budget is the value to reach, the schedule how fast it is reached. Frozen values without a Trainer; compose them:
 ``Window(Staircase(Cubic(), steps=4), start=0.1, end=0.6)``.
 """
 
@@ -162,7 +162,7 @@ def _with_windows(schedule: Schedule, change: Callable[[Window], Schedule]) -> S
 @validated
 @dataclass(frozen=True)
 class Constant(Schedule):
-    """Keep one value: ``Constant()`` asks for the whole budget from the first step.
+    """Keep one value: ``Constant()`` is the whole budget from the first step on.
 
     Args:
         value: in [0, 1].

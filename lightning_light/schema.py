@@ -65,7 +65,7 @@ class Context:
 
 
 class Rule(ABC):
-    """What a schema asks of a value beside its type: ``Annotated[dict[str, Tensor], LikeTensors("bool")]``."""
+    """A condition on a value beside its type: ``Annotated[dict[str, Tensor], LikeTensors("bool")]``."""
 
     @abstractmethod
     def check(self, value: Any, context: Context, path: str) -> None:
@@ -200,13 +200,13 @@ def hints_of(kind: Any) -> dict[str, Any]:
 
 
 def check_schema(value: Any, annotation: Any, path: str, context: Context = Context()) -> None:  # frozen
-    """Check that ``value`` is what ``annotation`` says.
+    """Check that ``value`` conforms to ``annotation``.
 
     Args:
         value: plain containers, numbers, strings and tensors.
         annotation: a type, ``X | None``, ``Literal``, ``list[X]``, ``tuple[X, ...]``, ``dict[K, V]`` or a `TypedDict`,
             nested as needed. ``float`` admits an int; ``Any`` everything. One that is ``Annotated`` with a range of
-            `lightning_light.validation`, or with a `Rule`, asks for more than a type.
+            `lightning_light.validation`, or with a `Rule`, requires more than a type.
         path: of the value, for the message.
         context: what rules compare with.
 

@@ -177,7 +177,7 @@ def _is_a(module: nn.Module, kind: str) -> bool:
 
 
 def _is_alias(cls: type, path: str) -> bool:
-    """Whether ``path`` is another way to import ``cls``: ``torch.nn.Conv2d`` lives in ``torch.nn.modules.conv``."""
+    """Whether ``path`` is another way to import ``cls``: ``torch.nn.Conv2d``, of ``torch.nn.modules.conv``."""
     folder, _, name = path.rpartition(".")
     return bool(folder) and getattr(sys.modules.get(folder), name, None) is cls
 

@@ -1,7 +1,7 @@
 """Check the arguments of a constructor or a function against its annotations.
 
-The annotations say what is expected, ranges included (`Fraction`, `PositiveInt`, ...); `validated` reads them once and
-checks every call. What one annotation cannot say, a relation between two arguments, stays a check of the class itself.
+The annotations contain what is expected, ranges included (`Fraction`, `PositiveInt`, ...); `validated` reads them once
+and checks every call. A relation between two arguments, which no annotation expresses, is checked by the class itself.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ __all__ = [
     "Fraction",
     "FractionBelowOne",
     "Moment",
+    "MomentRange",
     "NonNegativeFloat",
     "NonNegativeInt",
     "OpenFraction",
@@ -43,7 +44,7 @@ T = TypeVar("T", bound=Callable[..., Any])
 
 
 class Constraint(ABC):
-    """What an annotation asks of a value beside its type: ``Annotated[float, Range(0.0, 1.0)]``."""
+    """A condition on a value beside its type: ``Annotated[float, Range(0.0, 1.0)]``."""
 
     @abstractmethod
     def admits(self, value: Any) -> bool:
@@ -113,7 +114,7 @@ Fraction: TypeAlias = Annotated[float, Range(0.0, 1.0)]
 OpenFraction: TypeAlias = Annotated[float, Range(0.0, 1.0, above=True)]
 FractionBelowOne: TypeAlias = Annotated[float, Range(0.0, 1.0, below=True)]
 Moment: TypeAlias = Annotated[int | float, MomentRange()]
-"""A point of a run: an int is an epoch, counted from 0; a float is a fraction of the run."""
+"""A point of a run, an epoch counted from 0 (int) or a fraction of the run (float)."""
 
 
 def validated(target: T) -> T:
@@ -309,7 +310,7 @@ def _items_conform(value: Any, origin: Any, arguments: tuple[Any, ...], constrai
     return True
 
 
-# What to say of a value that does not fit.
+# The message about a value that does not fit.
 
 _KINDS = {
     int: "an integer",

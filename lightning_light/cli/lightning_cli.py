@@ -27,9 +27,12 @@ class LightningLightCLI(LightningCLI):
     sentence; the exit status is 2. What a run refuses is one sentence too, with exit status 1. Errors of the user's own
     code keep their traceback. ``plan`` takes the configuration of ``fit`` and prints `lightning_light.plan`.
 
-    Example:
-        >>> LightningLightCLI.__mro__[0].__name__
-        'LightningLightCLI'
+    A whole ``main.py``, run as ``python main.py fit --config run.yaml``::
+
+        from lightning_light.cli import LightningLightCLI
+        from my_project import MyData, MyModule
+
+        LightningLightCLI(MyModule, MyData)
 
     Args:
         model_class: as for LightningCLI, like all other arguments.

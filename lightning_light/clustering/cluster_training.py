@@ -32,7 +32,7 @@ class Clusters:
 
     @property
     def free(self) -> Tensor:
-        """Which weights are trained: those that are not assigned to a fixed zero."""
+        """Return a mask of the weights that are trained, which are those without a fixed centroid at zero."""
         return self.assignments != 0 if self.zero_centroid else torch.ones_like(self.assignments, dtype=torch.bool)
 
     def values(self) -> Tensor:

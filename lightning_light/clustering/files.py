@@ -110,6 +110,9 @@ def save_clustered(model: nn.Module | Mapping[str, Tensor], path: str | Path) ->
 def load_clustered(path: str | Path) -> dict[str, Tensor]:
     """Read the state dict that `save_clustered` wrote, for ``model.load_state_dict``.
 
+    Args:
+        path: of a file from `save_clustered`.
+
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is of another kind or version, or damaged.

@@ -60,7 +60,7 @@ class EvidenceCollector:
         model: the root of all names.
         layers: names of the modules to watch; None for all that have a parameter of their own. Gradients are those of
             the parameters inside them.
-        needs: the kinds of evidence, of `KINDS`; ``"generator"`` is ignored.
+        needs: the kinds of evidence, see `Criterion`; ``"generator"`` is ignored.
         storage: the dict in which the evidence is kept, or a function that returns it. A callback gives a function,
             because loading a checkpoint replaces its state.
         accumulate: rule for ``"movement"``: (movement, weight, gradient) -> movement; `Movement.accumulate` by default.

@@ -40,9 +40,9 @@ def collect_evidence(
     Args:
         model: any module; of a LightningModule the ``training_step`` gives the loss where ``loss`` is None.
         data: batches.
-        needs: the kinds of evidence, of `KINDS`.
+        needs: the kinds of evidence, see `Criterion`.
         batches: how many batches to use.
-        loss: (output, batch) -> scalar; wanted for gradients alone.
+        loss: (output, batch) -> scalar; needed for gradients alone.
         layers: as in `EvidenceCollector`.
         accumulate: as in `EvidenceCollector`.
 

@@ -89,7 +89,7 @@ class Gathered:
     """Evidence that has been gathered: kind -> name of a parameter or layer -> tensor.
 
     Attributes:
-        tensors: the evidence; see `KINDS` for the names and shapes.
+        tensors: the evidence; see `Evidence` for the shapes.
         batches: the number of batches it was gathered from.
     """
 

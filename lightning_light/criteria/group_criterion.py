@@ -56,12 +56,13 @@ def check_needs(
         scores_groups: whether the method scores coupled channels, so that it can use a `GroupCriterion`.
 
     Raises:
-        UnsupportedError: names the evidence.
+        UnsupportedError: the method does not gather what the criterion needs, or scores weights one by one and the
+            criterion scores channels.
     """
-    if isinstance(criterion, GroupCriterion) and not scores_groups:
+    if not scores_groups and (isinstance(criterion, GroupCriterion) or "out" not in criterion.roles):
         raise UnsupportedError(
             f"`{call}(criterion={criterion!r})`: expected a criterion that scores single weights, found one "
-            "that scores coupled channels. Use `Magnitude()` here, and this one in `StructuredPruning` or "
+            "that scores whole channels. Use `Magnitude()` here, and this one in `StructuredPruning` or "
             "`prune_channels`."
         )
     missing = sorted(criterion.needs - supported - {"generator"} - ({"gates"} if scores_groups else set()))

@@ -78,6 +78,10 @@ def normalize(scores: Tensor, normalizer: Normalizer | None) -> Tensor:
 
     Scores that are all zero stay zero.
 
+    Args:
+        scores: of the channels of one group, shape ``(channels,)``.
+        normalizer: a name of the table.
+
     Raises:
         ValueError: the name is not known.
 

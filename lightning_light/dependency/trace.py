@@ -212,7 +212,7 @@ def _operation_name(function: Any) -> str:
 
 @contextmanager
 def running(model: nn.Module) -> Iterator[None]:
-    """Isolate ``model`` for a trace, which sees the user's forward hooks and every matrix product."""
+    """Isolate ``model`` for a trace that includes the user's forward hooks and every matrix product."""
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     with isolated(model, hooks=True), unfused_kernels(convolutions=not recurrent):
         yield

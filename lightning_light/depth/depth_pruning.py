@@ -79,7 +79,7 @@ class DepthPruning(RecordedInputs):
         calibration_batches: training batches before an event on which blocks are scored and batch-norm statistics are
             corrected; at most 16 samples of each.
         correct_batch_norm: move the batch-norm statistics by what a removal did to them.
-        dry_run: log what the first event would remove, and remove nothing.
+        dry_run: remove nothing, and log at each event what would be removed for that point of the schedule.
 
     Raises:
         TypeError: an argument has the wrong type; at construction.
@@ -125,7 +125,7 @@ class DepthPruning(RecordedInputs):
 
     @property
     def options(self) -> DepthPruningOptions:
-        """How blocks are chosen."""
+        """Options by which blocks are chosen."""
         return DepthPruningOptions(self.criterion, self.targets, self.calibration_batches, self.correct_batch_norm)
 
     @property

@@ -37,6 +37,11 @@ class TeacherCache:
         fixed_views: whether the stored output of a sample is used although its content has changed (augmentation).
         half_precision: whether outputs are stored in half precision.
 
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: in the run: the samples of an epoch differ from the stored ones, or the files are those of another
+            teacher.
+
     Example:
         >>> TeacherCache("runs/teacher", sample_index=2)
         TeacherCache(location='runs/teacher', sample_index=2, fixed_views=False, half_precision=False)

@@ -39,6 +39,10 @@ class FeatureHint(FeatureLoss):
         projector: see `FeatureLoss`.
         weight: see `DistillationLoss`.
         schedule: see `DistillationLoss`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range.
     """
 
     projector: Literal["auto", "conv", "linear", "none"] = "auto"
@@ -69,6 +73,10 @@ class KnowledgeReview(FeatureLoss):
         projector: see `FeatureLoss`.
         weight: see `DistillationLoss`.
         schedule: see `DistillationLoss`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range.
     """
 
     projector: Literal["auto", "conv", "linear", "none"] = "auto"
@@ -104,6 +112,10 @@ class SRD(FeatureLoss):
         projector: see `FeatureLoss`.
         weight: see `DistillationLoss`.
         schedule: see `DistillationLoss`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range.
     """
 
     exponent: PositiveFloat = 4.0
@@ -130,6 +142,10 @@ class AttentionTransfer(FeatureLoss):
         projector: see `FeatureLoss`.
         weight: see `DistillationLoss`; the authors use 1000 per feature layer.
         schedule: see `DistillationLoss`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range.
     """
 
     p: PositiveFloat = 2.0
@@ -158,6 +174,10 @@ class SimilarityPreserving(FeatureLoss):
         projector: see `FeatureLoss`.
         weight: see `DistillationLoss`; the authors use 3000.
         schedule: see `DistillationLoss`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range.
     """
 
     same_width: ClassVar[bool] = False
@@ -184,6 +204,10 @@ class RKD(FeatureLoss):
         projector: see `FeatureLoss`.
         weight: see `DistillationLoss`.
         schedule: see `DistillationLoss`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range.
     """
 
     distance: NonNegativeFloat = 25.0
@@ -216,6 +240,10 @@ class ContrastiveHint(FeatureLoss):
         projector: see `FeatureLoss`.
         weight: see `DistillationLoss`.
         schedule: see `DistillationLoss`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range.
     """
 
     temperature: PositiveFloat = 0.1
@@ -242,6 +270,10 @@ class ChannelWise(FeatureLoss):
         projector: see `FeatureLoss`.
         weight: see `DistillationLoss`.
         schedule: see `DistillationLoss`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range.
     """
 
     temperature: PositiveFloat = 4.0
@@ -266,6 +298,10 @@ class OutputRegression(FeatureLoss):
         projector: see `FeatureLoss`.
         weight: see `DistillationLoss`.
         schedule: see `DistillationLoss`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range.
     """
 
     distance: Literal["mse", "l1", "smooth_l1"] = "mse"

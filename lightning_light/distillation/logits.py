@@ -29,6 +29,10 @@ class SoftTargets(DistillationLoss):
         weight: see `DistillationLoss`.
         schedule: see `DistillationLoss`.
 
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range.
+
     Example:
         >>> loss = SoftTargets(temperature=2.0)
         >>> loss(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 2.0]])).item() < 1e-6
@@ -72,6 +76,10 @@ class LogitStandardization(SoftTargets):
         class_dim: see `SoftTargets`.
         weight: see `DistillationLoss`; the authors use 9 for CIFAR.
         schedule: see `DistillationLoss`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range.
     """
 
     temperature: PositiveFloat = 2.0
@@ -96,6 +104,10 @@ class DKD(SoftTargets):
         class_dim: see `SoftTargets`.
         weight: see `DistillationLoss`. The authors let it rise over 20 epochs: ``schedule=Window(Linear(), 0, 20)``.
         schedule: see `DistillationLoss`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range.
     """
 
     alpha: NonNegativeFloat = 1.0
@@ -131,6 +143,10 @@ class DIST(SoftTargets):
         class_dim: see `SoftTargets`.
         weight: see `DistillationLoss`.
         schedule: see `DistillationLoss`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range.
     """
 
     beta: NonNegativeFloat = 1.0

@@ -51,6 +51,9 @@ class DistillationLoss(ABC):
     Args:
         weight: factor of the loss, >= 0.
         schedule: progress -> factor of ``weight`` in [0, 1].
+
+    Raises:
+        ValueError: ``weight`` is negative.
     """
 
     weight: NonNegativeFloat = 1.0
@@ -64,7 +67,7 @@ class DistillationLoss(ABC):
 
     @property
     def name(self) -> str:
-        """Key of the logged loss: ``soft_targets`` for `SoftTargets`."""
+        """Key of the logged loss, ``soft_targets`` for `SoftTargets`."""
         return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(self).__name__).lower()
 
     @property
@@ -97,6 +100,12 @@ class FeatureLoss(DistillationLoss):
         projector: layer that maps the student's features to the teacher's width and is trained with the student:
             ``"conv"`` (1x1), ``"linear"`` (on averaged positions), ``"auto"`` (by the number of dimensions) or
             ``"none"``.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range, or, before the first step, the widths of student and teacher differ and
+            there is no projector.
+        TargetError: before the first step: a path names no module.
     """
 
     feature_layers: FeatureLayers = None

@@ -113,6 +113,9 @@ class FileTeacher(BuiltTeacher):
 
     Args:
         path: the file.
+
+    Raises:
+        ValueError: when a fit begins: torch does not load the file.
     """
 
     path: str
@@ -150,6 +153,10 @@ class SelfTeacher(TeacherSource):
         decay: None for the copy at the start, which suits a trained network that is compressed. In (0, 1): each step
             moves the teacher by ``1 - decay`` towards the student, Tarvainen & Valpola, 2017, "Mean teachers are better
             role models". https://arxiv.org/abs/1703.01780
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range.
 
     Example:
         >>> SelfTeacher(decay=0.999)

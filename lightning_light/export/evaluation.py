@@ -77,7 +77,7 @@ class Evaluator(ABC):
         Args:
             model: called as the model is.
             file: called as the model is.
-            positional: tells which calls the file takes.
+            positional: determines which calls the file takes.
         """
 
 

@@ -49,6 +49,10 @@ class ExecuTorch(Exporter):
 
     Note:
         ExecuTorch has one thread pool per process. Loading a file sets its size to torch's number of threads.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range.
     """
 
     suffix: ClassVar[str] = ".pte"

@@ -32,7 +32,7 @@ class Exporter(Runtime):
     """
 
     suffix: ClassVar[str]
-    """Suffix of a path of this format: ``.ptl``."""
+    """Suffix of the files of this format, such as ``.ptl``."""
 
     @property
     def largest_batch(self) -> int | None:

@@ -42,6 +42,10 @@ class ONNX(Exporter):
         opset: version of ONNX's operators; older readers need a lower one.
         dynamic_batch: whether files that are exported for ``batch='any'`` have a dynamic batch size; without it,
             export for ``batch='one'``.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range.
     """
 
     suffix: ClassVar[str] = ".onnx"

@@ -37,6 +37,10 @@ class Tolerance:
         absolute: absolute difference.
         relative: difference relative to the model's output.
         quant_steps: quantization steps of the output, in int8 files.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range.
     """
 
     absolute: NonNegativeFloat = 1e-4

@@ -31,7 +31,7 @@ def read_sharded_checkpoint(path: str | Path) -> dict[str, Any]:
 def rebuild_ddp(trainer: Trainer) -> None:
     """Wrap the changed network in ``DistributedDataParallel`` again, with a new reducer; nothing without DDP.
 
-    The old reducer knows parameters of the old shapes: with it the ranks would drift apart without an error.
+    The old reducer holds parameters of the old shapes: with it the ranks would drift apart without an error.
     """
     strategy: Any = trainer.strategy
     if not isinstance(strategy.model, DistributedDataParallel):

@@ -30,6 +30,10 @@ class RankAllocation:
         importance: weight of a layer's error under a budget: ``"equal"`` counts the lost fraction of the layer's own
             energy, ``"output"`` how much the network's output changes on calibration batches.
 
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range.
+
     Example:
         >>> RankAllocation(round_to=4).min_rank
         1
@@ -55,6 +59,10 @@ class FactorizationOptions:
         allocation: constraints on the ranks.
         calibration_batches: number of batches that a data-dependent fit or rule looks at.
         correct_batch_norm: move batch-norm statistics by what the factorization changed, with data.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range.
     """
 
     fit: Fit = WeightSVD()

@@ -127,7 +127,7 @@ class FactorizationPlan(Tabular):
 
     @property
     def entry(self) -> dict[str, Any]:
-        """What the edit log records: the layers to split, and the form and ranks of each layer."""
+        """Return what the edit log records, the layers to split and the form and ranks of each layer."""
         owners = {layer.owner: layer.parts for layer in self.layers.values() if layer.owner}
         return {
             "op": OPERATION,

@@ -24,6 +24,9 @@ def tensor_bytes(model: nn.Module) -> int:
     Zeros count as any other value. Packed weights of quantized kernels are not tensors and do not count: measure the
     exported file.
 
+    Args:
+        model: any module.
+
     Example:
         >>> tensor_bytes(nn.Linear(10, 10)), tensor_bytes(nn.Linear(10, 10, dtype=torch.float16))
         (440, 220)
@@ -34,6 +37,9 @@ def tensor_bytes(model: nn.Module) -> int:
 @validated
 def file_bytes(path: str | os.PathLike[str]) -> int:
     """Count the bytes of a file, or of all files below a folder.
+
+    Args:
+        path: of a file or folder.
 
     Raises:
         FileNotFoundError: there is no such path.

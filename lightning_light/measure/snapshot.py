@@ -71,7 +71,7 @@ class Snapshot(Tabular):
 
     @property
     def bops(self) -> int | None:
-        """Count bit operations: each layer's MACs times the bits of its weights and of its inputs (float: 32)."""
+        """Return the bit operations, MACs times the bits of weight and input (32 where float) of each layer."""
         if self.macs is None:
             return None
         inputs = {name: numbers.get("activation_bits", 32.0) for name, numbers in self.stats.items()}

@@ -41,7 +41,7 @@ class Score:
 
     @property
     def loss(self) -> float:
-        """What candidates are compared by: ``changed + 0.02 * distance``.
+        """Return the score by which candidates are compared, ``changed + 0.02 * distance``.
 
         Far from the unchanged network the distance alone prefers outputs without confidence.
         """

@@ -99,7 +99,7 @@ class Solver:
                 raise BudgetError(
                     f"`{self._call}(...)` cannot reach the budget: expected {quantity} <= {goal:.6g}, found "
                     f"{least:.6g} with the cheapest of all assignments ({self._table.costs[quantity]:.6g} as it is). "
-                    "Add choices to `space`, smaller fractions or wider `targets`, or ask for less."
+                    "Add choices to `space`, smaller fractions or wider `targets`, or give a milder budget."
                 )
         met: dict[str, float] = {}
         for quantity, goal in self._goals.items():
@@ -156,8 +156,8 @@ class Solver:
         if nearest is None or nearest[0] > 1.0 + _TOLERANCE:
             raise BudgetError(
                 f"`{self._call}(...)`: expected an assignment that meets {self._goals}, found none among the evaluated "
-                f"ones; the nearest has {nearest[1].costs if nearest else 'more'}. Ask for less, or add choices to "
-                "`space`."
+                f"ones; the nearest has {nearest[1].costs if nearest else 'more'}. Give a milder budget, or add "
+                "choices to `space`."
             )
         return nearest[1]
 

@@ -170,7 +170,7 @@ def attach_fake_quantizer(model: nn.Module, state: dict[str, Any]) -> FakeQuanti
 @validated
 @contextmanager
 def fake_quantized(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside, ``model`` is fake-quantized, and exporters write int8.
+    """Fake-quantize ``model`` within a ``with`` block, in which exporters write int8 files.
 
     Args:
         model: a module that `quantize` was called on or `QuantizationAwareTraining` has trained, in this process or

@@ -54,8 +54,8 @@ def quantize(
         example_inputs: what ``model`` is called with: a tensor, a tuple of positional arguments or a dict of keyword
             arguments; the calibration batch where there is no ``data``.
         recipe: how many bits, and for whose kernels.
-        data: calibration batches; of a tuple or list the first item is the input, a dict holds keyword arguments. A
-            hundred training images are a good start, a thousand for ``rounding``.
+        data: calibration batches; of a tuple or list the first item is the input, a dict holds keyword arguments.
+            Some 256 training images are a good start, up to a thousand for ``rounding``.
         equalize: first, equalize the ranges of consecutive layers, channel by channel; the network computes the same
             function. Through batch norm, ReLU and leaky ReLU, not through ReLU6. For networks of depthwise
             convolutions, whose channels have very different ranges.
@@ -69,9 +69,9 @@ def quantize(
         ``model``.
 
     Raises:
-        ValueError: there is no calibration data, the model cannot be called with it, it comes in lists, as from a
-            loader of images and labels, or values in the network are not finite; or no layer has a weight that can
-            be quantized. As after any other error, ``model`` is then as it was.
+        ValueError: there is no calibration data, the model cannot be called with it, or values in the network are not
+            finite; or no layer has a weight that can be quantized. ``model`` is then as it was, as after any other
+            error.
         TypeError: an argument of the wrong type.
 
     Warns:

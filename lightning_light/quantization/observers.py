@@ -28,7 +28,7 @@ _CANDIDATES = 64
 
 
 class Observer(Extensible, ABC):
-    """Finds the range of an activation; a frozen dataclass.
+    """Find the range of an activation; a frozen dataclass.
 
     A subclass looks at one batch. Its `momentum` decides how batches, and processes, are combined: as a moving average
     in which a new batch has that weight, or, where it is None, as the widest range of all.
@@ -43,7 +43,7 @@ class Observer(Extensible, ABC):
 
     @abstractmethod
     def range_of(self, x: Tensor, quant_max: int, non_negative: bool) -> Tensor:
-        """``(2,)``: the smallest and the largest value that the quantized range should hold, for one batch.
+        """Return the smallest and the largest value of the quantized range for one batch, shape ``(2,)``.
 
         Args:
             x: not empty, without a gradient, in float32 or finer.
@@ -162,6 +162,12 @@ class LSQObserver(Observer):
     """The range of the scale that `LSQ` begins with: ``2 * mean|x| / sqrt(quant_max)``.
 
     Esser et al., 2020, section 2.1. https://arxiv.org/abs/1902.08153
+
+    Args:
+        momentum: weight of a new batch in the moving average, in (0, 1].
+
+    Raises:
+        ValueError: ``momentum`` is out of range.
     """
 
     momentum: OpenFraction = 0.1

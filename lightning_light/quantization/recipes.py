@@ -50,10 +50,10 @@ class Recipe(ABC):
 
     @abstractmethod
     def spec(self) -> LayerSpec:
-        """How one layer is quantized."""
+        """Return how one layer is quantized."""
 
     def specs(self, model: nn.Module, layers: Sequence[str]) -> dict[str, LayerSpec]:
-        """Layer -> how it is quantized; a layer that is not in it stays float.
+        """Return layer -> how it is quantized; a layer that is not in it stays float.
 
         Args:
             model: the network.

@@ -81,7 +81,7 @@ def plan_expansion(
 
     Args:
         model: any module.
-        form: says the branches.
+        form: determines the branches.
         targets: convolutions among them are considered.
         optimizers: those that train the model; None where that is not known.
         example: one call of the model, in which the expanded layers are tried; None to try nothing.

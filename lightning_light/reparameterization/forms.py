@@ -69,6 +69,10 @@ class Branches(Form):
 
     Args:
         n: convolutions of the full kernel, the expanded one included.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range.
     """
 
     n: PositiveInt = 4

@@ -157,7 +157,7 @@ class Reparameterization(CompressionCallback):
 
     @override
     def window(self, max_epochs: int | None) -> tuple[float, float] | None:
-        """From the expansion to the merging, as far as the arguments say."""
+        """From the expansion to the merging, as far as the arguments determine it."""
         end = 1.0 if self.merge is None else resolve_moment(self.merge, max_epochs, repr(self))
         return resolve_moment(self.start, max_epochs, repr(self)), end
 

@@ -70,7 +70,7 @@ class StepHooks(ABC):
 class MaskEnforcer(StepHooks):
     """Multiply weights, gradients and optimizer state by the masks of the compression state.
 
-    Gradients are masked before the step, so that gradient clipping sees the norm of what remains. This is sufficient
+    Gradients are masked before the step, so that gradient clipping uses the norm of what remains. This is sufficient
     for optimizers that treat each weight alone; after the steps of others, and after steps that bypassed Lightning's
     hook, weights and state are masked as well.
 

@@ -152,7 +152,7 @@ class MaskingCallback(CompressionCallback):
 
     @override
     def rehearse(self, model: nn.Module, example: ExampleInput, batches: Sequence[Any]) -> list[str]:
-        """Mask as much as the budget says."""
+        """Mask as much as the budget requires."""
         criterion, note = criterion_for(model, self.options.criterion, batches)
         given = {**vars(self.options), "criterion": criterion, "data": list(batches) or [example]}
         masks = prune_weights(model, example, **given)
@@ -194,7 +194,7 @@ class MaskingCallback(CompressionCallback):
     def _fraction_due(self, trainer: Trainer, ahead: int = 0) -> float:
         """The fraction of the way to the budget that is due ``ahead`` steps from now.
 
-        It is asked at every step and changes at few, so a value is kept for the steps that it certainly holds for.
+        It is computed at every step and changes at few of them, so a value is kept for the steps to which it applies.
         """
         step, known = steps_done(trainer) + ahead, self._known
         if known is not None and known.epoch == trainer.current_epoch and known.start <= step < known.stop:

@@ -21,7 +21,7 @@ __all__ = ["PruningPlan", "check_existing_masks", "plan_pruning"]
 
 @dataclass(frozen=True, eq=False)
 class PruningPlan:
-    """The weights of a run and what is asked of them.
+    """The weights of a run and the sparsity that each has to reach.
 
     Attributes:
         options: pattern, scope, budget.
@@ -88,7 +88,7 @@ def plan_pruning(
     Args:
         method: the name of the callback or function, for error messages.
         model: any module.
-        options: what is asked.
+        options: pattern, scope, budget.
         left_alone: modules whose weights are not masked.
 
     Raises:
@@ -139,7 +139,7 @@ def _refuse_lower(
     if masked > round(sparsity * total) + slack:
         raise BudgetError(
             f"`{method}` with a sparsity of {sparsity:.4g}: expected at least the sparsity of the masks from an "
-            f"earlier run, found {masked / total:.4g} in {what}. A rising schedule does not lift masks: ask for a "
+            f"earlier run, found {masked / total:.4g} in {what}. A rising schedule does not lift masks: give a "
             "higher sparsity, use `Alternating()`, which selects new masks, or start from the dense network."
         )
 

@@ -8,28 +8,31 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_light.schedules import Schedule
+from lightning_light.schedules import Schedule, resolve
 from lightning_light.sparsity.mask_schedules import Rewinding
 
 __all__ = ["check_rewinding", "rewind_weights", "store_weights"]
 
 
-def check_rewinding(schedule: Schedule, window: tuple[float, float] | None) -> None:
+def check_rewinding(schedule: Schedule, max_epochs: int | None) -> None:
     """Refuse to rewind to a moment after the first rise, and at the end of the run, after which nothing is trained.
 
     Raises:
-        ValueError: ``rewind_to`` is not before the window begins, or the window ends with the run.
+        ValueError: ``rewind_to`` is not before the first rise, or the last one is at the end of the run.
     """
-    if not isinstance(schedule, Rewinding) or window is None:
+    if not isinstance(schedule, Rewinding):
         return
-    if window[1] >= 1.0:
+    placed = resolve(schedule, max_epochs)
+    first, last = placed.span()
+    first = min((change for change in placed.changes() or () if placed(change) > 0.0), default=first)
+    if last >= 1.0:
         raise ValueError(
             f"`{schedule!r}`: expected the last rise before the end of the run, found it there: the ticket would not "
             "be trained. Write for instance `Rewinding(Window(Staircase(Exponential(2.3), steps=5), end=0.8))`."
         )
-    if schedule.rewind_to >= window[0]:
+    if schedule.rewind_to >= first:
         raise ValueError(
-            f"`{schedule!r}`: expected `rewind_to` before the first rise of the schedule, at {window[0]:.3g} of the "
+            f"`{schedule!r}`: expected `rewind_to` before the first rise of the schedule, at {first:.3g} of the "
             f"run, found {schedule.rewind_to}. Start the schedule later, or rewind to an earlier moment."
         )
 

@@ -143,7 +143,7 @@ class WeightPruning(MaskingCallback):
         """Resolve the schedule, and refuse to rewind to a moment that does not precede it."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            check_rewinding(self.schedule, self.window(epochs_planned(trainer)))
+            check_rewinding(self.schedule, epochs_planned(trainer))
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

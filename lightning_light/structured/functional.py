@@ -63,7 +63,7 @@ def prune_channels(
         model: any module; its Parameter objects stay, their data change.
         example_inputs: what ``model`` is called with: a tensor, a tuple of positional arguments or a dict of keyword
             arguments.
-        budget: what the model is to reach; None where ``remaining`` says what is removed. A relative budget counts
+        budget: what the model is to reach; None where ``remaining`` alone limits the widths. A relative budget counts
             from the model before its first compression by this package.
         criterion: scores weights; the channels with the lowest scores are removed.
         ranking: `Global`, `Local` or `Isomorphic`: which channels are compared with each other; `Sensitivity`, which

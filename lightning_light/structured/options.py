@@ -45,7 +45,8 @@ class ChannelPruningOptions:
 
     Args:
         criterion: scores weights; the channels with the lowest scores are removed first.
-        ranking: `Global`, `Local` or `Isomorphic`: which channels are compared with each other.
+        ranking: which channels are compared with each other: `Global`, `Local` or `Isomorphic`; or
+            `Sensitivity`, by the change of the outputs.
         targets: layers whose output channels may be removed: patterns or `Targets`.
         remaining: layer pattern -> fraction of the layer's channels that stays, in (0, 1]; such layers are not ranked.
             Later patterns override earlier ones.
@@ -71,7 +72,7 @@ class ChannelPruningOptions:
 
 
 def check_goal(call: str, budget: Budget | None, remaining: Mapping[str, float] | None) -> None:
-    """Refuse a call that says nothing to reach, or a budget that removed channels cannot reach.
+    """Refuse a call without a budget, or a budget that removed channels cannot reach.
 
     Raises:
         ValueError: neither a budget nor ``remaining`` is given, or the budget counts what does not shrink.

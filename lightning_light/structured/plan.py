@@ -40,7 +40,7 @@ class Goal:
     """What a run of cuts is to reach, and how much of the way one of them goes.
 
     Attributes:
-        budget: None where only ``ChannelPruningOptions.remaining`` says what is removed.
+        budget: None where ``ChannelPruningOptions.remaining`` alone limits the widths.
         example: one call of the model.
         original: group name -> width before the first cut.
         dense: the budget's quantity before compression.
@@ -279,7 +279,7 @@ class _Candidates:
         return [group for group in self.groups if group.name not in self.remaining]
 
     def fixed_widths(self, fraction: float) -> dict[str, int]:
-        """Group name -> width, ``fraction`` of the way to what `remaining` says."""
+        """Group name -> width, ``fraction`` of the way to `remaining`."""
         widths = {}
         for group in self.groups:
             if group.name in self.remaining:
@@ -322,7 +322,7 @@ def _check_reachable(candidates: _Candidates, estimator: Estimator, goal: Goal) 
         raise BudgetError(
             f"`{goal.budget!r}` cannot be reached: expected {goal.budget.quantity} <= {wanted:.6g}, found {least:.6g} "
             f"with every layer at its smallest width ({estimator.now:.6g} now). Lower `min_channels`, `min_remaining` "
-            "or `round_to` of `widths`, widen `targets`, or ask for less."
+            "or `round_to` of `widths`, widen `targets`, or give a milder budget."
         )
 
 

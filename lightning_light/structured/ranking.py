@@ -45,7 +45,15 @@ class Ranking(ABC):
 @validated
 @dataclass(frozen=True)
 class Local(Ranking):
-    """Rank each dependency group by itself: all lose the same fraction of their channels."""
+    """Rank each dependency group by itself: all lose the same fraction of their channels.
+
+    Args:
+        reduction: see `Ranking`.
+        normalizer: see `Ranking`.
+
+    Raises:
+        ValueError: a name is unknown.
+    """
 
     @override
     def scope(self, group: ChannelGroup, model: nn.Module) -> str:
@@ -55,7 +63,15 @@ class Local(Ranking):
 @validated
 @dataclass(frozen=True)
 class Global(Ranking):
-    """Rank all channels of the network together: layers with many unimportant channels lose more."""
+    """Rank all channels of the network together: layers with many unimportant channels lose more.
+
+    Args:
+        reduction: see `Ranking`.
+        normalizer: see `Ranking`.
+
+    Raises:
+        ValueError: a name is unknown.
+    """
 
     @override
     def scope(self, group: ChannelGroup, model: nn.Module) -> str:
@@ -68,6 +84,13 @@ class Isomorphic(Ranking):
     """Rank groups of the same structure together: attention heads with heads, residual streams with streams.
 
     Fang et al., 2024, "Isomorphic Pruning for Vision Models". https://arxiv.org/abs/2407.04616
+
+    Args:
+        reduction: see `Ranking`.
+        normalizer: see `Ranking`.
+
+    Raises:
+        ValueError: a name is unknown.
     """
 
     @override

@@ -47,7 +47,7 @@ def score_groups(
         model: read only.
         groups: the groups to score.
         criterion: scores weights.
-        ranking: says how scores are combined and normalized; a `GroupCriterion` does so itself.
+        ranking: how scores are combined and normalized; a `GroupCriterion` does so itself.
         gathered: the evidence that ``criterion`` needs.
         seed: for criteria that draw.
 

@@ -112,7 +112,7 @@ class StructuredPruning(CompressionCallback):
     Args:
         budget: what the network is to reach: ``MACs``, ``Params``, ``Channels``, ``Size`` (of its tensors) or
             ``Latency`` (of a forward pass on the training device, or of the written file in a ``runtime``). None where
-            ``remaining`` says what is removed.
+            ``remaining`` alone limits the widths.
         criterion: scores weights; the channels with the lowest scores are removed first.
         schedule: progress -> fraction of the way to the budget; it must not fall.
         every_n_steps: optimizer steps between two cuts inside the schedule's window; None for ten cuts.
@@ -128,7 +128,8 @@ class StructuredPruning(CompressionCallback):
             batches before the last cut from which batch-norm statistics are corrected.
         correct_batch_norm: after the last cut, move the batch-norm statistics by what the cut did to them.
         regularizer: a penalty on whole channels until the last cut, `GroupLasso` or `GrowingRegularization`.
-        dry_run: log what the first cut would remove, and remove nothing.
+        dry_run: remove nothing, and log at each cut what one cut to that point of the schedule would remove, with the
+            reason for each layer that is kept.
 
     Raises:
         TypeError: an argument has the wrong type; at construction.
@@ -194,7 +195,7 @@ class StructuredPruning(CompressionCallback):
 
     @property
     def options(self) -> ChannelPruningOptions:
-        """How channels are chosen."""
+        """Options by which channels are chosen."""
         names = [field.name for field in dataclasses.fields(ChannelPruningOptions)]
         return ChannelPruningOptions(**{name: getattr(self, name) for name in names})
 

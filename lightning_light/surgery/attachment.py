@@ -1,6 +1,6 @@
 """Attach a compression state to a module, so that it travels in the module's checkpoints.
 
-Lightning loads the weights before any callback sees the checkpoint, so the structure travels through the
+Lightning loads the weights before any callback receives the checkpoint, so the structure travels through the
 LightningModule's own ``on_save_checkpoint`` and ``on_load_checkpoint``, wrapped on the instance. They are bound
 methods of functions that have the hooks' names: a deep copy binds them to itself, and a pickle falls back to the
 class's own.
@@ -99,9 +99,9 @@ def state_of(module: nn.Module) -> CompressionState:
 
 
 def check_owners(model: nn.Module, layers: Iterable[str], *, method: str, stage: int, replaces: bool = False) -> None:
-    """Refuse to let ``method`` change ``layers`` that a later method owns; surgery asks this itself.
+    """Refuse to let ``method`` change ``layers`` that a later method owns; surgery calls it too.
 
-    A method asks as well when it plans, so that the refusal comes before its first change. The compression states of
+    A method also calls it when it plans, so that the refusal comes before its first change. The compression states of
     ``model`` and of the modules inside it count.
 
     Args:

@@ -1,4 +1,4 @@
-"""Attributes of ``torch.nn`` layers that say how large their tensors are."""
+"""Attributes of ``torch.nn`` layers that state the sizes of their tensors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def infer_attributes(module: nn.Module) -> None:
 
 
 def implied_attributes(module: nn.Module) -> dict[str, Any]:
-    """Attribute -> value, as the shapes of ``module``'s own tensors say; empty for modules that are not torch's.
+    """Attribute -> value, as implied by the shapes of ``module``'s own tensors; empty for modules that are not torch's.
 
     The number of groups of a grouped convolution is not implied; a depthwise one keeps its outputs per input.
     """

@@ -35,6 +35,6 @@ def reset_monitoring(trainer: Trainer) -> list[str]:
             reset.append(type(config.scheduler).__name__)
     if reset:
         log_rank_zero(
-            trainer, f"The structure has changed: {', '.join(reset)} forget the metrics from before.", once=True
+            trainer, f"The structure has changed: the best values of {', '.join(reset)} are reset.", once=True
         )
     return reset

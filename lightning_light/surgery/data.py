@@ -7,7 +7,7 @@ _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def set_data(tensor: Tensor, data: Tensor) -> None:
-    """Give ``tensor`` the values and shape of ``data``, in its own memory layout; whoever holds the object sees it.
+    """Give ``tensor`` the values and shape of ``data``, in its own memory layout; the object stays the same.
 
     Args:
         tensor: a parameter or buffer. A ``.grad`` of another shape than ``data`` is dropped: it cannot stay.

@@ -57,7 +57,7 @@ def refuse_unsupported(trainer: Trainer, method: str) -> None:
     Raises:
         UnsupportedError: the strategy shards or owns the parameters (FSDP, ModelParallel, DeepSpeed), the launcher
             loads the weights into a process with the old shapes (spawn, fork, notebook), or the precision plugin
-            replaces layers. The message says what to do instead.
+            replaces layers. The message contains an alternative.
     """
     refuse_sharding(
         trainer,

@@ -84,7 +84,7 @@ def cut(
         stage: its stage.
 
     Raises:
-        SurgeryError: a name, dimension, index or attribute is not in the model, or a averaged_model has another shape.
+        SurgeryError: a name, dimension, index or attribute is not in the model, or an averaged model has another shape.
         UnsupportedError: an optimizer's state cannot be cut, or a later method owns a layer that would be cut.
     """
     optimizers = list(optimizers)

@@ -114,7 +114,7 @@ class CompressionState:
         """Return the value of a budget's quantity before any method changed the network.
 
         Measured once per quantity, stored in checkpoints, and shared by all methods: two budgets of 70 % and 50 % end
-        at 50 %. Every method asks before it changes anything, so that the value is the uncompressed network's.
+        at 50 %. Every method calls it before it changes anything, so that the value is the uncompressed network's.
 
         Args:
             quantity: `Budget.quantity`.

@@ -102,7 +102,7 @@ def tune(
         grace_period: seconds without a heartbeat after which a trial counts as killed.
 
     Returns:
-        All trials of the study: table, Pareto front, picture, and the best trial as YAML.
+        All trials of the study, with a table, the Pareto front, a picture, and the best trial as YAML.
 
     Raises:
         TypeError: an argument of the wrong type.

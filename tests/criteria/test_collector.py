@@ -14,6 +14,7 @@ from torch.nn.utils import parameters_to_vector
 
 from lightning_light.criteria import (
     Activation,
+    BatchNormScale,
     Hessian,
     Magnitude,
     Movement,
@@ -368,6 +369,12 @@ def test_needs_are_checked(net: Net, criterion: Any) -> None:
     with pytest.raises(UnsupportedError, match=f"`prune.criterion={type(criterion).__name__}"):
         check_needs("prune", criterion, frozenset())
     check_needs("prune", Magnitude(), frozenset())
+
+
+def test_a_criterion_of_channels_is_refused_where_single_weights_are_scored() -> None:
+    check_needs("prune", BatchNormScale(), scores_groups=True)
+    with pytest.raises(UnsupportedError, match=r"`prune\(criterion=BatchNormScale\(\)\)`: .* scores whole channels"):
+        check_needs("prune", BatchNormScale())
 
 
 @pytest.mark.parametrize("criterion", [Taylor(), Hessian(), Wanda(), Movement(), Activation()])

@@ -197,6 +197,7 @@ def test_only_the_step_shows_what_training_reads() -> None:
     reasons = {group.name: group.reason for group in trace_calls(module, [step_call(module, BATCH)]).groups}
     assert "[-1, 10]" in reasons["neck"]
     assert "no layer" in reasons["fixed"]
+    assert "class scores" in reasons["head"]
 
 
 def test_a_head_that_has_not_run_keeps_what_it_might_read() -> None:

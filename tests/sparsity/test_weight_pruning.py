@@ -24,6 +24,7 @@ from tests.sparsity.runs import Look, fitted, leaks, masks_of
 
 SOON = ll.Window(ll.Cubic(), start=0.1, end=0.7)
 NO_STEM = ll.Targets(exclude="features.stem")
+HALVES = ll.Window(ll.schedules.Staircase(ll.schedules.Linear(), 2), end=0.8)  # its first rise is at 0.4
 
 
 class Falling(ll.schedules.Schedule):
@@ -282,13 +283,14 @@ def test_dense_sparse_dense_ends_dense() -> None:
     assert [round(share, 2) for share in shares] == [0.0] * 3 + [0.3] * 6 + [0.0] * 3
 
 
-@pytest.mark.parametrize("rewind_to", [0.0, 0.2])
-def test_rewinding_resets_the_remaining_weights(rewind_to) -> None:
+@pytest.mark.parametrize(("rewind_to", "rounds"), [(0.0, ll.OneShot(at=0.5)), (0.2, ll.OneShot(at=0.5)), (0.2, HALVES)])
+def test_rewinding_resets_the_remaining_weights(rewind_to, rounds) -> None:
     """Frankle & Carbin, 2019: ``f(x; m * theta_k)``; the optimizer state is reset as well."""
     steps: list[dict[str, torch.Tensor]] = []
     torch.manual_seed(3)
-    schedule = ll.sparsity.Rewinding(ll.OneShot(at=0.5), rewind_to=rewind_to)
+    schedule = ll.sparsity.Rewinding(rounds, rewind_to=rewind_to)
     rewound: dict[str, Any] = {}
+    masks: dict[str, torch.Tensor] = {}
 
     class Before(ll.WeightPruning):
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -296,12 +298,14 @@ def test_rewinding_resets_the_remaining_weights(rewind_to) -> None:
             super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
             if masks_of(pl_module) and not rewound:
                 rewound.update({name: tensor.clone() for name, tensor in pl_module.state_dict().items()})
+                masks.update({name: mask.clone() for name, mask in masks_of(pl_module).items()})
                 moments = [v for s in trainer.optimizers[0].state.values() for v in s.values()]
                 assert moments
                 assert not any(bool(v.any()) for v in moments)
 
-    _, module = fitted(Before(ll.Sparsity(0.5), schedule=schedule))
-    origin, masks = steps[0 if rewind_to == 0.0 else 3], masks_of(module)
+    fitted(Before(ll.Sparsity(0.5), schedule=schedule))
+    origin = steps[0 if rewind_to == 0.0 else 3]
+    assert rewound
     for name, tensor in rewound.items():
         if name in masks:
             assert torch.equal(tensor, origin[name] * masks[name])

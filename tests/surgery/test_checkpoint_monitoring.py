@@ -64,7 +64,7 @@ def test_everything_that_compares_metrics_is_reset(host, mode, tmp_path, caplog)
     assert (waits.wait_count, waits.best_score.item()) == (0, worst)
     assert (scheduler.num_bad_epochs, scheduler.best) == (0, worst)
     assert keeping.best_model_path == kept
-    assert any("forget the metrics from before" in record.message for record in caplog.records)
+    assert any("the best values of" in record.message for record in caplog.records)
     run.fit_loop.max_epochs = 3
     run.fit(run.lightning_module, Loader())
     assert len(racing.best_k_models) == 1
@@ -73,4 +73,4 @@ def test_everything_that_compares_metrics_is_reset(host, mode, tmp_path, caplog)
 def test_nothing_is_logged_where_nothing_is_reset(caplog) -> None:
     with caplog.at_level("INFO"):
         assert reset_monitoring(trainer()) == []
-    assert not any("forget the metrics from before" in record.message for record in caplog.records)
+    assert not any("the best values of" in record.message for record in caplog.records)

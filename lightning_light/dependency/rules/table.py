@@ -116,6 +116,13 @@ def _loss(context: TraceContext, name: str, args: Sequence[Any], kwargs: dict[st
         context.set_labels(out, context.labels_of(larger))
 
 
+@rule("nll_loss_forward", "nll_loss2d_forward", "multi_margin_loss", "multilabel_margin_loss_forward")
+def _class_scores(context: TraceContext, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+    """Keep the scores of classes, whose positions are what labels count."""
+    for label in context.labels_of(args[0]):
+        context.union.protect(label, "holds class scores, which a loss compares with labels")
+
+
 def _merged_with(context: TraceContext, kept: Labels, label: Tensor) -> Labels:
     """Merge ``label`` with those that share a dimension; of two where one covers the other, keep the larger."""
     dims = set(varying(label))

@@ -279,7 +279,7 @@ class BitBudget:
             Size(self.size)
 
     def solve(self, scan: Sensitivity) -> dict[str, int]:
-        """Layer -> bits.
+        """Return layer -> bits.
 
         Args:
             scan: of the network, with all ``widths``.
@@ -318,11 +318,11 @@ class BitBudget:
         }
 
     def recipe(self, scan: Sensitivity, base: IntN = IntN()) -> MixedPrecision:
-        """``base`` with the bits that `solve` gives each layer's weight.
+        """Return ``base`` with the bits that `solve` allocates to the weight of each layer.
 
         Args:
             scan: of the network.
-            base: says all else: bits of activations, observer, engine.
+            base: determines the rest: bits of activations, observer, engine.
 
         Raises:
             ValueError: as `solve`.
