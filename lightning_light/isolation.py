@@ -7,6 +7,7 @@ import inspect
 import random
 import sys
 import types
+from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -33,7 +34,7 @@ __all__ = [
 FORWARD_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """Errors of a forward pass on what it was not written for."""
 
-_TABLES = ("_parameters", "_buffers", "_modules")
+_CONTAINERS = (dict, list, set, deque)
 _RETURN_NONE = frozenset({"append", "extend", "update", "__setitem__"})
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _LIBRARIES = ("torch.nn.utils.", "transformers.")
@@ -45,8 +46,9 @@ def isolated(model: nn.Module, *, hooks: bool = False) -> Iterator[None]:
 
     Inside, gradients, autocast and inference mode are off, compiled modules run uncompiled, and buffers are copies.
     Afterwards every module has the attributes, training mode, hooks and buffers it had, and the random generators
-    (Python, NumPy, torch on the CPU and every device of the model) are restored. What a module changes inside its own
-    lists and dicts stays changed.
+    (Python, NumPy, torch on the CPU and every device of the model) are restored. So are the items of the lists, dicts
+    and sets that modules hold: what a forward pass caches there is computed again in the next. What is nested deeper
+    stays changed.
 
     Args:
         model: any module; the modules inside ``torch.jit`` modules are left alone.
@@ -64,7 +66,7 @@ def isolated(model: nn.Module, *, hooks: bool = False) -> Iterator[None]:
         True
     """
     modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
-    before = [(vars(module), dict(vars(module)), _contents(module)) for module in modules]
+    before = [(vars(module), dict(vars(module)), _items(module)) for module in modules]
     try:
         with plain_execution(_cuda_devices(model)), uncompiled(model):
             _copy_buffers(modules)
@@ -73,12 +75,12 @@ def isolated(model: nn.Module, *, hooks: bool = False) -> Iterator[None]:
                 _silence_hooks(module, users=hooks)
             yield
     finally:
-        for live, attributes, contents in before:
+        for live, attributes, items in before:
             live.clear()
             live.update(attributes)
-            for table, entries in contents.items():
-                live[table].clear()
-                live[table].update(entries)
+            for container, held in items:
+                container.clear()
+                getattr(container, "update" if isinstance(container, dict | set) else "extend")(held)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -168,8 +170,10 @@ def unfused_kernels(*, convolutions: bool = False) -> Iterator[None]:
         mkldnn.enabled, cudnn.enabled = before
 
 
-def _contents(module: nn.Module) -> dict[str, dict[str, Any]]:
-    return {table: dict(vars(module)[table]) for table in (*_TABLES, *_HOOKS)}
+def _items(module: nn.Module) -> list[tuple[Any, Any]]:
+    """Return the containers that ``module`` holds, its parameters, buffers and hooks too, and what is in each."""
+    containers = [held for held in vars(module).values() if isinstance(held, _CONTAINERS)]
+    return [(held, dict(held) if isinstance(held, dict) else list(held)) for held in containers]
 
 
 def _copy_buffers(modules: list[nn.Module]) -> None:

@@ -18,7 +18,16 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-__all__ = ["Norm", "TrainedWeight", "loose_parameters", "other_parametrizations", "trained_weights"]
+from lightning_light.targets import Targets
+
+__all__ = [
+    "Norm",
+    "TrainedWeight",
+    "loose_parameters",
+    "other_parametrizations",
+    "trained_weights",
+    "uncovered_parameters",
+]
 
 Norm = Literal["", "weight norm", "spectral norm"]
 
@@ -108,6 +117,13 @@ def loose_parameters(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict
         for name, parameter in module.named_parameters(recurse=False)
         if not is_lazy(parameter) and parameter.ndim >= 2 and parameter.numel() >= large
     }
+
+
+def uncovered_parameters(model: nn.Module, targets: Targets, covered: Iterable[nn.Parameter]) -> list[str]:
+    """Name the large parameters of two or more axes of ``targets``, in no layer of torch and not ``covered``."""
+    ids = {id(parameter) for parameter in covered}
+    loose = loose_parameters(model, targets.select(model, root=True))
+    return [name for name, parameter in loose.items() if id(parameter) not in ids]
 
 
 def _parametrized(module: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -16,16 +16,20 @@ from lightning_light.measure.cost import count_cost
 
 
 class Restless(nn.Module):
-    """Changes buffers, attributes and every random generator when it runs."""
+    """Changes buffers, attributes, containers and every random generator when it runs."""
 
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.BatchNorm1d(2)
         self.register_buffer("calls", torch.zeros(()))
         self.last: float | None = None
+        self.cache: dict[str, Tensor] = {}
+        self.seen = [0]
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
+        self.cache["input"] = x
+        self.seen.append(1)
         self.last = random.random() + float(np.random.rand()) + float(torch.rand(()))
         return self.norm(x)
 
@@ -55,6 +59,7 @@ def test_nothing_is_left_behind(hooks: bool) -> None:
     assert model.training
     assert model.norm.training
     assert model.last is None
+    assert (model.cache, model.seen) == ({}, [0])
     assert (len(model.norm._forward_hooks), len(model._forward_hooks)) == (1, 0)
 
 

@@ -13,12 +13,14 @@ from torch.utils.data import DataLoader
 
 from lightning_light.budgets import MACs, Sparsity
 from lightning_light.clustering import WeightClustering, cluster
+from lightning_light.criteria import Wanda
 from lightning_light.errors import BudgetError, TargetError, UnsupportedError
 from lightning_light.lowrank import RankRatio, factorize
 from lightning_light.quantization import Int8, fake_quantized, quantize
 from lightning_light.schedules import OneShot
 from lightning_light.sparsity import DynamicSparseTraining, Filter, RigL, WeightPruning, prune_weights
 from lightning_light.structured import prune_channels
+from lightning_light.surgery.attachment import state_of
 from lightning_light.targets import Targets
 from lightning_light.trained_weights import trained_weights
 from tests.contract.runs import checkpoints, differences, outcome, trainer
@@ -231,9 +233,45 @@ def test_weights_that_the_network_itself_holds_are_masked_or_named(caplog) -> No
     for targets, layers in {"head": ["head"], Targets(exclude=""): ["first", "head"]}.items():
         masks = prune_weights(OwnWeights(), x, Sparsity(0.8), targets=targets)
         assert list(masks) == [f"{layer}.weight" for layer in layers]
+    assert list(prune_weights(OwnWeights(), None, Sparsity(0.8), criterion=Wanda(), data=[x])) == [
+        "first.weight",
+        "head.weight",
+    ]
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        sizes = cluster(clustered := OwnWeights(), x, 4)
+    assert [one.name for one in sizes] == ["weight", "first.weight", "head.weight"]
+    assert (len(clustered.weight.unique()), "['mixing']" in caplog.text) == (4, True)
+    quantized = state_of(quantize(OwnWeights(), x, Int8(), progress_bar=False)).state["quantization_aware_training"]
+    assert quantized["layers"].keys() == {"", "first", "head"}
+    assert quantized["plan"]["left_float"].keys() == {"mixing"}
     plan = factorize(net, x, MACs(0.9))
     assert set(plan.skipped) >= {"weight", "mixing"}
     assert "not of a layer" in plan.skipped["mixing"]
     del net.weight, net.first, net.head
     with pytest.raises(TargetError, match="besides `mixing`"):
         prune_weights(net, None, Sparsity(0.5))
+
+
+class Trained(OwnWeights, L.LightningModule):
+    """A LightningModule that holds a weight itself."""
+
+    def training_step(self, batch: Tensor) -> Tensor:
+        return self(batch).square().mean()
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(noise(16, 32), batch_size=4)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 1e-5)
+
+
+def test_clusters_of_a_weight_of_the_module_itself_resume(tmp_path) -> None:
+    ends = []
+    for resume in (None, tmp_path / "epoch=1.ckpt"):
+        torch.manual_seed(0)
+        run = trainer(WeightClustering(4, start=0.3), *(checkpoints(tmp_path) if resume is None else ()))
+        run.fit(module := Trained(), ckpt_path=resume)
+        ends.append(outcome(run, module))
+    assert not differences(*ends)
+    assert len(module.weight.unique()) == 4

@@ -36,14 +36,16 @@ def clusterable_weights(
     call: str = "WeightClustering",
     left_alone: Sequence[str] = (),
 ) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the name and the weight of every layer to cluster; a shared weight once, of ``left_alone`` none.
+    """Yield the name and the weight of every layer to cluster, of ``model`` itself under an empty name.
+
+    A shared weight is yielded once, of ``left_alone`` none.
 
     Raises:
         TargetError: the targets match nothing.
         UnsupportedError: a layer under weight norm, with one codebook for all of its outputs.
     """
     seen: set[int] = set()
-    for name, module in as_targets(options.targets).select(model).items():
+    for name, module in as_targets(options.targets).select(model, root=True).items():
         weight = None if inside(name, left_alone) else weight_of(module)
         if weight is not None and weight.dim() > 1 and weight.numel() >= 2 * _SMALLEST and id(weight) not in seen:
             _refuse_shared_codebook(call, name, module, options)

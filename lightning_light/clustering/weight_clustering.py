@@ -33,8 +33,9 @@ from lightning_light.schedules import resolve_moment
 from lightning_light.schema import Context, Needs, Rule, TensorOf, damage
 from lightning_light.surgery.attachment import check_owners
 from lightning_light.surgery.averaged_models import averaged_models_of
-from lightning_light.surgery.distributed import broadcast
-from lightning_light.targets import TargetsLike
+from lightning_light.surgery.distributed import broadcast, log_rank_zero
+from lightning_light.targets import TargetsLike, as_targets
+from lightning_light.trained_weights import uncovered_parameters
 from lightning_light.validation import Moment, PositiveFloat, validated
 
 if TYPE_CHECKING:
@@ -240,8 +241,12 @@ class WeightClustering(CompressionCallback):
 
     def _cluster(self, trainer: Trainer, pl_module: LightningModule, left_alone: list[str]) -> None:
         layers: dict[str, dict[str, Any]] = {}
+        clustered: list[nn.Parameter] = []
         for name, parameter in clusterable_weights(pl_module, self.options, left_alone=left_alone):
             layers[name] = broadcast(trainer, plain_entry(first_clusters(parameter, self.options)))
+            clustered.append(parameter)
+        if uncovered := uncovered_parameters(pl_module, as_targets(self.options.targets), clustered):
+            log_rank_zero(trainer, f"{self.method}: not covered, in no layer with known weights: {uncovered}")
         self.state(pl_module)["layers"] = layers
         self.claim(pl_module, layers)
         for _, parameter, entry in self._entries(pl_module):
@@ -290,9 +295,9 @@ class WeightClustering(CompressionCallback):
         bits = {name: clustered_sizes({"weight": weight})[0].bits for name, weight in weights.items()}
         count = max(sum(weight.numel() for weight in weights.values()), 1)
         total = sum(bits[name] * weight.numel() for name, weight in weights.items()) / count
-        metrics = {f"{self.method}/bits/{name}": value for name, value in bits.items()} | {f"{self.method}/bits": total}
+        curves = {f"{self.method}/bits/{name or 'weight'}": value for name, value in bits.items()}
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=steps_done(trainer))
+            logger.log_metrics(curves | {f"{self.method}/bits": total}, step=steps_done(trainer))
         for name, value in bits.items():
             self.state(pl_module)["layers"][name]["coded_bits"] = value
         values = f"{plural(len(bits), 'layer')} of at most {self.options.clusters} values"

@@ -72,8 +72,10 @@ def _on_meta(name: str, function: Any, args: Sequence[Any], kwargs: Mapping[str,
     """Run a product without its bias, for which torch's meta kernels are slow, on the meta device."""
     moved = [x.to("meta") if isinstance(x, Tensor) else x for x in args]
     if name == "scaled_dot_product_attention":
-        plain = len(args) == 3 and kwargs.get("attn_mask") is None and not kwargs.get("enable_gqa")
-        return moved[0] @ moved[1].transpose(-1, -2) @ moved[2] if plain else None
+        if len(args) != 3 or kwargs.get("enable_gqa"):
+            return None
+        scores, mask = moved[0] @ moved[1].transpose(-1, -2), kwargs.get("attn_mask")
+        return (scores if mask is None else mask.to("meta").expand(scores.shape)) @ moved[2]
     if kwargs:
         return None
     if name == "linear":

@@ -120,7 +120,9 @@ def function_name(function: Any) -> str:
 def seed_for(function: Any, position: int) -> None:
     """Seed torch before a random function, by its position in the pass: other shapes draw the same values elsewhere."""
     if function_name(function) in _RANDOM:
-        torch.manual_seed(position)
+        torch.default_generator.manual_seed(position)  # `torch.manual_seed` formats the stack for every other device
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch's own signature
+            torch.cuda.manual_seed_all(position)
 
 
 @dataclass(frozen=True, eq=False)

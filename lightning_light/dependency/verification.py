@@ -62,7 +62,8 @@ def trace_verified(
         protect(tracer, graph)
         graph = graph_of(model, tracer)
     failing = trials.failing(graph)
-    mends: list[_Mend] = [partial(_couple, found_by=candidates) for candidates in (_widths, _equal_parts, _both)]
+    finders = (_counted_together, _widths, _equal_parts, _both)
+    mends: list[_Mend] = [partial(_couple, found_by=candidates) for candidates in finders]
     for mend in (lower_attributes, *mends):
         if failing and mend(trials, failing):
             graph = graph_of(model, tracer)
@@ -105,7 +106,7 @@ def _widths(tracer: Tracer) -> list[Tensor]:
 
 def _equal_parts(tracer: Tracer) -> list[Tensor]:
     """Return the parts of ``a, b = x.chunk(2, dim=1)``, and different channels that one size attribute counts."""
-    return [part for part in (*tracer.parts, *_counted_together(tracer)) if part.shape[1] > TOO_FEW]
+    return [*(part for part in tracer.parts if part.shape[1] > TOO_FEW), *_counted_together(tracer)]
 
 
 def _both(tracer: Tracer) -> list[Tensor]:
@@ -119,7 +120,8 @@ def _counted_together(tracer: Tracer) -> list[Tensor]:
         roots = tracer.union.roots(attribute.labels)
         counted.setdefault((attribute.module, attribute.attribute), {})[tuple(roots.tolist())] = roots
     kinds = [list(found.values()) for found in counted.values() if len(found) > 1]
-    return [torch.stack(found) for found in kinds if len({labels.numel() for labels in found}) == 1]
+    equal = [found for found in kinds if len({labels.numel() for labels in found}) == 1]
+    return [torch.stack(found) for found in equal if found[0].numel() > TOO_FEW]
 
 
 def _passing(trials: Trials, parts: Sequence[Tensor]) -> list[Tensor]:

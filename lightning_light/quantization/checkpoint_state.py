@@ -15,15 +15,18 @@ from typing_extensions import override
 from lightning_light.encoding import decode, encode
 from lightning_light.errors import LightningLightError
 from lightning_light.example_input import ExampleInput
+from lightning_light.nested import tensors_in
 from lightning_light.quantization.fake_quantize import merge_ranges
 from lightning_light.quantization.fake_quantizer import FakeQuantizer
 from lightning_light.quantization.learned_qparams import initial_values, learned_by
 from lightning_light.quantization.plan import QuantizationPlan, plan_quantization
 from lightning_light.quantization.recipes import Engine, Recipe
 from lightning_light.quantization.specs import WeightSpec
-from lightning_light.quantization.trace import trace_ops
+from lightning_light.quantization.trace import Trace, trace_ops
 from lightning_light.schema import Context, Length, PlainExample, Rule, TensorOf, check_schema, damage
 from lightning_light.surgery.attachment import state_of
+from lightning_light.targets import Targets
+from lightning_light.trained_weights import uncovered_parameters
 from lightning_light.validation import NonNegativeFloat, NonNegativeInt, Range, validated
 
 __all__ = [
@@ -112,11 +115,22 @@ class SoundState(Rule):
 
 def begin(state: dict[str, Any], model: nn.Module, example: ExampleInput, recipe: Recipe) -> QuantizationPlan:
     """Plan the quantization of ``model``, and write a state in which nothing is observed yet."""
-    plan = plan_quantization(model, trace_ops(model, example.args, example.kwargs).nodes, recipe)
+    trace = trace_ops(model, example.args, example.kwargs)
+    plan = plan_quantization(model, trace.nodes, recipe)
+    others = _other_matrices(model, trace)
+    plan.left_float.update(dict.fromkeys(others, "a parameter of the network's own code, not the weight of a layer"))
     ranges = torch.tensor([[torch.inf, -torch.inf]] * len(plan.activations)).reshape(-1, 2)
     state.clear()
     state |= encode(QuantizationState(plan, ranges, recipe.engine))
     return plan
+
+
+def _other_matrices(model: nn.Module, trace: Trace) -> list[str]:
+    """Name the large matrices that the traced pass reads, but no operator with a quantized weight."""
+    weights = [node.named["weight"] for node in trace.nodes if node.role == "layer"]
+    read = {id(tensor) for call in trace.op_calls for tensor in tensors_in([*call.args, call.kwargs])}
+    others = {name: model.get_parameter(name) for name in uncovered_parameters(model, Targets(), weights)}
+    return [name for name, parameter in others.items() if id(parameter) in read and 1 not in parameter.shape]
 
 
 def merge(state: dict[str, Any], quantizer: FakeQuantizer, seen: Tensor, momentum: Tensor | None = None) -> None:

@@ -25,7 +25,7 @@ from lightning_light.sparsity.mask_enforcer import MaskEnforcer, StepHooks, mask
 from lightning_light.sparsity.mask_state import cut_masks
 from lightning_light.sparsity.options import WeightPruningOptions
 from lightning_light.sparsity.planning import PruningPlan, plan_pruning
-from lightning_light.sparsity.weights import MaskableWeight, uncovered_parameters
+from lightning_light.sparsity.weights import MaskableWeight
 from lightning_light.surgery.attachment import check_owners
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.checkpoint_monitoring import reset_monitoring
@@ -33,6 +33,7 @@ from lightning_light.surgery.distributed import broadcast, log_rank_zero
 from lightning_light.surgery.masks import true_masks
 from lightning_light.targets import as_targets
 from lightning_light.timing import Events
+from lightning_light.trained_weights import uncovered_parameters
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -91,7 +92,8 @@ class MaskingCallback(CompressionCallback):
         self._run_plan = self._planned(pl_module)
         if self._is_settled or not masks:
             self._check_plan(masks)
-        if uncovered := uncovered_parameters(pl_module, self._weights, as_targets(self.options.targets)):
+        parameters = (weight.parameter for weight in self._weights)
+        if uncovered := uncovered_parameters(pl_module, as_targets(self.options.targets), parameters):
             log_rank_zero(trainer, f"{type(self).method}: not covered, in no layer with known weights: {uncovered}")
         self._refuse_overlap(trainer)
         if not self.resumed(pl_module):

@@ -97,6 +97,8 @@ def plan_pruning(
         BudgetError: the budget leaves a layer without a unit.
     """
     weights = find_weights(model, as_targets(options.targets), method, left_alone)
+    if "inputs" in options.criterion.needs:  # what code of the network itself multiplies with, no hook can read
+        weights = [weight for weight in weights if weight.layer] or weights
     _check_pattern(method, weights, options.pattern)
     check_evidence(method, options.criterion, weights)
     own: dict[str, float] = {}

@@ -13,7 +13,7 @@ from lightning_light.helper_networks import inside
 from lightning_light.targets import Targets
 from lightning_light.trained_weights import TrainedWeight, loose_parameters, other_parametrizations, trained_weights
 
-__all__ = ["MaskableWeight", "find_weights", "uncovered_parameters"]
+__all__ = ["MaskableWeight", "find_weights"]
 
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
 _MARKS = ("weight", "proj")
@@ -80,13 +80,6 @@ def find_weights(
             "Widen `targets`."
         )
     return list(found.values())
-
-
-def uncovered_parameters(model: nn.Module, weights: Iterable[MaskableWeight], targets: Targets) -> list[str]:
-    """Name the large parameters of two or more axes that are in no layer of torch and have no mask."""
-    covered = {id(weight.parameter) for weight in weights}
-    loose = loose_parameters(model, targets.select(model, root=True))
-    return [name for name, parameter in loose.items() if id(parameter) not in covered]
 
 
 def _named(parameters: Iterable[str]) -> str:
