@@ -143,6 +143,7 @@ class Solver:
             measured = {**best.costs, **self._file_costs(best.items, network)}
             score = best.score if self._recipe is None else self._evaluator.score(network, self._recipe)
             best = Candidate(best.items, score, measured)
+            del network
             excess = {q: measured[q] / goal for q, goal in self._goals.items()}
             found.append((max(excess.values()), best))
             if found[-1][0] <= 1.0 + _ROUNDING:
@@ -202,6 +203,7 @@ class Solver:
                 self.evaluated.append(self._known[found])
                 return
             self._refused.append(found)
+            del network  # before the next one is made
             limits = {quantity: limit - over.get(quantity, 0.0) for quantity, limit in limits.items()}
 
     def _choose(
