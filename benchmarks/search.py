@@ -1,10 +1,12 @@
-"""Search widths, ranks and depth of a CIFAR-10 ResNet-20 under the latency and the size of its int8 file.
+"""Search widths, ranks and depth of a CIFAR-10 ResNet-20 under the latency and the size of its int8 file, or its MACs.
 
     python benchmarks/search.py --data cifar10.npz --weights resnet20_cifar10.pt --work runs --seconds 0.7 --bytes 0.8
+    python benchmarks/search.py --data cifar10.npz --weights resnet20_cifar10.pt --work runs --macs 0.7265
 
 Each kind of choice alone, and all jointly, by the same number of evaluations; the same recovery for every row: SGD on
 flipped images, the outputs of the dense network as targets, under bfloat16 mixed precision. Budgets and costs are
-fractions of the dense network's int8 file in ONNX Runtime, one thread; accuracies are those of the written int8 files.
+fractions of the dense network's int8 file in ONNX Runtime, one thread; accuracies are those of the written int8 files,
+under MACs those of the float network too.
 The table and every row are kept: a second budget needs no new table, and an interrupted run continues.
 """
 
@@ -19,7 +21,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.nn.functional as F
-from cifar_resnet import EXAMPLE, read
+from cifar_resnet import EXAMPLE, accuracy, read
 from nets import cifar_resnet
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -34,6 +36,7 @@ from lightning_light.nas.costs import Meter
 from lightning_light.nas.evaluation import Evaluator, split_batches
 from lightning_light.nas.sensitivity import fill_table
 from lightning_light.nas.solver import Solver
+from lightning_light.nas.table import savings_of
 from lightning_light.report.figures import svg
 
 SPACE = [
@@ -59,14 +62,21 @@ class Search:
         self.table = SearchTable.open("search", table, self.evaluator.digest(), items)
         fill_table(self.table, self.evaluator, self.meter, RECIPE, progress_bar=True)
 
-    def assignment(
-        self, kind: str, seconds: float, size: float, evaluations: int, figure: Path | None
-    ) -> dict[str, Any]:
+    def count(self) -> None:
+        """Replace the costs by multiply-accumulates, which shapes alone decide."""
+        self.meter = Meter([ll.MACs(1.0)], self.example, None, None)
+        shapes = Evaluator(self.dense, self.example, SPACE, (), ())
+        table = replace(self.table, costs=self.meter.count(self.dense), path=None)
+        found = {i.name: savings_of(table, self.meter.count(shapes.changed([i]))) for i in table.items}
+        self.table = replace(table, savings=found)
+
+    def assignment(self, kind: str, limits: dict[str, float], evaluations: int, figure: Path | None) -> dict[str, Any]:
         """Return the items of the best network, with what it costs, or the least that the kind can reach."""
         mine = replace(self.table, items=[i for i in self.table.items if i.kind in KINDS[kind]], path=None)
         dense = self.table.costs
-        goals = {"seconds": seconds * dense["seconds"], "bytes": size * dense["bytes"]}
-        solver = Solver("search", mine, self.evaluator, self.meter, goals, RECIPE, 0)
+        goals = {quantity: fraction * dense[quantity] for quantity, fraction in limits.items()}
+        recipe = RECIPE if self.meter.of_file else None
+        solver = Solver("search", mine, self.evaluator, self.meter, goals, recipe, 0)
         try:
             solver.check_reachable()
             best = solver.solve(evaluations, progress_bar=True)
@@ -75,7 +85,7 @@ class Search:
         if figure is not None:
             predicted, evaluated = solver.predicted(best.items), tuple(solver.evaluated)
             result = SearchResult(best.items, True, mine, goals, predicted, best.costs, best.score, evaluated)
-            figure.write_text(svg(result.figure("seconds")))
+            figure.write_text(svg(result.figure()))
         return {
             "items": [item.name for item in best.items],
             "costs": {key: best.costs[key] / dense[key] for key in goals},
@@ -111,12 +121,12 @@ def targets_of(dense: nn.Module, data: TensorDataset, path: Path) -> Tensor:
     return torch.load(path, weights_only=True)
 
 
-def recover(net: nn.Module, images: Tensor, targets: Tensor, steps: int, seed: int) -> None:
+def recover(net: nn.Module, images: Tensor, targets: Tensor, steps: int, lr: float, seed: int) -> None:
     """Train ``steps`` batches of 128 images, in channels-last format under bfloat16 mixed precision."""
     L.seed_everything(seed, verbose=False)
     net.train().to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=steps + 1)
+    optimizer = torch.optim.SGD(net.parameters(), lr, momentum=0.9, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1)
     order = torch.cat([torch.randperm(len(images)) for _ in range(steps * 128 // len(images) + 1)])
     for chosen in order[: steps * 128].split(128):
         flipped = torch.rand(len(chosen)) < 0.5
@@ -141,8 +151,10 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--seconds", type=float, default=0.7, help="of the dense int8 file")
     parser.add_argument("--bytes", type=float, default=0.8, help="of the dense int8 file")
+    parser.add_argument("--macs", type=float, help="of the dense network, in place of the file's latency and size")
     parser.add_argument("--evaluations", type=int, default=20)
     parser.add_argument("--steps", type=int, default=390, help="of recovery; 390 are one epoch")
+    parser.add_argument("--lr", type=float, default=0.05, help="of recovery, the largest")
     parser.add_argument("--test-images", type=int, default=10_000)
     parser.add_argument("--figure", type=Path, help="SVG of the networks that the joint search compares")
     parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=list(KINDS))
@@ -174,19 +186,24 @@ def main() -> None:
 
     def recovered(items: list[str], seed: int) -> dict[str, float]:
         small = search.network(items)
-        recover(small, data["train"].tensors[0], targets, args.steps, seed)
-        return {"after": search.file_accuracy(small, test, file)}
+        recover(small, data["train"].tensors[0], targets, args.steps, args.lr, seed)
+        found = {"float": accuracy(small, test)} if "macs" in limits else {}
+        return {**found, "after": search.file_accuracy(small, test, file)}
 
-    budget = f"seconds {args.seconds:g}, bytes {args.bytes:g}"
-    limits = args.seconds, args.bytes, args.evaluations
+    limits = {"seconds": args.seconds, "bytes": args.bytes}
+    if args.macs is not None:
+        limits = {"macs": args.macs}
+        search.count()
+    budget = ", ".join(f"{quantity} {limit:g}" for quantity, limit in limits.items())
+    rate = "" if args.lr == parser.get_default("lr") else f" lr {args.lr:g},"
     found = {}
     for kind in args.kinds:
         figure = args.figure if kind == "joint" else None
-        found[kind] = keep(f"{budget}: {kind}", lambda: search.assignment(kind, *limits, figure))  # noqa: B023
+        found[kind] = keep(f"{budget}: {kind}", lambda: search.assignment(kind, limits, args.evaluations, figure))  # noqa: B023
     for seed in args.seeds:
         for kind, one in found.items():
             if "items" in one:
-                name = f"{budget}: {kind}, {args.steps} steps, seed {seed}"
+                name = f"{budget}: {kind}, {args.steps} steps,{rate} seed {seed}"
                 keep(name, lambda one=one, seed=seed: recovered(one["items"], seed))
     keep(f"dense, {len(test)} images", lambda: {"after": search.file_accuracy(dense, test, file), **search.table.costs})
 

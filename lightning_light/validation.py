@@ -394,6 +394,9 @@ def _type_hint(annotation: Any, name: str, value: object, default: object) -> st
         return f"Pass an instance: `{_written(value)}`."
     if isinstance(value, numbers.Number | torch.Tensor) and hasattr(value, "item"):
         return f"Convert it to a number of Python: `{_assigned(name, 'value.item()')}`."
+    origins: list[Any] = [get_origin(one) for one in _alternatives(annotation)]
+    if hasattr(value, "train_dataloader") and collections.abc.Iterable in origins:
+        return f"Give a loader of the data module: `{_assigned(name, 'data_module.train_dataloader()')}`."
     for one in _alternatives(annotation):
         if get_origin(one) in (list, collections.abc.Sequence) and _conforms([value], one):
             return f"Write a list: `{_assigned(name, f'[{_shown(value)}]')}`."

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import median
 
 from torch import nn
 
@@ -30,8 +30,8 @@ _TURNS, _RUNS = 5, 20
 class Meter:
     """Measure the quantities of several budgets.
 
-    Without a runtime the bytes are those of the stored tensors. Latencies are medians of calls in turns with the first
-    network that was measured, so that a change of the machine's load affects both.
+    Without a runtime the bytes are those of the stored tensors. The latency of the first network is a median; those of
+    the others are relative to it, by the least 10th percentiles of calls in turns, which other processes affect least.
 
     Args:
         budgets: each of another quantity.
@@ -87,6 +87,7 @@ class Meter:
                     run = load_exported(path, exporter=self._runtime, batch="one")
                 tensors = list(tensors_in((sample.args, sample.kwargs)))
                 found[Latency.quantity] = self._in_turns(lambda: run(*tensors))
+        gc.collect()  # the networks of the export are in cycles of references
         return {quantity: value for quantity, value in found.items() if quantity in self.of_file}
 
     def _in_turns(self, run: Callable[[], object]) -> float:
@@ -95,11 +96,11 @@ class Meter:
             self._first = run, measure_latency(run, runs=_TURNS * _RUNS, threads=self._threads).median
             return self._first[1]
         first, seconds = self._first
-        ratios = []
+        least = [float("inf")] * 2
         for _ in range(_TURNS):
-            before, now = (measure_latency(one, warmup=3, runs=_RUNS, threads=self._threads) for one in (first, run))
-            ratios.append(now.median / before.median)
-        return seconds * median(ratios)
+            timed = [measure_latency(one, warmup=3, runs=_RUNS, threads=self._threads).p10 for one in (first, run)]
+            least = list(map(min, least, timed))
+        return seconds * least[1] / least[0]
 
     @property
     def _threads(self) -> int:

@@ -59,6 +59,9 @@ class Evaluator:
         evaluation: calls on which outputs are compared.
         distance: of the outputs.
         class_dim: which dimension counts classes.
+
+    Raises:
+        ValueError: an output of the network is not finite, or has no dimension ``class_dim``.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class Evaluator:
         self._distance: Distance = distance
         self._class_dim = class_dim
         self._plain = self._outputs(model)
+        self._check_outputs()
         self._statistics = measure_statistics(model, self.calibration)
 
     def changed(self, items: Iterable[Item], recipe: Recipe | None = None) -> nn.Module:
@@ -104,6 +108,20 @@ class Evaluator:
         tensors = {name: tensor for name, tensor in self.model.state_dict().items() if isinstance(tensor, Tensor)}
         calls = [list(tensors_in((call.args, call.kwargs))) for call in (*self.calibration, *self.evaluation)]
         return digest([tensors, calls, len(self.calibration), self._distance, self._class_dim])
+
+    def _check_outputs(self) -> None:
+        for tensor in (tensor for tensor in tensors_in(self._plain) if tensor.is_floating_point()):
+            by_class = self._distance == "kl"
+            if by_class and not -tensor.dim() <= self._class_dim < tensor.dim():
+                raise ValueError(
+                    f"`class_dim={self._class_dim}` on `{type(self.model).__name__}`: expected a dimension of its "
+                    f'outputs, found the shape {tuple(tensor.shape)}. For outputs without classes: `distance="mse"`.'
+                )
+            if not tensor.isfinite().all():
+                raise ValueError(
+                    f"Search on `{type(self.model).__name__}`: expected finite outputs of the network as it is, found "
+                    "others. Check its weights and `data`."
+                )
 
     def _outputs(self, network: nn.Module) -> list[Any]:
         with isolated(network):

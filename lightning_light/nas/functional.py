@@ -140,10 +140,10 @@ def find_assignment(
     runtime, recipe = options.file_of(budgets)
     if runtime is not None:
         runtime.check()
-    items = _items(call, model, example, options)
     evaluator = Evaluator(
         model, example, options.choices, *parts, distance=options.distance, class_dim=options.class_dim
     )
+    items = _items(call, model, example, options)
     meter = Meter(budgets, example, runtime, recipe)
     where = [platform.node()] if "seconds" in meter.of_file else []
     versions = [torch.__version__, "" if runtime is None else runtime.runtime(), *where]

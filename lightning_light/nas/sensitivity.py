@@ -49,6 +49,7 @@ def fill_table(
         table.shapes[item.name] = _shapes(network, evaluator.example)
         table.savings[item.name] = savings_of(table, meter.count(network))
         table.distances[item.name] = evaluator.score(network).distance
+        del network  # before the next one is made
         table.save()
     groups = [group for group in _equal(table) if now.keys() - table.savings[group[0].name].keys()]
     for group in with_progress_bar(groups, len(groups), "files", shown=progress_bar):

@@ -104,10 +104,9 @@ class Solver:
         met: dict[str, float] = {}
         for quantity, goal in self._goals.items():
             if (least := self._least(quantity, met)) > goal * (1.0 + _ROUNDING):
-                others = ", ".join(f"{name} <= {value:.6g}" for name, value in met.items())
                 raise BudgetError(
                     f"`{self._call}(...)` cannot meet its budgets together: expected {quantity} <= {goal:.6g}, found "
-                    f"{least:.6g} where {others}. Relax one of them, or add choices to `space`."
+                    f"{least:.6g} where {_written(met, ' <= ')}. Relax one of them, or add choices to `space`."
                 )
             met[quantity] = goal
 
@@ -143,6 +142,7 @@ class Solver:
             measured = {**best.costs, **self._file_costs(best.items, network)}
             score = best.score if self._recipe is None else self._evaluator.score(network, self._recipe)
             best = Candidate(best.items, score, measured)
+            del network
             excess = {q: measured[q] / goal for q, goal in self._goals.items()}
             found.append((max(excess.values()), best))
             if found[-1][0] <= 1.0 + _ROUNDING:
@@ -155,9 +155,9 @@ class Solver:
         nearest = min(found, key=lambda pair: pair[0], default=None)
         if nearest is None or nearest[0] > 1.0 + _TOLERANCE:
             raise BudgetError(
-                f"`{self._call}(...)`: expected an assignment that meets {self._goals}, found none among the evaluated "
-                f"ones; the nearest has {nearest[1].costs if nearest else 'more'}. Give a milder budget, or add "
-                "choices to `space`."
+                f"`{self._call}(...)`: expected an assignment that meets {_written(self._goals, ' <= ')}, found none "
+                f"among the evaluated ones{f'; the nearest has {_written(nearest[1].costs)}' if nearest else ''}. Give "
+                "a milder budget, or add choices to `space`."
             )
         return nearest[1]
 
@@ -202,6 +202,7 @@ class Solver:
                 self.evaluated.append(self._known[found])
                 return
             self._refused.append(found)
+            del network  # before the next one is made
             limits = {quantity: limit - over.get(quantity, 0.0) for quantity, limit in limits.items()}
 
     def _choose(
@@ -239,3 +240,7 @@ class Solver:
             if least <= self._goals[quantity]:
                 break
         return least
+
+
+def _written(costs: Mapping[str, float], sign: str = " ") -> str:
+    return ", ".join(f"{quantity}{sign}{value:.6g}" for quantity, value in costs.items())

@@ -61,7 +61,7 @@ class SearchTable(Tabular):
         try:
             stored: dict[str, Any] = json.loads(path.read_text())
             names, found = list(stored["items"]), str(stored["digest"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"`{call}(table={str(path)!r})`: expected a table of a search, found a file that is none "
                 f"({type(error).__name__}: {error}). Give another path."

@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -47,20 +48,33 @@ def make_storage(storage: Any, grace_period: int) -> Any:
     Args:
         storage: a path, a URL of a database, an object of ``optuna.storages``, or None for memory.
         grace_period: seconds without a heartbeat after which a trial counts as killed, and is run again.
+
+    Raises:
+        ValueError: the database cannot be opened.
     """
     if not isinstance(storage, str | os.PathLike):
         return storage
     from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
+    from sqlalchemy.exc import SQLAlchemyError
 
-    url = str(storage) if "://" in str(storage) else f"sqlite:///{os.path.abspath(storage)}"
-    with ignored_warnings(_EXPERIMENTAL):
-        return RDBStorage(
-            url,
-            engine_kwargs={"connect_args": {"timeout": 60}} if url.startswith("sqlite") else None,
-            heartbeat_interval=max(1, grace_period // 5),
-            grace_period=grace_period,
-            heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=_RETRIES),
-        )
+    url = str(storage)
+    if "://" not in url:
+        Path(url).parent.mkdir(parents=True, exist_ok=True)
+        url = f"sqlite:///{os.path.abspath(url)}"
+    try:
+        with ignored_warnings(_EXPERIMENTAL):
+            return RDBStorage(
+                url,
+                engine_kwargs={"connect_args": {"timeout": 60}} if url.startswith("sqlite") else None,
+                heartbeat_interval=max(1, grace_period // 5),
+                grace_period=grace_period,
+                heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=_RETRIES),
+            )
+    except SQLAlchemyError as error:
+        raise ValueError(
+            f"`tune(storage={str(storage)!r})`: expected the path of an SQLite file or the URL of a database, found "
+            f"one that cannot be opened ({str(error).splitlines()[0]}). Give another path or URL."
+        ) from error
 
 
 def sampler_of(make: Callable[..., BaseSampler] | None, seed: int) -> BaseSampler:

@@ -184,22 +184,30 @@ class _Job:
             trainer = host_class(module, "Trainer")(
                 **{**_QUIET, **self.trainer}, callbacks=[RunStart(seed=self.seed), *callbacks, *reports]
             )
-            _refuse_several_processes(trainer)
             _fit(trainer, module, self.data() if callable(self.data) else _copy_data(self.data))
         finally:
             captured.remove()
         found = {key: float(value) for key, value in trainer.callback_metrics.items()}
         costs = {key: _COSTS[key] for key in _COSTS if key in self.objectives and key not in found}
         found |= {key: cost.measure(module, captured.example) for key, cost in costs.items()}
-        found |= self.measure(module) if self.measure is not None else {}
+        found |= self._measured(module)
         return tuple(_finite(key, found) for key in self.objectives)
+
+    def _measured(self, module: nn.Module) -> Mapping[str, float]:
+        found = {} if self.measure is None else self.measure(module)
+        if not isinstance(found, Mapping):
+            raise TypeError(
+                f"`tune(measure=...)`: expected a function that returns objectives by name, found one that returns "
+                f"{type(found).__name__}. Return for instance `{{'milliseconds': 1.5}}`."
+            )
+        return found
 
 
 def _check(module: Any, data: Any, objectives: Mapping[str, str], trainer: Mapping[str, Any], pruner: Any) -> None:
     """Refuse, before anything is trained, what cannot work."""
     try:
         import jsonargparse  # noqa: F401
-        import optuna  # noqa: F401
+        import optuna
     except ImportError as error:
         raise UnsupportedError(
             f"`tune(...)`: expected the packages optuna and jsonargparse, found that one cannot be imported ({error}). "
@@ -214,6 +222,11 @@ def _check(module: Any, data: Any, objectives: Mapping[str, str], trainer: Mappi
         )
     if not objectives:
         raise ValueError('`tune(objectives={})`: expected an objective. Write `objectives={"val_accuracy": "max"}`.')
+    if pruner is not None and not isinstance(pruner, optuna.pruners.BasePruner):
+        raise TypeError(
+            f"`tune(pruner={pruner!r})`: expected an object of `optuna.pruners`, found {pruner!r}. Write "
+            "`pruner=optuna.pruners.MedianPruner()`."
+        )
     if pruner is not None and len(objectives) > 1:
         raise ValueError(
             f"`tune(objectives={dict(objectives)}, pruner=...)`: expected one objective, found {len(objectives)}, and "
@@ -225,6 +238,7 @@ def _check(module: Any, data: Any, objectives: Mapping[str, str], trainer: Mappi
         )
     if not {"max_epochs", "max_steps", "max_time"} & trainer.keys():
         raise ValueError('`tune(trainer={})`: expected the length of a trial. Write `trainer={"max_epochs": 5}`.')
+    _refuse_several_processes(host_class(module, "Trainer")(**{**_QUIET, **trainer}))
 
 
 def _callbacks_of(space: Any, module: nn.Module) -> Callable[[Any], list[Any]]:

@@ -3,17 +3,23 @@
 import copy
 import itertools
 import json
+import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lightning_light as ll
+from lightning_light.example_input import ExampleInput
 from lightning_light.measure import count_cost
-from lightning_light.nas import BlockChoices, ChannelChoices, OperatorChoices, RankChoices
+from lightning_light.nas import BlockChoices, ChannelChoices, OperatorChoices, RankChoices, SearchTable
+from lightning_light.nas.costs import Meter
+from lightning_light.nas.evaluation import Evaluator
+from lightning_light.nas.sensitivity import fill_table
 from lightning_light.substitution import DepthwiseSeparable
 from lightning_light.surgery import manifest_of, restructure
 
@@ -136,6 +142,39 @@ def test_the_exact_solution_is_the_least_of_all_feasible_sets() -> None:
     assert frozenset(result.items) in best
 
 
+class Counted(nn.Sequential):
+    """Count the samples of all forward passes, and the copies that exist at once."""
+
+    samples, most = 0, 0
+    copies: ClassVar[weakref.WeakSet[nn.Module]] = weakref.WeakSet()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.copies.add(self)
+        Counted.most = max(Counted.most, len(self.copies))
+
+    def forward(self, x: Tensor) -> Tensor:
+        Counted.samples += len(x)
+        out: Tensor = super().forward(x)
+        return out
+
+
+def test_the_table_takes_equal_work_per_choice_and_one_copy_at_a_time() -> None:
+    example, net = ExampleInput.of(EXAMPLE), Counted(*network())
+    meter = Meter([ll.MACs(0.5)], example, None, None)
+    evaluator = Evaluator(net, example, SPACE[2:], *(map(ExampleInput.of, part) for part in (batches(1), batches(2))))
+    items = SPACE[2].items(net, example)
+    work = []
+    for count in range(len(items) + 1):
+        Counted.samples = 0
+        fill_table(SearchTable("", items[:count]), evaluator, meter, None, progress_bar=False)
+        work.append(Counted.samples)
+    per_choice = {after - before for before, after in itertools.pairwise(work)}
+    assert len(per_choice) == 1
+    assert 96 <= per_choice.pop() < 110  # three batches of 32, and what the shapes are counted with
+    assert Counted.most == 1
+
+
 @pytest.mark.slow
 def test_an_interrupted_table_continues_and_that_of_other_weights_starts_again(tmp_path: Path) -> None:
     path = tmp_path / "table.json"
@@ -200,12 +239,15 @@ def test_the_written_int8_file_meets_its_size(tmp_path: Path) -> None:
         (ll.MACs(0.01), {"space": [BlockChoices()]}, r"cannot reach the budget: expected macs <= .*, found \d"),
         (ll.MACs(0.5), {"data": batches(1)}, r"`search\(data=...\)`: expected at least two batches.*found 1"),
         (ll.MACs(0.5), {"space": [BlockChoices("7")]}, r"expected at least one choice, found no block"),
+        (ll.MACs(0.5), {"data": L.LightningDataModule()}, r"Give a loader .*`data=data_module.train_dataloader\(\)`"),
+        (ll.MACs(0.5), {"data": [one * torch.inf for one in batches()]}, r"expected finite outputs .*, found others"),
+        (ll.MACs(0.5), {"class_dim": 2}, r"`class_dim=2` on `Sequential`: .* found the shape \(32, 5\)"),
     ],
 )
 def test_what_cannot_work_is_one_sentence_and_changes_nothing(budget: Any, options: Any, sentence: str) -> None:
     net = network()
     before = copy.deepcopy(net.state_dict())
-    with pytest.raises((ValueError, ll.LightningLightError), match=sentence):
+    with pytest.raises((TypeError, ValueError, ll.LightningLightError), match=sentence):
         run(net, budget, **options)
     assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
 
@@ -217,3 +259,5 @@ def test_a_table_of_another_space_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(ValueError, match="expected a table of a search, found a file that is none"):
         run(network(), ll.MACs(0.9), table=tmp_path / "other.json", dry_run=True)
+    with pytest.raises(ValueError, match=r"a file that is none \(IsADirectoryError"):
+        run(network(), ll.MACs(0.9), table=tmp_path, dry_run=True)

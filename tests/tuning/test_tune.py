@@ -67,8 +67,8 @@ def test_trials_are_repeatable_and_leave_module_and_generators_alone() -> None:
 def test_a_study_that_is_continued_equals_one_that_ran_through(tmp_path: Path) -> None:
     options = {"sampler": functools.partial(optuna.samplers.TPESampler, n_startup_trials=2)}
     through = tuned(trials=4, **options)
-    tuned(trials=3, storage=tmp_path / "study.db", **options)
-    again = tuned(trials=4, storage=tmp_path / "study.db", **options)
+    tuned(trials=3, storage=tmp_path / "new" / "study.db", **options)
+    again = tuned(trials=4, storage=tmp_path / "new" / "study.db", **options)
     assert numbers(again.study) == numbers(through.study)
     assert len(again.study.trials) == 4
 
@@ -230,6 +230,10 @@ def test_two_processes_lose_and_repeat_nothing_when_one_is_killed(tmp_path: Path
         ({"trainer": {"accelerator": "cpu"}}, ValueError, "expected the length of a trial"),
         ({"space": lambda trial: [trial]}, TypeError, "expected a list of callbacks, found list"),
         ({"space": [{"class_path": "Prunning", "init_args": {"a": {"low": 1, "high": 2}}}]}, ValueError, "Prunning"),
+        ({"trainer": {**QUICK, "devices": 2}}, ll.errors.UnsupportedError, "expected trials of one process, found 2"),
+        ({"pruner": optuna.pruners.MedianPruner}, TypeError, "expected an object of `optuna.pruners`, found <class"),
+        ({"measure": lambda module: None}, TypeError, r"returns objectives by name, found .* NoneType"),
+        ({"storage": Path()}, ValueError, r"`tune\(storage='.'\)`: .* that cannot be opened"),
         (
             {"objectives": {"val_loss": "min", "macs": "min"}, "pruner": optuna.pruners.MedianPruner()},
             ValueError,
