@@ -174,7 +174,8 @@ class BranchedConv2d(ExpandedConv2d):
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        if self.training and not any(map(_is_observed, self.parts())):
+        compiling = torch.compiler.is_compiling()  # a compiler fuses the batch norms of the layers
+        if self.training and not compiling and not any(map(_is_observed, self.parts())):
             return self._merged_by_batch(x)
         output = self.main(x)
         for branch in self.branches:

@@ -329,3 +329,11 @@ def test_no_batch_norm_runs_in_training_unless_a_layer_is_observed(form: Form) -
             found.add(type(node).__name__)
             nodes += [following for following, _ in node.next_functions if following is not None]
         assert any("BatchNorm" in name for name in found) == runs
+
+
+def test_expanded_layers_compile_into_one_graph() -> None:
+    model, x = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1)), torch.randn(2, 4, 8, 8)
+    expand_branches(model, None, DBB())
+    trained(model, x)
+    expected = copy.deepcopy(model).train()(x)
+    assert difference(torch.compile(model.train(), backend="eager", fullgraph=True)(x), expected) <= 1e-5
