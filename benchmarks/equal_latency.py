@@ -111,7 +111,7 @@ class Study:
         """Compress, train, and measure."""
         net = self.compressed(method, remaining, seed)
         before, started = top1(net.eval(), self.task), time.process_time()
-        module = self.task.module(net).train()
+        module = self.task.module(net).train().to(memory_format=torch.channels_last)
         if epochs:
             teacher = ll.KnowledgeDistillation(copy.deepcopy(self.dense))
             trainer = L.Trainer(max_epochs=epochs, precision="bf16-mixed", callbacks=[teacher], **QUIET)

@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from typing_extensions import override
 
 from lightning_light.errors import UnsupportedError
@@ -16,7 +15,7 @@ from lightning_light.example_input import ExampleInput
 from lightning_light.formatting import DataTable, Tabular, layer_lines
 from lightning_light.merging import BranchedLayer
 from lightning_light.order import Stage
-from lightning_light.reparameterization.branches import Branch, ExpandedConv2d, Spec, expand
+from lightning_light.reparameterization.branches import ExpandedConv2d, Spec, expand, is_replaced
 from lightning_light.reparameterization.forms import Form
 from lightning_light.surgery.operations import register_operation
 from lightning_light.surgery.plain_layers import why_not_plain
@@ -247,11 +246,8 @@ def replay_merging(model: nn.Module, entry: Mapping[str, Any]) -> None:
 
 
 def _check_intact(name: str, branched: ExpandedConv2d) -> None:
-    branches = (branch for branch in branched.branches if isinstance(branch, Branch))
-    layers = (branched.main, *(layer for branch in branches for layer in branch.layers))
-    plain = (nn.Conv2d, nn.BatchNorm2d, nn.AvgPool2d)
-    for layer in layers:
-        if type(layer) not in plain or parametrize.is_parametrized(layer):
+    for layer in branched.parts():
+        if is_replaced(layer):
             raise UnsupportedError(
                 f"`{METHOD}` on `{name}`: expected branches of convolutions and batch norms, found a "
                 f"`{type(layer).__name__}`: another method has replaced one of its layers. Merge the branches first, "

@@ -5,31 +5,48 @@ branch of several layers needs around the borders is padded before its first lay
 the padding as it maps any other zero, and the merged convolution is exact at the borders.
 
 Branches are layers, whose outputs are added (`BranchedConv2d`), or kernels, which are added before one convolution
-(`OnlineConv2d`).
+(`OnlineConv2d`). In training, the former are also run as one convolution, with the kernel into which the statistics of
+the batch merge them.
 """
 
 from __future__ import annotations
 
+import copy
 import zlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+from math import prod
 from typing import Any, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from typing_extensions import override
 
 from lightning_light.errors import UnsupportedError
 from lightning_light.merging import BranchedLayer
+from lightning_light.reparameterization.batch_statistics import FeatureMap, grouped_product, keep_statistics
 from lightning_light.surgery.effective import EffectiveLayer
 
-__all__ = ["Branch", "BranchedConv2d", "ExpandedConv2d", "KernelBranch", "OnlineConv2d", "Spec", "expand"]
+__all__ = [
+    "Branch",
+    "BranchedConv2d",
+    "ExpandedConv2d",
+    "KernelBranch",
+    "OnlineConv2d",
+    "Spec",
+    "expand",
+    "is_replaced",
+]
 
 Spec: TypeAlias = tuple[str, int, int]
 """Kind of a branch, and the height and width of its kernel."""
 
 _OF_CONVOLUTION = {*nn.Conv2d.__constants__, "transposed"}
+_LAYERS = (nn.Conv2d, nn.BatchNorm2d, nn.AvgPool2d)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GAIN = 5**0.5  # of torch's own convolutions
 
 Pads: TypeAlias = tuple[tuple[int, int], tuple[int, int]]
@@ -58,6 +75,10 @@ class ExpandedConv2d(EffectiveLayer, BranchedLayer):
     @abstractmethod
     def kernel_and_bias(self) -> tuple[Tensor, Tensor | None]:
         """Return the kernel and the bias of the merged convolution, in evaluation mode, on the CPU."""
+
+    def parts(self) -> list[nn.Module]:
+        """Return the layers that a forward pass calls."""
+        return [self.main]
 
     @abstractmethod
     def unfilled(self) -> nn.Conv2d:
@@ -108,16 +129,36 @@ class Branch(nn.Module):
 
     def kernel_and_bias(self, inputs: int, groups: int) -> tuple[Tensor, Tensor]:
         """Return the kernel ``(out, in / groups, kh, kw)`` and the bias of the branch, in float64 on the CPU."""
-        kernel = torch.eye(inputs // groups, dtype=torch.float64).repeat(groups, 1)[..., None, None]
-        bias = torch.zeros(inputs, dtype=torch.float64)
+        with torch.no_grad():
+            return copy.deepcopy(self).cpu().double().eval().merged(inputs, groups)
+
+    def merged(self, inputs: int, groups: int, x: FeatureMap | None = None) -> tuple[Tensor, Tensor]:
+        """Return the kernel ``(out, in / groups, kh, kw)`` and the bias of the branch, at least in float32.
+
+        Args:
+            inputs: channels of the input.
+            groups: of the convolutions.
+            x: the input, whose statistics batch norms in training mode use and keep.
+        """
+        x = x and x.padded(self.pads)
+        first, like = self.layers[0], self.norm.bias
+        bias = torch.zeros((), dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+        if isinstance(first, nn.Conv2d):
+            kernel = first.weight.to(bias.dtype)
+        else:
+            kernel = torch.eye(inputs // groups).to(bias).repeat(groups, 1)[..., None, None]
         for layer in self.layers:
             if isinstance(layer, nn.BatchNorm2d):
-                scale, shift = _scale_and_shift(layer)
-                kernel, bias = kernel * scale[:, None, None, None], bias * scale + shift
-            else:
-                own = _kernel(layer, kernel.shape[0], groups)
-                bias = _grouped(own.sum((2, 3)), bias[:, None], groups)[:, 0]
+                kernel, bias = _normalized(layer, kernel, bias, x)
+                continue
+            if isinstance(layer, nn.AvgPool2d):
+                size = cast("tuple[int, int]", layer.kernel_size)
+                kernel = kernel.expand(-1, -1, *size) / prod(size)
+            elif isinstance(layer, nn.Conv2d) and layer is not first:
+                own = layer.weight.to(bias.dtype)
+                bias = grouped_product(own.sum((2, 3)), bias[:, None], groups)[:, 0]
                 kernel = _in_sequence(kernel, own, groups)
+            x = x and x.behind(layer, kernel)
         return kernel, bias
 
 
@@ -133,10 +174,32 @@ class BranchedConv2d(ExpandedConv2d):
 
     @override
     def forward(self, x: Tensor) -> Tensor:
+        compiling = torch.compiler.is_compiling()  # a compiler fuses the batch norms of the layers
+        if self.training and not compiling and not any(map(_is_observed, self.parts())):
+            return self._merged_by_batch(x)
         output = self.main(x)
         for branch in self.branches:
             output = output + branch(x)
         return cast(Tensor, output)
+
+    @override
+    def parts(self) -> list[nn.Module]:
+        branches = (branch.layers if isinstance(branch, Branch) else [branch] for branch in self.branches)
+        return [*super().parts(), *chain.from_iterable(branches)]
+
+    def _merged_by_batch(self, x: Tensor) -> Tensor:
+        """Run one convolution with the sum of all kernels, each normalized by the statistics of this batch."""
+        main, device = self.main, x.device.type
+        kernel, bias = main.weight, main.bias
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        with torch.autocast(device, enabled=False):
+            values = FeatureMap(x, main.groups)
+            for branch in cast(Iterable[Branch], self.branches):
+                own, shift = branch.merged(main.in_channels, main.groups, values)
+                kernel = kernel + _placed(own, main.weight.shape[2:])
+                bias = shift if bias is None else bias + shift
+            return cast(Tensor, main._conv_forward(x, kernel.to(x.dtype), bias if bias is None else bias.to(x.dtype)))
 
     @override
     def effective(self, name: str) -> tuple[Callable[[], Tensor], Sequence[int], Tensor]:
@@ -162,7 +225,7 @@ class BranchedConv2d(ExpandedConv2d):
             bias += _float64(self.main.bias)
         for branch in cast(Iterable[Branch], self.branches):
             own_kernel, own_bias = branch.kernel_and_bias(self.main.in_channels, self.main.groups)
-            kernel += F.pad(own_kernel, _margins(kernel.shape[2:], own_kernel.shape[2:]))
+            kernel += _placed(own_kernel, kernel.shape[2:])
             bias += own_bias
         return kernel, bias
 
@@ -214,7 +277,7 @@ class KernelBranch(nn.Module):
         kernel = self.weight if self.depthwise is None else self.weight * self.depthwise
         if self.averages:
             kernel = kernel.expand(-1, -1, *self.size) / (self.size[0] * self.size[1])
-        return F.pad(kernel, _margins(self.size, kernel.shape[2:])) * self.scale[:, None, None, None]
+        return _placed(kernel, self.size) * self.scale[:, None, None, None]
 
 
 class OnlineConv2d(ExpandedConv2d):
@@ -291,6 +354,16 @@ def expand(conv: nn.Conv2d, specs: Sequence[Sequence[Any]], name: str | None = N
     if name is not None:
         expanded.randomize(torch.Generator().manual_seed(zlib.crc32(name.encode())))
     return expanded
+
+
+def is_replaced(layer: nn.Module) -> bool:
+    """Check whether another method has put its own layer, or a parametrization, in the place of a branch's layer."""
+    return type(layer) not in _LAYERS or parametrize.is_parametrized(layer)
+
+
+def _is_observed(layer: nn.Module) -> bool:
+    """Check whether ``layer`` has to be called, because more than its own forward pass would run."""
+    return is_replaced(layer) or "forward" in vars(layer) or any(vars(layer)[hooks] for hooks in _HOOKS)
 
 
 def _plain_layer(conv: nn.Conv2d, weight: Tensor) -> nn.Conv2d:
@@ -380,41 +453,32 @@ def _pads_of_axis(padding: str | int, size: int, own: int, dilation: int) -> tup
     return before - dilation * start, after - dilation * (size - own - start)
 
 
-def _margins(size: Sequence[int], own: Sequence[int]) -> tuple[int, int, int, int]:
-    top, left = (size[0] - own[0]) // 2, (size[1] - own[1]) // 2
-    return left, size[1] - own[1] - left, top, size[0] - own[0] - top
+def _placed(kernel: Tensor, size: Sequence[int]) -> Tensor:
+    """Return a kernel of ``size`` with ``kernel`` in its middle."""
+    height, width = kernel.shape[2:]
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    if (height, width) == tuple(size):
+        return kernel
+    return F.pad(kernel, (left, size[1] - width - left, top, size[0] - height - top))
 
 
 def _float64(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().double()
 
 
-def _scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Return ``g / sqrt(var + eps)`` and ``b - mean * g / sqrt(var + eps)``."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    scale = _float64(norm.weight) / (_float64(norm.running_var) + norm.eps).sqrt()
-    return scale, _float64(norm.bias) - _float64(norm.running_mean) * scale
-
-
-def _kernel(layer: nn.Module, channels: int, groups: int) -> Tensor:
-    """Return the kernel of a convolution, or of an average pooling as a convolution of ``groups`` groups."""
-    if isinstance(layer, nn.Conv2d):
-        return _float64(layer.weight)
-    assert isinstance(layer, nn.AvgPool2d)
-    height, width = cast("tuple[int, int]", layer.kernel_size)
-    each = torch.eye(channels // groups, dtype=torch.float64).repeat(groups, 1)
-    return each[..., None, None].expand(-1, -1, height, width) / (height * width)
+def _normalized(norm: nn.BatchNorm2d, kernel: Tensor, bias: Tensor, x: FeatureMap | None) -> tuple[Tensor, Tensor]:
+    """Multiply kernel and bias by ``g / sqrt(var + eps)``, and add ``b - mean * g / sqrt(var + eps)`` to the bias."""
+    mean, var = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
+    if norm.training and x is not None:
+        mean, var, count = x.statistics(kernel)
+        mean = mean + bias
+        keep_statistics(norm, mean, var, count)
+    scale = norm.weight * (var + norm.eps).rsqrt()
+    return kernel * scale[:, None, None, None], norm.bias + (bias - mean) * scale
 
 
 def _in_sequence(first: Tensor, second: Tensor, groups: int) -> Tensor:
     """Return the kernel of a 1x1 convolution followed by another convolution."""
-    split = second.reshape(groups, -1, *second.shape[1:])
-    pointwise = first[..., 0, 0].reshape(groups, -1, first.shape[1])
-    return torch.einsum("gomhw,gmi->goihw", split, pointwise).flatten(0, 1)
-
-
-def _grouped(weight: Tensor, values: Tensor, groups: int) -> Tensor:
-    """Multiply a grouped matrix ``(out, in / groups)`` with ``(in, n)``."""
-    split = weight.reshape(groups, -1, weight.shape[1])
-    return (split @ values.reshape(groups, weight.shape[1], -1)).flatten(0, 1)
+    pointwise = first.reshape(groups, 1, -1, first.shape[1])
+    split = second.reshape(groups, -1, second.shape[1], second[0, 0].numel())
+    return (pointwise.mT @ split).reshape(len(second), first.shape[1], *second.shape[2:])

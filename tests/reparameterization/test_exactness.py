@@ -1,5 +1,6 @@
-"""Expansion and merging preserve the function of any convolution, borders included."""
+"""Expansion and merging preserve the function of any convolution, borders included, and so does merging by batch."""
 
+import copy
 import itertools
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from lightning_light.errors import NoEffectWarning
 from lightning_light.reparameterization import ACB, DBB, OREPA, Branches, Form, RepVGG, expand_branches, merge_branches
 from lightning_light.reparameterization.apply import branched_layers
+from lightning_light.reparameterization.batch_statistics import _Moments
 
 FORMS = [ACB(), RepVGG(), Branches(3), DBB(), OREPA()]
 BOUNDS = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -230,3 +232,108 @@ def test_optimizer_state_of_the_convolution_stays_and_branches_join_its_group(bi
     assert torch.equal(optimizer.state[weight]["exp_avg"], momentum)
     assert set(optimizer.state) == set(model.parameters())
     step()
+
+
+def layer_by_layer(model: nn.Module) -> nn.Module:
+    """Return a copy that calls every layer, because one is observed."""
+    called = copy.deepcopy(model)
+    for branched in branched_layers(called).values():
+        branched.branches[-1].norm.register_forward_hook(lambda *_: None)
+    return called
+
+
+def step(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the output, and all gradients and buffers after one backward pass."""
+    x = x.clone().requires_grad_()
+    y = model.train()(x)
+    (y * torch.linspace(-1.0, 1.0, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
+    found = {name: parameter.grad for name, parameter in model.named_parameters()} | dict(model.named_buffers())
+    return y, {**found, "input": x.grad}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize("form", FORMS[:-1], ids=repr)
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(arguments=convolutions())
+def test_outputs_gradients_and_running_statistics_are_those_of_the_layers(
+    form: Form, arguments: dict[str, Any]
+) -> None:
+    assume(form.branches(nn.Conv2d(**arguments)))
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(**arguments)).double(), 2.0 + torch.randn(3, 4, 13, 11, dtype=torch.float64)
+    expand_branches(model, None, form)
+    trained(model, x)
+    called = layer_by_layer(model)
+    (found, values), (wanted, expected) = step(model, x), step(called, x)
+    assert difference(found, wanted) <= BOUNDS[torch.float64]
+    largest = max(float(value.abs().max()) for name, value in expected.items() if name.endswith("weight"))
+    for name, value in expected.items():
+        assert float((values[name] - value).abs().max()) <= 1e-10 * max(largest, float(value.abs().max())), name
+
+
+def test_a_frozen_batch_norm_uses_and_keeps_its_running_statistics() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1)), torch.randn(4, 4, 8, 8)
+    expand_branches(model, None, DBB())
+    trained(model, x)
+    model.train()
+    for branch in branched_layers(model)["0"].branches:
+        branch.layers.eval()
+    before = copy.deepcopy(dict(model.named_buffers()))
+    assert difference(model(x), copy.deepcopy(model).eval()(x)) <= 1e-5
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+def test_outputs_that_hardly_vary_stay_finite() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1))
+    expand_branches(model, None, DBB())
+    trained(model, torch.randn(2, 3, 8, 8))
+    weights = [part.weight for part in model.modules() if isinstance(part, nn.Conv2d)]
+    with torch.no_grad():
+        for weight in weights:
+            weight -= weight.mean(1, keepdim=True)  # equal channels cancel
+    gray = (1000.0 * torch.rand(4, 1, 8, 8)).expand(-1, 3, -1, -1)
+    assert model.train()(gray).isfinite().all()
+
+
+def test_bfloat16_rounds_values_but_not_statistics() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1)), 1.0 + torch.randn(8, 8, 12, 12)
+    expand_branches(model, None, DBB())
+    trained(model, x)
+    called = layer_by_layer(model).train()
+    expected = called(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.train()(x)
+    assert found.dtype == torch.bfloat16
+    assert difference(found.float(), expected) <= 0.02
+    for (name, buffer), wanted in zip(model.named_buffers(), called.buffers(), strict=True):
+        assert difference(buffer.double(), wanted.double()) <= 0.01, name
+
+
+def test_derivatives_of_moments_up_to_the_second() -> None:
+    x = torch.randn(2, 4, 3, 2, dtype=torch.float64, requires_grad=True)
+    for groups in (1, 2, 4):
+        assert torch.autograd.gradcheck(lambda x, groups=groups: _Moments.apply(x, groups), x)
+        assert torch.autograd.gradgradcheck(lambda x, groups=groups: _Moments.apply(x, groups), x)
+
+
+@pytest.mark.parametrize("form", FORMS[:-1], ids=repr)
+def test_no_batch_norm_runs_in_training_unless_a_layer_is_observed(form: Form) -> None:
+    model, x = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1)), torch.randn(2, 4, 8, 8)
+    expand_branches(model, None, form)
+    for expanded, runs in ((model, False), (layer_by_layer(model), True)):
+        nodes, found = [expanded.train()(x).grad_fn], set()
+        while nodes:
+            node = nodes.pop()
+            found.add(type(node).__name__)
+            nodes += [following for following, _ in node.next_functions if following is not None]
+        assert any("BatchNorm" in name for name in found) == runs
+
+
+def test_expanded_layers_compile_into_one_graph() -> None:
+    model, x = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1)), torch.randn(2, 4, 8, 8)
+    expand_branches(model, None, DBB())
+    trained(model, x)
+    expected = copy.deepcopy(model).train()(x)
+    assert difference(torch.compile(model.train(), backend="eager", fullgraph=True)(x), expected) <= 1e-5
