@@ -1,6 +1,6 @@
-"""Train a small residual network, prune it to 40 % of its MACs during training, and export it for a phone.
+"""Train a small residual network; then prune it to 40 % of its MACs within one run under the dense one, and export it.
 
-The LightningModule is written as for any training: it has no code for compression. Two minutes on one CPU core.
+The LightningModule is written as for any training: it has no code for compression. About 70 s on one CPU core.
 """
 
 import argparse
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 import lightning_light as ll
-from lightning_light.measure import count_cost
 
 
 class Block(nn.Module):
@@ -32,13 +31,15 @@ class Block(nn.Module):
 
 
 class Classifier(L.LightningModule):
-    def __init__(self, width: int = 24, lr: float = 0.1) -> None:
+    def __init__(self, width: int = 24, lr: float = 0.1, channels_last: bool = False) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.stem = nn.Sequential(nn.Conv2d(1, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
         self.blocks = nn.Sequential(nn.MaxPool2d(2), Block(width, width, 1), Block(width, 2 * width, 2))
         self.head = nn.Linear(2 * width, 10)
         self.accuracy = MulticlassAccuracy(10, average="micro")
+        if channels_last:  # convolutions and pooling on a CPU take two thirds of the time
+            self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.blocks(self.stem(x)).mean((2, 3)))
@@ -63,39 +64,44 @@ class Classifier(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def train(callbacks: list[L.Callback], export: ll.MobileExport, args: argparse.Namespace) -> list[str]:
-    """Train and export one network; return its row of the table."""
+def train(name: str, callbacks: list[L.Callback], args: argparse.Namespace) -> tuple[Classifier, list[str]]:
+    """Train and export one network; return it and its row of the table."""
     L.seed_everything(0, verbose=False)
-    module, data = Classifier(), FashionMNIST(args.data)
+    module, data = Classifier(channels_last=True), FashionMNIST(args.data)
+    export = ll.MobileExport(args.out / f"{name}.ptl")
     trainer = L.Trainer(
         max_epochs=args.epochs, callbacks=[*callbacks, export], default_root_dir=args.out, log_every_n_steps=10
     )
     trainer.fit(module, datamodule=data)
     (metrics,) = trainer.test(module, datamodule=data, verbose=False)
-    cost, report = count_cost(module, (torch.zeros(1, 1, 28, 28),)), export.report
-    return [
+    trainer.save_checkpoint(args.out / f"{name}.ckpt", weights_only=False)
+    return module, [
+        name,
         f"{metrics['test_accuracy']:.2%}",
-        f"{cost.params:,}",
-        f"{cost.macs / 1e6:.2f} M",
-        f"{report.bytes / 1e3:.0f} kB",
-        f"{report.latency.median * 1e3:.3f} ms",
+        f"{sum(weight.numel() for weight in module.parameters()):,}",
+        f"{export.report.macs / 1e6:.2f} M",
+        f"{export.report.bytes / 1e3:.0f} kB",
+        f"{export.report.latency.median * 1e3:.3f} ms",
     ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", help="an .npz file or a folder with the four official files")
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--out", type=Path, default=Path("runs/prune_and_export"))
     args = parser.parse_args()
 
-    torch.set_num_threads(1)  # small layers gain little from more, and lose much beside other processes
-    pruning = ll.StructuredPruning(ll.MACs(0.4), schedule=ll.Window(ll.Cubic(), start=0.3, end=0.7))
-    before = train([ll.CompressionMonitor(table=False)], ll.MobileExport(args.out / "dense.ptl"), args)
-    after = train([pruning, ll.CompressionMonitor()], ll.MobileExport(args.out / "pruned.ptl"), args)
+    dense, before = train("dense", [ll.CompressionMonitor(table=False)], args)
+    compression = [
+        ll.KnowledgeDistillation(teacher=dense),
+        ll.StructuredPruning(ll.MACs(0.4), schedule=ll.Window(ll.Cubic(), start=0.3, end=0.7)),
+        ll.CompressionMonitor(),
+    ]
+    _, after = train("pruned", compression, args)
     table = Table("", "test accuracy", "parameters", "MACs", "file", "latency", title="Before -> after")
-    table.add_row("dense", *before)
-    table.add_row("pruned", *after)
+    table.add_row(*before)
+    table.add_row(*after)
     Console().print(table)
 
 

@@ -1,9 +1,10 @@
 """Fashion-MNIST for the examples: a part that ships with them, or the full set that you have downloaded.
 
 Xiao et al., 2017, "Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning Algorithms".
-https://arxiv.org/abs/1708.07747. See data/README.md for its licence.
+https://arxiv.org/abs/1708.07747. See data/README.md for its licence. Importing it sets one thread for every example.
 """
 
+import functools
 import gzip
 from pathlib import Path
 
@@ -24,6 +25,8 @@ IDX_FILES = {
     "x_test": "t10k-images-idx3-ubyte.gz",
     "y_test": "t10k-labels-idx1-ubyte.gz",
 }
+
+torch.set_num_threads(1)  # small layers gain little from more, and lose much beside other processes
 
 
 class FashionMNIST(L.LightningDataModule):
@@ -59,6 +62,7 @@ class FashionMNIST(L.LightningDataModule):
         return DataLoader(self.test, 500)
 
 
+@functools.cache  # what ships with the examples takes half a second to unpack
 def load(path: Path) -> dict[str, Array]:
     """``x_train``, ``y_train``, ``x_test``, ``y_test`` as bytes, images in the shape ``(n, 28, 28)``."""
     if path.is_dir():
