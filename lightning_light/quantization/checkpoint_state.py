@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -15,9 +15,12 @@ from typing_extensions import override
 from lightning_light.encoding import decode, encode
 from lightning_light.errors import LightningLightError
 from lightning_light.example_input import ExampleInput
+from lightning_light.int8 import LoweredModel, QDQConstraints, Quantizer
 from lightning_light.quantization.fake_quantize import merge_ranges
 from lightning_light.quantization.fake_quantizer import FakeQuantizer
 from lightning_light.quantization.learned_qparams import initial_values, learned_by
+from lightning_light.quantization.lowering.qdq import QDQLowering
+from lightning_light.quantization.lowering.quantized_ops import QuantizedOpsLowering
 from lightning_light.quantization.plan import QuantizationPlan, plan_quantization
 from lightning_light.quantization.recipes import Engine, Recipe
 from lightning_light.quantization.specs import WeightSpec
@@ -145,6 +148,18 @@ def enable(state: dict[str, Any], quantizer: FakeQuantizer) -> None:
     quantizer.update(state["ranges"], state["min_bits"])
 
 
+class LoweringQuantizer(FakeQuantizer, Quantizer):
+    """A `FakeQuantizer` that exporters, who find it in the compression state, can lower to int8 operators."""
+
+    @override
+    def quantized_ops(self, call: Callable[[], Any], engine: str) -> AbstractContextManager[LoweredModel]:
+        return QuantizedOpsLowering(self, engine).active(call)
+
+    @override
+    def qdq(self, call: Callable[[], Any], constraints: QDQConstraints) -> AbstractContextManager[LoweredModel]:
+        return QDQLowering(self, constraints).active(call)
+
+
 def attach_fake_quantizer(model: nn.Module, state: dict[str, Any]) -> FakeQuantizer | None:
     """Hook ``model`` as ``state`` describes; None if there is no plan, or nothing in it.
 
@@ -160,7 +175,7 @@ def attach_fake_quantizer(model: nn.Module, state: dict[str, Any]) -> FakeQuanti
     found = read_state(state)
     if not found.plan.layers:
         return None
-    quantizer = FakeQuantizer(found.plan, found.engine, found.learned if found.enabled else None)
+    quantizer = LoweringQuantizer(found.plan, found.engine, found.learned if found.enabled else None)
     quantizer.update(found.ranges, found.min_bits)
     quantizer.enabled = found.enabled
     quantizer.attach(model)
