@@ -80,7 +80,7 @@ def read_state(state: Mapping[str, Any]) -> QuantizationState:
         ManifestError: a part of it is damaged; the error names it.
     """
     found: QuantizationState = decode(QuantizationState, dict(state), METHOD)
-    activations, known = len(found.plan.activations), learned_by(found.plan)
+    activations = len(found.plan.activations)
     if outside := [place for place in found.plan.activations_named() if place >= activations]:
         raise damage(f"{METHOD}.plan", f"places below {activations} in `activations`", str(outside[0]))
     if tuple(found.ranges.shape) != (activations, 2):
@@ -89,10 +89,9 @@ def read_state(state: Mapping[str, Any]) -> QuantizationState:
     unseen = (low == torch.inf) & (high == -torch.inf)
     if not bool((unseen | (found.ranges.isfinite().all(1) & (low <= high))).all()):
         raise damage(f"{METHOD}.ranges", "finite ranges from low to high", "others")
-    for name, value in found.learned.items():
-        if name not in known or value.ndim > isinstance(
-            known[name].spec, WeightSpec
-        ):  # per channel; else of the tensor
+    dims = {name: int(isinstance(known.spec, WeightSpec)) for name, known in learned_by(found.plan).items()}
+    for name, value in found.learned.items():  # of a weight a scale per channel; else a scalar
+        if name not in dims or value.ndim > dims[name]:
             raise damage(f"{METHOD}.learned[{name!r}]", "a quantization parameter in the plan", "another")
     if unknown := found.optimizer_groups.keys() - found.learned:
         raise damage(f"{METHOD}.optimizer_groups", "names of what is learned", repr(min(unknown)))
