@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -15,10 +15,13 @@ from typing_extensions import override
 from lightning_light.encoding import decode, encode
 from lightning_light.errors import LightningLightError
 from lightning_light.example_input import ExampleInput
+from lightning_light.int8 import LoweredModel, QDQConstraints, Quantizer
 from lightning_light.nested import tensors_in
 from lightning_light.quantization.fake_quantize import merge_ranges
 from lightning_light.quantization.fake_quantizer import FakeQuantizer
 from lightning_light.quantization.learned_qparams import initial_values, learned_by
+from lightning_light.quantization.lowering.qdq import QDQLowering
+from lightning_light.quantization.lowering.quantized_ops import QuantizedOpsLowering
 from lightning_light.quantization.plan import QuantizationPlan, plan_quantization
 from lightning_light.quantization.recipes import Engine, Recipe
 from lightning_light.quantization.specs import WeightSpec
@@ -80,7 +83,7 @@ def read_state(state: Mapping[str, Any]) -> QuantizationState:
         ManifestError: a part of it is damaged; the error names it.
     """
     found: QuantizationState = decode(QuantizationState, dict(state), METHOD)
-    activations, known = len(found.plan.activations), learned_by(found.plan)
+    activations = len(found.plan.activations)
     if outside := [place for place in found.plan.activations_named() if place >= activations]:
         raise damage(f"{METHOD}.plan", f"places below {activations} in `activations`", str(outside[0]))
     if tuple(found.ranges.shape) != (activations, 2):
@@ -89,10 +92,9 @@ def read_state(state: Mapping[str, Any]) -> QuantizationState:
     unseen = (low == torch.inf) & (high == -torch.inf)
     if not bool((unseen | (found.ranges.isfinite().all(1) & (low <= high))).all()):
         raise damage(f"{METHOD}.ranges", "finite ranges from low to high", "others")
-    for name, value in found.learned.items():
-        if name not in known or value.ndim > isinstance(
-            known[name].spec, WeightSpec
-        ):  # per channel; else of the tensor
+    dims = {name: int(isinstance(known.spec, WeightSpec)) for name, known in learned_by(found.plan).items()}
+    for name, value in found.learned.items():  # of a weight a scale per channel; else a scalar
+        if name not in dims or value.ndim > dims[name]:
             raise damage(f"{METHOD}.learned[{name!r}]", "a quantization parameter in the plan", "another")
     if unknown := found.optimizer_groups.keys() - found.learned:
         raise damage(f"{METHOD}.optimizer_groups", "names of what is learned", repr(min(unknown)))
@@ -159,6 +161,18 @@ def enable(state: dict[str, Any], quantizer: FakeQuantizer) -> None:
     quantizer.update(state["ranges"], state["min_bits"])
 
 
+class LoweringQuantizer(FakeQuantizer, Quantizer):
+    """A `FakeQuantizer` that exporters, who find it in the compression state, can lower to int8 operators."""
+
+    @override
+    def quantized_ops(self, call: Callable[[], Any], engine: str) -> AbstractContextManager[LoweredModel]:
+        return QuantizedOpsLowering(self, engine).active(call)
+
+    @override
+    def qdq(self, call: Callable[[], Any], constraints: QDQConstraints) -> AbstractContextManager[LoweredModel]:
+        return QDQLowering(self, constraints).active(call)
+
+
 def attach_fake_quantizer(model: nn.Module, state: dict[str, Any]) -> FakeQuantizer | None:
     """Hook ``model`` as ``state`` describes; None if there is no plan, or nothing in it.
 
@@ -174,7 +188,7 @@ def attach_fake_quantizer(model: nn.Module, state: dict[str, Any]) -> FakeQuanti
     found = read_state(state)
     if not found.plan.layers:
         return None
-    quantizer = FakeQuantizer(found.plan, found.engine, found.learned if found.enabled else None)
+    quantizer = LoweringQuantizer(found.plan, found.engine, found.learned if found.enabled else None)
     quantizer.update(found.ranges, found.min_bits)
     quantizer.enabled = found.enabled
     quantizer.attach(model)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_light.host.patches import InstancePatch
-from lightning_light.int8 import LoweredModel, QDQConstraints, Quantizer
 from lightning_light.isolation import uncompile
 from lightning_light.quantization.fake_quantize import (
     SMALLEST_SCALE,
@@ -24,17 +22,18 @@ from lightning_light.quantization.fake_quantize import (
     gain_and_shift,
     qparams_of,
 )
-from lightning_light.quantization.learned_qparams import learned_by, learned_qparams_of, names_of, weight_scale
-from lightning_light.quantization.lowering.qdq import QDQLowering
-from lightning_light.quantization.lowering.quantized_ops import QuantizedOpsLowering
+from lightning_light.quantization.learned_qparams import (
+    dampening_gradient,
+    learned_by,
+    learned_qparams_of,
+    names_of,
+    weight_scale,
+)
 from lightning_light.quantization.op_calls import OpCall, OpId, OpStack
 from lightning_light.quantization.operators import arguments
 from lightning_light.quantization.plan import QuantizationPlan
 from lightning_light.quantization.specs import ActivationSpec, QParams, WeightSpec
 from lightning_light.surgery.attachment import has_state, state_of
-
-if TYPE_CHECKING:
-    from lightning_light.quantization.lowering.base import Lowering
 
 __all__ = ["FakeQuantizer", "RangeObserver"]
 
@@ -82,8 +81,18 @@ class RangeObserver:
         return torch.stack(ranges) if ranges else torch.empty(0, 2, device=device)
 
 
-class FakeQuantizer(OpStack, Quantizer):
-    """Fake-quantizes one network by a plan, as long as it is attached; exporters can lower it to a runtime.
+class OpHandler(Protocol):
+    """Computes operator calls in place of the fake quantizer."""
+
+    def handle(self, call: OpCall) -> Any:
+        """Return the result of one operator call."""
+
+    def output(self, output: Any) -> Any:
+        """Return what the network returns in place of ``output``; None for ``output`` itself."""
+
+
+class FakeQuantizer(OpStack):
+    """Fake-quantizes one network by a plan, as long as it is attached.
 
     Args:
         plan: of the network.
@@ -109,7 +118,7 @@ class FakeQuantizer(OpStack, Quantizer):
         self.enabled = self.freeze_batch_norm = False
         self.observing = False
         self.observer = RangeObserver(plan.activations)
-        self.lowering: Lowering | None = None
+        self.lowering: OpHandler | None = None
         self.min_bits = 0
         self.ranges = torch.empty(0, 2)
         self.activations = list(plan.activations)
@@ -160,6 +169,22 @@ class FakeQuantizer(OpStack, Quantizer):
         values = self.learned if torch.is_grad_enabled() else self._values  # a tracer takes no parameters of ours
         return spec, values.get(weight_scale(op)) if spec.learned else None
 
+    @torch.no_grad()
+    def add_dampening_gradients(self, model: nn.Module, parameters: Iterable[nn.Parameter], strength: float) -> None:
+        """Add the gradient of the penalty on oscillations to the ``.grad`` of all weights that are dampened.
+
+        Args:
+            model: the live module.
+            parameters: those of the coming optimizer step; other weights are left alone.
+            strength: fraction of the full penalty, in [0, 1].
+        """
+        mine = set(parameters)
+        for op in self.plan.layers:
+            spec, scale = self.weight(op)
+            weight = getattr(model.get_submodule(op.module), "weight", None)
+            if spec.dampening and scale is not None and weight in mine and weight.grad is not None:
+                weight.grad.add_((strength * dampening_gradient(weight, spec, scale)).to(weight.grad.dtype))
+
     @override
     def begin(self, args: tuple[Any, ...]) -> None:
         super().begin(args)
@@ -178,14 +203,6 @@ class FakeQuantizer(OpStack, Quantizer):
     @override
     def output(self, output: Any) -> Any:
         return None if self.lowering is None else self.lowering.output(output)
-
-    @override
-    def quantized_ops(self, call: Callable[[], Any], engine: str) -> AbstractContextManager[LoweredModel]:
-        return QuantizedOpsLowering(self, engine).active(call)
-
-    @override
-    def qdq(self, call: Callable[[], Any], constraints: QDQConstraints) -> AbstractContextManager[LoweredModel]:
-        return QDQLowering(self, constraints).active(call)
 
     # Operator calls.
 

@@ -89,7 +89,7 @@ def quantize(
     examples = list(inputs) if changes else []
     inputs = iter(examples) if changes else inputs
     first = next(inputs)
-    with isolated(model), _restored_on_failure(model.parameters() if changes else ()):
+    with isolated(model), _restored(model, changes):
         with explained("quantize", model, first):
             model(*first.args, **first.kwargs)
         if equalize and not equalize_layers(model, first):
@@ -134,14 +134,20 @@ def _observe(model: nn.Module, quantizer: FakeQuantizer, state: dict[str, Any], 
 
 
 @contextmanager
-def _restored_on_failure(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    before = {parameter: parameter.detach().clone() for parameter in parameters}
+def _restored(model: nn.Module, changes: bool) -> Iterator[None]:
+    """Inside, scripted parts are in evaluation mode too; afterwards as before, like parameters if the block raises."""
+    scripted = {module: module.training for module in model.modules() if isinstance(module, torch.jit.ScriptModule)}
+    before = {parameter: parameter.detach().clone() for parameter in model.parameters() if changes}
+    model.eval()
     try:
         yield
     except BaseException:
         for parameter, value in before.items():
             parameter.data.copy_(value)
         raise
+    finally:
+        for module, mode in scripted.items():
+            module.train(mode)
 
 
 def _check_finite(plan: QuantizationPlan, seen: Tensor, batch: int) -> None:

@@ -8,7 +8,7 @@ quantization parameters too.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +22,7 @@ from lightning_light.quantization.specs import ActivationSpec, QParams, WeightSp
 from lightning_light.schema import damage
 from lightning_light.surgery.optimizer import adopt, unwrap
 
-if TYPE_CHECKING:
-    from lightning_light.quantization.fake_quantizer import FakeQuantizer
-
 __all__ = [
-    "add_dampening_gradients",
     "dampening_gradient",
     "initial_values",
     "learned_by",
@@ -176,23 +172,3 @@ def dampening_gradient(w: Tensor, spec: WeightSpec, scale: Tensor) -> Tensor:
     step = columns(found, w)
     inside = (w >= step * spec.quant_min) & (w <= step * spec.quant_max)
     return 2.0 * spec.dampening * (w - quantized) * inside
-
-
-@torch.no_grad()
-def add_dampening_gradients(
-    quantizer: FakeQuantizer, model: nn.Module, parameters: Iterable[nn.Parameter], strength: float
-) -> None:
-    """Add the gradient of the penalty to the ``.grad`` of all weights with learned scales that are dampened.
-
-    Args:
-        quantizer: of the network, with its current scales.
-        model: the live module.
-        parameters: those of the coming optimizer step; other weights are left alone.
-        strength: fraction of the full penalty, in [0, 1].
-    """
-    mine = set(parameters)
-    for op in quantizer.plan.layers:
-        spec, scale = quantizer.weight(op)
-        weight = getattr(model.get_submodule(op.module), "weight", None)
-        if spec.dampening and scale is not None and weight in mine and weight.grad is not None:
-            weight.grad.add_((strength * dampening_gradient(weight, spec, scale)).to(weight.grad.dtype))

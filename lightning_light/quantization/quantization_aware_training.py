@@ -23,7 +23,7 @@ from lightning_light.progress import epochs_planned, steps_planned, training_pro
 from lightning_light.quantization.checkpoint_state import SoundState, attach_fake_quantizer, begin, enable, merge
 from lightning_light.quantization.fake_quantizer import FakeQuantizer
 from lightning_light.quantization.functional import quantize
-from lightning_light.quantization.learned_qparams import add_dampening_gradients, learned_parameters
+from lightning_light.quantization.learned_qparams import learned_parameters
 from lightning_light.quantization.recipes import Int8, Recipe
 from lightning_light.schedules import Cosine, Schedule, resolve, resolve_moment
 from lightning_light.surgery.checkpoint_monitoring import reset_monitoring
@@ -221,7 +221,7 @@ class QuantizationAwareTraining(CompressionCallback):
             start = self._moments["start"]
             strength = Cosine()((training_progress(trainer) - start) / (1.0 - start))
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            add_dampening_gradients(self._quantizer, pl_module, parameters, strength)
+            self._quantizer.add_dampening_gradients(pl_module, parameters, strength)
 
     @override
     def on_train_batch_end(

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,12 +14,10 @@ from torch.utils._pytree import tree_map_only
 
 from lightning_light.int8 import LoweredModel
 from lightning_light.quantization.fake_quantize import columns, gain_and_shift, quantize_weight
+from lightning_light.quantization.fake_quantizer import FakeQuantizer
 from lightning_light.quantization.op_calls import OpCall, OpId
 from lightning_light.quantization.operators import METADATA, arguments, operator_of
 from lightning_light.quantization.specs import QParams, WeightSpec
-
-if TYPE_CHECKING:
-    from lightning_light.quantization.fake_quantizer import FakeQuantizer
 
 __all__ = ["Lowering", "QuantizedWeight", "fold"]
 

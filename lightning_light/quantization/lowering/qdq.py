@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,13 +14,11 @@ from typing_extensions import override
 from lightning_light.errors import UnsupportedError
 from lightning_light.int8 import QDQConstraints
 from lightning_light.quantization.fake_quantize import fake_quantize_weight, gain_and_shift
+from lightning_light.quantization.fake_quantizer import FakeQuantizer
 from lightning_light.quantization.lowering.base import Lowering
 from lightning_light.quantization.op_calls import OpCall, OpId
 from lightning_light.quantization.operators import arguments, is_view, operator_of
 from lightning_light.quantization.specs import QParams
-
-if TYPE_CHECKING:
-    from lightning_light.quantization.fake_quantizer import FakeQuantizer
 
 __all__ = ["QDQLowering", "register_operations"]
 

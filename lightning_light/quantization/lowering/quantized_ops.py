@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,13 +14,11 @@ from typing_extensions import override
 
 from lightning_light.int8 import Int8Weights, LoweredModel, int8_kernels
 from lightning_light.nested import map_tensors
+from lightning_light.quantization.fake_quantizer import FakeQuantizer
 from lightning_light.quantization.lowering.base import Lowering, QuantizedWeight
 from lightning_light.quantization.op_calls import OpCall, OpId
 from lightning_light.quantization.operators import KernelCall, is_view, operator_of
 from lightning_light.quantization.specs import QParams
-
-if TYPE_CHECKING:
-    from lightning_light.quantization.fake_quantizer import FakeQuantizer
 
 __all__ = ["QuantizedOpsLowering", "share_storage"]
 

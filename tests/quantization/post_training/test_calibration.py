@@ -123,3 +123,13 @@ def test_a_module_that_is_compiled_in_place_is_quantized_and_stays_compiled() ->
         assert not torch.equal(quantized, right)
         assert torch.equal(net(X), right)
     assert graphs
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_a_scripted_part_keeps_its_statistics_and_its_mode() -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.BatchNorm2d(4), nn.Dropout()))
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), scripted, nn.Conv2d(4, 4, 3)).train()
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    quantize(net, X, Int8())
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    assert all(module.training for module in net.modules())
