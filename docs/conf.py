@@ -123,7 +123,7 @@ def _plain_types(described: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
     for annotated, source in _annotated(described):
         hints = get_type_hints(source)
         own = vars(annotated).get("__annotations__", {}) if inspect.isclass(annotated) else annotated.__annotations__
-        yield annotated, {name: _bound(hints.get(name, type(None))) for name in own}
+        yield annotated, {n: _bound(hints.get(n, type(None))) for n in own if not n.startswith("_")}
 
 
 def _bound(hint: Any) -> Any:
@@ -158,7 +158,7 @@ def _classes(hint: object) -> Iterator[type]:
 def _page(module: str, here: dict[str, object], elsewhere: dict[str, str], results: list[type]) -> str:
     parts = [module, "=" * len(module), "", f".. automodule:: {module}", "   :no-members:", ""]
     if elsewhere:
-        links = (f":doc:`{name} <{page}>`" for name, page in sorted(elsewhere.items()) if page != module)
+        links = (f":py:obj:`{name} <{page}.{name}>`" for name, page in sorted(elsewhere.items()) if page != module)
         parts += ["Also in this module: " + ", ".join(links) + ".", ""]
     parts += [_directive(f"{module}.{name}", value) for name, value in here.items()]
     return "\n".join([*parts, *(_directive(f"{each.__module__}.{each.__qualname__}", each) for each in results)])
