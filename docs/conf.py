@@ -17,7 +17,10 @@ from lightning.pytorch import Callback
 import lightning_light as ll
 
 if TYPE_CHECKING:
+    from docutils.nodes import Element
+    from sphinx.addnodes import pending_xref
     from sphinx.application import Sphinx
+    from sphinx.environment import BuildEnvironment
 
 project = "lightning_light"
 copyright = "The lightning_light developers"
@@ -31,7 +34,7 @@ extensions = [
     "sphinx_copybutton",
 ]
 exclude_patterns = ["_build", "images", "jupyter_execute"]
-default_role = "code"  # single backticks in docstrings are code
+default_role = "py:obj"  # single backticks in docstrings are names, and links where the name is in the reference
 
 # Every reference to a name of this package leads somewhere; other packages are named without a link, since their
 # inventories would have to be fetched.
@@ -123,7 +126,7 @@ def _plain_types(described: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
     for annotated, source in _annotated(described):
         hints = get_type_hints(source)
         own = vars(annotated).get("__annotations__", {}) if inspect.isclass(annotated) else annotated.__annotations__
-        yield annotated, {name: _bound(hints.get(name, type(None))) for name in own}
+        yield annotated, {n: _bound(hints.get(n, type(None))) for n in own if not n.startswith("_")}
 
 
 def _bound(hint: Any) -> Any:
@@ -158,7 +161,7 @@ def _classes(hint: object) -> Iterator[type]:
 def _page(module: str, here: dict[str, object], elsewhere: dict[str, str], results: list[type]) -> str:
     parts = [module, "=" * len(module), "", f".. automodule:: {module}", "   :no-members:", ""]
     if elsewhere:
-        links = (f":doc:`{name} <{page}>`" for name, page in sorted(elsewhere.items()) if page != module)
+        links = (f":py:obj:`{name} <{page}.{name}>`" for name, page in sorted(elsewhere.items()) if page != module)
         parts += ["Also in this module: " + ", ".join(links) + ".", ""]
     parts += [_directive(f"{module}.{name}", value) for name, value in here.items()]
     return "\n".join([*parts, *(_directive(f"{each.__module__}.{each.__qualname__}", each) for each in results)])
@@ -189,6 +192,21 @@ def show_plain_types(app: Sphinx) -> None:
             annotated.__annotations__.update(types)  # the same dict as of what wraps a function
 
 
+def link_short_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, text: Element) -> Element | None:
+    """Link a name in single backticks without its module; names that the reference does not have stay code."""
+    target = node["reftarget"]
+    if node.get("reftype") != "obj" or (target.startswith("lightning_light.") and target.count(".") > 1):
+        return None
+    target = target.removeprefix("lightning_light.")
+    found = env.domains["py"].find_obj(env, node.get("py:module"), node.get("py:class"), target, "obj", 1)
+    if not found:
+        return text
+    from sphinx.util.nodes import make_refnode
+
+    name, entry = min(found, key=lambda each: len(each[0]))
+    return make_refnode(app.builder, node["refdoc"], entry.docname, entry.node_id, text, name)
+
+
 def hide_member(app: Sphinx, what: str, name: str, member: object, skip: bool, options: object) -> bool | None:
     """Leave out of the reference what Lightning calls, what only checkpoints use, and what a method overrides."""
     function = member.fget if isinstance(member, property) else member
@@ -210,3 +228,4 @@ def setup(app: Sphinx) -> None:
     app.connect("builder-inited", write_reference)
     app.connect("builder-inited", show_plain_types)
     app.connect("autodoc-skip-member", hide_member)
+    app.connect("missing-reference", link_short_name)

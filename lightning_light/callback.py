@@ -201,7 +201,7 @@ class CompressionCallback(Callback):
             refuse_unsupported(trainer, type(self).__name__)
 
     def rehearse(self, model: nn.Module, example: ExampleInput, batches: Sequence[Any]) -> list[str]:
-        """Do to a copy of the network what the method will have done at the end of its window; see `planning.plan`.
+        """Do to a copy of the network what the method will have done at the end of its window, for `plan`.
 
         Args:
             model: the copy, as the methods before this one leave it; it may be changed.

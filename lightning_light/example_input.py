@@ -26,7 +26,7 @@ class ExampleInput:
     Attributes:
         args: positional arguments.
         kwargs: keyword arguments.
-        method: what is called: ``"forward"``, or a step of a LightningModule, see `callable_with`.
+        method: what is called: ``"forward"``, or a step of a LightningModule, such as ``"training_step"``.
     """
 
     args: tuple[Any, ...] = ()

@@ -56,8 +56,8 @@ def check_order(items: Sequence[Item]) -> None:
     are masked, then layers are factorized, clustered, quantized; the export comes last. Two methods with windows are
     compared by them: the later stage may begin when the earlier one has ended or, if it also comes later in the list,
     at that very point. Two methods of which one has no window are compared by their places in the list. A stage below
-    `Stage.DEPTH` or above `Stage.EXPORT` (distillation, monitors) is in no order; re-parameterization, which expands
-    before pruning and merges after it, checks its own.
+    ``Stage.DEPTH`` or above ``Stage.EXPORT`` (distillation, monitors) is in no order; re-parameterization, which
+    expands before pruning and merges after it, checks its own.
 
     Args:
         items: for each method in the order of the Trainer's list: name, stage (one of `Stage`, or any number between),

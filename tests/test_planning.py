@@ -58,7 +58,7 @@ def test_a_chain_is_planned_on_a_copy_in_the_order_of_its_stages(tmp_path: Path)
     assert masked.after.params == pruned.after.params
     assert masked.after.sparsity > 0.3
     assert clustered.lines[0].startswith("net.stem.weight: 8 values")
-    assert quantized.lines[0] == "net.stem: weights of 8 bits, inputs of 8"
+    assert quantized.lines[0] == "net.stem: weights of 8 bits, inputs of 8 bits"
     assert quantized.after.bytes < 0.5 * clustered.after.bytes
     assert exported.lines[0].startswith("model.ptl: ")
     assert "the end" in str(plan.overview())

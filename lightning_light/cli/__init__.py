@@ -1,4 +1,4 @@
-"""The command `lightning-light`, the same as `python -m lightning_light`, and `LightningLightCLI`."""
+"""The command ``lightning-light``, the same as ``python -m lightning_light``, and `LightningLightCLI`."""
 
 from typing import TYPE_CHECKING, Any
 

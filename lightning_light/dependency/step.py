@@ -21,7 +21,8 @@ def trace_calls(module: nn.Module, calls: Sequence[ExampleInput], *, heads: str 
     """Find the dependency groups of what ``calls`` of ``module`` run together, and verify each one.
 
     The training step runs as in training: auxiliary heads, targets that outputs are compared with, and copies of layers
-    that follow others are taken into account. It is isolated: see `step_as_forward`. Three kinds of channels are kept
+    that follow others are taken into account. It runs in isolation: nothing is logged, and ``backward`` and
+    optimizers do nothing. Three kinds of channels are kept
     beside those that the code fixes: those that no layer reads, which a step compares or returns; those of frozen
     networks whose outputs no trained layer reads, such as a teacher; and those that a layer might read which has not
     run.

@@ -2,7 +2,7 @@
 
 from lightning_light.export.executorch import ExecuTorch
 from lightning_light.export.exporter import Exporter
-from lightning_light.export.functional import export_model
+from lightning_light.export.functional import ExportOptions, export_model
 from lightning_light.export.loading import load_exported
 from lightning_light.export.mobile_export import MobileExport
 from lightning_light.export.onnx import ONNX
@@ -13,6 +13,7 @@ from lightning_light.export.torchscript_lite import TorchScriptLite
 
 __all__ = [  # plain order, capitals or not
     "ExecuTorch",
+    "ExportOptions",
     "ExportReport",
     "Exporter",
     "MobileExport",

@@ -75,6 +75,10 @@ class ExportOptions:
         inputs: the inputs of the file: arguments of ``forward`` (``x``), or tensors in them (``batch['image']``). Other
             arguments are left out of the call if they have a default, items of dicts are left out of the dict, and what
             remains must not change the outputs. None: all inputs that the outputs are computed from.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range.
     """
 
     exporter: Exporter | None = None

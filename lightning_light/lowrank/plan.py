@@ -109,7 +109,7 @@ class FactorizationPlan(Tabular):
         layers: name -> factors.
         skipped: name -> why the layer stays dense.
         final_forms: name -> form of every layer that is factorized at the end of the run.
-        quantity: what is counted, as in `lightning_light.budgets.Budget.quantity`.
+        quantity: what is counted, as in the ``quantity`` of a `Budget`.
         before: of the whole network as it is.
         after: of the whole network with the plan applied.
         estimated: ``after`` as it was estimated, where the written file was measured.

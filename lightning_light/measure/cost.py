@@ -73,7 +73,7 @@ def count_cost(
     custom or quantized kernels. Causal or padded attention counts in full, and so do weights that are zero. A module
     that runs twice counts twice. Of a layer that is expanded to branches what it merges into counts.
 
-    The model is left as found: see `isolated`. Forward hooks that only observe do not run.
+    The model is left as found, buffers, modes and random states included. Forward hooks that only observe do not run.
 
     Args:
         model: on any device; its ``forward`` is called once or twice.

@@ -46,7 +46,7 @@ class Snapshot(Tabular):
         bytes: of all parameters and persistent buffers, as they will be stored: fake-quantized weights as int8.
         sparsity: fraction of zeros among all weights of two or more dimensions, in [0, 1].
         bits: mean bit width per weight, of its fake quantization or of its data type.
-        stats: layer -> quantity -> number of a method, from `layer_stats`.
+        stats: layer -> quantity -> a number that a method reports, such as ``"weight_bits"``.
         deflated: bytes after lossless compression; None if they were not measured.
     """
 
@@ -129,7 +129,7 @@ def take_snapshot(
     Args:
         model: on any device, in any mode.
         cost: from `count_cost` on a model of the same structure; without it MACs are not reported.
-        stats: per-layer numbers of the methods, from `layer_stats`; those with ``weight_bits`` are fake-quantized and
+        stats: layer -> quantity -> a number that a method reports; layers with ``weight_bits`` are fake-quantized and
             count as they will be stored: a byte per weight, a float scale per output channel.
 
     Example:

@@ -19,7 +19,7 @@ class Item:
     """One choice for one target.
 
     Attributes:
-        kind: of the choices, as in `Choices.kind`.
+        kind: of the choices, as in ``Choices.kind``.
         target: name of a module.
         choice: what is done to it.
         layers: names of the modules that it changes; a solution has at most one item for each of them.

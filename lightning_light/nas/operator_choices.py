@@ -39,7 +39,7 @@ class OperatorChoices(Choices):
 
     Args:
         operators: what may take the place of a convolution; None: those of
-            `lightning_light.substitution.DEFAULT_OPERATORS`. Offered where they have fewer multiply-accumulates.
+            `lightning_light.substitute_operators`. Offered where they have fewer multiply-accumulates.
         targets: convolutions that may be replaced: patterns or `Targets`; all by default.
         fit_steps: optimizer steps in which an operator is fitted after its start, for every network that is compared.
 

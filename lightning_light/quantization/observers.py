@@ -30,8 +30,8 @@ _CANDIDATES = 64
 class Observer(Extensible, ABC):
     """Find the range of an activation; a frozen dataclass.
 
-    A subclass looks at one batch. Its `momentum` decides how batches, and processes, are combined: as a moving average
-    in which a new batch has that weight, or, where it is None, as the widest range of all.
+    A subclass looks at one batch. Its ``momentum`` decides how batches, and processes, are combined: as a moving
+    average in which a new batch has that weight, or, where it is None, as the widest range of all.
     """
 
     momentum: float | None

@@ -285,7 +285,7 @@ class QuantizationAwareTraining(CompressionCallback):
         assert quantizer is not None  # `quantize` has found layers
         plan = quantizer.plan
         lines = [
-            f"{name}: weights of {bits['weight_bits']:g} bits, inputs of {bits.get('activation_bits', 32):g}"
+            f"{name}: weights of {bits['weight_bits']:g} bits, inputs of {bits.get('activation_bits', 32):g} bits"
             for name, bits in plan.bits_of_layers().items()
         ]
         return lines + [f"{name}: left in float ({reason})" for name, reason in plan.left_float.items()]

@@ -55,8 +55,9 @@ def substitute_operators(
             arguments.
         budget: what the model is to reach. A relative budget counts from the model before its first compression by
             this package.
-        operators: what may take the place of a convolution; `Operator` is the base class of your own. None: six that do
-            not start from random weights, see `DEFAULT_OPERATORS`.
+        operators: what may take the place of a convolution; `Operator` is the base class of your own. None:
+            `DepthwiseSeparable` with multipliers 1, 2 and 4, ``GroupShuffle(2)``, ``Ghost(2)`` and ``Fire(0.5)``, none
+            of which starts from random weights.
         targets: convolutions that may be replaced: patterns or `Targets`; all by default.
         data: batches; of a tuple or list the first item is the model's input, a mapping is its keyword arguments. The
             example inputs by default, which are rarely enough.

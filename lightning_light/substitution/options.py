@@ -38,7 +38,7 @@ class SubstitutionOptions:
     """What `substitute_operators` and `Substitution` have in common.
 
     Args:
-        operators: what may take the place of a convolution; None: those of `DEFAULT_OPERATORS`.
+        operators: what may take the place of a convolution; None: as in `substitute_operators`.
         targets: convolutions that may be replaced: patterns or `Targets`; all by default.
         fit_steps: optimizer steps in which each candidate is fitted to the layer's outputs; 0 for its start alone.
         distance: of the network's outputs, for the scores: ``"kl"``, the Kullback-Leibler divergence of class

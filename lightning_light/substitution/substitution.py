@@ -79,7 +79,7 @@ class Substitution(RecordedInputs):
     Args:
         budget: what the network is to reach: ``MACs``, ``Params``, ``Size`` or ``Latency``.
         operators: what may take the place of a convolution: `DepthwiseSeparable`, `GroupShuffle`, `Ghost`, `Fire`,
-            `InvertedResidual`, or subclasses of `Operator` of your own.
+            `InvertedResidual`, or subclasses of `Operator` of your own. None: as in `substitute_operators`.
         targets: convolutions that may be replaced: patterns or `Targets`; all by default.
         start: when they are replaced; an int is an epoch, a float a fraction of the run.
         fit_steps: optimizer steps in which each candidate is fitted to the layer's outputs; 0 for its start alone.

@@ -117,7 +117,7 @@ class CompressionState:
         at 50 %. Every method calls it before it changes anything, so that the value is the uncompressed network's.
 
         Args:
-            quantity: `Budget.quantity`.
+            quantity: the ``quantity`` of a `Budget`.
             measure: measures it now; called only if it is not known yet.
             scope: what the value depends on besides the network, for instance the targets whose channels count.
         """
