@@ -26,7 +26,7 @@ from lightning_light.surgery.trial import failing_replacements
 from lightning_light.trained_weights import loose_parameters, trained_weights
 from lightning_light.training_step import callable_with
 
-__all__ = ["FactorizableLayer", "find_layers"]
+__all__ = ["FactorizableLayer", "exact_replacements", "find_layers"]
 
 _FACTORIZABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 
@@ -149,11 +149,11 @@ def find_layers(
     others = loose_parameters(model, {name: model.get_submodule(name) for name in ("", *names) if name not in reasons})
     matrices = [name for name, parameter in others.items() if 1 not in parameter.shape]
     reasons |= dict.fromkeys(matrices, "a parameter of the network's own code, not of a layer that factors can replace")
-    failing = failing_replacements(model, _exact_replacements(model, layers), example)
+    failing = failing_replacements(model, exact_replacements(model, layers), example)
     return [layer for layer in layers if (layer.owner or layer.name) not in failing], reasons | failing
 
 
-def _exact_replacements(model: nn.Module, layers: Iterable[FactorizableLayer]) -> dict[str, nn.Module]:
+def exact_replacements(model: nn.Module, layers: Iterable[FactorizableLayer]) -> dict[str, nn.Module]:
     """Return factors that compute what the layers do, by name, for those that are not factorized yet."""
     found: dict[str, nn.Module] = {}
     for layer in layers:

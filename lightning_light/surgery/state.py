@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -27,7 +28,7 @@ from lightning_light.surgery.manifest import (
 )
 from lightning_light.surgery.masks import drop_false_masks
 from lightning_light.surgery.operations import is_registered, replay_edits
-from lightning_light.surgery.optimizer import order_parameters, orphans, parameter_order
+from lightning_light.surgery.optimizer import elementwise_state, order_parameters, orphans, parameter_order
 from lightning_light.surgery.ownership import Claim, all_names, refuse_owned
 from lightning_light.surgery.structure import PRIVATE_PREFIX, apply_structure, compare, copy_structure
 
@@ -166,8 +167,8 @@ class CompressionState:
         """
         self._remember(model)
         manifest = Manifest.decode(checkpoint[KEY]) if KEY in checkpoint else self._plain_manifest()
-        _check_order(manifest.parameter_order, checkpoint.get("optimizer_states", []))
         state_dict: Mapping[str, Any] = checkpoint.get("state_dict", {})
+        _check_order(manifest.parameter_order, checkpoint.get("optimizer_states", []), state_dict)
         if manifest.edit_log or self.edit_log:
             check_fingerprint(self._original, manifest.fingerprint, PRIVATE_PREFIX)
         if not manifest.edit_log:
@@ -277,8 +278,10 @@ class CompressionState:
         return current, target
 
 
-def _check_order(order: list[list[list[str | None]]], optimizer_states: Sequence[Any]) -> None:
-    """Check that every parameter of the checkpoint's optimizers has a name, at its place."""
+def _check_order(
+    order: list[list[list[str | None]]], optimizer_states: Sequence[Any], state_dict: Mapping[str, Any]
+) -> None:
+    """Check that every parameter of the checkpoint's optimizers has a name, at its place, whose shape fits."""
     for number, (groups, state) in enumerate(zip(order, optimizer_states, strict=False)):
         sizes = [len(group["params"]) for group in state.get("param_groups", [])]
         if sizes and [len(group) for group in groups] != sizes:
@@ -286,6 +289,17 @@ def _check_order(order: list[list[list[str | None]]], optimizer_states: Sequence
             raise damage(
                 f"manifest['parameter_order'][{number}]", f"names for groups of {sizes} parameters", f"{found}"
             )
+        places = [place for group in state.get("param_groups", []) for place in group["params"]]
+        for place, name in zip(places, itertools.chain.from_iterable(groups), strict=False):
+            moments = elementwise_state(state.get("state", {}).get(place, {}))
+            shapes = {tuple(moment.shape) for moment in moments}
+            parameter = state_dict.get(name) if name is not None else None
+            if isinstance(parameter, Tensor) and shapes - {tuple(parameter.shape)}:
+                raise damage(
+                    f"manifest['parameter_order'][{number}]",
+                    f"a parameter with moments of shape {tuple(parameter.shape)} in the place of {name!r}",
+                    f"one with {sorted(shapes)}",
+                )
 
 
 def other_shapes(model: nn.Module, state_dict: Mapping[str, Any], prefix: str = "") -> list[str]:
