@@ -28,7 +28,7 @@ from lightning_light.surgery.manifest import (
 )
 from lightning_light.surgery.masks import drop_false_masks
 from lightning_light.surgery.operations import is_registered, replay_edits
-from lightning_light.surgery.optimizer import elementwise_state, order_parameters, orphans, parameter_order
+from lightning_light.surgery.optimizer import elementwise_state, order_parameters, orphans, parameter_order, unwrap
 from lightning_light.surgery.ownership import Claim, all_names, refuse_owned
 from lightning_light.surgery.structure import PRIVATE_PREFIX, apply_structure, compare, copy_structure
 
@@ -55,6 +55,7 @@ class CompressionState:
         self.resumed = False
         self.active: list[object] = []
         self._order: list[list[list[str | None]]] = []
+        self._group_sizes: list[list[int]] = []
         self._original = copy_structure(model)
 
     def record(self, entry: Mapping[str, Any], *, kept: Mapping[str, Mapping[int, Tensor]] | None = None) -> None:
@@ -182,6 +183,7 @@ class CompressionState:
         self.edit_log, self.state, self.kept = manifest.edit_log, copy.deepcopy(manifest.state), manifest.kept
         self.claims, self.references = manifest.owners, manifest.references
         self._order = manifest.parameter_order
+        self._group_sizes = [list(map(len, groups)) for groups in self._order]
 
     def refuse_other_structure(self, model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
         """Refuse a checkpoint whose structure the ``model`` would have to take: shards of parameters cannot follow.
@@ -246,6 +248,21 @@ class CompressionState:
             return order_parameters(optimizers, model, order)
         except SurgeryError as error:
             raise ManifestError(str(error)) from error
+
+    def require_parameters(self, optimizers: Sequence[Any]) -> None:
+        """Refuse to load the checkpoint's optimizers into groups that have fewer parameters.
+
+        Raises:
+            ManifestError: a callback that added parameters, such as learned scales, is missing, or its state is.
+        """
+        expected, self._group_sizes = self._group_sizes, []
+        live = [[len(group["params"]) for group in unwrap(optimizer).param_groups] for optimizer in optimizers]
+        if list(map(len, live)) == list(map(len, expected)) and sum(map(sum, live)) < sum(map(sum, expected)):
+            raise ManifestError(
+                f"The checkpoint's optimizers have groups of {expected} parameters, those of this run of {live}: "
+                "expected what the callbacks of its run have added, learned scales or projectors. Give the Trainer "
+                "the same callbacks; if it has them, the checkpoint is damaged."
+            )
 
     def _remember(self, model: nn.Module) -> None:
         """Take the present structure as the original one, as long as nothing has been changed."""

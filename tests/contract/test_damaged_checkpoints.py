@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lightning_light.errors import ManifestError
+from lightning_light.monitors import CompressionMonitor
 from lightning_light.surgery.manifest import KEY, signed
 from tests.contract.mutations import WAYS, Source, enter, sources, survey
 from tests.contract.runs import differences, module_of, trainer
@@ -122,6 +123,13 @@ def test_a_changed_value_that_could_be_right_is_noticed_by_the_digest(way, pool,
     torch.save(source.checkpoint | {KEY: manifest}, path)
     with pytest.raises(ManifestError, match=f"`{path}`: .*expected it to match its digest"):
         enter(way, source, path)
+
+
+def test_a_run_without_the_callback_that_added_parameters_is_refused(tmp_path) -> None:
+    (source,) = sources(["quantization_lsq"], tmp_path, (12,))
+    torch.save(source.checkpoint, tmp_path / "learned.ckpt")
+    with pytest.raises(ManifestError, match="expected what the callbacks of its run have added, learned scales"):
+        trainer(CompressionMonitor()).fit(module_of(source.case), ckpt_path=tmp_path / "learned.ckpt")
 
 
 def test_a_method_joins_a_run_that_was_saved_without_it(pool, tmp_path) -> None:
