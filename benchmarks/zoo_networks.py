@@ -62,7 +62,7 @@ def flow() -> Built:
 
 
 def _torchvision(name: str, **options: Any) -> nn.Module:
-    built = importlib.import_module("torchvision.models").get_model(name, weights=None, weights_backbone=None)
+    built = importlib.import_module("torchvision.models").get_model(name, weights=None)
 
     class Fixed(nn.Module):
         """Call a model with constant options."""

@@ -44,7 +44,7 @@ from lightning_light.schedules import OneShot, Schedule, Window, require_rising
 from lightning_light.schema import PlainExample
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.distributed import log_rank_zero, on_rank_zero, reduce_mean
-from lightning_light.surgery.stored_example import restore_or_capture_example, store_example
+from lightning_light.surgery.stored_example import restore_or_capture_example, store_example, stored_calls
 from lightning_light.surgery.trial import failing_in_step
 from lightning_light.targets import Targets, as_targets
 from lightning_light.timing import Events
@@ -439,7 +439,7 @@ class LowRankFactorization(CompressionCallback):
         """Measure the batch-norm statistics on the recorded inputs of rank 0, which a checkpoint holds, for all."""
         if self._recorder is None:
             return {}
-        calls = [ExampleInput(**call).to(pl_module) for call in self.state(pl_module).get("inputs", [])]
+        calls = stored_calls(pl_module, self.state(pl_module))
         return on_rank_zero(trainer, lambda: measure_statistics(pl_module, calls))
 
     def _log_metrics(

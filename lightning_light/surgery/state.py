@@ -30,7 +30,7 @@ from lightning_light.surgery.masks import drop_false_masks
 from lightning_light.surgery.operations import is_registered, replay_edits
 from lightning_light.surgery.optimizer import elementwise_state, order_parameters, orphans, parameter_order, unwrap
 from lightning_light.surgery.ownership import Claim, all_names, refuse_owned
-from lightning_light.surgery.structure import PRIVATE_PREFIX, apply_structure, compare, copy_structure
+from lightning_light.surgery.structure import PRIVATE_PREFIX, Difference, apply_structure, compare, copy_structure
 
 
 class CompressionState:
@@ -288,7 +288,7 @@ class CompressionState:
         current = replay_edits(copy_structure(self._original), self.edit_log)
         target = replay_edits(copy_structure(self._original), manifest.edit_log)
         difference = compare(current, target)
-        _check_complete(target, state_dict, difference.concerns)
+        _check_complete(target, state_dict, difference)
         _take_shapes(target, state_dict, "")
         _take_buffers(target, manifest.buffers)
         _check_attributes(target, {path for entry in manifest.edit_log for path in entry.get("attributes", {})})
@@ -380,18 +380,22 @@ def _check_unedited(fingerprint: Mapping[str, tuple[int, ...]], state_dict: Mapp
         raise damage("manifest['edit_log']", f"the edits after which `state_dict` has its {wrong[0]!r}", "none")
 
 
-def _check_complete(target: nn.Module, state_dict: Mapping[str, Any], concerns: Any) -> None:
-    """Check that the checkpoint has the tensors of every layer that an operation has changed."""
+def _check_complete(target: nn.Module, state_dict: Mapping[str, Any], difference: Difference) -> None:
+    """Check that the checkpoint has the tensors of every layer that an operation has changed, and no others."""
     tensors = _tensors(target)
-    missing = [name for name in tensors if name not in state_dict and concerns(name.rpartition(".")[0])]
+    missing = [name for name in tensors if name not in state_dict and difference.concerns(name.rpartition(".")[0])]
     missing += _replaced(tensors, state_dict)
+    replaced = tuple(f"{name}." for name in difference.replaced if name)
+    surplus = [name for name in state_dict if name.startswith(replaced) and name not in tensors]
+    surplus = [name for name in surplus if not name.endswith("_extra_state")]
     wrong = [
         name
         for name, tensor in tensors.items()
         if isinstance(state_dict.get(name), Tensor) and state_dict[name].ndim != tensor.ndim
     ]
-    if missing or wrong:
+    if missing or wrong or surplus:
         found = f"without {missing[:3]}" if missing else f"with another number of dimensions in {wrong[:3]}"
+        found = found if missing or wrong else f"with {surplus[:3]} as well"
         raise ManifestError(
             f"The checkpoint's edit log changes layers of `{type(target).__name__}` whose tensors its `state_dict` "
             f"does not match: found one {found}. It is damaged, or tensors were taken out of it."

@@ -1,6 +1,7 @@
 """Damaged and hostile checkpoints are refused on every way in, by our error, before anything is touched."""
 
 import copy
+import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -123,6 +124,24 @@ def test_a_changed_value_that_could_be_right_is_noticed_by_the_digest(way, pool,
     torch.save(source.checkpoint | {KEY: manifest}, path)
     with pytest.raises(ManifestError, match=f"`{path}`: .*expected it to match its digest"):
         enter(way, source, path)
+
+
+def test_a_stored_example_that_is_no_call_of_the_module_is_refused(pool, tmp_path) -> None:
+    manifest = copy.deepcopy(pool[3].checkpoint[KEY])
+    change("low_rank", "example", "args", to=())(manifest)
+    torch.save(pool[3].checkpoint | {KEY: signed(manifest)}, tmp_path / "hostile.ckpt")
+    with pytest.raises(ManifestError, match="expected a call of `forward`, found missing a required argument: 'x'"):
+        enter("fit", pool[3], tmp_path / "hostile.ckpt")
+
+
+def test_an_edit_log_that_makes_fewer_tensors_than_the_checkpoint_has_is_refused(tmp_path) -> None:
+    (source,) = sources(["reparameterization_acb"], tmp_path, (7,))
+    manifest = copy.deepcopy(source.checkpoint[KEY])
+    edits = json.loads(manifest["edit_log"])
+    del edits[0]["layers"]["features.stem"][0]
+    manifest["edit_log"] = json.dumps(edits)
+    with pytest.raises(ManifestError, match=r"found one with \['features.stem.* as well"):
+        enter("hook", source, tmp_path, source.checkpoint | {KEY: signed(manifest)})
 
 
 def test_a_run_without_the_callback_that_added_parameters_is_refused(tmp_path) -> None:
