@@ -147,7 +147,14 @@ def variance(x: Tensor, dim: Any = None, *_: Any, keepdim: bool = False, **__: A
     return x.square().sum() if dim is None else x.square().sum(dim, keepdim)
 
 
+def product(x: Any, other: Any) -> Any:
+    """Multiply, but not by the temperature of attention: one over the square root of a count."""
+    count = other**-2 if isinstance(other, float) and 0.0 < other < 1.0 else 0.5
+    return x if abs(count - round(count)) < 1e-6 else x * other
+
+
 REPLACEMENTS: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), product),
     **dict.fromkeys((F.layer_norm, torch.layer_norm), layer_norm),
     **dict.fromkeys((F.rms_norm, torch.rms_norm), rms_norm),
     **dict.fromkeys((F.group_norm,), group_norm),

@@ -62,7 +62,7 @@ def flow() -> Built:
 
 
 def _torchvision(name: str, **options: Any) -> nn.Module:
-    built = importlib.import_module("torchvision.models").get_model(name, weights=None, weights_backbone=None)
+    built = importlib.import_module("torchvision.models").get_model(name, weights=None)
 
     class Fixed(nn.Module):
         """Call a model with constant options."""
@@ -356,7 +356,7 @@ _TIMM = """
     xception41 inception_v4 nf_resnet26 eca_nfnet_l0 tresnet_m fasternet_t0 starnet_s1 inception_next_atto
     convnext_atto convnextv2_atto convmixer_768_32 mambaout_femto rdnet_tiny focalnet_tiny_srf poolformer_s12
     caformer_s18 efficientvit_b0 edgenext_xx_small fastvit_t8 mobilevit_xxs mobilevitv2_050 shvit_s1 swiftformer_xs
-    pvt_v2_b0 halonet26t lowformer_b0 coat_lite_tiny davit_tiny twins_svt_small
+    pvt_v2_b0 halonet26t lowformer_b0 davit_tiny twins_svt_small
     tiny_vit_5m_224
 """
 _TIMM_TOKENS: dict[str, dict[str, Any]] = {
@@ -376,6 +376,7 @@ _TIMM_TOKENS: dict[str, dict[str, Any]] = {
     "swinv2_cr_tiny_ns_224": {"depths": (2, 2), "num_heads": (3, 6), "window_size": 4},
     "pit_ti_224": {},
     "tnt_s_patch16_224": {"depth": 2},
+    "coat_lite_tiny": {},
     "levit_128s": {},
     "visformer_tiny": {},
     "efficientformerv2_s0": {},

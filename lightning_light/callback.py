@@ -120,8 +120,11 @@ class CompressionCallback(Callback):
         """Give the optimizers the parameters that their stored state belongs to, before it is loaded."""
         if self.structural:
             check_optimizers(trainer.optimizers)
-        attach(pl_module).reconcile(trainer.optimizers, pl_module, resuming=is_restoring(trainer))
+        state = attach(pl_module)
+        state.reconcile(trainer.optimizers, pl_module, resuming=is_restoring(trainer))
         if self._run_position is not None:
+            if is_restoring(trainer):  # all callbacks have added their parameters
+                state.require_parameters(trainer.optimizers)
             self._run_position.before_first_epoch(trainer)
 
     @override

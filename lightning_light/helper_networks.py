@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.optim.swa_utils import AveragedModel
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import override
@@ -34,7 +35,7 @@ def first_call(module: nn.Module, batch: Any = None) -> ExampleInput | None:
 
 
 def frozen_parts(model: nn.Module) -> list[str]:
-    """Name the outermost modules all of whose parameters are frozen; none if nothing is trained.
+    """Name the outermost modules all of whose parameters are frozen, or averages; none if nothing is trained.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2).requires_grad_(False)))
@@ -45,7 +46,8 @@ def frozen_parts(model: nn.Module) -> list[str]:
     if any(parameter.requires_grad for parameter in model.parameters()):
         for name, module in model.named_modules():
             parameters = list(module.parameters())
-            frozen = bool(parameters) and not any(p.requires_grad or is_lazy(p) for p in parameters)
+            trained = any(p.requires_grad or is_lazy(p) for p in parameters) and not isinstance(module, AveragedModel)
+            frozen = bool(name and parameters) and not trained
             if frozen and not inside(name, found):
                 found.append(name)
     return found

@@ -12,12 +12,14 @@ from torch.utils.data import DataLoader
 from lightning_light.budgets import Params, Size, Sparsity
 from lightning_light.clustering import WeightClustering, cluster
 from lightning_light.criteria import Taylor
+from lightning_light.errors import BudgetError
 from lightning_light.example_input import ExampleInput
 from lightning_light.helper_networks import first_call, frozen_parts, helper_networks
 from lightning_light.lowrank import LowRankFactorization, factorize
 from lightning_light.schedules import OneShot
 from lightning_light.sparsity import WeightPruning, prune_weights
 from tests.contract.runs import checkpoints, differences, outcome, trainer
+from tests.projects import BYOL, MeanTeacher
 from tests.zoo import noise
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
@@ -132,3 +134,18 @@ def test_functions_and_budgets_leave_them_alone() -> None:
     assert plan.before == own
     assert plan.after <= 0.85 * own
     assert "only used to train" in plan.skipped["teacher.0"]
+
+
+def test_an_average_is_left_alone_though_its_parameters_are_not_frozen() -> None:
+    module = MeanTeacher()
+    assert frozen_parts(module) == ["teacher", "perceptual"]
+    trainer(WeightClustering(8, start=0.3), max_epochs=2).fit(module)
+    assert [len(net[0][0].weight.unique()) for net in (module.student, module.teacher.module)] == [8, 216]
+
+
+def test_factors_that_the_average_of_a_step_does_not_follow_are_refused_before_the_first_step(caplog) -> None:
+    run = trainer(LowRankFactorization(Params(0.9), schedule=OneShot(at=0.5)))
+    with pytest.raises(BudgetError), caplog.at_level("INFO"):
+        run.fit(BYOL())
+    assert run.global_step == 0
+    assert "online.0.0 left alone: in the training step the model does not run with a replacement" in caplog.text

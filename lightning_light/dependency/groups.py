@@ -184,7 +184,7 @@ def _signatures(roots: Sequence[Tensor], count: int, reasons: Mapping[int, str])
         signature.scatter_add_(0, root, weight.expand(root.numel()))
     kinds = sorted(set(reasons.values()))
     for label, reason in reasons.items():
-        signature[label] += (kinds.index(reason) + 1) * 0x9E3779B97F4A7C1
+        signature[label] += (kinds.index(reason) + 1) * 0x9E3779B97F4A7C1 % 2**63
     signature[FIXED] = 0
     return signature
 

@@ -23,6 +23,7 @@ from lightning_light.schedules import Linear, Schedule, Window, require_rising
 from lightning_light.schema import PlainExample
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.distributed import log_rank_zero
+from lightning_light.surgery.stored_example import stored_calls
 from lightning_light.targets import Targets, as_targets
 from lightning_light.timing import Events
 from lightning_light.validation import NonNegativeInt, PositiveInt, validated
@@ -213,7 +214,7 @@ class DepthPruning(RecordedInputs):
         """Remove the blocks that are due at event ``due``: decided on rank 0, carried out on every rank."""
         state, example, budget = self.state(pl_module), self.example(pl_module), self.budget
         blocks, goal = self._check(trainer, pl_module, self._points[due - 1][1])
-        calls = [ExampleInput(**call).to(pl_module) for call in state["inputs"]]
+        calls = stored_calls(pl_module, state)
 
         def decide(table: LatencyTable | None) -> DepthPlan:
             return plan_blocks(pl_module, budget, example, blocks, self.criterion, calls, goal, table)

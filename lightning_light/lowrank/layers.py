@@ -26,9 +26,10 @@ from lightning_light.surgery.trial import failing_replacements
 from lightning_light.trained_weights import loose_parameters, trained_weights
 from lightning_light.training_step import callable_with
 
-__all__ = ["FactorizableLayer", "find_layers"]
+__all__ = ["FactorizableLayer", "exact_replacements", "find_layers"]
 
 _FACTORIZABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+_COMPUTING = ("forward", "_conv_forward")
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,14 +147,15 @@ def find_layers(
             layers += _layers_inside(name, module, parts, calls)
         else:
             layers.append(_layer(name, module, calls, form))
-    others = loose_parameters(model, {name: model.get_submodule(name) for name in ("", *names) if name not in reasons})
+    known = reasons.keys() | {layer.owner or layer.name for layer in layers}
+    others = loose_parameters(model, {name: model.get_submodule(name) for name in ("", *names) if name not in known})
     matrices = [name for name, parameter in others.items() if 1 not in parameter.shape]
     reasons |= dict.fromkeys(matrices, "a parameter of the network's own code, not of a layer that factors can replace")
-    failing = failing_replacements(model, _exact_replacements(model, layers), example)
+    failing = failing_replacements(model, exact_replacements(model, layers), example)
     return [layer for layer in layers if (layer.owner or layer.name) not in failing], reasons | failing
 
 
-def _exact_replacements(model: nn.Module, layers: Iterable[FactorizableLayer]) -> dict[str, nn.Module]:
+def exact_replacements(model: nn.Module, layers: Iterable[FactorizableLayer]) -> dict[str, nn.Module]:
     """Return factors that compute what the layers do, by name, for those that are not factorized yet."""
     found: dict[str, nn.Module] = {}
     for layer in layers:
@@ -206,13 +208,17 @@ def _why_special(module: nn.Module) -> str | None:
         return "its weight is computed by a hook (a mask of `torch.nn.utils.prune`): make it permanent"
     if hasattr(module, "weight_fake_quant") or hasattr(module, "activation_post_process"):
         return "it is prepared for quantization: factorize first, then quantize"
-    if type(module) not in _FACTORIZABLE:
+    if any(getattr(type(module), name, None) is not getattr(_torch_class(module), name, None) for name in _COMPUTING):
         return f"a {type(module).__name__}, which has a `forward` of its own"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "its rows are renormalized (`max_norm`)"
     if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1 and module.in_channels == module.groups:
         return "depthwise: each filter reads one channel, so there is no rank to lower"
     return None
+
+
+def _torch_class(module: nn.Module) -> type[nn.Module]:
+    return next(kind for kind in _FACTORIZABLE if isinstance(module, kind))
 
 
 def _why_shared(module: nn.Module, shared: set[int]) -> str | None:

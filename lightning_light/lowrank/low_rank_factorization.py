@@ -17,13 +17,14 @@ from lightning_light.criteria.collector import EvidenceCollector
 from lightning_light.criteria.data import collect_evidence
 from lightning_light.criteria.gathered import EvidenceStorage, Gathered
 from lightning_light.example_input import ExampleInput
+from lightning_light.helper_networks import frozen_parts
 from lightning_light.host.trainer import steps_done
 from lightning_light.lowrank.apply import METHOD, apply_factors, check_unowned
 from lightning_light.lowrank.calibration import first_batches, watched_modules
 from lightning_light.lowrank.factors import factor_form
 from lightning_light.lowrank.fits import Fit
 from lightning_light.lowrank.functional import factorize, plan_layers, require_file_reachable
-from lightning_light.lowrank.layers import FactorizableLayer, find_layers
+from lightning_light.lowrank.layers import FactorizableLayer, exact_replacements, find_layers
 from lightning_light.lowrank.measurement import price_of, quantity_of
 from lightning_light.lowrank.options import (
     FactorizationOptions,
@@ -43,7 +44,8 @@ from lightning_light.schedules import OneShot, Schedule, Window, require_rising
 from lightning_light.schema import PlainExample
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.distributed import log_rank_zero, on_rank_zero, reduce_mean
-from lightning_light.surgery.stored_example import restore_or_capture_example, store_example
+from lightning_light.surgery.stored_example import restore_or_capture_example, store_example, stored_calls
+from lightning_light.surgery.trial import failing_in_step
 from lightning_light.targets import Targets, as_targets
 from lightning_light.timing import Events
 from lightning_light.training_step import callable_with
@@ -196,6 +198,8 @@ class LowRankFactorization(CompressionCallback):
         self._collector: EvidenceCollector | None = None
         self._recorder: InputRecorder | None = None
         self._is_checked = False
+        self._first_batch: Any = None
+        self._failing_in_step: dict[str, str] = {}
 
     # Lightning's hooks, in the order a run meets them.
 
@@ -209,7 +213,7 @@ class LowRankFactorization(CompressionCallback):
                 state.pop(key, None)
         if "names" not in state:
             state["names"] = list(as_targets(self.targets).select(pl_module))
-        self.last_plan, self._is_checked, self._points = None, False, []
+        self.last_plan, self._is_checked, self._failing_in_step, self._points = None, False, {}, []
         self._capture = restore_or_capture_example(pl_module, state)
         if self.correct_batch_norm and not self.dry_run and has_statistics(pl_module):
             self._recorder = InputRecorder(pl_module)
@@ -224,7 +228,7 @@ class LowRankFactorization(CompressionCallback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Factorize if it is due: before the batch, so that no checkpoint pairs new weights with an old metric."""
-        self._check(trainer, pl_module)
+        self._check(trainer, pl_module, batch)
         state = self.state(pl_module)
         due = Events.due(self._points, training_progress(trainer), steps_planned(trainer))
         if due > state.get("events", 0) and self._is_ready(pl_module):
@@ -301,18 +305,22 @@ class LowRankFactorization(CompressionCallback):
 
     # Planning.
 
-    def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the dense network, and refuse an unreachable budget, as soon as the input is known.
+    def _check(self, trainer: Trainer, pl_module: LightningModule, batch: Any = None) -> None:
+        """Measure the dense network, and refuse an unreachable budget, as soon as the input and a batch are known.
 
         Another method that changes the network first may make the budget reachable; the refusal then waits for the
         first event.
         """
         if self._capture is not None:
             self._capture.require(repr(self))
+        self._first_batch = batch if self._first_batch is None and not self._is_checked else self._first_batch
         if self._is_checked or not self._has_example:
             return
-        self._is_checked = True
         goal = self._goal(trainer, pl_module, fraction=1.0)
+        if self._first_batch is None and frozen_parts(pl_module):
+            return
+        self._try_step(trainer, pl_module)
+        self._is_checked, self._first_batch = True, None
         if self.state(pl_module).get("events", 0) or self.changed_before(trainer):
             return
         layers, _ = self._layers(pl_module)
@@ -321,6 +329,16 @@ class LowRankFactorization(CompressionCallback):
         if goal.table is not None:
             timed = on_rank_zero(trainer, lambda: self._timed(pl_module, layers, goal))
             self.state(pl_module)["latency"] = timed
+
+    def _try_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave alone the layers without which the training step does not run."""
+
+        def replacements() -> dict[str, nn.Module]:
+            return exact_replacements(pl_module, self._layers(pl_module)[0])
+
+        self._failing_in_step = failing_in_step(pl_module, replacements, self._first_batch)
+        for name, reason in self._failing_in_step.items():
+            log_rank_zero(trainer, f"{self.method}: {name} left alone: in the training step {reason}")
 
     def _timed(self, pl_module: LightningModule, layers: list[FactorizableLayer], goal: Goal) -> TimedFiles:
         """Refuse a latency that the file does not reach with the fastest factors; return what was measured."""
@@ -377,7 +395,9 @@ class LowRankFactorization(CompressionCallback):
         example = self._example(pl_module)
         with callable_with(pl_module, example):
             form, split = candidate_forms(self.form, self.budget), self.split or {}
-            return find_layers(pl_module, example, names, form=form, split=split, shrinkable=shrinkable)
+            layers, reasons = find_layers(pl_module, example, names, form=form, split=split, shrinkable=shrinkable)
+        free = [layer for layer in layers if (layer.owner or layer.name) not in self._failing_in_step]
+        return free, reasons | self._failing_in_step
 
     # Acting.
 
@@ -419,7 +439,7 @@ class LowRankFactorization(CompressionCallback):
         """Measure the batch-norm statistics on the recorded inputs of rank 0, which a checkpoint holds, for all."""
         if self._recorder is None:
             return {}
-        calls = [ExampleInput(**call).to(pl_module) for call in self.state(pl_module).get("inputs", [])]
+        calls = stored_calls(pl_module, self.state(pl_module))
         return on_rank_zero(trainer, lambda: measure_statistics(pl_module, calls))
 
     def _log_metrics(

@@ -31,6 +31,7 @@ from lightning_light.schedules import OneShot, Schedule, require_rising
 from lightning_light.schema import PlainExample
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.distributed import broadcast, log_rank_zero, on_rank_zero
+from lightning_light.surgery.stored_example import stored_calls
 from lightning_light.timing import Events
 from lightning_light.validation import NonNegativeInt, PositiveInt, validated
 
@@ -329,7 +330,7 @@ class ArchitectureSearch(RecordedInputs):
             del state["pending"], state["inputs"]
 
     def _calls(self, pl_module: LightningModule) -> list[ExampleInput]:
-        return [ExampleInput(**call).to(pl_module) for call in self.state(pl_module)["inputs"]]
+        return stored_calls(pl_module, self.state(pl_module))
 
     def _plan(
         self,

@@ -49,7 +49,7 @@ from lightning_light.structured.sensitivity import Sensitivity, curve_lines
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.distributed import broadcast, log_rank_zero, on_rank_zero, reduce_mean
 from lightning_light.surgery.edit import cut
-from lightning_light.surgery.stored_example import restore_or_capture_example, store_example
+from lightning_light.surgery.stored_example import restore_or_capture_example, store_example, stored_calls
 from lightning_light.targets import Targets, as_targets
 from lightning_light.timing import Events
 from lightning_light.training_step import callable_with, overrides, step_call
@@ -417,7 +417,7 @@ class StructuredPruning(CompressionCallback):
         original, seed = widths_of(graph, state["original"]), state.get("events", 0)
         goal = Goal(budget, example, original, dense, fraction, seed, table=table)
         if isinstance(self.ranking, Sensitivity):
-            calls = [ExampleInput(**call).to(pl_module) for call in state.get("inputs", [])]
+            calls = stored_calls(pl_module, state)
             goal = dataclasses.replace(goal, calls=calls[-self.ranking.batches :], curves=state.get("curves", {}))
         return goal
 
@@ -511,7 +511,7 @@ class StructuredPruning(CompressionCallback):
         """Measure the batch-norm statistics on the recorded inputs of rank 0, which a checkpoint holds, for all."""
         if self._recorder is None:
             return {}
-        calls = [ExampleInput(**call).to(pl_module) for call in self.state(pl_module).get("inputs", [])]
+        calls = stored_calls(pl_module, self.state(pl_module))
         return on_rank_zero(trainer, lambda: measure_statistics(pl_module, calls))
 
     def _log(self, trainer: Trainer, plan: Plan, fraction: float) -> None:

@@ -29,6 +29,7 @@ from lightning_light.substitution.options import METHOD, SubstitutionOptions
 from lightning_light.substitution.plan import SubstitutionPlan, plan_substitution
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.distributed import log_rank_zero
+from lightning_light.surgery.stored_example import stored_calls
 from lightning_light.targets import Targets, as_targets
 from lightning_light.timing import Events
 from lightning_light.validation import Moment, NonNegativeInt, PositiveInt, validated
@@ -234,7 +235,7 @@ class Substitution(RecordedInputs):
         """Replace the layers: decided and fitted on rank 0, carried out on every rank."""
         state, example = self.state(pl_module), self.example(pl_module)
         goal, candidates = self._goal(trainer, pl_module), self._candidates(trainer, pl_module)
-        calls = [ExampleInput(**call).to(pl_module) for call in state["inputs"]]
+        calls = stored_calls(pl_module, state)
 
         def plan(table: LatencyTable | None) -> SubstitutionPlan:
             found = plan_substitution(

@@ -11,6 +11,9 @@ from lightning_light.errors import SurgeryError, UnsupportedError
 from lightning_light.host.classes import is_host
 from lightning_light.surgery.data import in_layout_of
 
+_MOMENTS = ("exp_avg", "exp_avg_sq", "exp_inf", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg")
+"""State of torch's elementwise optimizers, of the parameter's shape."""
+
 # For each dimension of a state tensor: the parameter's dimension that it follows, or None where it is broadcast.
 Layout = tuple[int | None, ...]
 
@@ -169,6 +172,11 @@ def disown(optimizers: Iterable[Any], parameters: Iterable[nn.Parameter]) -> Non
                     del group["param_names"][place]
         for parameter in held.values():
             optimizer.state.pop(parameter, None)
+
+
+def elementwise_state(state: Mapping[str, Any]) -> list[Tensor]:
+    """Return the moments in the state of one parameter, which have its shape."""
+    return [value for key, value in state.items() if key in _MOMENTS and isinstance(value, Tensor)]
 
 
 def orphans(optimizers: Iterable[Any], model: nn.Module) -> int:

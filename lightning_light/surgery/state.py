@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -27,9 +28,9 @@ from lightning_light.surgery.manifest import (
 )
 from lightning_light.surgery.masks import drop_false_masks
 from lightning_light.surgery.operations import is_registered, replay_edits
-from lightning_light.surgery.optimizer import order_parameters, orphans, parameter_order
+from lightning_light.surgery.optimizer import elementwise_state, order_parameters, orphans, parameter_order, unwrap
 from lightning_light.surgery.ownership import Claim, all_names, refuse_owned
-from lightning_light.surgery.structure import PRIVATE_PREFIX, apply_structure, compare, copy_structure
+from lightning_light.surgery.structure import PRIVATE_PREFIX, Difference, apply_structure, compare, copy_structure
 
 
 class CompressionState:
@@ -54,6 +55,7 @@ class CompressionState:
         self.resumed = False
         self.active: list[object] = []
         self._order: list[list[list[str | None]]] = []
+        self._group_sizes: list[list[int]] = []
         self._original = copy_structure(model)
 
     def record(self, entry: Mapping[str, Any], *, kept: Mapping[str, Mapping[int, Tensor]] | None = None) -> None:
@@ -166,8 +168,8 @@ class CompressionState:
         """
         self._remember(model)
         manifest = Manifest.decode(checkpoint[KEY]) if KEY in checkpoint else self._plain_manifest()
-        _check_order(manifest.parameter_order, checkpoint.get("optimizer_states", []))
         state_dict: Mapping[str, Any] = checkpoint.get("state_dict", {})
+        _check_order(manifest.parameter_order, checkpoint.get("optimizer_states", []), state_dict)
         if manifest.edit_log or self.edit_log:
             check_fingerprint(self._original, manifest.fingerprint, PRIVATE_PREFIX)
         if not manifest.edit_log:
@@ -181,6 +183,7 @@ class CompressionState:
         self.edit_log, self.state, self.kept = manifest.edit_log, copy.deepcopy(manifest.state), manifest.kept
         self.claims, self.references = manifest.owners, manifest.references
         self._order = manifest.parameter_order
+        self._group_sizes = [list(map(len, groups)) for groups in self._order]
 
     def refuse_other_structure(self, model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
         """Refuse a checkpoint whose structure the ``model`` would have to take: shards of parameters cannot follow.
@@ -246,6 +249,21 @@ class CompressionState:
         except SurgeryError as error:
             raise ManifestError(str(error)) from error
 
+    def require_parameters(self, optimizers: Sequence[Any]) -> None:
+        """Refuse to load the checkpoint's optimizers into groups that have fewer parameters.
+
+        Raises:
+            ManifestError: a callback that added parameters, such as learned scales, is missing, or its state is.
+        """
+        expected, self._group_sizes = self._group_sizes, []
+        live = [[len(group["params"]) for group in unwrap(optimizer).param_groups] for optimizer in optimizers]
+        if list(map(len, live)) == list(map(len, expected)) and sum(map(sum, live)) < sum(map(sum, expected)):
+            raise ManifestError(
+                f"The checkpoint's optimizers have groups of {expected} parameters, those of this run of {live}: "
+                "expected what the callbacks of its run have added, learned scales or projectors. Give the Trainer "
+                "the same callbacks; if it has them, the checkpoint is damaged."
+            )
+
     def _remember(self, model: nn.Module) -> None:
         """Take the present structure as the original one, as long as nothing has been changed."""
         if not self.edit_log:
@@ -270,15 +288,17 @@ class CompressionState:
         current = replay_edits(copy_structure(self._original), self.edit_log)
         target = replay_edits(copy_structure(self._original), manifest.edit_log)
         difference = compare(current, target)
-        _check_complete(target, state_dict, difference.concerns)
+        _check_complete(target, state_dict, difference)
         _take_shapes(target, state_dict, "")
         _take_buffers(target, manifest.buffers)
         _check_attributes(target, {path for entry in manifest.edit_log for path in entry.get("attributes", {})})
         return current, target
 
 
-def _check_order(order: list[list[list[str | None]]], optimizer_states: Sequence[Any]) -> None:
-    """Check that every parameter of the checkpoint's optimizers has a name, at its place."""
+def _check_order(
+    order: list[list[list[str | None]]], optimizer_states: Sequence[Any], state_dict: Mapping[str, Any]
+) -> None:
+    """Check that every parameter of the checkpoint's optimizers has a name, at its place, whose shape fits."""
     for number, (groups, state) in enumerate(zip(order, optimizer_states, strict=False)):
         sizes = [len(group["params"]) for group in state.get("param_groups", [])]
         if sizes and [len(group) for group in groups] != sizes:
@@ -286,6 +306,17 @@ def _check_order(order: list[list[list[str | None]]], optimizer_states: Sequence
             raise damage(
                 f"manifest['parameter_order'][{number}]", f"names for groups of {sizes} parameters", f"{found}"
             )
+        places = [place for group in state.get("param_groups", []) for place in group["params"]]
+        for place, name in zip(places, itertools.chain.from_iterable(groups), strict=False):
+            moments = elementwise_state(state.get("state", {}).get(place, {}))
+            shapes = {tuple(moment.shape) for moment in moments}
+            parameter = state_dict.get(name) if name is not None else None
+            if isinstance(parameter, Tensor) and shapes - {tuple(parameter.shape)}:
+                raise damage(
+                    f"manifest['parameter_order'][{number}]",
+                    f"a parameter with moments of shape {tuple(parameter.shape)} in the place of {name!r}",
+                    f"one with {sorted(shapes)}",
+                )
 
 
 def other_shapes(model: nn.Module, state_dict: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -349,18 +380,22 @@ def _check_unedited(fingerprint: Mapping[str, tuple[int, ...]], state_dict: Mapp
         raise damage("manifest['edit_log']", f"the edits after which `state_dict` has its {wrong[0]!r}", "none")
 
 
-def _check_complete(target: nn.Module, state_dict: Mapping[str, Any], concerns: Any) -> None:
-    """Check that the checkpoint has the tensors of every layer that an operation has changed."""
+def _check_complete(target: nn.Module, state_dict: Mapping[str, Any], difference: Difference) -> None:
+    """Check that the checkpoint has the tensors of every layer that an operation has changed, and no others."""
     tensors = _tensors(target)
-    missing = [name for name in tensors if name not in state_dict and concerns(name.rpartition(".")[0])]
+    missing = [name for name in tensors if name not in state_dict and difference.concerns(name.rpartition(".")[0])]
     missing += _replaced(tensors, state_dict)
+    replaced = tuple(f"{name}." for name in difference.replaced if name)
+    surplus = [name for name in state_dict if name.startswith(replaced) and name not in tensors]
+    surplus = [name for name in surplus if not name.endswith("_extra_state")]
     wrong = [
         name
         for name, tensor in tensors.items()
         if isinstance(state_dict.get(name), Tensor) and state_dict[name].ndim != tensor.ndim
     ]
-    if missing or wrong:
+    if missing or wrong or surplus:
         found = f"without {missing[:3]}" if missing else f"with another number of dimensions in {wrong[:3]}"
+        found = found if missing or wrong else f"with {surplus[:3]} as well"
         raise ManifestError(
             f"The checkpoint's edit log changes layers of `{type(target).__name__}` whose tensors its `state_dict` "
             f"does not match: found one {found}. It is damaged, or tensors were taken out of it."

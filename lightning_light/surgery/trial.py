@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_light.example_input import ExampleInput
+from lightning_light.helper_networks import frozen_parts
 from lightning_light.isolation import FORWARD_ERRORS, isolated, plain_attention
 from lightning_light.nested import tensors_in
-from lightning_light.training_step import TRAINING_STEP, callable_with
+from lightning_light.training_step import TRAINING_STEP, callable_with, step_call
 
-__all__ = ["failing_replacements", "temporarily_replaced"]
+__all__ = ["failing_in_step", "failing_replacements", "temporarily_replaced"]
 
 _TOLERANCE = 1e-3  # of the largest output, for layers that compute the same
 
@@ -60,6 +61,34 @@ def failing_replacements(
     expected = _run(model, {}, example)
     if _difference(model, replacements, example, expected) is None:
         return {}
+    return _one_by_one(model, replacements, example, expected)
+
+
+def failing_in_step(
+    module: nn.Module, replacements: Callable[[], Mapping[str, nn.Module]], batch: Any
+) -> dict[str, str]:
+    """Return the replacements with which the training step does not run, and why; none if no part is frozen.
+
+    Code that averages a trained network into a frozen one, parameter by parameter, expects both to have equal shapes.
+
+    Args:
+        module: a LightningModule, left as found.
+        replacements: returns name of a layer -> its replacement.
+        batch: of training.
+    """
+    step = step_call(module, batch) if frozen_parts(module) else None
+    if step is None or _difference(module, {}, step) is not None:  # nor does it run without them
+        return {}
+    tried = replacements()
+    return {} if _difference(module, tried, step) is None else _one_by_one(module, tried, step)
+
+
+def _one_by_one(
+    model: nn.Module,
+    replacements: Mapping[str, nn.Module],
+    example: ExampleInput,
+    expected: list[Tensor] | None = None,
+) -> dict[str, str]:
     working: dict[str, nn.Module] = {}
     failing: dict[str, str] = {}
     for name, new in replacements.items():
@@ -72,14 +101,18 @@ def failing_replacements(
 
 
 def _difference(
-    model: nn.Module, replacements: Mapping[str, nn.Module], example: ExampleInput, expected: list[Tensor]
+    model: nn.Module,
+    replacements: Mapping[str, nn.Module],
+    example: ExampleInput,
+    expected: list[Tensor] | None = None,
 ) -> str | None:
+    """Return why the model does not run, or what it computes is not ``expected``."""
     try:
         found = _run(model, replacements, example)
     except FORWARD_ERRORS as error:
         first = next(iter(str(error).splitlines()), "")
         return f"the model does not run with a replacement of it ({type(error).__name__}: {first})"
-    same = len(found) == len(expected) and all(map(_same, found, expected))
+    same = expected is None or (len(found) == len(expected) and all(map(_same, found, expected)))
     return None if same else "the model computes something else with a replacement that computes the same"
 
 

@@ -1,6 +1,7 @@
 """Damaged and hostile checkpoints are refused on every way in, by our error, before anything is touched."""
 
 import copy
+import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from lightning_light.errors import ManifestError
+from lightning_light.monitors import CompressionMonitor
 from lightning_light.surgery.manifest import KEY, signed
 from tests.contract.mutations import WAYS, Source, enter, sources, survey
 from tests.contract.runs import differences, module_of, trainer
@@ -88,6 +90,10 @@ IMPOSSIBLE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         "names of modules of the network, found 'features.none'",
     ),
     "surplus key": (lambda m: m["state"]["weight_pruning"].update(frction=0.5), "found 'frction'"),
+    "order of parameters": (
+        lambda m: m["parameter_order"][0][0].reverse(),
+        "expected a parameter with moments of shape .* in the place of",
+    ),
     "negative reference": (lambda m: m["references"].update(macs=-4.0), "expected float >= 0, found -4.0"),
 }
 
@@ -118,6 +124,31 @@ def test_a_changed_value_that_could_be_right_is_noticed_by_the_digest(way, pool,
     torch.save(source.checkpoint | {KEY: manifest}, path)
     with pytest.raises(ManifestError, match=f"`{path}`: .*expected it to match its digest"):
         enter(way, source, path)
+
+
+def test_a_stored_example_that_is_no_call_of_the_module_is_refused(pool, tmp_path) -> None:
+    manifest = copy.deepcopy(pool[3].checkpoint[KEY])
+    change("low_rank", "example", "args", to=())(manifest)
+    torch.save(pool[3].checkpoint | {KEY: signed(manifest)}, tmp_path / "hostile.ckpt")
+    with pytest.raises(ManifestError, match="expected a call of `forward`, found missing a required argument: 'x'"):
+        enter("fit", pool[3], tmp_path / "hostile.ckpt")
+
+
+def test_an_edit_log_that_makes_fewer_tensors_than_the_checkpoint_has_is_refused(tmp_path) -> None:
+    (source,) = sources(["reparameterization_acb"], tmp_path, (7,))
+    manifest = copy.deepcopy(source.checkpoint[KEY])
+    edits = json.loads(manifest["edit_log"])
+    del edits[0]["layers"]["features.stem"][0]
+    manifest["edit_log"] = json.dumps(edits)
+    with pytest.raises(ManifestError, match=r"found one with \['features.stem.* as well"):
+        enter("hook", source, tmp_path, source.checkpoint | {KEY: signed(manifest)})
+
+
+def test_a_run_without_the_callback_that_added_parameters_is_refused(tmp_path) -> None:
+    (source,) = sources(["quantization_lsq"], tmp_path, (12,))
+    torch.save(source.checkpoint, tmp_path / "learned.ckpt")
+    with pytest.raises(ManifestError, match="expected what the callbacks of its run have added, learned scales"):
+        trainer(CompressionMonitor()).fit(module_of(source.case), ckpt_path=tmp_path / "learned.ckpt")
 
 
 def test_a_method_joins_a_run_that_was_saved_without_it(pool, tmp_path) -> None:

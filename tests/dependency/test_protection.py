@@ -234,3 +234,23 @@ def test_attributes_of_multihead_attention_follow_a_cut(heads) -> None:
     assert attention.embed_dim == attention.num_heads * attention.head_dim == attention.out_proj.weight.shape[0] < 16
     assert (attention.num_heads, attention.head_dim) == ((4, 3) if heads == "dim" else (3, 4))
     assert net(*args).shape == (2, 5)
+
+
+def test_many_reasons_are_distinguished() -> None:
+    class Fixed(nn.Module):
+        """The code expects one width, which is in the reason."""
+
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.width, self.up, self.down = [width], nn.Linear(4, width), nn.Linear(width, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.up(x)
+            if [y.shape[-1]] != self.width:
+                raise ValueError(f"expected {self.width[0]} channels")
+            return x + self.down(y)
+
+    net = nn.Sequential(*map(Fixed, range(5, 20)))
+    groups = trace_dependencies(net, (torch.randn(2, 4),)).groups
+    reasons = {group.width: group.reason for group in groups if group.width > 4}
+    assert reasons == {n: f"is read by code with a fixed size (expected {n} channels)" for n in range(5, 20)}

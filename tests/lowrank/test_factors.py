@@ -9,6 +9,7 @@ from hypothesis import assume, given, settings, strategies as st
 from torch import Tensor, nn
 
 from lightning_light.criteria.collector import EvidenceCollector
+from lightning_light.lowrank import RankRatio, factorize
 from lightning_light.lowrank.build import build_factors, current_ranks, dense_weight
 from lightning_light.lowrank.factors import Factors, compose
 from lightning_light.lowrank.fits import ActivationSVD, FisherSVD, WhitenedSVD
@@ -231,3 +232,20 @@ def test_building_factors_draws_no_random_number_and_gradients_flow() -> None:
 def test_factors_of_a_frozen_layer_are_frozen() -> None:
     layer = nn.Linear(8, 8).requires_grad_(False)
     assert not any(parameter.requires_grad for parameter in factored(layer, "linear", (2,)).parameters())
+
+
+def test_a_subclass_of_a_layer_that_computes_as_the_layer_does_is_factorized() -> None:
+    class Named(nn.Linear):
+        """A layer with a method of its own, as torchvision's three-dimensional convolutions have."""
+
+        def stride(self) -> int:
+            return 1
+
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    net = nn.Sequential(Named(32, 32), Doubled(32, 32))
+    plan = factorize(net, torch.randn(2, 32), RankRatio(0.25))
+    assert list(plan.layers) == ["0"]
+    assert plan.skipped["1"] == "a Doubled, which has a `forward` of its own"

@@ -15,6 +15,7 @@ from lightning_light.budgets import Params
 from lightning_light.schedules import OneShot
 from lightning_light.structured import StructuredPruning
 from tests.contract.runs import checkpoints, differences, outcome, shapes, trainer
+from tests.language_projects import LANGUAGE_PROJECTS
 from tests.projects import PROJECTS, Board
 
 GOALS = {"graph network": 0.7, "forecaster": 0.8, "autoencoder": 0.35, "gan": 0.3, "variational autoencoder": 0.2}
@@ -35,9 +36,11 @@ def parameters(module: Any) -> int:
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
-@pytest.mark.parametrize("name", list(PROJECTS))
+@pytest.mark.parametrize(
+    "name", [*PROJECTS, *(pytest.param(name, marks=pytest.mark.slow) for name in LANGUAGE_PROJECTS)]
+)
 def test_a_project_is_pruned_trained_on_resumed_and_loaded(name, tmp_path) -> None:
-    kind, goal = PROJECTS[name], GOALS.get(name, 0.6)
+    kind, goal = (PROJECTS | LANGUAGE_PROJECTS)[name], GOALS.get(name, 0.6)
 
     def pruning() -> StructuredPruning:
         return StructuredPruning(Params(goal), schedule=OneShot(at=0.5))
