@@ -25,6 +25,7 @@ Scores = NDArray[np.float64]
 
 _SCORES: tuple[Callable[[Scores], Scores], ...] = (lambda d: d, np.sqrt, lambda d: d**0.75)
 _SPREAD, _SPREAD_NEAR, _CHANGES_NEAR = 0.7, 0.5, 6  # the last: three items replaced by three others
+_OTHER_KIND = 1e3  # so much dearer are the other kinds, where the solution of one kind alone is wanted
 _BROKEN = 1e3  # distance of outputs that are not finite
 _CORRECTIONS, _ROUNDS, _TOLERANCE, _ROUNDING = 8, 6, 0.05, 1e-9
 
@@ -113,9 +114,10 @@ class Solver:
     def solve(self, evaluations: int, *, progress_bar: bool) -> Candidate:
         """Return the best solution found.
 
-        The sum of scores is minimized exactly for the distance, its square root and its power of 3/4; of these, and of
-        ``evaluations`` candidates from disturbed scores, the whole network whose outputs change least is taken. A file
-        is then written and measured; where it is above a goal, the limit is lowered by as much and another is taken.
+        The sum of scores is minimized exactly for the distance, its square root and its power of 3/4, and for each kind
+        alone; of these, and of ``evaluations`` candidates from disturbed scores, the whole network whose outputs change
+        least is taken. A file is then written and measured; where it is above a goal, the limit is lowered by as much
+        and another is taken.
 
         Raises:
             BudgetError: no candidate meets the goals.
@@ -123,6 +125,11 @@ class Solver:
         generator = np.random.default_rng(self._seed)
         for score in _SCORES:
             self._try(score(self._distances))
+        kinds = [item.kind for item in self._table.items]
+        alone = [{item.kind for item in one.items} for one in self._known.values()]
+        for kind in (kind for kind in dict.fromkeys(kinds) if {kind} not in alone):
+            others = [_OTHER_KIND if one != kind else 1.0 for one in kinds]
+            self._try(np.sqrt(self._distances) * np.array(others))
         steps = range(evaluations if self._known and self._best().items else 0)
         for step in with_progress_bar(steps, len(steps), "whole networks", shown=progress_bar):
             near = step >= evaluations // 2

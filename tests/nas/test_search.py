@@ -175,6 +175,12 @@ def test_the_table_takes_equal_work_per_choice_and_one_copy_at_a_time() -> None:
     assert Counted.most == 1
 
 
+def test_the_solution_of_each_kind_alone_is_compared_with_those_of_all() -> None:
+    result = run(network(), ll.MACs(0.85), evaluations=0, dry_run=True)
+    assert {"blocks", "channels", "ranks"} <= {"+".join({i.kind for i in one.items}) for one in result.evaluated}
+    assert result.score.loss == min(one.score.loss for one in result.evaluated)
+
+
 @pytest.mark.slow
 def test_an_interrupted_table_continues_and_that_of_other_weights_starts_again(tmp_path: Path) -> None:
     path = tmp_path / "table.json"
