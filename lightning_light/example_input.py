@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_light.nested import map_tensors, tensors_in
 
-__all__ = ["ExampleInput", "example_of_batch"]
+__all__ = ["ExampleInput", "example_of_batch", "examples_of_data"]
 
 _SAMPLES = 2  # batch norm in training mode needs two
 
@@ -102,6 +103,23 @@ def example_of_batch(batch: Any, model: nn.Module) -> ExampleInput:
     if isinstance(batch, Mapping):
         return ExampleInput(kwargs=dict(batch)).to(model)
     return ExampleInput((batch[0] if isinstance(batch, (list, tuple)) else batch,)).to(model)
+
+
+def examples_of_data(
+    data: Iterable[Any] | None, model: nn.Module, example: ExampleInput, count: int
+) -> list[ExampleInput]:
+    """Return the calls of ``model`` for the first ``count`` batches; ``example`` without data.
+
+    Raises:
+        ValueError: there is no batch.
+    """
+    calls = [example] if data is None else [example_of_batch(batch, model) for batch in islice(data, count)]
+    if not calls:
+        raise ValueError(
+            f"`{type(model).__name__}` with `data=...`: expected at least one batch, found none. An iterator that has "
+            "been used up is empty: give a list or a DataLoader."
+        )
+    return calls
 
 
 def _copy(value: Any, samples: int | None) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import islice
 from typing import Any
 
 from torch import nn
@@ -15,7 +14,7 @@ from lightning_light.depth.blocks import remove_blocks
 from lightning_light.depth.criteria import BlockCriterion
 from lightning_light.depth.options import DepthPruningOptions
 from lightning_light.depth.plan import DepthPlan, check_budget, plan_blocks
-from lightning_light.example_input import ExampleInput, example_of_batch
+from lightning_light.example_input import ExampleInput, examples_of_data
 from lightning_light.measure.latency_table import LatencyTable, quantity
 from lightning_light.surgery.attachment import attach, has_state, record, release, state_of
 from lightning_light.targets import Targets
@@ -78,7 +77,7 @@ def prune_blocks(
     require_reducible("prune_blocks", budget, "channels")
     options = DepthPruningOptions(criterion, targets, calibration_batches, correct_batch_norm)
     example = ExampleInput.of(example_inputs).to(model)
-    batches = [example] if data is None else [example_of_batch(b, model) for b in islice(data, calibration_batches)]
+    batches = examples_of_data(data, model, example, calibration_batches)
     table = LatencyTable.of(budget)
     dense = quantity(budget, model, example, table)
     if has_state(model):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import islice
 from typing import Any
 
 from torch import nn
@@ -12,7 +11,7 @@ from torch.optim import Optimizer
 from lightning_light.batch_norm import measure_statistics, move_statistics
 from lightning_light.budgets import Budget, require_reducible
 from lightning_light.criteria.output_distance import Distance
-from lightning_light.example_input import ExampleInput, example_of_batch
+from lightning_light.example_input import ExampleInput, examples_of_data
 from lightning_light.measure.latency_table import LatencyTable, quantity
 from lightning_light.substitution.apply import apply_operators
 from lightning_light.substitution.candidates import find_candidates
@@ -98,7 +97,7 @@ def substitute_operators(
         operators, targets, fit_steps, distance, class_dim, calibration_batches, correct_batch_norm
     )
     example, optimizers = ExampleInput.of(example_inputs).to(model), list(optimizers)
-    batches = [example] if data is None else [example_of_batch(b, model) for b in islice(data, calibration_batches)]
+    batches = examples_of_data(data, model, example, calibration_batches)
     table = LatencyTable.of(budget)
     dense = quantity(budget, model, example, table)
     if has_state(model):
