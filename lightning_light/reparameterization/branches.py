@@ -11,7 +11,6 @@ the batch merge them.
 
 from __future__ import annotations
 
-import copy
 import zlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from typing_extensions import override
 
+from lightning_light.copies import copy_network
 from lightning_light.errors import UnsupportedError
 from lightning_light.merging import BranchedLayer
 from lightning_light.reparameterization.batch_statistics import FeatureMap, grouped_product, keep_statistics
@@ -130,7 +130,7 @@ class Branch(nn.Module):
     def kernel_and_bias(self, inputs: int, groups: int) -> tuple[Tensor, Tensor]:
         """Return the kernel ``(out, in / groups, kh, kw)`` and the bias of the branch, in float64 on the CPU."""
         with torch.no_grad():
-            return copy.deepcopy(self).cpu().double().eval().merged(inputs, groups)
+            return copy_network(self).cpu().double().eval().merged(inputs, groups)
 
     def merged(self, inputs: int, groups: int, x: FeatureMap | None = None) -> tuple[Tensor, Tensor]:
         """Return the kernel ``(out, in / groups, kh, kw)`` and the bias of the branch, at least in float32.

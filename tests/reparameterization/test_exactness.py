@@ -2,7 +2,9 @@
 
 import copy
 import itertools
+import threading
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -390,3 +392,17 @@ def test_expanded_layers_compile_into_one_graph() -> None:
     trained(model, x)
     expected = copy.deepcopy(model).train()(x)
     assert difference(torch.compile(model.train(), backend="eager", fullgraph=True)(x), expected) <= 1e-5
+
+
+def observe(lock: Any, *_: Any) -> None:
+    """Return nothing, as a hook."""
+
+
+def test_branches_are_merged_whose_hooks_refer_to_what_cannot_be_copied() -> None:
+    model, x = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1)), torch.randn(2, 4, 8, 8)
+    expand_branches(model, None, DBB())
+    trained(model, x)
+    branched_layers(model)["0"].branches[0].norm.register_forward_hook(partial(observe, threading.Lock()))
+    expected = model.eval()(x)
+    merge_branches(model)
+    assert difference(model(x), expected) <= 1e-5
