@@ -65,7 +65,7 @@ def _checked(function: str, call: ExampleInput) -> ExampleInput:
 
 @contextmanager
 def explained(function: str, model: nn.Module, call: ExampleInput) -> Iterator[None]:
-    """Say which batch it was that ``model`` could not be called with.
+    """Name the batch that ``model`` could not be called with.
 
     Raises:
         ValueError: it could not.

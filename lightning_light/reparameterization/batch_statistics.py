@@ -128,25 +128,31 @@ class FeatureMap:
 class _Moments(torch.autograd.Function):
     """Mean and covariance of the channels, whose backward pass is one 1x1 convolution."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     @override
-    def forward(ctx: Any, x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    def forward(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
         values = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(2)
         mean, count = values.mean((0, 2)), x.numel() // x.shape[1]
         centered = (values - mean[:, None]).reshape(len(x), groups, -1, values.shape[2])
         products = centered.square_().sum((0, 3))[..., None] if groups == len(mean) else (centered @ centered.mT).sum(0)
-        ctx.save_for_backward(x, mean)
-        ctx.count = count
         return mean, products / count
+
+    @staticmethod
+    @override
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, Tensor]) -> None:
+        x, _ = inputs
+        ctx.save_for_backward(x, output[0])
 
     @staticmethod
     @override
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         x, mean = ctx.saved_tensors
         of_mean, of_covariance = gradients
-        groups = len(of_covariance)
-        matrix = ((of_covariance + of_covariance.mT) / ctx.count).flatten(0, 1)
-        shift = (of_mean / ctx.count - grouped_product(matrix, mean[:, None], groups)[:, 0]).to(x.dtype)
+        groups, count = len(of_covariance), x.numel() // x.shape[1]
+        matrix = ((of_covariance + of_covariance.mT) / count).flatten(0, 1)
+        shift = (of_mean / count - grouped_product(matrix, mean[:, None], groups)[:, 0]).to(x.dtype)
         matrix = matrix[..., None, None].to(x.dtype)
         if groups == len(mean):
             return torch.addcmul(shift[:, None, None], x, matrix[:, 0]), None
@@ -161,9 +167,18 @@ def grouped_product(matrix: Tensor, values: Tensor, groups: int) -> Tensor:
 
 @torch.no_grad()
 def keep_statistics(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
-    """Update the running statistics of a batch norm by those of a batch of ``count`` positions."""
+    """Update the running statistics of a batch norm by those of a batch of ``count`` positions.
+
+    Raises:
+        ValueError: a single position has no variance.
+    """
+    if count < 2:
+        raise ValueError(
+            "A batch norm of a branch in training mode: expected more than one position per channel, found one sample "
+            "with one. Train with larger batches, or in evaluation mode."
+        )
     running_mean, running_var, batches = cast("tuple[Tensor, ...]", tuple(norm._buffers.values()))
     batches.add_(1)
     weight = 1.0 / float(batches) if norm.momentum is None else norm.momentum
     running_mean.lerp_(mean.to(running_mean), weight)
-    running_var.lerp_((var * (count / max(count - 1, 1))).to(running_var), weight)
+    running_var.lerp_((var * (count / (count - 1))).to(running_var), weight)

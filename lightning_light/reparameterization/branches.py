@@ -11,7 +11,6 @@ the batch merge them.
 
 from __future__ import annotations
 
-import copy
 import zlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from typing_extensions import override
 
+from lightning_light.copies import copy_network
 from lightning_light.errors import UnsupportedError
 from lightning_light.merging import BranchedLayer
 from lightning_light.reparameterization.batch_statistics import FeatureMap, grouped_product, keep_statistics
@@ -130,7 +130,7 @@ class Branch(nn.Module):
     def kernel_and_bias(self, inputs: int, groups: int) -> tuple[Tensor, Tensor]:
         """Return the kernel ``(out, in / groups, kh, kw)`` and the bias of the branch, in float64 on the CPU."""
         with torch.no_grad():
-            return copy.deepcopy(self).cpu().double().eval().merged(inputs, groups)
+            return copy_network(self).cpu().double().eval().merged(inputs, groups)
 
     def merged(self, inputs: int, groups: int, x: FeatureMap | None = None) -> tuple[Tensor, Tensor]:
         """Return the kernel ``(out, in / groups, kh, kw)`` and the bias of the branch, at least in float32.
@@ -338,22 +338,38 @@ def expand(conv: nn.Conv2d, specs: Sequence[Sequence[Any]], name: str | None = N
     Raises:
         ValueError: a kind is unknown, or layers and kernels are mixed.
     """
-    kinds = {kind for kind, _, _ in specs}
-    expanded: ExpandedConv2d
+    _check_specs(conv, specs)
     main = _plain_layer(conv, conv.weight)
-    if kinds <= _BUILDERS.keys():
+    expanded: ExpandedConv2d
+    if specs[0][0] in _BUILDERS:
         branches = (_BUILDERS[kind](conv, (height, width)) for kind, height, width in specs)
         expanded = BranchedConv2d(main, branches)
-    elif kinds <= set(_KERNELS):
-        expanded = OnlineConv2d(main, (KernelBranch(conv, *spec) for spec in specs))
     else:
+        expanded = OnlineConv2d(main, (KernelBranch(conv, *spec) for spec in specs))
+    if name is not None:
+        expanded.randomize(torch.Generator().manual_seed(zlib.crc32(name.encode())))
+    return expanded
+
+
+def _check_specs(conv: nn.Conv2d, specs: Sequence[Sequence[Any]]) -> None:
+    """Refuse branches that cannot be merged, as a form of the user may return them."""
+    kinds = {spec[0] for spec in specs}
+    if not (kinds <= _BUILDERS.keys() or kinds <= set(_KERNELS)):
         raise ValueError(
             f"`Form.branches` returned the kinds {sorted(kinds)}: expected them to be among {sorted(_BUILDERS)}, or "
             f"among {sorted(_KERNELS)}. Layers and kernels do not mix."
         )
-    if name is not None:
-        expanded.randomize(torch.Generator().manual_seed(zlib.crc32(name.encode())))
-    return expanded
+    for kind, height, width in specs:
+        fits = 1 <= height <= conv.kernel_size[0] and 1 <= width <= conv.kernel_size[1]
+        if kind in ("identity", "pool"):
+            fits = fits and conv.in_channels == conv.out_channels
+        largest = {"identity": max(conv.stride), "pool": max(conv.dilation), "conv_pool": max(conv.dilation)}
+        if not fits or largest.get(kind, 1) > 1:
+            raise ValueError(
+                f"`Form.branches` returned {(kind, height, width)} for `{conv}`: expected a kernel within that of the "
+                'convolution, "identity" and "pool" only for as many outputs as inputs, the former only without a '
+                "stride, and averages only without dilation."
+            )
 
 
 def is_replaced(layer: nn.Module) -> bool:

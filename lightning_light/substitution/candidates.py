@@ -156,6 +156,8 @@ def _why_not_replaced(conv: nn.Module, shapes: list[torch.Size]) -> str | None:
         return f"it has {conv.groups} groups"
     if set(conv.kernel_size) == {1}:
         return "a 1x1 convolution"
+    if not conv.weight.isfinite().all():
+        return "its weight is not finite"
     if has_hooks(conv):
         return "it has forward hooks"
     if len(shapes) != 1:
@@ -211,7 +213,10 @@ def _cost(
         return reason
     x = torch.zeros(shape, dtype=conv.weight.dtype, device=conv.weight.device)
     with isolated(model):  # building draws random numbers
-        layers = operator.build(conv).to(conv.weight).eval()
+        layers: Any = operator.build(conv)
+        if not isinstance(layers, nn.Module):
+            return f"`build` returned {type(layers).__name__}, not a module"
+        layers.to(conv.weight).eval()
         if reason := _other_shape(layers, x, conv(x)):
             return reason
         call = ExampleInput((x,))

@@ -274,7 +274,7 @@ class Fire(Operator):
         width = layers.squeeze.out_channels
         scaled = conv.weight / channel_scales(outputs)[:, None, None, None]
         values, vectors = torch.linalg.eigh(input_covariance(inputs))
-        roots = values.clamp_min(1e-6 * values.max()).sqrt()
+        roots = values.clamp_min(1e-6 * float(values.max()) or 1.0).sqrt()  # all are 0 for inputs of zeros
         rows = scaled.transpose(1, 3).flatten(0, 2) @ (vectors * roots)
         directions = torch.linalg.svd(rows.T @ rows)[0][:, :width].T
         squeeze, back = directions / roots @ vectors.T, vectors * roots @ directions.T

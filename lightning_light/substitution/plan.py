@@ -18,6 +18,7 @@ from lightning_light.formatting import DataTable, Tabular, layer_lines, plural
 from lightning_light.integer_program import choose_items
 from lightning_light.isolation import isolated
 from lightning_light.measure.latency_table import LatencyTable, quantity
+from lightning_light.nested import tensors_in
 from lightning_light.order import Stage
 from lightning_light.progress_bar import with_progress_bar
 from lightning_light.substitution.candidates import Candidate, Candidates, require_reachable
@@ -110,6 +111,7 @@ def plan_substitution(
 
     Raises:
         BudgetError: the goal cannot be reached.
+        ValueError: outputs of the network are not finite.
         UnsupportedError: a later method owns one of the layers.
     """
     before = quantity(budget, model, example, table)
@@ -148,6 +150,11 @@ def _fitted(
 ) -> tuple[list[Candidate], dict[tuple[str, Operator], nn.Module]]:
     """Fit each candidate to its layer, and score it by the outputs of the network with it alone."""
     reference = [model(*call.args, **call.kwargs) for call in calls]
+    if not all(tensor.isfinite().all() for tensor in tensors_in(reference)):
+        raise ValueError(
+            f"`{type(model).__name__}` on the calibration data: expected finite outputs, found infinite ones or NaN, "
+            "which no operator can be fitted to. Check the data, and the weights."
+        )
     table: list[Candidate] = []
     fitted: dict[tuple[str, Operator], nn.Module] = {}
     torch.manual_seed(0)  # of random starts; `isolated` restores the generators

@@ -121,7 +121,7 @@ def _same(found: Tensor, expected: Tensor) -> bool:
         return False
     if not expected.is_floating_point() or not expected.numel():
         return found.is_floating_point() == expected.is_floating_point()
-    scale = float(expected.abs().max())
+    scale = float(expected.nan_to_num(0.0, 0.0, 0.0).abs().max())
     return bool(torch.isclose(found, expected, rtol=0.0, atol=_TOLERANCE * scale, equal_nan=True).all())
 
 

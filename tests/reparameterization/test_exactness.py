@@ -2,12 +2,16 @@
 
 import copy
 import itertools
+import threading
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import assume, given, settings, strategies as st
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_light.errors import NoEffectWarning
 from lightning_light.reparameterization import ACB, DBB, OREPA, Branches, Form, RepVGG, expand_branches, merge_branches
@@ -311,11 +315,62 @@ def test_bfloat16_rounds_values_but_not_statistics() -> None:
         assert difference(buffer.double(), wanted.double()) <= 0.01, name
 
 
+def test_a_batch_of_one_position_is_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 3))
+    expand_branches(model, None, RepVGG())
+    with pytest.raises(ValueError, match="more than one position per channel"):
+        model.train()(torch.randn(1, 4, 3, 3))
+
+
+@dataclass(frozen=True)
+class OneBranch(Form):
+    """A form of a user."""
+
+    branch: tuple[str, int, int]
+
+    @override
+    def branches(self, conv: nn.Conv2d) -> list[tuple[str, int, int]]:
+        return [self.branch]
+
+
+@pytest.mark.parametrize(
+    ("branch", "arguments"),
+    [
+        (("conv", 5, 5), {}),
+        (("conv", 0, 1), {}),
+        (("identity", 1, 1), {"stride": 2}),
+        (("identity", 1, 1), {"out_channels": 8}),
+        (("pool", 3, 3), {"out_channels": 8}),
+        (("conv_pool", 3, 3), {"dilation": 2}),
+    ],
+)
+def test_branches_that_cannot_be_merged_are_refused(branch: tuple[str, int, int], arguments: dict[str, int]) -> None:
+    model = nn.Sequential(nn.Conv2d(**{"in_channels": 4, "out_channels": 4, "kernel_size": 3, **arguments}))
+    with pytest.raises(ValueError, match=f"`Form.branches` returned .*{branch[0]}.*expected a kernel within"):
+        expand_branches(model, None, OneBranch(branch))
+    assert type(model[0]) is nn.Conv2d
+
+
 def test_derivatives_of_moments_up_to_the_second() -> None:
     x = torch.randn(2, 4, 3, 2, dtype=torch.float64, requires_grad=True)
     for groups in (1, 2, 4):
         assert torch.autograd.gradcheck(lambda x, groups=groups: _Moments.apply(x, groups), x)
         assert torch.autograd.gradgradcheck(lambda x, groups=groups: _Moments.apply(x, groups), x)
+
+
+def test_gradients_of_torch_func_are_those_of_a_backward_pass() -> None:
+    model, x = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1)), torch.randn(2, 4, 6, 6)
+    expand_branches(model, None, DBB())
+    trained(model, x)
+    model.train()(x).square().sum().backward()
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        return torch.func.functional_call(model, {**parameters, **buffers}, (x,)).square().sum()
+
+    found = torch.func.grad(loss)({name: parameter.detach() for name, parameter in model.named_parameters()})
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(found[name], parameter.grad, rtol=1e-5, atol=1e-4), name
 
 
 @pytest.mark.parametrize("form", FORMS[:-1], ids=repr)
@@ -337,3 +392,17 @@ def test_expanded_layers_compile_into_one_graph() -> None:
     trained(model, x)
     expected = copy.deepcopy(model).train()(x)
     assert difference(torch.compile(model.train(), backend="eager", fullgraph=True)(x), expected) <= 1e-5
+
+
+def observe(lock: Any, *_: Any) -> None:
+    """Return nothing, as a hook."""
+
+
+def test_branches_are_merged_whose_hooks_refer_to_what_cannot_be_copied() -> None:
+    model, x = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1)), torch.randn(2, 4, 8, 8)
+    expand_branches(model, None, DBB())
+    trained(model, x)
+    branched_layers(model)["0"].branches[0].norm.register_forward_hook(partial(observe, threading.Lock()))
+    expected = model.eval()(x)
+    merge_branches(model)
+    assert difference(model(x), expected) <= 1e-5

@@ -24,10 +24,12 @@ from lightning_light.substitution import (
     Fire,
     Ghost,
     GroupShuffle,
+    InvertedResidual,
     Operator,
     Substitution,
     substitute_operators,
 )
+from lightning_light.substitution.fitting import fit_operator
 from lightning_light.validation import validated
 from tests.contract.bodies import Body
 from tests.contract.runs import module_class, trainer
@@ -255,3 +257,34 @@ def test_branches_are_merged_when_the_substitution_begins_and_their_layers_are_r
     assert set(replaced) <= set(expanded)
     assert replaced
     assert not any(isinstance(layer, ll.reparameterization.apply.BranchedLayer) for layer in module.modules())
+
+
+@dataclass(frozen=True)
+class Nothing(Operator):
+    """An operator of a user that forgets to return its layers."""
+
+    def build(self, conv: nn.Conv2d) -> nn.Module:
+        return None  # type: ignore[return-value]
+
+
+def test_layers_and_data_that_cannot_be_used_are_named() -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(*(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))), noise(4, 4, 9, 9)
+    options: dict[str, Any] = {"fit_steps": 0, "progress_bar": False}
+    plan = substitute_operators(net, x, ll.MACs(0.9), operators=[Nothing(), Ghost(2)], targets=["0", "2"], **options)
+    assert set(plan.operators.values()) == {Ghost(2)}
+    with pytest.raises(ll.BudgetError, match=r"3: Nothing.*: `build` returned NoneType, not a module"):
+        substitute_operators(net, x, ll.MACs(0.5), operators=[Nothing()], targets="3", **options)
+    with pytest.raises(ValueError, match="expected finite outputs, found infinite ones or NaN"):
+        substitute_operators(net, torch.inf * x, ll.MACs(0.5), **options)
+    with pytest.raises(ValueError, match="expected at least one batch"):
+        substitute_operators(net, x, ll.MACs(0.5), data=iter([]), **options)
+    nn.init.constant_(net[3].weight, torch.inf)
+    assert substitute_operators(net, x, ll.MACs(1.0), **options).skipped["3"] == "its weight is not finite"
+
+
+@pytest.mark.parametrize("operator", [*OPERATORS, InvertedResidual()], ids=repr)
+def test_operators_start_behind_dead_channels(operator: Operator) -> None:
+    conv, x = nn.Conv2d(8, 8, 3, padding=1), torch.zeros(2, 8, 6, 6)
+    layers, _ = fit_operator(operator, conv, [x], [conv(x).detach()], 0)
+    assert torch.allclose(layers(x), conv(x), atol=1e-3)

@@ -173,6 +173,9 @@ def test_a_trial_finds_replacements_that_fail_only_together() -> None:
     net = Pair()
     new = {name: exact_factors(layer, "linear") for name, layer in net.named_children()}
     assert list(failing_replacements(net, new, ExampleInput.of(noise(2, 4)))) == ["b"]
+    with torch.no_grad():
+        net.b.bias[0] = torch.nan  # a network that has diverged is compared by its other outputs
+    assert list(failing_replacements(net, new, ExampleInput.of(noise(2, 4)))) == ["b"]
 
 
 class Penalized(L.LightningModule):
