@@ -1,7 +1,7 @@
 # One verb: `make check`. It uses the Python that is active; CONTRIBUTING.md says how to set one up.
 PYTHON ?= python
 
-.PHONY: check lint types test slow docs lower-bounds
+.PHONY: check lint types test slow examples docs lower-bounds
 check: lint types test slow
 
 lint:
@@ -16,6 +16,9 @@ test:
 
 slow:
 	$(PYTHON) -m pytest -m slow $(TESTS)
+
+examples:
+	$(PYTHON) -m pytest -m slow tests/test_examples.py tests/test_quickstart.py
 
 docs:
 	$(PYTHON) -m sphinx -W --keep-going -q docs docs/_build

@@ -1,6 +1,6 @@
 """Four ways to the same network: dense, 90 % pruned gradually, 90 % sparse from the start (RigL), and 2:4.
 
-The LightningModule is not changed for it. One minute on two CPU cores; a plot is written to the output folder.
+The LightningModule is not changed for it. Less than a minute on one CPU core; a plot is written to the output folder.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Train a wide teacher on Fashion-MNIST, then a small student alone and with knowledge distillation.
 
-The LightningModule is written as for any training, without a teacher. A minute or two on two CPU cores.
+The LightningModule is written as for any training, without a teacher. A minute on one CPU core.
 """
 
 import argparse

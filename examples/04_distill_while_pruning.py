@@ -1,6 +1,6 @@
 """Prune a trained network to 30 % of its MACs, alone and with the unpruned network as its teacher.
 
-``teacher="self"`` distills from a copy of the network made before the first cut. Three minutes on two CPU cores.
+``teacher="self"`` distills from a copy of the network made before the first cut. A minute on one CPU core.
 """
 
 import argparse

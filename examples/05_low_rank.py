@@ -1,6 +1,6 @@
 """Train a small network, factorize it to half of its MACs during the run, cluster its weights, and export it.
 
-Prints for every layer the form and the rank of its factors, or why it stays dense. Two minutes on two cores.
+Prints for every layer the form and the rank of its factors, or why it stays dense. One to two minutes on one CPU core.
 """
 
 import argparse

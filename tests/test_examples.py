@@ -1,12 +1,13 @@
 """Every example runs as a user runs it, on a small part of its data; the YAML twins end with the same weights."""
 
+import contextlib
 import gzip
 import importlib
 import importlib.util
-import os
+import io
 import re
+import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +21,8 @@ import lightning_light as ll
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("[0-9]*.py"))
 TWINS = ["prune", "quantize"]
+
+pytestmark = pytest.mark.filterwarnings("default")  # as outside of tests
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +60,19 @@ def main_job(small: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 
 
 def run(script: Path, *arguments: str, folder: Path) -> str:
-    """What the script prints, started in ``folder`` by a new Python with one thread."""
-    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
-    command = [sys.executable, str(script), *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    """What the script prints, run in ``folder`` as from a command line, without the seconds that a new Python takes."""
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.chdir(folder)
+        patch.syspath_prepend(script.parent)
+        patch.setattr(sys, "argv", [script.name, *arguments])
+        patch.setenv("COLUMNS", "160")
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except SystemExit as end:
+            if end.code:  # 0 after ``--print_config``
+                raise
+    return printed.getvalue()
 
 
 def final_weights(out: Path) -> dict[str, torch.Tensor]:
@@ -97,6 +107,30 @@ def test_sparse_training_compares_four_ways_and_draws_them(small: Path, tmp_path
     assert zeros == {"dense": "0.00", "gradual 90 %": "90.00", "RigL 90 %": "90.00", "2:4": zeros["2:4"]}
     assert 49.0 < float(zeros["2:4"]) <= 50.0  # the first layer, which has one input, stays dense
     assert (tmp_path / "runs" / "sparse_training" / "sparse_training.png").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("03_distill", ["teacher", "student alone", "student with teacher"]),
+        ("04_distill_while_pruning", ["dense", "pruned alone", "pruned with itself as teacher"]),
+    ],
+)
+def test_distillation_ends_with_a_table(name: str, rows: list[str], small: Path, tmp_path: Path) -> None:
+    printed = run(EXAMPLES / f"{name}.py", f"--data={small}", "--epochs=2", folder=tmp_path)
+    table = printed[printed.index("Before -> after") :]
+    assert re.findall(r"^│ (.*?) +│ [\d.]+%", table, re.MULTILINE) == rows
+
+
+@pytest.mark.slow
+def test_low_rank_factorizes_and_clusters(small: Path, tmp_path: Path) -> None:
+    printed = run(EXAMPLES / "05_low_rank.py", f"--data={small}", "--epochs=3", folder=tmp_path)
+    macs = dict(re.findall(r"^│ (dense|factorized) .*? ([\d.]+) M ", printed, re.MULTILINE))
+    assert float(macs["factorized"]) <= 0.51 * float(macs["dense"])
+    out = tmp_path / "runs" / "low_rank"
+    factorized, clustered = ((out / f"{name}.safetensors").stat().st_size for name in ("factorized", "clustered"))
+    assert clustered < 0.5 * factorized
 
 
 @pytest.mark.slow

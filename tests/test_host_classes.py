@@ -88,6 +88,7 @@ def test_a_callback_is_one_of_each_host_loaded_before() -> None:
     assert run(CHECK.format(first="torch")) == "lightning"
 
 
+@pytest.mark.slow
 def test_pytorch_lightning_alone_will_do() -> None:
     hide = "import sys, importlib.util as u; find = u.find_spec; sys.modules['lightning'] = None\n"
     hide += "u.find_spec = lambda name, *a: None if name == 'lightning' else find(name, *a)\n"

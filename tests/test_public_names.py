@@ -53,6 +53,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         _ = lightning_light.Prunning
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("host", "cli_first"), [("lightning.pytorch", True), ("pytorch_lightning", False)])
 def test_short_names_are_known_to_lightning_cli_in_any_order_of_imports(host: str, cli_first: bool) -> None:
     imports = [f"import {host}.cli", "import lightning_light"]

@@ -28,9 +28,9 @@ def run(command: str, folder: Path) -> str:
 
 
 def environment() -> dict[str, str]:
-    """That of a shell in which this Python and its commands come first."""
+    """That of a shell in which this Python and its commands come first, on one thread: other parts run beside it."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "COLUMNS": "80"}
+    return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "COLUMNS": "80", "OMP_NUM_THREADS": "1"}
 
 
 def interrupt(command: str, folder: Path, when: Path) -> None:
@@ -72,7 +72,7 @@ def test_the_quickstart_is_right_from_top_to_bottom(tmp_path: Path, monkeypatch:
     assert report.after.macs is not None
     assert report.before.macs is not None
     assert 0.3 * report.before.macs < report.after.macs <= 0.4 * report.before.macs
-    assert len(report.metrics["val_accuracy"]) == 5  # of the run before the interruption too
+    assert len(report.metrics["val_accuracy"]) == 3  # of the run before the interruption too
     assert report.metrics["val_accuracy"][-1][1] > 0.8
 
     events = EventAccumulator(str(tmp_path / "lightning_logs" / "version_1"), size_guidance={"tensors": 0}).Reload()

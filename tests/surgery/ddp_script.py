@@ -1,4 +1,4 @@
-"""A script of two ranks, started by the test beside it: ``python -m tests.surgery.ddp_script CASE FOLDER``."""
+"""A script of two ranks, started by the test beside it: ``python -m tests.surgery.ddp_script FOLDER CASE...``."""
 
 import json
 import os
@@ -96,19 +96,12 @@ def fit(case: str, folder: Path, ckpt_path: str | None = None) -> tuple[Any, Lit
     return run, module, callback
 
 
-def report(folder: Path, rank: int, **found: Any) -> None:
-    (folder / f"rank{rank}.json").write_text(json.dumps(found))
-
-
-def main(case: str, folder: Path) -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    rank = int(os.environ.get("LOCAL_RANK", "0"))
+def found(case: str, folder: Path) -> dict[str, Any]:
+    """What the test asserts, in plain types."""
     try:
         run, module, callback = fit(case, folder)
     except RankMismatchError as error:
-        report(folder, rank, error=str(error))
-        return
+        return {"error": str(error)}
     moments = [value for state in run.optimizers[0].state.values() for value in state.values() if value.ndim]
     apart = spread(list(module.parameters())), spread(moments)
     example = callback.capture.example
@@ -116,9 +109,17 @@ def main(case: str, folder: Path) -> None:
     shapes = [tuple(argument.shape) for argument in example.args]
     again = fit(case, folder / "again", str(folder / "e0.ckpt"))[1]
     resumed = all(torch.equal(a, b) for a, b in zip(again.parameters(), module.parameters(), strict=True))
-    found = {"apart": apart, "width": module.net.conv1.out_channels, "shapes": shapes}
-    report(folder, rank, **found, wrapped=callback.wrapped, resumed=resumed)
+    width = module.net.conv1.out_channels
+    return {"apart": apart, "width": width, "shapes": shapes, "wrapped": callback.wrapped, "resumed": resumed}
+
+
+def main(folder: Path, cases: list[str]) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    for case in cases:
+        (folder / f"{case}-{rank}.json").write_text(json.dumps(found(case, folder / case)))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(Path(sys.argv[1]), sys.argv[2:])

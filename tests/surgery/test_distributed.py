@@ -22,20 +22,26 @@ from tests.surgery.runs import HOSTS, Events, Lit, Loader, trainer
 ROOT = Path(__file__).parents[2]
 
 
-def two_ranks(case: str, folder: Path) -> list[dict[str, Any]]:
-    command = [sys.executable, "-m", "tests.surgery.ddp_script", case, str(folder)]
+CASES = ["plain", "unused", "static", "views", "accumulate"]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """Case -> what each rank has found; one start of two processes for all."""
+    folder, cases = tmp_path_factory.mktemp("ddp"), [*CASES, "disagree"]
+    command = [sys.executable, "-m", "tests.surgery.ddp_script", str(folder), *cases]
     environment = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "MASTER_PORT")}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    files = [folder / f"rank{rank}.json" for rank in (0, 1)]
-    assert all(file.exists() for file in files), done.stderr[-3000:]
-    return [json.loads(file.read_text()) for file in files]
+    files = {case: [folder / f"{case}-{rank}.json" for rank in (0, 1)] for case in cases}
+    assert all(file.exists() for both in files.values() for file in both), done.stderr[-3000:]
+    return {case: [json.loads(file.read_text()) for file in both] for case, both in files.items()}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["plain", "unused", "static", "views", "accumulate"])
-def test_two_ranks_end_identical_and_resume(case, tmp_path) -> None:
-    for found in two_ranks(case, tmp_path):
-        assert found == {
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_end_identical_and_resume(case, found) -> None:
+    for rank in found[case]:
+        assert rank == {
             "apart": [0.0, 0.0],
             "width": 2,
             "shapes": [[2, 3, 8, 8]],  # the example input is the batch's images, not `training_step`'s arguments
@@ -45,9 +51,9 @@ def test_two_ranks_end_identical_and_resume(case, tmp_path) -> None:
 
 
 @pytest.mark.slow
-def test_a_disagreement_is_raised_on_both_ranks(tmp_path) -> None:
-    for found in two_ranks("disagree", tmp_path):
-        assert "Expected what `Cuts` did to be the same on all 2 ranks, found 2 versions" in found["error"]
+def test_a_disagreement_is_raised_on_both_ranks(found) -> None:
+    for rank in found["disagree"]:
+        assert "Expected what `Cuts` did to be the same on all 2 ranks, found 2 versions" in rank["error"]
 
 
 def refusal(**options: Any) -> str:

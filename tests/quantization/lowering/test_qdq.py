@@ -118,6 +118,7 @@ def test_what_a_runtime_lacks_stays_float_and_is_listed(recipe: Recipe, reason, 
     assert reason in report.details["left_float"]["fc"]
 
 
+@pytest.mark.slow
 def test_kernels_of_executorch_that_were_loaded_before_are_not_taken_for_the_operations() -> None:
     """In a process that has run a float file."""
     code = (
