@@ -277,7 +277,7 @@ def test_layers_and_data_that_cannot_be_used_are_named() -> None:
         substitute_operators(net, x, ll.MACs(0.5), operators=[Nothing()], targets="3", **options)
     with pytest.raises(ValueError, match="expected finite outputs, found infinite ones or NaN"):
         substitute_operators(net, torch.inf * x, ll.MACs(0.5), **options)
-    with pytest.raises(ValueError, match="expected at least one batch"):
+    with pytest.raises(ValueError, match="expected inputs to calibrate on, found no batch"):
         substitute_operators(net, x, ll.MACs(0.5), data=iter([]), **options)
     nn.init.constant_(net[3].weight, torch.inf)
     assert substitute_operators(net, x, ll.MACs(1.0), **options).skipped["3"] == "its weight is not finite"
