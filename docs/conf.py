@@ -34,14 +34,14 @@ extensions = [
     "sphinx_copybutton",
 ]
 exclude_patterns = ["_build", "images", "jupyter_execute"]
-default_role = "py:obj"  # single backticks in docstrings are names, and links where the name is in the reference
+default_role = "py:obj"  # single backticks in docstrings are names, and links
 
 # Every reference to a name of this package leads somewhere; other packages are named without a link, since their
 # inventories would have to be fetched.
 nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|lightning|pytorch_lightning|torchmetrics|torch_pruning|optuna|matplotlib|numpy|PIL)(\..*)?"),
-    (r"py:.*", r"(collections|os|pathlib|types|typing|typing_extensions)(\..*)?"),
+    (r"py:.*", r"(Literal|collections|os|pathlib|types|typing|typing_extensions)(\..*)?"),
 ]
 
 html_theme = "furo"
@@ -193,14 +193,14 @@ def show_plain_types(app: Sphinx) -> None:
 
 
 def link_short_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, text: Element) -> Element | None:
-    """Link a name in single backticks without its module; names that the reference does not have stay code."""
+    """Link a name in single backticks, given without its module."""
     target = node["reftarget"]
     if node.get("reftype") != "obj" or (target.startswith("lightning_light.") and target.count(".") > 1):
         return None
     target = target.removeprefix("lightning_light.")
     found = env.domains["py"].find_obj(env, node.get("py:module"), node.get("py:class"), target, "obj", 1)
     if not found:
-        return text
+        return None
     from sphinx.util.nodes import make_refnode
 
     name, entry = min(found, key=lambda each: len(each[0]))
