@@ -121,6 +121,24 @@ def group_norm(x: Tensor, groups: int, weight: Any = None, bias: Any = None, eps
     return affine(normalized(parts, (-1,)).view(x.shape), *vectors)
 
 
+def batch_norm(
+    x: Tensor,
+    mean: Any,
+    var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    *options: Any,
+    **_: Any,
+) -> Tensor:
+    """In training mode, as weights are standardized by it, without a count of what is normalized."""
+    if not training:
+        return F.batch_norm(x, mean, var, weight, bias, training, *options, **_)
+    spread = [1, -1] + [1] * (x.dim() - 2)
+    vectors = [None if vector is None else vector.reshape(spread) for vector in (weight, bias)]
+    return affine(normalized(x, [dim for dim in range(x.dim()) if dim != 1]), *vectors)
+
+
 def softmax(x: Tensor, dim: int = -1, *_: Any, **__: Any) -> Tensor:
     x = torch.where(x < -1e4, 0.0, x)  # masked
     return x / (x.abs().sum(dim, keepdim=True) + 1e-12)
@@ -158,6 +176,7 @@ REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((F.layer_norm, torch.layer_norm), layer_norm),
     **dict.fromkeys((F.rms_norm, torch.rms_norm), rms_norm),
     **dict.fromkeys((F.group_norm,), group_norm),
+    **dict.fromkeys((F.batch_norm,), batch_norm),
     **dict.fromkeys((F.softmax, torch.softmax, Tensor.softmax), softmax),
     **dict.fromkeys((F.scaled_dot_product_attention,), attention),
     **dict.fromkeys((torch.mean, Tensor.mean), mean),

@@ -392,7 +392,10 @@ _TORCHVISION = """
 
 NETWORKS: dict[str, Network] = {
     **{f"torchvision/{name}": Network("torchvision", of_torchvision(name, 64)) for name in _TORCHVISION.split()},
-    **{f"timm/{name}": Network("timm, maps", of_timm(name, 64)) for name in _TIMM.split()},
+    **{
+        f"timm/{name}": Network("timm, maps", of_timm(name, 96 if name == "inception_v4" else 64))
+        for name in _TIMM.split()
+    },
     **{
         f"timm/{name}": Network("timm, tokens", of_timm(name, 64, img_size=64, **options))
         for name, options in _TIMM_TOKENS.items()
