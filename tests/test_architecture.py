@@ -56,6 +56,7 @@ OPTIONAL = {
     "onnxruntime",
     "optuna",
     "rich",
+    "sqlalchemy",
     "yaml",
 }  # of an extra: imported where used
 
