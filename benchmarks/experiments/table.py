@@ -15,6 +15,7 @@ from benchmarks.experiments.peers import (
     TorchPruning,
 )
 from lightning_light.criteria import LearnedGates
+from lightning_light.nas import ChannelChoices, RankChoices
 from lightning_light.reparameterization import ACB
 from lightning_light.sparsity import SET
 
@@ -181,6 +182,14 @@ CNN = [
         ll.LowRankFactorization(ll.MACs(0.5), form="spatial"),
     ),
     _ours("depth-0.5", _FACTORS, "`DepthPruning`, 50 % of the MACs", ll.DepthPruning(ll.MACs(0.5))),
+    _ours("substitution-0.5", _FACTORS, "`Substitution`, 50 % of the MACs", ll.Substitution(ll.MACs(0.5))),
+    _ours(
+        "search-0.5",
+        _FACTORS,
+        "`ArchitectureSearch`, widths and ranks, 50 % of the MACs, dense teacher",
+        ll.ArchitectureSearch(ll.MACs(0.5), space=[ChannelChoices(), RankChoices()]),
+        teacher=True,
+    ),
     _ours("acb", _FACTORS, "`Reparameterization`, ACB, merged", ll.Reparameterization(ACB())),
     _ours("clustering-16", _BITS, "`WeightClustering`, 16 values per layer", ll.WeightClustering(16)),
     Experiment("ptq", _BITS, "`quantize`, int8, after training on", Quantize(ll.Int8("onnx"))),
@@ -326,14 +335,6 @@ VIT = [
         beside="vit-taylor-0.6",
     ),
     _vit("sparse-0.9", "`WeightPruning`, 90 %, gradual", Callbacks([ll.WeightPruning(ll.Sparsity(0.9))]), _VIT),
-    _vit(
-        "model-pruning-0.9",
-        "`ModelPruning`, 90 % after the first epoch",
-        LightningModelPruning(0.9),
-        _VIT,
-        package="Lightning",
-        beside="vit-sparse-0.9",
-    ),
     _vit(
         "low-rank-0.5",
         "`LowRankFactorization`, 50 % of the MACs",
