@@ -35,8 +35,8 @@ A dash: not measured. A network of torch's own int8 kernels (FX) has no ONNX fil
 One small network and few seeds show tendencies; a difference below the spread is none, and rows with a smaller *n*
 await their other seeds. Hyperparameters are the defaults of each package, not tuned per row, except 60 steps of
 `LearnedGates` for the CNN and `LSQ` from 20 % of the run on. Few epochs are a disadvantage for methods that train for
-long in their papers (sparse training, learned gates, students from scratch). The ResNet with convolutional shortcuts
-is trained in bfloat16 mixed precision, with learning rate 0.01; of 0.01 and 0.05, tried for three epochs with learned
+long in their papers (sparse training, learned gates, students from scratch). The ResNets are trained in bfloat16 mixed
+precision, with learning rate 0.01; of 0.01 and 0.05, tried for three epochs with learned
 gates on 5,000 held-back training images. Only rows that name a teacher have one.
 """
 

@@ -15,6 +15,7 @@ from benchmarks.experiments.peers import (
     TorchPruning,
 )
 from lightning_light.criteria import LearnedGates
+from lightning_light.nas import ChannelChoices, RankChoices
 from lightning_light.reparameterization import ACB
 from lightning_light.sparsity import SET
 
@@ -181,6 +182,14 @@ CNN = [
         ll.LowRankFactorization(ll.MACs(0.5), form="spatial"),
     ),
     _ours("depth-0.5", _FACTORS, "`DepthPruning`, 50 % of the MACs", ll.DepthPruning(ll.MACs(0.5))),
+    _ours("substitution-0.5", _FACTORS, "`Substitution`, 50 % of the MACs", ll.Substitution(ll.MACs(0.5))),
+    _ours(
+        "search-0.5",
+        _FACTORS,
+        "`ArchitectureSearch`, widths and ranks, 50 % of the MACs, dense teacher",
+        ll.ArchitectureSearch(ll.MACs(0.5), space=[ChannelChoices(), RankChoices()]),
+        teacher=True,
+    ),
     _ours("acb", _FACTORS, "`Reparameterization`, ACB, merged", ll.Reparameterization(ACB())),
     _ours("clustering-16", _BITS, "`WeightClustering`, 16 values per layer", ll.WeightClustering(16)),
     Experiment("ptq", _BITS, "`quantize`, int8, after training on", Quantize(ll.Int8("onnx"))),
@@ -290,8 +299,9 @@ RESNET_SHORTCUTS = [
     _half("magnitude", "`Magnitude`, one cut", PruneChannels(ll.MACs(0.5))),
 ]
 
-_VIT = "Vision transformer, Fashion-MNIST"
-_VIT_PRUNED = f"{_VIT}: structured pruning to 60% of the MACs"
+_VIT = "Vision transformer, Fashion-MNIST: "
+_VIT_DENSE, _VIT_PRUNED = f"{_VIT}dense network", f"{_VIT}structured pruning to 60% of the MACs"
+_VIT_OTHERS = f"{_VIT}masks, factors, int8"
 
 
 def _vit(name: str, title: str, method: Method, section: str = _VIT_PRUNED, **options: Any) -> Experiment:
@@ -301,8 +311,8 @@ def _vit(name: str, title: str, method: Method, section: str = _VIT_PRUNED, **op
 _SIXTY = ll.MACs(0.6)
 
 VIT = [
-    _vit("dense", "the starting weights of all rows", Method(), _VIT, package=NONE, epochs=0),
-    _vit("dense-trained-on", "trained on for as many epochs as the others", Method(), _VIT, package=NONE),
+    _vit("dense", "the starting weights of all rows", Method(), _VIT_DENSE, package=NONE, epochs=0),
+    _vit("dense-trained-on", "trained on for as many epochs as the others", Method(), _VIT_DENSE, package=NONE),
     _vit("magnitude-0.6", "`Magnitude`, one cut", PruneChannels(_SIXTY)),
     _vit("taylor-0.6", "`Taylor`, one cut", PruneChannels(_SIXTY, ll.Taylor())),
     _vit("gates-0.6", "`LearnedGates`, one cut", PruneChannels(_SIXTY, LearnedGates(60))),
@@ -325,26 +335,18 @@ VIT = [
         package="torch-pruning",
         beside="vit-taylor-0.6",
     ),
-    _vit("sparse-0.9", "`WeightPruning`, 90 %, gradual", Callbacks([ll.WeightPruning(ll.Sparsity(0.9))]), _VIT),
-    _vit(
-        "model-pruning-0.9",
-        "`ModelPruning`, 90 % after the first epoch",
-        LightningModelPruning(0.9),
-        _VIT,
-        package="Lightning",
-        beside="vit-sparse-0.9",
-    ),
+    _vit("sparse-0.9", "`WeightPruning`, 90 %, gradual", Callbacks([ll.WeightPruning(ll.Sparsity(0.9))]), _VIT_OTHERS),
     _vit(
         "low-rank-0.5",
         "`LowRankFactorization`, 50 % of the MACs",
         Callbacks([ll.LowRankFactorization(ll.MACs(0.5))]),
-        _VIT,
+        _VIT_OTHERS,
     ),
     _vit(
         "qat",
         "`QuantizationAwareTraining`, int8",
         Callbacks([ll.QuantizationAwareTraining(ll.Int8("onnx"))], quantized=True),
-        _VIT,
+        _VIT_OTHERS,
     ),
 ]
 
