@@ -158,10 +158,11 @@ class DynamicObserver(_Extremes):
 
 @validated
 @dataclass(frozen=True)
-class LSQObserver(Observer):
-    """The range of the scale that `LSQ` begins with: ``2 * mean|x| / sqrt(quant_max)``.
+class LSQObserver(MSEObserver):
+    """The range of the scale that `LSQ` begins with: that of `MSEObserver`, around zero for signed values.
 
-    Esser et al., 2020, section 2.1. https://arxiv.org/abs/1902.08153
+    Esser et al., 2020, section 2.1, begin with the scale ``2 * mean|x| / sqrt(quant_max)``, whose error is larger.
+    https://arxiv.org/abs/1902.08153
 
     Args:
         momentum: weight of a new batch in the moving average, in (0, 1].
@@ -174,9 +175,8 @@ class LSQObserver(Observer):
 
     @override
     def range_of(self, x: Tensor, quant_max: int, non_negative: bool) -> Tensor:
-        top = quant_max if non_negative else (quant_max - 1) // 2
-        scale = 2.0 * x.abs().mean() / top**0.5
-        return torch.stack([scale * 0.0 if non_negative else -scale * (top + 1), scale * top])
+        both = x if non_negative else torch.cat([x.flatten(), -x.flatten()])
+        return super().range_of(both, quant_max, non_negative)
 
 
 def _histogram(x: Tensor) -> tuple[Tensor, Tensor]:

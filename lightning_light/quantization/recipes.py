@@ -208,7 +208,8 @@ class LSQ(Recipe):
     ``x_hat = s * clamp(round(x / s), low, top)``; the gradient to ``s`` is ``round(x / s) - x / s`` within the range
     and ``low`` or ``top`` outside, times ``1 / sqrt(N * top)``, ``N`` the number of values that share ``s``. Weights
     have ``low = -2**(n-1)`` and a scale per output channel (the paper: per layer), activations after a ReLU
-    ``low = 0``. Scales begin with ``2 * mean|x| / sqrt(top)``.
+    ``low = 0``. Scales of weights begin with ``2 * mean|w| / sqrt(top)``, those of activations with the smallest
+    squared error, as in LSQ+, which is closer to the float network than the start of the paper.
 
     With few bits, weights near the threshold between two quantized values oscillate from step to step, which disturbs
     the statistics of batch norms. ``dampening`` adds ``weight * sum((w_hat - clamp(w, s * low, s * top)) ** 2)`` to the

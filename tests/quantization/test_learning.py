@@ -145,11 +145,23 @@ def test_first_scales() -> None:
     masked = w.clone()
     masked[:, :3] = 0.0
     torch.testing.assert_close(first_scale(masked, True), first_scale(w[:, 3:], True))
-    for positive, high in ((True, 15), (False, 7)):
-        spec = ActivationSpec(non_negative=positive, bits=4, observer=LSQObserver(), learned="scale")
-        ranges = spec.observer.range_of(w, spec.quant_max, positive)[None]
-        first = initial_values([spec], qparams_of([spec], ranges))["activation 0: scale"]
-        assert float(first) == pytest.approx(2 * float(w.abs().mean()) / high**0.5)
+
+
+@pytest.mark.parametrize("positive", [True, False])
+def test_scales_of_activations_begin_with_the_smallest_squared_error(positive: bool) -> None:
+    """Of values with a long tail on one side; ``2 <|x|> / sqrt(high)`` is section 2.1 of Esser et al."""
+    x = noise(64, 9).exp() if positive else noise(64, 9).exp() - 1.0
+    low, high = (0, 15) if positive else (-8, 7)
+    spec = ActivationSpec(non_negative=positive, bits=4, observer=LSQObserver(), learned="scale")
+    ranges = spec.observer.range_of(x, spec.quant_max, positive)[None]
+    first = float(initial_values([spec], qparams_of([spec], ranges))["activation 0: scale"])
+
+    def error(scale: float) -> float:
+        return float(((x / scale).round().clamp(low, high) * scale - x).square().mean())
+
+    paper = 2 * float(x.abs().mean()) / high**0.5
+    assert error(first) < error(paper)
+    assert error(first) <= 1.05 * min(error(k * paper) for k in torch.linspace(0.3, 6.0, 400).tolist())
 
 
 @pytest.mark.parametrize(
