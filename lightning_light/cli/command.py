@@ -138,6 +138,7 @@ def _convert(add: _Add) -> None:
     add("--energy", type=float, help="fraction of each layer's energy that remains")
     add("--ratio", type=float, help="fraction of each layer's full rank")
     add("--evbmf", action="store_true", help="ranks above the noise level of each layer")
+    add("--merge", action="store_true", help="merge the branches of `Reparameterization` instead")
     forms = ["auto", "channel", "spatial", "tucker2", "depthwise"]
     add("--form", choices=forms, help="form of factorized convolutions")
     add("--round_to", type=PositiveInt, help="multiple that ranks are rounded to")
@@ -185,5 +186,5 @@ _COMMANDS = {
     "sensitivity": _Command(
         "sensitivity", "Quantize one layer at a time, and measure the change of the outputs.", _sensitivity
     ),
-    "convert": _Command("convert", "Factorize the layers of a finished checkpoint.", _convert),
+    "convert": _Command("convert", "Factorize the layers of a finished checkpoint, or merge its branches.", _convert),
 }

@@ -1,4 +1,4 @@
-"""Factorize a finished checkpoint."""
+"""Factorize a finished checkpoint, or merge its branches."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from lightning_light.cli.modules import example_of, import_class, load_module, w
 from lightning_light.lowrank.functional import factorize_checkpoint
 from lightning_light.lowrank.options import FactorizationOptions, Form, RankAllocation
 from lightning_light.lowrank.ranks import EVBMF, RankRatio, RankRule, RetainedEnergy
+from lightning_light.reparameterization.functional import merge_checkpoint
 
 __all__ = ["convert"]
 
@@ -24,20 +25,27 @@ def convert(
     energy: float | None,
     ratio: float | None,
     evbmf: bool,
+    merge: bool,
     form: Form | None,
     round_to: int | None,
     targets: Sequence[str] | None,
     example: Sequence[str] | None,
 ) -> None:
-    """Write a checkpoint of low-rank factors, and print the plan."""
+    """Write a checkpoint of low-rank factors or of merged branches, and print what was done."""
     given = {MACs: macs, Params: params, RetainedEnergy: energy, RankRatio: ratio}
     with as_command_error():
         goals: list[Budget | RankRule] = [kind(value) for kind, value in given.items() if value is not None]
     goals += [EVBMF()] if evbmf else []
-    if len(goals) != 1:
+    if len(goals) + merge != 1:
         raise CommandError(
-            f"`convert`: expected one of --macs, --params, --energy, --ratio and --evbmf, found {len(goals)}."
+            "`convert`: expected one of --macs, --params, --energy, --ratio, --evbmf and --merge, found "
+            f"{len(goals) + merge}."
         )
+    if merge:
+        with expecting(checkpoint, "branches to merge"), working(f"merging {checkpoint}"):
+            merging = merge_checkpoint(import_class(module), checkpoint, to)
+        sys.stdout.write(f"{merging}\nwritten: {to}\n")
+        return
     call = example_of(load_module(checkpoint, module), checkpoint, example)
     with expecting(checkpoint, "layers to factorize"), working(f"factorizing {checkpoint}"):
         plan = factorize_checkpoint(

@@ -8,11 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_light.atomic import atomic_save
 from lightning_light.batch_norm import measure_statistics, move_statistics
 from lightning_light.budgets import Budget
 from lightning_light.criteria.data import collect_evidence
@@ -37,24 +35,12 @@ from lightning_light.lowrank.ranks import RankRule
 from lightning_light.lowrank.spectra import Spectrum
 from lightning_light.measure.latency_table import LatencyTable, lowered
 from lightning_light.order import Stage
-from lightning_light.surgery.attachment import attach, has_state, release, state_of
-from lightning_light.surgery.checkpoint import load_from_checkpoint
-from lightning_light.surgery.manifest import KEY
+from lightning_light.surgery.attachment import attach, has_state, state_of
+from lightning_light.surgery.checkpoint import load_from_checkpoint, save_converted
 from lightning_light.targets import Targets, as_targets
 from lightning_light.validation import PositiveInt, validated
 
 __all__ = ["factorize", "factorize_checkpoint", "plan_layers", "require_file_reachable"]
-
-_KEPT = (
-    "epoch",
-    "global_step",
-    "pytorch-lightning_version",
-    "hparams_name",
-    "hyper_parameters",
-    "hparams_type",
-    "datamodule_hparams_name",
-    "datamodule_hyper_parameters",
-)
 
 
 @validated
@@ -173,7 +159,6 @@ def factorize_checkpoint(
     lightning_module: Any = cls
     module = load_from_checkpoint(lightning_module, path, **load_options)
     example = _example_of(module, example_inputs)
-    old = torch.load(path, map_location="cpu", weights_only=True)
     if not has_state(module):
         attach(module)
     batches = first_batches(data, calibration_batches)
@@ -185,11 +170,7 @@ def factorize_checkpoint(
             f"nothing. {reasons}"
         )
     _apply(module, plan, (), options, batches)
-    new = {key: old[key] for key in _KEPT if key in old}
-    new["state_dict"] = module.state_dict()
-    new[KEY] = attach(module).manifest(module)
-    release(module)
-    atomic_save(new, out)
+    save_converted(module, path, out)
     return plan
 
 

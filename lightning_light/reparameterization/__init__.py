@@ -2,7 +2,7 @@
 
 from lightning_light.reparameterization.apply import Expansion
 from lightning_light.reparameterization.forms import ACB, DBB, OREPA, Branches, Form, RepVGG
-from lightning_light.reparameterization.functional import Merging, expand_branches, merge_branches
+from lightning_light.reparameterization.functional import Merging, expand_branches, merge_branches, merge_checkpoint
 from lightning_light.reparameterization.reparameterization import Reparameterization
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "Reparameterization",
     "expand_branches",
     "merge_branches",
+    "merge_checkpoint",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -12,7 +13,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_light.copies import copy_network
-from lightning_light.errors import NoEffectWarning
+from lightning_light.errors import LightningLightError, NoEffectWarning
 from lightning_light.example_input import ExampleInput
 from lightning_light.formatting import DataTable, Tabular, layer_lines
 from lightning_light.merging import TOLERANCE, check_merged, merge_blocks
@@ -26,10 +27,11 @@ from lightning_light.reparameterization.apply import (
 )
 from lightning_light.reparameterization.forms import Form
 from lightning_light.surgery.attachment import attach, has_state
+from lightning_light.surgery.checkpoint import load_from_checkpoint, save_converted
 from lightning_light.targets import Targets, as_targets
 from lightning_light.validation import NonNegativeFloat, validated
 
-__all__ = ["Merging", "expand_branches", "merge_branches"]
+__all__ = ["Merging", "expand_branches", "merge_branches", "merge_checkpoint"]
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,33 @@ def merge_branches(
         error = check_merged(call, model, trial, example, tolerance)
     merging = _merge(model, optimizers)
     return Merging(merging.layers, merging.blocks, error)
+
+
+def merge_checkpoint(cls: type[nn.Module], path: str | Path, out: str | Path, **load_options: Any) -> Merging:
+    """Merge the expanded convolutions of a finished checkpoint into a new one.
+
+    The new checkpoint holds weights, hyperparameters, epoch and step; `lightning_light.load_from_checkpoint` opens it.
+
+    Args:
+        cls: class of the LightningModule.
+        path: the finished checkpoint, with convolutions that `Reparameterization` has expanded.
+        out: the new checkpoint.
+        load_options: of `load_from_checkpoint`.
+
+    Raises:
+        LightningLightError: no layer is expanded; nothing is written.
+    """
+    lightning_module: Any = cls
+    module = load_from_checkpoint(lightning_module, path, **load_options)
+    layers = tuple(branched_layers(module))
+    if not layers:
+        raise LightningLightError(
+            f"`merge_checkpoint({str(path)!r})`: expected convolutions that `Reparameterization` has expanded, found "
+            "none, and wrote nothing. Blocks that merge themselves are merged in exported files."
+        )
+    attach(module).record(merge_layers(module, merged_tensors(module)))
+    save_converted(module, path, out)
+    return Merging(layers, {})
 
 
 def _merge(model: nn.Module, optimizers: Iterable[Optimizer]) -> Merging:

@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from torch import nn
 from typing_extensions import override
 
+from lightning_light.atomic import atomic_save
 from lightning_light.host.modules import BUILDER
 from lightning_light.surgery.attachment import LOADER, attach, has_state, release, state_of
 from lightning_light.surgery.manifest import KEY, naming_file
@@ -25,9 +27,20 @@ else:
     _Base = object
     Module = TypeVar("Module")
 
-__all__ = ["CompressibleMixin", "load_from_checkpoint", "manifest_of", "restructure"]
+__all__ = ["CompressibleMixin", "load_from_checkpoint", "manifest_of", "restructure", "save_converted"]
 
 _Network = TypeVar("_Network", bound=nn.Module)
+
+_KEPT = (
+    "epoch",
+    "global_step",
+    "pytorch-lightning_version",
+    "hparams_name",
+    "hyper_parameters",
+    "hparams_type",
+    "datamodule_hparams_name",
+    "datamodule_hyper_parameters",
+)
 
 _PATCHING = threading.RLock()
 
@@ -160,6 +173,24 @@ def restructure(model: _Network, state_dict: Mapping[str, Any], manifest: Mappin
     _restructure(model, {"state_dict": state_dict, KEY: manifest})
     model.load_state_dict(state_dict)
     return model
+
+
+def save_converted(module: nn.Module, path: str | Path, out: str | Path) -> None:
+    """Save ``module`` with the structure that it has now, and epoch and hyperparameters of the checkpoint it came from.
+
+    Optimizers and loops start again, because their states belong to the old weights.
+
+    Args:
+        module: loaded from ``path``, and changed; its compression state is released.
+        path: the finished checkpoint.
+        out: the new one.
+    """
+    old = torch.load(path, map_location="cpu", weights_only=True)
+    new = {key: old[key] for key in _KEPT if key in old}
+    new["state_dict"] = module.state_dict()
+    new[KEY] = attach(module).manifest(module)
+    release(module)
+    atomic_save(new, out)
 
 
 def _restructure(module: nn.Module, checkpoint: dict[str, Any]) -> None:

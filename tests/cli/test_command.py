@@ -14,6 +14,7 @@ from lightning_light.budgets import MACs
 from lightning_light.cli.command import main
 from lightning_light.export import ExportReport
 from lightning_light.quantization import Int8, QuantizationAwareTraining, measure_sensitivity
+from lightning_light.reparameterization import ACB, Reparameterization
 from lightning_light.report import RunReport, report_from_checkpoint
 from lightning_light.schedules import OneShot
 from lightning_light.structured import StructuredPruning
@@ -151,9 +152,10 @@ ERRORS = {
     "diff dense.ckpt cut.ckpt": f"cut.ckpt`: {READS}",
     "report cut.ckpt": f"cut.ckpt`: {READS}",
     f"verify int8.onnx --against=dense.ckpt {NET} {EXAMPLE}": "expected the quantized network that the file is of",
-    f"convert dense.ckpt --to=a.ckpt {NET} {EXAMPLE}": "expected one of --macs, --params, --energy, --ratio and",
+    f"convert dense.ckpt --to=a.ckpt {NET} {EXAMPLE}": "expected one of --macs, --params, --energy, --ratio, --evb",
     f"convert dense.ckpt --to=a.ckpt {NET} {EXAMPLE} --macs=3": "`--macs 3.0`: expected 0 < remaining <= 1, found 3.0",
     f"convert dense.ckpt --to=a.ckpt {NET} {EXAMPLE} --energy=0": "`--energy 0.0`: expected 0 < ",
+    f"convert dense.ckpt --to=a.ckpt {NET} --merge": "expected convolutions that `Reparameterization` has expanded, ",
     f"convert cut.ckpt --to=a.ckpt {NET} --macs=0.5": f"cut.ckpt`: {READS}",
     f"sensitivity cut.ckpt {NET}": f"cut.ckpt`: {READS}",
     f"sensitivity dense.ckpt {NET}": "Give a data module, or a function that returns batches: `--data package",
@@ -162,6 +164,17 @@ ERRORS = {
     f"sensitivity dense.ckpt {NET} --data=tests.cli.nets:Net": "`tests.cli.nets:Net`: expected validation batches, fou",
     f"sensitivity dense.ckpt {NET} --data=tests.cli.nets:batches --bits 9": "`--bits 9`: expected ",
 }
+
+
+def test_branches_of_a_checkpoint_are_merged(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run, net = trainer(Reparameterization(ACB())), Net()
+    run.fit(net)
+    run.save_checkpoint(tmp_path / "expanded.ckpt")
+    assert main(["convert", f"{tmp_path}/expanded.ckpt", f"--to={tmp_path}/merged.ckpt", NET, "--merge"]) == 0
+    assert "merged" in capfd.readouterr().out
+    merged, x = load_from_checkpoint(Net, tmp_path / "merged.ckpt").eval(), torch.randn(4, 3, 8, 8)
+    torch.testing.assert_close(merged(x), net.eval()(x), rtol=1e-5, atol=1e-5)
+    assert sorted(p.shape for p in merged.parameters()) == sorted(p.shape for p in Net().parameters())
 
 
 @pytest.mark.parametrize("line", ERRORS)
