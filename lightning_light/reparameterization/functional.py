@@ -147,6 +147,7 @@ def merge_branches(
     return Merging(merging.layers, merging.blocks, error)
 
 
+@validated
 def merge_checkpoint(cls: type[nn.Module], path: str | Path, out: str | Path, **load_options: Any) -> Merging:
     """Merge the expanded convolutions of a finished checkpoint into a new one.
 
