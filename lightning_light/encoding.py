@@ -46,7 +46,7 @@ def _subclasses(kind: type[E]) -> list[type[E]]:
 
 
 def encode(value: Any) -> Any:
-    """A dataclass as dicts, lists, tuples, numbers and strings; a dict with tuples as keys as pairs.
+    """Return a dataclass as dicts, lists, tuples, numbers and strings; a dict with tuples as keys is a list of pairs.
 
     Example:
         >>> from lightning_light.quantization.observers import Percentile
@@ -65,7 +65,7 @@ def encode(value: Any) -> Any:
 
 
 def decode(kind: Any, plain: Any, path: str) -> Any:
-    """What `encode` has written, as a ``kind``.
+    """Return what `encode` has written as a value of the type ``kind``.
 
     Args:
         kind: a type, as in an annotation.

@@ -27,6 +27,7 @@ __all__ = [
     "other_parametrizations",
     "trained_weights",
     "uncovered_parameters",
+    "uncovered_text",
 ]
 
 Norm = Literal["", "weight norm", "spectral norm"]
@@ -117,6 +118,11 @@ def loose_parameters(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict
         for name, parameter in module.named_parameters(recurse=False)
         if not is_lazy(parameter) and parameter.ndim >= 2 and parameter.numel() >= large
     }
+
+
+def uncovered_text(names: list[str]) -> str:
+    """Describe what `uncovered_parameters` found, for the log."""
+    return f"not covered, in no layer with known weights: {names}"
 
 
 def uncovered_parameters(model: nn.Module, targets: Targets, covered: Iterable[nn.Parameter]) -> list[str]:

@@ -42,6 +42,9 @@ def convert(
             f"{len(goals) + merge}."
         )
     if merge:
+        options = {"--form": form, "--round_to": round_to, "--targets": targets, "--example": example}
+        if unused := [name for name, value in options.items() if value is not None]:
+            raise CommandError(f"`convert --merge`: expected no {unused[0]}, an option of low rank. Leave it out.")
         with expecting(checkpoint, "branches to merge"), working(f"merging {checkpoint}"):
             merging = merge_checkpoint(import_class(module), checkpoint, to)
         sys.stdout.write(f"{merging}\nwritten: {to}\n")

@@ -16,7 +16,7 @@ from lightning_light.helper_networks import helper_networks
 from lightning_light.order import Stage
 from lightning_light.surgery.attachment import check_owners
 from lightning_light.targets import TargetsLike, as_targets
-from lightning_light.trained_weights import uncovered_parameters
+from lightning_light.trained_weights import uncovered_parameters, uncovered_text
 from lightning_light.validation import validated
 
 __all__ = ["cluster"]
@@ -74,7 +74,7 @@ def cluster(
         _LOGGER.info("cluster: left alone, frozen and not called: %s", helpers)
     weights = dict(clusterable_weights(model, options, "cluster", helpers))
     if uncovered := uncovered_parameters(model, as_targets(targets), weights.values()):
-        _LOGGER.info("cluster: not covered, in no layer with known weights: %s", uncovered)
+        _LOGGER.info("cluster: %s", uncovered_text(uncovered))
     check_owners(model, weights, method="cluster", stage=Stage.CLUSTERING)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for weight in weights.values():

@@ -35,7 +35,7 @@ from lightning_light.surgery.attachment import check_owners
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.distributed import broadcast, log_rank_zero
 from lightning_light.targets import TargetsLike, as_targets
-from lightning_light.trained_weights import uncovered_parameters
+from lightning_light.trained_weights import uncovered_parameters, uncovered_text
 from lightning_light.validation import Moment, PositiveFloat, validated
 
 if TYPE_CHECKING:
@@ -246,7 +246,7 @@ class WeightClustering(CompressionCallback):
             layers[name] = broadcast(trainer, plain_entry(first_clusters(parameter, self.options)))
             clustered.append(parameter)
         if uncovered := uncovered_parameters(pl_module, as_targets(self.options.targets), clustered):
-            log_rank_zero(trainer, f"{self.method}: not covered, in no layer with known weights: {uncovered}")
+            log_rank_zero(trainer, f"{self.method}: {uncovered_text(uncovered)}")
         self.state(pl_module)["layers"] = layers
         self.claim(pl_module, layers)
         for _, parameter, entry in self._entries(pl_module):

@@ -190,13 +190,13 @@ def _why_not(module: nn.Module, shared: set[int], calls: _CallRecorder, parts: i
     """Return why a module cannot be factorized: None if it can, an empty string if it has no matrix at all."""
     if isinstance(module, nn.MultiheadAttention):
         reason = why_unsplittable(module) or _why_not_called(module, calls) or _why_shared(module, shared)
-        return reason or _why_not_divisible(module, parts)
+        return reason or _why_not_divisible(module, parts) or _why_not_finite(module)
     if factor_form(module) is not None:
         return _why_not_called(module, calls) if may_shrink else "it is factorized already"
     if not isinstance(module, _FACTORIZABLE):
         return "a transposed convolution" if isinstance(module, nn.modules.conv._ConvTransposeNd) else ""
     reason = _why_special(module) or _why_shared(module, shared)
-    return reason or _why_not_called(module, calls) or _why_not_divisible(module, parts)
+    return reason or _why_not_called(module, calls) or _why_not_divisible(module, parts) or _why_not_finite(module)
 
 
 def _why_special(module: nn.Module) -> str | None:
@@ -237,6 +237,11 @@ def _why_not_divisible(module: nn.Module, parts: int) -> str | None:
     if not parts or (width is not None and width % parts == 0):
         return None
     return f"not a linear layer or an attention whose outputs divide into {parts} equal parts"
+
+
+def _why_not_finite(module: nn.Module) -> str | None:
+    finite = all(bool(parameter.isfinite().all()) for parameter in module.parameters())
+    return None if finite else "its weight is not finite"
 
 
 def _layer(name: str, module: nn.Module, calls: _CallRecorder, form: str) -> FactorizableLayer:

@@ -25,7 +25,7 @@ from lightning_light.sparsity.scope import Scope
 from lightning_light.sparsity.scores import score_weights
 from lightning_light.surgery.attachment import check_owners
 from lightning_light.targets import TargetsLike, as_targets
-from lightning_light.trained_weights import uncovered_parameters
+from lightning_light.trained_weights import uncovered_parameters, uncovered_text
 from lightning_light.validation import OpenFraction, PositiveInt, validated
 
 __all__ = ["prune_weights"]
@@ -98,7 +98,7 @@ def prune_weights(
         _LOGGER.info("prune_weights: left alone, frozen and not called: %s", helpers)
     plan = plan_pruning("prune_weights", model, options, helpers)
     if uncovered := uncovered_parameters(model, as_targets(targets), (weight.parameter for weight in plan.weights)):
-        _LOGGER.info("prune_weights: not covered, in no layer with known weights: %s", uncovered)
+        _LOGGER.info("prune_weights: %s", uncovered_text(uncovered))
     check_owners(model, [weight.layer for weight in plan.weights], method="prune_weights", stage=Stage.MASKS)
     gathered = _gather(model, plan, data, loss)
     generator = torch.Generator().manual_seed(seed)

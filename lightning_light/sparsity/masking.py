@@ -33,7 +33,7 @@ from lightning_light.surgery.distributed import broadcast, log_rank_zero
 from lightning_light.surgery.masks import true_masks
 from lightning_light.targets import as_targets
 from lightning_light.timing import Events
-from lightning_light.trained_weights import uncovered_parameters
+from lightning_light.trained_weights import uncovered_parameters, uncovered_text
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -94,7 +94,7 @@ class MaskingCallback(CompressionCallback):
             self._check_plan(masks)
         parameters = (weight.parameter for weight in self._weights)
         if uncovered := uncovered_parameters(pl_module, as_targets(self.options.targets), parameters):
-            log_rank_zero(trainer, f"{type(self).method}: not covered, in no layer with known weights: {uncovered}")
+            log_rank_zero(trainer, f"{type(self).method}: {uncovered_text(uncovered)}")
         self._refuse_overlap(trainer)
         if not self.resumed(pl_module):
             layers = [weight.layer for weight in self._weights]

@@ -156,6 +156,7 @@ ERRORS = {
     f"convert dense.ckpt --to=a.ckpt {NET} {EXAMPLE} --macs=3": "`--macs 3.0`: expected 0 < remaining <= 1, found 3.0",
     f"convert dense.ckpt --to=a.ckpt {NET} {EXAMPLE} --energy=0": "`--energy 0.0`: expected 0 < ",
     f"convert dense.ckpt --to=a.ckpt {NET} --merge": "expected convolutions that `Reparameterization` has expanded, ",
+    f"convert dense.ckpt --to=a.ckpt {NET} --merge --form=tucker2": "`convert --merge`: expected no --form, an option",
     f"convert cut.ckpt --to=a.ckpt {NET} --macs=0.5": f"cut.ckpt`: {READS}",
     f"sensitivity cut.ckpt {NET}": f"cut.ckpt`: {READS}",
     f"sensitivity dense.ckpt {NET}": "Give a data module, or a function that returns batches: `--data package",

@@ -310,3 +310,12 @@ def test_balancing_changes_no_output() -> None:
     for name in names:
         norms = [part.weight.norm() for part in model.get_submodule(name)]
         assert max(norms) < 6.0 * min(norms)
+
+
+def test_weights_that_are_not_finite_are_left_alone_by_name() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 4))
+    nn.init.constant_(net[0].weight, float("nan"))
+    plan = factorize(net, torch.zeros(2, 32), RankRatio(0.2))
+    assert plan.skipped["0"] == "its weight is not finite"
+    assert "1" in plan.layers

@@ -24,7 +24,7 @@ from tests.sparsity.runs import Look, fitted, leaks, masks_of
 
 SOON = ll.Window(ll.Cubic(), start=0.1, end=0.7)
 NO_STEM = ll.Targets(exclude="features.stem")
-HALVES = ll.Window(ll.schedules.Staircase(ll.schedules.Linear(), 2), end=0.8)  # its first rise is at 0.4
+TWO_CUTS = ll.Window(ll.schedules.Staircase(ll.schedules.Linear(), 2), end=0.8)  # its first rise is at 0.4
 
 
 class Falling(ll.schedules.Schedule):
@@ -283,7 +283,9 @@ def test_dense_sparse_dense_ends_dense() -> None:
     assert [round(share, 2) for share in shares] == [0.0] * 3 + [0.3] * 6 + [0.0] * 3
 
 
-@pytest.mark.parametrize(("rewind_to", "rounds"), [(0.0, ll.OneShot(at=0.5)), (0.2, ll.OneShot(at=0.5)), (0.2, HALVES)])
+@pytest.mark.parametrize(
+    ("rewind_to", "rounds"), [(0.0, ll.OneShot(at=0.5)), (0.2, ll.OneShot(at=0.5)), (0.2, TWO_CUTS)]
+)
 def test_rewinding_resets_the_remaining_weights(rewind_to, rounds) -> None:
     """Frankle & Carbin, 2019: ``f(x; m * theta_k)``; the optimizer state is reset as well."""
     steps: list[dict[str, torch.Tensor]] = []
