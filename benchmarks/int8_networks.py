@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision_operators  # noqa: F401  before anything that imports torchvision if it is there
 from lightning.pytorch import LightningModule, Trainer
 from small_nets import Audio1D, ControlFlow, LSTMTagger, TinyTransformer, UNet
 from torch import Tensor, nn

@@ -17,7 +17,6 @@ from statistics import median
 from typing import Any
 
 import torch
-import torchvision_operators  # noqa: F401  # before timm, which imports torchvision
 from torch import Tensor, nn
 
 import lightning_light as ll
