@@ -1,5 +1,6 @@
 """Frozen networks that a module only trains with are left alone by masks, clusters, factors and budgets, and named."""
 
+import re
 from typing import Any
 
 import lightning as L
@@ -12,12 +13,14 @@ from torch.utils.data import DataLoader
 from lightning_light.budgets import Params, Size, Sparsity
 from lightning_light.clustering import WeightClustering, cluster
 from lightning_light.criteria import Taylor
-from lightning_light.errors import BudgetError
+from lightning_light.errors import BudgetError, NoEffectWarning
 from lightning_light.example_input import ExampleInput
 from lightning_light.helper_networks import first_call, frozen_parts, helper_networks
 from lightning_light.lowrank import LowRankFactorization, factorize
+from lightning_light.reparameterization import OREPA, Reparameterization
 from lightning_light.schedules import OneShot
 from lightning_light.sparsity import WeightPruning, prune_weights
+from lightning_light.substitution import Substitution
 from tests.contract.runs import checkpoints, differences, outcome, trainer
 from tests.projects import BYOL, MeanTeacher
 from tests.zoo import noise
@@ -143,9 +146,21 @@ def test_an_average_is_left_alone_though_its_parameters_are_not_frozen() -> None
     assert [len(net[0][0].weight.unique()) for net in (module.student, module.teacher.module)] == [8, 216]
 
 
-def test_factors_that_the_average_of_a_step_does_not_follow_are_refused_before_the_first_step(caplog) -> None:
-    run = trainer(LowRankFactorization(Params(0.9), schedule=OneShot(at=0.5)))
-    with pytest.raises(BudgetError), caplog.at_level("INFO"):
+@pytest.mark.parametrize(
+    "method", [LowRankFactorization(Params(0.9), schedule=OneShot(at=0.5)), Substitution(Params(0.9))], ids=repr
+)
+def test_layers_that_the_average_of_a_step_does_not_follow_are_refused_before_the_first_step(method, caplog) -> None:
+    run = trainer(method)
+    with pytest.raises(BudgetError) as caught, caplog.at_level("INFO"):
         run.fit(BYOL())
     assert run.global_step == 0
-    assert "online.0.0 left alone: in the training step the model does not run with a replacement" in caplog.text
+    reason = r"online\.0\.0.*: in the training step the model does not run with a replacement"
+    assert re.search(reason, caplog.text + str(caught.value))
+
+
+def test_branches_that_the_average_of_a_step_does_not_follow_are_left_out() -> None:
+    run = trainer(Reparameterization(OREPA()))
+    with pytest.warns(NoEffectWarning, match=r"online\.0\.0 \(the model does not run"):
+        run.fit(module := BYOL())
+    assert run.global_step > 0
+    assert len(list(module.online.parameters())) == len(list(module.target.parameters()))

@@ -338,7 +338,7 @@ class LowRankFactorization(CompressionCallback):
 
         self._failing_in_step = failing_in_step(pl_module, replacements, self._first_batch)
         for name, reason in self._failing_in_step.items():
-            log_rank_zero(trainer, f"{self.method}: {name} left alone: in the training step {reason}")
+            log_rank_zero(trainer, f"{self.method}: {name} left alone: {reason}")
 
     def _timed(self, pl_module: LightningModule, layers: list[FactorizableLayer], goal: Goal) -> TimedFiles:
         """Refuse a latency that the file does not reach with the fastest factors; return what was measured."""

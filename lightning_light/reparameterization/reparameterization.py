@@ -116,7 +116,6 @@ class Reparameterization(CompressionCallback):
         self.merge = merge
         self._window = (0.0, 1.0)
         self._merges = merge is not None
-        self._last_plan = Expansion()
 
     # Lightning's hooks, in the order a run meets them.
 
@@ -136,7 +135,6 @@ class Reparameterization(CompressionCallback):
             for done in ("expanded", "merged"):
                 state.pop(done, None)
         as_targets(self.targets).select(pl_module)
-        self._last_plan = Expansion()
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -151,9 +149,9 @@ class Reparameterization(CompressionCallback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn if nothing was expanded."""
-        if not self.state(pl_module).get("layers") and not getattr(trainer, "fast_dev_run", False):
-            self._no_effect(f"{self._last_plan.summary()}.")
+        """Warn if the run was too short for the expansion."""
+        if not self.state(pl_module).get("expanded") and not getattr(trainer, "fast_dev_run", False):
+            self._no_effect(f"the run ended before `start={self.start!r}`.")
 
     @override
     def window(self, max_epochs: int | None) -> tuple[float, float] | None:
@@ -225,8 +223,9 @@ class Reparameterization(CompressionCallback):
         return decided
 
     def _expand(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
-        plan = self._last_plan = self._plan(trainer, pl_module, batch)
+        plan = self._plan(trainer, pl_module, batch)
         if not plan.layers:
+            self._no_effect(f"{plan.summary()}.")
             return
         self._before_surgery(trainer, pl_module)
         entry = expand_layers(

@@ -23,7 +23,7 @@ from lightning_light.surgery.plain_layers import why_not_plain
 from lightning_light.surgery.trial import failing_replacements, temporarily_replaced
 from lightning_light.targets import as_targets
 
-__all__ = ["Candidate", "Candidates", "find_candidates", "require_reachable"]
+__all__ = ["Candidate", "Candidates", "built_operators", "find_candidates", "require_reachable"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,11 @@ class Candidates:
         """Return the candidates of a layer."""
         return [candidate for candidate in self.found if candidate.layer == layer]
 
+    def without(self, failing: Mapping[str, str]) -> Candidates:
+        """Return the candidates of the other layers; ``failing`` has the reason of each layer that is left alone."""
+        found = [candidate for candidate in self.found if candidate.layer not in failing]
+        return Candidates(found, {**self.skipped, **failing})
+
 
 def find_candidates(
     model: nn.Module,
@@ -106,6 +111,16 @@ def find_candidates(
         if len(reasons) == len(options.candidates):
             skipped[name] = "; ".join(f"{operator}: {reason}" for operator, reason in reasons.items())
     return Candidates(found, skipped)
+
+
+def built_operators(model: nn.Module, candidates: Candidates) -> dict[str, nn.Module]:
+    """Return new layers for each place, of the first operator that can stand there."""
+    built = {}
+    with isolated(model):  # building draws random numbers
+        for name in candidates.layers:
+            conv: Any = model.get_submodule(name)
+            built[name] = candidates.of(name)[0].operator.build(conv).to(conv.weight)
+    return built
 
 
 def require_reachable(candidates: Candidates, budget: Budget, now: float, goal: float) -> None:

@@ -15,6 +15,7 @@ from lightning_light.batch_norm import move_statistics
 from lightning_light.budgets import Budget, require_reducible
 from lightning_light.criteria.output_distance import Distance
 from lightning_light.example_input import ExampleInput
+from lightning_light.helper_networks import frozen_parts
 from lightning_light.measure.latency_table import LatencyTable, TimedFiles, quantity
 from lightning_light.order import DEFAULT_WINDOWS, Stage
 from lightning_light.progress import epochs_planned, steps_planned, training_progress
@@ -22,7 +23,12 @@ from lightning_light.recorded_inputs import RecordedInputs
 from lightning_light.schedules import resolve_moment
 from lightning_light.schema import LayerName, PlainExample
 from lightning_light.substitution.apply import apply_operators
-from lightning_light.substitution.candidates import Candidates, find_candidates, require_reachable
+from lightning_light.substitution.candidates import (
+    Candidates,
+    built_operators,
+    find_candidates,
+    require_reachable,
+)
 from lightning_light.substitution.functional import substitute_operators
 from lightning_light.substitution.operators import Operator
 from lightning_light.substitution.options import METHOD, SubstitutionOptions
@@ -30,6 +36,7 @@ from lightning_light.substitution.plan import SubstitutionPlan, plan_substitutio
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.distributed import log_rank_zero
 from lightning_light.surgery.stored_example import stored_calls
+from lightning_light.surgery.trial import failing_in_step
 from lightning_light.targets import Targets, as_targets
 from lightning_light.timing import Events
 from lightning_light.validation import Moment, NonNegativeInt, PositiveInt, validated
@@ -139,6 +146,7 @@ class Substitution(RecordedInputs):
         self.correct_batch_norm = correct_batch_norm
         self.dry_run = dry_run
         self.last_plan: SubstitutionPlan | None = None
+        self._batch: Any = None
 
     @property
     @override
@@ -152,14 +160,14 @@ class Substitution(RecordedInputs):
         """Check the targets, and the budget if the example input is known."""
         super().on_fit_start(trainer, pl_module)
         as_targets(self.targets).select(pl_module)
-        self.last_plan = None
+        self.last_plan, self._batch = None, None
         self.record_inputs(pl_module, "done", "planned", "latency")
         self._check_budget(trainer, pl_module)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Act if it is due: before the batch, so that no checkpoint pairs new weights with an old metric."""
-        state, planned = self.state(pl_module), steps_planned(trainer)
+        state, planned, self._batch = self.state(pl_module), steps_planned(trainer), batch
         moment = resolve_moment(self.start, epochs_planned(trainer), repr(self))
         due = Events.due([(moment, 1.0)], training_progress(trainer), planned) > 0
         if due and not state.get("done") and state.get("planned") and state.get("inputs"):
@@ -205,10 +213,12 @@ class Substitution(RecordedInputs):
         """Refuse, once per fit and as soon as the example input is known, a budget that cannot be reached.
 
         Another method that changes the network first may make the budget reachable; the refusal then waits for the
-        substitution.
+        substitution. Where a network is frozen, the training step is tried with a batch first.
         """
         state = self.state(pl_module)
         if state.get("planned") or self.captured is None or self.captured.example is None:
+            return
+        if self._batch is None and frozen_parts(pl_module):
             return
         if self.changed_before(trainer):
             self._goal(trainer, pl_module)
@@ -223,13 +233,15 @@ class Substitution(RecordedInputs):
         """Return what may be replaced by what, on every rank alike, for a budget that can be reached."""
         goal, example, budget = self._goal(trainer, pl_module), self.example(pl_module), self.budget
 
-        def find(table: LatencyTable | None) -> Candidates:
+        def find(table: LatencyTable | None) -> tuple[Candidates, float]:
             optimizers = trainer.optimizers
             found = find_candidates(pl_module, budget, example, self.options, optimizers=optimizers, table=table)
-            require_reachable(found, budget, quantity(budget, pl_module, example, table), goal)
-            return found
+            return found, quantity(budget, pl_module, example, table)
 
-        return self.decided(trainer, pl_module, budget, find)
+        found, now = self.decided(trainer, pl_module, budget, find)
+        failing = failing_in_step(pl_module, lambda: built_operators(pl_module, found), self._batch)
+        require_reachable(found.without(failing), budget, now, goal)
+        return found.without(failing)
 
     def _act(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Replace the layers: decided and fitted on rank 0, carried out on every rank."""

@@ -80,7 +80,9 @@ def failing_in_step(
     if step is None or _difference(module, {}, step) is not None:  # nor does it run without them
         return {}
     tried = replacements()
-    return {} if _difference(module, tried, step) is None else _one_by_one(module, tried, step)
+    if _difference(module, tried, step) is None:
+        return {}
+    return {name: f"in the training step {reason}" for name, reason in _one_by_one(module, tried, step).items()}
 
 
 def _one_by_one(
