@@ -113,22 +113,25 @@ def plan_expansion(
     return plan
 
 
-def _expanded(model: nn.Module, layers: Mapping[str, Sequence[Spec]]) -> dict[str, ExpandedConv2d]:
-    return {name: expand(cast(nn.Conv2d, model.get_submodule(name)), specs, name) for name, specs in layers.items()}
+def _expanded(model: nn.Module, layers: Mapping[str, Sequence[Spec]], scale: float = 0.0) -> dict[str, ExpandedConv2d]:
+    convs = {name: cast(nn.Conv2d, model.get_submodule(name)) for name in layers}
+    return {name: expand(convs[name], specs, name, scale) for name, specs in layers.items()}
 
 
 def expand_layers(
     model: nn.Module,
     layers: Mapping[str, Sequence[Spec]],
     *,
+    initial_scale: float = 0.0,
     optimizers: Iterable[Any] = (),
     averaged_models: Sequence[nn.Module] = (),
 ) -> dict[str, Any]:
-    """Expand convolutions in place; the function stays the same in training and in evaluation mode.
+    """Expand convolutions in place; without a scale the function stays the same in training and in evaluation mode.
 
     Args:
         model: the live model.
         layers: name -> the branches that it gets.
+        initial_scale: of every branch.
         optimizers: where the weight of a convolution is, its branches are put behind it.
         averaged_models: averaged copies of ``model``, which are expanded like it.
 
@@ -141,7 +144,7 @@ def expand_layers(
     """
     new: dict[str, nn.Module] = {}
     followers: dict[nn.Parameter, list[nn.Parameter]] = {}
-    for name, branched in _expanded(model, layers).items():
+    for name, branched in _expanded(model, layers, initial_scale).items():
         new[name] = branched
         weight = cast(nn.Parameter, branched.main.weight)
         followers[weight] = [weight, *branched.branches.parameters()]

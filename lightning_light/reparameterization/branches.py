@@ -88,9 +88,15 @@ class ExpandedConv2d(EffectiveLayer, BranchedLayer):
         state that an optimizer keeps for them stays right.
         """
 
+    @torch.no_grad()
+    def scale_branches(self, value: float) -> None:
+        """Set the learned scale of every branch, one number per output channel, to ``value``."""
+        for branch in cast("Iterable[Branch | KernelBranch]", self.branches):
+            branch.scale.fill_(value)
+
     @abstractmethod
     def randomize(self, generator: torch.Generator) -> None:
-        """Give the branches, on ``meta`` so far, tensors beside those of `main`, so that the function is preserved."""
+        """Give the branches, on ``meta`` so far, tensors beside those of `main`; `scale_branches` follows."""
 
     @override
     def fuse(self) -> nn.Conv2d:
@@ -126,6 +132,11 @@ class Branch(nn.Module):
     def norm(self) -> nn.BatchNorm2d:
         """The last batch norm, whose weight scales the branch."""
         return cast(nn.BatchNorm2d, self.layers[-1])
+
+    @property
+    def scale(self) -> nn.Parameter:
+        """The weight of the last batch norm."""
+        return self.norm.weight
 
     def kernel_and_bias(self, inputs: int, groups: int) -> tuple[Tensor, Tensor]:
         """Return the kernel ``(out, in / groups, kh, kw)`` and the bias of the branch, in float64 on the CPU."""
@@ -245,7 +256,6 @@ class BranchedConv2d(ExpandedConv2d):
                     nn.init.kaiming_uniform_(layer.weight, a=_GAIN, generator=generator)
                 elif isinstance(layer, nn.BatchNorm2d):
                     layer.reset_parameters()
-            nn.init.zeros_(branch.norm.weight)
         self.branches.to(device=self.main.weight.device, dtype=self.main.weight.dtype)
 
 
@@ -314,7 +324,6 @@ class OnlineConv2d(ExpandedConv2d):
             for weight in (branch.weight, branch.depthwise):
                 if weight is not None:
                     nn.init.kaiming_uniform_(weight, a=_GAIN, generator=generator)
-            nn.init.zeros_(branch.scale)
         self.branches.to(device=self.main.weight.device, dtype=self.main.weight.dtype)
 
     def _kernel(self) -> Tensor:
@@ -324,8 +333,10 @@ class OnlineConv2d(ExpandedConv2d):
         return kernel
 
 
-def expand(conv: nn.Conv2d, specs: Sequence[Sequence[Any]], name: str | None = None) -> ExpandedConv2d:
-    """Return a layer around the parameter objects of ``conv``, which preserves its function.
+def expand(
+    conv: nn.Conv2d, specs: Sequence[Sequence[Any]], name: str | None = None, scale: float = 0.0
+) -> ExpandedConv2d:
+    """Return a layer around the parameter objects of ``conv``, which preserves its function if ``scale`` is zero.
 
     Args:
         conv: is not changed.
@@ -334,6 +345,7 @@ def expand(conv: nn.Conv2d, specs: Sequence[Sequence[Any]], name: str | None = N
             ``"kernel"``, ``"kernel_separable"``, ``"kernel_average"``.
         name: seeds the generator that kernels are drawn from, so that all processes draw the same and the random
             numbers of the run are not changed. None leaves the branches on ``meta``, for a replay.
+        scale: of every branch.
 
     Raises:
         ValueError: a kind is unknown, or layers and kernels are mixed.
@@ -348,6 +360,7 @@ def expand(conv: nn.Conv2d, specs: Sequence[Sequence[Any]], name: str | None = N
         expanded = OnlineConv2d(main, (KernelBranch(conv, *spec) for spec in specs))
     if name is not None:
         expanded.randomize(torch.Generator().manual_seed(zlib.crc32(name.encode())))
+        expanded.scale_branches(scale)
     return expanded
 
 

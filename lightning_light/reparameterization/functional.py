@@ -65,10 +65,13 @@ def expand_branches(
     form: Form,
     *,
     targets: Targets | str | list[str] | None = None,
+    initial_scale: NonNegativeFloat = 0.0,
     optimizers: Iterable[Optimizer] | None = None,
     tolerance: NonNegativeFloat = TOLERANCE,
 ) -> Expansion:
-    """Expand the convolutions of ``model`` to parallel branches, in place; its function stays the same.
+    """Expand the convolutions of ``model`` to parallel branches, in place.
+
+    Its function stays the same, unless ``initial_scale`` is given.
 
     Args:
         model: any module. The checkpoints of a LightningModule know what was expanded.
@@ -76,6 +79,7 @@ def expand_branches(
             if given, the outputs before and after are compared on it. None to compare nothing.
         form: which branches: `ACB`, `RepVGG`, `Branches`, `DBB`, `OREPA`.
         targets: layers to expand, all convolutions by default: patterns or `Targets`.
+        initial_scale: of every branch, see `Reparameterization`; the comparison is made with scales of zero.
         optimizers: each branch joins them behind the weight of its convolution.
         tolerance: of the comparison: largest difference over the largest output.
 
@@ -105,7 +109,7 @@ def expand_branches(
         expand_layers(trial, plan.layers)
         check_merged(f"expand_branches({type(model).__name__}, ...)", model, trial, example, tolerance)
     compression_state = attach(model) if _is_lightning(model) or has_state(model) else None
-    entry = expand_layers(model, plan.layers, optimizers=optimizers or ())
+    entry = expand_layers(model, plan.layers, initial_scale=initial_scale, optimizers=optimizers or ())
     if compression_state is not None:
         compression_state.record(entry)
     return plan

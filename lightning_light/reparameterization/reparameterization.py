@@ -33,7 +33,7 @@ from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.distributed import broadcast, log_rank_zero
 from lightning_light.targets import Targets, as_targets
 from lightning_light.timing import Events
-from lightning_light.validation import Moment, validated
+from lightning_light.validation import Moment, NonNegativeFloat, validated
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -79,6 +79,9 @@ class Reparameterization(CompressionCallback):
         targets: layers to expand, all convolutions by default: patterns or `Targets`.
         start: when they are expanded; an int is an epoch, a float a fraction of the run.
         merge: when they are merged, or None; 1.0 is before the last batch.
+        initial_scale: learned scale per output channel of each branch, the weight of its last batch norm, when it is
+            added. Zero preserves the function. In training from scratch the authors of the forms start with 1, where
+            each branch is normalized and the convolution itself is too; here it is not.
 
     Raises:
         TypeError: an argument has the wrong type; at construction.
@@ -104,6 +107,7 @@ class Reparameterization(CompressionCallback):
         targets: Targets | str | list[str] | None = None,
         start: Moment = 0.0,
         merge: Moment | None = None,
+        initial_scale: NonNegativeFloat = 0.0,
     ) -> None:
         if merge is not None and type(start) is type(merge) and merge <= start:
             raise ValueError(
@@ -114,6 +118,7 @@ class Reparameterization(CompressionCallback):
         self.targets = targets
         self.start = start
         self.merge = merge
+        self.initial_scale = initial_scale
         self._window = (0.0, 1.0)
         self._merges = merge is not None
 
@@ -231,6 +236,7 @@ class Reparameterization(CompressionCallback):
         entry = expand_layers(
             pl_module,
             plan.layers,
+            initial_scale=self.initial_scale,
             optimizers=trainer.optimizers,
             averaged_models=averaged_models_of(trainer, pl_module),
         )

@@ -55,6 +55,24 @@ def trained(model: nn.Module, x: Tensor) -> None:
             model.train()(x + torch.randn_like(x))
 
 
+@pytest.mark.parametrize("form", [ACB(), DBB()], ids=repr)
+def test_each_branch_begins_with_the_standard_deviation_of_its_initial_scale(form: Form) -> None:
+    torch.manual_seed(0)
+    model, x, outputs = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1)), torch.randn(16, 4, 9, 9), []
+    expand_branches(model, x, form, initial_scale=1 / 3)
+    for branch in model[0].branches:
+        branch.register_forward_hook(lambda module, args, output: outputs.append(output))
+        branch.layers[0].register_forward_hook(lambda *args: None)  # so that the layers are called
+    whole = model(x)
+    assert len(outputs) == len(form.branches(model[0].main))
+    for output in outputs:
+        torch.testing.assert_close(output.std((0, 2, 3), correction=0), torch.full((8,), 1 / 3), rtol=2e-3, atol=0.0)
+    torch.testing.assert_close(whole, model[0].main(x) + sum(outputs))
+    before = model.eval()(x)
+    merge_branches(model)
+    assert difference(model(x), before) < 1e-5
+
+
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("dtype", list(BOUNDS), ids=str)
 @pytest.mark.parametrize("form", FORMS, ids=repr)

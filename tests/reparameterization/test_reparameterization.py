@@ -81,6 +81,22 @@ def test_every_change_preserves_the_function_of_the_network_and_of_its_average(a
             torch.testing.assert_close(new, old, rtol=1e-5, atol=1e-5)
 
 
+def test_an_initial_scale_is_that_of_the_network_and_of_its_average() -> None:
+    seen: list[bool] = []
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            for network in (pl_module, *averaged_models_of(trainer, pl_module)):
+                layers = branched_layers(network).values()
+                seen.extend(bool((branch.scale == 0.5).all()) for layer in layers for branch in layer.branches)
+
+    average = EMAWeightAveraging(decay=0.5)
+    method = Reparameterization(OREPA(), start=0.25, initial_scale=0.5)
+    trainer(average, method, Look()).fit(fresh())
+    assert seen[:24] == [True] * 24  # two networks of four convolutions with three branches, when they are added
+    assert False in seen[24:]
+
+
 @pytest.mark.parametrize(
     "later",
     [lambda: masks(0.5), lambda: QuantizationAwareTraining(Int8(), start=0.5, calibration_batches=2)],
