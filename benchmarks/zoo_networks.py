@@ -393,7 +393,7 @@ _TORCHVISION = """
 NETWORKS: dict[str, Network] = {
     **{f"torchvision/{name}": Network("torchvision", of_torchvision(name, 64)) for name in _TORCHVISION.split()},
     **{
-        f"timm/{name}": Network("timm, maps", of_timm(name, 96 if name == "inception_v4" else 64))
+        f"timm/{name}": Network("timm, maps", of_timm(name, {"inception_v4": 96, "halonet26t": 256}.get(name, 64)))
         for name in _TIMM.split()
     },
     **{
