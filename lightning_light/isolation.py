@@ -51,7 +51,7 @@ def isolated(model: nn.Module, *, hooks: bool = False) -> Iterator[None]:
     stays changed.
 
     Args:
-        model: any module; the modules inside ``torch.jit`` modules are left alone.
+        model: any module; of modules inside ``torch.jit`` modules only the training mode is restored.
         hooks: run all forward hooks of the user. Otherwise only hooks run that may be part of the forward pass: of
             ``torch.nn.utils``, which compute a weight, of ``transformers``, which collect what a model returns, and
             those that can return another input or output. Other functions that return None in every case only observe.
@@ -65,7 +65,8 @@ def isolated(model: nn.Module, *, hooks: bool = False) -> Iterator[None]:
         >>> model.training
         True
     """
-    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    scripted = {part: part.training for part in model.modules() if isinstance(part, torch.jit.ScriptModule)}
+    modules = [module for module in model.modules() if module not in scripted]
     before = [(vars(module), dict(vars(module)), _items(module)) for module in modules]
     try:
         with plain_execution(_cuda_devices(model)), uncompiled(model):
@@ -73,8 +74,12 @@ def isolated(model: nn.Module, *, hooks: bool = False) -> Iterator[None]:
             for module in modules:
                 vars(module)["training"] = False
                 _silence_hooks(module, users=hooks)
+            for part in scripted:
+                part.eval()
             yield
     finally:
+        for part, mode in scripted.items():
+            part.train(mode)
         for live, attributes, items in before:
             live.clear()
             live.update(attributes)

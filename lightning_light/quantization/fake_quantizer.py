@@ -20,7 +20,9 @@ from lightning_light.quantization.fake_quantize import (
     fake_quantize_learned,
     fake_quantize_weight,
     gain_and_shift,
+    initial_scale,
     qparams_of,
+    widest,
 )
 from lightning_light.quantization.learned_qparams import (
     dampening_gradient,
@@ -63,15 +65,8 @@ class RangeObserver:
         if spec.non_negative:
             found = found.clamp_min(0.0)
         if (before := self._found.get(activation)) is not None:
-            found = torch.stack([torch.minimum(before[0], found[0]), torch.maximum(before[1], found[1])])
+            found = widest(before, found)
         self._found[activation] = found
-
-    def observe_weight(self, op: OpId, w: Tensor, spec: WeightSpec) -> None:
-        """``2 * mean|w| / sqrt(quant_max)`` per channel or tensor; zeros of a mask do not count."""
-        magnitude = w.detach().float().abs()
-        magnitude = magnitude.flatten(1) if spec.per_channel else magnitude.flatten()
-        mean = magnitude.sum(-1) / (magnitude > 0).sum(-1).clamp_min(1)
-        self.weight_scales[weight_scale(op)] = (2.0 * mean / max(spec.quant_max, 1) ** 0.5).clamp_min(SMALLEST_SCALE)
 
     def take(self, device: torch.device) -> Tensor:
         """``(n, 2)``: the ranges since the last call; (inf, -inf) where nothing was observed."""
@@ -115,8 +110,7 @@ class FakeQuantizer(OpStack):
         super().__init__(self._handle_call)
         self.plan, self.engine = plan, engine
         self.learned: Mapping[str, Tensor] = learned or {}
-        self.enabled = self.freeze_batch_norm = False
-        self.observing = False
+        self.enabled = self.observing = self.freeze_batch_norm = False
         self.observer = RangeObserver(plan.activations)
         self.lowering: OpHandler | None = None
         self.min_bits = 0
@@ -218,8 +212,7 @@ class FakeQuantizer(OpStack):
 
     def prepare(self, call: OpCall) -> None:
         """Fake-quantize the weight of a call, and inputs of the network."""
-        for position, activation in self.plan.inputs.get(call.id, {}).items():
-            call.replace(position, self.quantize(activation, call.values[position]))
+        self.plan.replace_inputs(call, self.quantize)
         if self.freeze_batch_norm and call.id in self._folded:
             call.set("training", 5, False)
         if self.enabled and call.id in self._norms:
@@ -231,7 +224,7 @@ class FakeQuantizer(OpStack):
                 call.set("weight", 1, weight)
                 self._quantize_bias(call, scale)
             elif self.observing and spec.learned:
-                self.observer.observe_weight(call.id, weight, spec)
+                self.observer.weight_scales[weight_scale(call.id)] = initial_scale(weight, spec)
 
     def _quantize_bias(self, call: OpCall, scale: Tensor) -> None:
         """Fake-quantize the bias of an int8 layer, or leave that to the batch norm that is folded into it."""

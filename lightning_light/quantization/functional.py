@@ -135,19 +135,14 @@ def _observe(model: nn.Module, quantizer: FakeQuantizer, state: dict[str, Any], 
 
 @contextmanager
 def _restored(model: nn.Module, changes: bool) -> Iterator[None]:
-    """Inside, scripted parts are in evaluation mode too; afterwards as before, like parameters if the block raises."""
-    scripted = {module: module.training for module in model.modules() if isinstance(module, torch.jit.ScriptModule)}
+    """Restore the parameters if the block, which ``changes`` them, raises."""
     before = {parameter: parameter.detach().clone() for parameter in model.parameters() if changes}
-    model.eval()
     try:
         yield
     except BaseException:
         for parameter, value in before.items():
             parameter.data.copy_(value)
         raise
-    finally:
-        for module, mode in scripted.items():
-            module.train(mode)
 
 
 def _check_finite(plan: QuantizationPlan, seen: Tensor, batch: int) -> None:

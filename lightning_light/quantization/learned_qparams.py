@@ -20,7 +20,7 @@ from lightning_light.quantization.op_calls import OpId
 from lightning_light.quantization.plan import QuantizationPlan
 from lightning_light.quantization.specs import ActivationSpec, QParams, WeightSpec
 from lightning_light.schema import damage
-from lightning_light.surgery.optimizer import adopt, unwrap
+from lightning_light.surgery.optimizer import adopt, owners_of, unwrap
 
 __all__ = [
     "dampening_gradient",
@@ -128,19 +128,16 @@ def learned_parameters(
 
 def _place(model: nn.Module, path: str, optimizers: Sequence[Optimizer]) -> list[int]:
     """The optimizer that changes the module at ``path``, and in it the group with the least weight decay."""
-    for module in (model.get_submodule(path), model):
-        mine = {id(p) for p in module.parameters()}
-        for place, optimizer in enumerate(optimizers):
-            groups = optimizer.param_groups
-            trains = any(id(p) in mine for group in groups for p in group["params"])
-            if trains and not isinstance(optimizer, torch.optim.LBFGS):
-                decays = [float(group.get("weight_decay", 0.0)) for group in groups]
-                return [place, decays.index(min(decays))]
-    raise UnsupportedError(
-        "`QuantizationAwareTraining` with learned scales: expected an optimizer of the module that takes "
-        f"parameters during a run, found {[type(one).__name__ for one in optimizers] or 'none'}. Train with "
-        "`SGD` or `AdamW`, or use a recipe with observers: `IntN(...)`."
-    )
+    owners = [place for module in (model.get_submodule(path), model) for place in owners_of(module, optimizers)]
+    places = [place for place in owners if not isinstance(optimizers[place], torch.optim.LBFGS)]
+    if not places:
+        raise UnsupportedError(
+            "`QuantizationAwareTraining` with learned scales: expected an optimizer of the module that takes "
+            f"parameters during a run, found {[type(one).__name__ for one in optimizers] or 'none'}. Train with "
+            "`SGD` or `AdamW`, or use a recipe with observers: `IntN(...)`."
+        )
+    decays = [float(group.get("weight_decay", 0.0)) for group in optimizers[places[0]].param_groups]
+    return [places[0], decays.index(min(decays))]
 
 
 def learned_by(plan: QuantizationPlan) -> dict[str, LearnedValue]:

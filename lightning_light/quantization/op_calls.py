@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
@@ -105,29 +104,17 @@ class OpStack(ModuleStack, TorchFunctionMode):
         TorchFunctionMode.__init__(self)
         self._handle = handle
         self._counts: Counter[tuple[str, int, str]] = Counter()
-        self._modes: list[AbstractContextManager[Any]] = []
-
-    @contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
-        """Inside, `watch` a model."""
-        self.watch(model)
-        try:
-            yield
-        finally:
-            self.remove()
+        self._modes = ExitStack()
 
     def begin(self, args: tuple[Any, ...]) -> None:
         """Act before the outermost call."""
-        self._modes = [self]
+        self._modes.enter_context(self)
         if "torch._dynamo" in sys.modules:  # compiled code would not see the mode
-            self._modes.append(torch.compiler.set_stance("force_eager"))
-        for mode in self._modes:
-            mode.__enter__()
+            self._modes.enter_context(torch.compiler.set_stance("force_eager"))
 
     def end(self) -> None:
         """Act after the outermost call, failed or not."""
-        while self._modes:
-            self._modes.pop().__exit__(None, None, None)
+        self._modes.close()
 
     def output(self, output: Any) -> Any:
         """Replace the output of the outermost call; None leaves it."""

@@ -19,17 +19,7 @@ from torch import Tensor
 from lightning_light.quantization.op_calls import OpCall
 from lightning_light.quantization.specs import QParams
 
-__all__ = [
-    "FLOAT",
-    "INPUT",
-    "INTEGER",
-    "METADATA",
-    "KernelCall",
-    "Operator",
-    "arguments",
-    "is_view",
-    "operator_of",
-]
+__all__ = ["FLOAT", "INPUT", "INTEGER", "METADATA", "KernelCall", "Operator", "arguments", "is_view", "operator_of"]
 
 Role = Literal["layer", "join", "average", "view", "unary", "batch_norm", "activation", "float", "integer", "input"]
 
@@ -129,10 +119,6 @@ def is_view(call: OpCall) -> bool:
 _NEUTRAL = {"add": 0, "mul": 1}
 
 
-def _layer(kernel: KernelCall) -> Any:
-    return kernel.run(kernel.call.id.function, kernel.call.input, kernel.packed)
-
-
 def _add(kernel: KernelCall) -> Any:
     values = kernel.call.values[:2]
     if kernel.checking and not all(2.0**-14 <= value.q_scale() / kernel.output.scale < 2.0**8 for value in values):
@@ -184,8 +170,10 @@ def _entry(name: str, functions: str, role: Role, **options: Any) -> Operator:
 
 
 def _layer_entry(name: str, functions: str, parameters: str = "", **options: Any) -> Operator:
-    named = ("input", "weight", "bias", *parameters.split())
-    return _entry(name, functions, "layer", kernel=_layer, parameters=named, **options)
+    options |= {"parameters": ("input", "weight", "bias", *parameters.split())}
+    return _entry(
+        name, functions, "layer", kernel=lambda k: k.run(k.call.id.function, k.call.input, k.packed), **options
+    )
 
 
 _AFTER_LAYER: tuple[Role, ...] = ("batch_norm", "activation")

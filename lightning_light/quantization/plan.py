@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import nn
 
-from lightning_light.quantization.op_calls import OpId
+from lightning_light.quantization.op_calls import OpCall, OpId
 from lightning_light.quantization.operators import FLOAT
 from lightning_light.quantization.recipes import Recipe
 from lightning_light.quantization.specs import ActivationSpec, LayerSpec, WeightSpec
@@ -88,6 +89,11 @@ class QuantizationPlan:
         for op, positions in self.inputs.items():
             yield from ((op, activation) for activation in positions.values())
         yield from self.outputs.items()
+
+    def replace_inputs(self, call: OpCall, quantize: Callable[[int, Any], Any]) -> None:
+        """Replace the arguments of ``call`` that are quantized for it alone by ``quantize(activation, argument)``."""
+        for position, activation in self.inputs.get(call.id, {}).items():
+            call.replace(position, quantize(activation, call.values[position]))
 
     def bits_of_layers(self, min_bits: int = 0) -> dict[str, dict[str, float]]:
         """Layer -> bits of its weight, and of its input if that is quantized: for monitors.

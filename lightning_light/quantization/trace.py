@@ -77,18 +77,14 @@ class OpNode:
         return arguments(self.call)
 
     @property
-    def bounds(self) -> tuple[Any, Any]:
+    def bounds(self) -> tuple[Any, ...]:
         """The lowest and the highest value of a clamp; None where there is none, nan where a tensor has them."""
-        call = self.call
-        if call.id.function not in operator_of("clamp").functions:
+        call, function = self.call, self.call.id.function
+        if function not in operator_of("clamp").functions:
             return None, None
-        low, high = (-1, 1) if call.id.function.startswith("hardtanh") else (None, None)
-        found = (
-            call.get("min_val", 1, call.kwargs.get("min", low)),
-            call.get("max_val", 2, call.kwargs.get("max", high)),
-        )
-        first, second = (math.nan if isinstance(value, Tensor) else value for value in found)
-        return first, second
+        ends = (("min", -1), ("max", 1)) if function.startswith("hardtanh") else (("min", None), ("max", None))
+        found = (call.get(f"{end}_val", place, call.kwargs.get(end, at)) for place, (end, at) in enumerate(ends, 1))
+        return tuple(math.nan if isinstance(value, Tensor) else value for value in found)
 
     @property
     def channel_dim(self) -> int:

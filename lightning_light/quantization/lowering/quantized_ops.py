@@ -59,11 +59,8 @@ class QuantizedOpsLowering(Lowering):
 
     @override
     def run(self, call: OpCall) -> Any:
-        site = self.plan.layers.get(call.id)
-        for position, activation in self.plan.inputs.get(call.id, {}).items():
-            qparams = self.qparams[activation]
-            if qparams is not None and not (site is not None and site.no_kernel):
-                call.replace(position, _quantized(call.values[position], qparams))
+        if call.id not in self.without_kernel:
+            self.plan.replace_inputs(call, lambda activation, x: _quantized(x, self.qparams[activation]))
         if self.is_fused(call.id):
             return call.input
         if call.id not in self.refused:
@@ -119,10 +116,7 @@ class QuantizedOpsLowering(Lowering):
         call.args, call.kwargs = self.dequantized((call.args, call.kwargs))
         self.quantizer.prepare(call)
         result, activation = call.run(), self.plan.outputs.get(call.id)
-        qparams = self._views.get(call.id) if activation is None else self.qparams[activation]
-        if qparams is None or not isinstance(result, Tensor) or not result.is_floating_point():
-            return result
-        return _quantized(result, qparams)
+        return _quantized(result, self._views.get(call.id) if activation is None else self.qparams[activation])
 
 
 def _packed(function: str, weight: QuantizedWeight, named: dict[str, Any], zeros: Tensor) -> Any:
@@ -150,9 +144,11 @@ def _listed(value: Any, dims: int) -> list[int]:
     return [int(item) for item in (listed * dims if len(listed) == 1 else listed)]
 
 
-def _quantized(x: Tensor, qparams: QParams) -> Tensor:
-    scale, zero_point, _ = qparams
-    return x if x.is_quantized else torch.quantize_per_tensor(x.float(), scale, zero_point, torch.quint8)
+def _quantized(x: Any, qparams: QParams | None) -> Any:
+    """``x`` quantized; what is no floating point tensor, or was not observed, stays itself."""
+    if qparams is None or not isinstance(x, Tensor) or not x.is_floating_point():
+        return x
+    return torch.quantize_per_tensor(x.float(), qparams.scale, qparams.zero_point, torch.quint8)
 
 
 def _is_quantized(value: Any) -> bool:
