@@ -17,6 +17,7 @@ from lightning_light.quantization.specs import ActivationSpec, QParams, WeightSp
 __all__ = [
     "SMALLEST_SCALE",
     "columns",
+    "dampening_gradient",
     "fake_quantize",
     "fake_quantize_bias",
     "fake_quantize_dynamic",
@@ -189,6 +190,26 @@ def fake_quantize_weight(w: Tensor, spec: WeightSpec, scale: Tensor | None = Non
     if spec.form == "binary":
         w = w.clamp(-1.0, 1.0)
     return _straight_through(w, q.mul_(columns(found, w)).to(w.dtype)), found
+
+
+def dampening_gradient(w: Tensor, spec: WeightSpec, scale: Tensor) -> Tensor:
+    """Return the gradient of ``dampening * sum((w_hat - clamp(w, s * quant_min, s * quant_max)) ** 2)``.
+
+    ``w_hat``, the fake-quantized weight, is a constant; the learned scale gets no gradient.
+
+    Nagel et al., 2022, "Overcoming Oscillations in Quantization-Aware Training", equation 7.
+    https://arxiv.org/abs/2203.11086
+
+    Args:
+        w: the weight; no gradient is followed.
+        spec: how it is quantized.
+        scale: the learned scale, of each output channel or of all.
+    """
+    w, scale = w.detach().float(), scale.detach()
+    quantized, found = fake_quantize_weight(w, spec, scale)
+    step = columns(found, w)
+    inside = (w >= step * spec.quant_min) & (w <= step * spec.quant_max)
+    return 2.0 * spec.dampening * (w - quantized) * inside
 
 
 def fake_quantize_bias(bias: Tensor, unit: Tensor) -> Tensor:

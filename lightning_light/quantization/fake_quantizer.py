@@ -14,6 +14,7 @@ from lightning_light.host.patches import InstancePatch
 from lightning_light.isolation import uncompile
 from lightning_light.quantization.fake_quantize import (
     SMALLEST_SCALE,
+    dampening_gradient,
     fake_quantize,
     fake_quantize_bias,
     fake_quantize_dynamic,
@@ -24,13 +25,7 @@ from lightning_light.quantization.fake_quantize import (
     qparams_of,
     widest,
 )
-from lightning_light.quantization.learned_qparams import (
-    dampening_gradient,
-    learned_by,
-    learned_qparams_of,
-    names_of,
-    weight_scale,
-)
+from lightning_light.quantization.learned_qparams import learned_by, learned_qparams_of, names_of, weight_scale
 from lightning_light.quantization.op_calls import OpCall, OpId, OpStack
 from lightning_light.quantization.operators import arguments
 from lightning_light.quantization.plan import QuantizationPlan
@@ -64,9 +59,7 @@ class RangeObserver:
         found = spec.observer.range_of(x.detach().float(), spec.quant_max, spec.non_negative)
         if spec.non_negative:
             found = found.clamp_min(0.0)
-        if (before := self._found.get(activation)) is not None:
-            found = widest(before, found)
-        self._found[activation] = found
+        self._found[activation] = widest(self._found.get(activation, found), found)
 
     def take(self, device: torch.device) -> Tensor:
         """``(n, 2)``: the ranges since the last call; (inf, -inf) where nothing was observed."""
@@ -101,7 +94,6 @@ class FakeQuantizer(OpStack):
         freeze_batch_norm: whether folded batch norms use, and keep, the statistics that they have.
         lowering: computes instead, while the network is exported.
         min_bits: no tensor has fewer bits, for now.
-        ranges: that were observed.
         activations: the plan's, with no fewer than ``min_bits``.
         qparams: of each activation; None where nothing was observed, and for dynamic quantization.
     """
@@ -114,7 +106,6 @@ class FakeQuantizer(OpStack):
         self.observer = RangeObserver(plan.activations)
         self.lowering: OpHandler | None = None
         self.min_bits = 0
-        self.ranges = torch.empty(0, 2)
         self.activations = list(plan.activations)
         self.qparams: list[QParams | None] = []
         self.weights = {op: site.weight for op, site in plan.layers.items()}
@@ -145,17 +136,17 @@ class FakeQuantizer(OpStack):
             self.weights = {op: site.weight.with_min_bits(min_bits) for op, site in self.plan.layers.items()}
             self.activations = [spec.with_min_bits(min_bits) for spec in self.plan.activations]
         self._values = {name: value.detach() for name, value in self.learned.items()}
-        self.ranges, self.min_bits, self.qparams = ranges, min_bits, qparams_of(self.activations, ranges)
+        self.min_bits, self.qparams = min_bits, qparams_of(self.activations, ranges)
         for activation, spec in enumerate(self.activations):
             self.qparams[activation] = learned_qparams_of(self.learned, activation, spec) or self.qparams[activation]
 
-    def reduce_bits(self, min_bits: int, learned: Mapping[str, Tensor]) -> None:
+    def reduce_bits(self, ranges: Tensor, min_bits: int, learned: Mapping[str, Tensor]) -> None:
         """Go on to another stage of a bit-width schedule; ``learned`` scales grow, so that no range becomes smaller."""
         for name, (_, spec, quantity) in learned_by(self.plan).items():
             if name in learned and quantity == "scale":
                 before, after = (spec.with_min_bits(bits).quant_max for bits in (self.min_bits, min_bits))
                 learned[name].mul_(before / after)  # the parameters' own memory
-        self.update(self.ranges, min_bits)
+        self.update(ranges, min_bits)
 
     def weight(self, op: OpId) -> tuple[WeightSpec, Tensor | None]:
         """How the weight of a layer call is quantized, and its scale if that is learned."""
@@ -182,17 +173,13 @@ class FakeQuantizer(OpStack):
     @override
     def begin(self, args: tuple[Any, ...]) -> None:
         super().begin(args)
+        self._norms = {}
         if self.enabled and self.lowering is None and torch.compiler.is_exporting():
             warnings.warn(
                 "`torch.export` of a fake-quantized network: found no lowering, so that quantization is exported as "
                 "float operators. Export the module that was quantized, not a part of it, by `export_model`.",
                 stacklevel=2,
             )
-
-    @override
-    def end(self) -> None:
-        self._norms = {}
-        super().end()
 
     @override
     def output(self, output: Any) -> Any:
@@ -215,7 +202,7 @@ class FakeQuantizer(OpStack):
         self.plan.replace_inputs(call, self.quantize)
         if self.freeze_batch_norm and call.id in self._folded:
             call.set("training", 5, False)
-        if self.enabled and call.id in self._norms:
+        if call.id in self._norms:
             self._quantize_folded_bias(call)
         if call.id in self.plan.layers:
             weight, (spec, scale) = call.get("weight", 1), self.weight(call.id)

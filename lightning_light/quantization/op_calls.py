@@ -59,12 +59,6 @@ class OpCall:
         return self.args[0] if self.args else self.kwargs.get("input")
 
     @property
-    def reads(self) -> str:
-        """Name of the property that is read, ``dtype`` for ``x.dtype``; else that of the function."""
-        name: str = getattr(getattr(self.function, "__self__", None), "__name__", self.id.function)
-        return name
-
-    @property
     def values(self) -> list[Any]:
         """All arguments in order; an argument's position is its place in this list."""
         return [*self.args, *self.kwargs.values()]
@@ -96,7 +90,7 @@ class OpStack(ModuleStack, TorchFunctionMode):
     """Routes every operator call inside a model to ``handle``, which returns its result.
 
     Identities agree between runs, also where a part of the network is called by itself. A subclass may act where the
-    outermost call begins and ends.
+    outermost call begins, and replace its output.
     """
 
     def __init__(self, handle: Callable[[OpCall], Any]) -> None:
@@ -112,10 +106,6 @@ class OpStack(ModuleStack, TorchFunctionMode):
         if "torch._dynamo" in sys.modules:  # compiled code would not see the mode
             self._modes.enter_context(torch.compiler.set_stance("force_eager"))
 
-    def end(self) -> None:
-        """Act after the outermost call, failed or not."""
-        self._modes.close()
-
     def output(self, output: Any) -> Any:
         """Replace the output of the outermost call; None leaves it."""
 
@@ -129,13 +119,12 @@ class OpStack(ModuleStack, TorchFunctionMode):
     def left(self, call: ModuleCall, output: Any) -> Any:
         if self.outermost is not None:
             return None
-        self.end()
+        self._modes.close()
         return self.output(output)
 
     @override
     def reset(self) -> None:
-        if self.outermost is not None:
-            self.end()
+        self._modes.close()
         super().reset()
 
     @override

@@ -166,8 +166,8 @@ class QuantizationAwareTraining(CompressionCallback):
         """Warn if the run ends before the ranges are calibrated, while it can still be changed."""
         super().on_train_start(trainer, pl_module)
         if not self.state(pl_module).get("enabled") and not getattr(trainer, "fast_dev_run", False):
-            planned = steps_planned(trainer) * trainer.accumulate_grad_batches
-            left = math.floor((1.0 - self._moments["start"]) * planned)
+            batches = steps_planned(trainer) * trainer.accumulate_grad_batches
+            left = math.floor((1.0 - self._moments["start"]) * batches)
             self._warned = left <= self.calibration_batches
             if self._warned:
                 self._no_effect(
@@ -224,13 +224,11 @@ class QuantizationAwareTraining(CompressionCallback):
         if "plan" not in state and self._capture is not None:
             self._capture.require(repr(self))
             store_example(state, self._capture)
-        if quantizer is None:
-            return
-        if quantizer.observing:
+        if quantizer is not None and quantizer.observing:
             quantizer.observing = False
             seen, momentum = quantizer.observer.take(pl_module.device), quantizer.observer.momentum
-            merge(state, quantizer, reduce_ranges(trainer, seen, momentum.isnan()))
-        elif quantizer.learned:
+            merge(state, quantizer, reduce_ranges(trainer, seen, momentum.isnan()), momentum)
+        elif quantizer is not None and quantizer.learned:
             quantizer.update(state["ranges"], state["min_bits"])
 
     @override
@@ -291,8 +289,7 @@ class QuantizationAwareTraining(CompressionCallback):
     def _continues_from_quantize(self, trainer: Trainer, state: dict[str, Any]) -> bool:
         """Whether `quantize` has found the ranges, by the same recipe, and training quantizes from its first batch."""
         recipe = state.get("recipe")
-        found = None if recipe is None else [recipe, state["plan"], state["ranges"]]
-        check_agreement(trainer, "what `quantize` has found", found)
+        check_agreement(trainer, "what `quantize` has found", recipe and [recipe, state["plan"], state["ranges"]])
         if recipe is None:
             return False
         state["recipe"] = None  # so that a second fit starts over, as it does otherwise
@@ -335,7 +332,7 @@ class QuantizationAwareTraining(CompressionCallback):
         min_bits = round(8 - self._bit_width_schedule(progress) * (8 - fewest))
         if min_bits == state["min_bits"]:
             return
-        quantizer.reduce_bits(min_bits, state["learned"])
+        quantizer.reduce_bits(state["ranges"], min_bits, state["learned"])
         state["min_bits"] = min_bits
         if state["enabled"]:
             state["layers"] = plan.bits_of_layers(min_bits)

@@ -144,14 +144,9 @@ class Trace(OpStack):
         call.result = call.run()
         self.op_calls.append(call)
         made = list(tensors_in(call.result))
-        inputs = [
-            (position, self._producers[tensor])
-            for position, value in enumerate(call.values)
-            for tensor in tensors_in(value)
-            if tensor in self._producers
-        ]
-        is_layer = operator_of(call.id.function).role == "layer"
-        if call.id.function == "__get__" or not made or not (inputs or is_layer):
+        tensors = ((position, tensor) for position, value in enumerate(call.values) for tensor in tensors_in(value))
+        inputs = [(position, self._producers[tensor]) for position, tensor in tensors if tensor in self._producers]
+        if call.id.function == "__get__" or not made or not (inputs or operator_of(call.id.function).role == "layer"):
             return call.result  # a property gives a view of its tensor at most
         if call.id not in self._nodes:  # else of a part that a training step calls again
             node = self._nodes[call.id] = OpNode(call, FLOAT, inputs)
@@ -191,8 +186,8 @@ def inputs_of_layer(model: nn.Module, op: OpId, examples: Iterable[ExampleInput]
     return found
 
 
-class _Stop(Exception):  # noqa: N818  # ends a forward pass early
-    pass
+class _Stop(Exception):  # noqa: N818  # a signal, no error
+    """End a forward pass early."""
 
 
 def writable_parameters(model: nn.Module, trace: Trace) -> dict[Any, str]:
@@ -200,12 +195,8 @@ def writable_parameters(model: nn.Module, trace: Trace) -> dict[Any, str]:
 
     One operator reads them, as they are: they are neither tied, nor part of a computed weight.
     """
-    uses = Counter(
-        tensor
-        for call in trace.op_calls
-        if any(True for _ in tensors_in(call.result))
-        for tensor in tensors_in([*call.args, call.kwargs])
-    )
+    computing = [call for call in trace.op_calls if any(True for _ in tensors_in(call.result))]
+    uses = Counter(tensor for call in computing for tensor in tensors_in(call.values))
     return {parameter: name for name, parameter in model.named_parameters() if uses[parameter] == 1}
 
 

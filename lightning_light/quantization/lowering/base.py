@@ -126,17 +126,15 @@ class Lowering(ABC):
         return call.run()
 
     @abstractmethod
-    def scale_of(self, leaf: Tensor) -> float:
-        """The scale of an output of the network; 0 if it is not quantized."""
+    def scale_of(self, output: Tensor) -> Tensor:
+        """The scale of an output of the network, a scalar in float64; 0 if it is not quantized."""
 
     def output(self, output: Any) -> Any:
         """The outputs of the network, in float; None leaves them as they are."""
         if self._collecting:
             return None
         if self.checking:
-            self._output_scales = tree_map_only(
-                Tensor, lambda x: torch.tensor(self.scale_of(x), dtype=torch.float64), output
-            )
+            self._output_scales = tree_map_only(Tensor, self.scale_of, output)
         return self.dequantized(output)
 
     def dequantized(self, value: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
@@ -24,8 +24,6 @@ from lightning_light.quantization.specs import QParams
 __all__ = ["QDQLowering", "register_operations"]
 
 _OPERATIONS = "torch.ao.quantization.fx._decomposed"
-_SIGNED = -128
-_QUANT_MAX = 255
 _WEIGHT_MAX = 127
 
 
@@ -41,7 +39,7 @@ class QDQLowering(Lowering):
         register_operations()
         self.constraints = constraints
         self._constants: dict[OpId, Any] = {}  # of layers and batch norms, made once: a runtime looks for constants
-        self._quantized: Any = WeakIdKeyDictionary()  # a quantized tensor -> its integers, its quantization parameters
+        self._quantized: MutableMapping[Tensor, tuple[Tensor, QParams]] = WeakIdKeyDictionary()  # tensor -> integers
 
     @override
     def prepare(self, op: OpId, named: dict[str, Any]) -> str | None:
@@ -75,14 +73,13 @@ class QDQLowering(Lowering):
         return result if qparams is None else tree_map(lambda leaf: self._qdq(leaf, qparams), result)
 
     @override
-    def scale_of(self, leaf: Tensor) -> float:
-        known = self._known(leaf)
-        return 0.0 if known is None else known[1].scale
+    def scale_of(self, output: Tensor) -> Tensor:
+        known = self._known(output)
+        return torch.tensor(0.0 if known is None else known[1].scale, dtype=torch.float64)
 
     def _known(self, x: Any) -> tuple[Tensor, QParams] | None:
         """Integers and quantization parameters of a quantized tensor."""
-        found: tuple[Tensor, QParams] | None = self._quantized.get(x) if isinstance(x, Tensor) else None
-        return found
+        return self._quantized.get(x) if isinstance(x, Tensor) else None
 
     def _set_operands(self, call: OpCall) -> None:
         """Quantize the inputs that only this operator reads, its weight, and what must have the scale of the result."""
@@ -111,10 +108,8 @@ class QDQLowering(Lowering):
 
     def _normalized(self, call: OpCall) -> Tensor:
         """By a product and a sum: ExecuTorch makes a convolution of a batch norm, and fails if its input is int8."""
-        columns, x = (-1, *[1] * (call.input.dim() - 2)), call.input
-        gain, shift = self._constant(
-            call.id, lambda: [value.to(x).reshape(columns) for value in gain_and_shift(arguments(call))]
-        )
+        shape, x = (-1, *[1] * (call.input.dim() - 2)), call.input
+        gain, shift = self._constant(call.id, lambda: [v.to(x).reshape(shape) for v in gain_and_shift(arguments(call))])
         result: Tensor = x * gain + shift
         return result
 
@@ -137,10 +132,9 @@ class QDQLowering(Lowering):
         return _cast(x.dtype, dequantize(integers, *self._arguments(qparams)))
 
     def _arguments(self, qparams: QParams) -> tuple[float, int, int, int, torch.dtype]:
-        scale, zero_point, _ = qparams
-        if self.constraints.signed:
-            return scale, zero_point + _SIGNED, _SIGNED, _QUANT_MAX + _SIGNED, torch.int8
-        return scale, zero_point, 0, _QUANT_MAX, torch.uint8
+        dtype = torch.int8 if self.constraints.signed else torch.uint8
+        low, top = torch.iinfo(dtype).min, torch.iinfo(dtype).max
+        return qparams.scale, qparams.zero_point + low, low, top, dtype
 
 
 def _cast(dtype: torch.dtype, x: Tensor) -> Tensor:

@@ -223,9 +223,7 @@ class Refinement:
             if self.correct_bias:
                 self._correct(layer, parameters, inputs, torch.stack(means))
 
-    def _learn(
-        self, layer: _Layer, parameters: Mapping[Any, str], batches: list[tuple[Tensor, Tensor]], settings: AdaRound
-    ) -> None:
+    def _learn(self, layer: _Layer, parameters: Mapping[Any, str], batches: list[Batch], settings: AdaRound) -> None:
         spec, _ = self.quantizer.weight(layer.node.id)
         if parameters.get(layer.weight) is None or spec.form != "uniform":
             self.nearest.append(layer.node.id.module)
@@ -270,8 +268,7 @@ class _Layer:
 
     def means(self, x: Tensor, weight: Tensor) -> Tensor:
         """``(channels,)``: of each channel before the ReLU."""
-        found = self.before_relu(x, weight)
-        return found.transpose(0, self.node.channel_dim).flatten(1).mean(1)
+        return self.before_relu(x, weight).transpose(0, self.node.channel_dim).flatten(1).mean(1)
 
     def output(self, x: Tensor, weight: Tensor) -> Tensor:
         """All of it."""

@@ -183,8 +183,7 @@ def _change_of_outputs(
         )
 
     def change() -> float:
-        changed = _precise([model(*call.args, **call.kwargs) for call in inputs])
-        pairs = zip(changed, plain, strict=True)
+        pairs = zip(_precise([model(*call.args, **call.kwargs) for call in inputs]), plain, strict=True)
         return float(torch.stack([output_distance(*pair, distance, _class_dim(pair[1])) for pair in pairs]).mean())
 
     return change
