@@ -28,6 +28,7 @@ __all__ = [
     "LOADER",
     "CompressionState",
     "attach",
+    "attach_if_kept",
     "check_owners",
     "detach",
     "has_state",
@@ -65,6 +66,12 @@ def attach(module: nn.Module) -> CompressionState:
         hook = module.register_load_state_dict_pre_hook(follow_state_dict)  # type: ignore[no-untyped-call]
         attributes[_HOOK] = hook
     return compression_state
+
+
+def attach_if_kept(model: nn.Module) -> CompressionState | None:
+    """Attach a compression state where checkpoints keep it: to a LightningModule, or a model that has one already."""
+    is_lightning = hasattr(model, "on_save_checkpoint") and hasattr(model, "training_step")
+    return attach(model) if is_lightning or has_state(model) else None
 
 
 def _patch(module: nn.Module, hook: Callable[[Any, dict[str, Any]], None]) -> None:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lightning_light.quantization import LSQ, PACT
 from lightning_light.quantization.fake_quantize import (
+    dampening_gradient,
     fake_quantize,
     fake_quantize_learned,
     fake_quantize_weight,
@@ -13,7 +14,6 @@ from lightning_light.quantization.fake_quantize import (
     qparams_of,
 )
 from lightning_light.quantization.learned_qparams import (
-    dampening_gradient,
     initial_values,
     learned_qparams_of,
     names_of,
