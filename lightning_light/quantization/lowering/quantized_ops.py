@@ -68,7 +68,8 @@ class QuantizedOpsLowering(Lowering):
         except (RuntimeError, NotImplementedError) as error:
             if not self.checking:
                 raise
-            result, self.refused[call.id] = None, f"the kernel stopped: {str(error).strip().splitlines()[0]}"
+            self.refused[call.id] = f"the kernel stopped: {str(error).strip().splitlines()[0]}"
+            result = None
         return self._in_float(call) if result is None else result
 
     @override
