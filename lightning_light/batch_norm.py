@@ -18,7 +18,15 @@ from lightning_light.isolation import isolated
 from lightning_light.surgery.edit import take
 from lightning_light.surgery.manifest import plain_copy
 
-__all__ = ["SAMPLES", "InputRecorder", "Statistics", "has_statistics", "measure_statistics", "move_statistics"]
+__all__ = [
+    "SAMPLES",
+    "InputRecorder",
+    "Statistics",
+    "has_statistics",
+    "measure_statistics",
+    "move_statistics",
+    "scale_and_shift",
+]
 
 SAMPLES = 16
 
@@ -82,6 +90,35 @@ def move_statistics(
         var = take(before[name].var, kept.get(f"{prefix}running_var", {}))
         layer.running_mean.add_((after[name].mean - mean).to(layer.running_mean))
         layer.running_var.mul_(((after[name].var + layer.eps) / (var + layer.eps)).to(layer.running_var))
+
+
+def scale_and_shift(
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    before: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return ``(scale, shift)``, with which the batch norm of ``x + before`` is ``x * scale + shift``.
+
+    Args:
+        mean: that it normalizes with, per channel.
+        var: that it normalizes with, per channel.
+        eps: that is added to ``var``.
+        weight: of the batch norm; None for 1.
+        bias: of the batch norm; None for 0.
+        before: the bias of the layer before it; None for 0.
+
+    Example:
+        >>> scale_and_shift(torch.tensor([1.0]), torch.tensor([4.0]), 0.0, torch.tensor([3.0]), torch.tensor([0.5]))
+        (tensor([1.5000]), tensor([-1.]))
+    """
+    scale = (var + eps).rsqrt()
+    if weight is not None:
+        scale = scale * weight
+    centered = (0.0 if before is None else before) - mean
+    return scale, (0.0 if bias is None else bias) + centered * scale
 
 
 def has_statistics(model: nn.Module) -> bool:

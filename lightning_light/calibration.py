@@ -14,7 +14,7 @@ from lightning_light.example_input import ExampleInput, example_of_batch
 from lightning_light.int8 import quantizers_of
 from lightning_light.nested import tensors_in
 
-__all__ = ["calls_from", "explained"]
+__all__ = ["calls_from", "explained", "finite_outputs"]
 
 _CURE = "Pass `data`, batches for calibration, for instance `data=val_dataloader`."
 
@@ -50,6 +50,28 @@ def calls_from(
             f"a generator gives its batches only once. {_CURE}"
         )
     return chain([first], calls)
+
+
+def finite_outputs(subject: str, model: nn.Module, calls: Iterable[ExampleInput]) -> list[Any]:
+    """Return the outputs of ``model`` for each of ``calls``, which those of a changed network are compared with.
+
+    Args:
+        subject: of the error: what the user has called, or the network.
+        model: the network.
+        calls: of it.
+
+    Raises:
+        ValueError: a tensor in the outputs is not finite.
+    """
+    found = []
+    for batch, call in enumerate(calls):
+        found.append(model(*call.args, **call.kwargs))
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors_in(found[-1])):
+            raise ValueError(
+                f"{subject}: expected finite outputs, found infinite ones or NaN for batch {batch}. Look for them in "
+                "the batch and in the weights: `torch.isfinite(x).all()`."
+            )
+    return found
 
 
 def _checked(function: str, call: ExampleInput) -> ExampleInput:

@@ -17,6 +17,7 @@ __all__ = [
     "Tabular",
     "human_bytes",
     "human_count",
+    "human_milliseconds",
     "human_percent",
     "layer_lines",
     "plural",
@@ -259,6 +260,16 @@ def human_bytes(value: float) -> str:
         ('820B', '1.63MB')
     """
     return f"{human_count(value)}B"
+
+
+def human_milliseconds(seconds: float) -> str:
+    """Format seconds as milliseconds.
+
+    Example:
+        >>> human_milliseconds(0.01234)
+        '12.3 ms'
+    """
+    return f"{1e3 * seconds:.3g} ms"
 
 
 def human_percent(value: float) -> str:

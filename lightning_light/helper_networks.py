@@ -67,12 +67,8 @@ def helper_networks(model: nn.Module, example: ExampleInput | None) -> list[str]
     if not parts or example is None:
         return []
     watch, moved = _Watch(parts), example.to(model)
-    with callable_with(model, moved), isolated(model), watch:
-        watch.watch(model)
-        try:
-            model(*moved.args, **moved.kwargs)
-        finally:
-            watch.stack.remove()
+    with callable_with(model, moved), isolated(model), watch, watch.stack.watching(model):
+        model(*moved.args, **moved.kwargs)
     return [part for part in parts if part not in watch.used]
 
 
@@ -90,9 +86,6 @@ class _Watch(TorchFunctionMode):
         self.called: set[str] = set()
         self.stack = _Stack(self, parts)
         self.sources: Any = WeakIdKeyDictionary()  # tensor -> the parts whose outputs it depends on
-
-    def watch(self, model: nn.Module) -> None:
-        self.stack.watch(model)
 
     @property
     def used(self) -> set[str]:

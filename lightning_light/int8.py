@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lightning_light.errors import UnsupportedError
-from lightning_light.surgery.attachment import has_state, state_of
+from lightning_light.surgery.attachment import states_of
 from lightning_light.warning_filters import ignored_warnings
 
 __all__ = [
@@ -141,10 +141,5 @@ class Quantizer(ABC):
 
 def quantizers_of(model: nn.Module) -> list[Quantizer]:
     """The quantizers that are at work on ``model``, from the compression state of its modules."""
-    return [
-        active
-        for module in model.modules()
-        if has_state(module)
-        for active in state_of(module).active
-        if isinstance(active, Quantizer)
-    ]
+    actives = (active for state in states_of(model).values() for active in state.active)
+    return [active for active in actives if isinstance(active, Quantizer)]

@@ -51,7 +51,7 @@ def isolated(model: nn.Module, *, hooks: bool = False) -> Iterator[None]:
     stays changed.
 
     Args:
-        model: any module; the modules inside ``torch.jit`` modules are left alone.
+        model: any module; of ``torch.jit`` modules the training mode alone is changed and restored.
         hooks: run all forward hooks of the user. Otherwise only hooks run that may be part of the forward pass: of
             ``torch.nn.utils``, which compute a weight, of ``transformers``, which collect what a model returns, and
             those that can return another input or output. Other functions that return None in every case only observe.
@@ -66,6 +66,8 @@ def isolated(model: nn.Module, *, hooks: bool = False) -> Iterator[None]:
         True
     """
     modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    scripted: list[Any] = [part for part in model.modules() if isinstance(part, torch.jit.ScriptModule)]
+    modes = [(part, part.training) for part in scripted if hasattr(part, "training")]  # a frozen one has no mode
     before = [(vars(module), dict(vars(module)), _items(module)) for module in modules]
     try:
         with plain_execution(_cuda_devices(model)), uncompiled(model):
@@ -73,8 +75,12 @@ def isolated(model: nn.Module, *, hooks: bool = False) -> Iterator[None]:
             for module in modules:
                 vars(module)["training"] = False
                 _silence_hooks(module, users=hooks)
+            for part, _ in modes:
+                part.training = False
             yield
     finally:
+        for part, mode in modes:
+            part.training = mode
         for live, attributes, items in before:
             live.clear()
             live.update(attributes)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +86,15 @@ class ModuleStack:
             handle.remove()
         self._handles = []
         self.reset()
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Inside, `watch` a model."""
+        self.watch(model)
+        try:
+            yield
+        finally:
+            self.remove()
 
     def reset(self) -> None:
         """Forget calls that an error has ended: `torch.export` then runs no hook, not even with ``always_call``."""

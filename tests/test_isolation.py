@@ -185,3 +185,19 @@ def test_a_lightning_module_that_a_trainer_gets_compiled_runs_as_written_beneath
     wrapped.undo()
     assert module.training_step is compiled_step
     assert patches_of(module) == []
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.(script|freeze). is deprecated")
+def test_scripted_parts_are_in_evaluation_mode_too() -> None:
+    script = torch.jit.script(nn.Sequential(nn.Dropout(), nn.BatchNorm1d(2)))
+    dropout, norm = script.children()
+    frozen = torch.jit.freeze(torch.jit.script(nn.Linear(2, 2).eval()))  # which has no training mode
+    model, x = nn.Sequential(script, frozen), torch.randn(4, 2)
+    script.train()
+    norm.eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with isolated(model):
+        assert torch.equal(model(x), model(x))
+        assert not any(part.training for part in (script, dropout, norm))
+    assert [part.training for part in (script, dropout, norm)] == [True, True, False]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -20,7 +20,7 @@ from lightning_light.export.exporter import Exporter
 from lightning_light.export.formats import exporter_of
 from lightning_light.export.functional import Batch, ExportOptions, verify_exported
 from lightning_light.export.parity import Tolerance
-from lightning_light.formatting import DataTable, human_bytes
+from lightning_light.formatting import DataTable, human_bytes, human_milliseconds
 from lightning_light.measure import LatencyStats, file_bytes, measure_latency
 from lightning_light.measure.latency import torch_threads
 from lightning_light.progress_bar import with_progress_bar
@@ -43,8 +43,8 @@ def benchmark(files: Sequence[str], threads: int, runs: int) -> None:
             file,
             exporter.runtime(),
             human_bytes(report.bytes),
-            _milliseconds(latency.median),
-            f"{_milliseconds(latency.p10)} to {_milliseconds(latency.p90)}",
+            human_milliseconds(latency.median),
+            f"{human_milliseconds(latency.p10)} to {human_milliseconds(latency.p90)}",
             f"{found[0].median / latency.median:.3g}x",
         )
         for file, (exporter, report), latency in zip(files, reports, found, strict=True)
@@ -156,7 +156,3 @@ def _latency(file: str, report: ExportReport, threads: int, runs: int) -> Latenc
         inputs = [random_input(each["shape"], getattr(torch, each["dtype"])) for each in report.inputs]
         run = load_exported(file, batch="as_given")
         return measure_latency(lambda: run(*inputs), runs=runs, threads=threads)
-
-
-def _milliseconds(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g} ms"

@@ -206,8 +206,7 @@ class Rehearsal(TorchFunctionMode):
             ValueNeededError: a value is read that was not computed.
         """
         try:
-            with running(model):
-                self._tracer.modules.watch(model)
+            with running(model), self._tracer.modules.watching(model):
                 tensors = dict([*model.named_parameters(), *model.named_buffers()])
                 if self._tracer.skip_products:
                     self._placeholders.add(tensors[name] for name in changed)
@@ -216,8 +215,6 @@ class Rehearsal(TorchFunctionMode):
                     out = model(*args, **kwargs)
         except FORWARD_ERRORS as error:
             raise TraceError(str(error)) from error
-        finally:
-            self._tracer.modules.remove()
         shapes = [tuple(tensor.shape) for tensor in tensors_in(out, objects=True)]
         if self._position != len(self._recording.calls) or shapes != self._recording.trace.output_shapes:
             raise OtherPathError("output")

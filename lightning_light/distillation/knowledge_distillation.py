@@ -25,7 +25,7 @@ from lightning_light.distillation.feature_pairs import FeaturePairs
 from lightning_light.distillation.logits import SoftTargets
 from lightning_light.distillation.loss import DistillationLoss, FeatureLoss
 from lightning_light.distillation.loss_balancing import gradient_factors
-from lightning_light.distillation.projectors import Projectors, ProjectorState, owner_of
+from lightning_light.distillation.projectors import Projectors, ProjectorState
 from lightning_light.distillation.self_teacher import SelfTeacherState, copy_of_student, update_average
 from lightning_light.distillation.step_patch import add_to_loss
 from lightning_light.distillation.student_hook import ForwardCall, StudentHook
@@ -41,7 +41,7 @@ from lightning_light.schedules import Schedule, resolve, resolve_moment
 from lightning_light.schema import LayerName, Length
 from lightning_light.selectors import Selector
 from lightning_light.surgery.distributed import log_rank_zero, reduce_gradients, reduce_mean, refuse_sharding
-from lightning_light.surgery.optimizer import disown
+from lightning_light.surgery.optimizer import disown, owners_of, unwrap
 from lightning_light.validation import Moment, NonNegativeFloat, NonNegativeInt, PositiveInt, validated
 
 if TYPE_CHECKING:
@@ -238,9 +238,9 @@ class KnowledgeDistillation(CompressionCallback):
             state.clear()
         student = module_at(pl_module, self.student or "", f"KnowledgeDistillation(student={self.student!r})")
         like = next((p for p in student.parameters() if p.is_floating_point()), torch.empty(0, device=pl_module.device))
-        projectors = Projectors(
-            state.setdefault("projectors", {}), owner_of(student, trainer.optimizers), self.seed, like
-        )
+        owners = owners_of(student, trainer.optimizers)
+        optimizer = unwrap(trainer.optimizers[owners[0]]) if owners else None
+        projectors = Projectors(state.setdefault("projectors", {}), optimizer, self.seed, like)
         super().on_fit_start(trainer, pl_module)
         teachers = [self._teacher(source, pl_module, like) for source in self._sources]
         _check_shared(teachers, trainer.optimizers)

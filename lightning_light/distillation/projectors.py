@@ -6,7 +6,7 @@ in the method's state, so that checkpoints contain them, and they are trained by
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, TypedDict
 
 import torch
@@ -17,9 +17,9 @@ from lightning_light.distillation.loss import pooled
 from lightning_light.errors import UnsupportedError
 from lightning_light.schema import Context, Rule, TensorOf, damage
 from lightning_light.surgery.edit import cut
-from lightning_light.surgery.optimizer import adopt, disown, unwrap
+from lightning_light.surgery.optimizer import adopt, disown
 
-__all__ = ["ProjectorState", "Projectors", "channel_source", "owner_of"]
+__all__ = ["ProjectorState", "Projectors", "channel_source"]
 
 
 class _Weight(Rule):
@@ -128,15 +128,6 @@ class Projectors:
         self.layers[key] = layer
         self._state[key] = {**entry, "weight": layer.weight.detach()}
         adopt(self._optimizer.param_groups[0], layer.weight, f"distillation.{key}.weight")
-
-
-def owner_of(student: nn.Module, optimizers: Sequence[Any]) -> Any:
-    """Return the student's optimizer: the first that has one of its parameters."""
-    ours = {id(parameter) for parameter in student.parameters()}
-    for optimizer in map(unwrap, optimizers):
-        if any(id(parameter) in ours for group in optimizer.param_groups for parameter in group["params"]):
-            return optimizer
-    return None
 
 
 def channel_source(model: nn.Module, layer: str, width: int) -> str | None:

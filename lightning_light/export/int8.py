@@ -13,7 +13,7 @@ from lightning_light.export.inputs import Positional
 from lightning_light.export.program import Program, flat_tensors, traced
 from lightning_light.int8 import LoweredModel, QDQConstraints, Quantizer, quantizers_of
 from lightning_light.order import Stage
-from lightning_light.surgery.attachment import has_state, state_of
+from lightning_light.surgery.attachment import states_of
 
 __all__ = ["check_details", "describe", "quantizer_of", "traced_int8", "warn_of_float_file"]
 
@@ -36,8 +36,7 @@ def quantizer_of(call: str, model: nn.Module) -> Quantizer | None:
 
 def warn_of_float_file(model: nn.Module) -> None:
     """Warn where a network that was quantized computes in float, so that its file will be float too."""
-    states = [state_of(module) for module in model.modules() if has_state(module)]
-    claims = [claim for state in states for claim in state.claims.values()]
+    claims = [claim for state in states_of(model).values() for claim in state.claims.values()]
     if any(claim.stage == Stage.QUANTIZATION for claim in claims) and quantizer_of("export_model", model) is None:
         warnings.warn(
             f"`export_model` on `{type(model).__name__}`: a float file of a quantized network, because it computes in "

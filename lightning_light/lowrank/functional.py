@@ -35,7 +35,7 @@ from lightning_light.lowrank.ranks import RankRule
 from lightning_light.lowrank.spectra import Spectrum
 from lightning_light.measure.latency_table import LatencyTable, lowered
 from lightning_light.order import Stage
-from lightning_light.surgery.attachment import attach, has_state, state_of
+from lightning_light.surgery.attachment import attach, attach_if_kept, has_state, state_of
 from lightning_light.surgery.checkpoint import load_from_checkpoint, save_converted
 from lightning_light.targets import Targets, as_targets
 from lightning_light.validation import PositiveInt, validated
@@ -293,7 +293,7 @@ def _apply(
     if not plan.layers:
         return
     calls = [example_of_batch(batch, model) for batch in batches] if options.correct_batch_norm else []
-    compression_state = attach(model) if _is_lightning(model) or has_state(model) else None
+    compression_state = attach_if_kept(model)
     before = measure_statistics(model, calls)
     entry = apply_factors(model, plan, optimizers=optimizers)
     move_statistics(model, before, measure_statistics(model, calls), {})
@@ -313,7 +313,3 @@ def _example_of(module: Any, example_inputs: Any) -> ExampleInput:
             "`example_input_array`. Give for instance `example_inputs=torch.zeros(1, 3, 32, 32)`."
         )
     return ExampleInput.of(example_inputs).to(module)
-
-
-def _is_lightning(model: nn.Module) -> bool:
-    return hasattr(model, "on_save_checkpoint") and hasattr(model, "training_step")

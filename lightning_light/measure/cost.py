@@ -162,8 +162,7 @@ def _run(
     with ExitStack() as stack:
         stack.enter_context(isolated(model))
         stack.enter_context(unfused_kernels())
-        flops.watch(model)
-        stack.callback(flops.remove)
+        stack.enter_context(flops.watching(model))
         if shapes is not None:
             stack.enter_context(shapes)
         stack.enter_context(counter)

@@ -32,16 +32,7 @@ from lightning_light.targets import Targets
 from lightning_light.trained_weights import uncovered_parameters
 from lightning_light.validation import NonNegativeFloat, NonNegativeInt, Range, validated
 
-__all__ = [
-    "METHOD",
-    "QuantizationState",
-    "attach_fake_quantizer",
-    "begin",
-    "enable",
-    "fake_quantized",
-    "merge",
-    "read_state",
-]
+__all__ = ["METHOD", "SoundState", "attach_fake_quantizer", "begin", "enable", "fake_quantized", "merge", "read_state"]
 
 METHOD = "quantization_aware_training"
 """Key of the method's state in the compression state."""
@@ -83,8 +74,9 @@ def read_state(state: Mapping[str, Any]) -> QuantizationState:
         ManifestError: a part of it is damaged; the error names it.
     """
     found: QuantizationState = decode(QuantizationState, dict(state), METHOD)
-    activations = len(found.plan.activations)
-    if outside := [place for place in found.plan.activations_named() if place >= activations]:
+    plan, activations = found.plan, len(found.plan.activations)
+    inputs = [site.input for site in plan.layers.values() if site.input is not None]
+    if outside := [place for place in (*inputs, *(place for _, place in plan.sites())) if place >= activations]:
         raise damage(f"{METHOD}.plan", f"places below {activations} in `activations`", str(outside[0]))
     if tuple(found.ranges.shape) != (activations, 2):
         raise damage(f"{METHOD}.ranges", f"a tensor of shape {(activations, 2)}", str(tuple(found.ranges.shape)))
@@ -130,21 +122,20 @@ def begin(state: dict[str, Any], model: nn.Module, example: ExampleInput, recipe
 def _other_matrices(model: nn.Module, trace: Trace) -> list[str]:
     """Name the large matrices that the traced pass reads, but no operator with a quantized weight."""
     weights = [node.named["weight"] for node in trace.nodes if node.role == "layer"]
-    read = {id(tensor) for call in trace.op_calls for tensor in tensors_in([*call.args, call.kwargs])}
+    read = {id(tensor) for call in trace.op_calls for tensor in tensors_in(call.values)}
     others = {name: model.get_parameter(name) for name in uncovered_parameters(model, Targets(), weights)}
     return [name for name, parameter in others.items() if id(parameter) in read and 1 not in parameter.shape]
 
 
-def merge(state: dict[str, Any], quantizer: FakeQuantizer, seen: Tensor, momentum: Tensor | None = None) -> None:
+def merge(state: dict[str, Any], quantizer: FakeQuantizer, seen: Tensor, momentum: Tensor) -> None:
     """Merge the ranges of one batch into those of ``state``, and quantize by them.
 
     Args:
         state: as `begin` has made it.
         quantizer: attached by it.
         seen: ``(activations, 2)``, of the batch.
-        momentum: as in `merge_ranges`; that of the observers by default.
+        momentum: as in `merge_ranges`.
     """
-    momentum = quantizer.observer.momentum if momentum is None else momentum
     state["ranges"] = merge_ranges(state["ranges"].to(seen), seen, momentum.to(seen))
     state["batches"] += 1
     if not state["enabled"]:
@@ -183,10 +174,8 @@ def attach_fake_quantizer(model: nn.Module, state: dict[str, Any]) -> FakeQuanti
     Raises:
         ManifestError: ``state`` is damaged.
     """
-    if not state.get("plan"):
-        return None
-    found = read_state(state)
-    if not found.plan.layers:
+    found = read_state(state) if state.get("plan") else None
+    if found is None or not found.plan.layers:
         return None
     quantizer = LoweringQuantizer(found.plan, found.engine, found.learned if found.enabled else None)
     quantizer.update(found.ranges, found.min_bits)

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_light.batch_norm import scale_and_shift
 from lightning_light.quantization.specs import ActivationSpec, QParams, WeightSpec
 
 __all__ = [
     "SMALLEST_SCALE",
     "columns",
+    "dampening_gradient",
     "fake_quantize",
     "fake_quantize_bias",
     "fake_quantize_dynamic",
     "fake_quantize_learned",
     "fake_quantize_weight",
     "gain_and_shift",
+    "initial_scale",
     "merge_ranges",
     "qparams_of",
     "quantize_weight",
+    "widest",
 ]
 
 SMALLEST_SCALE = 1e-8
@@ -61,8 +65,7 @@ def qparams_of(specs: Sequence[ActivationSpec], ranges: Tensor) -> list[QParams 
 
 def _float32(x: float) -> float:
     """The nearest float32 number."""
-    found: float = struct.unpack("f", struct.pack("f", x))[0]
-    return found
+    return float(np.float32(x))
 
 
 def merge_ranges(ranges: Tensor, batch: Tensor, momentum: Tensor) -> Tensor:
@@ -74,9 +77,13 @@ def merge_ranges(ranges: Tensor, batch: Tensor, momentum: Tensor) -> Tensor:
         momentum: ``(n,)``, weight of the batch; nan for the widest range of all batches.
     """
     weight = momentum[:, None]
-    wide = torch.stack([torch.minimum(ranges[:, 0], batch[:, 0]), torch.maximum(ranges[:, 1], batch[:, 1])], 1)
-    averaged = torch.where(weight.isnan(), wide, torch.lerp(ranges, batch, weight.nan_to_num()))
+    averaged = torch.where(weight.isnan(), widest(ranges, batch), torch.lerp(ranges, batch, weight.nan_to_num()))
     return torch.where(batch.isfinite(), torch.where(ranges.isfinite(), averaged, batch), ranges)
+
+
+def widest(first: Tensor, second: Tensor) -> Tensor:
+    """The smallest ranges that hold both, ``(..., 2)``."""
+    return torch.stack([torch.minimum(first, second)[..., 0], torch.maximum(first, second)[..., 1]], -1)
 
 
 # Activations.
@@ -91,30 +98,10 @@ def fake_quantize(x: Tensor, qparams: QParams) -> Tensor:
     if x.device.type != "cpu":
         return torch.fake_quantize_per_tensor_affine(x.float(), scale, zero_point, 0, top).to(x.dtype)
     scale = _float32(scale)
-    inverse, ends = _float32(1.0 / scale), (-zero_point, top - zero_point)  # torch takes the reciprocal in float32
-    if x.requires_grad and torch.is_grad_enabled():
-        found: Tensor = _FakeQuantize.apply(x.float(), scale, inverse, *ends)  # type: ignore[no-untyped-call]
-        return found.to(x.dtype)
-    return _quantized(x.float(), scale, inverse, *ends).to(x.dtype)
-
-
-def _quantized(x: Tensor, scale: float, inverse: float, low: int, top: int) -> Tensor:
-    return x.mul(inverse).round_().clamp_(low, top).mul_(scale)
-
-
-class _FakeQuantize(torch.autograd.Function):
-    @staticmethod
-    @override
-    def forward(ctx: Any, x: Tensor, scale: float, inverse: float, low: int, top: int) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.ends = (low - 0.5) * scale, (top + 0.5) * scale
-        return _quantized(x, scale, inverse, low, top)
-
-    @staticmethod
-    @override
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        (x,) = ctx.saved_tensors
-        return torch.ops.aten.hardtanh_backward(gradient, x, *ctx.ends), None, None, None, None
+    inverse, low, high = _float32(1.0 / scale), -zero_point, top - zero_point  # torch takes the reciprocal in float32
+    single = x.float()
+    quantized = single.detach().mul(inverse).round_().clamp_(low, high).mul_(scale)
+    return _straight_through(single, quantized, ((low - 0.5) * scale, (high + 0.5) * scale)).to(x.dtype)
 
 
 def fake_quantize_dynamic(x: Tensor, spec: ActivationSpec) -> Tensor:
@@ -173,8 +160,7 @@ def quantize_weight(w: Tensor, spec: WeightSpec, scale: Tensor | None = None) ->
     Returns:
         ``q`` like ``w``, in floating point, and ``s``: ``(channels,)`` or ``()``.
     """
-    w = w.detach().float()
-    rows = w.flatten(1) if spec.per_channel else w.flatten()
+    rows = _rows(w, spec)
     magnitude = rows.abs()
     if spec.form != "uniform":
         kept = magnitude > (0.7 * _mean(magnitude, magnitude > 0) if spec.form == "ternary" else 0.0)
@@ -206,10 +192,43 @@ def fake_quantize_weight(w: Tensor, spec: WeightSpec, scale: Tensor | None = Non
     return _straight_through(w, q.mul_(columns(found, w)).to(w.dtype)), found
 
 
+def dampening_gradient(w: Tensor, spec: WeightSpec, scale: Tensor) -> Tensor:
+    """Return the gradient of ``dampening * sum((w_hat - clamp(w, s * quant_min, s * quant_max)) ** 2)``.
+
+    ``w_hat``, the fake-quantized weight, is a constant; the learned scale gets no gradient.
+
+    Nagel et al., 2022, "Overcoming Oscillations in Quantization-Aware Training", equation 7.
+    https://arxiv.org/abs/2203.11086
+
+    Args:
+        w: the weight; no gradient is followed.
+        spec: how it is quantized.
+        scale: the learned scale, of each output channel or of all.
+    """
+    w, scale = w.detach().float(), scale.detach()
+    quantized, found = fake_quantize_weight(w, spec, scale)
+    step = columns(found, w)
+    inside = (w >= step * spec.quant_min) & (w <= step * spec.quant_max)
+    return 2.0 * spec.dampening * (w - quantized) * inside
+
+
 def fake_quantize_bias(bias: Tensor, unit: Tensor) -> Tensor:
     """``unit * round(bias / unit)``, gradient 1; kernels add an int32 bias, in units of input times weight."""
     exact = bias.detach().double()
     return _straight_through(bias, ((exact / unit).round() * unit).to(bias.dtype))
+
+
+def initial_scale(w: Tensor, spec: WeightSpec) -> Tensor:
+    """The scale that LSQ begins with: ``2 * mean|w| / sqrt(quant_max)``; zeros of a mask do not count."""
+    magnitude = _rows(w, spec).abs()
+    mean = _mean(magnitude, magnitude > 0)[..., 0]
+    return (2.0 * mean / math.sqrt(max(spec.quant_max, 1))).clamp_min(SMALLEST_SCALE)
+
+
+def _rows(w: Tensor, spec: WeightSpec) -> Tensor:
+    """The weight in float32, a row per scale."""
+    w = w.detach().float()
+    return w.flatten(1) if spec.per_channel else w.flatten()
 
 
 def _mean(magnitude: Tensor, kept: Tensor) -> Tensor:
@@ -228,32 +247,34 @@ def gain_and_shift(norm: Mapping[str, Any], bias: Tensor | None = None) -> tuple
         norm: arguments of ``batch_norm`` by name.
         bias: of the layer before it.
     """
-    gain = (norm["running_var"].double() + norm.get("eps", 1e-5)).rsqrt()
-    if norm.get("weight") is not None:
-        gain = gain * norm["weight"].detach().double()
-    centered = (0.0 if bias is None else bias.detach().double()) - norm["running_mean"].double()
-    beta = 0.0 if norm.get("bias") is None else norm["bias"].detach().double()
-    return gain, beta + centered * gain
+    mean, var = norm["running_mean"].double(), norm["running_var"].double()
+    others = [None if x is None else x.detach().double() for x in (norm.get("weight"), norm.get("bias"), bias)]
+    return scale_and_shift(mean, var, norm.get("eps", 1e-5), *others)
 
 
-def _straight_through(x: Tensor, rounded: Tensor) -> Tensor:
-    """``rounded``, with a gradient of 1 to ``x``."""
+def _straight_through(x: Tensor, rounded: Tensor, ends: tuple[float, float] | None = None) -> Tensor:
+    """``rounded``, with a gradient of 1 to ``x``, but 0 outside of ``ends``."""
     if not (x.requires_grad and torch.is_grad_enabled()):
         return rounded
-    found: Tensor = _StraightThrough.apply(x, rounded)  # type: ignore[no-untyped-call]
+    found: Tensor = _StraightThrough.apply(x, rounded, ends)  # type: ignore[no-untyped-call]
     return found
 
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     @override
-    def forward(ctx: Any, x: Tensor, rounded: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, rounded: Tensor, ends: tuple[float, float] | None) -> Tensor:
+        ctx.ends = ends
+        if ends is not None:
+            ctx.save_for_backward(x)
         return rounded.view_as(rounded)
 
     @staticmethod
     @override
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return gradient, None
+        if ctx.ends is not None:
+            gradient = torch.ops.aten.hardtanh_backward(gradient, *ctx.saved_tensors, *ctx.ends)
+        return gradient, None, None
 
 
 def _with_learned_scale(x: Tensor, scale: Tensor, offset: Tensor | None, low: int, top: int, count: int) -> Tensor:

@@ -14,21 +14,18 @@ from lightning_light.host.patches import InstancePatch
 from lightning_light.isolation import uncompile
 from lightning_light.quantization.fake_quantize import (
     SMALLEST_SCALE,
+    dampening_gradient,
     fake_quantize,
     fake_quantize_bias,
     fake_quantize_dynamic,
     fake_quantize_learned,
     fake_quantize_weight,
     gain_and_shift,
+    initial_scale,
     qparams_of,
+    widest,
 )
-from lightning_light.quantization.learned_qparams import (
-    dampening_gradient,
-    learned_by,
-    learned_qparams_of,
-    names_of,
-    weight_scale,
-)
+from lightning_light.quantization.learned_qparams import learned_by, learned_qparams_of, names_of, weight_scale
 from lightning_light.quantization.op_calls import OpCall, OpId, OpStack
 from lightning_light.quantization.operators import arguments
 from lightning_light.quantization.plan import QuantizationPlan
@@ -62,16 +59,7 @@ class RangeObserver:
         found = spec.observer.range_of(x.detach().float(), spec.quant_max, spec.non_negative)
         if spec.non_negative:
             found = found.clamp_min(0.0)
-        if (before := self._found.get(activation)) is not None:
-            found = torch.stack([torch.minimum(before[0], found[0]), torch.maximum(before[1], found[1])])
-        self._found[activation] = found
-
-    def observe_weight(self, op: OpId, w: Tensor, spec: WeightSpec) -> None:
-        """``2 * mean|w| / sqrt(quant_max)`` per channel or tensor; zeros of a mask do not count."""
-        magnitude = w.detach().float().abs()
-        magnitude = magnitude.flatten(1) if spec.per_channel else magnitude.flatten()
-        mean = magnitude.sum(-1) / (magnitude > 0).sum(-1).clamp_min(1)
-        self.weight_scales[weight_scale(op)] = (2.0 * mean / max(spec.quant_max, 1) ** 0.5).clamp_min(SMALLEST_SCALE)
+        self._found[activation] = widest(self._found.get(activation, found), found)
 
     def take(self, device: torch.device) -> Tensor:
         """``(n, 2)``: the ranges since the last call; (inf, -inf) where nothing was observed."""
@@ -106,7 +94,6 @@ class FakeQuantizer(OpStack):
         freeze_batch_norm: whether folded batch norms use, and keep, the statistics that they have.
         lowering: computes instead, while the network is exported.
         min_bits: no tensor has fewer bits, for now.
-        ranges: that were observed.
         activations: the plan's, with no fewer than ``min_bits``.
         qparams: of each activation; None where nothing was observed, and for dynamic quantization.
     """
@@ -115,12 +102,10 @@ class FakeQuantizer(OpStack):
         super().__init__(self._handle_call)
         self.plan, self.engine = plan, engine
         self.learned: Mapping[str, Tensor] = learned or {}
-        self.enabled = self.freeze_batch_norm = False
-        self.observing = False
+        self.enabled = self.observing = self.freeze_batch_norm = False
         self.observer = RangeObserver(plan.activations)
         self.lowering: OpHandler | None = None
         self.min_bits = 0
-        self.ranges = torch.empty(0, 2)
         self.activations = list(plan.activations)
         self.qparams: list[QParams | None] = []
         self.weights = {op: site.weight for op, site in plan.layers.items()}
@@ -151,17 +136,17 @@ class FakeQuantizer(OpStack):
             self.weights = {op: site.weight.with_min_bits(min_bits) for op, site in self.plan.layers.items()}
             self.activations = [spec.with_min_bits(min_bits) for spec in self.plan.activations]
         self._values = {name: value.detach() for name, value in self.learned.items()}
-        self.ranges, self.min_bits, self.qparams = ranges, min_bits, qparams_of(self.activations, ranges)
+        self.min_bits, self.qparams = min_bits, qparams_of(self.activations, ranges)
         for activation, spec in enumerate(self.activations):
             self.qparams[activation] = learned_qparams_of(self.learned, activation, spec) or self.qparams[activation]
 
-    def reduce_bits(self, min_bits: int, learned: Mapping[str, Tensor]) -> None:
+    def reduce_bits(self, ranges: Tensor, min_bits: int, learned: Mapping[str, Tensor]) -> None:
         """Go on to another stage of a bit-width schedule; ``learned`` scales grow, so that no range becomes smaller."""
         for name, (_, spec, quantity) in learned_by(self.plan).items():
             if name in learned and quantity == "scale":
                 before, after = (spec.with_min_bits(bits).quant_max for bits in (self.min_bits, min_bits))
                 learned[name].mul_(before / after)  # the parameters' own memory
-        self.update(self.ranges, min_bits)
+        self.update(ranges, min_bits)
 
     def weight(self, op: OpId) -> tuple[WeightSpec, Tensor | None]:
         """How the weight of a layer call is quantized, and its scale if that is learned."""
@@ -188,17 +173,13 @@ class FakeQuantizer(OpStack):
     @override
     def begin(self, args: tuple[Any, ...]) -> None:
         super().begin(args)
+        self._norms = {}
         if self.enabled and self.lowering is None and torch.compiler.is_exporting():
             warnings.warn(
                 "`torch.export` of a fake-quantized network: found no lowering, so that quantization is exported as "
                 "float operators. Export the module that was quantized, not a part of it, by `export_model`.",
                 stacklevel=2,
             )
-
-    @override
-    def end(self) -> None:
-        self._norms = {}
-        super().end()
 
     @override
     def output(self, output: Any) -> Any:
@@ -218,11 +199,10 @@ class FakeQuantizer(OpStack):
 
     def prepare(self, call: OpCall) -> None:
         """Fake-quantize the weight of a call, and inputs of the network."""
-        for position, activation in self.plan.inputs.get(call.id, {}).items():
-            call.replace(position, self.quantize(activation, call.values[position]))
+        self.plan.replace_inputs(call, self.quantize)
         if self.freeze_batch_norm and call.id in self._folded:
             call.set("training", 5, False)
-        if self.enabled and call.id in self._norms:
+        if call.id in self._norms:
             self._quantize_folded_bias(call)
         if call.id in self.plan.layers:
             weight, (spec, scale) = call.get("weight", 1), self.weight(call.id)
@@ -231,7 +211,7 @@ class FakeQuantizer(OpStack):
                 call.set("weight", 1, weight)
                 self._quantize_bias(call, scale)
             elif self.observing and spec.learned:
-                self.observer.observe_weight(call.id, weight, spec)
+                self.observer.weight_scales[weight_scale(call.id)] = initial_scale(weight, spec)
 
     def _quantize_bias(self, call: OpCall, scale: Tensor) -> None:
         """Fake-quantize the bias of an int8 layer, or leave that to the batch norm that is folded into it."""

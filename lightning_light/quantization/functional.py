@@ -85,16 +85,15 @@ def quantize(
     """
     inputs = calls_from("quantize", model, example_inputs, data)
     state: dict[str, Any] = {}
-    changes = equalize or correct_bias or rounding is not None
-    examples = list(inputs) if changes else []
-    inputs = iter(examples) if changes else inputs
+    refined = correct_bias or rounding is not None
+    examples = list(inputs) if refined else []
+    inputs = iter(examples) if refined else inputs
     first = next(inputs)
-    with isolated(model), _restored(model, changes):
+    with isolated(model), _restored(model, equalize or refined):
         with explained("quantize", model, first):
             model(*first.args, **first.kwargs)
         if equalize and not equalize_layers(model, first):
             _warn("equalize=True", "no two layers in a row with nothing but batch norm, ReLU and pooling between them")
-        refined = correct_bias or rounding is not None
         original = copy_network(model) if refined else model
         plan = begin(state, model, first, recipe)
         quantizer = attach_fake_quantizer(model, state)
@@ -135,19 +134,14 @@ def _observe(model: nn.Module, quantizer: FakeQuantizer, state: dict[str, Any], 
 
 @contextmanager
 def _restored(model: nn.Module, changes: bool) -> Iterator[None]:
-    """Inside, scripted parts are in evaluation mode too; afterwards as before, like parameters if the block raises."""
-    scripted = {module: module.training for module in model.modules() if isinstance(module, torch.jit.ScriptModule)}
+    """Restore the parameters if the block, which ``changes`` them, raises."""
     before = {parameter: parameter.detach().clone() for parameter in model.parameters() if changes}
-    model.eval()
     try:
         yield
     except BaseException:
         for parameter, value in before.items():
             parameter.data.copy_(value)
         raise
-    finally:
-        for module, mode in scripted.items():
-            module.train(mode)
 
 
 def _check_finite(plan: QuantizationPlan, seen: Tensor, batch: int) -> None:

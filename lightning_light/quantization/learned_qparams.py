@@ -1,4 +1,4 @@
-"""Learned quantization parameters: their first values, their place in the user's optimizers, and a penalty.
+"""Learned quantization parameters: their first values, and their place in the user's optimizers.
 
 They are no part of the LightningModule: its state dict, its averaged copies and DDP's buckets do not know them. The
 values are in the method's state, so that checkpoints have them; the optimizer that trains a layer trains its
@@ -8,36 +8,23 @@ quantization parameters too.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_light.errors import UnsupportedError
-from lightning_light.quantization.fake_quantize import SMALLEST_SCALE, columns, fake_quantize_weight
+from lightning_light.quantization.fake_quantize import SMALLEST_SCALE
 from lightning_light.quantization.op_calls import OpId
 from lightning_light.quantization.plan import QuantizationPlan
 from lightning_light.quantization.specs import ActivationSpec, QParams, WeightSpec
 from lightning_light.schema import damage
-from lightning_light.surgery.optimizer import adopt, unwrap
+from lightning_light.surgery.optimizer import adopt, owners_of, unwrap
 
-__all__ = [
-    "dampening_gradient",
-    "initial_values",
-    "learned_by",
-    "learned_parameters",
-    "learned_qparams_of",
-    "names_of",
-    "weight_scale",
-]
+__all__ = ["initial_values", "learned_by", "learned_parameters", "learned_qparams_of", "names_of", "weight_scale"]
 
-Quantity = Literal["scale", "offset", "clip"]
-_QUANTITIES: dict[str, tuple[Quantity, ...]] = {
-    "scale": ("scale",),
-    "scale and offset": ("scale", "offset"),
-    "clip": ("clip",),
-}
+_QUANTITIES = {"scale": ("scale",), "scale and offset": ("scale", "offset"), "clip": ("clip",)}
 
 
 class LearnedValue(NamedTuple):
@@ -45,10 +32,10 @@ class LearnedValue(NamedTuple):
 
     module: str
     spec: WeightSpec | ActivationSpec
-    quantity: Quantity = "scale"
+    quantity: str = "scale"
 
 
-def names_of(activation: int, spec: ActivationSpec) -> dict[Quantity, str]:
+def names_of(activation: int, spec: ActivationSpec) -> dict[str, str]:
     """What is learned of one activation, and its names in checkpoints.
 
     Example:
@@ -85,8 +72,7 @@ def learned_qparams_of(learned: Mapping[str, Tensor], activation: int, spec: Act
     names = names_of(activation, spec)
     if not names or not learned.keys() >= set(names.values()):
         return None
-    values = {quantity: learned[name].detach() for quantity, name in names.items()}
-    top = spec.quant_max
+    values, top = {quantity: learned[name].detach() for quantity, name in names.items()}, spec.quant_max
     if "clip" in values:
         return QParams(float(values["clip"].clamp_min(SMALLEST_SCALE) / top), 0, top)
     scale = values["scale"].abs().clamp_min(SMALLEST_SCALE)
@@ -128,19 +114,16 @@ def learned_parameters(
 
 def _place(model: nn.Module, path: str, optimizers: Sequence[Optimizer]) -> list[int]:
     """The optimizer that changes the module at ``path``, and in it the group with the least weight decay."""
-    for module in (model.get_submodule(path), model):
-        mine = {id(p) for p in module.parameters()}
-        for place, optimizer in enumerate(optimizers):
-            groups = optimizer.param_groups
-            trains = any(id(p) in mine for group in groups for p in group["params"])
-            if trains and not isinstance(optimizer, torch.optim.LBFGS):
-                decays = [float(group.get("weight_decay", 0.0)) for group in groups]
-                return [place, decays.index(min(decays))]
-    raise UnsupportedError(
-        "`QuantizationAwareTraining` with learned scales: expected an optimizer of the module that takes "
-        f"parameters during a run, found {[type(one).__name__ for one in optimizers] or 'none'}. Train with "
-        "`SGD` or `AdamW`, or use a recipe with observers: `IntN(...)`."
-    )
+    owners = [place for module in (model.get_submodule(path), model) for place in owners_of(module, optimizers)]
+    places = [place for place in owners if not isinstance(optimizers[place], torch.optim.LBFGS)]
+    if not places:
+        raise UnsupportedError(
+            "`QuantizationAwareTraining` with learned scales: expected an optimizer of the module that takes "
+            f"parameters during a run, found {[type(one).__name__ for one in optimizers] or 'none'}. Train with "
+            "`SGD` or `AdamW`, or use a recipe with observers: `IntN(...)`."
+        )
+    decays = [float(group.get("weight_decay", 0.0)) for group in optimizers[places[0]].param_groups]
+    return [places[0], decays.index(min(decays))]
 
 
 def learned_by(plan: QuantizationPlan) -> dict[str, LearnedValue]:
@@ -152,23 +135,3 @@ def learned_by(plan: QuantizationPlan) -> dict[str, LearnedValue]:
         for quantity, name in names_of(activation, spec).items():
             found.setdefault(name, LearnedValue(op.module, spec, quantity))
     return found
-
-
-def dampening_gradient(w: Tensor, spec: WeightSpec, scale: Tensor) -> Tensor:
-    """Return the gradient of ``dampening * sum((w_hat - clamp(w, s * quant_min, s * quant_max)) ** 2)``.
-
-    ``w_hat``, the fake-quantized weight, is a constant; the learned scale gets no gradient.
-
-    Nagel et al., 2022, "Overcoming Oscillations in Quantization-Aware Training", equation 7.
-    https://arxiv.org/abs/2203.11086
-
-    Args:
-        w: the weight; no gradient is followed.
-        spec: how it is quantized.
-        scale: the learned scale, of each output channel or of all.
-    """
-    w, scale = w.detach().float(), scale.detach()
-    quantized, found = fake_quantize_weight(w, spec, scale)
-    step = columns(found, w)
-    inside = (w >= step * spec.quant_min) & (w <= step * spec.quant_max)
-    return 2.0 * spec.dampening * (w - quantized) * inside

@@ -13,15 +13,7 @@ from typing_extensions import override
 from lightning_light.encoding import Extensible
 from lightning_light.validation import OpenFraction, Range, validated
 
-__all__ = [
-    "DynamicObserver",
-    "LSQObserver",
-    "MSEObserver",
-    "MinMax",
-    "MovingAverage",
-    "Observer",
-    "Percentile",
-]
+__all__ = ["DynamicObserver", "LSQObserver", "MSEObserver", "MinMax", "MovingAverage", "Observer", "Percentile"]
 
 _BINS = 2048
 _CANDIDATES = 64

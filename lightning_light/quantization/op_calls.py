@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
@@ -60,12 +59,6 @@ class OpCall:
         return self.args[0] if self.args else self.kwargs.get("input")
 
     @property
-    def reads(self) -> str:
-        """Name of the property that is read, ``dtype`` for ``x.dtype``; else that of the function."""
-        name: str = getattr(getattr(self.function, "__self__", None), "__name__", self.id.function)
-        return name
-
-    @property
     def values(self) -> list[Any]:
         """All arguments in order; an argument's position is its place in this list."""
         return [*self.args, *self.kwargs.values()]
@@ -97,7 +90,7 @@ class OpStack(ModuleStack, TorchFunctionMode):
     """Routes every operator call inside a model to ``handle``, which returns its result.
 
     Identities agree between runs, also where a part of the network is called by itself. A subclass may act where the
-    outermost call begins and ends.
+    outermost call begins, and replace its output.
     """
 
     def __init__(self, handle: Callable[[OpCall], Any]) -> None:
@@ -105,29 +98,13 @@ class OpStack(ModuleStack, TorchFunctionMode):
         TorchFunctionMode.__init__(self)
         self._handle = handle
         self._counts: Counter[tuple[str, int, str]] = Counter()
-        self._modes: list[AbstractContextManager[Any]] = []
-
-    @contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
-        """Inside, `watch` a model."""
-        self.watch(model)
-        try:
-            yield
-        finally:
-            self.remove()
+        self._modes = ExitStack()
 
     def begin(self, args: tuple[Any, ...]) -> None:
         """Act before the outermost call."""
-        self._modes = [self]
+        self._modes.enter_context(self)
         if "torch._dynamo" in sys.modules:  # compiled code would not see the mode
-            self._modes.append(torch.compiler.set_stance("force_eager"))
-        for mode in self._modes:
-            mode.__enter__()
-
-    def end(self) -> None:
-        """Act after the outermost call, failed or not."""
-        while self._modes:
-            self._modes.pop().__exit__(None, None, None)
+            self._modes.enter_context(torch.compiler.set_stance("force_eager"))
 
     def output(self, output: Any) -> Any:
         """Replace the output of the outermost call; None leaves it."""
@@ -142,13 +119,12 @@ class OpStack(ModuleStack, TorchFunctionMode):
     def left(self, call: ModuleCall, output: Any) -> Any:
         if self.outermost is not None:
             return None
-        self.end()
+        self._modes.close()
         return self.output(output)
 
     @override
     def reset(self) -> None:
-        if self.outermost is not None:
-            self.end()
+        self._modes.close()
         super().reset()
 
     @override

@@ -19,17 +19,7 @@ from torch import Tensor
 from lightning_light.quantization.op_calls import OpCall
 from lightning_light.quantization.specs import QParams
 
-__all__ = [
-    "FLOAT",
-    "INPUT",
-    "INTEGER",
-    "METADATA",
-    "KernelCall",
-    "Operator",
-    "arguments",
-    "is_view",
-    "operator_of",
-]
+__all__ = ["FLOAT", "INPUT", "INTEGER", "METADATA", "KernelCall", "Operator", "arguments", "is_view", "operator_of"]
 
 Role = Literal["layer", "join", "average", "view", "unary", "batch_norm", "activation", "float", "integer", "input"]
 
@@ -118,9 +108,8 @@ def is_view(call: OpCall) -> bool:
     function, operator = call.id.function, operator_of(call.id.function)
     if operator.name in _NEUTRAL:
         others = [value for value in call.values if not isinstance(value, Tensor)]
-        if len(call.values) != 2 or len(others) != 1 or type(others[0]) not in (int, float):  # no symbolic sizes
-            return False
-        return bool(others[0] == _NEUTRAL[operator.name])
+        is_constant = len(call.values) == 2 and len(others) == 1 and type(others[0]) in (int, float)  # no symbolic size
+        return is_constant and bool(others[0] == _NEUTRAL[operator.name])
     if function == "pad":
         return call.get("mode", 2, "constant") == "constant" and not call.get("value", 3)
     return operator.role == "view"
@@ -158,7 +147,7 @@ def _same(kernel: KernelCall) -> Any:
             raise NotImplementedError(f"its kernel ignores `{option}`")
     if function == "max_pool1d" and call.args:  # on x86 one sample in channels-last order is misread
         call.args[0] = call.args[0].contiguous()
-    if function in _CASTS and _is_cast_to_float(call):
+    if function in ("to", "type", "type_as", "float") and _is_cast_to_float(call):
         return call.input
     return call.run()
 
@@ -171,7 +160,6 @@ def _is_cast_to_float(call: OpCall) -> bool:
     return all(value.is_floating_point for value in types if isinstance(value, torch.dtype))
 
 
-_CASTS = frozenset({"to", "type", "type_as", "float"})
 _IGNORED: dict[str, dict[str, tuple[int, Any]]] = {
     "avg_pool2d": {"count_include_pad": (5, True), "divisor_override": (6, None)},
     "max_pool1d": {"dilation": (4, 1)},  # which errs together with padding
@@ -179,28 +167,24 @@ _IGNORED: dict[str, dict[str, tuple[int, Any]]] = {
 }
 
 
-def _entry(name: str, functions: str, role: Role, **options: Any) -> Operator:
-    return Operator(name, frozenset(functions.split()), role, **options)
+def _entry(name: str, functions: str, role: Role, parameters: str = "input", **options: Any) -> Operator:
+    return Operator(name, frozenset(functions.split()), role, tuple(parameters.split()), **options)
 
 
-def _layer_entry(name: str, functions: str, parameters: str = "", **options: Any) -> Operator:
-    named = ("input", "weight", "bias", *parameters.split())
-    return _entry(name, functions, "layer", kernel=_layer, parameters=named, **options)
-
-
-_AFTER_LAYER: tuple[Role, ...] = ("batch_norm", "activation")
-_CONV: dict[str, Any] = {"parameters": "stride padding dilation groups", "fuses": _AFTER_LAYER}
-_TRANSPOSED: dict[str, Any] = {"parameters": "stride padding output_padding groups dilation", "per_channel": False}
+_LAYER: dict[str, Any] = {"role": "layer", "kernel": _layer, "fuses": ("batch_norm", "activation")}
+_CONV = _LAYER | {"parameters": "input weight bias stride padding dilation groups"}
+_TRANSPOSED = _CONV | {"parameters": "input weight bias stride padding output_padding groups dilation"}
+_TRANSPOSED |= {"per_channel": False, "fuses": ()}
 _WRONG_TRANSPOSED = {"x86": "the x86 kernel of transposed convolutions computes wrong numbers"}  # dozens of steps off
 _NO_3D = dict.fromkeys(("qnnpack", "xnnpack"), "the engine has no kernel of 3-D convolutions")
 
 TABLE: Final = (
-    _layer_entry("conv", "conv1d conv2d", **_CONV),
-    _layer_entry("conv", "conv3d", refused=_NO_3D, **_CONV),
-    _layer_entry("conv_transpose", "conv_transpose1d conv_transpose2d", refused=_WRONG_TRANSPOSED, **_TRANSPOSED),
-    _layer_entry("conv_transpose", "conv_transpose3d", refused=_WRONG_TRANSPOSED | _NO_3D, **_TRANSPOSED),
-    _layer_entry("linear", "linear", fuses=_AFTER_LAYER),
-    _entry("batch_norm", "batch_norm", "batch_norm", parameters=tuple(inspect.signature(F.batch_norm).parameters)),
+    _entry("conv", "conv1d conv2d", **_CONV),
+    _entry("conv", "conv3d", refused=_NO_3D, **_CONV),
+    _entry("conv_transpose", "conv_transpose1d conv_transpose2d", refused=_WRONG_TRANSPOSED, **_TRANSPOSED),
+    _entry("conv_transpose", "conv_transpose3d", refused=_WRONG_TRANSPOSED | _NO_3D, **_TRANSPOSED),
+    _entry("linear", "linear", parameters="input weight bias", **_LAYER),
+    _entry("batch_norm", "batch_norm", "batch_norm", " ".join(inspect.signature(F.batch_norm).parameters)),
     _entry("relu", "relu relu_", "activation", non_negative=True),
     _entry("relu6", "relu6", "activation", non_negative=True, upper_bound=6.0),
     # A clamp to [0, 6] is a ReLU6. Others are float: QNNPACK's clamp of channels-last tensors clamps all values away.

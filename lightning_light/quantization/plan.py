@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import nn
 
-from lightning_light.quantization.op_calls import OpId
+from lightning_light.quantization.op_calls import OpCall, OpId
 from lightning_light.quantization.operators import FLOAT
 from lightning_light.quantization.recipes import Recipe
 from lightning_light.quantization.specs import ActivationSpec, LayerSpec, WeightSpec
@@ -78,16 +79,16 @@ class QuantizationPlan:
         parts = (op for one in fused for op in (one.last, one.batch_norm, one.activation) if op is not None)
         yield from (*self.outputs, *self.inputs, *self.layers, *self.joins, *self.averages, *parts)
 
-    def activations_named(self) -> Iterator[int]:
-        """Every place in ``activations`` that it names."""
-        yield from (activation for _, activation in self.sites())
-        yield from (site.input for site in self.layers.values() if site.input is not None)
-
     def sites(self) -> Iterator[tuple[OpId, int]]:
         """Each operator call at which an activation is quantized."""
         for op, positions in self.inputs.items():
             yield from ((op, activation) for activation in positions.values())
         yield from self.outputs.items()
+
+    def replace_inputs(self, call: OpCall, quantize: Callable[[int, Any], Any]) -> None:
+        """Replace the arguments of ``call`` that are quantized for it alone by ``quantize(activation, argument)``."""
+        for position, activation in self.inputs.get(call.id, {}).items():
+            call.replace(position, quantize(activation, call.values[position]))
 
     def bits_of_layers(self, min_bits: int = 0) -> dict[str, dict[str, float]]:
         """Layer -> bits of its weight, and of its input if that is quantized: for monitors.
@@ -97,11 +98,10 @@ class QuantizationPlan:
         """
         found: dict[str, dict[str, float]] = {}
         for op, site in self.layers.items():
-            bits = {"weight_bits": float(site.weight.with_min_bits(min_bits).bits)}
+            bits = found[op.module] = {"weight_bits": float(site.weight.with_min_bits(min_bits).bits)}
             read = [site.input] if site.input is not None else list(self.inputs.get(op, {}).values())
             if read:
                 bits["activation_bits"] = float(self.activations[read[0]].with_min_bits(min_bits).bits)
-            found[op.module] = bits
         return found
 
 
@@ -167,13 +167,11 @@ class _Planner:
         else:
             read = self._quantize_input(node, position, source, spec.activation)
             self.plan.layers[node.id] = LayerSite(spec.weight, fused, read)
-            self._quantize(tail, spec.activation)
+            self.plan.outputs[tail.id] = self._activation(tail, spec.activation)
 
     def _join(self, node: OpNode) -> None:
         sources, (tail, fused) = [origin_of(source) for _, source in node.inputs], self._fused(node)
-        if any(source.role == "integer" for source in sources) or not any(
-            source in self._activations for source in sources
-        ):
+        if self._activations.keys().isdisjoint(sources) or any(source.role == "integer" for source in sources):
             return
         if node.operator.fuses and any(map(self._is_float, _readers(tail))):
             return
@@ -183,7 +181,7 @@ class _Planner:
             self._quantize_input(node, position, source)
         if node.role == "join":
             self.plan.joins[node.id] = fused
-            self._quantize(tail)
+            self.plan.outputs[tail.id] = self._activation(tail)
         elif sources[0] in self._activations:
             self._activations[node] = self.plan.outputs[node.id] = self._activations[sources[0]]
             self.plan.averages.append(node.id)
@@ -191,18 +189,14 @@ class _Planner:
     def _quantize_input(self, node: OpNode, position: int, source: OpNode, spec: ActivationSpec | None = None) -> int:
         """Quantize where it is made, but at its reader if no single operator returns it alone."""
         origin = origin_of(source)
-        several = origin.returns_several
-        activation = self._new_activation(origin, spec) if several else self._activation(origin, spec)
+        activation = (self._new_activation if origin.returns_several else self._activation)(origin, spec)
         if _is_quantized_by_readers(origin):
             self.plan.inputs.setdefault(node.id, {})[position] = activation
         else:
-            self._quantize(origin, spec)
+            self.plan.outputs[origin.id] = activation
         return activation
 
-    def _quantize(self, node: OpNode, spec: ActivationSpec | None = None) -> None:
-        self.plan.outputs.setdefault(node.id, self._activation(node, spec))
-
-    def _activation(self, node: OpNode, spec: ActivationSpec | None) -> int:
+    def _activation(self, node: OpNode, spec: ActivationSpec | None = None) -> int:
         """The activation that is its result; the first layer at a tensor decides how it is quantized."""
         if node not in self._activations:
             self._activations[node] = self._new_activation(node, spec)
@@ -242,7 +236,5 @@ def _is_non_negative(node: OpNode) -> bool:
 def _readers(node: OpNode) -> Iterator[OpNode]:
     """The nodes that compute with its values, through views and concatenations."""
     for user in node.users:
-        if user.role == "view" or user.operator.name == "cat":
-            yield from _readers(user)
-        else:
-            yield user
+        passes = user.role == "view" or user.operator.name == "cat"
+        yield from _readers(user) if passes else [user]

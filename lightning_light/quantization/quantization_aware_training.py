@@ -8,8 +8,7 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import override
 
 from lightning_light.callback import CompressionCallback
@@ -27,13 +26,7 @@ from lightning_light.quantization.learned_qparams import learned_parameters
 from lightning_light.quantization.recipes import Int8, Recipe
 from lightning_light.schedules import Cosine, Schedule, resolve, resolve_moment
 from lightning_light.surgery.checkpoint_monitoring import reset_monitoring
-from lightning_light.surgery.distributed import (
-    check_agreement,
-    log_rank_zero,
-    reduce_gradients,
-    reduce_max,
-    reduce_mean,
-)
+from lightning_light.surgery.distributed import check_agreement, log_rank_zero, reduce_gradients, reduce_ranges
 from lightning_light.surgery.optimizer import disown
 from lightning_light.surgery.stored_example import restore_or_capture_example, store_example
 from lightning_light.training_step import callable_with
@@ -164,7 +157,6 @@ class QuantizationAwareTraining(CompressionCallback):
         if state.get("enabled"):
             self._claim_and_learn(trainer, pl_module)
         super().on_fit_start(trainer, pl_module)
-        state = self.state(pl_module)
         self.recipe.specs(pl_module, [])  # checks its patterns
         if "plan" not in state:
             self._capture = restore_or_capture_example(pl_module, state)
@@ -174,8 +166,8 @@ class QuantizationAwareTraining(CompressionCallback):
         """Warn if the run ends before the ranges are calibrated, while it can still be changed."""
         super().on_train_start(trainer, pl_module)
         if not self.state(pl_module).get("enabled") and not getattr(trainer, "fast_dev_run", False):
-            planned = steps_planned(trainer) * trainer.accumulate_grad_batches
-            left = math.floor((1.0 - self._moments["start"]) * planned)
+            batches = steps_planned(trainer) * trainer.accumulate_grad_batches
+            left = math.floor((1.0 - self._moments["start"]) * batches)
             self._warned = left <= self.calibration_batches
             if self._warned:
                 self._no_effect(
@@ -197,15 +189,15 @@ class QuantizationAwareTraining(CompressionCallback):
         progress, state = training_progress(trainer), self.state(pl_module)
         if "plan" not in state and progress >= self._moments["start"]:
             self._begin(trainer, pl_module)
-        if self._quantizer is None:
+        if (quantizer := self._quantizer) is None:
             return
-        self._reduce_bits(state, progress)
+        self._reduce_bits(state, quantizer, progress)
         if not state["enabled"] and state["batches"] >= self.calibration_batches:
-            self._enable(trainer, pl_module)
-        self._quantizer.observing = not state["enabled"] or progress < self._moments["freeze_observers"]
+            self._enable(trainer, pl_module, quantizer)
+        quantizer.observing = not state["enabled"] or progress < self._moments["freeze_observers"]
         # In its last epoch `StochasticWeightAveraging` collects statistics again, and does not train.
         freeze = progress >= self._moments["freeze_batch_norm"]
-        self._quantizer.freeze_batch_norm = freeze and not is_backward_skipped(trainer)
+        quantizer.freeze_batch_norm = freeze and not is_backward_skipped(trainer)
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -232,13 +224,11 @@ class QuantizationAwareTraining(CompressionCallback):
         if "plan" not in state and self._capture is not None:
             self._capture.require(repr(self))
             store_example(state, self._capture)
-        if quantizer is None:
-            return
-        if quantizer.observing:
+        if quantizer is not None and quantizer.observing:
             quantizer.observing = False
-            momentum = quantizer.observer.momentum
-            merge(state, quantizer, self._on_all_ranks(trainer, quantizer.observer.take(pl_module.device), momentum))
-        elif quantizer.learned:
+            seen, momentum = quantizer.observer.take(pl_module.device), quantizer.observer.momentum
+            merge(state, quantizer, reduce_ranges(trainer, seen, momentum.isnan()), momentum)
+        elif quantizer is not None and quantizer.learned:
             quantizer.update(state["ranges"], state["min_bits"])
 
     @override
@@ -299,8 +289,7 @@ class QuantizationAwareTraining(CompressionCallback):
     def _continues_from_quantize(self, trainer: Trainer, state: dict[str, Any]) -> bool:
         """Whether `quantize` has found the ranges, by the same recipe, and training quantizes from its first batch."""
         recipe = state.get("recipe")
-        found = None if recipe is None else [recipe, state["plan"], state["ranges"]]
-        check_agreement(trainer, "what `quantize` has found", found)
+        check_agreement(trainer, "what `quantize` has found", recipe and [recipe, state["plan"], state["ranges"]])
         if recipe is None:
             return False
         state["recipe"] = None  # so that a second fit starts over, as it does otherwise
@@ -310,9 +299,8 @@ class QuantizationAwareTraining(CompressionCallback):
         log_rank_zero(trainer, f"{self.method}: observes again: `quantize` had {recipe}, or training starts later")
         return False
 
-    def _enable(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        state, quantizer = self.state(pl_module), self._quantizer
-        assert quantizer is not None
+    def _enable(self, trainer: Trainer, pl_module: LightningModule, quantizer: FakeQuantizer) -> None:
+        state = self.state(pl_module)
         enable(state, quantizer)
         self._claim_and_learn(trainer, pl_module)
         reset_monitoring(trainer)  # else "best" is the float network
@@ -335,28 +323,19 @@ class QuantizationAwareTraining(CompressionCallback):
             quantizer.learned = self._learned
             quantizer.update(state["ranges"], state["min_bits"])
 
-    def _reduce_bits(self, state: dict[str, Any], progress: float) -> None:
+    def _reduce_bits(self, state: dict[str, Any], quantizer: FakeQuantizer, progress: float) -> None:
         """Follow the bit-width schedule down; learned scales grow, so that no range becomes smaller."""
-        quantizer = self._quantizer
-        if self._bit_width_schedule is None or quantizer is None:
+        if self._bit_width_schedule is None:
             return
         plan = quantizer.plan
         fewest = min([site.weight.bits for site in plan.layers.values()] + [spec.bits for spec in plan.activations])
         min_bits = round(8 - self._bit_width_schedule(progress) * (8 - fewest))
         if min_bits == state["min_bits"]:
             return
-        quantizer.reduce_bits(min_bits, state["learned"])
+        quantizer.reduce_bits(state["ranges"], min_bits, state["learned"])
         state["min_bits"] = min_bits
         if state["enabled"]:
             state["layers"] = plan.bits_of_layers(min_bits)
-
-    def _on_all_ranks(self, trainer: Trainer, seen: Tensor, momentum: Tensor) -> Tensor:
-        """The mean over ranks, or the widest range where that is what the observer keeps."""
-        widest, mean = momentum.isnan(), reduce_mean(trainer, seen)
-        if not widest.any():
-            return mean
-        outward = reduce_max(trainer, seen * seen.new_tensor([-1.0, 1.0])) * seen.new_tensor([-1.0, 1.0])
-        return torch.where(widest.to(seen.device)[:, None], outward, mean)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._capture is None or self._capture.example is None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields, replace
-from typing import Annotated, Any, Literal, TypeAlias
+from dataclasses import dataclass, field, fields, replace
+from typing import Annotated, Literal, TypeAlias
 
 from torch import nn
 from typing_extensions import override
@@ -44,8 +44,9 @@ class Recipe(ABC):
 
     def __repr__(self) -> str:
         """The call that makes an equal recipe."""
-        given = [(one.name, getattr(self, one.name), _default(one)) for one in fields(self) if one.init]
-        shown = (f"{name}={value!r}" for name, value, default in given if value != default)
+        given = [(one.name, getattr(self, one.name)) for one in fields(self) if one.init]
+        # The class has the defaults as attributes, except the empty dict of a `default_factory`.
+        shown = (f"{name}={value!r}" for name, value in given if value != getattr(type(self), name, {}))
         return f"{type(self).__name__}({', '.join(shown)})"
 
     @abstractmethod
@@ -140,9 +141,8 @@ class IntN(Recipe):
 
     @override
     def spec(self) -> LayerSpec:
-        return LayerSpec(
-            self._weight(self.weights, per_channel=self.per_channel), _activation(self.activations, self.observer)
-        )
+        weight = self._weight(self.weights, per_channel=self.per_channel)
+        return LayerSpec(weight, _activation(self.activations, self.observer))
 
 
 @validated
@@ -340,10 +340,6 @@ class MixedPrecision(Recipe):
             found |= {layer: recipe.spec() for layer in layers if layer in named and layer in found}
         ends = [(layers[-1], self.last), (layers[0], self.first)] if layers else []
         return found | {layer: end.spec() for layer, end in ends if end is not None and layer in found}
-
-
-def _default(one: Field[Any]) -> Any:
-    return one.default if one.default_factory is MISSING else one.default_factory()
 
 
 def _activation(bits: int | None, observer: Observer, learned: Learned = "") -> ActivationSpec | None:

@@ -77,18 +77,14 @@ class OpNode:
         return arguments(self.call)
 
     @property
-    def bounds(self) -> tuple[Any, Any]:
+    def bounds(self) -> tuple[Any, ...]:
         """The lowest and the highest value of a clamp; None where there is none, nan where a tensor has them."""
-        call = self.call
-        if call.id.function not in operator_of("clamp").functions:
+        call, function = self.call, self.call.id.function
+        if function not in operator_of("clamp").functions:
             return None, None
-        low, high = (-1, 1) if call.id.function.startswith("hardtanh") else (None, None)
-        found = (
-            call.get("min_val", 1, call.kwargs.get("min", low)),
-            call.get("max_val", 2, call.kwargs.get("max", high)),
-        )
-        first, second = (math.nan if isinstance(value, Tensor) else value for value in found)
-        return first, second
+        ends = (("min", -1), ("max", 1)) if function.startswith("hardtanh") else (("min", None), ("max", None))
+        found = (call.get(f"{end}_val", place, call.kwargs.get(end, at)) for place, (end, at) in enumerate(ends, 1))
+        return tuple(math.nan if isinstance(value, Tensor) else value for value in found)
 
     @property
     def channel_dim(self) -> int:
@@ -148,14 +144,9 @@ class Trace(OpStack):
         call.result = call.run()
         self.op_calls.append(call)
         made = list(tensors_in(call.result))
-        inputs = [
-            (position, self._producers[tensor])
-            for position, value in enumerate(call.values)
-            for tensor in tensors_in(value)
-            if tensor in self._producers
-        ]
-        is_layer = operator_of(call.id.function).role == "layer"
-        if call.id.function == "__get__" or not made or not (inputs or is_layer):
+        tensors = ((position, tensor) for position, value in enumerate(call.values) for tensor in tensors_in(value))
+        inputs = [(position, self._producers[tensor]) for position, tensor in tensors if tensor in self._producers]
+        if call.id.function == "__get__" or not made or not (inputs or operator_of(call.id.function).role == "layer"):
             return call.result  # a property gives a view of its tensor at most
         if call.id not in self._nodes:  # else of a part that a training step calls again
             node = self._nodes[call.id] = OpNode(call, FLOAT, inputs)
@@ -195,8 +186,8 @@ def inputs_of_layer(model: nn.Module, op: OpId, examples: Iterable[ExampleInput]
     return found
 
 
-class _Stop(Exception):  # noqa: N818  # ends a forward pass early
-    pass
+class _Stop(Exception):  # noqa: N818  # a signal, no error
+    """End a forward pass early."""
 
 
 def writable_parameters(model: nn.Module, trace: Trace) -> dict[Any, str]:
@@ -204,12 +195,8 @@ def writable_parameters(model: nn.Module, trace: Trace) -> dict[Any, str]:
 
     One operator reads them, as they are: they are neither tied, nor part of a computed weight.
     """
-    uses = Counter(
-        tensor
-        for call in trace.op_calls
-        if any(True for _ in tensors_in(call.result))
-        for tensor in tensors_in([*call.args, call.kwargs])
-    )
+    computing = [call for call in trace.op_calls if any(True for _ in tensors_in(call.result))]
+    uses = Counter(tensor for call in computing for tensor in tensors_in(call.values))
     return {parameter: name for name, parameter in model.named_parameters() if uses[parameter] == 1}
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from typing_extensions import override
 
+from lightning_light.batch_norm import scale_and_shift
 from lightning_light.copies import copy_network
 from lightning_light.errors import UnsupportedError
 from lightning_light.merging import BranchedLayer
@@ -502,8 +503,8 @@ def _normalized(norm: nn.BatchNorm2d, kernel: Tensor, bias: Tensor, x: FeatureMa
         mean, var, count = x.statistics(kernel)
         mean = mean + bias
         keep_statistics(norm, mean, var, count)
-    scale = norm.weight * (var + norm.eps).rsqrt()
-    return kernel * scale[:, None, None, None], norm.bias + (bias - mean) * scale
+    scale, shift = scale_and_shift(mean, var, norm.eps, norm.weight, norm.bias, bias)
+    return kernel * scale[:, None, None, None], shift
 
 
 def _in_sequence(first: Tensor, second: Tensor, groups: int) -> Tensor:

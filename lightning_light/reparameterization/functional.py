@@ -26,7 +26,7 @@ from lightning_light.reparameterization.apply import (
     plan_expansion,
 )
 from lightning_light.reparameterization.forms import Form
-from lightning_light.surgery.attachment import attach, has_state
+from lightning_light.surgery.attachment import attach, attach_if_kept
 from lightning_light.surgery.checkpoint import load_from_checkpoint, save_converted
 from lightning_light.targets import Targets, as_targets
 from lightning_light.validation import NonNegativeFloat, validated
@@ -108,7 +108,7 @@ def expand_branches(
         trial = copy_network(model)
         expand_layers(trial, plan.layers)
         check_merged(f"expand_branches({type(model).__name__}, ...)", model, trial, example, tolerance)
-    compression_state = attach(model) if _is_lightning(model) or has_state(model) else None
+    compression_state = attach_if_kept(model)
     entry = expand_layers(model, plan.layers, initial_scale=initial_scale, optimizers=optimizers or ())
     if compression_state is not None:
         compression_state.record(entry)
@@ -182,12 +182,8 @@ def merge_checkpoint(cls: type[nn.Module], path: str | Path, out: str | Path, **
 def _merge(model: nn.Module, optimizers: Iterable[Optimizer]) -> Merging:
     layers = tuple(branched_layers(model))
     if layers:
-        compression_state = attach(model) if _is_lightning(model) or has_state(model) else None
+        compression_state = attach_if_kept(model)
         entry = merge_layers(model, merged_tensors(model), optimizers=optimizers)
         if compression_state is not None:
             compression_state.record(entry)
     return Merging(layers, merge_blocks(model))
-
-
-def _is_lightning(model: nn.Module) -> bool:
-    return hasattr(model, "on_save_checkpoint") and hasattr(model, "training_step")

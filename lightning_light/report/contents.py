@@ -13,7 +13,7 @@ from typing import Any
 from typing_extensions import override
 
 from lightning_light.event_log import event_text
-from lightning_light.formatting import DataTable, Tabular, human_bytes, human_count, human_percent
+from lightning_light.formatting import DataTable, Tabular, human_bytes, human_count, human_milliseconds, human_percent
 from lightning_light.measure.comparison import compression_table
 from lightning_light.measure.history import History
 from lightning_light.measure.snapshot import Snapshot
@@ -179,11 +179,11 @@ def _file_lines(export: Mapping[str, Any], dense: Mapping[str, Any] | None) -> l
     name = Path(export["file"]).name
     size, latency = export["bytes"], export["latency"]["median"]
     if dense is None:
-        return [(f"{name}: size", "", human_bytes(size), ""), (f"{name}: latency", "", _milliseconds(latency), "")]
+        return [(f"{name}: size", "", human_bytes(size), ""), (f"{name}: latency", "", human_milliseconds(latency), "")]
     had, took = dense["bytes"], dense["latency"]["median"]
     return [
         (f"{name}: size", human_bytes(had), human_bytes(size), human_percent(size / had)),
-        (f"{name}: latency", _milliseconds(took), _milliseconds(latency), human_percent(latency / took)),
+        (f"{name}: latency", human_milliseconds(took), human_milliseconds(latency), human_percent(latency / took)),
     ]
 
 
@@ -193,16 +193,12 @@ def _export_line(export: Mapping[str, Any]) -> tuple[str, ...]:
         Path(export["file"]).name,
         export["runtime"],
         human_bytes(export["bytes"]),
-        _milliseconds(latency["median"]),
-        f"{_milliseconds(latency['p10'])} to {_milliseconds(latency['p90'])}",
+        human_milliseconds(latency["median"]),
+        f"{human_milliseconds(latency['p10'])} to {human_milliseconds(latency['p90'])}",
         str(latency["threads"]),
         f"{export['parity']['max_absolute']:.1e}",
         _number(evaluation.get("top1_agreement")),
     )
-
-
-def _milliseconds(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g} ms"
 
 
 def _number(value: float | None) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_light.budgets import Budget
+from lightning_light.calibration import finite_outputs
 from lightning_light.criteria.output_distance import output_distance
 from lightning_light.errors import BudgetError
 from lightning_light.example_input import ExampleInput
@@ -18,7 +19,6 @@ from lightning_light.formatting import DataTable, Tabular, layer_lines, plural
 from lightning_light.integer_program import choose_items
 from lightning_light.isolation import isolated
 from lightning_light.measure.latency_table import LatencyTable, quantity
-from lightning_light.nested import tensors_in
 from lightning_light.order import Stage
 from lightning_light.progress_bar import with_progress_bar
 from lightning_light.substitution.candidates import Candidate, Candidates, require_reachable
@@ -149,12 +149,7 @@ def _fitted(
     progress_bar: bool,
 ) -> tuple[list[Candidate], dict[tuple[str, Operator], nn.Module]]:
     """Fit each candidate to its layer, and score it by the outputs of the network with it alone."""
-    reference = [model(*call.args, **call.kwargs) for call in calls]
-    if not all(tensor.isfinite().all() for tensor in tensors_in(reference)):
-        raise ValueError(
-            f"`{type(model).__name__}` on the calibration data: expected finite outputs, found infinite ones or NaN, "
-            "which no operator can be fitted to. Check the data, and the weights."
-        )
+    reference = finite_outputs(f"`{type(model).__name__}` on the calibration data", model, calls)
     table: list[Candidate] = []
     fitted: dict[tuple[str, Operator], nn.Module] = {}
     torch.manual_seed(0)  # of random starts; `isolated` restores the generators

@@ -28,6 +28,7 @@ __all__ = [
     "LOADER",
     "CompressionState",
     "attach",
+    "attach_if_kept",
     "check_owners",
     "detach",
     "has_state",
@@ -35,6 +36,7 @@ __all__ = [
     "register_operation",
     "release",
     "state_of",
+    "states_of",
 ]
 
 LOADER = "a compressed network, which `lightning_light.load_from_checkpoint(MyModule, path)` rebuilds"
@@ -64,6 +66,12 @@ def attach(module: nn.Module) -> CompressionState:
         hook = module.register_load_state_dict_pre_hook(follow_state_dict)  # type: ignore[no-untyped-call]
         attributes[_HOOK] = hook
     return compression_state
+
+
+def attach_if_kept(model: nn.Module) -> CompressionState | None:
+    """Attach a compression state where checkpoints keep it: to a LightningModule, or a model that has one already."""
+    is_lightning = hasattr(model, "on_save_checkpoint") and hasattr(model, "training_step")
+    return attach(model) if is_lightning or has_state(model) else None
 
 
 def _patch(module: nn.Module, hook: Callable[[Any, dict[str, Any]], None]) -> None:
@@ -114,14 +122,18 @@ def check_owners(model: nn.Module, layers: Iterable[str], *, method: str, stage:
     Raises:
         UnsupportedError: names the layer, its owner, and the right order.
     """
-    stated = {path: module for path, module in model.named_modules() if has_state(module)}
-    layers = all_names(model, layers) if stated else []
-    for path, module in stated.items():
+    states = states_of(model)
+    layers = all_names(model, layers) if states else []
+    for path, state in states.items():
         prefix = f"{path}." if path else ""
         inside = [layer.removeprefix(prefix) for layer in layers if layer.startswith(prefix)]
         inside += [""] * (bool(path) and path in layers)
-        claims = state_of(module).claims.values()
-        refuse_owned(claims, inside, method=method, stage=stage, replaces=replaces)
+        refuse_owned(state.claims.values(), inside, method=method, stage=stage, replaces=replaces)
+
+
+def states_of(model: nn.Module) -> dict[str, CompressionState]:
+    """Return the compression states of ``model`` and of the modules inside it, by path."""
+    return {path: state_of(module) for path, module in model.named_modules() if has_state(module)}
 
 
 def has_state(module: nn.Module) -> bool:

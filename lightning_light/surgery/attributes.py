@@ -6,14 +6,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["implied_attributes", "infer_attributes"]
-
-
-def infer_attributes(module: nn.Module) -> None:
-    """Set what the shapes of ``module``'s own tensors imply, for instance ``in_features``."""
-    for name, value in implied_attributes(module).items():
-        if getattr(module, name) != value:
-            setattr(module, name, value)
+__all__ = ["implied_attributes"]
 
 
 def implied_attributes(module: nn.Module) -> dict[str, Any]:

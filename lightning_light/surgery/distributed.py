@@ -115,11 +115,12 @@ def reduce_gradients(trainer: Trainer, parameters: Iterable[nn.Parameter]) -> No
         parameter.grad = gradient
 
 
-def reduce_max(trainer: Trainer, tensor: Tensor) -> Tensor:
-    """Return the elementwise maximum of ``tensor`` over all ranks, as a new tensor."""
-    largest = trainer.strategy.reduce(tensor.detach().clone(), reduce_op="max")
+def reduce_ranges(trainer: Trainer, ranges: Tensor, widest: Tensor) -> Tensor:
+    """Return the mean over all ranks of ``ranges``, ``(n, 2)``, or the widest one where ``widest``, ``(n,)``."""
+    outward = ranges.new_tensor([-1.0, 1.0])
+    largest = trainer.strategy.reduce(ranges.detach() * outward, reduce_op="max")
     assert isinstance(largest, Tensor)  # a tensor in, a tensor out
-    return largest
+    return torch.where(widest.to(ranges.device)[:, None], largest * outward, reduce_mean(trainer, ranges))
 
 
 def check_agreement(trainer: Trainer, what: str, value: Any) -> None:

@@ -145,6 +145,12 @@ def order_parameters(optimizers: Sequence[Any], model: nn.Module, order: list[li
     return sum(_fill_group(group, names, parameters) for group, names in zip(groups, wanted, strict=True))
 
 
+def owners_of(module: nn.Module, optimizers: Iterable[Any]) -> list[int]:
+    """Return the places of the optimizers that have a parameter of ``module``."""
+    ours = {id(parameter) for parameter in module.parameters()}
+    return [place for place, one in enumerate(optimizers) if any(id(p) in ours for p in _parameters([one]))]
+
+
 def adopt(group: dict[str, Any], parameter: nn.Parameter, name: str) -> None:
     """Add a parameter that is not the model's to an optimizer.
 

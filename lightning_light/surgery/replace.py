@@ -23,52 +23,6 @@ _SHARED_HOOKS = (
 )
 
 
-def replace_module(
-    model: nn.Module,
-    name: str,
-    new: nn.Module,
-    *,
-    op: str,
-    optimizers: Iterable[Any] = (),
-    parameters: Mapping[nn.Parameter, Sequence[nn.Parameter]] | None = None,
-    averaged_models: Sequence[nn.Module] = (),
-    method: str = "replace_modules",
-    stage: int = Stage.FACTORS,
-    **details: Any,
-) -> dict[str, Any]:
-    """Replace the module ``name`` with ``new``; see `replace_modules`.
-
-    Args:
-        model: the root, changed in place.
-        name: the module's path.
-        new: what takes its place.
-        op: name of the registered operation that replays this, for the edit_log.
-        optimizers: torch optimizers, or Lightning's wrappers.
-        parameters: for each parameter of the old module that ``new`` does not have: what takes its place.
-        averaged_models: averaged copies of ``model``.
-        method: the method that replaces.
-        stage: its stage.
-        **details: what else the replay needs, in plain types.
-
-    Returns:
-        The edit log's entry: ``{"op": op, "name": name, **details}``.
-
-    Raises:
-        SurgeryError: as `replace_modules`.
-        UnsupportedError: as `replace_modules`.
-    """
-    replace_modules(
-        model,
-        {name: new},
-        optimizers=optimizers,
-        parameters=parameters,
-        averaged_models=averaged_models,
-        method=method,
-        stage=stage,
-    )
-    return {"op": op, "name": name, **details}
-
-
 def replace_modules(
     model: nn.Module,
     replacements: Mapping[str, nn.Module],
@@ -114,7 +68,7 @@ def replace_modules(
 
 
 def put_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Replay `replace_module` on a structure: only the tree of modules changes.
+    """Replay the replacement of a module on a structure: only the tree of modules changes.
 
     Raises:
         SurgeryError: there is no module of that name.
@@ -131,13 +85,13 @@ def _pairs(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Pairs:
     for name in replacements:
         if not name or name not in modules:
             raise SurgeryError(
-                f"`replace_module(name={name!r})`: expected the name of a module inside `{type(model).__name__}`, "
+                f"`replace_modules({{{name!r}: ...}})`: expected the name of a module inside `{type(model).__name__}`, "
                 "found none. See `named_modules()`."
             )
         if parametrize.is_parametrized(modules[name]):
             raise SurgeryError(
-                f"`replace_module(name={name!r})`: expected a plain module, found one whose tensors are computed by a "
-                "parametrization. Remove that first (`torch.nn.utils.parametrize.remove_parametrizations`)."
+                f"`replace_modules({{{name!r}: ...}})`: expected a plain module, found one whose tensors are computed "
+                "by a parametrization. Remove that first (`torch.nn.utils.parametrize.remove_parametrizations`)."
             )
     return {name: (modules[name], new) for name, new in replacements.items()}
 

@@ -23,7 +23,7 @@ from lightning_light.quantization import (
     Ternary,
     fake_quantized,
 )
-from lightning_light.quantization.learned_qparams import dampening_gradient
+from lightning_light.quantization.fake_quantize import dampening_gradient
 from lightning_light.quantization.specs import WeightSpec
 from lightning_light.schedules import Linear, OneShot, Staircase, Window
 from lightning_light.sparsity import WeightPruning

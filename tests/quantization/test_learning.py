@@ -6,21 +6,19 @@ from torch import Tensor
 
 from lightning_light.quantization import LSQ, PACT
 from lightning_light.quantization.fake_quantize import (
+    dampening_gradient,
     fake_quantize,
     fake_quantize_learned,
     fake_quantize_weight,
+    initial_scale,
     qparams_of,
 )
-from lightning_light.quantization.fake_quantizer import RangeObserver
 from lightning_light.quantization.learned_qparams import (
-    dampening_gradient,
     initial_values,
     learned_qparams_of,
     names_of,
-    weight_scale,
 )
 from lightning_light.quantization.observers import LSQObserver
-from lightning_light.quantization.op_calls import OpId
 from lightning_light.quantization.specs import ActivationSpec, QParams, WeightSpec
 from tests.zoo import noise
 
@@ -132,9 +130,7 @@ def test_pact() -> None:
 
 
 def first_scale(w: Tensor, per_channel: bool) -> Tensor:
-    observer, op = RangeObserver([]), OpId("fc", 1, "linear", 1)
-    observer.observe_weight(op, w, WeightSpec(4, -8, 7, per_channel=per_channel))
-    return observer.weight_scales[weight_scale(op)]
+    return initial_scale(w, WeightSpec(4, -8, 7, per_channel=per_channel))
 
 
 def test_first_scales() -> None:

@@ -16,7 +16,7 @@ from lightning_light.progress import steps_done
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.edit import cut
 from lightning_light.surgery.operations import register_operation
-from lightning_light.surgery.replace import put_module, replace_module
+from lightning_light.surgery.replace import put_module, replace_modules
 from tests.zoo import Plain, noise, tokens
 
 HOSTS = [lightning.pytorch, pytorch_lightning]
@@ -183,16 +183,14 @@ class Events(CompressionCallback):
         old = pl_module.net.fc
         torch.manual_seed(2)
         new = two_factors(old, rank=2).to(old.weight.dtype)
-        entry = replace_module(
+        replace_modules(
             pl_module,
-            "net.fc",
-            new,
-            op="tests/factor",
-            rank=2,
+            {"net.fc": new},
             optimizers=trainer.optimizers,
             parameters={old.weight: [new[0].weight, new[1].weight]},
             averaged_models=averaged_models_of(trainer, pl_module),
         )
+        entry = {"op": "tests/factor", "name": "net.fc", "rank": 2}
         self._after_surgery(trainer, pl_module, entry, "fc is two layers")
 
 

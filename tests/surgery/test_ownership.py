@@ -14,7 +14,7 @@ from lightning_light.order import Stage
 from lightning_light.surgery.attachment import attach, check_owners, has_state, release, state_of
 from lightning_light.surgery.edit import cut
 from lightning_light.surgery.manifest import KEY
-from lightning_light.surgery.replace import replace_module, replace_modules
+from lightning_light.surgery.replace import replace_modules
 
 
 @pytest.fixture
@@ -63,9 +63,9 @@ def test_a_method_may_change_its_own_layers(net: nn.Sequential) -> None:
 
 def test_a_later_method_may_change_an_earlier_ones_layers(net: nn.Sequential) -> None:
     attach(net).claim(net, "weight_pruning", Stage.MASKS, ["0"], follows_cuts=True)
-    replace_module(net, "0", nn.Linear(4, 6), op="channels", stage=Stage.FACTORS)
+    replace_modules(net, {"0": nn.Linear(4, 6)}, stage=Stage.FACTORS)
     with pytest.raises(UnsupportedError, match="`weight_pruning` owns"):
-        replace_module(net, "0", nn.Linear(4, 6), op="channels", stage=Stage.STRUCTURED)
+        replace_modules(net, {"0": nn.Linear(4, 6)}, stage=Stage.STRUCTURED)
 
 
 @pytest.mark.parametrize("claimed", ["block", "block.0", ""])
@@ -91,7 +91,7 @@ def test_shared_layers_and_tensors_are_found_under_all_their_names(net: nn.Seque
     state_of(net).claim(net, "quantization", Stage.QUANTIZATION, ["3"])
     assert [claim.method for claim in state_of(net).owners(net, "0")] == ["quantization"]
     with pytest.raises(UnsupportedError):
-        replace_module(net, "0", nn.Identity(), op="channels")
+        replace_modules(net, {"0": nn.Identity()})
     with pytest.raises(UnsupportedError, match="`quantization` owns"):
         state_of(net).claim(net, "weight_pruning", Stage.MASKS, ["0"])
     with pytest.raises(UnsupportedError, match="`quantization` owns"):

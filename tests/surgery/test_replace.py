@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations
 
 from lightning_light.errors import SurgeryError
 from lightning_light.surgery.operations import register_operation, replay_edits
-from lightning_light.surgery.replace import replace_module
+from lightning_light.surgery.replace import replace_modules
 from tests.surgery.runs import two_factors
 from tests.zoo import Plain, noise
 
@@ -28,15 +28,15 @@ class Shares(nn.Module):
         return self.rows[1](self.again(self.one(x)))
 
 
-def factored(net: Any, **options: Any) -> tuple[nn.Sequential, dict[str, Any], torch.optim.Optimizer]:
+def factored(net: Any, **options: Any) -> tuple[nn.Sequential, torch.optim.Optimizer]:
     optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
     net(noise(2, 3, 8, 8)).sum().backward()
     optimizer.step()
     old = net.fc
     new = two_factors(old, 2)
     followers = {old.weight: [new[0].weight, new[1].weight]}
-    settings = {"op": "tests/factor", "rank": 2, "optimizers": [optimizer], "parameters": followers, **options}
-    return new, replace_module(net, "fc", new, **settings), optimizer
+    replace_modules(net, {"fc": new}, optimizers=[optimizer], parameters=followers, **options)
+    return new, optimizer
 
 
 def test_a_module_takes_anothers_place() -> None:
@@ -44,8 +44,7 @@ def test_a_module_takes_anothers_place() -> None:
     calls: list[int] = []
     handle = net.fc.register_forward_hook(lambda *_: calls.append(1))
     bias = net.fc.bias
-    new, entry, optimizer = factored(net)
-    assert entry == {"op": "tests/factor", "name": "fc", "rank": 2}
+    new, optimizer = factored(net)
     assert net.fc is new
     assert not new.training
     held = [id(p) for p in optimizer.param_groups[0]["params"]]
@@ -65,7 +64,7 @@ def test_averaged_copies_get_a_copy_and_keep_the_average_of_what_stays() -> None
     with torch.no_grad():
         averaged_model.fc.bias.fill_(7)
     average = averaged_model.fc.bias
-    new, _, _ = factored(net, averaged_models=[averaged_model])
+    new, _ = factored(net, averaged_models=[averaged_model])
     assert averaged_model.fc is not new
     assert averaged_model.fc[1].bias is average
     assert torch.equal(averaged_model.fc[0].weight, new[0].weight)
@@ -75,7 +74,7 @@ def test_averaged_copies_get_a_copy_and_keep_the_average_of_what_stays() -> None
 
 def test_it_is_replaced_under_all_its_names() -> None:
     model, new = Shares(), nn.Linear(4, 4)
-    replace_module(model, "again", new, op="tests/factor")
+    replace_modules(model, {"again": new})
     assert model.one is model.again is model.rows[0] is new
 
 
@@ -83,7 +82,7 @@ def test_a_wrapper_may_hold_what_it_replaces() -> None:
     net, calls = Plain(), []
     net.fc.register_forward_hook(lambda *_: calls.append(1))
     old = net.fc
-    replace_module(net, "fc", nn.Sequential(old, nn.ReLU()), op="tests/factor")
+    replace_modules(net, {"fc": nn.Sequential(old, nn.ReLU())})
     net(noise(2, 3, 8, 8))
     assert net.fc[0] is old
     assert calls == [1]
@@ -92,7 +91,7 @@ def test_a_wrapper_may_hold_what_it_replaces() -> None:
 def refused(net: Any, match: str, name: str = "fc", **options: Any) -> None:
     before = {key: id(module) for key, module in net.named_modules(remove_duplicate=False)}
     with pytest.raises(SurgeryError, match=match):
-        replace_module(net, name, nn.Linear(12, 5), op="tests/factor", **options)
+        replace_modules(net, {name: nn.Linear(12, 5)}, **options)
     assert {key: id(module) for key, module in net.named_modules(remove_duplicate=False)} == before
 
 

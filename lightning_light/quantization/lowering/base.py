@@ -38,6 +38,7 @@ class Lowering(ABC):
         packed: layer call -> its weight as a kernel reads it, where that is no tensor.
         fused: layer or join -> what its kernel computes along with it.
         refused: operator call -> why it stays float.
+        without_kernel: the layers that no int8 kernel computes, in any runtime.
         checking: whether this is the first or the second round.
     """
 
@@ -47,6 +48,7 @@ class Lowering(ABC):
         self.weights: dict[OpId, QuantizedWeight] = {}
         self.packed: dict[OpId, Any] = {}
         self.refused = {op: site.no_kernel for op, site in self.plan.layers.items() if site.no_kernel}
+        self.without_kernel = frozenset(self.refused)
         self.checking = True
         self._collecting = True
         self._output_scales: Any = None
@@ -124,22 +126,20 @@ class Lowering(ABC):
         return call.run()
 
     @abstractmethod
-    def scale_of(self, leaf: Tensor) -> float:
-        """The scale of an output of the network; 0 if it is not quantized."""
+    def scale_of(self, output: Tensor) -> Tensor:
+        """The scale of an output of the network, a scalar in float64; 0 if it is not quantized."""
 
     def output(self, output: Any) -> Any:
         """The outputs of the network, in float; None leaves them as they are."""
         if self._collecting:
             return None
         if self.checking:
-            self._output_scales = tree_map_only(
-                Tensor, lambda x: torch.tensor(self.scale_of(x), dtype=torch.float64), output
-            )
+            self._output_scales = tree_map_only(Tensor, self.scale_of, output)
         return self.dequantized(output)
 
-    @abstractmethod
-    def dequantized(self, output: Any) -> Any:
-        """The outputs in float."""
+    def dequantized(self, value: Any) -> Any:
+        """Tensors of the runtime, or a container of some, in float."""
+        return value
 
     def description(self) -> LoweredModel:
         """What an exporter has to know."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
+from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import override
 
 from lightning_light.errors import UnsupportedError
@@ -23,8 +24,6 @@ from lightning_light.quantization.specs import QParams
 __all__ = ["QDQLowering", "register_operations"]
 
 _OPERATIONS = "torch.ao.quantization.fx._decomposed"
-_SIGNED = -128
-_QUANT_MAX = 255
 _WEIGHT_MAX = 127
 
 
@@ -40,7 +39,7 @@ class QDQLowering(Lowering):
         register_operations()
         self.constraints = constraints
         self._constants: dict[OpId, Any] = {}  # of layers and batch norms, made once: a runtime looks for constants
-        self._quantized: dict[int, tuple[Tensor, Tensor, QParams]] = {}  # by identity: the tensor, integers, qparams
+        self._quantized: MutableMapping[Tensor, tuple[Tensor, QParams]] = WeakIdKeyDictionary()  # tensor -> integers
 
     @override
     def prepare(self, op: OpId, named: dict[str, Any]) -> str | None:
@@ -55,10 +54,11 @@ class QDQLowering(Lowering):
 
     @override
     def run(self, call: OpCall) -> Any:
-        known, is_norm = self._quantized.get(id(call.input)), operator_of(call.id.function).role == "batch_norm"
-        kept = known[2] if known is not None and is_view(call) else None
+        known, is_norm = self._known(call.input), operator_of(call.id.function).role == "batch_norm"
+        kept = known[1] if known is not None and is_view(call) else None
         if _writes(call):
-            self._quantized.pop(id(call.input), None)  # from here on it is the result
+            if known is not None:
+                del self._quantized[call.input]  # from here on it is the result
         else:
             call.args, call.kwargs = tree_map(self._read, (call.args, call.kwargs))
         if is_norm and self.is_fused(call.id):
@@ -73,24 +73,21 @@ class QDQLowering(Lowering):
         return result if qparams is None else tree_map(lambda leaf: self._qdq(leaf, qparams), result)
 
     @override
-    def scale_of(self, leaf: Tensor) -> float:
-        known = self._quantized.get(id(leaf))
-        return 0.0 if known is None else known[2].scale
+    def scale_of(self, output: Tensor) -> Tensor:
+        known = self._known(output)
+        return torch.tensor(0.0 if known is None else known[1].scale, dtype=torch.float64)
 
-    @override
-    def dequantized(self, output: Any) -> Any:
-        self._quantized = {}
-        return output
+    def _known(self, x: Any) -> tuple[Tensor, QParams] | None:
+        """Integers and quantization parameters of a quantized tensor."""
+        return self._quantized.get(x) if isinstance(x, Tensor) else None
 
     def _set_operands(self, call: OpCall) -> None:
         """Quantize the inputs that only this operator reads, its weight, and what must have the scale of the result."""
         site, ops = self.plan.layers.get(call.id), torch.ops.quantized_decomposed
-        for position, activation in self.plan.inputs.get(call.id, {}).items():
-            value, qparams = call.values[position], self.qparams[activation]
-            if site is not None and site.no_kernel is not None:  # by plain operators, which no runtime fuses
-                call.replace(position, self.quantizer.quantize(activation, value))
-            elif qparams is not None:
-                call.replace(position, self._qdq(value, qparams))
+        if call.id in self.without_kernel:  # by plain operators, which no runtime fuses
+            self.plan.replace_inputs(call, self.quantizer.quantize)
+        else:
+            self.plan.replace_inputs(call, lambda activation, x: self._qdq(x, self.qparams[activation]))
         if site is not None and call.id in self.refused:
             how = self.quantizer.weight(call.id)
             weight = self._constant(call.id, lambda: fake_quantize_weight(call.get("weight", 1), *how)[0].detach())
@@ -102,8 +99,7 @@ class QDQLowering(Lowering):
             call.set("bias", 2, integers.bias)
         elif call.id in self.plan.joins and self.runtime in operator_of(call.id.function).same_qparams:
             output = self.qparams_of_output(call.id)
-            if output is not None:
-                call.replace(0, [self._qdq(value, output) for value in call.values[0]])
+            call.replace(0, [self._qdq(value, output) for value in call.values[0]])
 
     def _constant(self, op: OpId, make: Callable[[], Any]) -> Any:
         if op not in self._constants:
@@ -112,36 +108,33 @@ class QDQLowering(Lowering):
 
     def _normalized(self, call: OpCall) -> Tensor:
         """By a product and a sum: ExecuTorch makes a convolution of a batch norm, and fails if its input is int8."""
-        columns, x = (-1, *[1] * (call.input.dim() - 2)), call.input
-        gain, shift = self._constant(
-            call.id, lambda: [value.to(x).reshape(columns) for value in gain_and_shift(arguments(call))]
-        )
+        shape, x = (-1, *[1] * (call.input.dim() - 2)), call.input
+        gain, shift = self._constant(call.id, lambda: [v.to(x).reshape(shape) for v in gain_and_shift(arguments(call))])
         result: Tensor = x * gain + shift
         return result
 
-    def _qdq(self, x: Any, qparams: QParams) -> Any:
-        """Quantize and dequantize ``x``; what is no floating point tensor stays itself."""
-        if not isinstance(x, Tensor) or not x.is_floating_point():
+    def _qdq(self, x: Any, qparams: QParams | None) -> Any:
+        """Quantize and dequantize ``x``; what is no floating point tensor, or was not observed, stays itself."""
+        if qparams is None or not isinstance(x, Tensor) or not x.is_floating_point():
             return x
         ops, rest = torch.ops.quantized_decomposed, self._arguments(qparams)
         integers = ops.quantize_per_tensor.default(_cast(torch.float32, x), *rest)
         result = _cast(x.dtype, ops.dequantize_per_tensor.default(integers, *rest))
-        self._quantized[id(result)] = result, integers, qparams
+        self._quantized[result] = integers, qparams
         return result
 
     def _read(self, x: Any) -> Any:
         """A quantized tensor, dequantized for this reader alone."""
-        if not isinstance(x, Tensor) or id(x) not in self._quantized:
+        if (known := self._known(x)) is None:
             return x
-        _, integers, qparams = self._quantized[id(x)]
+        integers, qparams = known
         dequantize = torch.ops.quantized_decomposed.dequantize_per_tensor.default
         return _cast(x.dtype, dequantize(integers, *self._arguments(qparams)))
 
     def _arguments(self, qparams: QParams) -> tuple[float, int, int, int, torch.dtype]:
-        scale, zero_point, _ = qparams
-        if self.constraints.signed:
-            return scale, zero_point + _SIGNED, _SIGNED, _QUANT_MAX + _SIGNED, torch.int8
-        return scale, zero_point, 0, _QUANT_MAX, torch.uint8
+        dtype = torch.int8 if self.constraints.signed else torch.uint8
+        low, top = torch.iinfo(dtype).min, torch.iinfo(dtype).max
+        return qparams.scale, qparams.zero_point + low, low, top, dtype
 
 
 def _cast(dtype: torch.dtype, x: Tensor) -> Tensor:

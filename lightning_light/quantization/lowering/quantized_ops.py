@@ -59,34 +59,29 @@ class QuantizedOpsLowering(Lowering):
 
     @override
     def run(self, call: OpCall) -> Any:
-        site = self.plan.layers.get(call.id)
-        for position, activation in self.plan.inputs.get(call.id, {}).items():
-            qparams = self.qparams[activation]
-            if qparams is not None and not (site is not None and site.no_kernel):
-                call.replace(position, _quantized(call.values[position], qparams))
+        if call.id not in self.without_kernel:
+            self.plan.replace_inputs(call, lambda activation, x: _quantized(x, self.qparams[activation]))
         if self.is_fused(call.id):
             return call.input
-        if call.id not in self.refused:
-            try:
-                result = self._on_kernel(call)
-            except (RuntimeError, NotImplementedError) as error:
-                if not self.checking:
-                    raise
-                self.refused[call.id] = f"the kernel stopped: {str(error).strip().splitlines()[0]}"
-            else:
-                if result is not None:
-                    return result
-        return self._in_float(call)
+        try:
+            result = None if call.id in self.refused else self._on_kernel(call)
+        except (RuntimeError, NotImplementedError) as error:
+            if not self.checking:
+                raise
+            self.refused[call.id] = f"the kernel stopped: {str(error).strip().splitlines()[0]}"
+            result = None
+        return self._in_float(call) if result is None else result
 
     @override
     def read(self, call: OpCall) -> Any:
-        if call.input.is_quantized and call.reads in ("dtype", "is_floating_point"):
+        name = getattr(getattr(call.function, "__self__", None), "__name__", call.id.function)  # "dtype" for `x.dtype`
+        if call.input.is_quantized and name in ("dtype", "is_floating_point"):
             return call.function(torch.empty(0))  # as of the floating point tensor that it stands for
         return call.run()
 
     @override
-    def scale_of(self, leaf: Tensor) -> float:
-        return float(leaf.q_scale()) if leaf.is_quantized else 0.0
+    def scale_of(self, output: Tensor) -> Tensor:
+        return torch.tensor(output.q_scale() if output.is_quantized else 0.0, dtype=torch.float64)
 
     @override
     def dequantized(self, output: Any) -> Any:
@@ -119,10 +114,7 @@ class QuantizedOpsLowering(Lowering):
         call.args, call.kwargs = self.dequantized((call.args, call.kwargs))
         self.quantizer.prepare(call)
         result, activation = call.run(), self.plan.outputs.get(call.id)
-        qparams = self._views.get(call.id) if activation is None else self.qparams[activation]
-        if qparams is None or not isinstance(result, Tensor) or not result.is_floating_point():
-            return result
-        return _quantized(result, qparams)
+        return _quantized(result, self._views.get(call.id) if activation is None else self.qparams[activation])
 
 
 def _packed(function: str, weight: QuantizedWeight, named: dict[str, Any], zeros: Tensor) -> Any:
@@ -132,15 +124,11 @@ def _packed(function: str, weight: QuantizedWeight, named: dict[str, Any], zeros
         integers = torch._make_per_channel_quantized_tensor(weight.integers, weight.scale, points, 0)
     else:
         integers = torch._make_per_tensor_quantized_tensor(weight.integers, float(weight.scale), 0)
-    names = operator_of(function).parameters[3:]
-    packing: list[Any] = [integers, weight.bias]
-    for name in names:
-        if name != "groups":
-            default = int(name in ("stride", "dilation"))
-            packing.append(_listed(named.get(name, default), weight.integers.dim() - 2))
-    if names:
-        packing.append(named.get("groups", 1))  # last, whatever their place is in the arguments
-    return getattr(torch.ops.quantized, f"{function}_prepack")(*packing)
+    names, dims = operator_of(function).parameters[3:], weight.integers.dim() - 2
+    defaults = {name: int(name in ("stride", "dilation")) for name in names if name != "groups"}
+    sizes = [_listed(named.get(name, default), dims) for name, default in defaults.items()]
+    groups = [named.get("groups", 1)] if names else []  # last, whatever their place is in the arguments
+    return getattr(torch.ops.quantized, f"{function}_prepack")(integers, weight.bias, *sizes, *groups)
 
 
 def _listed(value: Any, dims: int) -> list[int]:
@@ -150,9 +138,11 @@ def _listed(value: Any, dims: int) -> list[int]:
     return [int(item) for item in (listed * dims if len(listed) == 1 else listed)]
 
 
-def _quantized(x: Tensor, qparams: QParams) -> Tensor:
-    scale, zero_point, _ = qparams
-    return x if x.is_quantized else torch.quantize_per_tensor(x.float(), scale, zero_point, torch.quint8)
+def _quantized(x: Any, qparams: QParams | None) -> Any:
+    """``x`` quantized; what is no floating point tensor, or was not observed, stays itself."""
+    if qparams is None or not isinstance(x, Tensor) or not x.is_floating_point():
+        return x
+    return torch.quantize_per_tensor(x.float(), qparams.scale, qparams.zero_point, torch.quint8)
 
 
 def _is_quantized(value: Any) -> bool:

@@ -94,8 +94,7 @@ def equalize(model: nn.Module, example: ExampleInput) -> int:
     names = {name for pair in pairs for name in (*pair.divided, pair.multiplied, pair.made) if name is not None}
     values = {name: written[name].detach().double().clone(memory_format=torch.contiguous_format) for name in names}
     for _ in range(_SWEEPS):
-        changes = [pair.equalize(values) for pair in pairs]
-        if max(changes, default=0.0) < _DONE:
+        if max([pair.equalize(values) for pair in pairs], default=0.0) < _DONE:
             break
     with torch.no_grad():
         for name, value in values.items():
@@ -110,8 +109,7 @@ def find_pairs(nodes: Sequence[OpNode], parameters: Mapping[Any, str]) -> list[P
         nodes: of one forward pass.
         parameters: which of them can be written.
     """
-    found = (_pair_of(node, parameters) for node in nodes if node.role == "layer")
-    return [pair for pair in found if pair is not None]
+    return [pair for node in nodes if node.role == "layer" and (pair := _pair_of(node, parameters)) is not None]
 
 
 def _pair_of(first: OpNode, parameters: Mapping[Any, str]) -> Pair | None:

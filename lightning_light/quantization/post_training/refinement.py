@@ -6,7 +6,7 @@ Bias Correction", appendix D. https://arxiv.org/abs/1906.04721
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -26,6 +26,7 @@ from lightning_light.quantization.fake_quantizer import FakeQuantizer
 from lightning_light.quantization.learned_qparams import weight_scale
 from lightning_light.quantization.specs import WeightSpec
 from lightning_light.quantization.trace import OpNode, inputs_of_layer, trace_ops, writable_parameters
+from lightning_light.schedules import Cosine
 from lightning_light.validation import FractionBelowOne, PositiveFloat, PositiveInt, validated
 
 __all__ = ["AdaRound", "Refinement", "dequantized", "learn_rounding", "logits_of", "rectified_sigmoid", "regularizer"]
@@ -92,7 +93,7 @@ class AdaRound:
         if step < begin:
             return None
         first, last = self.beta
-        return last + (first - last) * (1 + math.cos(math.pi * (step - begin) / (self.steps - begin))) / 2
+        return first + (last - first) * Cosine()((step - begin) / (self.steps - begin))
 
 
 def rectified_sigmoid(v: Tensor) -> Tensor:
@@ -122,8 +123,6 @@ def learn_rounding(
     forward: Callable[[Tensor, Tensor], Tensor],
     channels: int,
     settings: AdaRound,
-    *,
-    subsets: bool = True,
 ) -> Tensor:
     """The dequantized weight ``s * q``: each ``q`` is next to ``weight / s``, above it or below.
 
@@ -137,7 +136,6 @@ def learn_rounding(
         forward: input and weight -> output.
         channels: the dimension of an output that counts channels.
         settings: how it is learned.
-        subsets: whether a step may take a part of a batch along its first dimension.
     """
     limit = spec.quant_max
     largest = weight.abs().amax(list(range(int(spec.per_channel), weight.dim())), keepdim=True)
@@ -157,7 +155,7 @@ def learn_rounding(
     with torch.enable_grad():
         for step in range(settings.steps):
             h, beta = rectified_sigmoid(v), settings.beta_at(step)
-            loss = error(weights(h), *_drawn(batches, settings.batch_size if subsets else None, generator))
+            loss = error(weights(h), *_drawn(batches, settings.batch_size, generator))
             if beta is not None:
                 loss = loss + settings.regularization * regularizer(h[~fixed], beta)
             (v.grad,) = torch.autograd.grad(loss, v)  # and none of the network's own parameters
@@ -173,9 +171,9 @@ def dequantized(q: Tensor, largest: Tensor, limit: int) -> Tensor:
     return torch.where(q.abs() == limit, q.sign() * largest, q * (largest / limit).clamp_min(SMALLEST_SCALE))
 
 
-def _drawn(batches: Sequence[Batch], size: int | None, generator: torch.Generator) -> Batch:
+def _drawn(batches: Sequence[Batch], size: int, generator: torch.Generator) -> Batch:
     x, y = batches[int(torch.randint(len(batches), (), generator=generator))]
-    if size is None or size >= len(x):
+    if size >= len(x):
         return x, y
     chosen = torch.randperm(len(x), generator=generator)[:size].to(x.device)
     return x[chosen], y[chosen]
@@ -225,15 +223,15 @@ class Refinement:
             if self.correct_bias:
                 self._correct(layer, parameters, inputs, torch.stack(means))
 
-    def _learn(
-        self, layer: _Layer, parameters: Mapping[Any, str], batches: list[tuple[Tensor, Tensor]], settings: AdaRound
-    ) -> None:
+    def _learn(self, layer: _Layer, parameters: Mapping[Any, str], batches: list[Batch], settings: AdaRound) -> None:
         spec, _ = self.quantizer.weight(layer.node.id)
         if parameters.get(layer.weight) is None or spec.form != "uniform":
             self.nearest.append(layer.node.id.module)
             return
         weight, channels = layer.weight.detach().float(), layer.node.channel_dim
-        learned = learn_rounding(weight, spec, batches, layer.output, channels, settings, subsets=layer.takes_subsets)
+        if channels == 0:  # the first dimension counts channels, not samples
+            settings = replace(settings, batch_size=sys.maxsize)
+        learned = learn_rounding(weight, spec, batches, layer.output, channels, settings)
         layer.weight.copy_(learned)
         if spec.learned:
             self.scales[weight_scale(layer.node.id)] = quantize_weight(learned, replace(spec, learned=False))[1]
@@ -251,27 +249,17 @@ class Refinement:
             self.uncorrected.append(layer.node.id.module)
 
 
-@dataclass
 class _Layer:
-    """One layer with the batch norm and the ReLU that its kernel computes along with it."""
+    """One layer with the batch norm and the ReLU that its kernel computes along with it.
 
-    node: OpNode
+    Attributes:
+        weight: as it was called with: the parameter itself, if it is one.
+    """
 
-    @property
-    def weight(self) -> Tensor:
-        """As it was called with: the parameter itself, if it is one."""
-        weight: Tensor = self.node.named["weight"]
-        return weight
-
-    @property
-    def norm(self) -> OpNode | None:
-        """The batch norm."""
-        return self.node.followers("batch_norm").get("batch_norm")
-
-    @property
-    def takes_subsets(self) -> bool:
-        """Whether the first dimension of its input counts samples."""
-        return self.node.operator.name == "linear" or self.node.named["input"].dim() == self.weight.dim()
+    def __init__(self, node: OpNode) -> None:
+        self.node, self.weight = node, node.named["weight"]
+        fused = node.followers("batch_norm", "activation")
+        self.norm, self._relu = fused.get("batch_norm"), fused.get("activation")
 
     def before_relu(self, x: Tensor, weight: Tensor) -> Tensor:
         """The layer and its batch norm."""
@@ -280,10 +268,9 @@ class _Layer:
 
     def means(self, x: Tensor, weight: Tensor) -> Tensor:
         """``(channels,)``: of each channel before the ReLU."""
-        found = self.before_relu(x, weight)
-        return found.transpose(0, self.node.channel_dim).flatten(1).mean(1)
+        return self.before_relu(x, weight).transpose(0, self.node.channel_dim).flatten(1).mean(1)
 
     def output(self, x: Tensor, weight: Tensor) -> Tensor:
         """All of it."""
-        found, relu = self.before_relu(x, weight), self.node.followers("batch_norm", "activation").get("activation")
-        return found if relu is None else relu.rerun(found)
+        found = self.before_relu(x, weight)
+        return found if self._relu is None else self._relu.rerun(found)

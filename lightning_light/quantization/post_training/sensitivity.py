@@ -13,7 +13,7 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_light.budgets import Size
-from lightning_light.calibration import calls_from, explained
+from lightning_light.calibration import calls_from, explained, finite_outputs
 from lightning_light.criteria.output_distance import Distance, output_distance
 from lightning_light.errors import BudgetError
 from lightning_light.example_input import ExampleInput
@@ -154,13 +154,7 @@ def measure_sensitivity(
         )
     found: dict[str, dict[int, float]] = {layer: {} for layer in weights}
     with isolated(model):
-        before = [_outputs(model, call) for call in inputs]
-        for batch, outputs in enumerate(before):
-            if not all(bool(output.isfinite().all()) for output in outputs):
-                raise ValueError(
-                    f"`measure_sensitivity(...)`: expected finite outputs, found others for batch {batch}. "
-                    "Look for them in the batch and in the weights: `torch.isfinite(x).all()`."
-                )
+        before = finite_outputs("`measure_sensitivity(...)`", model, inputs)
         if metric is None:
             change = _change_of_outputs(model, inputs, before, distance)
         else:
@@ -177,15 +171,11 @@ def measure_sensitivity(
     return Sensitivity(found, sizes, {layer: cost.get(layer, 0) for layer in weights})
 
 
-def _outputs(model: nn.Module, call: ExampleInput) -> list[Tensor]:
-    return [leaf.double() for leaf in tensors_in(model(*call.args, **call.kwargs)) if leaf.is_floating_point()]
-
-
 def _change_of_outputs(
-    model: nn.Module, inputs: Sequence[ExampleInput], before: Sequence[list[Tensor]], distance: Distance
+    model: nn.Module, inputs: Sequence[ExampleInput], before: Sequence[Any], distance: Distance
 ) -> Callable[[], float]:
     """The mean distance of the outputs from those ``before``."""
-    plain = [output for outputs in before for output in outputs]
+    plain = _precise(before)
     if distance == "kl" and (shapes := [tuple(one.shape) for one in plain if one.shape[_class_dim(one)] < 2]):
         raise ValueError(
             "`measure_sensitivity(..., distance='kl')`: expected scores of classes, found an output of shape "
@@ -193,11 +183,14 @@ def _change_of_outputs(
         )
 
     def change() -> float:
-        changed = [output for call in inputs for output in _outputs(model, call)]
-        pairs = zip(changed, plain, strict=True)
+        pairs = zip(_precise([model(*call.args, **call.kwargs) for call in inputs]), plain, strict=True)
         return float(torch.stack([output_distance(*pair, distance, _class_dim(pair[1])) for pair in pairs]).mean())
 
     return change
+
+
+def _precise(outputs: Sequence[Any]) -> list[Tensor]:
+    return [leaf.double() for leaf in tensors_in(outputs) if leaf.is_floating_point()]
 
 
 def _class_dim(output: Tensor) -> int:
@@ -295,27 +288,23 @@ class BitBudget:
                 f"Measure them: `measure_sensitivity(..., bits={tuple(widths)})`."
             )
         units = scan.weights if self.bops is None else scan.macs
-        costs = {layer: [units[layer] * width for width in widths] for layer in scan.distances}
-        losses = {layer: [found[width] for width in widths] for layer, found in scan.distances.items()}
-        least, most = (sum(row[end] for row in costs.values()) for end in (0, -1))
+        least, most = (sum(units[layer] for layer in scan.distances) * widths[end] for end in (0, -1))
         if self.size is not None:
             limit, remains = 8.0 * Size(self.size).bytes, f"the weights still take {-(-least // 8)} bytes"
         else:
-            fraction = least / max(most, 1)
-            limit, remains = (self.bops or 0.0) * most, f"{fraction:.3f} of the bit operations remain"
+            limit, remains = (self.bops or 0.0) * most, f"{least / max(most, 1):.3f} of the bit operations remain"
         if least > limit:
             raise BudgetError(f"`{self!r}`: with {widths[0]} bits in every layer {remains}.")
-        items = [(layer, place) for layer in costs for place in range(1, len(widths))]  # in place of the smallest width
+        fewest, losses = widths[0], scan.distances
+        items = [(layer, width) for layer in losses for width in widths[1:]]  # in place of the fewest bits
         found = choose_items(
-            [losses[layer][place] - losses[layer][0] for layer, place in items],
-            [[costs[layer][place] - costs[layer][0] for layer, place in items]],
+            [losses[layer][width] - losses[layer][fewest] for layer, width in items],
+            [[units[layer] * (width - fewest) for layer, width in items]],
             [limit - least],
-            exclusive=[{number for number, item in enumerate(items) if item[0] == layer} for layer in costs],
+            exclusive=[{place for place, item in enumerate(items) if item[0] == layer} for layer in losses],
         )
-        assert found is not None  # the smallest widths are within the limit
-        return dict.fromkeys(costs, widths[0]) | {
-            layer: widths[place] for layer, place in map(items.__getitem__, found)
-        }
+        assert found is not None  # the fewest bits are within the limit
+        return dict.fromkeys(losses, fewest) | dict(items[place] for place in found)
 
     def recipe(self, scan: Sensitivity, base: IntN = IntN()) -> MixedPrecision:
         """Return ``base`` with the bits that `solve` allocates to the weight of each layer.
