@@ -138,7 +138,11 @@ def open_study(name: str, description: Mapping[str, Any], directions: list[str],
 
 
 def distributions_of(space: Callable[[Any], object]) -> dict[str, Any]:
-    """Return the ranges of one trial of ``space``: by name, each as Optuna writes it."""
+    """Return the ranges of one trial of ``space``: by name, each as Optuna writes it.
+
+    Raises:
+        ValueError: there is none, so that all trials would be equal.
+    """
     import optuna
 
     verbosity = optuna.logging.get_verbosity()
@@ -148,6 +152,11 @@ def distributions_of(space: Callable[[Any], object]) -> dict[str, Any]:
     finally:
         optuna.logging.set_verbosity(verbosity)
     space(trial)
+    if not trial.distributions:
+        raise ValueError(
+            "`tune(space=function)`: expected a function that draws at least one value, found one that draws none. "
+            'Write for instance `trial.suggest_float("remaining", 0.3, 0.8)`.'
+        )
     return dict(trial.distributions)
 
 

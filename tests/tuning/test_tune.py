@@ -231,6 +231,8 @@ def test_two_processes_lose_and_repeat_nothing_when_one_is_killed(tmp_path: Path
         ({"objectives": {"val_loss": "minimize"}}, ValueError, "minimize"),
         ({"trainer": {"max_epochs": 1, "callbacks": []}}, ValueError, "expected callbacks in `space`"),
         ({"trainer": {"accelerator": "cpu"}}, ValueError, "expected the length of a trial"),
+        ({"space": []}, ValueError, r"`tune\(space=...\)`: expected a list of callbacks .*found no range"),
+        ({"space": lambda trial: []}, ValueError, "expected a function that draws at least one value, found one that"),
         ({"space": lambda trial: [trial]}, TypeError, "expected a list of callbacks, found list"),
         ({"space": [{"class_path": "Prunning", "init_args": {"a": {"low": 1, "high": 2}}}]}, ValueError, "Prunning"),
         ({"trainer": {**QUICK, "devices": 2}}, ll.errors.UnsupportedError, "expected trials of one process, found 2"),
