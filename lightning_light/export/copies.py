@@ -13,7 +13,7 @@ from lightning_light.int8 import quantizers_of
 from lightning_light.isolation import uncompile
 from lightning_light.merging import TOLERANCE, check_merged, merge_blocks, merging_method
 
-__all__ = ["detached_copy", "merged_copy"]
+__all__ = ["detached", "detached_copy", "merged", "merged_copy"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -30,8 +30,22 @@ def detached_copy(model: M) -> M:
         >>> copied.training, copied[0].weight is model[0].weight, model.training
         (False, False, True)
     """
-    copied = _uncompiled(copy_network(model))
-    return copied.cpu().eval().requires_grad_(False)
+    return detached(copy_network(model))
+
+
+def detached(model: M) -> M:
+    """Return ``model`` as `detached_copy` does, in place."""
+    return _uncompiled(model).cpu().eval().requires_grad_(False)
+
+
+def merged(model: nn.Module) -> dict[str, str] | None:
+    """Merge branches in place, without a comparison; None where there are none, or the network is quantized."""
+    quantized = any(quantizer.enabled for quantizer in quantizers_of(model))
+    if quantized or not any(map(merging_method, model.modules())):
+        return None
+    found = merge_blocks(model)
+    model.requires_grad_(False)
+    return found
 
 
 def merged_copy(model: M, example: ExampleInput) -> tuple[M, dict[str, str]]:
@@ -44,14 +58,11 @@ def merged_copy(model: M, example: ExampleInput) -> tuple[M, dict[str, str]]:
         ParityError: the outputs on ``example`` are no longer the same.
     """
     copied = detached_copy(model)
-    quantized = any(quantizer.enabled for quantizer in quantizers_of(copied))
-    if quantized or not any(map(merging_method, copied.modules())):
-        return copied, {}
-    merged = merge_blocks(copied)
-    copied.requires_grad_(False)
-    mend = "Or export it as it is, with `merge_branches=False`."
-    check_merged(f"export of {type(model).__name__}", detached_copy(model), copied, example, TOLERANCE, mend=mend)
-    return copied, merged
+    found = merged(copied)
+    if found is not None:
+        mend = "Or export it as it is, with `merge_branches=False`."
+        check_merged(f"export of {type(model).__name__}", detached_copy(model), copied, example, TOLERANCE, mend=mend)
+    return copied, found or {}
 
 
 def _uncompiled(model: M) -> M:

@@ -78,7 +78,7 @@ class ONNX(Exporter):
         _name_batch(translated.model)
         _name_apart(translated.model)
         _without_traces(translated.model)
-        translated.save(path)
+        _save(translated.model, path)
         return {
             "torch": torch.__version__,
             "onnxscript": version_of("onnxscript"),
@@ -178,6 +178,45 @@ def _without_traces(model: Any) -> None:
     for node in model.graph.all_nodes():
         for value in node.outputs:
             value.metadata_props.clear()
+
+
+def _save(model: Any, path: Path) -> None:
+    """Write the file one weight after the other, and release the weights.
+
+    A message of protobuf that holds all of them, and its bytes, are two more copies of the network. The weights would
+    stay in memory until the next export: a rule of onnxscript keeps the last node that it has looked at.
+    """
+    import onnx_ir
+
+    weights = []
+    for name, value in model.graph.initializers.items():
+        weights.append(value.const_value)
+        weights[-1].name, value.const_value = name, None
+    model.graph.initializers.clear()
+    message = onnx_ir.to_proto(model)
+    graph = message.graph.SerializeToString()
+    message.ClearField("graph")
+    sizes = [onnx_ir.to_proto(weight).ByteSize() for weight in weights]
+    heads = [_head(type(message.graph).INITIALIZER_FIELD_NUMBER, size) for size in sizes]
+    with path.open("wb") as file:
+        file.write(message.SerializeToString())
+        file.write(_head(type(message).GRAPH_FIELD_NUMBER, len(graph) + sum(sizes) + sum(map(len, heads))) + graph)
+        for head, weight in zip(heads, weights, strict=True):
+            file.write(head)
+            file.write(onnx_ir.to_proto(weight).SerializeToString())
+
+
+def _head(field: int, size: int) -> bytes:
+    """Encode what protobuf writes before ``size`` bytes of a field: the number of the field, and the size.
+
+    >>> _head(7, 300).hex()
+    '3aac02'
+    """
+    found = bytearray([field << 3 | 2])
+    while size > 127:
+        found.append(size & 127 | 128)
+        size >>= 7
+    return bytes([*found, size])
 
 
 @contextmanager

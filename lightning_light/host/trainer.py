@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lightning_light.host.classes import host_class
+from lightning_light.host.patches import wrap_method
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -20,6 +21,7 @@ __all__ = [
     "shards_parameters",
     "silent_loggers",
     "start_method",
+    "start_with_an_epoch",
     "steps_done",
 ]
 
@@ -72,6 +74,22 @@ def returns_weights(trainer: Trainer) -> bool:
 def start_method(trainer: Trainer) -> str:
     """Name how the launcher starts processes: ``spawn``, ``fork``, ``forkserver``."""
     return str(getattr(trainer.strategy.launcher, "_start_method", "spawn"))
+
+
+def start_with_an_epoch(trainer: Trainer) -> None:
+    """Let a run that is resumed from a checkpoint of ``on_train_epoch_start`` begin with that epoch.
+
+    Lightning would skip it: the counters of batches are still those of the previous epoch. Call it in ``on_fit_start``.
+    """
+    loop: Any = trainer.fit_loop
+
+    def load(load_state_dict: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        load_state_dict(*args, **kwargs)
+        for progress in (loop.epoch_progress.current, loop.epoch_progress.total):
+            progress.ready = progress.started
+        loop._restarting = loop.epoch_loop.restarting = False
+
+    wrap_method(loop, "load_state_dict", load)
 
 
 @contextmanager

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,12 +13,10 @@ from torch import nn
 
 from lightning_light.budgets import Budget, Latency, Size
 from lightning_light.example_input import ExampleInput
-from lightning_light.export.exporter import Exporter
-from lightning_light.export.functional import export_model
-from lightning_light.export.loading import load_exported
+from lightning_light.export.exporter import Exporter, WrittenFile
+from lightning_light.measure import file_bytes
 from lightning_light.measure.latency import measure_latency, torch_threads
 from lightning_light.nas.evaluation import computing
-from lightning_light.nested import tensors_in
 from lightning_light.quantization import Recipe
 
 __all__ = ["Costs", "Meter", "runtime_of"]
@@ -44,7 +44,8 @@ class Meter:
         self, budgets: Sequence[Budget], example: ExampleInput, runtime: Exporter | None, recipe: Recipe | None
     ) -> None:
         self._budgets, self._example, self._runtime, self._recipe = list(budgets), example, runtime, recipe
-        self._first: tuple[Callable[[], object], float] | None = None
+        self._first: tuple[WrittenFile, float] | None = None
+        self._folder: Path | None = None
 
     @property
     def of_file(self) -> list[str]:
@@ -56,51 +57,57 @@ class Meter:
         counted = [budget for budget in self._budgets if budget.quantity not in self.of_file]
         return {budget.quantity: budget.measure(network, self._example) for budget in counted}
 
-    def measure(self, network: nn.Module) -> Costs:
+    def measure(self, make: Callable[[], nn.Module]) -> Costs:
         """Measure the quantities `of_file`.
 
         Args:
-            network: quantized by the recipe, if there is one.
+            make: returns the network, quantized by the recipe if there is one; it is written in place of a copy, and
+                released before the file is loaded.
 
         Raises:
             TraceError: the format cannot express the network.
             ParityError: the outputs of the file differ.
         """
+        if not self.of_file:
+            return {}
+        network = make()
         found = {b.quantity: b.measure(network, self._example) for b in self._budgets if self._runs(b)}
-        return {**found, **self._of_file(network)} if self._runtime is not None and self.of_file else found
+        if self._runtime is None:
+            return found
+        with computing(network, self._recipe):
+            file = self._runtime.write_in_place(network, self._example, self._new_path())
+        del network
+        gc.collect()  # networks that were exported are in cycles of references
+        found[Size.quantity] = float(file_bytes(file.path))
+        if any(runtime_of(budget) is not None for budget in self._budgets):
+            with torch_threads(self._threads):
+                found[Latency.quantity] = self._in_turns(file)
+        return {quantity: value for quantity, value in found.items() if quantity in self.of_file}
 
     def _runs(self, budget: Budget) -> bool:
         """Whether ``budget`` is measured by running the network itself."""
         return budget.runs_model and runtime_of(budget) is None
 
-    def _of_file(self, network: nn.Module) -> Costs:
-        """Write the file; return its bytes and the seconds of a call, where a budget limits them."""
+    def _new_path(self) -> Path:
+        """Return a path for a file: the first one is kept, the others replace each other."""
         assert self._runtime is not None  # of `measure`
-        sample = self._example.small(1)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / f"network{self._runtime.suffix}"
-            with computing(network, self._recipe):
-                report = export_model(network, sample, path, exporter=self._runtime, batch="one", latency_runs=1)
-            found = {Size.quantity: float(report.bytes)}
-            if any(runtime_of(budget) is not None for budget in self._budgets):
-                with torch_threads(self._threads):
-                    run = load_exported(path, exporter=self._runtime, batch="one")
-                tensors = list(tensors_in((sample.args, sample.kwargs)))
-                found[Latency.quantity] = self._in_turns(lambda: run(*tensors))
-        gc.collect()  # the networks of the export are in cycles of references
-        return {quantity: value for quantity, value in found.items() if quantity in self.of_file}
+        if self._folder is None:
+            self._folder = Path(tempfile.mkdtemp())
+            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        return self._folder / f"{'first' if self._first is None else 'other'}{self._runtime.suffix}"
 
-    def _in_turns(self, run: Callable[[], object]) -> float:
-        """Seconds of ``run``, on the scale of the first network's measurement."""
+    def _in_turns(self, file: WrittenFile) -> float:
+        """Seconds of a call of ``file``, on the scale of the first network's measurement."""
+        run = file.load()
         if self._first is None:
-            self._first = run, measure_latency(run, runs=_TURNS * _RUNS, threads=self._threads).median
+            self._first = file, measure_latency(run, runs=_TURNS * _RUNS, threads=self._threads).median
             return self._first[1]
-        first, seconds = self._first
+        first = self._first[0].load()
         least = [float("inf")] * 2
         for _ in range(_TURNS):
             timed = [measure_latency(one, warmup=3, runs=_RUNS, threads=self._threads).p10 for one in (first, run)]
             least = list(map(min, least, timed))
-        return seconds * least[1] / least[0]
+        return self._first[1] * least[1] / least[0]
 
     @property
     def _threads(self) -> int:

@@ -175,8 +175,10 @@ def check_counts(
     Raises:
         BudgetError: names a value that can be reached.
         TargetError: no kind has a choice.
+        ValueError: the file of the table is of another space.
     """
     items, of_file = _items(call, model, example, options), Meter(budgets, example, *options.file_of(budgets)).of_file
+    SearchTable.open(call, None if options.table is None else Path(options.table), "", items)
     counted = [budget for budget in budgets if budget.quantity not in of_file]
     evaluator, meter = Evaluator(model, example, options.choices, (), ()), Meter(counted, example, None, None)
     table = SearchTable("", items, dict.fromkeys((item.name for item in items), 0.0), costs=meter.count(model))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -37,12 +38,12 @@ def fill_table(
         recipe: of the int8 file; None for a float file.
         progress_bar: whether a terminal shows the progress.
     """
-    plain = evaluator.changed((), recipe)
-    now = meter.measure(plain)  # the first measurement, which the later ones take turns with
+    now = meter.measure(
+        partial(evaluator.changed, (), recipe)
+    )  # the first measurement, which the later ones take turns with
     if not table.costs:
         table.costs = {**meter.count(evaluator.model), **now}
         table.save()
-    del plain
     left = [item for item in table.items if item.name not in table.distances]
     for item in with_progress_bar(left, len(left), "outputs and counts", shown=progress_bar):
         network = evaluator.changed([item])
@@ -54,7 +55,7 @@ def fill_table(
     groups = [group for group in _equal(table) if now.keys() - table.savings[group[0].name].keys()]
     for group in with_progress_bar(groups, len(groups), "files", shown=progress_bar):
         together = _compatible(group)
-        measured = meter.measure(evaluator.changed(together, recipe))
+        measured = meter.measure(partial(evaluator.changed, together, recipe))
         for quantity, before in now.items():
             saved = table.costs[quantity] * (1.0 - measured[quantity] / before) / len(together)
             for item in group:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 
 from lightning_light.errors import BudgetError
 from lightning_light.integer_program import choose_items
@@ -145,11 +145,8 @@ class Solver:
             if not self._known:
                 break
             best = self._best()
-            network = self._evaluator.changed(best.items, self._recipe)
-            measured = {**best.costs, **self._file_costs(best.items, network)}
-            score = best.score if self._recipe is None else self._evaluator.score(network, self._recipe)
-            best = Candidate(best.items, score, measured)
-            del network
+            measured = {**best.costs, **self._file_costs(best.items)}
+            best = Candidate(best.items, self._final_score(best), measured)
             excess = {q: measured[q] / goal for q, goal in self._goals.items()}
             found.append((max(excess.values()), best))
             if found[-1][0] <= 1.0 + _ROUNDING:
@@ -168,11 +165,17 @@ class Solver:
             )
         return nearest[1]
 
-    def _file_costs(self, items: tuple[Item, ...], network: nn.Module) -> Costs:
+    def _final_score(self, candidate: Candidate) -> Score:
+        """Score the network as it is written."""
+        if self._recipe is None:
+            return candidate.score
+        return self._evaluator.score(self._evaluator.changed(candidate.items, self._recipe), self._recipe)
+
+    def _file_costs(self, items: tuple[Item, ...]) -> Costs:
         """Measure a file once: an interrupted search that continues decides by the same values."""
         key = "; ".join(item.name for item in items)
         if self._meter.of_file and key not in self._table.files:
-            self._table.files[key] = self._meter.measure(network)
+            self._table.files[key] = self._meter.measure(partial(self._evaluator.changed, items, self._recipe))
             self._table.save()
         return self._table.files.get(key, {})
 

@@ -138,7 +138,11 @@ def open_study(name: str, description: Mapping[str, Any], directions: list[str],
 
 
 def distributions_of(space: Callable[[Any], object]) -> dict[str, Any]:
-    """Return the ranges of one trial of ``space``: by name, each as Optuna writes it."""
+    """Return the ranges of one trial of ``space``: by name, each as Optuna writes it.
+
+    Raises:
+        ValueError: there is none, so that all trials would be equal.
+    """
     import optuna
 
     verbosity = optuna.logging.get_verbosity()
@@ -148,6 +152,11 @@ def distributions_of(space: Callable[[Any], object]) -> dict[str, Any]:
     finally:
         optuna.logging.set_verbosity(verbosity)
     space(trial)
+    if not trial.distributions:
+        raise ValueError(
+            "`tune(space=function)`: expected a function that draws at least one value, found one that draws none. "
+            'Write for instance `trial.suggest_float("remaining", 0.3, 0.8)`.'
+        )
     return dict(trial.distributions)
 
 
@@ -163,12 +172,14 @@ def check_distributions(name: str, study: Study, distributions: Mapping[str, Any
         raise _other_study(name, f"the range of `{differ[0]}`" if differ else f"parameters {sorted(known)}")
 
 
-def run_study(study: Study, objective: Objective, trials: int, *, has_heartbeat: bool) -> None:
+def run_study(
+    study: Study, objective: Objective, trials: int, *, has_heartbeat: bool, ended: Callable[[Any], None]
+) -> None:
     """Run trials until the study has ``trials`` of them, together with other processes.
 
     A trial whose process was killed is run again with the same values once its heartbeat has stopped for long enough.
     A trial that a method refuses by an error of this package counts, as failed; after any other error, which ends the
-    call, a trial is drawn again in the next call.
+    call, a trial is drawn again in the next call. ``ended`` is called with every trial that ends in this process.
     """
     from optuna.storages import fail_stale_trials
     from optuna.trial import TrialState
@@ -183,11 +194,12 @@ def run_study(study: Study, objective: Objective, trials: int, *, has_heartbeat:
         except LightningLightError as error:
             trial.set_user_attr(_ERROR, str(error))
             raise
-        except Exception as error:
+        except (Exception, KeyboardInterrupt) as error:
             import optuna
 
             if not isinstance(error, optuna.TrialPruned):
                 trial.set_user_attr(_NOT_COUNTED, True)
+                ended(trial)
             raise
 
     with ignored_warnings(_EXPERIMENTAL):
@@ -195,7 +207,8 @@ def run_study(study: Study, objective: Objective, trials: int, *, has_heartbeat:
             fail_stale_trials(study)
             states = {trial.state for trial in study.get_trials(deepcopy=False)}
             if TrialState.WAITING in states or len(_counted(study)) < trials:
-                study.optimize(once, n_trials=1, catch=(LightningLightError, _Surplus))
+                stored = [lambda _, trial: ended(trial)]  # called when the study has the result
+                study.optimize(once, n_trials=1, catch=(LightningLightError, _Surplus), callbacks=stored)
             elif TrialState.RUNNING in states and has_heartbeat:
                 time.sleep(0.5)  # of another process, which may be killed yet
             else:

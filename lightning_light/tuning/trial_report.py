@@ -28,16 +28,29 @@ class TrialReport(Callback):
     def __init__(self, trial: Any, metric: str) -> None:
         self.trial = trial
         self.metric = metric
-        self._validations = 0
+        self._values: list[float] = []
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Report, except after the sanity check and in validations in which the metric was not logged."""
         if trainer.sanity_checking or self.metric not in trainer.callback_metrics:
             return
-        self.trial.report(float(trainer.callback_metrics[self.metric]), self._validations)
-        self._validations += 1
+        self._report(float(trainer.callback_metrics[self.metric]))
         if self.trial.should_prune():
             import optuna
 
-            raise optuna.TrialPruned(f"after {self._validations} validations")
+            raise optuna.TrialPruned(f"after {len(self._values)} validations")
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"values": list(self._values)}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Report what the interrupted trial had reported before its checkpoint."""
+        for value in state_dict["values"]:
+            self._report(value)
+
+    def _report(self, value: float) -> None:
+        self.trial.report(value, len(self._values))
+        self._values.append(value)

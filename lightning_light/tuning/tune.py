@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lightning_light.budgets import Budget, Latency, MACs, Params, Size
-from lightning_light.capture import capture
 from lightning_light.copies import copy_network
 from lightning_light.errors import LightningLightError, UnsupportedError
 from lightning_light.host.classes import host_class, is_host
 from lightning_light.host.random_state import random_state, set_random_state
+from lightning_light.surgery.stored_example import restore_or_capture_example
 from lightning_light.tuning.configuration import as_config, callbacks_from, kept_arguments
 from lightning_light.tuning.results import TuningResult
 from lightning_light.tuning.run_start import RunStart
@@ -35,6 +35,7 @@ from lightning_light.tuning.study import (
     run_study,
     sampler_of,
 )
+from lightning_light.tuning.trial_checkpoint import TrialCheckpoint, TrialCheckpoints
 from lightning_light.tuning.trial_report import TrialReport
 from lightning_light.validation import NonNegativeInt, PositiveInt, validated
 
@@ -68,13 +69,15 @@ def tune(
     sampler: Callable[..., Any] | None = None,
     pruner: Any = None,
     grace_period: PositiveInt = 60,
+    checkpoints: str | os.PathLike[str] | None = None,
+    checkpoint_every_n_epochs: NonNegativeInt = 1,
 ) -> TuningResult:
     """Search for methods and values by short trainings from the same weights, on Optuna.
 
     Every trial fits a copy of ``module`` with callbacks of its own, from the same weights and random numbers;
     ``module`` and the random generators are left as they are. Several processes may call it with the same ``storage``
-    and ``name``: together they run ``trials`` trials. What a killed process was running is run again with the same
-    values, once its heartbeat has been missing for ``grace_period`` seconds; a later call continues the study.
+    and ``name``: together they run ``trials`` trials. What a killed process was running is continued from its last
+    checkpoint, once its heartbeat has been missing for ``grace_period`` seconds; a later call continues the study.
 
     Akiba et al., 2019, "Optuna: A Next-generation Hyperparameter Optimization Framework".
     https://arxiv.org/abs/1907.10902
@@ -100,13 +103,18 @@ def tune(
         sampler: called with ``seed=``, for instance ``optuna.samplers.NSGAIISampler``; None: ``TPESampler``.
         pruner: of ``optuna.pruners``, which ends trials by the objective after each validation; for one objective.
         grace_period: seconds without a heartbeat after which a trial counts as killed.
+        checkpoints: the folder of the checkpoints of running trials, which all processes can read; None: that of the
+            SQLite file; no checkpoints with a database server, nor where the storage has no heartbeats.
+        checkpoint_every_n_epochs: epochs of a trial from one checkpoint to the next; 0: no checkpoints, a killed trial
+            starts over.
 
     Returns:
         All trials of the study, with a table, the Pareto front, a picture, and the best trial as YAML.
 
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: an argument out of range, a pruner for several objectives, or an objective that is not logged.
+        ValueError: an argument out of range, a pruner for several objectives, an objective that is not logged, or a
+            folder of checkpoints for a storage without heartbeats.
         UnsupportedError: Optuna is not installed, or a trial would use several processes.
         LightningLightError: the storage has a study of that name with another space, trainer, seed or other weights.
     """
@@ -125,6 +133,7 @@ def tune(
         import optuna
 
         database = make_storage(storage, grace_period)
+        kept = TrialCheckpoints.beside(database, checkpoints, checkpoint_every_n_epochs)
         study = open_study(
             name,
             description,
@@ -135,7 +144,9 @@ def tune(
         )
         check_distributions(name, study, distributions)
         heartbeat = getattr(database, "heartbeat_interval", None) is not None
-        run_study(study, job.run, trials, has_heartbeat=heartbeat)
+        run_study(
+            study, lambda trial: job.run(trial, kept.of(trial)), trials, has_heartbeat=heartbeat, ended=kept.remove
+        )
     finally:
         set_random_state(before)
     start = {key: value.detach().cpu().clone() for key, value in module.state_dict().items()}
@@ -172,22 +183,24 @@ class _Job:
         except UnsupportedError as error:
             warnings.warn(f"{error} Trials run, but `write_config` cannot write them.", stacklevel=2)
 
-    def run(self, trial: Trial) -> tuple[float, ...]:
-        """Train once, and return the objectives."""
+    def run(self, trial: Trial, checkpoint: TrialCheckpoint) -> tuple[float, ...]:
+        """Train once, or to the end of what an interrupted process has begun, and return the objectives."""
         callbacks = self.callbacks(trial)
         with suppress(UnsupportedError):  # of which `probe` has warned
             trial.set_user_attr("config", self.config(callbacks))
         reports = [TrialReport(trial, name) for name in self.objectives] if len(self.objectives) == 1 else []
         module = copy_network(self.module)
-        captured = capture(module)
+        captured = checkpoint.captured = restore_or_capture_example(module, checkpoint.stored)
         try:
             trainer = host_class(module, "Trainer")(
-                **{**_QUIET, **self.trainer}, callbacks=[RunStart(seed=self.seed), *callbacks, *reports]
+                **{**_QUIET, **self.trainer},
+                callbacks=[checkpoint, RunStart(seed=self.seed), *callbacks, *reports],
             )
-            _fit(trainer, module, self.data() if callable(self.data) else _copy_data(self.data))
+            data = self.data() if callable(self.data) else _copy_data(self.data)
+            _fit(trainer, module, data, checkpoint.resumed_from)
         finally:
             captured.remove()
-        found = {key: float(value) for key, value in trainer.callback_metrics.items()}
+        found = checkpoint.metrics(trainer)
         costs = {key: _COSTS[key] for key in _COSTS if key in self.objectives and key not in found}
         found |= {key: cost.measure(module, captured.example) for key, cost in costs.items()}
         found |= self._measured(module)
@@ -256,11 +269,11 @@ def _callbacks_of(space: Any, module: nn.Module) -> Callable[[Any], list[Any]]:
     return built
 
 
-def _fit(trainer: Any, module: nn.Module, data: Any) -> None:
+def _fit(trainer: Any, module: nn.Module, data: Any, checkpoint: os.PathLike[str] | None) -> None:
     if is_host(data, "LightningDataModule"):
-        trainer.fit(module, datamodule=data)
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
     else:
-        trainer.fit(module, *(data if isinstance(data, tuple) else (data,)))
+        trainer.fit(module, *(data if isinstance(data, tuple) else (data,)), ckpt_path=checkpoint)
 
 
 def _copy_data(data: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from lightning_light.errors import LightningLightError, UnsupportedError
 from lightning_light.export import ExportReport, MobileExport, export_model, load_exported
@@ -125,3 +126,16 @@ def test_a_float_file_of_a_quantized_network_is_named(tmp_path: Path) -> None:
         int8_file = export_model(net, images, tmp_path / "int8.ptl", **QUICK)
     assert "int8_layers" not in float_file.details
     assert int8_file.details["int8_layers"] > 0
+
+
+def test_an_onnx_file_is_one_message_of_protobuf_with_all_weights(tmp_path: Path) -> None:
+    onnx, numpy_helper = pytest.importorskip("onnx"), pytest.importorskip("onnx.numpy_helper")
+    pytest.importorskip("onnxruntime")
+    net, path = nn.Sequential(nn.Linear(8, 300), nn.ReLU(), nn.Linear(300, 4)).eval(), tmp_path / "net.onnx"
+    export_model(net, torch.randn(2, 8), path, latency_runs=1)
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    assert model.ByteSize() == path.stat().st_size
+    arrays = map(numpy_helper.to_array, model.graph.initializer)
+    weights = {array.shape: torch.from_numpy(array.copy()) for array in arrays}
+    assert all(torch.equal(weights[tuple(own.shape)], own) for own in net.parameters())

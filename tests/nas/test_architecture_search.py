@@ -61,6 +61,31 @@ def test_a_budget_out_of_reach_is_refused_before_the_first_optimizer_step() -> N
     assert all(torch.equal(before[name], tensor) for name, tensor in module.named_parameters())
 
 
+def test_a_table_of_another_space_is_refused_before_the_first_optimizer_step(tmp_path: Path) -> None:
+    path, module = tmp_path / "table.json", module_class(Deep, L)()
+    path.write_text('{"items": ["features.9: blocks removed"], "digest": ""}')
+    before = {name: tensor.clone() for name, tensor in module.named_parameters()}
+    with pytest.raises(ValueError, match=r"expected a table of this space \(.*found one of another \(1 items"):
+        trainer(ll.ArchitectureSearch(ll.MACs(0.5), table=path, **SMALL)).fit(module)
+    assert all(torch.equal(before[name], tensor) for name, tensor in module.named_parameters())
+    assert "features.9" in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("budget", "options", "sentence"),
+    [
+        (ll.MACs(0.5), {"space": []}, r"`space=\[\]`: expected at least one of `BlockChoices`.*found no choices"),
+        (ll.MACs(0.5), {"space": [ll.Int8()]}, r"found no choices and 1 recipes.*use `quantize`"),
+        ([ll.MACs(0.5), ll.MACs(0.4)], {}, r"`ArchitectureSearch\(.*different quantities, found \['macs', 'macs'\]"),
+        ([], {}, r"expected one budget or several"),
+        (ll.Size("9 kB"), {"space": [BlockChoices(), ll.Int8()]}, r"expected the runtime of the int8 file, found none"),
+    ],
+)
+def test_what_cannot_work_is_refused_at_construction(budget: Any, options: Any, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        ll.ArchitectureSearch(budget, **options)
+
+
 def test_a_step_that_calls_parts_beside_forward_is_refused() -> None:
     class Parts(Deep):
         example_input_array = torch.zeros(2, 3, 8, 8)

@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import weakref
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,9 +18,11 @@ import lightning_light as ll
 from lightning_light.example_input import ExampleInput
 from lightning_light.measure import count_cost
 from lightning_light.nas import BlockChoices, ChannelChoices, OperatorChoices, RankChoices, SearchTable
+from lightning_light.nas.choices import Item
 from lightning_light.nas.costs import Meter
 from lightning_light.nas.evaluation import Evaluator
 from lightning_light.nas.sensitivity import fill_table
+from lightning_light.nas.solver import Solver
 from lightning_light.substitution import DepthwiseSeparable
 from lightning_light.surgery import manifest_of, restructure
 
@@ -175,6 +178,38 @@ def test_the_table_takes_equal_work_per_choice_and_one_copy_at_a_time() -> None:
     assert Counted.most == 1
 
 
+@dataclass(frozen=True)
+class Weighed(ll.TorchScriptLite):
+    """Record the bytes of all living copies of `Counted`, when a file is written and when it is loaded."""
+
+    found: ClassVar[list[tuple[str, int]]] = []
+
+    def record(self, step: str) -> None:
+        tensors = [tensor for network in Counted.copies for tensor in network.parameters()]
+        sizes = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+        self.found.append((step, sum(sizes.values())))
+
+    def write(self, *arguments: Any) -> dict[str, Any]:
+        self.record("write")
+        return super().write(*arguments)
+
+    def load(self, path: Path) -> Any:
+        self.record("load")
+        return super().load(path)
+
+
+def test_the_network_and_one_copy_are_in_memory_while_a_file_is_written_and_no_copy_while_it_is_timed() -> None:
+    net, data = Counted(*network()), batches(2)
+    size = sum(4 * tensor.numel() for tensor in net.parameters())
+    Weighed.found.clear()
+    budget, space = ll.Latency("1 s", runtime=Weighed()), [ChannelChoices((0.5,), targets="3.conv1")]
+    ll.search(net, data[0], budget, data=data, space=space, evaluations=0, dry_run=True)
+    plain, choice, solution = (size for step, size in Weighed.found if step == "write")
+    assert plain == solution == size
+    assert choice == size - 4 * (8 * 16 * 9 + 2 * 8 + 16 * 8 * 9)
+    assert [size for step, size in Weighed.found if step == "load"] == [0] * 5  # the first file again in each turn
+
+
 def test_the_solution_of_each_kind_alone_is_compared_with_those_of_all() -> None:
     result = run(network(), ll.MACs(0.85), evaluations=0, dry_run=True)
     assert {"blocks", "channels", "ranks"} <= {"+".join({i.kind for i in one.items}) for one in result.evaluated}
@@ -244,6 +279,7 @@ def test_the_written_int8_file_meets_its_size(tmp_path: Path) -> None:
         (ll.Size("10 kB"), {"space": [*SPACE, ll.Int8()]}, r"expected the runtime of the int8 file, found none"),
         (ll.MACs(0.01), {"space": [BlockChoices()]}, r"cannot reach the budget: expected macs <= .*, found \d"),
         (ll.MACs(0.5), {"data": batches(1)}, r"`search\(data=...\)`: expected at least two batches.*found 1"),
+        (ll.MACs(0.5), {"data": []}, r"`search\(data=...\)`: expected at least two batches.*found 0"),
         (ll.MACs(0.5), {"space": [BlockChoices("7")]}, r"expected at least one choice, found no block"),
         (ll.MACs(0.5), {"data": L.LightningDataModule()}, r"Give a loader .*`data=data_module.train_dataloader\(\)`"),
         (ll.MACs(0.5), {"data": [one * torch.inf for one in batches()]}, r"expected finite outputs .*, found others"),
@@ -256,6 +292,21 @@ def test_what_cannot_work_is_one_sentence_and_changes_nothing(budget: Any, optio
     with pytest.raises((TypeError, ValueError, ll.LightningLightError), match=sentence):
         run(net, budget, **options)
     assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
+
+
+def test_budgets_that_are_met_alone_and_not_together_are_one_sentence() -> None:
+    fast, small = (Item("ranks", "3", choice, frozenset({"3"})) for choice in ("fast", "small"))
+    table = SearchTable("", [fast, small], {fast.name: 0.1, small.name: 0.1}, costs={"seconds": 1.0, "bytes": 10.0})
+    table.savings = {fast.name: {"seconds": 0.5, "bytes": 0.0}, small.name: {"seconds": 0.0, "bytes": 5.0}}
+    runtime = ll.TorchScriptLite()
+    meter = Meter([ll.Latency("1 s", runtime=runtime), ll.Size("1 kB")], ExampleInput.of(EXAMPLE), runtime, None)
+    evaluator = Evaluator(network(), ExampleInput.of(EXAMPLE), [], [], [])
+    Solver("search", table, evaluator, meter, {"seconds": 0.6, "bytes": 10.0}, None, 0).check_reachable()
+    solver = Solver("search", table, evaluator, meter, {"seconds": 0.6, "bytes": 6.0}, None, 0)
+    with pytest.raises(
+        ll.BudgetError, match=r"cannot meet its budgets together: .* bytes <= 6, found 10 where seconds"
+    ):
+        solver.check_reachable()
 
 
 def test_a_table_of_another_space_is_refused(tmp_path: Path) -> None:

@@ -207,7 +207,7 @@ def test_two_processes_lose_and_repeat_nothing_when_one_is_killed(tmp_path: Path
 
         stuck = start("stuck")
         assert stuck.stdout is not None
-        assert stuck.stdout.readline() == "in the middle of a trial\n"
+        assert stuck.stdout.readline() == "in the middle of an epoch\n"
         other = start()
         stuck.kill()
         assert other.wait(120) == 0
@@ -217,6 +217,9 @@ def test_two_processes_lose_and_repeat_nothing_when_one_is_killed(tmp_path: Path
     repeated = [trial for trial in study.trials if trial.system_attrs.get("failed_trial") == failed[0].number]
     assert len(failed) == len(repeated) == 1
     assert repeated[0].params == failed[0].params
+    epochs = (tmp_path / "epochs.txt").read_text().splitlines()
+    assert sorted(epochs) == sorted(f"{dict(values)['amount']} {epoch}" for values, _ in through for epoch in range(2))
+    assert not list(tmp_path.glob("*.ckpt"))
 
 
 @pytest.mark.parametrize(
@@ -228,12 +231,15 @@ def test_two_processes_lose_and_repeat_nothing_when_one_is_killed(tmp_path: Path
         ({"objectives": {"val_loss": "minimize"}}, ValueError, "minimize"),
         ({"trainer": {"max_epochs": 1, "callbacks": []}}, ValueError, "expected callbacks in `space`"),
         ({"trainer": {"accelerator": "cpu"}}, ValueError, "expected the length of a trial"),
+        ({"space": []}, ValueError, r"`tune\(space=...\)`: expected a list of callbacks .*found no range"),
+        ({"space": lambda trial: []}, ValueError, "expected a function that draws at least one value, found one that"),
         ({"space": lambda trial: [trial]}, TypeError, "expected a list of callbacks, found list"),
         ({"space": [{"class_path": "Prunning", "init_args": {"a": {"low": 1, "high": 2}}}]}, ValueError, "Prunning"),
         ({"trainer": {**QUICK, "devices": 2}}, ll.errors.UnsupportedError, "expected trials of one process, found 2"),
         ({"pruner": optuna.pruners.MedianPruner}, TypeError, "expected an object of `optuna.pruners`, found <class"),
         ({"measure": lambda module: None}, TypeError, r"returns objectives by name, found .* NoneType"),
         ({"storage": Path()}, ValueError, r"`tune\(storage='.'\)`: .* that cannot be opened"),
+        ({"checkpoints": "runs"}, ValueError, r"`tune\(checkpoints='runs'\)`: expected a storage with heartbeats"),
         (
             {"objectives": {"val_loss": "min", "macs": "min"}, "pruner": optuna.pruners.MedianPruner()},
             ValueError,

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -11,14 +12,26 @@ from tests.tuning.helpers import QUICK, Shuffled, pruning, seeded
 
 
 class Stuck(L.Callback):
-    def on_train_batch_end(self, *_: Any) -> None:
-        sys.stdout.write("in the middle of a trial\n")
-        sys.stdout.flush()
-        time.sleep(600)
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if "stuck" in sys.argv and trainer.current_epoch == 1:
+            sys.stdout.write("in the middle of an epoch\n")
+            sys.stdout.flush()
+            time.sleep(600)
+
+
+class Record(L.Callback):
+    """Append every finished epoch to a file."""
+
+    def __init__(self, amount: float) -> None:
+        self.amount = amount
+
+    def on_train_epoch_end(self, trainer: Any, *_: Any) -> None:
+        with Path("epochs.txt").open("a") as file:
+            file.write(f"{self.amount} {trainer.current_epoch}\n")
 
 
 def space(trial: Any) -> list[L.Callback]:
-    return [*pruning(trial), *([Stuck()] if "stuck" in sys.argv else [])]
+    return [*pruning(trial), Stuck(), Record(trial.params["amount"])]
 
 
 if __name__ == "__main__":
