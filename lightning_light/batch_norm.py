@@ -18,7 +18,15 @@ from lightning_light.isolation import isolated
 from lightning_light.surgery.edit import take
 from lightning_light.surgery.manifest import plain_copy
 
-__all__ = ["SAMPLES", "InputRecorder", "Statistics", "has_statistics", "measure_statistics", "move_statistics"]
+__all__ = [
+    "SAMPLES",
+    "InputRecorder",
+    "Statistics",
+    "has_statistics",
+    "layers_with_statistics",
+    "measure_statistics",
+    "move_statistics",
+]
 
 SAMPLES = 16
 
@@ -44,7 +52,7 @@ def measure_statistics(model: nn.Module, inputs: Sequence[ExampleInput]) -> dict
     Returns:
         Module name -> its statistics, for the layers that keep running statistics and were reached.
     """
-    layers = dict(_layers(model)) if inputs else {}
+    layers = dict(layers_with_statistics(model)) if inputs else {}
     if not layers:
         return {}
     found: dict[str, list[Statistics]] = {name: [] for name in layers}
@@ -72,10 +80,10 @@ def move_statistics(
         after: statistics of the changed network, measured on the same inputs.
         kept: tensor name -> dimension -> positions that stayed, where channels were removed.
     """
-    for name, layer in _layers(model):
+    for name, layer in layers_with_statistics(model):
         if name not in before or name not in after:
             continue
-        assert layer.running_mean is not None  # of `_layers`
+        assert layer.running_mean is not None  # of `layers_with_statistics`
         assert layer.running_var is not None
         prefix = f"{name}." if name else ""
         mean = take(before[name].mean, kept.get(f"{prefix}running_mean", {}))
@@ -86,7 +94,7 @@ def move_statistics(
 
 def has_statistics(model: nn.Module) -> bool:
     """Check whether ``model`` has a batch-norm layer that keeps running statistics."""
-    return any(True for _ in _layers(model))
+    return any(True for _ in layers_with_statistics(model))
 
 
 class InputRecorder:
@@ -130,7 +138,8 @@ class InputRecorder:
             self.active = False
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
+def layers_with_statistics(model: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
+    """Yield the batch-norm layers that keep running statistics, by name."""
     for name, layer in model.named_modules():
         if isinstance(layer, _BatchNorm) and layer.track_running_stats and layer.running_mean is not None:
             yield name, layer
