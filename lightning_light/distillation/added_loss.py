@@ -8,10 +8,12 @@ hand-written code does, also under DDP and with a gradient scaler. In manual opt
 from __future__ import annotations
 
 import functools
+import sys
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from lightning_light.callback import CompressionCallback
@@ -59,12 +61,14 @@ class AddedLoss(CompressionCallback):
         self.student_hook.enabled = enabled
 
     def patch_steps(self, trainer: Trainer, pl_module: LightningModule) -> list[InstancePatch]:
-        """Wrap ``training_step`` and, in manual optimization, ``manual_backward``."""
+        """Wrap ``training_step`` and, in manual optimization, ``manual_backward``; hooks have been added before."""
         step = functools.partial(self._training_step, trainer, pl_module)
         patches = [wrap_method(pl_module, "training_step", step)]
         if not pl_module.automatic_optimization:
             backward = functools.partial(self._manual_backward, trainer, pl_module)
             patches.append(wrap_method(pl_module, "manual_backward", backward))
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()  # compiled code does not call hooks that were added later
         return patches
 
     def is_logging(self, trainer: Trainer) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypedDict
@@ -266,8 +265,6 @@ class KnowledgeDistillation(AddedLoss):
         self._run.distiller.features.register()
         self._run.student.register(pl_module)
         self._run.patches = self.patch_steps(trainer, pl_module)
-        if "torch._dynamo" in sys.modules:
-            torch.compiler.reset()  # compiled code does not call hooks that were added later
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
