@@ -86,7 +86,8 @@ def plan_widths(
     check_owners(model, sorted({layer_of(m.tensor) for g in free for m in g.members}), method=METHOD, stage=STAGE)
     prefix = f"{part}." if part else ""
     inside = {group.name for group in free if all(member.tensor.startswith(prefix) for member in group.members)}
-    found = WidthPlan(costs={1.0: count_cost(model, example.args, example.kwargs)})
+    one = example.small(1) if example.method == "forward" else example  # a step may need several samples
+    found = WidthPlan(costs={1.0: count_cost(model, one.args, one.kwargs)})
     cuts: dict[float, Plan] = {}
     for width in options.narrower:
         cut = prune_channels(
@@ -104,7 +105,7 @@ def plan_widths(
         chosen = {name: mask for name, mask in cut.kept.items() if name in inside}
         kept = graph.kept_positions(chosen)
         with trial(model, kept, graph.attributes(model, chosen)) as edit:
-            found.costs[width] = count_cost(model, example.args, example.kwargs)
+            found.costs[width] = count_cost(model, one.args, one.kwargs)
         found.networks[str(width)] = {
             "kept": kept,
             "attributes": edit.attributes,
