@@ -2,10 +2,14 @@
 
     python benchmarks/slimmable.py --work runs
 
-The network of the examples and their part of Fashion-MNIST. Per seed: one slimmable training; the whole network for half
-of the epochs, then each narrower one pruned from it and trained for an equal share of the other half with the whole one
-as teacher (equal epochs in total); and each width trained alone from scratch, for all epochs each. Results are kept in
-``--work``; then they are printed as a table.
+The network of the examples and their part of Fashion-MNIST. Per seed:
+
+- slimmable: one run; accuracies are those of the extracted networks.
+- pruned: the whole network for half of the epochs, then each narrower one pruned from it and trained for an equal share
+  of the other half, with the whole one as teacher: as many epochs in total.
+- alone: each width trained from scratch, for all epochs each.
+
+Results are kept in ``--work``; then they are printed as a table.
 """
 
 import argparse
@@ -79,27 +83,28 @@ def alone(make, epochs: int) -> Row:
     return {"accuracy": [accuracy(module) for module in modules], "seconds": seconds}
 
 
-KINDS = {"slimmable": slimmable, "pruned, equal epochs": pruned, "alone, four times the epochs": alone}
+KINDS = {"slimmable": slimmable, "pruned": pruned, "alone": alone}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     kept, make = args.work / "slimmable.json", import_module("01_prune_and_export").Classifier
     rows: dict[str, Row] = json.loads(kept.read_text()) if kept.exists() else {}
-    for seed in range(args.seeds):
-        for name, run in KINDS.items():
+    for name in args.kinds:
+        for seed in range(args.seeds):
             if (key := f"{name}, {args.epochs} epochs, seed {seed}") not in rows:
                 L.seed_everything(seed, verbose=False)
-                rows[key] = run(make, args.epochs)
+                rows[key] = KINDS[name](make, args.epochs)
                 kept.write_text(json.dumps(rows, indent=1))
                 print(key, rows[key], flush=True)
     print("| training |", " | ".join(f"{width:g}" for width in WIDTHS), "| processor time |")
-    for name in KINDS:
+    for name in args.kinds:
         found = [rows[f"{name}, {args.epochs} epochs, seed {seed}"] for seed in range(args.seeds)]
         cells = [[100 * row["accuracy"][place] for row in found] for place in range(len(WIDTHS))]
         texts = [f"{mean(cell):.2f} ± {stdev(cell) if len(cell) > 1 else 0.0:.2f}" for cell in cells]

@@ -19,7 +19,6 @@ from torch import Tensor
 from lightning_light.callback import CompressionCallback
 from lightning_light.distillation.student_hook import StudentHook
 from lightning_light.host.patches import InstancePatch, wrap_method
-from lightning_light.host.trainer import steps_done
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -30,17 +29,15 @@ __all__ = ["AddedLoss"]
 class AddedLoss(CompressionCallback):
     """Add a loss that is computed from a call of the network to that of ``training_step``.
 
-    A subclass calls `patch_steps` for each fit, and undoes the patches in ``teardown``.
+    A subclass sets `student_hook` and calls `patch_steps` for each fit, and undoes the patches in ``teardown``.
     """
 
-    @property
-    @abstractmethod
-    def student_hook(self) -> StudentHook:
-        """What records the calls of the network, which it does while the user's step runs."""
+    student_hook: StudentHook
+    """What records the calls of the network, which it does while the user's step runs."""
 
-    @abstractmethod
     def adds_loss(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         """Whether this step has the loss; called before the user's step."""
+        return True
 
     @abstractmethod
     def added_loss(self, trainer: Trainer, pl_module: LightningModule, task: Tensor) -> Tensor | None:
@@ -70,18 +67,6 @@ class AddedLoss(CompressionCallback):
         if "torch._dynamo" in sys.modules:
             torch.compiler.reset()  # compiled code does not call hooks that were added later
         return patches
-
-    def is_logging(self, trainer: Trainer) -> bool:
-        """Whether the scalars of this step are logged."""
-        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # an attribute set by a connector
-        return bool(trainer.loggers) and (steps_done(trainer) + 1) % every == 0
-
-    def log_scalars(self, trainer: Trainer, scalars: Mapping[str, float]) -> None:
-        """Log the scalars of a step at its end, under the name of the method."""
-        if scalars:
-            values = {f"{self.method}/{name}": value for name, value in scalars.items()}
-            for logger in trainer.loggers:
-                logger.log_metrics(values, step=steps_done(trainer))
 
     def _training_step(
         self, trainer: Trainer, pl_module: LightningModule, original: Callable[..., Any], *args: Any, **kwargs: Any

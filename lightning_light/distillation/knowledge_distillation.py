@@ -197,12 +197,6 @@ class KnowledgeDistillation(AddedLoss):
         self._run: _Run | None = None
         self.averaged_model: nn.Module | None = None  # surgery changes it along with the student
 
-    @property
-    @override
-    def student_hook(self) -> StudentHook:
-        assert self._run is not None  # the patch is undone with the run
-        return self._run.student
-
     # Lightning's hooks, in the order a run meets them.
 
     @override
@@ -264,6 +258,7 @@ class KnowledgeDistillation(AddedLoss):
         )
         self._run.distiller.features.register()
         self._run.student.register(pl_module)
+        self.student_hook = self._run.student
         self._run.patches = self.patch_steps(trainer, pl_module)
 
     @override
@@ -286,7 +281,10 @@ class KnowledgeDistillation(AddedLoss):
         if self._run is None:
             return
         scalars, self._run.scalars, self._run.batch = self._run.scalars, {}, None
-        self.log_scalars(trainer, scalars)
+        if scalars:
+            values = {f"{self.method}/{name}": value for name, value in scalars.items()}
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step=steps_done(trainer))
 
     @override
     def on_surgery(
@@ -375,7 +373,7 @@ class KnowledgeDistillation(AddedLoss):
             pairs = run.distiller.features.pairs
             log_rank_zero(trainer, f"{self.method}: feature_layers matched by resolution: {pairs}")
         factors = self._factors(trainer, state, task, losses.terms)
-        if self.is_logging(trainer):
+        if self._is_logging(trainer):
             run.scalars = self._scalars(call, task, losses)
         return weighted_sum(losses.terms, factors)
 
@@ -427,6 +425,10 @@ class KnowledgeDistillation(AddedLoss):
             return values
         student = self._selectors.of_student(call.output)
         return values | self._agreement.values(student, losses.teacher_output, losses.positions.mask)
+
+    def _is_logging(self, trainer: Trainer) -> bool:
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # an attribute set by a connector
+        return bool(trainer.loggers) and (steps_done(trainer) + 1) % every == 0
 
     @override
     def check_called(self, pl_module: LightningModule) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any, TypeAlias, TypedDict
 
@@ -28,22 +28,19 @@ class _Slices(Rule):
     def check(self, value: Mapping[str, Any], context: Context, path: str) -> None:
         if context.shapes is None:
             return
-        tensors, layers = context.shapes, context.layers
-        for key, known in (("kept", tensors), ("statistics", tensors), ("attributes", layers)):
+        for key, known in (("kept", context.shapes), ("statistics", context.shapes), ("attributes", context.layers)):
             if unknown := sorted(value[key].keys() - known):
                 raise damage(f"{path}[{key!r}]", "names in the network", repr(unknown[0]))
+        shapes = {name: list(context.shapes[name]) for name in (*value["kept"], *value["statistics"])}
         for name, dims in value["kept"].items():
             for dim, index in dims.items():
-                sizes = dict(enumerate(tensors[name]))
-                rising = index.numel() > 0 and bool((index[1:] > index[:-1]).all())
-                if not rising or int(index[-1]) >= sizes.get(dim, 0):
-                    place = f"{path}['kept'][{name!r}][{dim}]"
-                    raise damage(place, f"ascending positions below {sizes.get(dim, 0)}", "others")
+                size = shapes[name][dim] if dim < len(shapes[name]) else 0
+                if not index.numel() or bool((index[1:] <= index[:-1]).any()) or int(index[-1]) >= size:
+                    raise damage(f"{path}['kept'][{name!r}][{dim}]", f"ascending positions below {size}", "others")
+                shapes[name][dim] = index.numel()
         for name, tensor in value["statistics"].items():
-            dims = value["kept"].get(name, {})
-            shape = tuple(dims[dim].numel() if dim in dims else size for dim, size in enumerate(tensors[name]))
-            if tuple(tensor.shape) != shape:
-                raise damage(f"{path}['statistics'][{name!r}]", f"the shape {shape}", str(tuple(tensor.shape)))
+            if list(tensor.shape) != shapes[name]:
+                raise damage(f"{path}['statistics'][{name!r}]", f"the shape {shapes[name]}", f"{list(tensor.shape)}")
 
 
 _Positions: TypeAlias = Annotated[Tensor, TensorOf("integer", 1, 0)]
@@ -52,7 +49,7 @@ _Positions: TypeAlias = Annotated[Tensor, TensorOf("integer", 1, 0)]
 class _Plain(TypedDict):
     kept: dict[str, dict[NonNegativeInt, _Positions]]
     attributes: dict[str, dict[str, NonNegativeInt | tuple[NonNegativeInt, ...]]]
-    statistics: dict[str, Annotated[Tensor, TensorOf("real", None, None)]]
+    statistics: dict[str, Annotated[Tensor, TensorOf("real")]]
 
 
 PlainNetwork: TypeAlias = Annotated[_Plain, _Slices()]
@@ -62,8 +59,8 @@ PlainNetwork: TypeAlias = Annotated[_Plain, _Slices()]
 def statistics_of(model: nn.Module, kept: Mapping[str, Mapping[int, Tensor]], part: str) -> dict[str, Tensor]:
     """Copy the batch-norm statistics of the part of ``model`` named ``part``, at the positions that are kept."""
     buffers = dict(model.named_buffers())
-    layers = (name for name, _ in layers_with_statistics(model) if _within(name, part) is not None)
-    names = (f"{layer}.{name}".lstrip(".") for layer in layers for name in _STATISTICS)
+    layers = [layer for layer, _ in layers_with_statistics(model.get_submodule(part))]
+    names = [".".join(filter(None, (part, layer, name))) for layer in layers for name in _STATISTICS]
     return {name: take(buffers[name], kept.get(name, {})).clone() for name in names if name in buffers}
 
 
@@ -71,58 +68,49 @@ class NarrowNetwork:
     """Call a network with a part of its channels; gradients go to its parameters.
 
     Args:
-        model: the LightningModule; its attributes are those of the whole network again after each call.
+        model: the LightningModule; it is whole again after each call.
         plain: of the narrower network. Its statistics are updated in place.
         part: path of the module that is called.
     """
 
     def __init__(self, model: nn.Module, plain: _Plain, part: str) -> None:
-        buffers = dict(model.named_buffers())
-        plain["statistics"] = {name: value.to(buffers[name].device) for name, value in plain["statistics"].items()}
-        self._network = model.get_submodule(part)
-        self._statistics = {str(_within(name, part)): value for name, value in plain["statistics"].items()}
-        self._attributes = [(model.get_submodule(path), values) for path, values in plain["attributes"].items()]
-        device = next(model.parameters()).device
+        tensors = _tensors(model)
+        plain["statistics"] = {name: value.to(tensors[name].device) for name, value in plain["statistics"].items()}
+        self._model, self._network, self._statistics = model, model.get_submodule(part), plain["statistics"]
         self._kept = {
-            key: {dim: index.to(device) for dim, index in dims.items()}
+            name: {dim: index.to(tensors[name].device) for dim, index in dims.items()}
             for name, dims in plain["kept"].items()
-            if (key := str(_within(name, part))) not in self._statistics
+            if name not in self._statistics
         }
+        self._attributes = [(vars(model.get_submodule(path)), new) for path, new in plain["attributes"].items()]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the output of the narrower network. Compiled parts run uncompiled, hooks of a run do not act."""
-        with uncompiled(self._network), RunHook.paused(), self._narrowed():
-            return self._network(*args, **kwargs)
-
-    @contextmanager
-    def _narrowed(self) -> Iterator[None]:
-        """Put the slices and the statistics in the place of the tensors, under all names that these have."""
-        tensors = {**dict(self._network.named_parameters()), **dict(self._network.named_buffers())}
+        tensors = _tensors(self._model)
         new = {id(tensors[name]): take(tensors[name], dims) for name, dims in self._kept.items()}
         new |= {id(tensors[name]): statistic for name, statistic in self._statistics.items()}
-        modules: list[Any] = list(self._network.modules())
-        tables = [table for module in modules for table in (module._parameters, module._buffers)]
-        before = [(table, dict(table)) for table in tables if not new.keys().isdisjoint(map(id, table.values()))]
-        attributes = [(module, {name: getattr(module, name) for name in old}) for module, old in self._attributes]
-        try:
-            for table, old in before:
-                table.update({name: new.get(id(tensor), tensor) for name, tensor in old.items()})
-            _set(self._attributes)
-            yield
-        finally:
-            for table, old in before:
-                table.update(old)
-            _set(attributes)
+        with uncompiled(self._model), RunHook.paused(), _updated([*self._new_entries(new), *self._attributes]):
+            return self._network(*args, **kwargs)
+
+    def _new_entries(self, new: Mapping[int, Tensor]) -> Iterator[tuple[Any, dict[str, Tensor]]]:
+        """Yield tables of modules, and what takes the place of tensors there, under all names that these have."""
+        for module in self._network.modules():
+            for table in (module._parameters, module._buffers):
+                yield table, {name: new[id(tensor)] for name, tensor in table.items() if id(tensor) in new}
 
 
-def _set(attributes: list[tuple[nn.Module, dict[str, Any]]]) -> None:
-    for module, values in attributes:
-        for name, value in values.items():
-            setattr(module, name, value)
+@contextmanager
+def _updated(changes: Iterable[tuple[dict[str, Any], Mapping[str, Any]]]) -> Iterator[None]:
+    """Update dicts inside the block."""
+    before = [(table, {name: table[name] for name in new}, new) for table, new in changes]
+    try:
+        for table, _, new in before:
+            table.update(new)
+        yield
+    finally:
+        for table, old, _ in before:
+            table.update(old)
 
 
-def _within(name: str, part: str) -> str | None:
-    """Return ``name`` as it is below ``part``; None for what lies outside."""
-    if not part or name == part:
-        return name.removeprefix(part)
-    return name.removeprefix(f"{part}.") if name.startswith(f"{part}.") else None
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}

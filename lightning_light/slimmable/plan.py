@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -38,7 +37,6 @@ class WidthOptions:
     criterion: Criterion
     targets: Targets | str | list[str] | None
     round_to: int
-    heads: Literal["dim", "head"]
 
     @property
     def narrower(self) -> list[float]:
@@ -46,24 +44,29 @@ class WidthOptions:
         return sorted((width for width in self.widths if width < 1.0), reverse=True)
 
 
-@dataclass
+@dataclass(frozen=True)
 class WidthPlan:
     """The networks of all widths.
 
     Attributes:
         networks: width, as a string -> the narrower network.
-        costs: width -> MACs and parameters.
-        lines: ``layer: its widths``, or why its channels are kept; ``(width 0.5): cost``.
+        costs: width -> MACs and parameters, also of the whole network.
+        lines: ``(width 0.5): cost``, then ``layer: its widths``, or why its channels are kept.
     """
 
-    networks: dict[str, PlainNetwork] = field(default_factory=dict)
-    costs: dict[float, Cost] = field(default_factory=dict)
-    lines: list[str] = field(default_factory=list)
+    networks: dict[str, PlainNetwork]
+    costs: dict[float, Cost]
+    lines: list[str]
 
     @property
     def layers(self) -> list[str]:
         """Names of the layers of which the narrower networks have a part."""
         return sorted({layer_of(name) for network in self.networks.values() for name in network["kept"]})
+
+    def shares(self) -> str:
+        """Return the MACs of each width, as shares of those of the whole network."""
+        shares = (human_percent(cost.macs / max(self.costs[1.0].macs, 1)) for cost in self.costs.values())
+        return f"widths {', '.join(f'{width:g}' for width in self.costs)}: {', '.join(shares)} of the MACs"
 
 
 def plan_widths(
@@ -87,52 +90,47 @@ def plan_widths(
     prefix = f"{part}." if part else ""
     inside = {group.name for group in free if all(member.tensor.startswith(prefix) for member in group.members)}
     one = example.small(1) if example.method == "forward" else example  # a step may need several samples
-    found = WidthPlan(costs={1.0: count_cost(model, one.args, one.kwargs)})
     cuts: dict[float, Plan] = {}
+    networks: dict[str, PlainNetwork] = {}
+    costs = {1.0: count_cost(model, one.args, one.kwargs)}
     for width in options.narrower:
-        cut = prune_channels(
+        cuts[width] = prune_channels(
             model,
             example,
             remaining={"*": width},
             criterion=options.criterion,
             targets=options.targets,
             widths=Widths(options.round_to, min_channels=1, min_remaining=0.0),
-            heads=options.heads,
             graph=graph,
             dry_run=True,
         )
-        cuts[width] = cut
-        chosen = {name: mask for name, mask in cut.kept.items() if name in inside}
+        chosen = {name: mask for name, mask in cuts[width].kept.items() if name in inside}
         kept = graph.kept_positions(chosen)
         with trial(model, kept, graph.attributes(model, chosen)) as edit:
-            found.costs[width] = count_cost(model, one.args, one.kwargs)
-        found.networks[str(width)] = {
-            "kept": kept,
-            "attributes": edit.attributes,
-            "statistics": statistics_of(model, kept, part),
-        }
-    found.lines = _lines(found, list(cuts.values()), inside, part)
-    if not found.layers:
+            costs[width] = count_cost(model, one.args, one.kwargs)
+        statistics = statistics_of(model, kept, part)
+        networks[str(width)] = {"kept": kept, "attributes": edit.attributes, "statistics": statistics}
+    layers = list(_layer_lines(list(cuts.values()), inside, part))
+    if not any(network["kept"] for network in networks.values()):
         raise UnsupportedError(
             f"`SlimmableTraining(widths={list(options.widths)})` on `{type(model).__name__}`: expected layers that can "
-            f"lose channels, found none: {'; '.join(found.lines[len(options.widths) :]) or 'it has no such layers'}. "
-            "Widen `targets`, or give a smaller width."
+            f"lose channels, found none: {'; '.join(layers) or 'it has no such layers'}. Widen `targets`, or give a "
+            "smaller width."
         )
-    return found
+    return WidthPlan(networks, costs, [*_cost_lines(costs), *layers])
 
 
-def _lines(found: WidthPlan, cuts: Sequence[Plan], inside: set[str], part: str) -> list[str]:
-    whole = found.costs[1.0]
-    lines = [
-        f"(width {width:g}): {human_count(cost.macs)} MACs ({human_percent(cost.macs / max(whole.macs, 1))}), "
-        f"{human_count(cost.params)} params ({human_percent(cost.params / max(whole.params, 1))})"
-        for width, cost in found.costs.items()
-    ]
+def _cost_lines(costs: Mapping[float, Cost]) -> Iterator[str]:
+    macs, params = max(costs[1.0].macs, 1), max(costs[1.0].params, 1)
+    for width, cost in costs.items():
+        counted = f"{human_count(cost.macs)} MACs ({human_percent(cost.macs / macs)})"
+        yield f"(width {width:g}): {counted}, {human_count(cost.params)} params ({human_percent(cost.params / params)})"
+
+
+def _layer_lines(cuts: Sequence[Plan], inside: set[str], part: str) -> Iterator[str]:
     for name, mask in cuts[0].kept.items():
-        counts = [int(cut.kept[name].sum()) for cut in cuts]
-        reason = f" (used outside of `{part}`)" if name not in inside else ""
-        narrowed = not reason and counts[-1] < mask.numel()
-        lines.append(
-            f"{name}: {mask.numel()} -> {', '.join(map(str, counts))} channels" if narrowed else f"{name}: kept{reason}"
+        counts = ", ".join(str(int(cut.kept[name].sum())) for cut in cuts)
+        yield f"{name}: " + (
+            f"{mask.numel()} -> {counts} channels" if name in inside else f"kept (used outside of `{part}`)"
         )
-    return lines + [f"{name}: kept ({reason})" for name, reason in cuts[0].skipped.items()]
+    yield from (f"{name}: kept ({reason})" for name, reason in cuts[0].skipped.items())

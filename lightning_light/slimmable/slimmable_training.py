@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypedDict
@@ -21,7 +22,6 @@ from lightning_light.distillation.loss import DistillationLoss
 from lightning_light.distillation.student_hook import ForwardCall, StudentHook
 from lightning_light.errors import UnsupportedError
 from lightning_light.example_input import ExampleInput
-from lightning_light.formatting import human_percent
 from lightning_light.host.patches import InstancePatch, wrap_method
 from lightning_light.progress import epochs_planned, training_progress
 from lightning_light.schedules import resolve, resolve_moment
@@ -31,7 +31,7 @@ from lightning_light.slimmable.networks import NarrowNetwork, PlainNetwork
 from lightning_light.slimmable.plan import METHOD, STAGE, WidthOptions, WidthPlan, plan_widths
 from lightning_light.structured.options import ChannelPruningOptions
 from lightning_light.structured.plan import check_prunable
-from lightning_light.surgery.distributed import log_rank_zero, on_rank_zero, refuse_unsupported
+from lightning_light.surgery.distributed import log_rank_zero, on_rank_zero
 from lightning_light.targets import Targets, as_targets
 from lightning_light.training_step import callable_with, overrides
 from lightning_light.validation import Moment, NonNegativeInt, OpenFraction, PositiveInt, validated
@@ -108,6 +108,10 @@ class SlimmableTraining(AddedLoss):
     method: ClassVar[str] = METHOD
     stage: ClassVar[int] = STAGE
     structural: ClassVar[bool] = False
+    whole_parameters: ClassVar[tuple[str, str] | None] = (
+        "the narrower networks are slices of them",
+        "Train on one device or with `strategy='ddp'`.",
+    )
     state_schema: ClassVar[Any] = _State
 
     def __init__(
@@ -139,15 +143,14 @@ class SlimmableTraining(AddedLoss):
         _check_widths(widths)
         _check_loss(loss)
         check_needs("SlimmableTraining", criterion, frozenset(), scores_groups=True)
-        self._options = WidthOptions(widths, criterion, targets, round_to, self.heads)
+        self._options = WidthOptions(widths, criterion, targets, round_to)
         self._agreement = Agreement(None, [loss])
         self._calls: list[ExampleInput] = []
         self._example: ExampleInput | None = None
         self._part = ""
         self._networks: dict[float, NarrowNetwork] = {}
-        self._hooks: list[StudentHook] = []
+        self._hooks: Sequence[StudentHook] = ()
         self._patches: list[InstancePatch] = []
-        self._scalars: dict[str, float] = {}
 
     # Lightning's hooks, in the order a run meets them.
 
@@ -162,10 +165,6 @@ class SlimmableTraining(AddedLoss):
             )
         if stage == "fit":
             self._schedule = resolve(self.loss.schedule, epochs_planned(trainer))
-
-    @override
-    def refuse_strategy(self, trainer: Trainer) -> None:
-        refuse_unsupported(trainer, type(self).__name__)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -183,39 +182,23 @@ class SlimmableTraining(AddedLoss):
         self._calls = []
 
     @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a run without a planned end."""
-        super().on_train_start(trainer, pl_module)
-        training_progress(trainer)
-
-    @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Plan the widths on the first batch; at ``start`` begin to train them."""
         if self._networks or has_lazy_layers(pl_module):
             return
         state = self.state(pl_module)
         if "networks" not in state:
-            first = not self._calls
+            begins, first = training_progress(trainer) >= self._moment(epochs_planned(trainer)), not self._calls
             if first:
                 self._observe(pl_module, batch)
-            begins = training_progress(trainer) >= self._moment(epochs_planned(trainer))
-            if not (first or begins):
-                return
-            plan = on_rank_zero(trainer, lambda: self._plan(pl_module))
-            if not begins:
+            plan = on_rank_zero(trainer, lambda: self._plan(pl_module)) if first or begins else None
+            if plan is None or not begins:
                 return
             self.claim(pl_module, plan.layers)
             state |= {"networks": plan.networks, "part": self._part, "steps": 0}
-            self._log_plan(trainer, pl_module, plan)
+            self.log_event(trainer, pl_module, plan.shares())
+            log_rank_zero(trainer, "\n  ".join([f"{self.method}: channels of each width", *plan.lines]))
         self._begin(trainer, pl_module, state)
-
-    @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Log the losses of the widths."""
-        scalars, self._scalars = self._scalars, {}
-        self.log_scalars(trainer, scalars)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -230,7 +213,7 @@ class SlimmableTraining(AddedLoss):
             held.undo()
         for hook in self._hooks:
             hook.remove()
-        self._patches, self._hooks, self._networks, self._calls, self._example = [], [], {}, [], None
+        self._patches, self._hooks, self._networks, self._calls, self._example = [], (), {}, [], None
         super().teardown(trainer, pl_module, stage)
 
     @override
@@ -282,12 +265,6 @@ class SlimmableTraining(AddedLoss):
         with callable_with(pl_module, example):
             return plan_widths(pl_module, graph, example, self._options, self._part)
 
-    def _log_plan(self, trainer: Trainer, pl_module: LightningModule, plan: WidthPlan) -> None:
-        shares = [human_percent(cost.macs / max(plan.costs[1.0].macs, 1)) for cost in plan.costs.values()]
-        widths = ", ".join(f"{width:g}" for width in plan.costs)
-        self.log_event(trainer, pl_module, f"widths {widths}: {', '.join(shares)} of the MACs")
-        log_rank_zero(trainer, "\n  ".join([f"{self.method}: channels of each width", *plan.lines]))
-
     # Private: one step.
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any]) -> None:
@@ -296,25 +273,13 @@ class SlimmableTraining(AddedLoss):
         self._networks = {
             float(width): NarrowNetwork(pl_module, plain, self._part) for width, plain in state["networks"].items()
         }
-        self._hooks = [StudentHook(self._part), StudentHook(self._part, gradients=False)]
+        self._hooks = self.student_hook, validation = StudentHook(self._part), StudentHook(self._part, gradients=False)
         for hook in self._hooks:
             hook.register(pl_module)
         self._patches = self.patch_steps(trainer, pl_module)
         if overrides(pl_module, "validation_step"):
-
-            def around(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-                return self._validation_step(pl_module, original, *args, **kwargs)
-
-            self._patches.append(wrap_method(pl_module, "validation_step", around))
-
-    @property
-    @override
-    def student_hook(self) -> StudentHook:
-        return self._hooks[0]
-
-    @override
-    def adds_loss(self, trainer: Trainer, pl_module: LightningModule) -> bool:
-        return True
+            step = functools.partial(self._validation_step, pl_module, validation)
+            self._patches.append(wrap_method(pl_module, "validation_step", step))
 
     @override
     def added_loss(self, trainer: Trainer, pl_module: LightningModule, task: Tensor) -> Tensor | None:
@@ -322,11 +287,10 @@ class SlimmableTraining(AddedLoss):
         if call is None:
             return None
         state = self.state(pl_module)
-        values = {width: self.loss(*self._outputs(width, call)) for width in self._drawn(state["steps"])}
+        total = sum(
+            (self.loss(*self._outputs(width, call)) for width in self._drawn(state["steps"])), task.new_zeros(())
+        )
         state["steps"] += 1
-        if self.is_logging(trainer):
-            self._scalars = {f"{self.loss.name}_{width:g}": float(value.detach()) for width, value in values.items()}
-        total = sum(values.values(), start=task.new_zeros(()))
         return self.loss.weight * self._schedule(training_progress(trainer)) * total
 
     @override
@@ -356,18 +320,23 @@ class SlimmableTraining(AddedLoss):
         return select(self._networks[width](*call.args, **call.kwargs), self.output, name), whole
 
     def _validation_step(
-        self, pl_module: LightningModule, original: Callable[..., Any], *args: Any, **kwargs: Any
+        self,
+        pl_module: LightningModule,
+        hook: StudentHook,
+        original: Callable[..., Any],
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         """Run the user's ``validation_step``, and log how well the outputs of each width agree with the whole."""
-        hook = self._hooks[1]
         hook.enabled = True
         try:
             result = original(*args, **kwargs)
         finally:
             hook.enabled = False
         call = hook.pop()
-        for width in self._networks if call is not None else ():
-            assert call is not None
+        if call is None:
+            return result
+        for width in self._networks:
             narrow, whole = self._outputs(width, call)
             values = self._agreement.values(narrow, whole, None) or {self.loss.name: float(self.loss(narrow, whole))}
             named = {f"{self.method}/{name}_{width:g}": value for name, value in values.items()}

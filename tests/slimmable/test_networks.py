@@ -26,7 +26,7 @@ NETS = [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for
 
 def planned(net: Any, *widths: float, part: str = "", targets: Any = None) -> WidthPlan:
     args, kwargs = net.example
-    options = WidthOptions((1.0, *widths), Magnitude(), targets, 1, "dim")
+    options = WidthOptions((1.0, *widths), Magnitude(), targets, 1)
     return plan_widths(net, trace_dependencies(net, args, kwargs), ExampleInput(args, kwargs), options, part)
 
 

@@ -133,7 +133,9 @@ def test_what_has_several_widths_is_extracted_before_it_is_changed(trained) -> N
 
 
 def test_validation_logs_the_agreement_of_the_extracted_networks() -> None:
-    module = module_class(Body, lightning.pytorch)(lr=0.0)  # predicts several classes
+    module = module_class(Body, lightning.pytorch)(lr=0.0)
+    nn.init.zeros_(module.head.bias)  # so that several classes are predicted
+    nn.init.zeros_(module.features.last.bias)
     run, module = fitted(SlimmableTraining((1.0, 0.5)), module=module, max_epochs=2, max_steps=-1, limit_val_batches=3)
     small, batches = extract_width(module, 0.5).eval(), module.val_dataloader().batches[:3]
     equal = torch.cat([small(x).argmax(1) == module.eval()(x).argmax(1) for x, _ in batches])
