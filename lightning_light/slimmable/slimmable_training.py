@@ -149,6 +149,7 @@ class SlimmableTraining(AddedLoss):
         self._example: ExampleInput | None = None
         self._part = ""
         self._networks: dict[float, NarrowNetwork] = {}
+        self._plain: Any = None  # the state that they belong to
         self._hooks: Sequence[StudentHook] = ()
         self._patches: list[InstancePatch] = []
 
@@ -184,9 +185,9 @@ class SlimmableTraining(AddedLoss):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Plan the widths on the first batch; at ``start`` begin to train them."""
-        if self._networks or has_lazy_layers(pl_module):
-            return
         state = self.state(pl_module)
+        if (self._networks and state.get("networks") is self._plain) or has_lazy_layers(pl_module):
+            return
         if "networks" not in state:
             begins, first = training_progress(trainer) >= self._moment(epochs_planned(trainer)), not self._calls
             if first:
@@ -198,6 +199,7 @@ class SlimmableTraining(AddedLoss):
             state |= {"networks": plan.networks, "part": self._part, "steps": 0}
             self.log_event(trainer, pl_module, plan.shares())
             log_rank_zero(trainer, "\n  ".join([f"{self.method}: channels of each width", *plan.lines]))
+        self._undo()  # where a checkpoint was loaded since, as by Lightning's learning-rate finder
         self._begin(trainer, pl_module, state)
 
     @override
@@ -209,11 +211,8 @@ class SlimmableTraining(AddedLoss):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Undo patches and remove hooks."""
-        for held in self._patches:
-            held.undo()
-        for hook in self._hooks:
-            hook.remove()
-        self._patches, self._hooks, self._networks, self._calls, self._example = [], (), {}, [], None
+        self._undo()
+        self._networks, self._plain, self._calls, self._example = {}, None, [], None
         super().teardown(trainer, pl_module, stage)
 
     @override
@@ -269,9 +268,9 @@ class SlimmableTraining(AddedLoss):
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any]) -> None:
         """Patch the steps. After the other methods, so that the losses of the widths come last."""
-        self._part = state["part"]
+        self._part, self._plain = state["part"], state["networks"]
         self._networks = {
-            float(width): NarrowNetwork(pl_module, plain, self._part) for width, plain in state["networks"].items()
+            float(width): NarrowNetwork(pl_module, plain, self._part) for width, plain in self._plain.items()
         }
         self._hooks = self.student_hook, validation = StudentHook(self._part), StudentHook(self._part, gradients=False)
         for hook in self._hooks:
@@ -280,6 +279,13 @@ class SlimmableTraining(AddedLoss):
         if overrides(pl_module, "validation_step"):
             step = functools.partial(self._validation_step, pl_module, validation)
             self._patches.append(wrap_method(pl_module, "validation_step", step))
+
+    def _undo(self) -> None:
+        for patch in self._patches:
+            patch.undo()
+        for hook in self._hooks:
+            hook.remove()
+        self._patches, self._hooks = [], ()
 
     @override
     def added_loss(self, trainer: Trainer, pl_module: LightningModule, task: Tensor) -> Tensor | None:

@@ -262,6 +262,19 @@ def test_another_fit_needs_the_same_widths() -> None:
         fitted(SlimmableTraining((1.0, 0.25)), module=module)
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_learning_rate_finder_leaves_the_run_as_it_is_without(order) -> None:
+    finder = lightning.pytorch.callbacks.LearningRateFinder(num_training_steps=3, update_attr=False)
+    ends = [
+        fitted(*beside, limit_val_batches=0)[1]
+        for beside in ([SlimmableTraining()], [finder, SlimmableTraining()][::order])
+    ]
+    for module in ends:
+        assert state_of(module).state["slimmable_training"]["steps"] == 3
+    assert not differences(*(dict(module.state_dict()) for module in ends))
+    assert not differences(*map(networks_of, ends))
+
+
 def test_a_width_that_was_not_trained_is_refused() -> None:
     with pytest.raises(ValueError, match=r"`extract_width\(Body.*, 0.5\)`: expected a width .* found none"):
         extract_width(built(), 0.5)
