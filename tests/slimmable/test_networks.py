@@ -20,7 +20,7 @@ from lightning_light.slimmable.plan import WidthOptions, WidthPlan, plan_widths
 from lightning_light.surgery.edit import cut, take
 from tests.zoo import ZOO, noise
 
-FAST = {"attention", "depthwise", "group_norm", "grouped", "lstm", "reshape_flatten", "residual", "tied_embedding"}
+FAST = {"attention", "group_norm", "grouped", "residual", "tied_embedding"}
 NETS = [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in ZOO]
 
 
