@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -33,9 +33,9 @@ def extract_width(module: Module, width: OpenFraction) -> Module:
         ValueError: the module, or the width, was not trained so.
         UnsupportedError: a layer was changed by a later method, for instance quantized.
     """
-    networks: dict[str, Any] = state_of(module).state.get(METHOD, {}).get("networks", {})
-    known = [1.0, *map(float, networks)] if networks else []
-    if float(width) not in known:
+    state = state_of(module).state.get(METHOD, {})
+    known = [1.0, *state["widths"]] if "widths" in state else []
+    if width not in known:
         raise ValueError(
             f"`extract_width({type(module).__name__}(...), {width})`: expected a width that `SlimmableTraining` has "
             f"trained, found {f'the widths {known}' if known else 'none in this module'}. Give the LightningModule "
@@ -44,7 +44,7 @@ def extract_width(module: Module, width: OpenFraction) -> Module:
     small = copy_network(module)
     compression_state = attach(small)
     if width < 1.0:
-        network = networks[str(float(width))]
+        network = state["networks"][state["widths"].index(width)]
         edit = cut(small, network["kept"], attributes=network["attributes"], method=METHOD, stage=STAGE)
         buffers = dict(small.named_buffers())
         with torch.no_grad():

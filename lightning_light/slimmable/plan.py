@@ -49,12 +49,12 @@ class WidthPlan:
     """The networks of all widths.
 
     Attributes:
-        networks: width, as a string -> the narrower network.
+        networks: width -> the narrower network.
         costs: width -> MACs and parameters, also of the whole network.
         lines: ``(width 0.5): cost``, then ``layer: its widths``, or why its channels are kept.
     """
 
-    networks: dict[str, PlainNetwork]
+    networks: dict[float, PlainNetwork]
     costs: dict[float, Cost]
     lines: list[str]
 
@@ -91,7 +91,7 @@ def plan_widths(
     inside = {group.name for group in free if all(member.tensor.startswith(prefix) for member in group.members)}
     one = example.small(1) if example.method == "forward" else example  # a step may need several samples
     cuts: dict[float, Plan] = {}
-    networks: dict[str, PlainNetwork] = {}
+    networks: dict[float, PlainNetwork] = {}
     costs = {1.0: count_cost(model, one.args, one.kwargs)}
     for width in options.narrower:
         cuts[width] = prune_channels(
@@ -109,7 +109,7 @@ def plan_widths(
         with trial(model, kept, graph.attributes(model, chosen)) as edit:
             costs[width] = count_cost(model, one.args, one.kwargs)
         statistics = statistics_of(model, kept, part)
-        networks[str(width)] = {"kept": kept, "attributes": edit.attributes, "statistics": statistics}
+        networks[width] = {"kept": kept, "attributes": edit.attributes, "statistics": statistics}
     layers = list(_layer_lines(list(cuts.values()), inside, part))
     if not any(network["kept"] for network in networks.values()):
         raise UnsupportedError(

@@ -25,7 +25,7 @@ from lightning_light.example_input import ExampleInput
 from lightning_light.host.patches import InstancePatch, wrap_method
 from lightning_light.progress import epochs_planned, training_progress
 from lightning_light.schedules import resolve, resolve_moment
-from lightning_light.schema import LayerName
+from lightning_light.schema import LayerName, Length, Needs
 from lightning_light.selectors import Selector, select
 from lightning_light.slimmable.networks import NarrowNetwork, PlainNetwork
 from lightning_light.slimmable.plan import METHOD, STAGE, WidthOptions, WidthPlan, plan_widths
@@ -46,12 +46,14 @@ class _State(TypedDict, total=False):
     """What a checkpoint holds.
 
     Attributes:
-        networks: width -> the narrower network and its batch-norm statistics.
+        widths: below 1.
+        networks: the narrower network of each width, and its batch-norm statistics.
         part: path of the module that is narrowed.
         steps: number of training steps with narrower networks, from which the random widths are drawn.
     """
 
-    networks: dict[str, PlainNetwork]
+    widths: list[OpenFraction]
+    networks: Annotated[list[PlainNetwork], Needs("widths", "part", "steps"), Length("widths")]
     part: Annotated[str, LayerName()]
     steps: NonNegativeInt
 
@@ -174,11 +176,11 @@ class SlimmableTraining(AddedLoss):
         check_prunable(pl_module)
         as_targets(self.targets).select(pl_module)
         module_at(pl_module, self.network or "", f"SlimmableTraining(network={self.network!r})")
-        networks = self.state(pl_module).get("networks")
-        if networks is not None and sorted(map(float, networks), reverse=True) != self._options.narrower:
+        widths = self.state(pl_module).get("widths", self._options.narrower)
+        if widths != self._options.narrower:
             raise UnsupportedError(
                 f"`SlimmableTraining(widths={list(self.widths)})`: expected the widths that this network was trained "
-                f"with, found {[1.0, *map(float, networks)]}. Give these, or begin with a new network."
+                f"with, found {[1.0, *widths]}. Give these, or begin with a new network."
             )
         self._calls = []
 
@@ -196,7 +198,8 @@ class SlimmableTraining(AddedLoss):
             if plan is None or not begins:
                 return
             self.claim(pl_module, plan.layers)
-            state |= {"networks": plan.networks, "part": self._part, "steps": 0}
+            state |= {"widths": list(plan.networks), "networks": list(plan.networks.values())}
+            state |= {"part": self._part, "steps": 0}
             self.log_event(trainer, pl_module, plan.shares())
             log_rank_zero(trainer, "\n  ".join([f"{self.method}: channels of each width", *plan.lines]))
         self._undo()  # where a checkpoint was loaded since, as by Lightning's learning-rate finder
@@ -269,9 +272,8 @@ class SlimmableTraining(AddedLoss):
     def _begin(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any]) -> None:
         """Patch the steps. After the other methods, so that the losses of the widths come last."""
         self._part, self._plain = state["part"], state["networks"]
-        self._networks = {
-            float(width): NarrowNetwork(pl_module, plain, self._part) for width, plain in self._plain.items()
-        }
+        networks = (NarrowNetwork(pl_module, plain, self._part) for plain in self._plain)
+        self._networks = dict(zip(state["widths"], networks, strict=True))
         self._hooks = self.student_hook, validation = StudentHook(self._part), StudentHook(self._part, gradients=False)
         for hook in self._hooks:
             hook.register(pl_module)

@@ -40,7 +40,7 @@ def called(network: Any, net: Any) -> torch.Tensor:
 @pytest.mark.parametrize("name", NETS)
 def test_a_narrow_call_equals_the_network_without_the_other_channels(name) -> None:
     net = ZOO[name]()
-    plain = planned(net, 0.5).networks["0.5"]
+    plain = planned(net, 0.5).networks[0.5]
     small = copy_network(net)
     cut(small, plain["kept"], attributes=plain["attributes"])
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in net.parameters())
@@ -66,11 +66,11 @@ def test_a_narrow_call_equals_the_network_without_the_other_channels(name) -> No
 def test_narrower_networks_are_nested_and_cost_what_is_counted() -> None:
     net = ZOO["residual"]()
     plan = planned(net, 0.75, 0.25)
-    wide, narrow = (plan.networks[width]["kept"]["conv2.weight"] for width in ("0.75", "0.25"))
+    wide, narrow = (plan.networks[width]["kept"]["conv2.weight"] for width in (0.75, 0.25))
     assert [wide[0].numel(), wide[1].numel(), narrow[0].numel(), narrow[1].numel()] == [9, 6, 3, 2]
     assert all(set(narrow[dim].tolist()) < set(wide[dim].tolist()) for dim in (0, 1))
     small = copy.deepcopy(net)
-    cut(small, plan.networks["0.25"]["kept"])
+    cut(small, plan.networks[0.25]["kept"])
     assert 2 * plan.costs[0.25].macs == count_cost(small, *net.example).macs  # which has two samples
     assert plan.lines[:4] == [
         "(width 1): 66.1k MACs (100%), 1.89k params (100%)",
@@ -96,9 +96,9 @@ def test_channels_that_are_used_outside_of_the_part_are_kept() -> None:
     net = TwoParts()
     plan = planned(net, 0.5, part="encoder")
     assert plan.lines[2:4] == ["encoder.0: 8 -> 4 channels", "encoder.3: kept (used outside of `encoder`)"]
-    narrow = NarrowNetwork(net, plan.networks["0.5"], "encoder")
+    narrow = NarrowNetwork(net, plan.networks[0.5], "encoder")
     assert narrow(*net.example[0]).shape == (2, 10)
-    assert plan.networks["0.5"]["statistics"]["encoder.1.num_batches_tracked"] == 1
+    assert plan.networks[0.5]["statistics"]["encoder.1.num_batches_tracked"] == 1
     assert net.encoder[1].num_batches_tracked == 0
 
 
@@ -123,7 +123,7 @@ DAMAGES: dict[str, Any] = {
 @pytest.mark.parametrize("what", DAMAGES)
 def test_a_damaged_state_is_refused(what) -> None:
     net = ZOO["plain"]()
-    plain = planned(net, 0.5).networks["0.5"]
+    plain = planned(net, 0.5).networks[0.5]
     check_schema(plain, PlainNetwork, "state", Context.of(net))
     DAMAGES[what](plain)
     with pytest.raises(ManifestError, match="damaged at `state"):

@@ -35,7 +35,8 @@ def fitted(*callbacks: Any, module: Any = None, **options: Any) -> Any:
 
 
 def networks_of(module: Any) -> Any:
-    return state_of(module).state["slimmable_training"]["networks"]
+    state = state_of(module).state["slimmable_training"]
+    return dict(zip(state["widths"], state["networks"], strict=True))
 
 
 def with_zeros(module: Any, kept: Any) -> dict[str, Tensor]:
@@ -70,7 +71,7 @@ def test_each_step_is_that_of_the_whole_network_with_zeros(trained) -> None:
         output = twin(x.double())
         loss = F.cross_entropy(output, y)
         drawn.append(slimmable._drawn(step))
-        for width in map(str, drawn[-1]):
+        for width in drawn[-1]:
             tensors = {**with_zeros(twin, networks_of(module)[width]["kept"]), **statistics[width]}
             narrow = functional_call(twin, tensors, (x.double(),))
             target = output.detach().softmax(1)
@@ -92,7 +93,7 @@ def test_each_step_is_that_of_the_whole_network_with_zeros(trained) -> None:
 @pytest.mark.parametrize("width", [0.75, 0.5, 0.25])
 def test_an_extracted_width_is_the_network_with_zeros(trained, width, tmp_path) -> None:
     _, run, module = trained
-    x, network = module.train_dataloader().batches[3][0].double(), networks_of(module)[str(width)]
+    x, network = module.train_dataloader().batches[3][0].double(), networks_of(module)[width]
     masked = copy.deepcopy(module).eval()
     masked.load_state_dict(with_zeros(module, network["kept"]), strict=False)
     for name, value in network["statistics"].items():
@@ -255,9 +256,9 @@ def test_runs_that_do_not_work_are_refused(callbacks, error, match) -> None:
 
 def test_another_fit_needs_the_same_widths() -> None:
     _, module = fitted(SlimmableTraining((1.0, 0.5)))
-    kept = copy.deepcopy(networks_of(module)["0.5"]["kept"])
+    kept = copy.deepcopy(networks_of(module)[0.5]["kept"])
     fitted(SlimmableTraining((1.0, 0.5)), module=module)
-    assert not differences(kept, networks_of(module)["0.5"]["kept"])
+    assert not differences(kept, networks_of(module)[0.5]["kept"])
     with pytest.raises(UnsupportedError, match=r"widths that this network was trained with, found \[1.0, 0.5\]"):
         fitted(SlimmableTraining((1.0, 0.25)), module=module)
 
