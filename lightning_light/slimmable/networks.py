@@ -13,6 +13,7 @@ from lightning_light.batch_norm import layers_with_statistics
 from lightning_light.host.patches import RunHook
 from lightning_light.isolation import uncompiled
 from lightning_light.schema import Context, Rule, TensorOf, damage
+from lightning_light.surgery.data import in_layout_of
 from lightning_light.surgery.edit import take
 from lightning_light.validation import NonNegativeInt
 
@@ -87,7 +88,8 @@ class NarrowNetwork:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the output of the narrower network. Compiled parts run uncompiled, hooks of a run do not act."""
         tensors = _tensors(self._model)
-        new = {id(tensors[name]): take(tensors[name], dims) for name, dims in self._kept.items()}
+        whole = ((tensors[name], dims) for name, dims in self._kept.items())
+        new = {id(tensor): in_layout_of(tensor, take(tensor, dims)) for tensor, dims in whole}
         new |= {id(tensors[name]): statistic for name, statistic in self._statistics.items()}
         with uncompiled(self._model), RunHook.paused(), _updated([*self._new_entries(new), *self._attributes]):
             return self._network(*args, **kwargs)

@@ -128,3 +128,15 @@ def test_a_damaged_state_is_refused(what) -> None:
     DAMAGES[what](plain)
     with pytest.raises(ManifestError, match="damaged at `state"):
         check_schema(plain, PlainNetwork, "state", Context.of(net))
+
+
+def test_slices_keep_the_layout_of_the_parameters() -> None:
+    """Else other, slower kernels run, which do not compute the same last bit."""
+    net = ZOO["residual"]().to(memory_format=torch.channels_last)
+    plain = planned(net, 0.5).networks[0.5]
+    strides = []
+    net.conv2.register_forward_pre_hook(lambda module, args: strides.append(module.weight.stride()))
+    NarrowNetwork(net, plain, "")(*net.example[0])
+    small = copy_network(net)
+    cut(small, plain["kept"], attributes=plain["attributes"])
+    assert strides == [small.conv2.weight.stride()]
