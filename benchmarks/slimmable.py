@@ -4,7 +4,7 @@
 
 The network of the examples and their part of Fashion-MNIST. Per seed:
 
-- slimmable: one run, all widths from 30 % of it on; accuracies are those of the extracted networks.
+- slimmable: one run, all widths from ``--start`` on; accuracies are those of the extracted networks.
 - pruned: the whole network for half of the epochs, then each narrower one pruned from it and trained for an equal share
   of the other half, with the whole one as teacher: as many epochs in total.
 - alone: each width trained from scratch, for all epochs each.
@@ -59,13 +59,13 @@ def narrowed(module: L.LightningModule, width: float) -> L.LightningModule:
     return small
 
 
-def slimmable(make, epochs: int) -> Row:
+def slimmable(make, epochs: int, start: float) -> Row:
     module = make(lr=0.1, channels_last=True)
-    seconds = train(module, epochs, [SlimmableTraining(WIDTHS, start=0.3)])
+    seconds = train(module, epochs, [SlimmableTraining(WIDTHS, start=start)])
     return {"accuracy": [accuracy(extract_width(module, width)) for width in WIDTHS], "seconds": [seconds]}
 
 
-def pruned(make, epochs: int) -> Row:
+def pruned(make, epochs: int, _: float) -> Row:
     module, each = make(lr=0.1, channels_last=True), epochs // 2 // (len(WIDTHS) - 1)
     seconds, found = [train(module, epochs - each * (len(WIDTHS) - 1), [])], [accuracy(module)]
     teacher = copy.deepcopy(module).eval()
@@ -77,7 +77,7 @@ def pruned(make, epochs: int) -> Row:
     return {"accuracy": found, "seconds": seconds}
 
 
-def alone(make, epochs: int) -> Row:
+def alone(make, epochs: int, _: float) -> Row:
     modules = [narrowed(make(lr=0.1, channels_last=True), width) for width in WIDTHS]
     seconds = [train(module, epochs, []) for module in modules]
     return {"accuracy": [accuracy(module) for module in modules], "seconds": seconds}
@@ -92,20 +92,21 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--start", type=float, default=0.3)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     kept, make = args.work / "slimmable.json", import_module("01_prune_and_export").Classifier
     rows: dict[str, Row] = json.loads(kept.read_text()) if kept.exists() else {}
     for name in args.kinds:
         for seed in range(args.seeds):
-            if (key := f"{name}, {args.epochs} epochs, seed {seed}") not in rows:
+            if (key := f"{name}, {args.epochs} epochs, start {args.start}, seed {seed}") not in rows:
                 L.seed_everything(seed, verbose=False)
-                rows[key] = KINDS[name](make, args.epochs)
+                rows[key] = KINDS[name](make, args.epochs, args.start)
                 kept.write_text(json.dumps(rows, indent=1))
                 print(key, rows[key], flush=True)
     print("| training |", " | ".join(f"{width:g}" for width in WIDTHS), "| processor time |")
     for name in args.kinds:
-        found = [rows[f"{name}, {args.epochs} epochs, seed {seed}"] for seed in range(args.seeds)]
+        found = [rows[f"{name}, {args.epochs} epochs, start {args.start}, seed {seed}"] for seed in range(args.seeds)]
         cells = [[100 * row["accuracy"][place] for row in found] for place in range(len(WIDTHS))]
         texts = [f"{mean(cell):.2f} ± {stdev(cell) if len(cell) > 1 else 0.0:.2f}" for cell in cells]
         print(f"| {name} |", " | ".join(texts), f"| {mean(sum(row['seconds']) for row in found):.0f} s |")
