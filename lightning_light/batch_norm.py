@@ -23,6 +23,7 @@ __all__ = [
     "InputRecorder",
     "Statistics",
     "has_statistics",
+    "layers_with_statistics",
     "measure_statistics",
     "move_statistics",
     "scale_and_shift",
@@ -52,7 +53,7 @@ def measure_statistics(model: nn.Module, inputs: Sequence[ExampleInput]) -> dict
     Returns:
         Module name -> its statistics, for the layers that keep running statistics and were reached.
     """
-    layers = dict(_layers(model)) if inputs else {}
+    layers = dict(layers_with_statistics(model)) if inputs else {}
     if not layers:
         return {}
     found: dict[str, list[Statistics]] = {name: [] for name in layers}
@@ -80,10 +81,10 @@ def move_statistics(
         after: statistics of the changed network, measured on the same inputs.
         kept: tensor name -> dimension -> positions that stayed, where channels were removed.
     """
-    for name, layer in _layers(model):
+    for name, layer in layers_with_statistics(model):
         if name not in before or name not in after:
             continue
-        assert layer.running_mean is not None  # of `_layers`
+        assert layer.running_mean is not None  # of `layers_with_statistics`
         assert layer.running_var is not None
         prefix = f"{name}." if name else ""
         mean = take(before[name].mean, kept.get(f"{prefix}running_mean", {}))
@@ -123,7 +124,7 @@ def scale_and_shift(
 
 def has_statistics(model: nn.Module) -> bool:
     """Check whether ``model`` has a batch-norm layer that keeps running statistics."""
-    return any(True for _ in _layers(model))
+    return any(True for _ in layers_with_statistics(model))
 
 
 class InputRecorder:
@@ -167,7 +168,8 @@ class InputRecorder:
             self.active = False
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
+def layers_with_statistics(model: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
+    """Yield the batch-norm layers that keep running statistics, by name."""
     for name, layer in model.named_modules():
         if isinstance(layer, _BatchNorm) and layer.track_running_stats and layer.running_mean is not None:
             yield name, layer

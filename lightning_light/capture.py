@@ -47,6 +47,21 @@ class Capture:
         self.remove()
         return self.observed
 
+    def calls(self, module: nn.Module, batch: Any) -> list[ExampleInput]:
+        """Observe the first batch; return the calls whose channels are followed: of ``forward`` and of the steps.
+
+        The validation step is one of them if it runs parts beside ``forward``. Without the training step, which is
+        last, where that does not run in isolation.
+        """
+        step = self.observe(module, batch).step
+        calls = [self.example] if self.example is not None and self.example.method == "forward" else []
+        if step is None:
+            return calls
+        validation = overrides(module, "validation_step") and step_call(module, batch, "validation_step")
+        if validation and (call := runs_beside_forward(module, validation)):
+            calls.append(call)
+        return [*calls, step]
+
     def require(self, call: str) -> None:
         """Refuse a run whose first training step has shown no example input.
 
@@ -117,6 +132,7 @@ class Observation:
         example: of ``forward``, as the step calls it or, where it does not, as it runs on what the parts of the module
             get; of the step where ``forward`` is not implemented or does not run on that.
         only_forward: whether the step called ``forward``, and no part with parameters beside it.
+        called: names of the parts with parameters that the step called itself; ``""`` for ``forward``.
     """
 
     def __init__(self) -> None:
@@ -124,6 +140,7 @@ class Observation:
         self.error = ""
         self.example: ExampleInput | None = None
         self.only_forward = False
+        self.called: list[str] = []
 
 
 def observe(module: nn.Module, batch: Any, part: str = "") -> Observation:
@@ -141,6 +158,7 @@ def observe(module: nn.Module, batch: Any, part: str = "") -> Observation:
         return found
     calls, found.step, found.error = _run_smallest(module, call)
     found.only_forward = "" in calls.outermost and not calls.beside_forward
+    found.called = [name for name in calls.outermost if not name or calls.has_parameters(name)]
     found.example = calls.first.get(part)
     if found.example is None and not part and found.step is not None:
         own = _accepted(module, calls, batch) if overrides(module, "forward") else None

@@ -25,13 +25,18 @@ METHODS = {
     "nas",
     "quantization",
     "reparameterization",
+    "slimmable",
     "sparsity",
     "structured",
     "substitution",
     "tuning",
 }
 CORE = {"criteria", "dependency", "host", "measure", "report", "surgery"}
-COMPOSING = {"cli", "nas"}  # they run several methods: they may import them, and none of them imports these
+COMPOSING = {
+    "cli",
+    "nas",
+    "slimmable",
+}  # may import methods, which do not import them
 ENTRIES = {"__init__.py", "__main__.py"}  # of the package itself
 HOSTS = {"lightning", "pytorch_lightning", "lightning_fabric"}
 HOST_FOLDER = "host"  # the one folder of the core that may import a host, and use its private names

@@ -16,6 +16,7 @@ import torch
 import lightning_light as ll
 from lightning_light.cli import LightningLightCLI
 from lightning_light.reparameterization import ACB
+from lightning_light.slimmable import SlimmableTraining
 
 CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
 PROGRAMS = {"gates", "prune", "quantize", "reparameterize_int8", "search", "space"}  # tested with the programs
@@ -42,6 +43,7 @@ TWINS: dict[str, Callable[[], Any]] = {
     "quantization_aware_training": lambda: ll.QuantizationAwareTraining(ll.Int8(), calibration_batches=4),
     "reparameterization": lambda: ll.Reparameterization(ACB(), merge=0.9),
     "self_distillation": lambda: ll.KnowledgeDistillation(ll.SelfTeacher(decay=0.99)),
+    "slimmable": lambda: SlimmableTraining([1.0, 0.75, 0.5, 0.25], start=0.2),
     "sr_ste": lambda: ll.SRSTE(ll.NM(2, 4), targets=SPARSE),
     "substitution": lambda: ll.Substitution(ll.MACs(0.7)),
     "two_of_four": lambda: ll.WeightPruning(pattern=ll.NM(2, 4), targets=SPARSE),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypedDict
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_light.callback import CompressionCallback
+from lightning_light.distillation.added_loss import AddedLoss
 from lightning_light.distillation.agreement import Agreement
 from lightning_light.distillation.alignment import Alignment
 from lightning_light.distillation.batch_fields import BatchFields
@@ -27,12 +26,11 @@ from lightning_light.distillation.loss import DistillationLoss, FeatureLoss
 from lightning_light.distillation.loss_balancing import gradient_factors
 from lightning_light.distillation.projectors import Projectors, ProjectorState
 from lightning_light.distillation.self_teacher import SelfTeacherState, copy_of_student, update_average
-from lightning_light.distillation.step_patch import add_to_loss
 from lightning_light.distillation.student_hook import ForwardCall, StudentHook
 from lightning_light.distillation.teacher_modules import InModelTeacher, SeparateTeacher, TeacherModule
 from lightning_light.distillation.teachers import BuiltTeacher, OnlineTeacher, SelfTeacher, TeacherSource, as_source
 from lightning_light.host.classes import is_host
-from lightning_light.host.patches import InstancePatch, wrap_method
+from lightning_light.host.patches import InstancePatch
 from lightning_light.host.trainer import is_accumulating, is_restoring
 from lightning_light.measure.metrics import MetricLike
 from lightning_light.order import Stage
@@ -109,7 +107,7 @@ class DistillationState(TypedDict, total=False):
 
 
 @validated
-class KnowledgeDistillation(CompressionCallback):
+class KnowledgeDistillation(AddedLoss):
     """Train the network with the outputs or features of a teacher besides its own task.
 
     Each loss is added to the loss that ``training_step`` returns, bit for bit as hand-written distillation does. The
@@ -260,9 +258,8 @@ class KnowledgeDistillation(CompressionCallback):
         )
         self._run.distiller.features.register()
         self._run.student.register(pl_module)
-        self._run.patches = self._patched(trainer, pl_module)
-        if "torch._dynamo" in sys.modules:
-            torch.compiler.reset()  # compiled code does not call hooks that were added later
+        self.student_hook = self._run.student
+        self._run.patches = self.patch_steps(trainer, pl_module)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -348,71 +345,24 @@ class KnowledgeDistillation(CompressionCallback):
         stores = stores_of(self.cache, [teacher.root for teacher in teachers], state, rank)
         return [CachedOutputs(self.cache, store, functools.partial(samples_of, trainer)) for store in stores]
 
-    def _patched(self, trainer: Trainer, pl_module: LightningModule) -> list[InstancePatch]:
-        step = functools.partial(self._training_step, trainer, pl_module)
-        patches = [wrap_method(pl_module, "training_step", step)]
-        if not pl_module.automatic_optimization:
-            backward = functools.partial(self._manual_backward, trainer, pl_module)
-            patches.append(wrap_method(pl_module, "manual_backward", backward))
-        return patches
-
     # Private: one training step.
 
-    def _training_step(
-        self, trainer: Trainer, pl_module: LightningModule, original: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        """Run the user's ``training_step`` and add the distillation losses to its loss."""
-        run = self._run
-        assert run is not None  # the patch is undone with the run
+    @override
+    def adds_loss(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         self._update_average(trainer, pl_module)
-        scales = self._scales(trainer)
-        is_on = any(scales)
-        run.student.enabled = is_on
-        run.distiller.record(is_on)
-        try:
-            output = original(*args, **kwargs)
-        finally:
-            run.student.enabled = False
-            run.distiller.record(False)
-        if is_on and pl_module.automatic_optimization:
-            output = self._with_losses(trainer, pl_module, output, scales)
-        elif is_on:
-            self._check_called(pl_module)
-        run.student.calls.clear()
-        return output
+        return any(self._scales(trainer))
 
-    def _with_losses(self, trainer: Trainer, pl_module: LightningModule, output: Any, scales: Sequence[float]) -> Any:
-        """Add the distillation losses to the output of ``training_step``; None skips the step."""
-        loss = output["loss"] if isinstance(output, Mapping) else output
-        if loss is None:
-            return output
-        extra = self._extra(trainer, pl_module, loss, scales)
-        if extra is not None:
-            return add_to_loss(output, extra)
-        self._check_called(pl_module)
-        return output
+    @override
+    def record(self, enabled: bool) -> None:
+        super().record(enabled)
+        assert self._run is not None  # the patch is undone with the run
+        self._run.distiller.record(enabled)
 
-    def _manual_backward(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        original: Callable[..., Any],
-        loss: Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
-        """Add the distillation losses in the first backward after a call of the student."""
-        scales = self._scales(trainer)
-        extra = self._extra(trainer, pl_module, loss, scales) if any(scales) else None
-        original(loss if extra is None else loss + extra, *args, **kwargs)
-
-    def _extra(
-        self, trainer: Trainer, pl_module: LightningModule, task: Tensor, scales: Sequence[float]
-    ) -> Tensor | None:
-        """Compute the sum of the distillation losses; None if the student was not called."""
-        run = self._run
+    @override
+    def added_loss(self, trainer: Trainer, pl_module: LightningModule, task: Tensor) -> Tensor | None:
+        run, scales = self._run, self._scales(trainer)
         assert run is not None
-        call, state = run.student.pop(), self.state(pl_module)
+        call, state = run.student.pop() if any(scales) else None, self.state(pl_module)
         if call is None:
             return None
         if not run.has_begun:
@@ -480,7 +430,8 @@ class KnowledgeDistillation(CompressionCallback):
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # an attribute set by a connector
         return bool(trainer.loggers) and (steps_done(trainer) + 1) % every == 0
 
-    def _check_called(self, pl_module: LightningModule) -> None:
+    @override
+    def check_called(self, pl_module: LightningModule) -> None:
         if self._run is not None and not self._run.has_begun:
             raise ValueError(
                 f"`KnowledgeDistillation(..., student={self.student!r})`: expected `training_step` to call "

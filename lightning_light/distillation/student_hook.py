@@ -25,7 +25,11 @@ class ForwardCall:
 
 
 class StudentHook:
-    """Forward hook that keeps the latest call of the student with gradients, while it is enabled.
+    """Forward hook that keeps the latest call of the student, while it is enabled.
+
+    Args:
+        path: see Attributes.
+        gradients: whether calls count that run with gradients, or those without.
 
     Attributes:
         enabled: whether calls are kept.
@@ -34,8 +38,9 @@ class StudentHook:
         calls: path -> latest call, of the candidates that were called.
     """
 
-    def __init__(self, path: str | None) -> None:
+    def __init__(self, path: str | None, *, gradients: bool = True) -> None:
         self.enabled = False
+        self._gradients = gradients
         self.path = path
         self.calls: dict[str, ForwardCall] = {}
         self._handles: list[RemovableHandle] = []
@@ -81,7 +86,7 @@ class StudentHook:
 
     def _hook(self, name: str) -> Callable[..., None]:
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if self.enabled and torch.is_grad_enabled():
+            if self.enabled and torch.is_grad_enabled() == self._gradients:
                 self.calls[name] = ForwardCall(args, kwargs, output)
 
         return keep

@@ -103,7 +103,7 @@ class Estimator:
     def _widths_of(self, kept: Mapping[str, Tensor]) -> Tensor:
         return torch.tensor([int(kept[group.name].sum()) for group in self._groups])
 
-    def _cut(self, kept: Mapping[str, Tensor], *, values: bool) -> AbstractContextManager[None]:
+    def _cut(self, kept: Mapping[str, Tensor], *, values: bool) -> AbstractContextManager[object]:
         positions, attributes = self._graph.kept_positions(kept), self._graph.attributes(self._model, kept)
         return trial(self._model, positions, attributes, values=values)
 

@@ -14,7 +14,7 @@ from typing_extensions import override
 from lightning_light.batch_norm import InputRecorder, Statistics, has_statistics, measure_statistics, move_statistics
 from lightning_light.budgets import Budget
 from lightning_light.callback import CompressionCallback
-from lightning_light.capture import Capture, has_lazy_layers, runs_beside_forward
+from lightning_light.capture import Capture, has_lazy_layers
 from lightning_light.criteria.collector import EvidenceCollector
 from lightning_light.criteria.evidence import Criterion
 from lightning_light.criteria.gathered import EvidenceStorage, Gathered
@@ -52,7 +52,7 @@ from lightning_light.surgery.edit import cut
 from lightning_light.surgery.stored_example import restore_or_capture_example, store_example, stored_calls
 from lightning_light.targets import Targets, as_targets
 from lightning_light.timing import Events
-from lightning_light.training_step import callable_with, overrides, step_call
+from lightning_light.training_step import callable_with
 from lightning_light.validation import Fraction, NonNegativeInt, OpenFraction, PositiveInt, validated
 
 if TYPE_CHECKING:
@@ -380,16 +380,11 @@ class StructuredPruning(CompressionCallback):
     def _observe(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> list[ExampleInput]:
         """Return the calls whose channels are followed: of ``forward``, the training step, the validation step."""
         assert self._capture is not None
-        found = self._capture.observe(pl_module, batch)
-        example = self._capture.example
-        calls = [example] if example is not None and example.method == "forward" else []
+        calls, found = self._capture.calls(pl_module, batch), self._capture.observed
+        assert found is not None
         if found.step is None:
             self._check_forward_suffices(trainer, pl_module, found.error, safe=bool(calls) and found.only_forward)
-            return calls
-        validation = overrides(pl_module, "validation_step") and step_call(pl_module, batch, "validation_step")
-        if validation and (call := runs_beside_forward(pl_module, validation)):
-            calls.append(call)
-        return [*calls, found.step]
+        return calls
 
     def _check_forward_suffices(self, trainer: Trainer, pl_module: LightningModule, error: str, *, safe: bool) -> None:
         """Refuse to prune by ``forward`` alone where the training step may read more than that shows."""

@@ -208,8 +208,8 @@ def trial(
     attributes: Mapping[str, Mapping[str, Any]] | None = None,
     *,
     values: bool = False,
-) -> Iterator[None]:
-    """Give ``model`` the shape it would have after `cut`, inside the block only.
+) -> Iterator[Edit]:
+    """Give ``model`` the shape it would have after `cut`, inside the block only; yield the attributes that it changes.
 
     Without ``values`` only the shapes are right: the tensors are views of the first elements, and nothing is copied.
     For forward passes without gradients: nodes that accumulate them, and DDP's hooks on those, live through a trial.
@@ -223,7 +223,7 @@ def trial(
             tensors[name].grad = None
             tensors[name].data = take(before[name][0], dims) if values else _first(before[name][0], dims)
         _set_attributes(model, set(kept), attributes or {}, edit)
-        yield
+        yield edit
     finally:
         for name, (data, grad) in before.items():
             tensors[name].grad = None
