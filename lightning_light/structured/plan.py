@@ -227,8 +227,9 @@ def gate_problem(model: nn.Module, graph: DependencyGraph, options: ChannelPruni
     candidates = _Candidates.of(model, graph, options, goal.original)
     estimator = _estimator(model, graph, candidates, goal)
     wanted = goal.budget.at(goal.dense, goal.fraction) / estimator.now
+    floors = torch.tensor([candidates.floors[group.name] for group in candidates.groups], dtype=torch.double)
     return GateProblem(
-        candidates.groups, lambda widths: estimator.interpolate(widths) / estimator.now, wanted, goal.example
+        candidates.groups, lambda widths: estimator.interpolate(widths) / estimator.now, wanted, floors, goal.example
     )
 
 
