@@ -101,9 +101,9 @@ def _table(header: list[str], lines: list[list[str]]) -> str:
 
 
 def _comparison(rows: list[Row]) -> str:
-    """Compare each row of a peer with the row of this package for the same purpose, seed by seed."""
+    """Compare each row of a peer with the rows of this package for the same purpose, seed by seed."""
     by_name = {row.experiment.name: row for row in rows}
-    pairs = [(by_name[row.experiment.beside], row) for row in rows if row.experiment.beside in by_name]
+    pairs = [(by_name[name], row) for row in rows for name in row.experiment.beside if name in by_name]
     lines = []
     for own, peer in pairs:
         theirs = peer.accuracies()
