@@ -85,7 +85,6 @@ def _structured(remaining: float) -> list[Experiment]:
     return [
         Experiment("magnitude" + end, section, "`Magnitude`, one cut", PruneChannels(budget)),
         Experiment("taylor" + end, section, "`Taylor`, one cut", PruneChannels(budget, ll.Taylor())),
-        Experiment("snip" + end, section, "`SNIP`, one cut", PruneChannels(budget, ll.criteria.SNIP())),
         Experiment("gates" + end, section, "`LearnedGates`, one cut", PruneChannels(budget, gates)),
         Experiment(
             "gates-teacher" + end,
@@ -117,7 +116,7 @@ def _structured(remaining: float) -> list[Experiment]:
             "`GroupTaylorImportance`, one cut",
             TorchPruning(tp.importance.GroupTaylorImportance, remaining, gradients=True),
             package="torch-pruning",
-            beside=("taylor" + end, "snip" + end),  # theirs is |w * g|, as `SNIP`
+            beside=("taylor" + end,),
         ),
     ]
 
