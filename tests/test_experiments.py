@@ -113,5 +113,5 @@ def test_names_are_unique_and_peers_are_compared_with_rows_of_this_package() -> 
     by_name = {experiment.name: experiment for experiment in EXPERIMENTS}
     assert len(by_name) == len(EXPERIMENTS) >= 24
     for experiment in EXPERIMENTS:
-        assert (experiment.package in (OURS, NONE)) == (experiment.beside is None)
-        assert experiment.beside is None or by_name[experiment.beside].package == OURS
+        assert (experiment.package in (OURS, NONE)) == (not experiment.beside)
+        assert {by_name[name].package for name in experiment.beside} <= {OURS}

@@ -58,7 +58,7 @@ class Experiment:
         title: what is done.
         method: how.
         package: that does it; `NONE` where nothing is compressed.
-        beside: the experiment of this package with which the row of a peer is compared.
+        beside: the experiments of this package with which the row of a peer is compared.
         network: ``"cnn"``, ``"vit"``, ``"resnet"``, or `SHORTCUTS`: the ResNet with convolutional shortcuts.
         epochs: of training; None for those of the profile, 0 for none.
     """
@@ -68,7 +68,7 @@ class Experiment:
     title: str
     method: Method
     package: str = OURS
-    beside: str | None = None
+    beside: tuple[str, ...] = ()
     network: str = "cnn"
     epochs: int | None = None
 
@@ -108,7 +108,7 @@ def _structured(remaining: float) -> list[Experiment]:
             "`GroupMagnitudeImportance`, one cut",
             TorchPruning(tp.importance.GroupMagnitudeImportance, remaining),
             package="torch-pruning",
-            beside="magnitude" + end,
+            beside=("magnitude" + end, "gates" + end, "gates-teacher" + end),
         ),
         Experiment(
             "torch-pruning-taylor" + end,
@@ -116,7 +116,7 @@ def _structured(remaining: float) -> list[Experiment]:
             "`GroupTaylorImportance`, one cut",
             TorchPruning(tp.importance.GroupTaylorImportance, remaining, gradients=True),
             package="torch-pruning",
-            beside="taylor" + end,
+            beside=("taylor" + end,),
         ),
     ]
 
@@ -145,7 +145,7 @@ CNN = [
         "`ModelPruning`, 90 % after the first epoch",
         LightningModelPruning(0.9),
         package="Lightning",
-        beside="sparse-0.9",
+        beside=("sparse-0.9",),
     ),
     Experiment(
         "torch-prune-0.9",
@@ -153,7 +153,7 @@ CNN = [
         "`global_unstructured`, 90 % at the start",
         TorchPrune(0.9),
         package="torch.nn.utils.prune",
-        beside="sparse-one-shot-0.9",
+        beside=("sparse-one-shot-0.9",),
     ),
     _ours(
         "rigl-0.9",
@@ -197,7 +197,12 @@ CNN = [
         "qat", _BITS, "`QuantizationAwareTraining`, int8", ll.QuantizationAwareTraining(ll.Int8("onnx")), quantized=True
     ),
     Experiment(
-        "fx-qat", _BITS, "FX, `prepare_qat_fx`, int8", FXQuantization(), package="torch.ao.quantization", beside="qat"
+        "fx-qat",
+        _BITS,
+        "FX, `prepare_qat_fx`, int8",
+        FXQuantization(),
+        package="torch.ao.quantization",
+        beside=("qat",),
     ),
     _ours(
         "lsq-4",
@@ -226,7 +231,7 @@ CNN = [
         "distillation loss in `training_step`",
         HandWrittenDistillation(12),
         package="by hand",
-        beside="student-teacher",
+        beside=("student-teacher",),
     ),
 ]
 
@@ -267,7 +272,7 @@ RESNET = [
 _HALF = "ResNet with convolutional shortcuts, CIFAR-10: pruned to 50% of the MACs, trained on"
 
 
-def _half(name: str, title: str, method: Method, **options: str) -> Experiment:
+def _half(name: str, title: str, method: Method, **options: Any) -> Experiment:
     """Return a row of the ResNet that every package can prune."""
     return Experiment(f"{SHORTCUTS}-{name}-0.5", _HALF, title, method, network=SHORTCUTS, **options)
 
@@ -286,14 +291,14 @@ RESNET_SHORTCUTS = [
         "`GroupMagnitudeImportance`, one cut",
         TorchPruning(tp.importance.GroupMagnitudeImportance, 0.5),
         package="torch-pruning",
-        beside=f"{SHORTCUTS}-gates-teacher-0.5",
+        beside=(f"{SHORTCUTS}-gates-teacher-0.5",),
     ),
     _half(
         "torch-pruning-taylor",
         "`GroupTaylorImportance`, one cut",
         TorchPruning(tp.importance.GroupTaylorImportance, 0.5, gradients=True),
         package="torch-pruning",
-        beside=f"{SHORTCUTS}-gates-teacher-0.5",
+        beside=(f"{SHORTCUTS}-gates-teacher-0.5",),
     ),
     _half("gates", "`LearnedGates`, one cut", PruneChannels(ll.MACs(0.5), LearnedGates())),
     _half("magnitude", "`Magnitude`, one cut", PruneChannels(ll.MACs(0.5))),
@@ -326,14 +331,14 @@ VIT = [
         "`GroupMagnitudeImportance`, one cut",
         TorchPruning(tp.importance.GroupMagnitudeImportance, 0.6),
         package="torch-pruning",
-        beside="vit-magnitude-0.6",
+        beside=("vit-magnitude-0.6", "vit-gates-0.6"),
     ),
     _vit(
         "torch-pruning-taylor-0.6",
         "`GroupTaylorImportance`, one cut",
         TorchPruning(tp.importance.GroupTaylorImportance, 0.6, gradients=True),
         package="torch-pruning",
-        beside="vit-taylor-0.6",
+        beside=("vit-taylor-0.6",),
     ),
     _vit("sparse-0.9", "`WeightPruning`, 90 %, gradual", Callbacks([ll.WeightPruning(ll.Sparsity(0.9))]), _VIT_OTHERS),
     _vit(

@@ -83,12 +83,14 @@ class GateProblem:
         cost: widths of the groups, shape ``(groups,)``, not necessarily integers -> fraction of the budget's quantity
             that is left; differentiable.
         goal: the fraction to reach.
+        floors: the smallest widths of the groups, shape ``(groups,)``, of type double.
         example: one call of the model.
     """
 
     groups: Sequence[ChannelGroup]
     cost: Callable[[Tensor], Tensor]
     goal: float
+    floors: Tensor
     example: ExampleInput
 
 
@@ -161,14 +163,10 @@ class GateTrainer:
         problem, gated, state = self._prepared()
         phase = self.batches / max(self._criterion.steps - 1, 1)
         logits = state["logits"].detach().requires_grad_()
-
-        def cost(gates: Tensor) -> Tensor:
-            return problem.cost(gates.new_zeros(len(problem.groups)).index_add(0, gated.owner, gates))
-
         goal = problem.goal * (1.0 - _MARGIN)
         if goal < 1.0:
             tightened = max(goal, 1.0 - (1.0 - goal) * (phase + 0.02) / _RAMP)
-            gates = solved_gates(logits, cost, tightened, _LAST_TEMPERATURE**phase)
+            gates = solved_gates(logits, gated.owner, problem.floors, problem.cost, tightened, _LAST_TEMPERATURE**phase)
             gradient = self._gradient(gates, gated, call)
             gradient = (gradient if reduce is None else reduce(gradient)).cpu().double()
             if bool(gradient.isfinite().all()):
@@ -253,30 +251,57 @@ def learn_gates(
     return trainer.means()
 
 
-def solved_gates(logits: Tensor, cost: Callable[[Tensor], Tensor], goal: float, temperature: float) -> Tensor:
-    """Return the gates ``sigmoid((logits - s) / temperature)`` with ``cost(gates) = goal``; differentiable.
+def solved_gates(
+    logits: Tensor,
+    owner: Tensor,
+    floors: Tensor,
+    cost: Callable[[Tensor], Tensor],
+    goal: float,
+    temperature: float,
+) -> Tensor:
+    """Return the gates ``sigmoid((logits - s) / temperature)`` whose widths cost ``goal``; differentiable.
 
-    The derivative of the shift ``s`` is that of the implicit function: ``ds/da_i = -(dC/da_i) / (dC/ds)``.
+    A group that would be narrower than its floor has a smaller shift of its own, with which its gates add up to the
+    floor. The derivatives of the shifts are those of the implicit function: ``ds/da_i = -(dC/da_i) / (dC/ds)``.
 
     Args:
-        logits: shape ``(gates,)``.
-        cost: of gates; it rises with each of them.
-        goal: between the costs of closed and of open gates.
+        logits: shape ``(gates,)``, of type double.
+        owner: the group of each gate.
+        floors: the smallest sums of the gates of each group, shape ``(groups,)``.
+        cost: of the sums, a scalar; it rises with each of them.
+        goal: at most the cost of open gates; where the floors cost more, all groups are at their floors.
         temperature: above 0.
     """
+
+    def gates(shifts: Tensor, logits: Tensor = logits) -> Tensor:
+        return torch.sigmoid((logits - shifts[owner]) / temperature)
+
+    def widths(gates: Tensor) -> Tensor:
+        return torch.zeros_like(floors).index_add(0, owner, gates)
+
     with torch.no_grad():
-        low, high = float(logits.min()) - 20 * temperature, float(logits.max()) + 20 * temperature
-        for _ in range(40):
-            middle = (low + high) / 2
-            if cost(torch.sigmoid((logits - middle) / temperature)) > goal:
-                low = middle
-            else:
-                high = middle
-    shift = torch.tensor((low + high) / 2, dtype=logits.dtype, requires_grad=True)
-    (slope,) = torch.autograd.grad(cost(torch.sigmoid((logits.detach() - shift) / temperature)), shift)
-    solved = cost(torch.sigmoid((logits - shift.detach()) / temperature))
-    moved = shift.detach() - (solved - solved.detach()) / slope.clamp_max(-1e-6)
-    return torch.sigmoid((logits - moved) / temperature)
+        low, high = logits.min() - 20 * temperature, logits.max() + 20 * temperature
+        own = _bisected(lambda s: widths(gates(s)) > floors, low.expand_as(floors), high.expand_as(floors))
+        shared = _bisected(lambda s: cost(widths(gates(torch.minimum(own, s)))) > goal, low, high)
+        bound = own < shared
+        found = gates(own)
+        slopes = -widths(found * (1 - found)) / temperature
+    sums, shift = widths(gates(own)), shared.clone().requires_grad_()
+    own = own - (sums - sums.detach()) / slopes.clamp_max(-1e-6)
+    fixed = gates(torch.where(bound, own.detach(), shift), logits.detach())
+    (slope,) = torch.autograd.grad(cost(widths(fixed)), shift)
+    solved = cost(widths(gates(torch.where(bound, own, shared))))
+    moved = shared - (solved - solved.detach()) / slope.clamp_max(-1e-6)
+    return gates(torch.where(bound, own, moved))
+
+
+def _bisected(exceeds: Callable[[Tensor], Tensor], low: Tensor, high: Tensor) -> Tensor:
+    """Return the numbers up to which ``exceeds`` holds, element by element."""
+    for _ in range(40):
+        middle = (low + high) / 2
+        above = exceeds(middle)
+        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+    return (low + high) / 2
 
 
 def _adam(state: GateState, gradient: Tensor, lr: float) -> None:

@@ -227,8 +227,9 @@ def gate_problem(model: nn.Module, graph: DependencyGraph, options: ChannelPruni
     candidates = _Candidates.of(model, graph, options, goal.original)
     estimator = _estimator(model, graph, candidates, goal)
     wanted = goal.budget.at(goal.dense, goal.fraction) / estimator.now
+    floors = torch.tensor([candidates.floors[group.name] for group in candidates.groups], dtype=torch.double)
     return GateProblem(
-        candidates.groups, lambda widths: estimator.interpolate(widths) / estimator.now, wanted, goal.example
+        candidates.groups, lambda widths: estimator.interpolate(widths) / estimator.now, wanted, floors, goal.example
     )
 
 
@@ -354,15 +355,20 @@ class _Search:
         """Return the masks of the fewest removals that reach ``limit``, and the quantity that they leave.
 
         The last channel of the order may cost more than is still missing. It is kept where cheaper ones that follow it
-        are enough. Where only layers with a width of their own keep the model above ``limit``, all others go to their
-        smallest.
+        are enough and leave more. Where only layers with a width of their own keep the model above ``limit``, all
+        others go to their smallest.
         """
         if self._estimate(0) <= limit:
             return self.masks(0), self._estimate(0)
-        search, count, value = self, *self._smallest(limit)
-        while (cheaper := search._without_last(count, value, limit)) is not None:
-            search, count, value = cheaper
-        return search.masks(count), value
+        best = tried = (self, *self._smallest(limit))
+        most = best[1] + max(1, self._order.numel() // _REACH)
+        for _ in self._ranked:
+            cheaper = tried[0]._without_last(tried[1], most, limit) if best[2] + _GAIN * limit < limit else None
+            if cheaper is None:
+                break
+            tried = cheaper
+            best = tried if best[2] + _GAIN * limit < tried[2] else best
+        return best[0].masks(best[1]), best[2]
 
     def masks(self, count: int) -> dict[str, Tensor]:
         """Return group name -> channels that stay when the first ``count`` of the order are removed."""
@@ -380,12 +386,12 @@ class _Search:
         widths |= {name: int(mask.sum()) for name, mask in self._fixed.items()}
         return self._estimator(torch.tensor([widths[name] for name in self._names]))
 
-    def _without_last(self, count: int, value: float, limit: float) -> tuple[_Search, int, float] | None:
+    def _without_last(self, count: int, most: int, limit: float) -> tuple[_Search, int, float] | None:
         """Try the order in which the channel at ``count - 1``, and what its layer loses after it, comes last.
 
         Returns:
-            The search, count and value with it, if these leave clearly more than ``value`` and do not reach much
-            further down the order; None otherwise, and for quantities that are measured with noise.
+            The search, count and value with it; None where more than the first ``most`` of the order would have to be
+            removed, and for quantities that are measured with noise.
         """
         if count == 0 or self._estimator.is_noisy:
             return None
@@ -393,11 +399,11 @@ class _Search:
         postponed = rest == rest[0]
         other = copy.copy(self)
         other._order = torch.cat([self._order[: count - 1], rest[~postponed], rest[postponed]])
-        most = min(count + max(1, self._order.numel() // _REACH), count - 1 + int((~postponed).sum()))
+        most = min(most, count - 1 + int((~postponed).sum()))
         if other._estimate(most) > limit:
             return None
         found, left = other._smallest(limit)
-        return (other, found, left) if found <= most and value + _GAIN * limit < left <= limit else None
+        return (other, found, left) if found <= most and left <= limit else None
 
     def _smallest(self, limit: float) -> tuple[int, float]:
         """Return the smallest number of removals that reaches ``limit``, and the quantity that it leaves."""

@@ -57,18 +57,23 @@ def test_closed_gates_compute_what_the_network_without_the_channels_computes(nam
         assert not torch.allclose(b, c, atol=10 * tolerance), "the channels matter"
 
 
-def test_solved_gates_meet_the_budget_and_its_gradient_is_that_of_differences() -> None:
+@pytest.mark.parametrize(("floor", "width"), [(0.1, None), (1.5, 1.5)], ids=["free", "floor"])
+def test_solved_gates_meet_the_budget_and_floors_and_their_gradient_is_that_of_differences(floor, width) -> None:
     generator = torch.Generator().manual_seed(0)
     logits, weights = torch.randn(2, 6, generator=generator, dtype=torch.double)
+    logits[:2] -= 3.0
+    owner, floors = torch.tensor([0, 0, 1, 1, 1, 1]), torch.tensor([floor, 0.1], dtype=torch.double)
 
-    def cost(gates: Tensor) -> Tensor:
-        return (gates * torch.arange(1, 7)).sum() ** 2 / 21**2
+    def cost(widths: Tensor) -> Tensor:
+        return (widths * torch.tensor([2, 3])).sum() ** 2 / 16**2
 
-    gates = solved_gates(logits, cost, 0.4, 0.5)
-    assert abs(float(cost(gates)) - 0.4) < 1e-9
-    assert torch.autograd.gradcheck(
-        lambda a: (solved_gates(a, cost, 0.4, 0.5) * weights).sum(), logits.clone().requires_grad_()
-    )
+    def solved(a: Tensor) -> Tensor:
+        return solved_gates(a, owner, floors, cost, 0.4, 0.5)
+
+    widths = torch.zeros_like(floors).index_add(0, owner, solved(logits))
+    assert abs(float(cost(widths)) - 0.4) < 1e-9
+    assert 0.7 < widths[0] < 0.8 if width is None else abs(float(widths[0]) - width) < 1e-9
+    assert torch.autograd.gradcheck(lambda a: (solved(a) * weights).sum(), logits.clone().requires_grad_())
 
 
 class Planted(nn.Module):

@@ -109,6 +109,21 @@ def test_an_expensive_last_channel_is_kept_where_a_cheaper_one_is_enough() -> No
     assert not plan.kept["0"][0], "where no few cheap ones are enough, it is removed"
 
 
+def test_two_expensive_channels_in_a_row_are_kept_where_a_cheaper_one_is_enough() -> None:
+    """A channel of the three hidden layers has 1,101, 17 and 194 parameters; 100 parameters have to go."""
+    layers = [nn.Linear(1000, 8), nn.Linear(8, 100), nn.Linear(100, 8)]
+    scales = [[4.6, *[100.0] * 7], [float(i) for i in range(100)], [4.5, *[100.0] * 7]]
+    with torch.no_grad():
+        for layer, values in zip(layers, scales, strict=True):
+            layer.weight.copy_(torch.tensor(values)[:, None] / layer.weight.shape[1] ** 0.5)
+    net = nn.Sequential(*layers, nn.Linear(8, 93))
+    total = sum(parameter.numel() for parameter in net.parameters())
+    ranking = Global(reduction="first", normalizer=None)
+    plan = prune_channels(net, torch.zeros(2, 1000), Params((total - 100) / total), ranking=ranking, dry_run=True)
+    removed = {name: (~mask).nonzero().flatten().tolist() for name, mask in plan.kept.items()}
+    assert removed == {"0": [], "1": [0, 1, 2, 3, 4, 5], "2": []}, "six channels, 102 parameters"
+
+
 def test_size_counts_bytes_of_tensors() -> None:
     net = built("plain")
     plan = pruned(net, Size(3_000))
