@@ -6,8 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from lightning_light.formatting import DataTable, human_bytes, human_count, human_percent
-from lightning_light.helper_networks import inside
-from lightning_light.measure.layer_matching import LayerPair, match_layers
+from lightning_light.measure.layer_matching import LayerPair, is_within, match_layers
 from lightning_light.measure.layer_table import LayerRow
 from lightning_light.measure.snapshot import Snapshot
 from lightning_light.validation import validated
@@ -182,7 +181,7 @@ def _lines(pairs: list[LayerPair], layers: Collection[str] | None) -> list[Layer
     """Return one pair per line; the layers without a line of their own share one."""
     if layers is None:
         return [LayerPair(pair.name or "(model)", pair.before, pair.after) for pair in pairs]
-    shown = [pair for pair in pairs if inside(pair.name, layers)]
+    shown = [pair for pair in pairs if is_within(pair.name, layers)]
     rest = [pair for pair in pairs if pair not in shown]
     if not rest:
         return shown

@@ -6,8 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, TypedDict
 
-from lightning_light.helper_networks import inside
-from lightning_light.measure.layer_matching import match_layers, remaining
+from lightning_light.measure.layer_matching import is_within, match_layers, remaining
 from lightning_light.measure.snapshot import Snapshot
 from lightning_light.schema import Length
 from lightning_light.validation import NonNegativeInt
@@ -51,7 +50,7 @@ class History:
     @classmethod
     def of(cls, before: Snapshot, layers: Collection[str]) -> History:
         """Return an empty history of ``layers``: names of layers, or of modules that contain them."""
-        return cls(layers=tuple(row.name for row in before.rows if inside(row.name, layers)))
+        return cls(layers=tuple(row.name for row in before.rows if is_within(row.name, layers)))
 
     def extended(self, step: int, before: Snapshot, now: Snapshot) -> History:
         """Return the history with one more step; with the same columns if nothing has changed since the last."""

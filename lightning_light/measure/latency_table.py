@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lightning_light.example_input import ExampleInput
     from lightning_light.runtime import Runtime
 
-__all__ = ["CACHE", "LatencyTable", "TimedFiles", "lowered", "measured_text", "processor_name", "quantity"]
+__all__ = ["CACHE", "LatencyTable", "TimedFiles", "lowered", "measured_text", "quantity"]
 
 CACHE = "LIGHTNING_LIGHT_CACHE"
 """Environment variable: folder of the measured tables; ``~/.cache/lightning_light`` without it."""
@@ -177,7 +177,7 @@ class _Disk:
     def __init__(self, runtime: Runtime, threads: int) -> None:
         self._of = {
             "machine": platform.node(),
-            "processor": processor_name(),
+            "processor": _processor(),
             "runtime": f"{runtime!r}, {runtime.runtime()}",
             "torch": torch.__version__,
             "threads": threads,
@@ -221,7 +221,7 @@ class _Disk:
         return dict(found)
 
 
-def processor_name() -> str:
+def _processor() -> str:
     """Name the processor: on Linux, where `platform` has no name, from the kernel's list."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
