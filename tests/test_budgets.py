@@ -160,8 +160,10 @@ def test_latency_in_a_runtime_is_that_of_the_file_on_one_sample(net: nn.Module, 
     def recorded(exporter: TorchScriptLite, path: Path):
         run = load(exporter, path)
 
-        def record(*tensors: torch.Tensor) -> None:
-            found.append((run(*tensors).shape, torch.get_num_threads()))
+        def record(*tensors: torch.Tensor) -> torch.Tensor:
+            output = run(*tensors)
+            found.append((output.shape, torch.get_num_threads()))
+            return output
 
         return record
 

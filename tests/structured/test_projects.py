@@ -32,7 +32,7 @@ STAY: dict[str, dict[str, tuple[int, ...]]] = {
 def parameters(module: Any) -> int:
     """Count those of the network; frozen networks that ``forward`` does not call are none of it."""
     network = getattr(module, "student", module)
-    return sum(parameter.numel() for parameter in network.parameters())
+    return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")

@@ -6,6 +6,7 @@ Bias Correction", appendix D. https://arxiv.org/abs/1906.04721
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,7 +27,6 @@ from lightning_light.quantization.fake_quantizer import FakeQuantizer
 from lightning_light.quantization.learned_qparams import weight_scale
 from lightning_light.quantization.specs import WeightSpec
 from lightning_light.quantization.trace import OpNode, inputs_of_layer, trace_ops, writable_parameters
-from lightning_light.schedules import Cosine
 from lightning_light.validation import FractionBelowOne, PositiveFloat, PositiveInt, validated
 
 __all__ = ["AdaRound", "Refinement", "dequantized", "learn_rounding", "logits_of", "rectified_sigmoid", "regularizer"]
@@ -93,7 +93,7 @@ class AdaRound:
         if step < begin:
             return None
         first, last = self.beta
-        return first + (last - first) * Cosine()((step - begin) / (self.steps - begin))
+        return last + (first - last) * (1 + math.cos(math.pi * (step - begin) / (self.steps - begin))) / 2
 
 
 def rectified_sigmoid(v: Tensor) -> Tensor:
