@@ -45,7 +45,7 @@ def ours(net: nn.Module, x: Tensor) -> Callable[[], None]:
     quantizer.observing = True
 
     def after_batch() -> None:
-        merge(state, quantizer, quantizer.observer.take(torch.device("cpu")))
+        merge(state, quantizer, quantizer.observer.take(torch.device("cpu")), quantizer.observer.momentum)
 
     net(x)
     after_batch()
