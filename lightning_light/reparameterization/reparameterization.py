@@ -230,7 +230,8 @@ class Reparameterization(CompressionCallback):
     def _expand(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         plan = self._plan(trainer, pl_module, batch)
         if not plan.layers:
-            self._no_effect(f"{plan.summary()}.")
+            if not branched_layers(pl_module):  # as of an earlier fit
+                self._no_effect(f"{plan.summary()}.")
             return
         self._before_surgery(trainer, pl_module)
         entry = expand_layers(

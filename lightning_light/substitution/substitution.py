@@ -167,7 +167,8 @@ class Substitution(RecordedInputs):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Act if it is due: before the batch, so that no checkpoint pairs new weights with an old metric."""
-        state, planned, self._batch = self.state(pl_module), steps_planned(trainer), batch
+        state, planned = self.state(pl_module), steps_planned(trainer)
+        self._batch = None if state.get("done") else batch
         moment = resolve_moment(self.start, epochs_planned(trainer), repr(self))
         due = Events.due([(moment, 1.0)], training_progress(trainer), planned) > 0
         if due and not state.get("done") and state.get("planned") and state.get("inputs"):

@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from torch import nn
 
 from lightning_light.budgets import MACs, Params, Size, Sparsity
-from lightning_light.errors import OrderError, TargetError, UnsupportedError
+from lightning_light.errors import NoEffectWarning, OrderError, TargetError, UnsupportedError
 from lightning_light.measure.cost import count_cost
 from lightning_light.merging import merge_blocks
 from lightning_light.order import Stage
@@ -111,6 +111,14 @@ def test_branches_are_merged_when_the_first_later_method_begins(later: Any) -> N
         "reparameterization/expand",
         "reparameterization/merge",
     ]
+
+
+def test_a_second_fit_trains_the_branches_of_the_first_without_a_warning(recwarn) -> None:
+    module = fresh()
+    for _ in range(2):
+        trainer(Reparameterization(RepVGG()), max_epochs=1).fit(module)
+        assert len(branched_layers(module)) == 4
+    assert not [one for one in recwarn if issubclass(one.category, NoEffectWarning)]
 
 
 def test_without_a_later_method_the_branches_stay_until_they_are_merged() -> None:
