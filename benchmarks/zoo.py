@@ -33,7 +33,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -320,8 +320,11 @@ def quantize(network: Network) -> Result:
     model, example = built(network)
     expected = outputs(model, example)
     ll.quantize(model, example, ll.Int8(), progress_bar=False)
-    check_finite(outputs(model, example), expected)
-    return {"detail": "runs"}
+    with ll.fake_quantized(model):
+        found = outputs(model, example)
+    check_finite(found, expected)
+    quantized = any(bool((x != y).any()) for x, y in zip(found, expected, strict=True))
+    return {"detail": "outputs differ from float" if quantized else "nothing is quantized"}
 
 
 def check_finite(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
@@ -337,9 +340,10 @@ def exported(suffix: str, *, int8: bool) -> Callable[[Network], Result]:
         model, example = built(network)
         if int8:
             ll.quantize(model, example, ll.Int8(), progress_bar=False)
-        with tempfile.TemporaryDirectory() as folder:
+        weights = 4 * sum(parameter.numel() for parameter in model.parameters())
+        with tempfile.TemporaryDirectory() as folder, ll.fake_quantized(model) if int8 else nullcontext():
             report = ll.export_model(model, example, f"{folder}/net{suffix}", latency_runs=1)
-        return {"detail": f"{report.bytes / 1e6:.2f} MB"}
+        return {"detail": f"{report.bytes / 1e6:.2f} MB, {report.bytes / weights:.2f} of the float weights"}
 
     return column
 
