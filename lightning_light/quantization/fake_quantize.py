@@ -160,14 +160,13 @@ def quantize_weight(w: Tensor, spec: WeightSpec, scale: Tensor | None = None) ->
     Returns:
         ``q`` like ``w``, in floating point, and ``s``: ``(channels,)`` or ``()``.
     """
-    rows = _rows(w, spec)
-    magnitude = rows.abs()
+    w, magnitude = w.detach().float(), _rows(w, spec).abs()
     if spec.form != "uniform":
         kept = magnitude > (0.7 * _mean(magnitude, magnitude > 0) if spec.form == "ternary" else 0.0)
-        return (rows.sign() * kept).view_as(w), _mean(magnitude, kept)[..., 0].clamp_min(SMALLEST_SCALE)
+        return w.sign().mul_(kept.view_as(w)), _mean(magnitude, kept)[..., 0].clamp_min(SMALLEST_SCALE)
     found = magnitude.amax(-1) / spec.quant_max if scale is None else scale.detach().float().abs()
     found = found.clamp_min(SMALLEST_SCALE)
-    return (rows * (1.0 / found)[..., None]).round_().clamp_(spec.quant_min, spec.quant_max).view_as(w), found
+    return (w * columns(1.0 / found, w)).round_().clamp_(spec.quant_min, spec.quant_max), found
 
 
 def fake_quantize_weight(w: Tensor, spec: WeightSpec, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -253,7 +252,10 @@ def gain_and_shift(norm: Mapping[str, Any], bias: Tensor | None = None) -> tuple
 
 
 def _straight_through(x: Tensor, rounded: Tensor, ends: tuple[float, float] | None = None) -> Tensor:
-    """``rounded``, with a gradient of 1 to ``x``, but 0 outside of ``ends``."""
+    """``rounded``, with a gradient of 1 to ``x``, but 0 outside of ``ends``.
+
+    ``rounded`` is a new tensor, no view of another: it is returned itself, so that it can be changed in place.
+    """
     if not (x.requires_grad and torch.is_grad_enabled()):
         return rounded
     found: Tensor = _StraightThrough.apply(x, rounded, ends)  # type: ignore[no-untyped-call]
@@ -267,7 +269,8 @@ class _StraightThrough(torch.autograd.Function):
         ctx.ends = ends
         if ends is not None:
             ctx.save_for_backward(x)
-        return rounded.view_as(rounded)
+        ctx.mark_dirty(rounded)
+        return rounded
 
     @staticmethod
     @override

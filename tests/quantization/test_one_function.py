@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_light.quantization import (
     LSQ,
     PACT,
+    DynamicObserver,
     Int8,
     IntN,
     MixedPrecision,
@@ -72,6 +73,40 @@ def test_outputs_with_and_without_gradients_are_equal_bit_for_bit(name, recipe) 
     assert with_gradients.keys() == without.keys()
     for layer, found in without.items():
         assert all(map(torch.equal, with_gradients[layer], found)), layer
+
+
+class Branches(nn.Module):
+    """Operators in place, or not, on the outputs of layers, sums and pooling, as torchvision and timm write them."""
+
+    def __init__(self, inplace: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 1)
+        self.drop, self.head, self.inplace = nn.Dropout(0.5, inplace), nn.Linear(6, 4), inplace
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.hardswish(self.first(x), self.inplace)
+        y = self.second(x)
+        if self.inplace:
+            y += x
+            y.mul_(1.5)
+        else:
+            y = (y + x) * 1.5
+        return self.head(self.drop(nn.functional.leaky_relu(y, 0.1, self.inplace).mean((2, 3))))
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES, IntN(8, 8, observer=DynamicObserver())], ids=repr)
+def test_operators_in_place_are_trained_like_others(recipe) -> None:
+    found = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        net, x = Branches(inplace), torch.randn(2, 3, 8, 8)
+        quantize(net.eval(), x, recipe)
+        with fake_quantized(net.train()):
+            torch.manual_seed(1)
+            net(x).square().mean().backward()
+        found.append([parameter.grad for parameter in net.parameters()])
+    assert all(map(torch.equal, *found))
+    assert all(bool(gradient.any()) for gradient in found[0])
 
 
 @pytest.mark.parametrize("name", list(ZOO))
