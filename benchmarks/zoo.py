@@ -316,12 +316,15 @@ def factor(network: Network) -> Result:
 
 
 def quantize(network: Network) -> Result:
-    """Eight bits, fake-quantized."""
+    """Eight bits, fake-quantized, with gradients."""
     model, example = built(network)
     expected = outputs(model, example)
     ll.quantize(model, example, ll.Int8(), progress_bar=False)
     with ll.fake_quantized(model):
         found = outputs(model, example)
+        results = tensors_in(model(*example.args, **example.kwargs), objects=True)
+        losses = [x.float().square().mean() for x in results if x.requires_grad]
+        torch.stack(losses).sum().backward()
     check_finite(found, expected)
     quantized = any(bool((x != y).any()) for x, y in zip(found, expected, strict=True))
     return {"detail": "outputs differ from float" if quantized else "nothing is quantized"}
