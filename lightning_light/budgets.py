@@ -405,7 +405,7 @@ class Latency(Budget):
         call = _given(self, example)
         if self.runtime is None:
             with isolated(model):
-                return measure_latency(_synchronized(model, call), warmup=3, runs=20).median
+                return measure_latency(synchronized(model, call), warmup=3, runs=20).median
         self.check_runtime(model, call)
         return self.runtime.seconds(model, call, self.threads)
 
@@ -469,8 +469,8 @@ def _computing_module(tensor: str, macs: Mapping[str, int]) -> str:
     return path
 
 
-def _synchronized(model: nn.Module, example: ExampleInput) -> Callable[[], object]:
-    """One forward pass that has ended when it returns, on a GPU as well."""
+def synchronized(model: nn.Module, example: ExampleInput) -> Callable[[], object]:
+    """Return one forward pass that has ended when it returns, on a GPU as well."""
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
 
     def run() -> None:

@@ -6,7 +6,7 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import torch
 from typing_extensions import override
@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CompressionCallback"]
 
+T = TypeVar("T")
+
 register_state(HISTORY, History)
 
 
@@ -79,9 +81,10 @@ class CompressionCallback(Callback):
     """What `state` may hold, a `TypedDict` with ``total=False``: checked whenever a checkpoint is loaded."""
 
     _key: str | None = None
-    _run_position: RunPosition | None = None
     _attached: bool = False
-    _loading: InstancePatch | None = None
+    # Not annotated: jsonargparse resolves the annotations of all bases in the module of a subclass that is a dataclass.
+    _run_position = cast("RunPosition | None", None)
+    _loading = cast("InstancePatch | None", None)
 
     @override
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -319,6 +322,16 @@ class CompressionCallback(Callback):
             torch.compiler.reset()  # else the ninth shape falls back to eager code without a word
         reset_monitoring(trainer)
         self.log_event(trainer, pl_module, summary, part=part)
+
+    def options_as(self, kind: Callable[..., T]) -> T:
+        """Return the options ``kind``, a dataclass: the arguments of this callback of the same names."""
+        return kind(**{name: getattr(self, name) for name in inspect.signature(kind).parameters})
+
+    def log_scalars(self, trainer: Trainer, scalars: Mapping[str, float]) -> None:
+        """Log each of ``scalars`` as ``method/name`` to every logger, at the present step."""
+        named = {f"{type(self).method}/{name}": value for name, value in scalars.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(named, step=steps_done(trainer))
 
     def log_event(self, trainer: Trainer, pl_module: LightningModule, summary: str, *, part: str = "") -> None:
         """Log one line, and keep it in the history that every checkpoint holds. Call it on every rank.

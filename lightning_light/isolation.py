@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dis
+import functools
 import inspect
 import random
 import sys
 import types
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +21,14 @@ from lightning_light.host.modules import compiled_methods
 from lightning_light.host.patches import InstancePatch
 from lightning_light.warning_filters import ignored_warnings
 
+if TYPE_CHECKING:
+    from lightning_light.example_input import ExampleInput
+
 __all__ = [
     "FORWARD_ERRORS",
     "has_hooks",
     "isolated",
+    "observe",
     "plain_attention",
     "plain_execution",
     "uncompile",
@@ -87,6 +92,17 @@ def isolated(model: nn.Module, *, hooks: bool = False) -> Iterator[None]:
             for container, held in items:
                 container.clear()
                 getattr(container, "update" if isinstance(container, dict | set) else "extend")(held)
+
+
+def observe(
+    model: nn.Module, modules: Mapping[str, nn.Module], calls: Iterable[ExampleInput], act: Callable[..., None]
+) -> None:
+    """Run calls of ``model`` in isolation; ``act(name, module, args, kwargs, output)`` follows those of ``modules``."""
+    with isolated(model), ExitStack() as stack:
+        for name, module in modules.items():
+            stack.enter_context(module.register_forward_hook(functools.partial(act, name), with_kwargs=True))
+        for call in calls:
+            model(*call.args, **call.kwargs)
 
 
 def has_hooks(module: nn.Module) -> bool:

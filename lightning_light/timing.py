@@ -6,13 +6,23 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from lightning_light.progress import steps_planned, training_progress
 from lightning_light.schedules import Schedule, resolve
 from lightning_light.validation import PositiveInt, validated
 
-__all__ = ["Events"]
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+__all__ = ["Events", "is_due"]
 
 _SAME = 1e-9
+
+
+def is_due(trainer: Trainer, moment: float) -> bool:
+    """Check whether the run has reached ``moment``, a fraction of it; the last step is the end of the run."""
+    return Events.due([(moment, 1.0)], training_progress(trainer), steps_planned(trainer)) > 0
 
 
 @validated

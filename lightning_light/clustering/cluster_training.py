@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,15 @@ class Clusters:
     assignments: Tensor
     zero_centroid: bool
 
+    @classmethod
+    def of(cls, entry: Mapping[str, Any], weight: Tensor) -> Clusters:
+        """Decode the entry of a checkpoint, in the type and on the device of ``weight``."""
+        return cls(entry["centroids"].to(weight), entry["assignments"].to(weight.device).long(), entry["zero_centroid"])
+
+    def entry(self) -> dict[str, Any]:
+        """Encode the clusters as plain types and tensors for a checkpoint."""
+        return {**vars(self), "assignments": self.assignments.to(torch.uint8)}
+
     @property
     def free(self) -> Tensor:
         """Return a mask of the weights that are trained, which are those without a fixed centroid at zero."""
@@ -44,6 +54,15 @@ class Clusters:
         sums = torch.zeros_like(self.centroids).scatter_add_(1, self.assignments, values)
         counts = torch.zeros_like(self.centroids).scatter_add_(1, self.assignments, torch.ones_like(values))
         return torch.where(counts > 0, sums / counts.clamp_min(1.0), self.centroids)
+
+    def moved(self, values: Tensor) -> Clusters:
+        """Return the clusters with each centroid at the mean of its ``values``."""
+        return replace(self, centroids=self.pinned(self.means(values)))
+
+    def assigned(self, values: Tensor) -> Clusters:
+        """Return the clusters with each of ``values`` at its nearest centroid."""
+        assignments = assign(values, self.centroids, free=self.free, zero_centroid=self.zero_centroid)
+        return replace(self, assignments=assignments)
 
     def pinned(self, centroids: Tensor) -> Tensor:
         """Set the first of ``centroids`` to zero where it is fixed."""
@@ -83,15 +102,12 @@ class CentroidTraining(ClusterTraining):
 
     @override
     def forward(self, clusters: Clusters, latent: Tensor) -> tuple[Clusters, Tensor]:
-        moved = Clusters(clusters.pinned(clusters.means(latent)), clusters.assignments, clusters.zero_centroid)
+        moved = clusters.moved(latent)
         return moved, moved.values()
 
     @override
     def backward(self, clusters: Clusters, latent: Tensor, gradient: Tensor) -> Tensor:
-        means = Clusters(torch.zeros_like(clusters.centroids), clusters.assignments, clusters.zero_centroid).means(
-            gradient
-        )
-        return clusters.pinned(means).gather(1, clusters.assignments)
+        return replace(clusters, centroids=torch.zeros_like(clusters.centroids)).moved(gradient).values()
 
 
 @dataclass(frozen=True)
@@ -105,9 +121,7 @@ class StraightThroughEstimator(ClusterTraining):
 
     @override
     def forward(self, clusters: Clusters, latent: Tensor) -> tuple[Clusters, Tensor]:
-        assignments = assign(latent, clusters.centroids, free=clusters.free, zero_centroid=clusters.zero_centroid)
-        moved = Clusters(clusters.centroids, assignments, clusters.zero_centroid)
-        moved = Clusters(moved.pinned(moved.means(latent)), assignments, clusters.zero_centroid)
+        moved = clusters.assigned(latent).moved(latent)
         return moved, moved.values()
 
     @override
@@ -140,9 +154,7 @@ class DKM(ClusterTraining):
     def forward(self, clusters: Clusters, latent: Tensor) -> tuple[Clusters, Tensor]:
         with torch.no_grad():
             centroids, soft = self._soft(clusters, latent)
-        moved = Clusters(centroids, clusters.assignments, clusters.zero_centroid)
-        assignments = assign(latent, centroids, free=moved.free, zero_centroid=clusters.zero_centroid)
-        return Clusters(centroids, assignments, clusters.zero_centroid), soft
+        return replace(clusters, centroids=centroids).assigned(latent), soft
 
     @override
     def backward(self, clusters: Clusters, latent: Tensor, gradient: Tensor) -> Tensor:

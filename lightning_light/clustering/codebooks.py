@@ -3,38 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lightning_light.clustering.cluster_training import Clusters
-from lightning_light.clustering.kmeans import assign, kmeans
+from lightning_light.clustering.kmeans import kmeans
 from lightning_light.clustering.options import WeightClusteringOptions
 from lightning_light.errors import UnsupportedError
 from lightning_light.helper_networks import inside
 from lightning_light.targets import as_targets
 from lightning_light.trained_weights import trained_weights
 
-__all__ = [
-    "cluster_average",
-    "clusterable_weights",
-    "clusters_of",
-    "first_clusters",
-    "harden",
-    "plain_entry",
-    "weight_of",
-]
+__all__ = ["cluster_average", "clusterable_weights", "first_clusters", "harden", "weight_of"]
 
 _SMALLEST = 4  # weights per value, below which a codebook is larger than the weights it replaces
 
 
 def clusterable_weights(
-    model: nn.Module,
-    options: WeightClusteringOptions,
-    call: str = "WeightClustering",
-    left_alone: Sequence[str] = (),
+    model: nn.Module, options: WeightClusteringOptions, call: str = "WeightClustering", left_alone: Sequence[str] = ()
 ) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield the name and the weight of every layer to cluster, of ``model`` itself under an empty name.
 
@@ -87,10 +75,7 @@ def first_clusters(weight: Tensor, options: WeightClusteringOptions) -> Clusters
 @torch.no_grad()
 def harden(weight: nn.Parameter, clusters: Clusters) -> Clusters:
     """Set every weight to its nearest centroid, in place, and return the clusters with that assignment."""
-    rows = weight.detach().reshape(clusters.assignments.shape)
-    zero = clusters.zero_centroid
-    assignments = assign(rows, clusters.centroids, free=clusters.free, zero_centroid=zero)
-    hard = Clusters(clusters.centroids, assignments, zero)
+    hard = clusters.assigned(weight.detach().reshape(clusters.assignments.shape))
     weight.copy_(hard.values().reshape(weight.shape))
     return hard
 
@@ -101,22 +86,6 @@ def cluster_average(weight: nn.Parameter, clusters: Clusters) -> Clusters:
 
     An average that began before the clustering, or over which assignments have changed, has more values.
     """
-    means = clusters.pinned(clusters.means(weight.detach().reshape(clusters.assignments.shape)))
-    found = Clusters(means, clusters.assignments, clusters.zero_centroid)
+    found = clusters.moved(weight.detach().reshape(clusters.assignments.shape))
     weight.copy_(found.values().reshape(weight.shape))
     return found
-
-
-def plain_entry(clusters: Clusters) -> dict[str, Any]:
-    """Encode clusters as plain types and tensors for a checkpoint."""
-    return {
-        "centroids": clusters.centroids,
-        "assignments": clusters.assignments.to(torch.uint8),
-        "zero_centroid": clusters.zero_centroid,
-    }
-
-
-def clusters_of(entry: dict[str, Any], weight: Tensor) -> Clusters:
-    """Decode the entry of a checkpoint, in the type and on the device of ``weight``."""
-    centroids: Tensor = entry["centroids"].to(weight)
-    return Clusters(centroids, entry["assignments"].to(weight.device).long(), entry["zero_centroid"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
 from os import PathLike
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypedDict
 
@@ -11,15 +12,7 @@ from typing_extensions import override
 
 from lightning_light.callback import CompressionCallback
 from lightning_light.clustering.cluster_training import CentroidTraining, Clusters, ClusterTraining
-from lightning_light.clustering.codebooks import (
-    cluster_average,
-    clusterable_weights,
-    clusters_of,
-    first_clusters,
-    harden,
-    plain_entry,
-    weight_of,
-)
+from lightning_light.clustering.codebooks import cluster_average, clusterable_weights, first_clusters, harden, weight_of
 from lightning_light.clustering.files import clustered_sizes, save_clustered
 from lightning_light.clustering.functional import cluster
 from lightning_light.clustering.kmeans import Initialization
@@ -28,13 +21,14 @@ from lightning_light.example_input import ExampleInput
 from lightning_light.formatting import plural
 from lightning_light.order import DEFAULT_WINDOWS, Stage
 from lightning_light.planning import not_targeted
-from lightning_light.progress import epochs_planned, steps_done, steps_planned, training_progress
+from lightning_light.progress import epochs_planned, steps_done
 from lightning_light.schedules import resolve_moment
 from lightning_light.schema import Context, Needs, Rule, TensorOf, damage
 from lightning_light.surgery.attachment import check_owners
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.distributed import broadcast, log_rank_zero
 from lightning_light.targets import TargetsLike, as_targets
+from lightning_light.timing import is_due
 from lightning_light.trained_weights import uncovered_parameters, uncovered_text
 from lightning_light.validation import Moment, PositiveFloat, validated
 
@@ -82,6 +76,7 @@ class WeightClusteringState(TypedDict, total=False):
 
 
 @validated
+@dataclass(eq=False, repr=False)
 class WeightClustering(CompressionCallback):
     """Cluster the weights of every layer by k-means at ``start``, and train on with at most ``clusters`` values.
 
@@ -124,27 +119,18 @@ class WeightClustering(CompressionCallback):
         "Cluster on one device or with `strategy='ddp'`.",
     )
 
-    def __init__(
-        self,
-        clusters: ClusterCount = WeightClusteringOptions.clusters,
-        *,
-        start: Moment = DEFAULT_WINDOWS[Stage.CLUSTERING][0],
-        granularity: Granularity = WeightClusteringOptions.granularity,
-        training: ClusterTraining = CentroidTraining(),
-        initialization: Initialization = WeightClusteringOptions.initialization,
-        preserve_sparsity: bool = WeightClusteringOptions.preserve_sparsity,
-        targets: TargetsLike = WeightClusteringOptions.targets,
-        path: str | PathLike[str] | None = None,
-    ) -> None:
-        self.options = WeightClusteringOptions(clusters, granularity, initialization, preserve_sparsity, targets)
-        self.clusters = clusters
-        self.start = start
-        self.granularity: Granularity = granularity
-        self.training = training
-        self.initialization: Initialization = initialization
-        self.preserve_sparsity = preserve_sparsity
-        self.targets = targets
-        self.path = path
+    clusters: ClusterCount = WeightClusteringOptions.clusters
+    _: KW_ONLY
+    start: Moment = DEFAULT_WINDOWS[Stage.CLUSTERING][0]
+    granularity: Granularity = WeightClusteringOptions.granularity
+    training: ClusterTraining = CentroidTraining()
+    initialization: Initialization = WeightClusteringOptions.initialization
+    preserve_sparsity: bool = WeightClusteringOptions.preserve_sparsity
+    targets: TargetsLike = WeightClusteringOptions.targets
+    path: str | PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        self.options = self.options_as(WeightClusteringOptions)
         self._stepped: set[str] = set()
 
     # Lightning's hooks, in the order a run meets them.
@@ -170,7 +156,7 @@ class WeightClustering(CompressionCallback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Cluster the weights, if that is due."""
-        if "layers" not in self.state(pl_module) and self._is_due(trainer):
+        if "layers" not in self.state(pl_module) and is_due(trainer, self._start_fraction(epochs_planned(trainer))):
             self._cluster(trainer, pl_module, self._helper_networks(trainer, pl_module, batch) or [])
 
     @override
@@ -179,7 +165,7 @@ class WeightClustering(CompressionCallback):
         own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for name, parameter, entry in self._entries(pl_module):
             if id(parameter) in own and parameter.grad is not None:
-                clusters = clusters_of(entry, parameter)
+                clusters = Clusters.of(entry, parameter)
                 latent = _rows(entry.get("latent", parameter.detach()).to(parameter.device), clusters)
                 gradient = _rows(parameter.grad, clusters).to(latent.dtype)
                 found = self.training.backward(clusters, latent, gradient)
@@ -204,7 +190,9 @@ class WeightClustering(CompressionCallback):
         """Set every weight to its centroid exactly, and log the sizes."""
         if not self.state(pl_module).get("layers"):
             if not getattr(trainer, "fast_dev_run", False):
-                self._no_effect(self._no_effect_reason(pl_module))
+                few = "no targeted layer has a weight of two or more axes that is large enough for a codebook."
+                found = "layers" in self.state(pl_module)
+                self._no_effect(few if found else f"the run ended before `start={self.start!r}`.")
             return
         self._harden(trainer, pl_module)
         self._report(trainer, pl_module)
@@ -235,17 +223,11 @@ class WeightClustering(CompressionCallback):
     def _start_fraction(self, max_epochs: int | None) -> float:
         return resolve_moment(self.start, max_epochs, f"{type(self).__name__}(start={self.start})")
 
-    def _is_due(self, trainer: Trainer) -> bool:
-        last = 1.0 - 1.0 / max(steps_planned(trainer), 1)
-        return min(self._start_fraction(epochs_planned(trainer)), last) <= training_progress(trainer) + 1e-9
-
     def _cluster(self, trainer: Trainer, pl_module: LightningModule, left_alone: list[str]) -> None:
-        layers: dict[str, dict[str, Any]] = {}
-        clustered: list[nn.Parameter] = []
-        for name, parameter in clusterable_weights(pl_module, self.options, left_alone=left_alone):
-            layers[name] = broadcast(trainer, plain_entry(first_clusters(parameter, self.options)))
-            clustered.append(parameter)
-        if uncovered := uncovered_parameters(pl_module, as_targets(self.options.targets), clustered):
+        weights = dict(clusterable_weights(pl_module, self.options, left_alone=left_alone))
+        found = ((name, first_clusters(weight, self.options)) for name, weight in weights.items())
+        layers = {name: broadcast(trainer, clusters.entry()) for name, clusters in found}
+        if uncovered := uncovered_parameters(pl_module, as_targets(self.options.targets), weights.values()):
             log_rank_zero(trainer, f"{self.method}: {uncovered_text(uncovered)}")
         self.state(pl_module)["layers"] = layers
         self.claim(pl_module, layers)
@@ -258,10 +240,10 @@ class WeightClustering(CompressionCallback):
 
     def _update(self, parameter: nn.Parameter, entry: dict[str, Any]) -> None:
         """After a step: set the network's weights to the clustered ones, and keep the latent ones in the state."""
-        clusters = clusters_of(entry, parameter)
+        clusters = Clusters.of(entry, parameter)
         latent = parameter.detach().clone()
         updated, weights = self.training.forward(clusters, _rows(latent, clusters))
-        entry |= plain_entry(updated)
+        entry |= updated.entry()
         if self.training.has_latent:
             entry["latent"] = latent
         parameter.data.copy_(weights.reshape(parameter.shape))
@@ -270,13 +252,13 @@ class WeightClustering(CompressionCallback):
         """Give every layer its few values; of weights that an average may have replaced, those of the average."""
         give = cluster_average if averaged_models_of(trainer, pl_module) else harden
         for _, parameter, entry in self._entries(pl_module):
-            entry |= plain_entry(give(parameter, clusters_of(entry, parameter)))
+            entry |= give(parameter, Clusters.of(entry, parameter)).entry()
 
     def _cluster_averages(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Cluster averaged copies of the network like the network itself."""
         for average in averaged_models_of(trainer, pl_module):
             for _, parameter, entry in self._entries(pl_module, average):
-                cluster_average(parameter, clusters_of(entry, parameter))
+                cluster_average(parameter, Clusters.of(entry, parameter))
 
     def _entries(
         self, pl_module: LightningModule, model: nn.Module | None = None
@@ -302,11 +284,6 @@ class WeightClustering(CompressionCallback):
             self.state(pl_module)["layers"][name]["coded_bits"] = value
         values = f"{plural(len(bits), 'layer')} of at most {self.options.clusters} values"
         self.log_event(trainer, pl_module, f"{values}, {total:.2f} bits per weight when coded")
-
-    def _no_effect_reason(self, pl_module: LightningModule) -> str:
-        if "layers" in self.state(pl_module):
-            return "no targeted layer has a weight of two or more axes that is large enough for a codebook."
-        return f"the run ended before `start={self.start!r}`."
 
 
 def _rows(tensor: Tensor, clusters: Clusters) -> Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_light.example_input import ExampleInput
-from lightning_light.isolation import isolated
+from lightning_light.isolation import isolated, observe
 from lightning_light.order import Stage
 from lightning_light.surgery.operations import register_operation
 from lightning_light.surgery.replace import put_module, replace_modules
@@ -23,6 +24,8 @@ __all__ = ["Blocks", "METHOD", "RemovedBlock", "find_blocks", "remove_blocks", "
 
 METHOD = "depth_pruning"
 REMOVE = "depth_pruning/remove"
+
+_replace = partial(replace_modules, method=METHOD, stage=Stage.DEPTH)
 
 _TOLERANCE = 1e-5
 
@@ -100,20 +103,13 @@ def without_blocks(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
         yield
 
 
-def remove_blocks(
-    model: nn.Module,
-    names: Sequence[str],
-    *,
-    optimizers: Iterable[Any] = (),
-    averaged_models: Sequence[nn.Module] = (),
-) -> dict[str, Any]:
+def remove_blocks(model: nn.Module, names: Sequence[str], **followers: Any) -> dict[str, Any]:
     """Remove residual blocks in place; their parameters leave the optimizers.
 
     Args:
         model: the live model.
         names: of the blocks.
-        optimizers: torch optimizers, or Lightning's wrappers.
-        averaged_models: averaged copies of ``model``, which are changed like it.
+        **followers: ``optimizers`` and ``averaged_models``, as in `replace_modules`.
 
     Returns:
         The edit log's entry.
@@ -126,15 +122,7 @@ def remove_blocks(
     inside = {id(module) for block in blocks.values() for module in block.modules()}
     elsewhere = {id(p) for m in model.modules() if id(m) not in inside for p in m.parameters(recurse=False)}
     leaving = [p for block in blocks.values() for p in block.parameters() if id(p) not in elsewhere]
-    replace_modules(
-        model,
-        {name: RemovedBlock() for name in names},
-        optimizers=optimizers,
-        parameters={parameter: [] for parameter in leaving},
-        averaged_models=averaged_models,
-        method=METHOD,
-        stage=Stage.DEPTH,
-    )
+    _replace(model, {name: RemovedBlock() for name in names}, parameters=dict.fromkeys(leaving, ()), **followers)
     return {"op": REMOVE, "blocks": list(names)}
 
 
@@ -146,28 +134,17 @@ def replay_remove(model: nn.Module, entry: Mapping[str, Any]) -> None:
 
 
 def _record_calls(model: nn.Module, modules: Mapping[str, nn.Module], example: ExampleInput) -> dict[str, _Call]:
-    """Record the first call of each module in one forward pass, in the order of their beginnings."""
+    """Record the first call of each module in one forward pass, in the order of their ends."""
     calls: dict[str, _Call] = {}
-    entered: list[str] = []
 
-    def before(name: str) -> Any:
-        return lambda module, args, kwargs: entered.append(name)
+    def record(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if name in calls:
+            calls[name].count += 1
+        else:
+            calls[name] = _Call(args, kwargs, output)
 
-    def after(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if name in calls:
-                calls[name].count += 1
-            else:
-                calls[name] = _Call(args, kwargs, output)
-
-        return hook
-
-    with isolated(model), ExitStack() as stack:
-        for name, module in modules.items():
-            stack.enter_context(module.register_forward_pre_hook(before(name), with_kwargs=True))
-            stack.enter_context(module.register_forward_hook(after(name), with_kwargs=True))
-        model(*example.args, **example.kwargs)
-    return {name: calls[name] for name in dict.fromkeys(entered) if name in calls}
+    observe(model, modules, [example], record)
+    return calls
 
 
 def _reason(module: nn.Module, call: _Call | None) -> str | None:

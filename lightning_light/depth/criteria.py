@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ from typing_extensions import override
 
 from lightning_light.depth.blocks import without_blocks
 from lightning_light.example_input import ExampleInput
-from lightning_light.isolation import isolated
+from lightning_light.isolation import isolated, observe
 from lightning_light.nested import tensors_in
 
 __all__ = ["BlockCriterion", "BlockInfluence", "OutputChange"]
@@ -43,7 +42,8 @@ class OutputChange(BlockCriterion):
             scores = {}
             for name in names:
                 with without_blocks(model, [name]):
-                    changes = [_relative(_output(model, call), y) for call, y in zip(calls, outputs, strict=True)]
+                    pairs = [(_output(model, call), y) for call, y in zip(calls, outputs, strict=True)]
+                changes = [float((new - y).square().sum() / y.square().sum().clamp_min(1e-12)) for new, y in pairs]
                 scores[name] = sum(changes) / len(changes)
         return scores
 
@@ -63,26 +63,15 @@ class BlockInfluence(BlockCriterion):
     def __call__(self, model: nn.Module, names: Sequence[str], calls: Sequence[ExampleInput]) -> dict[str, float]:
         similarities: dict[str, list[float]] = {name: [] for name in names}
 
-        def record(name: str) -> Any:
-            def hook(block: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-                x = args[0]
-                cosine = F.cosine_similarity(x.float(), output.float(), dim=1 if x.dim() > 3 else -1)
-                similarities[name].append(cosine.mean().item())
+        def record(name: str, block: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Tensor) -> None:
+            x = args[0]
+            cosine = F.cosine_similarity(x.float(), output.float(), dim=1 if x.dim() > 3 else -1)
+            similarities[name].append(cosine.mean().item())
 
-            return hook
-
-        with isolated(model), ExitStack() as stack:
-            for name in names:
-                stack.enter_context(model.get_submodule(name).register_forward_hook(record(name)))
-            for call in calls:
-                model(*call.args, **call.kwargs)
+        observe(model, {name: model.get_submodule(name) for name in names}, calls, record)
         return {name: 1.0 - sum(values) / len(values) for name, values in similarities.items()}
 
 
 def _output(model: nn.Module, call: ExampleInput) -> Tensor:
     output = model(*call.args, **call.kwargs)
     return torch.cat([tensor.float().flatten() for tensor in tensors_in(output) if tensor.is_floating_point()])
-
-
-def _relative(changed: Tensor, reference: Tensor) -> float:
-    return float((changed - reference).square().sum() / reference.square().sum().clamp_min(1e-12))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
+from dataclasses import KW_ONLY, dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from typing_extensions import override
 
-from lightning_light.batch_norm import move_statistics
 from lightning_light.budgets import Budget, require_reducible
 from lightning_light.depth.blocks import METHOD, Blocks, remove_blocks
 from lightning_light.depth.criteria import BlockCriterion
@@ -15,13 +16,11 @@ from lightning_light.depth.functional import prune_blocks
 from lightning_light.depth.options import DepthPruningOptions
 from lightning_light.depth.plan import DepthPlan, check_budget, plan_blocks
 from lightning_light.example_input import ExampleInput
-from lightning_light.measure.latency_table import LatencyTable, TimedFiles
+from lightning_light.measure.latency_table import LatencyTable, quantity
 from lightning_light.order import DEFAULT_WINDOWS, Stage
 from lightning_light.progress import epochs_planned, steps_planned, training_progress
-from lightning_light.recorded_inputs import RecordedInputs
+from lightning_light.recorded_inputs import RecordedInputs, RecordedState
 from lightning_light.schedules import Linear, Schedule, Window, require_rising
-from lightning_light.schema import PlainExample
-from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.distributed import log_rank_zero
 from lightning_light.surgery.stored_example import stored_calls
 from lightning_light.targets import Targets, as_targets
@@ -36,27 +35,22 @@ if TYPE_CHECKING:
 __all__ = ["DepthPruning"]
 
 
-class _State(TypedDict, total=False):
+class _State(RecordedState, total=False):
     """What a checkpoint holds of a run.
 
     Attributes:
         events: how many events are done.
         removed: names of the removed blocks, in order.
         planned: whether the whole run was found possible.
-        example: the example input.
-        inputs: calls of the module in the last training batches, for scores and batch-norm statistics.
-        latency: what was measured in the runtime of the budget.
     """
 
     events: NonNegativeInt
     removed: list[str]
     planned: bool
-    example: PlainExample
-    inputs: list[PlainExample]
-    latency: TimedFiles
 
 
 @validated
+@dataclass(eq=False, repr=False)
 class DepthPruning(RecordedInputs):
     """Remove whole residual blocks, the least important first, until the network meets ``budget``.
 
@@ -99,40 +93,23 @@ class DepthPruning(RecordedInputs):
     stage: ClassVar[int] = Stage.DEPTH
     state_schema: ClassVar[Any] = _State
 
-    def __init__(
-        self,
-        budget: Budget,
-        *,
-        criterion: BlockCriterion = DepthPruningOptions.criterion,
-        schedule: Schedule = Window(Linear(), *DEFAULT_WINDOWS[Stage.DEPTH]),
-        every_n_steps: PositiveInt | None = None,
-        targets: Targets | str | list[str] | None = DepthPruningOptions.targets,
-        calibration_batches: PositiveInt = DepthPruningOptions.calibration_batches,
-        correct_batch_norm: bool = DepthPruningOptions.correct_batch_norm,
-        dry_run: bool = False,
-    ) -> None:
-        require_reducible("DepthPruning", budget, "channels")
-        require_rising("DepthPruning", schedule)
-        self.budget = budget
-        self.criterion = criterion
-        self.schedule = schedule
-        self.every_n_steps = every_n_steps
-        self.targets = targets
-        self.calibration_batches = calibration_batches
-        self.correct_batch_norm = correct_batch_norm
-        self.dry_run = dry_run
+    budget: Budget
+    _: KW_ONLY
+    criterion: BlockCriterion = DepthPruningOptions.criterion
+    schedule: Schedule = Window(Linear(), *DEFAULT_WINDOWS[Stage.DEPTH])
+    every_n_steps: PositiveInt | None = None
+    targets: Targets | str | list[str] | None = DepthPruningOptions.targets
+    calibration_batches: PositiveInt = DepthPruningOptions.calibration_batches
+    correct_batch_norm: bool = DepthPruningOptions.correct_batch_norm
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        require_reducible("DepthPruning", self.budget, "channels")
+        require_rising("DepthPruning", self.schedule)
+        self.options = self.options_as(DepthPruningOptions)
+        self._events = Events(self.schedule, self.every_n_steps)
         self._points: list[tuple[float, float]] = []
         self._last_plan: DepthPlan | None = None
-
-    @property
-    def options(self) -> DepthPruningOptions:
-        """Options by which blocks are chosen."""
-        return DepthPruningOptions(self.criterion, self.targets, self.calibration_batches, self.correct_batch_norm)
-
-    @property
-    @override
-    def recorded_batches(self) -> int:
-        return self.calibration_batches
 
     # Lightning's hooks, in the order a run meets them.
 
@@ -148,7 +125,8 @@ class DepthPruning(RecordedInputs):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Place the events in the run."""
-        self._points = self._events().points(epochs_planned(trainer), steps_planned(trainer))
+        super().on_train_start(trainer, pl_module)
+        self._points = self._events.points(epochs_planned(trainer), steps_planned(trainer))
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -178,7 +156,7 @@ class DepthPruning(RecordedInputs):
     @override
     def window(self, max_epochs: int | None) -> tuple[float, float] | None:
         """From the first event to the last."""
-        return self._events().window(max_epochs)
+        return self._events.window(max_epochs)
 
     @override
     def rehearse(self, model: nn.Module, example: ExampleInput, batches: Sequence[Any]) -> list[str]:
@@ -188,13 +166,10 @@ class DepthPruning(RecordedInputs):
 
     # Private.
 
-    def _events(self) -> Events:
-        return Events(self.schedule, self.every_n_steps)
-
     def _plan_run(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check, once per fit and as soon as the example input is known, that the budget can be reached."""
         state = self.state(pl_module)
-        if not state.get("planned") and self.captured is not None and self.captured.example is not None:
+        if not state.get("planned") and self.has_example:
             self._check(trainer, pl_module, fraction=1.0)
             state["planned"] = True
 
@@ -202,13 +177,12 @@ class DepthPruning(RecordedInputs):
         """Return the blocks that can be removed, and the goal after ``fraction`` of the way; on every rank alike."""
         example, budget = self.example(pl_module), self.budget
         goal = budget.at(self.reference(trainer, pl_module, budget), fraction)
-        blocks = self.decided(
-            trainer,
-            pl_module,
-            budget,
-            lambda table: check_budget(pl_module, budget, example, self.options, goal, table),
-        )
-        return blocks, goal
+
+        def check(table: LatencyTable | None) -> Blocks:
+            measure = partial(quantity, budget, pl_module, example, table)
+            return check_budget(pl_module, budget, example, self.options, goal, measure)
+
+        return self.decided(trainer, pl_module, budget, check), goal
 
     def _act(self, trainer: Trainer, pl_module: LightningModule, due: int) -> None:
         """Remove the blocks that are due at event ``due``: decided on rank 0, carried out on every rank."""
@@ -217,7 +191,8 @@ class DepthPruning(RecordedInputs):
         calls = stored_calls(pl_module, state)
 
         def decide(table: LatencyTable | None) -> DepthPlan:
-            return plan_blocks(pl_module, budget, example, blocks, self.criterion, calls, goal, table)
+            measure = partial(quantity, budget, pl_module, example, table)
+            return plan_blocks(pl_module, blocks, self.criterion, calls, goal, measure)
 
         plan = self._last_plan = self.decided(trainer, pl_module, budget, decide)
         dense = self.reference(trainer, pl_module, budget)
@@ -225,27 +200,10 @@ class DepthPruning(RecordedInputs):
         if self.dry_run:
             log_rank_zero(trainer, "\n  ".join([f"{self.method}: dry run, nothing is removed", *plan.lines()]))
         elif plan.removed:
-            self._remove(trainer, pl_module, plan, calls, summary, f"{due}/{len(self._points)}")
+            remove = partial(remove_blocks, pl_module, plan.removed)
+            entry = self.change(trainer, pl_module, remove, calls if self.correct_batch_norm else [])
+            self._after_surgery(trainer, pl_module, entry, summary, part=f"{due}/{len(self._points)}")
             state["removed"] = [*state.get("removed", []), *plan.removed]
         state["events"] = due
         if due == len(self._points):
             state.pop("inputs", None)
-
-    def _remove(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        plan: DepthPlan,
-        calls: list[ExampleInput],
-        summary: str,
-        part: str,
-    ) -> None:
-        averaged_models = averaged_models_of(trainer, pl_module)
-        corrected = calls if self.correct_batch_norm else []
-        self._before_surgery(trainer, pl_module)
-        before = self.statistics(trainer, pl_module, corrected)
-        entry = remove_blocks(pl_module, plan.removed, optimizers=trainer.optimizers, averaged_models=averaged_models)
-        after = self.statistics(trainer, pl_module, corrected)
-        for network in (pl_module, *averaged_models):
-            move_statistics(network, before, after, {})
-        self._after_surgery(trainer, pl_module, entry, summary, part=part)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -17,7 +18,7 @@ from lightning_light.depth.options import DepthPruningOptions
 from lightning_light.depth.plan import DepthPlan, check_budget, plan_blocks
 from lightning_light.example_input import ExampleInput
 from lightning_light.measure.latency_table import LatencyTable, quantity
-from lightning_light.surgery.attachment import attach, has_state, record, release, state_of
+from lightning_light.surgery.attachment import recording, state_of
 from lightning_light.targets import Targets
 from lightning_light.validation import PositiveInt, validated
 
@@ -79,21 +80,16 @@ def prune_blocks(
     options = DepthPruningOptions(criterion, targets, calibration_batches, correct_batch_norm)
     example = ExampleInput.of(example_inputs).to(model)
     batches = list(calls_from("prune_blocks", model, example_inputs, data, limit=calibration_batches))
-    table = LatencyTable.of(budget)
-    dense = quantity(budget, model, example, table)
-    if has_state(model):
-        dense = state_of(model).reference(budget.quantity, lambda: dense)
+    measure = partial(quantity, budget, model, example, LatencyTable.of(budget))
+    dense = state_of(model).reference(budget.quantity, measure)
     goal = budget.goal(dense)
-    blocks = check_budget(model, budget, example, options, goal, table)
-    plan = plan_blocks(model, budget, example, blocks, criterion, batches, goal, table)
+    blocks = check_budget(model, budget, example, options, goal, measure)
+    plan = plan_blocks(model, blocks, criterion, batches, goal, measure)
     if plan.removed and not dry_run:
-        attached = has_state(model)
-        attach(model).reference(budget.quantity, lambda: dense)
         calls = batches if correct_batch_norm and data is not None else []
-        before = measure_statistics(model, calls)
-        entry = remove_blocks(model, plan.removed, optimizers=optimizers)
-        move_statistics(model, before, measure_statistics(model, calls), {})
-        record(model, (), entry, None)
-        if not attached:
-            release(model)
+        with recording(model) as state:
+            state.reference(budget.quantity, lambda: dense)
+            before = measure_statistics(model, calls)
+            state.record(remove_blocks(model, plan.removed, optimizers=optimizers))
+            move_statistics(model, before, measure_statistics(model, calls), {})
     return plan

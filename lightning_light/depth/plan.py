@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -15,7 +15,6 @@ from lightning_light.depth.options import DepthPruningOptions
 from lightning_light.errors import BudgetError
 from lightning_light.example_input import ExampleInput
 from lightning_light.formatting import DataTable, Tabular, layer_lines
-from lightning_light.measure.latency_table import LatencyTable, quantity
 from lightning_light.targets import as_targets
 
 __all__ = ["DepthPlan", "check_budget", "plan_blocks"]
@@ -59,16 +58,24 @@ def check_budget(
     example: ExampleInput,
     options: DepthPruningOptions,
     goal: float,
-    table: LatencyTable | None = None,
+    measure: Callable[[], float],
 ) -> Blocks:
     """Return the blocks of ``model``, and refuse a budget that is out of reach without all of them.
+
+    Args:
+        model: left as it is.
+        budget: whose quantity counts.
+        example: one call of the model.
+        options: which modules are considered.
+        goal: value of the quantity to reach.
+        measure: measures the quantity.
 
     Raises:
         BudgetError: the budget cannot be reached.
         TargetError: ``options.targets`` match no module.
     """
     blocks = find_blocks(model, example, as_targets(options.targets))
-    least = _measure_without(model, budget, example, blocks.names, table)
+    least = _measure_without(model, blocks.names, measure)
     if least > goal:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in blocks.kept.items())
         raise BudgetError(
@@ -81,13 +88,11 @@ def check_budget(
 
 def plan_blocks(
     model: nn.Module,
-    budget: Budget,
-    example: ExampleInput,
     blocks: Blocks,
     criterion: BlockCriterion,
     calls: Sequence[ExampleInput],
     goal: float,
-    table: LatencyTable | None = None,
+    measure: Callable[[], float],
 ) -> DepthPlan:
     """Remove the least important block, score the others without it, and so on until the budget is met.
 
@@ -95,16 +100,14 @@ def plan_blocks(
 
     Args:
         model: left as it is.
-        budget: its quantity is measured.
-        example: one call of the model.
         blocks: which may be removed.
         criterion: scores them.
         calls: of the model, one per batch.
         goal: value of the quantity to reach.
-        table: of ``budget``, if its quantity is that of a written file.
+        measure: measures the quantity.
     """
-    before = now = quantity(budget, model, example, table)
-    savings = {name: before - _measure_without(model, budget, example, [name], table) for name in blocks.names}
+    before = now = measure()
+    savings = {name: before - _measure_without(model, [name], measure) for name in blocks.names}
     removed: list[str] = []
     first: dict[str, float] = {}
     while now > goal and len(removed) < len(blocks.names):
@@ -113,12 +116,10 @@ def plan_blocks(
         first = first or scores
         enough = [name for name in scores if now - savings[name] <= goal]
         removed.append(min(enough or scores, key=scores.__getitem__))
-        now = _measure_without(model, budget, example, removed, table)
+        now = _measure_without(model, removed, measure)
     return DepthPlan(removed, first, blocks.kept, before, now)
 
 
-def _measure_without(
-    model: nn.Module, budget: Budget, example: ExampleInput, names: Sequence[str], table: LatencyTable | None
-) -> float:
+def _measure_without(model: nn.Module, names: Sequence[str], measure: Callable[[], float]) -> float:
     with without_blocks(model, names):
-        return quantity(budget, model, example, table)
+        return measure()

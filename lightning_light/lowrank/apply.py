@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from lightning_light.lowrank.build import (
-    build_factors,
-    current_ranks,
-    dense_weight,
-    disable_fast_paths,
-)
+from lightning_light.lowrank.build import build_factors, current_ranks, dense_weight, disable_fast_paths
 from lightning_light.lowrank.factors import Factors, factor_form
 from lightning_light.lowrank.plan import FactorizationPlan
 from lightning_light.lowrank.spectra import decompose
@@ -26,6 +22,8 @@ __all__ = ["METHOD", "apply_factors", "balance_factors", "check_unowned"]
 
 METHOD = "low_rank"
 """Name of the method in the compression state and in logs."""
+
+_replace = partial(replace_modules, method=METHOD, stage=Stage.FACTORS)
 
 
 def apply_factors(
@@ -49,17 +47,22 @@ def apply_factors(
     Raises:
         UnsupportedError: a later method owns one of the layers; nothing is changed.
     """
-    optimizers = list(optimizers)
     check_unowned(model, [layer.owner or name for name, layer in plan.layers.items()])
-    _split_owners(model, plan, optimizers=optimizers, averaged_models=averaged_models)
-    factors: dict[str, nn.Module] = {}
+    optimizers = list(optimizers)
+    split: dict[str, nn.Module] = {}
     parameters: dict[nn.Parameter, list[nn.Parameter]] = {}
+    for name, parts in plan.entry["split"]:
+        old = model.get_submodule(name)
+        split[name] = split_module(old, parts)
+        parameters |= replacing_parameters(old, split[name])
+    _replace(model, split, optimizers=optimizers, parameters=parameters, averaged_models=averaged_models)
+    factors: dict[str, nn.Module] = {}
+    parameters = {}
     for name, layer in plan.layers.items():
         old = model.get_submodule(name)
-        new = build_factors(old, layer.form, layer.ranks, layer.factors)
-        factors[name] = new
+        factors[name] = new = build_factors(old, layer.form, layer.ranks, layer.factors)
         parameters |= _replacing_weights(old, new)
-    _replace(model, factors, parameters, optimizers, averaged_models)
+    _replace(model, factors, optimizers=optimizers, parameters=parameters, averaged_models=averaged_models)
     for root in (model, *averaged_models):
         disable_fast_paths(root, factors)
     return plan.entry
@@ -105,38 +108,6 @@ def balance_factors(model: nn.Module) -> list[str]:
                 layer.weight.data.copy_(factor.reshape(layer.weight.shape))
             balanced.append(name)
     return balanced
-
-
-def _split_owners(
-    model: nn.Module, plan: FactorizationPlan, *, optimizers: Iterable[Any], averaged_models: Sequence[nn.Module]
-) -> None:
-    """Split the attentions and fused layers that hold layers of the plan."""
-    split: dict[str, nn.Module] = {}
-    parameters: dict[nn.Parameter, list[nn.Parameter]] = {}
-    for name, parts in plan.entry["split"]:
-        old = model.get_submodule(name)
-        split[name] = split_module(old, parts)
-        parameters |= replacing_parameters(old, split[name])
-    if split:
-        _replace(model, split, parameters, optimizers, averaged_models)
-
-
-def _replace(
-    model: nn.Module,
-    replacements: dict[str, nn.Module],
-    parameters: dict[nn.Parameter, list[nn.Parameter]],
-    optimizers: Iterable[Any],
-    averaged_models: Sequence[nn.Module],
-) -> None:
-    replace_modules(
-        model,
-        replacements,
-        optimizers=optimizers,
-        parameters=parameters,
-        averaged_models=averaged_models,
-        method=METHOD,
-        stage=Stage.FACTORS,
-    )
 
 
 def _replacing_weights(old: nn.Module, factors: Factors) -> dict[nn.Parameter, list[nn.Parameter]]:

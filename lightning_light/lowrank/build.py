@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from lightning_light.lowrank.factors import Factors, compose, factor_form
 from lightning_light.lowrank.splitting import split_module
 from lightning_light.surgery.operations import register_operation
+from lightning_light.surgery.plain_layers import POINTWISE, convolution_like
 from lightning_light.surgery.replace import put_module
 
 __all__ = [
@@ -23,9 +24,6 @@ __all__ = [
 ]
 
 OPERATION = "lowrank/factors"
-_CONVOLUTIONS: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-Conv = nn.modules.conv._ConvNd
 
 
 def build_factors(old: nn.Module, form: str, ranks: Sequence[int], weights: Sequence[Tensor] = ()) -> Factors:
@@ -37,26 +35,14 @@ def build_factors(old: nn.Module, form: str, ranks: Sequence[int], weights: Sequ
         ranks: within a group.
         weights: of the factors, in order; without them the weights stay on ``meta``, for a replay.
     """
-    makers: dict[str, Callable[..., list[Any]]] = {
-        "linear": _linear,
-        "embedding": _embedding,
-        "channel": _channel,
-        "spatial": _spatial,
-        "tucker2": _tucker,
-        "depthwise": _depthwise,
-        "pointwise": _pointwise,
-    }
-    layers = makers[form](old, *ranks)
+    layers = _layers(old, form, ranks)
     last = old[-1] if isinstance(old, nn.Sequential) else old
     layers[-1].bias = getattr(last, "bias", None)  # the same object: its optimizer state and its average stay
     reference = last.weight
     assert isinstance(reference, Tensor)
-    for layer, weight in zip(layers, weights, strict=False):
-        value = weight.to(device=reference.device, dtype=reference.dtype).contiguous()
+    for layer, weight in zip(layers, weights or [layer.weight.detach() for layer in layers], strict=True):
+        value = weight.to(device=reference.device if weights else "meta", dtype=reference.dtype).contiguous()
         layer.weight = nn.Parameter(value, requires_grad=reference.requires_grad)
-    if not weights:
-        for layer in layers:
-            layer.weight = nn.Parameter(layer.weight.detach().to(reference.dtype), reference.requires_grad)
     factors = Factors(*layers)
     factors.factorized_form = form
     return factors
@@ -97,117 +83,56 @@ def disable_fast_paths(model: nn.Module, names: Iterable[str]) -> None:
             parent.use_nested_tensor = False
 
 
-def _ends(old: nn.Module) -> tuple[Any, Any]:
-    """Return the layers that read the input and write the output: the layer itself, or its first and last factor."""
-    return (old[0], old[-1]) if isinstance(old, nn.Sequential) else (old, old)
+def _layers(old: Any, form: str, ranks: Sequence[int]) -> list[Any]:
+    """Make layers without bias, their weights on ``meta``; ``old`` is a layer, or factors with its attributes."""
+    rank = ranks[0]
+    if form == "linear":
+        return [_linear(old.in_features, rank), _linear(rank, old.out_features)]
+    if form == "embedding":
+        options = {name: getattr(old, name) for name in ("padding_idx", "scale_grad_by_freq", "sparse")}
+        return [nn.Embedding(old.num_embeddings, rank, **options, device="meta"), _linear(rank, old.embedding_dim)]
+    inputs, outputs, groups = old.in_channels, old.out_channels, old.groups
+    first, last = groups * rank, groups * ranks[-1]
+    if form == "tucker2":
+        return [_pointwise(old, inputs, first), _conv(old, first, last), _pointwise(old, last, outputs)]
+    if form == "spatial":
+        return [_conv(old, inputs, first, axis=0), _conv(old, first, outputs, axis=1)]
+    if form == "depthwise":
+        first *= inputs
+        return [_conv(old, inputs, first, groups=inputs), _pointwise(old, first, outputs)]
+    if form == "pointwise":
+        first *= outputs
+        return [_pointwise(old, inputs, first), _conv(old, first, outputs, groups=outputs)]
+    return [_conv(old, inputs, first), _pointwise(old, first, outputs)]
 
 
-def _linear(old: Any, rank: int) -> list[Any]:
-    first, last = _ends(old)
-    return [
-        nn.Linear(first.in_features, rank, bias=False, device="meta"),
-        nn.Linear(rank, last.out_features, bias=False, device="meta"),
-    ]
+def _linear(in_features: int, out_features: int) -> nn.Linear:
+    return nn.Linear(in_features, out_features, bias=False, device="meta")
 
 
-def _embedding(old: Any, rank: int) -> list[Any]:
-    table, last = _ends(old)
-    width = last.embedding_dim if last is table else last.out_features
-    words = nn.Embedding(
-        table.num_embeddings,
-        rank,
-        padding_idx=table.padding_idx,
-        scale_grad_by_freq=table.scale_grad_by_freq,
-        sparse=table.sparse,
-        device="meta",
-    )
-    return [words, nn.Linear(rank, width, bias=False, device="meta")]
+def _pointwise(old: Any, in_channels: int, out_channels: int) -> Any:
+    return convolution_like(old, in_channels=in_channels, out_channels=out_channels, **POINTWISE)
 
 
-def _channel(old: Any, rank: int) -> list[Any]:
-    first, last = _ends(old)
-    return [
-        _conv(first, first.in_channels, first.groups * rank, like=first),
-        _conv(first, first.groups * rank, last.out_channels),
-    ]
-
-
-def _spatial(old: Any, rank: int) -> list[Any]:
-    first, last = _ends(old)
-    middle = first.groups * rank
-    return [
-        _conv(first, first.in_channels, middle, like=first, axis=0),
-        _conv(first, middle, last.out_channels, like=last, axis=1),
-    ]
-
-
-def _tucker(old: Any, inputs: int, outputs: int) -> list[Any]:
-    first, last = _ends(old)
-    core: Any = old[1] if isinstance(old, nn.Sequential) else old
-    before, after = core.groups * inputs, core.groups * outputs
-    return [
-        _conv(core, first.in_channels, before),
-        _conv(core, before, after, like=core),
-        _conv(core, after, last.out_channels),
-    ]
-
-
-def _depthwise(old: Any, rank: int) -> list[Any]:
-    first, last = _ends(old)
-    inputs = first.in_channels
-    return [
-        _conv(first, inputs, inputs * rank, like=first, groups=inputs),
-        _conv(first, inputs * rank, last.out_channels, groups=1),
-    ]
-
-
-def _pointwise(old: Any, rank: int) -> list[Any]:
-    first, last = _ends(old)
-    outputs = last.out_channels
-    return [
-        _conv(first, first.in_channels, outputs * rank, groups=1),
-        _conv(first, outputs * rank, outputs, like=last, groups=outputs),
-    ]
-
-
-def _conv(
-    layer: Conv,
-    in_channels: int,
-    out_channels: int,
-    *,
-    like: Conv | None = None,
-    axis: int | None = None,
-    groups: int | None = None,
-) -> Any:
-    """Make a 1x1 convolution in the groups of ``layer``, or one with the kernel of ``like`` or of one axis of it."""
-    make: Any = _CONVOLUTIONS[len(layer.kernel_size) - 1]
-    groups = layer.groups if groups is None else groups
-    if like is None:
-        return make(in_channels, out_channels, 1, groups=groups, bias=False, device="meta")
-    kernel, stride, dilation, padding = like.kernel_size, like.stride, like.dilation, like.padding
-    if axis is not None:
-        kernel, stride, dilation = (_along(axis, values, 1) for values in (kernel, stride, dilation))
-        padding = padding if isinstance(padding, str) else _along(axis, padding, 0)
-    options: Any = {"stride": stride, "padding": padding, "dilation": dilation, "padding_mode": like.padding_mode}
-    return make(in_channels, out_channels, kernel, groups=groups, bias=False, device="meta", **options)
-
-
-def _along(axis: int, values: Sequence[int], neutral: int) -> tuple[int, ...]:
-    return tuple(value if index == axis else neutral for index, value in enumerate(values))
+def _conv(old: Any, in_channels: int, out_channels: int, *, axis: int | None = None, groups: int | None = None) -> Any:
+    """Make a convolution with the kernel of ``old``, or with one axis of it."""
+    options: dict[str, Any] = {"groups": old.groups if groups is None else groups}
+    for name in ("kernel_size", "stride", "padding", "dilation") if axis is not None else ():
+        values, neutral = getattr(old, name), POINTWISE[name]
+        if not isinstance(values, str):
+            options[name] = tuple(value if place == axis else neutral for place, value in enumerate(values))
+    return convolution_like(old, in_channels=in_channels, out_channels=out_channels, **options)
 
 
 def dense_weight(module: nn.Module) -> Tensor:
     """Return the weight ``(groups, out, in, *kernel)`` of a layer, or the product of its factors."""
     form = factor_form(module)
     if form is None:
-        return _grouped(module, module.weight)  # type: ignore[arg-type]  # a parameter
+        weight: Any = module.weight
+        groups: int = getattr(module, "groups", 1)
+        return cast(Tensor, weight.detach().reshape(groups, len(weight) // groups, *weight.shape[1:]))
     layers: list[Any] = list(module.children())
     return compose(form, [layer.weight.detach() for layer in layers], getattr(layers[0], "groups", 1))
-
-
-def _grouped(module: nn.Module, weight: Tensor) -> Tensor:
-    groups: int = getattr(module, "groups", 1)
-    return weight.detach().reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
 
 
 def current_ranks(module: nn.Module) -> tuple[int, ...]:

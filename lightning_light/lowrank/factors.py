@@ -18,10 +18,10 @@ _FIRST = {
     "linear": ("in_features",),
     "embedding": ("num_embeddings", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
 }
-_FIRST_OF_CONVOLUTION = ("in_channels", "groups", "padding_mode", "transposed")
+_FIRST_OF_CONVOLUTION = ("in_channels", "groups", "transposed")
 _KERNEL_LAYER = {"tucker2": 1, "pointwise": 1}
 """Form -> which of its layers has the kernel, if it is not the first."""
-_KERNEL = ("kernel_size", "stride", "padding", "dilation", "output_padding")
+_KERNEL = ("kernel_size", "stride", "padding", "dilation", "padding_mode", "output_padding")
 
 
 class Factors(EffectiveLayer, nn.Sequential):
@@ -51,8 +51,8 @@ class Factors(EffectiveLayer, nn.Sequential):
         own, of_last = widths.get(form, ("out_channels", "out_channels"))
         if name == own:
             return getattr(last, of_last)
-        if form in DEPTHWISE and name in {"groups", "padding_mode"}:
-            return 1 if name == "groups" else self._of_kernel(name)
+        if form in DEPTHWISE and name == "groups":
+            return 1
         if name in _FIRST.get(form, _FIRST_OF_CONVOLUTION):
             return getattr(first, name)
         return self._of_kernel(name) if name in _KERNEL and form not in _FIRST else super().read(name)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,21 +20,13 @@ from lightning_light.lowrank.apply import METHOD, apply_factors, check_unowned
 from lightning_light.lowrank.calibration import first_batches, layer_evidence, watched_modules
 from lightning_light.lowrank.fits import Fit
 from lightning_light.lowrank.layers import FactorizableLayer, find_layers
-from lightning_light.lowrank.measurement import FileTimer, LayerTimer, OutputProbe, price_of, quantity_of
-from lightning_light.lowrank.options import (
-    FactorizationOptions,
-    Form,
-    RankAllocation,
-    candidate_forms,
-    check_data,
-    check_goal,
-)
-from lightning_light.lowrank.plan import Evidence, FactorizationPlan, Goal, fastest_plan, plan_factors, unreachable
+from lightning_light.lowrank.measurement import FileTimer, LayerTimer, OutputProbe, goal_of, quantity_of
+from lightning_light.lowrank.options import FactorizationOptions, Form, RankAllocation, candidate_forms, check_request
+from lightning_light.lowrank.plan import FactorizationPlan, Goal, Planner, unreachable
 from lightning_light.lowrank.ranks import RankRule
-from lightning_light.lowrank.spectra import Spectrum
 from lightning_light.measure.latency_table import LatencyTable, lowered
 from lightning_light.order import Stage
-from lightning_light.surgery.attachment import attach, attach_if_kept, has_state, state_of
+from lightning_light.surgery.attachment import attach, attach_if_kept, has_state
 from lightning_light.surgery.checkpoint import load_from_checkpoint, save_converted
 from lightning_light.targets import Targets, as_targets
 from lightning_light.validation import PositiveInt, validated
@@ -103,10 +94,22 @@ def factorize(
         )
     """
     options = FactorizationOptions(fit, form, targets, split, allocation, calibration_batches, correct_batch_norm)
-    batches = first_batches(data, calibration_batches)
-    plan = _plan(model, ExampleInput.of(example_inputs), budget, options, batches, loss)
-    if not dry_run:
-        _apply(model, plan, optimizers, options, batches)
+    batches, example = first_batches(data, calibration_batches), ExampleInput.of(example_inputs)
+    check_request("factorize", budget, options, has_data=bool(batches))
+    if fit.needs and not batches:
+        raise ValueError(
+            f"`factorize(fit={fit!r})`: expected `data`, batches on which the fit is made, found none. Give a "
+            "DataLoader or a list of batches, or `fit=WeightSVD()`."
+        )
+    names = list(as_targets(targets).select(model))
+    layers, reasons = find_layers(model, example, names, form=candidate_forms(form, budget), split=split or {})
+    table = LatencyTable.of(budget)
+    goal = goal_of(budget, model, quantity_of(budget, model, example, table), table)
+    check_unowned(model, [layer.owner or layer.name for layer in layers])
+    plan = plan_layers(model, layers, reasons, goal, options, loss=loss, batches=batches, example=example)
+    if plan.layers and not dry_run:
+        calls = [example_of_batch(batch, model) for batch in batches] if correct_batch_norm else []
+        _carry_out(model, plan, calls, optimizers)
     return plan
 
 
@@ -161,15 +164,13 @@ def factorize_checkpoint(
     example = _example_of(module, example_inputs)
     if not has_state(module):
         attach(module)
-    batches = first_batches(data, calibration_batches)
-    plan = _plan(module, example, budget, options, batches, loss)
+    plan = factorize(module, example, budget, **vars(options), data=data, loss=loss)
     if not plan.layers:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in plan.skipped.items())
         raise LightningLightError(
             f"`factorize_checkpoint({str(path)!r})`: expected at least one layer to factorize, found none, and wrote "
             f"nothing. {reasons}"
         )
-    _apply(module, plan, (), options, batches)
     save_converted(module, path, out)
     return plan
 
@@ -181,55 +182,41 @@ def plan_layers(
     goal: Goal,
     options: FactorizationOptions,
     *,
-    gathered: Gathered,
-    batches: Iterable[Any] = (),
+    gathered: Gathered | None = None,
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    batches: Sequence[Any] = (),
     known_faster: Iterable[str] = (),
     example: ExampleInput | None = None,
 ) -> FactorizationPlan:
-    """Plan with the instruments that measure on ``model``; see `plan_factors`."""
-    probing = options.measures_output(goal.budget)
-    evidence, spectra = layer_evidence(model, layers, gathered), dict[tuple[str, str], Spectrum]()
-    timer = LayerTimer(model) if goal.table is None else FileTimer(model, goal.table)
-    plan = functools.partial(
-        plan_factors,
-        layers,
-        reasons,
-        options,
-        evidence=evidence,
-        probe=OutputProbe(model, [example_of_batch(batch, model) for batch in batches]) if probing else None,
-        known_faster=set(known_faster),
-        spectra=spectra,
-    )
-    if not isinstance(timer, FileTimer):
-        return plan(goal, timer=timer)
-    assert goal.table is not None
+    """Plan with the instruments that measure on ``model``; see `Planner`. Evidence is gathered unless it is given."""
+    if gathered is None and options.fit.needs and layers:
+        kinds, watched = options.fit.needs, watched_modules(model, layers)
+        gathered = collect_evidence(model, batches, kinds, batches=len(batches), loss=loss, layers=watched)
+    evidence = {} if gathered is None else layer_evidence(model, layers, gathered)
+    probe = None
+    if options.measures_output(goal.budget):
+        probe = OutputProbe(model, [example_of_batch(batch, model) for batch in batches])
+    planner = Planner(layers, reasons, options, goal, LayerTimer(model), evidence, probe, frozenset(known_faster))
+    table = goal.table
+    if table is None:
+        return planner.plan()
     assert example is not None
-    least = require_file_reachable(model, layers, options, goal, example, evidence=evidence, spectra=spectra)
-    timer = FileTimer(model, goal.table)  # by the corrected table
-    found = plan(goal, timer=timer)
+    least = require_file_reachable(model, planner, example)
+    timer = FileTimer(model, table)  # by the corrected table
+    planner = replace(planner, timer=timer)
+    found = planner.plan()
     if goal.limit > goal.final:
-        return replace(found, timed=goal.table.used)
+        return found
     target = goal.final
-    while True:
-        seconds = goal.table.file(timer.factorized(found.entry), example)
-        if seconds <= goal.final:
-            return replace(found, after=seconds, estimated=found.after, timed=goal.table.used)
+    while (seconds := table.file(timer.factorized(found.entry), example)) > goal.final:
         if target <= least:
             raise unreachable(goal, goal.final, seconds, len(layers))
         target = max(lowered(target, found.after, seconds, goal.final), least)
-        found = plan(replace(goal, limit=target, final=target), timer=timer)
+        found = replace(planner, goal=replace(goal, limit=target, final=target)).plan()
+    return replace(found, after=seconds, estimated=found.after)
 
 
-def require_file_reachable(
-    model: nn.Module,
-    layers: list[FactorizableLayer],
-    options: FactorizationOptions,
-    goal: Goal,
-    example: ExampleInput,
-    *,
-    evidence: Evidence | None = None,
-    spectra: dict[tuple[str, str], Spectrum] | None = None,
-) -> float:
+def require_file_reachable(model: nn.Module, planner: Planner, example: ExampleInput) -> float:
     """Measure the file of the network with the fastest factors, which corrects the estimates.
 
     Returns:
@@ -238,61 +225,22 @@ def require_file_reachable(
     Raises:
         BudgetError: it is slower than the budget.
     """
-    assert goal.table is not None
+    goal, table = planner.goal, planner.goal.table
+    assert table is not None
     if goal.current <= goal.final:
         return goal.current
-    timer, spectra = FileTimer(model, goal.table), {} if spectra is None else spectra
-    fastest = fastest_plan(layers, options, goal, evidence=evidence or {}, timer=timer, spectra=spectra)
-    copied = timer.factorized(fastest.entry)
-    seconds = (goal.table.file if goal.table.is_corrected else goal.table.correct_by)(copied, example)
+    timer = FileTimer(model, table)
+    copied = timer.factorized(replace(planner, timer=timer).fastest().entry)
+    seconds = (table.file if table.is_corrected else table.correct_by)(copied, example)
     if seconds > goal.final:
-        raise unreachable(goal, goal.final, seconds, len(layers))
-    return goal.table.estimate(copied, example) * (1 + 1e-6)
+        raise unreachable(goal, goal.final, seconds, len(planner.layers))
+    return table.estimate(copied, example) * (1 + 1e-6)
 
 
-def _plan(
-    model: nn.Module,
-    example: ExampleInput,
-    budget: Budget | RankRule,
-    options: FactorizationOptions,
-    batches: list[Any],
-    loss: Callable[[Any, Any], Tensor] | None,
-) -> FactorizationPlan:
-    check_goal("factorize", budget)
-    check_data("factorize", budget, options, has_data=bool(batches))
-    if options.fit.needs and not batches:
-        raise ValueError(
-            f"`factorize(fit={options.fit!r})`: expected `data`, batches on which the fit is made, found none. Give a "
-            "DataLoader or a list of batches, or `fit=WeightSVD()`."
-        )
-    names = list(as_targets(options.targets).select(model))
-    layers, reasons = find_layers(
-        model, example, names, form=candidate_forms(options.form, budget), split=options.split or {}
-    )
-    gathered = Gathered()
-    if options.fit.needs and layers:
-        watched = watched_modules(model, layers)
-        gathered = collect_evidence(model, batches, options.fit.needs, batches=len(batches), loss=loss, layers=watched)
-    table = LatencyTable.of(budget)
-    current = quantity_of(budget, model, example, table)
-    final = current
-    if isinstance(budget, Budget):
-        final = budget.goal(state_of(model).reference(budget.quantity, lambda: current))
-    check_unowned(model, [layer.owner or layer.name for layer in layers])
-    goal = Goal(budget, current, limit=final, final=final, price=price_of(budget, model), table=table)
-    return plan_layers(model, layers, reasons, goal, options, gathered=gathered, batches=batches, example=example)
-
-
-def _apply(
-    model: nn.Module,
-    plan: FactorizationPlan,
-    optimizers: Iterable[Optimizer],
-    options: FactorizationOptions,
-    batches: list[Any],
+def _carry_out(
+    model: nn.Module, plan: FactorizationPlan, calls: Sequence[ExampleInput], optimizers: Iterable[Optimizer]
 ) -> None:
-    if not plan.layers:
-        return
-    calls = [example_of_batch(batch, model) for batch in batches] if options.correct_batch_norm else []
+    """Replace layers, correct the batch-norm statistics, and record it where checkpoints keep that."""
     compression_state = attach_if_kept(model)
     before = measure_statistics(model, calls)
     entry = apply_factors(model, plan, optimizers=optimizers)

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import fnmatch
 import math
+import operator
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lightning_light.example_input import ExampleInput
 from lightning_light.helper_networks import helper_networks, inside
-from lightning_light.isolation import isolated
+from lightning_light.isolation import observe, plain_attention
 from lightning_light.lowrank.build import current_ranks, dense_weight, exact_factors
 from lightning_light.lowrank.factors import factor_form
-from lightning_light.lowrank.spectra import DEPTHWISE
+from lightning_light.lowrank.spectra import DEPTHWISE, factor_shapes
 from lightning_light.lowrank.splitting import SplitAttention, SplitLinear, split_module, split_weights, why_unsplittable
 from lightning_light.nested import tensors_in
 from lightning_light.surgery.replace import put_module
@@ -66,36 +66,22 @@ class FactorizableLayer:
 
     def cost(self, form: str, ranks: tuple[int, ...]) -> tuple[float, int]:
         """Return multiply-accumulates per sample and number of weights of the factors at ``ranks``."""
-        groups, out, inputs, *kernel = self.weight.shape
-        kernel_size = math.prod(kernel)
         before, middle, after = self.positions
-        if form == "embedding":
-            return after * ranks[0] * inputs, ranks[0] * (out + inputs)
-        if form == "spatial":
-            first, second = ranks[0] * inputs * kernel[0], ranks[0] * out * kernel[1]
-            return groups * (middle * first + after * second), groups * (first + second)
-        if form == "depthwise":
-            first, second = ranks[0] * inputs * kernel_size, ranks[0] * inputs * out
-            return after * (first + second), first + second
-        if form == "pointwise":
-            first, second = ranks[0] * inputs * out, ranks[0] * out * kernel_size
-            return before * first + after * second, first + second
-        if form == "tucker2":
-            first, core, last = ranks[0] * inputs, ranks[0] * ranks[1] * kernel_size, ranks[1] * out
-            return groups * (before * first + after * (core + last)), groups * (first + core + last)
-        weights = groups * ranks[0] * (inputs * kernel_size + out)
-        return after * weights, weights
+        applied = {"spatial": (middle, after), "pointwise": (before, after), "tucker2": (before, after, after)}
+        applied["embedding"] = (0, after)  # a table is read, not multiplied with
+        weights = [math.prod(shape) for shape in factor_shapes(form, self.weight.shape, ranks)]
+        return sum(map(operator.mul, applied.get(form, (after, after)), weights)), sum(weights)
 
 
 @dataclass
 class _CallRecorder:
-    """Forward hook that records how often, and on which shapes, every layer is applied."""
+    """Record how often, and on which shapes, every layer is applied."""
 
     samples: int
     positions: dict[nn.Module, list[float]] = field(default_factory=dict)
     shapes: dict[nn.Module, tuple[int, ...]] = field(default_factory=dict)
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+    def __call__(self, name: str, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
         x, y = next(tensors_in((args, kwargs.get("query"), kwargs)), None), next(tensors_in(output), None)
         if x is None or y is None:
             return  # a layer of the user's own, called with sizes for instance
@@ -179,8 +165,8 @@ def _outermost(model: nn.Module, names: Iterable[str]) -> list[str]:
         if factor_form(module) or isinstance(module, nn.MultiheadAttention)
     )
     found: dict[str, None] = {}
-    for name in names:
-        is_split = isinstance(modules.get(name), (SplitAttention, SplitLinear))
+    for name in filter(modules.__contains__, names):  # another method may have removed some since they were chosen
+        is_split = isinstance(modules[name], (SplitAttention, SplitLinear))
         inside = [inner for inner in modules if is_split and inner.startswith(f"{name}.")]
         found |= dict.fromkeys(inner for inner in (name, *inside) if not inner.startswith(whole))
     return list(found)
@@ -188,15 +174,27 @@ def _outermost(model: nn.Module, names: Iterable[str]) -> list[str]:
 
 def _why_not(module: nn.Module, shared: set[int], calls: _CallRecorder, parts: int, *, may_shrink: bool) -> str | None:
     """Return why a module cannot be factorized: None if it can, an empty string if it has no matrix at all."""
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return "a transposed convolution"
+    reason = "" if factor_form(module) is None else None if may_shrink else "it is factorized already"
     if isinstance(module, nn.MultiheadAttention):
-        reason = why_unsplittable(module) or _why_not_called(module, calls) or _why_shared(module, shared)
-        return reason or _why_not_divisible(module, parts) or _why_not_finite(module)
-    if factor_form(module) is not None:
-        return _why_not_called(module, calls) if may_shrink else "it is factorized already"
-    if not isinstance(module, _FACTORIZABLE):
-        return "a transposed convolution" if isinstance(module, nn.modules.conv._ConvTransposeNd) else ""
-    reason = _why_special(module) or _why_shared(module, shared)
-    return reason or _why_not_called(module, calls) or _why_not_divisible(module, parts) or _why_not_finite(module)
+        reason = why_unsplittable(module)
+    elif isinstance(module, _FACTORIZABLE):
+        reason = _why_special(module)
+    if reason is not None:
+        return reason
+    is_factorized = factor_form(module) is not None
+    if not is_factorized and any(id(parameter) in shared for parameter in module.parameters()):
+        return "another layer uses its weight too"
+    if module not in calls.positions:
+        return "it is not called as a layer in a forward pass"
+    if is_factorized:
+        return None
+    widths = {nn.Linear: "out_features", nn.MultiheadAttention: "embed_dim"}
+    width = next((getattr(module, name) for kind, name in widths.items() if isinstance(module, kind)), None)
+    if parts and (width is None or width % parts):
+        return f"not a linear layer or an attention whose outputs divide into {parts} equal parts"
+    return None if all(bool(one.isfinite().all()) for one in module.parameters()) else "its weight is not finite"
 
 
 def _why_special(module: nn.Module) -> str | None:
@@ -208,40 +206,14 @@ def _why_special(module: nn.Module) -> str | None:
         return "its weight is computed by a hook (a mask of `torch.nn.utils.prune`): make it permanent"
     if hasattr(module, "weight_fake_quant") or hasattr(module, "activation_post_process"):
         return "it is prepared for quantization: factorize first, then quantize"
-    if any(getattr(type(module), name, None) is not getattr(_torch_class(module), name, None) for name in _COMPUTING):
+    of_torch = next(kind for kind in _FACTORIZABLE if isinstance(module, kind))
+    if any(getattr(type(module), name, None) is not getattr(of_torch, name, None) for name in _COMPUTING):
         return f"a {type(module).__name__}, which has a `forward` of its own"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "its rows are renormalized (`max_norm`)"
     if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1 and module.in_channels == module.groups:
         return "depthwise: each filter reads one channel, so there is no rank to lower"
     return None
-
-
-def _torch_class(module: nn.Module) -> type[nn.Module]:
-    return next(kind for kind in _FACTORIZABLE if isinstance(module, kind))
-
-
-def _why_shared(module: nn.Module, shared: set[int]) -> str | None:
-    if any(id(parameter) in shared for parameter in module.parameters()):
-        return "another layer uses its weight too"
-    return None
-
-
-def _why_not_called(module: nn.Module, calls: _CallRecorder) -> str | None:
-    return None if module in calls.positions else "it is not called as a layer in a forward pass"
-
-
-def _why_not_divisible(module: nn.Module, parts: int) -> str | None:
-    widths = {nn.Linear: "out_features", nn.MultiheadAttention: "embed_dim"}
-    width = next((getattr(module, name) for kind, name in widths.items() if isinstance(module, kind)), None)
-    if not parts or (width is not None and width % parts == 0):
-        return None
-    return f"not a linear layer or an attention whose outputs divide into {parts} equal parts"
-
-
-def _why_not_finite(module: nn.Module) -> str | None:
-    finite = all(bool(parameter.isfinite().all()) for parameter in module.parameters())
-    return None if finite else "its weight is not finite"
 
 
 def _layer(name: str, module: nn.Module, calls: _CallRecorder, form: str) -> FactorizableLayer:
@@ -308,22 +280,14 @@ def _kernel(module: nn.Module) -> tuple[int, ...]:
 
 
 def _shared_parameters(model: nn.Module) -> set[int]:
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    owners = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
     return {parameter for parameter, count in owners.items() if count > 1}
 
 
 def _record_calls(model: nn.Module, example: ExampleInput) -> _CallRecorder:
     """Run one forward pass in evaluation mode and record the calls of all layers."""
-    calls = _CallRecorder(example.samples)
-    with callable_with(model, example), isolated(model), ExitStack() as stack:
-        for module in model.modules():
-            if isinstance(module, (*_FACTORIZABLE, nn.MultiheadAttention)) or factor_form(module):
-                stack.callback(module.register_forward_hook(calls, with_kwargs=True).remove)
-        fast = torch.backends.mha.get_fastpath_enabled()
-        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
-        torch.backends.mha.set_fastpath_enabled(False)
-        model(*example.args, **example.kwargs)
+    calls, kinds = _CallRecorder(example.samples), (*_FACTORIZABLE, nn.MultiheadAttention)
+    modules = {name: one for name, one in model.named_modules() if isinstance(one, kinds) or factor_form(one)}
+    with callable_with(model, example), plain_attention():
+        observe(model, modules, [example], calls)
     return calls

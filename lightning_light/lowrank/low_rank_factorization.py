@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_light.batch_norm import InputRecorder, Statistics, has_statistics, measure_statistics, move_statistics
+from lightning_light.batch_norm import has_statistics
 from lightning_light.budgets import Budget
-from lightning_light.callback import CompressionCallback
-from lightning_light.capture import Capture
 from lightning_light.criteria.collector import EvidenceCollector
-from lightning_light.criteria.data import collect_evidence
-from lightning_light.criteria.gathered import EvidenceStorage, Gathered
+from lightning_light.criteria.gathered import EvidenceStorage
 from lightning_light.example_input import ExampleInput
 from lightning_light.helper_networks import frozen_parts
 from lightning_light.host.trainer import steps_done
@@ -25,26 +24,18 @@ from lightning_light.lowrank.factors import factor_form
 from lightning_light.lowrank.fits import Fit
 from lightning_light.lowrank.functional import factorize, plan_layers, require_file_reachable
 from lightning_light.lowrank.layers import FactorizableLayer, exact_replacements, find_layers
-from lightning_light.lowrank.measurement import price_of, quantity_of
-from lightning_light.lowrank.options import (
-    FactorizationOptions,
-    Form,
-    RankAllocation,
-    candidate_forms,
-    check_data,
-    check_goal,
-)
-from lightning_light.lowrank.plan import FactorizationPlan, Goal, require_reachable
+from lightning_light.lowrank.measurement import LayerTimer, goal_of, quantity_of
+from lightning_light.lowrank.options import FactorizationOptions, Form, RankAllocation, candidate_forms, check_request
+from lightning_light.lowrank.plan import FactorizationPlan, Goal, Planner, require_reachable
 from lightning_light.lowrank.ranks import RankRule
 from lightning_light.lowrank.regularize import RankRegularizer, add_regularizer_gradients
-from lightning_light.measure.latency_table import LatencyTable, TimedFiles
+from lightning_light.measure.latency_table import LatencyTable
 from lightning_light.order import DEFAULT_WINDOWS, Stage
 from lightning_light.progress import epochs_planned, steps_planned, training_progress
+from lightning_light.recorded_inputs import RecordedInputs, RecordedState
 from lightning_light.schedules import OneShot, Schedule, Window, require_rising
-from lightning_light.schema import PlainExample
-from lightning_light.surgery.averaged_models import averaged_models_of
-from lightning_light.surgery.distributed import log_rank_zero, on_rank_zero, reduce_mean
-from lightning_light.surgery.stored_example import restore_or_capture_example, store_example, stored_calls
+from lightning_light.surgery.distributed import log_rank_zero, reduce_mean
+from lightning_light.surgery.stored_example import stored_calls
 from lightning_light.surgery.trial import failing_in_step
 from lightning_light.targets import Targets, as_targets
 from lightning_light.timing import Events
@@ -71,34 +62,29 @@ class LayerState(TypedDict):
     reconstruction_error: NonNegativeFloat
 
 
-class LowRankState(TypedDict, total=False):
+class LowRankState(RecordedState, total=False):
     """State of a `LowRankFactorization` in checkpoints.
 
     Attributes:
         names: the targets.
-        example: one call of the network.
         events: number of events that are done.
         fraction: of the way to the budget, at the last event.
         final_forms: layers that the first plan factorizes, and their forms.
         layers: name -> factors.
         evidence: storage of the `EvidenceCollector`.
-        inputs: calls of the last batches, for the correction of batch-norm statistics.
-        latency: what the plans have measured in the runtime of the budget.
     """
 
     names: list[str]
-    example: PlainExample
     events: NonNegativeInt
     fraction: Fraction
     final_forms: dict[str, str]
     layers: dict[str, LayerState]
     evidence: EvidenceStorage
-    inputs: list[PlainExample]
-    latency: TimedFiles
 
 
 @validated
-class LowRankFactorization(CompressionCallback):
+@dataclass(eq=False, repr=False)
+class LowRankFactorization(RecordedInputs):
     """Replace layers by low-rank factors within a budget, and continue training.
 
     Only layers whose factors are smaller and cheaper are replaced. The factors are an ``nn.Sequential`` of ``torch.nn``
@@ -150,53 +136,36 @@ class LowRankFactorization(CompressionCallback):
     """
 
     method: ClassVar[str] = METHOD
+    function: ClassVar[str] = "factorize"
+    requires_calls: ClassVar[bool] = False
     stage: ClassVar[int] = Stage.FACTORS
     state_schema: ClassVar[Any] = LowRankState
 
-    def __init__(
-        self,
-        budget: Budget | RankRule,
-        *,
-        schedule: Schedule = Window(OneShot(), *DEFAULT_WINDOWS[Stage.FACTORS]),
-        every_n_steps: PositiveInt | None = None,
-        fit: Fit = FactorizationOptions.fit,
-        form: Form = FactorizationOptions.form,
-        targets: Targets | str | list[str] | None = FactorizationOptions.targets,
-        split: dict[str, int] | None = FactorizationOptions.split,
-        allocation: RankAllocation = FactorizationOptions.allocation,
-        data: Iterable[Any] | None = None,
-        calibration_batches: PositiveInt = FactorizationOptions.calibration_batches,
-        correct_batch_norm: bool = FactorizationOptions.correct_batch_norm,
-        regularizer: RankRegularizer | None = None,
-        dry_run: bool = False,
-    ) -> None:
-        self.options = FactorizationOptions(
-            fit, form, targets, split, allocation, calibration_batches, correct_batch_norm
-        )
+    budget: Budget | RankRule
+    _: KW_ONLY
+    schedule: Schedule = Window(OneShot(), *DEFAULT_WINDOWS[Stage.FACTORS])
+    every_n_steps: PositiveInt | None = None
+    fit: Fit = FactorizationOptions.fit
+    form: Form = FactorizationOptions.form
+    targets: Targets | str | list[str] | None = FactorizationOptions.targets
+    split: dict[str, int] | None = FactorizationOptions.split
+    allocation: RankAllocation = FactorizationOptions.allocation
+    data: Iterable[Any] | None = None
+    calibration_batches: PositiveInt = FactorizationOptions.calibration_batches
+    correct_batch_norm: bool = FactorizationOptions.correct_batch_norm
+    regularizer: RankRegularizer | None = None
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        self.options = self.options_as(FactorizationOptions)
         call = type(self).__name__
-        check_goal(call, budget)
-        check_data(call, budget, self.options, has_data=data is not None)
-        require_rising(call, schedule)
-        self._events = Events(schedule, every_n_steps, default_events=_EVENTS)
-        _check_one_shot(call, budget, schedule)
-        self.budget = budget
-        self.schedule = schedule
-        self.every_n_steps = every_n_steps
-        self.fit = fit
-        self.form: Form = form
-        self.targets = targets
-        self.split = split
-        self.allocation = allocation
-        self.data = data
-        self.calibration_batches = calibration_batches
-        self.correct_batch_norm = correct_batch_norm
-        self.regularizer = regularizer
-        self.dry_run = dry_run
+        check_request(call, self.budget, self.options, has_data=self.data is not None)
+        require_rising(call, self.schedule)
+        self._events = Events(self.schedule, self.every_n_steps, default_events=_EVENTS)
+        _check_one_shot(call, self.budget, self.schedule)
         self.last_plan: FactorizationPlan | None = None
         self._points: list[tuple[float, float]] = []
-        self._capture: Capture | None = None
         self._collector: EvidenceCollector | None = None
-        self._recorder: InputRecorder | None = None
         self._is_checked = False
         self._first_batch: Any = None
         self._failing_in_step: dict[str, str] = {}
@@ -207,16 +176,13 @@ class LowRankFactorization(CompressionCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Name the targets as the layers are now, and measure the dense network if its input is known."""
         super().on_fit_start(trainer, pl_module)
+        corrects = self.correct_batch_norm and not self.dry_run and has_statistics(pl_module)
+        of_one_fit = ("events", "evidence", "fraction", "final_forms", "latency")
+        self.record_inputs(pl_module, *of_one_fit, recorded=corrects)
         state = self.state(pl_module)
-        if not self.resumed(pl_module):  # a second fit keeps its reference, and acts again
-            for key in ("events", "evidence", "fraction", "final_forms", "inputs", "latency"):
-                state.pop(key, None)
         if "names" not in state:
             state["names"] = list(as_targets(self.targets).select(pl_module))
         self.last_plan, self._is_checked, self._failing_in_step, self._points = None, False, {}, []
-        self._capture = restore_or_capture_example(pl_module, state)
-        if self.correct_batch_norm and not self.dry_run and has_statistics(pl_module):
-            self._recorder = InputRecorder(pl_module)
         self._check(trainer, pl_module)
 
     @override
@@ -235,11 +201,11 @@ class LowRankFactorization(CompressionCallback):
             if not state.get("events"):
                 self._helper_networks(trainer, pl_module, batch)  # logs them; the plan leaves them alone
             self._factorize(trainer, pl_module, due)
-        if self._gathers and self._has_example and self._is_near(trainer, state.get("events", 0)):
+        if self._gathers and self.has_example and self._is_near(trainer, state.get("events", 0)):
             self._collect(pl_module).begin_batch()
-        if self._recorder is not None:
+        if self.recorder is not None:
             last = len(self._points) - 1
-            self._recorder.active = state.get("events", 0) <= last and self._is_near(trainer, last)
+            self.recorder.active = state.get("events", 0) <= last and self._is_near(trainer, last)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -256,12 +222,9 @@ class LowRankFactorization(CompressionCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Store the evidence and the example input in the state that checkpoints save."""
-        store_example(self.state(pl_module), self._capture)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._collector is not None:
             self._collector.end_batch(lambda tensor: reduce_mean(trainer, tensor))
-        if self._recorder is not None and self._recorder.active:
-            state = self.state(pl_module)
-            state["inputs"] = [*state.get("inputs", []), *self._recorder.take()][-self.calibration_batches :]
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -273,10 +236,7 @@ class LowRankFactorization(CompressionCallback):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove all hooks."""
-        for held in (self._capture, self._collector, self._recorder):
-            if held is not None:
-                held.remove()
-        self._capture, self._collector, self._recorder = None, None, None
+        self._drop_collector()
         super().teardown(trainer, pl_module, stage)
 
     @override
@@ -311,10 +271,10 @@ class LowRankFactorization(CompressionCallback):
         Another method that changes the network first may make the budget reachable; the refusal then waits for the
         first event.
         """
-        if self._capture is not None:
-            self._capture.require(repr(self))
+        if self.captured is not None:
+            self.captured.require(repr(self))
         self._first_batch = batch if self._first_batch is None and not self._is_checked else self._first_batch
-        if self._is_checked or not self._has_example:
+        if self._is_checked or not self.has_example:
             return
         goal = self._goal(trainer, pl_module, fraction=1.0)
         if self._first_batch is None and frozen_parts(pl_module):
@@ -325,10 +285,20 @@ class LowRankFactorization(CompressionCallback):
             return
         layers, _ = self._layers(pl_module)
         check_unowned(pl_module, [layer.owner or layer.name for layer in layers])
-        on_rank_zero(trainer, lambda: require_reachable(layers, self.allocation, goal))
-        if goal.table is not None:
-            timed = on_rank_zero(trainer, lambda: self._timed(pl_module, layers, goal))
-            self.state(pl_module)["latency"] = timed
+        planner, example = Planner(layers, {}, self.options, goal, LayerTimer(pl_module)), self.example(pl_module)
+
+        def check(table: LatencyTable | None) -> None:
+            require_reachable(layers, self.allocation, goal)
+            if table is not None:
+                with callable_with(pl_module, example):
+                    require_file_reachable(pl_module, replace(planner, goal=replace(goal, table=table)), example)
+
+        self.decided(trainer, pl_module, self._limited, check)
+
+    @property
+    def _limited(self) -> Budget | None:
+        """The budget; None under a rule."""
+        return None if isinstance(self.budget, RankRule) else self.budget
 
     def _try_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave alone the layers without which the training step does not run."""
@@ -340,59 +310,40 @@ class LowRankFactorization(CompressionCallback):
         for name, reason in self._failing_in_step.items():
             log_rank_zero(trainer, f"{self.method}: {name} left alone: {reason}")
 
-    def _timed(self, pl_module: LightningModule, layers: list[FactorizableLayer], goal: Goal) -> TimedFiles:
-        """Refuse a latency that the file does not reach with the fastest factors; return what was measured."""
-        assert goal.table is not None
-        example = self._example(pl_module)
-        with callable_with(pl_module, example):
-            require_file_reachable(pl_module, layers, self.options, goal, example)
-        return goal.table.used
-
     def _goal(self, trainer: Trainer, pl_module: LightningModule, fraction: float) -> Goal:
         """Return the goal of an event; what is measured is measured on rank 0."""
-        example, table = self._example(pl_module), LatencyTable.of(self.budget, self.state(pl_module).get("latency"))
+        example = self.example(pl_module)
         with callable_with(pl_module, example):
-            current = on_rank_zero(trainer, lambda: quantity_of(self.budget, pl_module, example, table))
-        if isinstance(self.budget, RankRule):
-            return Goal(self.budget, current, limit=current, final=current, price=price_of(self.budget, pl_module))
-        dense = self.compression_state(pl_module).reference(self.budget.quantity, lambda: current)
-        limit, final = self.budget.at(dense, fraction), self.budget.goal(dense)
-        return Goal(self.budget, current, max(limit, final), final, price_of(self.budget, pl_module), table)
+            measure = partial(quantity_of, self.budget, pl_module, example)
+            current = self.decided(trainer, pl_module, self._limited, measure)
+        return goal_of(self.budget, pl_module, current, fraction=fraction)
 
     def _plan(self, trainer: Trainer, pl_module: LightningModule, fraction: float) -> FactorizationPlan:
         """Return the plan of rank 0, with its factors, on every rank."""
         goal = self._goal(trainer, pl_module, fraction)
-        return on_rank_zero(trainer, lambda: self._planned(pl_module, goal))
 
-    def _planned(self, pl_module: LightningModule, goal: Goal) -> FactorizationPlan:
-        layers, reasons = self._layers(pl_module)
-        example = self._example(pl_module)
-        batches = first_batches(self.data, self.calibration_batches)
-        gathered = Gathered()
-        if self._gathers:
-            gathered = self._collect(pl_module).means()
-        elif self.fit.needs:
-            watched = watched_modules(pl_module, layers)
-            gathered = collect_evidence(pl_module, batches, self.fit.needs, batches=len(batches), layers=watched)
-        known_faster = self.state(pl_module).get("final_forms", {})
-        return plan_layers(
-            pl_module,
-            layers,
-            reasons,
-            goal,
-            self.options,
-            gathered=gathered,
-            batches=batches,
-            known_faster=known_faster,
-            example=example,
-        )
+        def plan(table: LatencyTable | None) -> FactorizationPlan:
+            layers, reasons = self._layers(pl_module)
+            return plan_layers(
+                pl_module,
+                layers,
+                reasons,
+                replace(goal, table=table),
+                self.options,
+                gathered=self._collect(pl_module).means() if self._gathers else None,
+                batches=first_batches(self.data, self.calibration_batches),
+                known_faster=self.state(pl_module).get("final_forms", {}),
+                example=self.example(pl_module),
+            )
+
+        return self.decided(trainer, pl_module, self._limited, plan)
 
     def _layers(self, pl_module: LightningModule) -> tuple[list[FactorizableLayer], dict[str, str]]:
         state = self.state(pl_module)
         factorized = state.get("layers", {})
         names = dict.fromkeys([*state["names"], *factorized])
         shrinkable = () if isinstance(self.budget, RankRule) else factorized  # a rule is applied once
-        example = self._example(pl_module)
+        example = self.example(pl_module)
         with callable_with(pl_module, example):
             form, split = candidate_forms(self.form, self.budget), self.split or {}
             layers, reasons = find_layers(pl_module, example, names, form=form, split=split, shrinkable=shrinkable)
@@ -406,10 +357,9 @@ class LowRankFactorization(CompressionCallback):
         fraction = self._points[due - 1][1]
         plan = self._plan(trainer, pl_module, fraction)
         self.last_plan = plan
-        if plan.timed is not None:
-            self.state(pl_module)["latency"] = plan.timed
-        self._stop_gathering(pl_module)
+        self._drop_collector()
         state = self.state(pl_module)
+        state.pop("evidence", None)
         if self.dry_run:
             log_rank_zero(trainer, "\n  ".join([f"{self.method}: dry run, would have {plan.summary()}", *plan.lines()]))
         elif plan.layers:
@@ -418,50 +368,21 @@ class LowRankFactorization(CompressionCallback):
         if due == len(self._points):
             state.pop("inputs", None)
         state |= {"events": due, "fraction": fraction}
-        self._log_metrics(trainer, pl_module, plan, fraction)
+        kept = ("rank", "energy_kept", "reconstruction_error")
+        facts = {f"{key}/{name}": layer[key] for name, layer in state.get("layers", {}).items() for key in kept}
+        self.log_scalars(trainer, {"fraction": fraction, plan.quantity: plan.after, **facts})
 
     def _carry_out(self, trainer: Trainer, pl_module: LightningModule, plan: FactorizationPlan, due: int) -> None:
         """Replace the layers; at the last event, correct the batch-norm statistics."""
-        part, last = f"{due}/{len(self._points)}", due == len(self._points)
-        state, averaged_models = self.state(pl_module), averaged_models_of(trainer, pl_module)
-        self._before_surgery(trainer, pl_module)
-        before = self._statistics(trainer, pl_module) if last else {}
-        entry = apply_factors(pl_module, plan, optimizers=trainer.optimizers, averaged_models=averaged_models)
-        after = self._statistics(trainer, pl_module) if last else {}
-        for network in (pl_module, *averaged_models):
-            move_statistics(network, before, after, {})
+        state, last = self.state(pl_module), due == len(self._points)
+        calls = stored_calls(pl_module, state) if last and self.recorder is not None else []
+        entry = self.change(trainer, pl_module, partial(apply_factors, pl_module, plan), calls)
         state["layers"] = {**state.get("layers", {}), **_layer_states(plan)}
         self.claim(pl_module, state["layers"])
-        self._after_surgery(trainer, pl_module, entry, plan.summary(), part=part)
+        self._after_surgery(trainer, pl_module, entry, plan.summary(), part=f"{due}/{len(self._points)}")
         log_rank_zero(trainer, "\n  ".join([f"{self.method}: {plan.summary()}", *plan.lines()]), level=logging.DEBUG)
 
-    def _statistics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Statistics]:
-        """Measure the batch-norm statistics on the recorded inputs of rank 0, which a checkpoint holds, for all."""
-        if self._recorder is None:
-            return {}
-        calls = stored_calls(pl_module, self.state(pl_module))
-        return on_rank_zero(trainer, lambda: measure_statistics(pl_module, calls))
-
-    def _log_metrics(
-        self, trainer: Trainer, pl_module: LightningModule, plan: FactorizationPlan, fraction: float
-    ) -> None:
-        scalars = {f"{self.method}/fraction": fraction, f"{self.method}/{plan.quantity}": plan.after}
-        for name, metrics in self.state(pl_module).get("layers", {}).items():
-            for key in ("rank", "energy_kept", "reconstruction_error"):
-                scalars[f"{self.method}/{key}/{name}"] = metrics[key]
-        for logger in trainer.loggers:
-            logger.log_metrics(scalars, step=steps_done(trainer))
-
     # Evidence.
-
-    @property
-    def _has_example(self) -> bool:
-        return self._capture is not None and self._capture.example is not None
-
-    def _example(self, pl_module: LightningModule) -> ExampleInput:
-        assert self._capture is not None
-        assert self._capture.example is not None  # `_has_example`
-        return self._capture.example.to(pl_module)
 
     @property
     def _gathers(self) -> bool:
@@ -469,7 +390,7 @@ class LowRankFactorization(CompressionCallback):
         return bool(self.fit.needs) and (self.data is None or "grad_squared" in self.fit.needs)
 
     def _is_ready(self, pl_module: LightningModule) -> bool:
-        if not self._has_example:
+        if not self.has_example:
             return False
         return not self._gathers or self._collect(pl_module).batches >= self.calibration_batches
 
@@ -491,11 +412,10 @@ class LowRankFactorization(CompressionCallback):
             )
         return self._collector
 
-    def _stop_gathering(self, pl_module: LightningModule) -> None:
+    def _drop_collector(self) -> None:
         if self._collector is not None:
             self._collector.remove()
             self._collector = None
-        self.state(pl_module).pop("evidence", None)
 
     def _regularized(self, pl_module: LightningModule) -> list[nn.Module]:
         named = dict(pl_module.named_modules(remove_duplicate=False))

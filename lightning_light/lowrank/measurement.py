@@ -11,22 +11,24 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_light.budgets import Budget, Latency, MACs
+from lightning_light.budgets import Budget, Latency, MACs, synchronized
 from lightning_light.copies import copy_network
 from lightning_light.example_input import ExampleInput
 from lightning_light.isolation import isolated
 from lightning_light.lowrank.build import build_factors, replay_factors
 from lightning_light.lowrank.factors import compose
 from lightning_light.lowrank.layers import FactorizableLayer
+from lightning_light.lowrank.plan import Goal
 from lightning_light.lowrank.ranks import RankRule
 from lightning_light.lowrank.spectra import Ranks, Spectrum
 from lightning_light.lowrank.splitting import split_weights
 from lightning_light.measure.latency import measure_latency
 from lightning_light.measure.latency_table import LatencyTable
 from lightning_light.nested import tensors_in
+from lightning_light.surgery.attachment import state_of
 from lightning_light.surgery.replace import put_module
 
-__all__ = ["FileTimer", "LayerTimer", "OutputProbe", "price_of", "quantity_of"]
+__all__ = ["FileTimer", "LayerTimer", "OutputProbe", "goal_of", "price_of", "quantity_of"]
 
 _WARMUP = 3
 _PRICED = 8
@@ -39,6 +41,26 @@ def quantity_of(
     if table is not None:
         return table.estimate(model, example) if table.is_corrected else table.correct_by(model, example)
     return (MACs(1.0) if isinstance(budget, RankRule) else budget).measure(model, example)
+
+
+def goal_of(
+    budget: Budget | RankRule,
+    model: nn.Module,
+    current: float,
+    table: LatencyTable | None = None,
+    fraction: float | None = None,
+) -> Goal:
+    """Return the goal for a network that has ``current`` of the quantity, after ``fraction`` of the way to the budget.
+
+    Without ``fraction`` the goal is the budget itself; under a rule the quantity is not limited.
+    """
+    limit = final = current
+    if isinstance(budget, Budget):
+        dense = state_of(model).reference(budget.quantity, lambda: current)
+        limit = final = budget.goal(dense)
+        if fraction is not None:
+            limit = max(budget.at(dense, fraction), final)
+    return Goal(budget, current, limit, final, price_of(budget, model), table)
 
 
 def price_of(budget: Budget | RankRule, model: nn.Module) -> Callable[[float, float], Any] | None:
@@ -95,7 +117,7 @@ class LayerTimer:
 
     def _seconds(self, module: nn.Module, x: Tensor) -> float:
         with isolated(module):
-            call = _synchronized(lambda: module(x), x.device)
+            call = synchronized(module, ExampleInput((x,)))
             return measure_latency(call, warmup=_WARMUP, runs=self._runs).median
 
     def _current(self, layer: FactorizableLayer) -> nn.Module:
@@ -186,14 +208,3 @@ def _allocated(module: nn.Module, like: Tensor) -> nn.Module:
     for parameter in module.parameters():
         nn.init.constant_(parameter, 0.01)
     return module
-
-
-def _synchronized(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    if device.type != "cuda":
-        return call
-
-    def run() -> None:
-        call()
-        torch.cuda.synchronize(device)
-
-    return run

@@ -11,7 +11,7 @@ from lightning_light.lowrank.ranks import RankRule
 from lightning_light.targets import Targets
 from lightning_light.validation import PositiveInt, validated
 
-__all__ = ["FactorizationOptions", "Form", "RankAllocation", "candidate_forms", "check_data", "check_goal"]
+__all__ = ["FactorizationOptions", "Form", "RankAllocation", "candidate_forms", "check_request"]
 
 Form = Literal["auto", "channel", "spatial", "tucker2", "depthwise"]
 """Form of factorized convolutions; ``"auto"`` chooses per layer."""
@@ -83,22 +83,14 @@ def candidate_forms(form: Form, budget: Budget | RankRule) -> str:
     return "timed" if form == "auto" and isinstance(budget, Latency) else form
 
 
-def check_goal(call: str, budget: Budget | RankRule) -> None:
-    """Refuse a budget whose quantity factors do not reduce.
+def check_request(call: str, budget: Budget | RankRule, options: FactorizationOptions, *, has_data: bool) -> None:
+    """Refuse a budget whose quantity factors do not reduce, and to measure the output without fixed batches.
 
     Raises:
-        ValueError: the quantity is, for instance, the number of channels or of zeros.
+        ValueError: the quantity is, for instance, the number of channels or of zeros; or ``data`` are missing.
     """
     if isinstance(budget, Budget):
         require_reducible(call, budget, "factors")
-
-
-def check_data(call: str, budget: Budget | RankRule, options: FactorizationOptions, *, has_data: bool) -> None:
-    """Refuse to measure the output without fixed batches.
-
-    Raises:
-        ValueError: ``data`` are missing.
-    """
     if options.measures_output(budget) and not has_data:
         raise ValueError(
             f"`{call}(...)`: `importance='output'` and `OutputChange` measure the output on fixed batches: "

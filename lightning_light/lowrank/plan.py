@@ -21,17 +21,9 @@ from lightning_light.lowrank.layers import FactorizableLayer
 from lightning_light.lowrank.options import FactorizationOptions, RankAllocation
 from lightning_light.lowrank.ranks import RankRule, rounded
 from lightning_light.lowrank.spectra import DEPTHWISE, Ranks, Spectrum, decompose, full_ranks
-from lightning_light.measure.latency_table import LatencyTable, TimedFiles, measured_text
+from lightning_light.measure.latency_table import LatencyTable, measured_text
 
-__all__ = [
-    "FactorizationPlan",
-    "FactorizedLayer",
-    "Goal",
-    "fastest_plan",
-    "plan_factors",
-    "require_reachable",
-    "unreachable",
-]
+__all__ = ["FactorizationPlan", "FactorizedLayer", "Goal", "Planner", "require_reachable", "unreachable"]
 
 Evidence = Mapping[str, Mapping[str, Tensor]]
 Probe = Callable[[FactorizableLayer, Spectrum, Ranks], float]
@@ -113,7 +105,6 @@ class FactorizationPlan(Tabular):
         before: of the whole network as it is.
         after: of the whole network with the plan applied.
         estimated: ``after`` as it was estimated, where the written file was measured.
-        timed: what the plan has measured in the runtime of the budget.
     """
 
     layers: dict[str, FactorizedLayer] = field(default_factory=dict)
@@ -123,7 +114,6 @@ class FactorizationPlan(Tabular):
     before: float = 0.0
     after: float = 0.0
     estimated: float | None = None
-    timed: TimedFiles | None = None
 
     @property
     def entry(self) -> dict[str, Any]:
@@ -158,92 +148,6 @@ class FactorizationPlan(Tabular):
         return [layer_lines(self.lines(), self.summary())]
 
 
-def plan_factors(
-    layers: Sequence[FactorizableLayer],
-    reasons: Mapping[str, str],
-    options: FactorizationOptions,
-    goal: Goal,
-    *,
-    evidence: Evidence,
-    timer: Timer,
-    probe: Probe | None = None,
-    known_faster: Collection[str] = (),
-    spectra: dict[tuple[str, str], Spectrum] | None = None,
-) -> FactorizationPlan:
-    """Choose the form and the ranks of every layer.
-
-    The end of the run is planned first, so that an unreachable budget is refused before the first event. An earlier
-    event takes only forms of that plan, from which the end can be reached by lowering ranks.
-
-    Args:
-        layers: those that can be factorized.
-        reasons: name -> reason of those that cannot.
-        options: of the factorization.
-        goal: of this event.
-        evidence: layer name -> kind -> what the fit needs.
-        timer: seconds of a layer in a form at ranks, or of the dense layer for the form ``""``.
-        probe: change of the network's output with one layer factorized.
-        known_faster: layers that ``faster_only`` has accepted at an earlier event.
-        spectra: (layer name, form) -> decompositions that are known; new ones are added.
-
-    Raises:
-        BudgetError: the final limit is below the cost at the lowest ranks.
-    """
-    candidates = _Candidates(options, goal, evidence, timer, probe, spectra)
-    skipped = dict(reasons)
-    fronts: dict[str, list[Choice]] = {}
-    for layer in layers:
-        front = candidates.front(layer)
-        if isinstance(front, str):
-            skipped[layer.name] = front
-        else:
-            fronts[layer.name] = front
-    able = {layer.name: layer for layer in layers if layer.name in fronts}
-    while True:
-        final = candidates.choose(able, fronts, goal.final)
-        slower = candidates.slower(able, final, known_faster) if options.allocation.faster_only else {}
-        if not slower:
-            break
-        skipped |= slower
-        able = {name: layer for name, layer in able.items() if name not in slower}
-    chosen = final
-    if goal.limit > goal.final:
-        forms = {name: {"", choice.form} for name, choice in final.items()}
-        allowed = {name: [choice for choice in fronts[name] if choice.form in forms[name]] for name in able}
-        chosen = candidates.choose(able, allowed, goal.limit)
-    saved = sum(candidates.dense(able[name]).cost - choice.cost for name, choice in chosen.items())
-    reason = (
-        "the budget is met without it" if goal.rule is None else "its factors would not be smaller at the rule's ranks"
-    )
-    skipped |= {name: reason for name, choice in chosen.items() if not choice.form}
-    return FactorizationPlan(
-        layers={name: candidates.factorized(able[name], choice) for name, choice in chosen.items() if choice.form},
-        skipped=skipped,
-        final_forms={name: choice.form for name, choice in final.items() if choice.form},
-        quantity=goal.quantity,
-        before=goal.current,
-        after=goal.current - saved,
-    )
-
-
-def fastest_plan(
-    layers: Sequence[FactorizableLayer],
-    options: FactorizationOptions,
-    goal: Goal,
-    *,
-    evidence: Evidence,
-    timer: Timer,
-    spectra: dict[tuple[str, str], Spectrum],
-) -> FactorizationPlan:
-    """Choose the form and the ranks of every layer that take the least time; arguments as of `plan_factors`."""
-    candidates = _Candidates(options, goal, evidence, timer, None, spectra)
-    fronts = {layer.name: (layer, candidates.front(layer)) for layer in layers}
-    fastest = {name: (layer, front[0]) for name, (layer, front) in fronts.items() if not isinstance(front, str)}
-    chosen = {name: candidates.factorized(layer, choice) for name, (layer, choice) in fastest.items() if choice.form}
-    saved = sum(candidates.dense(layer).cost - choice.cost for layer, choice in fastest.values())
-    return FactorizationPlan(chosen, before=goal.current, after=goal.current - saved)
-
-
 def require_reachable(layers: Sequence[FactorizableLayer], allocation: RankAllocation, goal: Goal) -> None:
     """Refuse a budget that is below the cost of all layers at their lowest ranks, from shapes alone.
 
@@ -256,62 +160,113 @@ def require_reachable(layers: Sequence[FactorizableLayer], allocation: RankAlloc
             raise unreachable(goal, goal.final, goal.current - saved, len(layers))
 
 
-class _Candidates:
-    """Candidate forms and ranks of every layer, with cost and error; each weight is decomposed once."""
+@dataclass(frozen=True, eq=False)
+class Planner:
+    """Choose the form and the ranks of every layer; each weight is decomposed once.
 
-    def __init__(
-        self,
-        options: FactorizationOptions,
-        goal: Goal,
-        evidence: Evidence,
-        timer: Timer,
-        probe: Probe | None,
-        spectra: dict[tuple[str, str], Spectrum] | None = None,
-    ) -> None:
-        self._options, self._allocation, self._goal = options, options.allocation, goal
-        self._evidence, self._timer, self._probe = evidence, timer, probe
-        self._spectra = {} if spectra is None else spectra
-        self._sensitivities: dict[str, float] = {}
+    Args:
+        layers: those that can be factorized.
+        reasons: name -> reason of those that cannot.
+        options: of the factorization.
+        goal: of this event.
+        timer: seconds of a layer in a form at ranks, or of the dense layer for the form ``""``.
+        evidence: layer name -> kind -> what the fit needs.
+        probe: change of the network's output with one layer factorized.
+        known_faster: layers that ``faster_only`` has accepted at an earlier event.
+    """
 
-    def front(self, layer: FactorizableLayer) -> list[Choice] | str:
+    layers: Sequence[FactorizableLayer]
+    reasons: Mapping[str, str]
+    options: FactorizationOptions
+    goal: Goal
+    timer: Timer
+    evidence: Evidence = field(default_factory=dict)
+    probe: Probe | None = None
+    known_faster: Collection[str] = ()
+    _spectra: dict[tuple[str, str], Spectrum] = field(default_factory=dict)
+    _sensitivities: dict[str, float] = field(default_factory=dict)
+
+    def plan(self) -> FactorizationPlan:
+        """Plan an event.
+
+        The end of the run is planned first, so that an unreachable budget is refused before the first event. An earlier
+        event takes only forms of that plan, from which the end can be reached by lowering ranks.
+
+        Raises:
+            BudgetError: the final limit is below the cost at the lowest ranks.
+        """
+        goal, found = self.goal, {layer.name: self._front(layer) for layer in self.layers}
+        skipped = {**self.reasons, **{name: front for name, front in found.items() if isinstance(front, str)}}
+        fronts = {name: front for name, front in found.items() if not isinstance(front, str)}
+        able = {layer.name: layer for layer in self.layers if layer.name in fronts}
+        while True:
+            final = self._choose(able, fronts, goal.final)
+            slower = self._slower(able, final) if self.options.allocation.faster_only else {}
+            if not slower:
+                break
+            skipped |= slower
+            able = {name: layer for name, layer in able.items() if name not in slower}
+        chosen = final
+        if goal.limit > goal.final:
+            forms = {name: {"", choice.form} for name, choice in final.items()}
+            allowed = {name: [choice for choice in fronts[name] if choice.form in forms[name]] for name in able}
+            chosen = self._choose(able, allowed, goal.limit)
+        reason = "the budget is met without it"
+        if goal.rule is not None:
+            reason = "its factors would not be smaller at the rule's ranks"
+        skipped |= {name: reason for name, choice in chosen.items() if not choice.form}
+        forms_at_end = {name: choice.form for name, choice in final.items() if choice.form}
+        return replace(self._planned(able, chosen), skipped=skipped, final_forms=forms_at_end)
+
+    def fastest(self) -> FactorizationPlan:
+        """Choose the form and the ranks of every layer that cost the least."""
+        fronts = ((layer, self._front(layer)) for layer in self.layers)
+        chosen = {layer.name: front[0] for layer, front in fronts if not isinstance(front, str)}
+        return self._planned({layer.name: layer for layer in self.layers}, chosen)
+
+    def _planned(self, able: Mapping[str, FactorizableLayer], chosen: Mapping[str, Choice]) -> FactorizationPlan:
+        saved = sum(self._dense(able[name]).cost - choice.cost for name, choice in chosen.items())
+        factorized = {name: self._factorized(able[name], choice) for name, choice in chosen.items() if choice.form}
+        before = self.goal.current
+        return FactorizationPlan(factorized, quantity=self.goal.quantity, before=before, after=before - saved)
+
+    def _front(self, layer: FactorizableLayer) -> list[Choice] | str:
         """Return the layer's choices in ascending cost, or why there are none."""
-        dense = self.dense(layer)
-        if self._goal.rule is None and not dense.cost:
-            return f"it has no {self._goal.quantity} to save"
+        dense = self._dense(layer)
+        if self.goal.rule is None and not dense.cost:
+            return f"it has no {self.goal.quantity} to save"
         choices = [choice for form in self._forms(layer) for choice in self._choices(layer, form, dense)]
         if not choices:
             return "factors of the lowest rank allowed would not be smaller"
-        if self._goal.price is None:
+        if self.goal.price is None:
             choices = self._timed(layer, frontier(choices), dense)
             if not choices:
                 return "its factors do not run faster on this machine"
         return frontier([*choices, dense])
 
-    def choose(
+    def _choose(
         self, able: Mapping[str, FactorizableLayer], fronts: Mapping[str, list[Choice]], limit: float
     ) -> dict[str, Choice]:
         """Choose one of its choices for every layer, within ``limit`` for the whole network."""
-        if self._goal.rule is not None:
-            return {name: self._by_rule(layer, self._goal.rule) for name, layer in able.items()}
+        if self.goal.rule is not None:
+            return {name: self._by_rule(layer, self.goal.rule) for name, layer in able.items()}
         names = list(able)
-        fixed = self._goal.current - sum(self.dense(able[name]).cost for name in names)
+        fixed = self.goal.current - sum(self._dense(able[name]).cost for name in names)
         weights = [self._sensitivity(able[name], fronts[name]) for name in names]
         found = allocate([fronts[name] for name in names], limit - fixed, weights)
         if found is None:
             lowest = fixed + sum(fronts[name][0].cost for name in names)
-            raise unreachable(self._goal, limit, lowest, len(names))
+            raise unreachable(self.goal, limit, lowest, len(names))
         return dict(zip(names, found, strict=True))
 
-    def slower(
-        self, able: Mapping[str, FactorizableLayer], chosen: Mapping[str, Choice], known_faster: Collection[str]
-    ) -> dict[str, str]:
+    def _slower(self, able: Mapping[str, FactorizableLayer], chosen: Mapping[str, Choice]) -> dict[str, str]:
         """Return name -> reason of the dense layers whose chosen factors do not run faster."""
         reasons = {}
         for name, choice in chosen.items():
-            if not choice.form or choice.form == "embedding" or able[name].limits or name in known_faster:
+            if not choice.form or choice.form == "embedding" or able[name].limits or name in self.known_faster:
                 continue
-            before = self._timer(able[name], "", ())
-            after = self._timer(able[name], choice.form, choice.ranks)
+            before = self.timer(able[name], "", ())
+            after = self.timer(able[name], choice.form, choice.ranks)
             if after >= before:
                 reasons[name] = (
                     f"its factors ({choice.form}, rank {_product(choice.ranks)}) took {after * 1e6:.0f} us on this "
@@ -319,9 +274,9 @@ class _Candidates:
                 )
         return reasons
 
-    def factorized(self, layer: FactorizableLayer, choice: Choice) -> FactorizedLayer:
+    def _factorized(self, layer: FactorizableLayer, choice: Choice) -> FactorizedLayer:
         """Compute the factors of a choice."""
-        spectrum, dense = self._spectrum(layer, choice.form), self.dense(layer)
+        spectrum, dense = self._spectrum(layer, choice.form), self._dense(layer)
         return FactorizedLayer(
             form=choice.form,
             ranks=choice.ranks,
@@ -334,24 +289,24 @@ class _Candidates:
             parts=layer.parts,
         )
 
-    def dense(self, layer: FactorizableLayer) -> Choice:
+    def _dense(self, layer: FactorizableLayer) -> Choice:
         """Return the choice that leaves the layer unchanged."""
         ranks = layer.limits or ()
         macs, params = layer.current_cost
         choice = self._priced("", ranks, macs, params, 0.0)
-        is_timed = self._goal.price is None and layer.forms != ("embedding",)
-        return replace(choice, cost=self._timer(layer, "", ())) if is_timed else choice
+        is_timed = self.goal.price is None and layer.forms != ("embedding",)
+        return replace(choice, cost=self.timer(layer, "", ())) if is_timed else choice
 
     def _by_rule(self, layer: FactorizableLayer, rule: RankRule) -> Choice:
         """Return the cheapest form at the ranks of the rule."""
-        probe = self._probe
-        dense = self.dense(layer)
+        probe = self.probe
+        dense = self._dense(layer)
         found = [dense]
         for form in self._forms(layer):
             spectrum = self._spectrum(layer, form)
             measure = None if probe is None else lambda ranks, s=spectrum: probe(layer, s, ranks)
-            ranks = tuple(max(rank, self._allocation.min_rank) for rank in rule(spectrum, measure))
-            ranks = rounded(ranks, layer.limits or spectrum.full, _step(self._allocation, form))
+            ranks = tuple(max(rank, self.options.allocation.min_rank) for rank in rule(spectrum, measure))
+            ranks = rounded(ranks, layer.limits or spectrum.full, _step(self.options.allocation, form))
             choice = self._priced(form, ranks, *layer.cost(form, ranks), spectrum.error(ranks))
             if _is_smaller(choice, dense):
                 found.append(choice)
@@ -359,29 +314,29 @@ class _Candidates:
 
     def _sensitivity(self, layer: FactorizableLayer, front: list[Choice]) -> float:
         """Return the weight of the layer's error: the output's change per unit of error, at a middle choice."""
-        if self._probe is None or self._allocation.importance == "equal":
+        if self.probe is None or self.options.allocation.importance == "equal":
             return 1.0
         if layer.name not in self._sensitivities:
             choice = front[max((len(front) - 1) // 2 - 1, 0)]
-            change = self._probe(layer, self._spectrum(layer, choice.form), choice.ranks)
+            change = self.probe(layer, self._spectrum(layer, choice.form), choice.ranks)
             self._sensitivities[layer.name] = max(change, 1e-12) / max(choice.error, 1e-12)
         return self._sensitivities[layer.name]
 
     def _spectrum(self, layer: FactorizableLayer, form: str) -> Spectrum:
         key = layer.name, form
         if key not in self._spectra:
-            is_weighted = form in {"linear", "channel"} and layer.name in self._evidence
-            metric = self._options.fit.metric(self._evidence[layer.name]) if is_weighted else None
+            is_weighted = form in {"linear", "channel"} and layer.name in self.evidence
+            metric = self.options.fit.metric(self.evidence[layer.name]) if is_weighted else None
             self._spectra[key] = decompose(form, layer.weight, metric)
         return self._spectra[key]
 
     def _forms(self, layer: FactorizableLayer) -> tuple[str, ...]:
         """Return the forms to compare; with evidence only one, as errors in different norms do not compare."""
-        is_weighted = self._options.fit.needs and "channel" in layer.forms and len(layer.forms) > 1
+        is_weighted = self.options.fit.needs and "channel" in layer.forms and len(layer.forms) > 1
         return ("channel",) if is_weighted else layer.forms
 
     def _priced(self, form: str, ranks: Ranks, macs: float, params: int, error: float) -> Choice:
-        price = self._goal.price
+        price = self.goal.price
         return Choice(form, ranks, macs, params, macs if price is None else price(macs, params), error)
 
     def _choices(self, layer: FactorizableLayer, form: str, dense: Choice) -> list[Choice]:
@@ -405,7 +360,7 @@ class _Candidates:
         useful = (inputs <= outputs * kernel_size) & (outputs <= inputs * kernel_size)  # higher ranks gain nothing
         good = smaller & useful
         errors = spectrum.relative_errors().cpu().numpy()[inputs - 1, outputs - 1][good]
-        cost = (macs if self._goal.price is None else self._goal.price(macs, params))[good]
+        cost = (macs if self.goal.price is None else self.goal.price(macs, params))[good]
         order = cost.argsort(kind="stable")
         lowest = np.minimum.accumulate(np.concatenate([[math.inf], errors[order]]))
         order = order[errors[order] < lowest[:-1]]
@@ -418,15 +373,14 @@ class _Candidates:
 
     def _steps(self, form: str, full: int) -> list[int]:
         """Return the ranks to try: multiples of ``round_to``, and the full rank."""
-        return [*range(_lowest_rank(self._allocation, form, full), full, _step(self._allocation, form)), full]
+        allocation = self.options.allocation
+        return [*range(_lowest_rank(allocation, form, full), full, _step(allocation, form)), full]
 
     def _timed(self, layer: FactorizableLayer, choices: list[Choice], dense: Choice) -> list[Choice]:
         """Time a few evenly spread choices, and return those that run faster than the layer."""
         count = min(_TIMED_CHOICES, len(choices))
         picked = [choices[round(i * (len(choices) - 1) / max(count - 1, 1))] for i in range(count)]
-        timed = [
-            replace(choice, cost=self._timer(layer, choice.form, choice.ranks)) for choice in dict.fromkeys(picked)
-        ]
+        timed = [replace(choice, cost=self.timer(layer, choice.form, choice.ranks)) for choice in dict.fromkeys(picked)]
         return [choice for choice in timed if choice.cost < dense.cost]
 
 

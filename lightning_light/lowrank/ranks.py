@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_light.lowrank.spectra import MatrixSpectrum, Ranks, Spectrum, TuckerSpectrum
+from lightning_light.lowrank.spectra import Ranks, Spectrum
 from lightning_light.validation import FractionBelowOne, OpenFraction, PositiveFloat, validated
 
 __all__ = ["EVBMF", "RetainedEnergy", "OutputChange", "RankRatio", "RankRule", "evbmf_rank", "rounded"]
@@ -55,7 +55,7 @@ class RetainedEnergy(RankRule):
 
     @override
     def __call__(self, spectrum: Spectrum, measure: Measure | None) -> Ranks:
-        return _smallest(spectrum, spectrum.errors() <= (1.0 - self.fraction + 1e-12) * spectrum.total)
+        return _smallest(spectrum, spectrum.errors <= (1.0 - self.fraction + 1e-12) * spectrum.total)
 
 
 @validated
@@ -97,7 +97,7 @@ class EVBMF(RankRule):
 
     @override
     def __call__(self, spectrum: Spectrum, measure: Measure | None) -> Ranks:
-        found = [max(evbmf_rank(values, *shape) for values in group) for group, shape in _unfoldings(spectrum)]
+        found = [max(evbmf_rank(values, *shape) for values in group) for group, shape in spectrum.unfoldings]
         pairs = zip(found, spectrum.full, strict=True)
         return tuple(max(1, round(rank + self.weaken * (full - rank))) for rank, full in pairs)
 
@@ -201,14 +201,6 @@ def _minimum(function: Callable[[float], float], low: float, high: float) -> flo
         a, b = right - ratio * (right - left), left + ratio * (right - left)
         left, right = (left, b) if function(a) < function(b) else (a, right)
     return (left + right) / 2
-
-
-def _unfoldings(spectrum: Spectrum) -> list[tuple[Tensor, tuple[int, int]]]:
-    """Return singular values ``(groups, values)`` and the shape of the matrix, for every rank of the form."""
-    if isinstance(spectrum, TuckerSpectrum):
-        return [(spectrum.input_values, spectrum.shapes[0]), (spectrum.output_values, spectrum.shapes[1])]
-    assert isinstance(spectrum, MatrixSpectrum)
-    return [(spectrum.values, spectrum.shape)]
 
 
 def _smallest(spectrum: Spectrum, good: Tensor) -> Ranks:

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-__all__ = ["DEPTHWISE", "MatrixSpectrum", "Ranks", "Spectrum", "TuckerSpectrum", "decompose", "full_ranks"]
+__all__ = [
+    "DEPTHWISE",
+    "MatrixSpectrum",
+    "Ranks",
+    "Spectrum",
+    "TuckerSpectrum",
+    "decompose",
+    "factor_shapes",
+    "full_ranks",
+]
 
 Ranks = tuple[int, ...]
 
@@ -29,15 +38,15 @@ class Spectrum(ABC):
             or ``"pointwise"``.
         full: the ranks at which the factors are exact.
         total: squared norm of the weight, in the norm of the fit.
+        errors: squared error at every rank, ``errors[r - 1]``; for two ranks ``errors[r1 - 1, r2 - 1]``.
+        unfoldings: for every rank, the singular values ``(groups, values)`` of a matrix, and its shape.
     """
 
     form: str
     full: Ranks
     total: float
-
-    @abstractmethod
-    def errors(self) -> Tensor:
-        """Return the squared error at every rank, ``errors()[r - 1]``; for two ranks ``errors()[r1 - 1, r2 - 1]``."""
+    errors: Tensor
+    unfoldings: list[tuple[Tensor, tuple[int, int]]]
 
     @abstractmethod
     def factors(self, ranks: Ranks) -> list[Tensor]:
@@ -49,7 +58,7 @@ class Spectrum(ABC):
 
     def relative_errors(self) -> Tensor:
         """Return `errors` as fractions of the weight's energy."""
-        return self.errors() / max(self.total, 1e-300)
+        return self.errors / max(self.total, 1e-300)
 
 
 class MatrixSpectrum(Spectrum):
@@ -72,23 +81,15 @@ class MatrixSpectrum(Spectrum):
         if is_tall and metric is not None:
             outer, inner = torch.linalg.qr(matrix)
             vectors, values = _left_vectors(inner, metric)
-            self._vectors, self._values = outer @ vectors, values
+            self._vectors = outer @ vectors
         else:
-            self._vectors, self._values = _left_vectors(self._matrix, metric)
+            self._vectors, values = _left_vectors(self._matrix, metric)
+        self.unfoldings = [(values, self.shape)]
         self.full = full_ranks(form, weight.shape)
-        squares = self._values.square().sum(0)
+        squares = values.square().sum(0)
         tails = squares.flip(0).cumsum(0).flip(0)
         self.total = float(squares.sum())
-        self._errors = torch.cat([tails[1:], tails.new_zeros(1)])
-
-    @property
-    def values(self) -> Tensor:
-        """Singular values, ``(groups, rank)``, in descending order."""
-        return self._values
-
-    @override
-    def errors(self) -> Tensor:
-        return self._errors
+        self.errors = torch.cat([tails[1:], tails.new_zeros(1)])
 
     @override
     def factors(self, ranks: Ranks) -> list[Tensor]:
@@ -110,41 +111,36 @@ class TuckerSpectrum(Spectrum):
 
     form = "tucker2"
 
-    def __init__(self, weight: Tensor, sweeps: int = 1) -> None:
-        self._kernel, self._dtype = weight.shape[3:], weight.dtype
-        self._sweeps = sweeps
+    def __init__(self, weight: Tensor) -> None:
+        self._shape, self._dtype = weight.shape, weight.dtype
         tensor = weight.flatten(3)
         groups, self._out, self._in, kernel_size = tensor.shape
         self._by_out = tensor.transpose(2, 3).reshape(groups, -1, self._in)  # rows: (out, kernel)
         self._by_in = tensor.permute(0, 2, 3, 1).reshape(groups, -1, self._out)  # rows: (in, kernel)
-        self.shapes = ((self._in, self._out * kernel_size), (self._out, self._in * kernel_size))
-        self._inputs, self.input_values = _left_vectors(self._by_in.reshape(groups, self._in, -1))
-        self._outputs, self.output_values = _left_vectors(self._by_out.reshape(groups, self._out, -1))
+        self._inputs, of_inputs = _left_vectors(self._by_in.reshape(groups, self._in, -1))
+        self._outputs, of_outputs = _left_vectors(self._by_out.reshape(groups, self._out, -1))
+        shapes = (self._in, self._out * kernel_size), (self._out, self._in * kernel_size)
+        self.unfoldings = [(of_inputs, shapes[0]), (of_outputs, shapes[1])]
         self.full = full_ranks(self.form, weight.shape)
         core = self._outputs.mT @ self._reduced(self._inputs)
         energy = core.square().sum(0).reshape(self.full[1], kernel_size, self.full[0]).sum(1).mT
         self.total = float(energy.sum())
-        self._errors = (energy.sum() - energy.cumsum(0).cumsum(1)).clamp_min(0.0)
-
-    @override
-    def errors(self) -> Tensor:
-        return self._errors
+        self.errors = (energy.sum() - energy.cumsum(0).cumsum(1)).clamp_min(0.0)
 
     @override
     def factors(self, ranks: Ranks) -> list[Tensor]:
         inputs, outputs = self._inputs[..., : ranks[0]], self._outputs[..., : ranks[1]]
         reduced = self._reduced(inputs)
-        for _ in range(self._sweeps if ranks != self.full else 0):
+        if ranks != self.full:
             outputs = _left_vectors(reduced)[0][..., : ranks[1]]
             other = (self._by_in @ outputs).reshape(len(outputs), self._in, -1)
             inputs = _left_vectors(other)[0][..., : ranks[0]]
             reduced = self._reduced(inputs)
         core = (outputs.mT @ reduced).reshape(*reduced.shape[:1], ranks[1], -1, ranks[0]).transpose(2, 3)
         scale = _shared_scale(core)
-        first = (inputs.mT * scale).reshape(-1, self._in, *(1 for _ in self._kernel))
-        last = (outputs * scale).reshape(-1, ranks[1], *(1 for _ in self._kernel))
-        middle = (core / scale**2).reshape(-1, ranks[0], *self._kernel)
-        return [factor.to(self._dtype) for factor in (first, middle, last)]
+        shapes = factor_shapes(self.form, self._shape, ranks)
+        pieces = inputs.mT * scale, core / scale**2, outputs * scale
+        return [piece.reshape(shape).to(self._dtype) for piece, shape in zip(pieces, shapes, strict=True)]
 
     def _reduced(self, inputs: Tensor) -> Tensor:
         """Return the weight with its inputs projected: ``(groups, out, kernel * rank)``."""
@@ -187,6 +183,31 @@ def full_ranks(form: str, shape: Sequence[int]) -> Ranks:
     return (min(out, inputs * math.prod(kernel)),)
 
 
+def factor_shapes(form: str, shape: Sequence[int], ranks: Ranks) -> list[tuple[int, ...]]:
+    """Return the shapes of the factors of a weight of ``shape``, in the order in which they are applied.
+
+    Example:
+        >>> factor_shapes("tucker2", (1, 6, 4, 3, 3), (2, 5))
+        [(2, 4, 1, 1), (5, 2, 3, 3), (6, 5, 1, 1)]
+    """
+    groups, out, inputs, *kernel = shape
+    ones = [1] * len(kernel)
+    if form == "tucker2":
+        before, after = ranks
+        middle = (groups * after, before, *kernel)
+        return [(groups * before, inputs, *ones), middle, (groups * out, after, *ones)]
+    (rank,) = ranks
+    if form == "embedding":
+        return [(out, rank), (inputs, rank)]
+    if form == "spatial":
+        return [(groups * rank, inputs, kernel[0], 1), (groups * out, rank, 1, kernel[1])]
+    if form == "depthwise":
+        return [(inputs * rank, 1, *kernel), (out, inputs * rank, *ones)]
+    if form == "pointwise":
+        return [(out * rank, inputs, *ones), (out, rank, *kernel)]
+    return [(groups * rank, inputs, *kernel), (groups * out, rank, *ones)]
+
+
 def matricize(form: str, weight: Tensor) -> Tensor:
     """Return the matrices ``(groups, rows, columns)`` of reduced rank; the first factor reads the columns."""
     if form == "embedding":
@@ -201,23 +222,18 @@ def matricize(form: str, weight: Tensor) -> Tensor:
 
 
 def _fold(form: str, first: Tensor, second: Tensor, shape: Sequence[int]) -> list[Tensor]:
-    groups, out, inputs, *kernel = shape if form != "embedding" else (shape[0], shape[2], shape[1])
+    """Return the factors of the matrices of `matricize` in the shapes of `factor_shapes`."""
     rank = first.shape[1]
     if form == "embedding":
-        return [first[0].mT.contiguous(), second[0]]
-    if form == "linear":
-        return [first[0], second[0]]
-    if form == "spatial":
-        vertical = first.reshape(groups * rank, inputs, kernel[0], 1)
-        horizontal = second.reshape(groups, out, kernel[1], rank).transpose(2, 3)
-        return [vertical, horizontal.reshape(groups * out, rank, 1, kernel[1])]
-    ones = [1] * len(kernel)
-    if form == "depthwise":
-        pointwise = second.transpose(0, 1).reshape(out, inputs * rank, *ones)
-        return [first.reshape(inputs * rank, 1, *kernel), pointwise]
-    if form == "pointwise":
-        return [first.reshape(out * rank, inputs, *ones), second.mT.reshape(out, rank, *kernel)]
-    return [first.reshape(groups * rank, inputs, *kernel), second.reshape(groups * out, rank, *ones)]
+        first = first.mT
+    elif form == "spatial":
+        second = second.reshape(*shape[:2], shape[4], rank).transpose(2, 3)
+    elif form == "depthwise":
+        second = second.transpose(0, 1)
+    elif form == "pointwise":
+        second = second.mT
+    pieces = zip((first, second), factor_shapes(form, shape, (rank,)), strict=True)
+    return [piece.reshape(shape).contiguous() for piece, shape in pieces]
 
 
 def _left_vectors(matrix: Tensor, metric: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -151,7 +151,7 @@ def split_module(module: nn.Module, parts: int = 0) -> SplitAttention | SplitLin
             name: _split(weight, bias, parts, module.out_proj.weight)
             for name, weight, bias in zip(_PROJECTIONS, _projections(module), biases, strict=True)
         }
-        layers["out_proj"] = _shared(module.out_proj)
+        layers["out_proj"] = _linear(module.out_proj.weight, module.out_proj.bias)
         return SplitAttention(module, layers)
     linear: Any = module
     split = _split(linear.weight, linear.bias, parts, linear.weight)
@@ -192,17 +192,16 @@ def _split(weight: Tensor, bias: Tensor | None, parts: int, reference: Tensor) -
 
 
 def _layer(weight: Tensor, bias: Tensor | None, reference: Tensor) -> nn.Linear:
+    new = (
+        None if one is None else nn.Parameter(one.detach().clone(), reference.requires_grad) for one in (weight, bias)
+    )
+    return _linear(*new)
+
+
+def _linear(weight: Any, bias: Any) -> nn.Linear:
+    """Make a plain linear layer of parameters."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    layer.weight = nn.Parameter(weight.detach().clone(), reference.requires_grad)
-    if bias is not None:
-        layer.bias = nn.Parameter(bias.detach().clone(), reference.requires_grad)
-    return layer
-
-
-def _shared(old: nn.Linear) -> nn.Linear:
-    """Make a plain linear layer with the parameters of ``old``."""
-    layer = nn.Linear(old.in_features, old.out_features, bias=old.bias is not None, device="meta")
-    layer.weight, layer.bias = old.weight, old.bias
+    layer.weight, layer.bias = weight, bias
     return layer
 
 

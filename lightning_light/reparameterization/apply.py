@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -37,6 +38,8 @@ __all__ = [
 METHOD = "reparameterization"
 EXPAND = "reparameterization/expand"
 MERGE = "reparameterization/merge"
+
+_replace = partial(replace_modules, method=METHOD, stage=Stage.REPARAMETERIZATION)
 
 Merged = dict[str, tuple[Tensor, Tensor | None]]
 """Name of a layer -> kernel and bias of the convolution that it merges into, on the CPU."""
@@ -119,12 +122,7 @@ def _expanded(model: nn.Module, layers: Mapping[str, Sequence[Spec]], scale: flo
 
 
 def expand_layers(
-    model: nn.Module,
-    layers: Mapping[str, Sequence[Spec]],
-    *,
-    initial_scale: float = 0.0,
-    optimizers: Iterable[Any] = (),
-    averaged_models: Sequence[nn.Module] = (),
+    model: nn.Module, layers: Mapping[str, Sequence[Spec]], *, initial_scale: float = 0.0, **followers: Any
 ) -> dict[str, Any]:
     """Expand convolutions in place; without a scale the function stays the same in training and in evaluation mode.
 
@@ -132,8 +130,8 @@ def expand_layers(
         model: the live model.
         layers: name -> the branches that it gets.
         initial_scale: of every branch.
-        optimizers: where the weight of a convolution is, its branches are put behind it.
-        averaged_models: averaged copies of ``model``, which are expanded like it.
+        **followers: ``optimizers``, where its branches are put behind the weight of a convolution, and
+            ``averaged_models``, as in `replace_modules`.
 
     Returns:
         The edit log's entry.
@@ -142,21 +140,9 @@ def expand_layers(
         SurgeryError: see `replace_modules`; nothing is changed.
         UnsupportedError: a later method owns one of the layers; nothing is changed.
     """
-    new: dict[str, nn.Module] = {}
-    followers: dict[nn.Parameter, list[nn.Parameter]] = {}
-    for name, branched in _expanded(model, layers, initial_scale).items():
-        new[name] = branched
-        weight = cast(nn.Parameter, branched.main.weight)
-        followers[weight] = [weight, *branched.branches.parameters()]
-    replace_modules(
-        model,
-        new,
-        optimizers=optimizers,
-        parameters=followers,
-        averaged_models=averaged_models,
-        method=METHOD,
-        stage=Stage.REPARAMETERIZATION,
-    )
+    new = _expanded(model, layers, initial_scale)
+    weights = ((cast(nn.Parameter, layer.main.weight), layer.branches.parameters()) for layer in new.values())
+    _replace(model, new, parameters={weight: [weight, *added] for weight, added in weights}, **followers)
     return {"op": EXPAND, "layers": {name: [list(spec) for spec in specs] for name, specs in layers.items()}}
 
 
@@ -216,15 +202,7 @@ def merge_layers(
         new[name] = layer = branched.unfilled()
         staying = {id(parameter) for parameter in layer.parameters()}
         followers |= {parameter: [] for parameter in branched.parameters() if id(parameter) not in staying}
-    replace_modules(
-        model,
-        new,
-        optimizers=optimizers,
-        parameters=followers,
-        averaged_models=list(averaged_models),
-        method=METHOD,
-        stage=Stage.REPARAMETERIZATION,
-    )
+    _replace(model, new, optimizers=optimizers, parameters=followers, averaged_models=list(averaged_models))
     for changed, values in {model: merged, **averaged_models}.items():
         for name, (kernel, bias) in values.items():
             _assign(changed.get_submodule(name), kernel, bias)

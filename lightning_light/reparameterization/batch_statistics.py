@@ -42,10 +42,6 @@ class Moments:
         between = share * (1.0 - share) * mean[:, :, None] * mean[:, None]
         return Moments(share * self.mean, share * self.covariance + between, count)
 
-    def over(self, divisor: float) -> Moments:
-        """Return the moments of the map over ``divisor``."""
-        return Moments(self.mean / divisor, self.covariance / divisor**2, self.count)
-
     def of_product(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean and the variance of the product with a grouped matrix ``(out, in / groups)``."""
         groups = len(self.covariance)
@@ -96,7 +92,8 @@ class FeatureMap:
         if isinstance(layer, nn.AvgPool2d):  # as a depthwise convolution, which is faster on a CPU
             average = self._x.new_ones(self._x.shape[1], 1, *size)
             sums = FeatureMap(self._convolved(average, stride), self._groups)
-            sums.moments = sums.moments.over(average[0].numel())
+            of_sums, elements = sums.moments, average[0].numel()
+            sums.moments = Moments(of_sums.mean / elements, of_sums.covariance / elements**2, of_sums.count)
             return sums
         rows, columns = cast(_Pair, layer.padding)
         padded = self.padded((columns, columns, rows, rows))

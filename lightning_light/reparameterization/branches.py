@@ -30,6 +30,7 @@ from lightning_light.errors import UnsupportedError
 from lightning_light.merging import BranchedLayer
 from lightning_light.reparameterization.batch_statistics import FeatureMap, grouped_product, keep_statistics
 from lightning_light.surgery.effective import EffectiveLayer
+from lightning_light.surgery.plain_layers import POINTWISE, convolution_like
 
 __all__ = [
     "Branch",
@@ -81,23 +82,32 @@ class ExpandedConv2d(EffectiveLayer, BranchedLayer):
         """Return the layers that a forward pass calls."""
         return [self.main]
 
-    @abstractmethod
     def unfilled(self) -> nn.Conv2d:
         """Return the convolution that takes the place of this layer, made of its parameter objects.
 
         The values are still the old ones. The gradients of the objects are those of the merged weight and bias, so the
         state that an optimizer keeps for them stays right.
         """
+        return _plain_layer(self.main, self.main.weight).train(self.training)
 
     @torch.no_grad()
-    def scale_branches(self, value: float) -> None:
-        """Set the learned scale of every branch, one number per output channel, to ``value``."""
-        for branch in cast("Iterable[Branch | KernelBranch]", self.branches):
-            branch.scale.fill_(value)
+    def initialize(self, generator: torch.Generator, scale: float) -> None:
+        """Give the branches, on ``meta`` so far, tensors beside those of `main`.
 
-    @abstractmethod
-    def randomize(self, generator: torch.Generator) -> None:
-        """Give the branches, on ``meta`` so far, tensors beside those of `main`; `scale_branches` follows."""
+        Args:
+            generator: draws their kernels.
+            scale: of every branch, for all output channels.
+        """
+        self.branches.to_empty(device="cpu")
+        for module in self.branches.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.reset_parameters()
+        for parameter in self.branches.parameters():
+            if parameter.dim() == 4:
+                nn.init.kaiming_uniform_(parameter, a=_GAIN, generator=generator)
+        for branch in cast("Iterable[Branch | KernelBranch]", self.branches):
+            branch.scale.fill_(scale)
+        self.branches.to(device=self.main.weight.device, dtype=self.main.weight.dtype)
 
     @override
     def fuse(self) -> nn.Conv2d:
@@ -202,16 +212,14 @@ class BranchedConv2d(ExpandedConv2d):
     def _merged_by_batch(self, x: Tensor) -> Tensor:
         """Run one convolution with the sum of all kernels, each normalized by the statistics of this batch."""
         main, device = self.main, x.device.type
-        kernel, bias = main.weight, main.bias
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):
             values = FeatureMap(x, main.groups)
-            for branch in cast(Iterable[Branch], self.branches):
-                own, shift = branch.merged(main.in_channels, main.groups, values)
-                kernel = kernel + _placed(own, main.weight.shape[2:])
-                bias = shift if bias is None else bias + shift
-            return cast(Tensor, main._conv_forward(x, kernel.to(x.dtype), bias if bias is None else bias.to(x.dtype)))
+            branches = cast(Iterable[Branch], self.branches)
+            merged = (branch.merged(main.in_channels, main.groups, values) for branch in branches)
+            kernel, bias = _summed(main.weight, main.bias, merged)
+            return cast(Tensor, main._conv_forward(x, kernel.to(x.dtype), bias.to(x.dtype)))
 
     @override
     def effective(self, name: str) -> tuple[Callable[[], Tensor], Sequence[int], Tensor]:
@@ -231,33 +239,16 @@ class BranchedConv2d(ExpandedConv2d):
 
     @override
     def kernel_and_bias(self) -> tuple[Tensor, Tensor]:
-        kernel = _float64(self.main.weight).clone()
-        bias = torch.zeros(kernel.shape[0], dtype=torch.float64)
-        if self.main.bias is not None:
-            bias += _float64(self.main.bias)
-        for branch in cast(Iterable[Branch], self.branches):
-            own_kernel, own_bias = branch.kernel_and_bias(self.main.in_channels, self.main.groups)
-            kernel += _placed(own_kernel, kernel.shape[2:])
-            bias += own_bias
-        return kernel, bias
+        main, branches = self.main, cast(Iterable[Branch], self.branches)
+        merged = (branch.kernel_and_bias(main.in_channels, main.groups) for branch in branches)
+        return _summed(_float64(main.weight), None if main.bias is None else _float64(main.bias), merged)
 
     @override
     def unfilled(self) -> nn.Conv2d:
-        layer = _plain_layer(self.main, self.main.weight)
+        layer = super().unfilled()
         if layer.bias is None:
             layer.bias = cast(Branch, self.branches[0]).norm.bias
-        return layer.train(self.training)
-
-    @override
-    def randomize(self, generator: torch.Generator) -> None:
-        for branch in cast(Iterable[Branch], self.branches):
-            branch.to_empty(device="cpu")
-            for layer in branch.layers:
-                if isinstance(layer, nn.Conv2d):
-                    nn.init.kaiming_uniform_(layer.weight, a=_GAIN, generator=generator)
-                elif isinstance(layer, nn.BatchNorm2d):
-                    layer.reset_parameters()
-        self.branches.to(device=self.main.weight.device, dtype=self.main.weight.dtype)
+        return layer
 
 
 class KernelBranch(nn.Module):
@@ -314,19 +305,6 @@ class OnlineConv2d(ExpandedConv2d):
         bias = self.main.bias
         return self._kernel().detach().cpu(), None if bias is None else bias.detach().cpu()
 
-    @override
-    def unfilled(self) -> nn.Conv2d:
-        return _plain_layer(self.main, self.main.weight).train(self.training)
-
-    @override
-    def randomize(self, generator: torch.Generator) -> None:
-        for branch in cast(Iterable[KernelBranch], self.branches):
-            branch.to_empty(device="cpu")
-            for weight in (branch.weight, branch.depthwise):
-                if weight is not None:
-                    nn.init.kaiming_uniform_(weight, a=_GAIN, generator=generator)
-        self.branches.to(device=self.main.weight.device, dtype=self.main.weight.dtype)
-
     def _kernel(self) -> Tensor:
         kernel: Tensor = self.main.weight
         for branch in self.branches:
@@ -354,23 +332,21 @@ def expand(
     _check_specs(conv, specs)
     main = _plain_layer(conv, conv.weight)
     expanded: ExpandedConv2d
-    if specs[0][0] in _BUILDERS:
-        branches = (_BUILDERS[kind](conv, (height, width)) for kind, height, width in specs)
-        expanded = BranchedConv2d(main, branches)
+    if specs[0][0] in _OF_LAYERS:
+        expanded = BranchedConv2d(main, (_branch(conv, *spec) for spec in specs))
     else:
         expanded = OnlineConv2d(main, (KernelBranch(conv, *spec) for spec in specs))
     if name is not None:
-        expanded.randomize(torch.Generator().manual_seed(zlib.crc32(name.encode())))
-        expanded.scale_branches(scale)
+        expanded.initialize(torch.Generator().manual_seed(zlib.crc32(name.encode())), scale)
     return expanded
 
 
 def _check_specs(conv: nn.Conv2d, specs: Sequence[Sequence[Any]]) -> None:
     """Refuse branches that cannot be merged, as a form of the user may return them."""
     kinds = {spec[0] for spec in specs}
-    if not (kinds <= _BUILDERS.keys() or kinds <= set(_KERNELS)):
+    if not (kinds <= _OF_LAYERS or kinds <= set(_KERNELS)):
         raise ValueError(
-            f"`Form.branches` returned the kinds {sorted(kinds)}: expected them to be among {sorted(_BUILDERS)}, or "
+            f"`Form.branches` returned the kinds {sorted(kinds)}: expected them to be among {sorted(_OF_LAYERS)}, or "
             f"among {sorted(_KERNELS)}. Layers and kernels do not mix."
         )
     for kind, height, width in specs:
@@ -398,67 +374,33 @@ def _is_observed(layer: nn.Module) -> bool:
 
 def _plain_layer(conv: nn.Conv2d, weight: Tensor) -> nn.Conv2d:
     """Return a convolution like ``conv``, without its hooks, with the parameter ``weight`` and the same bias object."""
-    layer = nn.Conv2d(
-        conv.in_channels,
-        conv.out_channels,
-        cast("tuple[int, int]", conv.kernel_size),
-        cast("tuple[int, int]", conv.stride),
-        cast("str | tuple[int, int]", conv.padding),
-        cast("tuple[int, int]", conv.dilation),
-        conv.groups,
-        bias=False,
-        padding_mode=conv.padding_mode,
-        device="meta",
-    )
+    layer: nn.Conv2d = convolution_like(conv)
     layer._parameters.update(weight=cast(nn.Parameter, weight), bias=cast("nn.Parameter | None", conv.bias))
     return layer
 
 
-def _conv(conv: nn.Conv2d, kernel: tuple[int, int]) -> Branch:
-    pads = _pads(conv, kernel)
-    own = [before for before, after in pads if before == after >= 0]
-    layer = _convolution(conv, conv.out_channels, kernel, padding=tuple(own) if len(own) == 2 else (0, 0))
-    return Branch([layer, _norm(conv.out_channels)], None if len(own) == 2 else pads)
-
-
-def _identity(conv: nn.Conv2d, kernel: tuple[int, int]) -> Branch:
-    return Branch([_norm(conv.in_channels)], _pads(conv, kernel))
-
-
-def _conv_conv(conv: nn.Conv2d, kernel: tuple[int, int]) -> Branch:
-    middle, last = _pointwise(conv, conv.in_channels), _convolution(conv, conv.out_channels, kernel)
-    return Branch([middle, _norm(conv.in_channels), last, _norm(conv.out_channels)], _pads(conv, kernel))
-
-
-def _conv_pool(conv: nn.Conv2d, kernel: tuple[int, int]) -> Branch:
-    norm = _norm(conv.out_channels)
-    return Branch([_pointwise(conv, conv.out_channels), norm, *_pool(conv, kernel).layers], _pads(conv, kernel))
-
-
-def _pool(conv: nn.Conv2d, kernel: tuple[int, int]) -> Branch:
-    average = nn.AvgPool2d(kernel, cast("tuple[int, int]", conv.stride))
-    return Branch([average, _norm(conv.out_channels)], _pads(conv, kernel))
-
-
-_BUILDERS: dict[str, Callable[[nn.Conv2d, tuple[int, int]], Branch]] = {
-    "conv": _conv,
-    "identity": _identity,
-    "conv_conv": _conv_conv,
-    "conv_pool": _conv_pool,
-    "pool": _pool,
-}
+_OF_LAYERS = {"conv", "identity", "conv_conv", "conv_pool", "pool"}
 _KERNELS = ("kernel", "kernel_separable", "kernel_average")
 
 
-def _convolution(
-    conv: nn.Conv2d, outputs: int, kernel: tuple[int, int], *, padding: tuple[int, ...] = (0, 0)
-) -> nn.Conv2d:
-    options: Any = {"stride": conv.stride, "dilation": conv.dilation, "padding": padding}
-    return nn.Conv2d(conv.in_channels, outputs, kernel, groups=conv.groups, bias=False, device="meta", **options)
-
-
-def _pointwise(conv: nn.Conv2d, outputs: int) -> nn.Conv2d:
-    return nn.Conv2d(conv.in_channels, outputs, 1, groups=conv.groups, bias=False, device="meta")
+def _branch(conv: nn.Conv2d, kind: str, height: int, width: int) -> Branch:
+    """Make a branch of layers."""
+    kernel, inputs, outputs = (height, width), conv.in_channels, conv.out_channels
+    pads = _pads(conv, kernel)
+    own = [before for before, after in pads if before == after >= 0]
+    if kind == "conv" and len(own) == 2:
+        return Branch([convolution_like(conv, kernel_size=kernel, padding=tuple(own)), _norm(outputs)])
+    layers: list[nn.Module] = []
+    if kind == "conv":
+        layers = [convolution_like(conv, kernel_size=kernel, padding=0)]
+    elif kind == "conv_conv":
+        whole = convolution_like(conv, kernel_size=kernel, padding=0)
+        layers = [convolution_like(conv, out_channels=inputs, **POINTWISE), _norm(inputs), whole]
+    elif kind == "conv_pool":
+        layers = [convolution_like(conv, **POINTWISE), _norm(outputs)]
+    if kind in ("pool", "conv_pool"):
+        layers.append(nn.AvgPool2d(kernel, cast("tuple[int, int]", conv.stride)))
+    return Branch([*layers, _norm(outputs)], pads)
 
 
 def _norm(channels: int) -> nn.BatchNorm2d:
@@ -490,6 +432,14 @@ def _placed(kernel: Tensor, size: Sequence[int]) -> Tensor:
     if (height, width) == tuple(size):
         return kernel
     return F.pad(kernel, (left, size[1] - width - left, top, size[0] - height - top))
+
+
+def _summed(kernel: Tensor, bias: Tensor | None, merged: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Add kernels, in the middle of ``kernel``, and biases, of one branch or more."""
+    for own, shift in merged:
+        kernel = kernel + _placed(own, kernel.shape[2:])
+        bias = shift if bias is None else bias + shift
+    return kernel, cast(Tensor, bias)
 
 
 def _float64(tensor: Tensor) -> Tensor:

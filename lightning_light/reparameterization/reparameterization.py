@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypedDict
 
 from typing_extensions import override
@@ -15,7 +16,7 @@ from lightning_light.formatting import plural
 from lightning_light.helper_networks import first_call
 from lightning_light.host.trainer import callbacks_of
 from lightning_light.order import Stage
-from lightning_light.progress import epochs_planned, steps_planned, training_progress
+from lightning_light.progress import epochs_planned
 from lightning_light.reparameterization.apply import (
     METHOD,
     Expansion,
@@ -32,7 +33,7 @@ from lightning_light.schema import LayerName
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.distributed import broadcast, log_rank_zero
 from lightning_light.targets import Targets, as_targets
-from lightning_light.timing import Events
+from lightning_light.timing import is_due
 from lightning_light.validation import Moment, NonNegativeFloat, validated
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class _State(TypedDict, total=False):
 
 
 @validated
+@dataclass(eq=False, repr=False)
 class Reparameterization(CompressionCallback):
     """Train convolutions as several parallel branches, and merge them into one convolution for deployment.
 
@@ -100,25 +102,20 @@ class Reparameterization(CompressionCallback):
     stage: ClassVar[int] = Stage.REPARAMETERIZATION
     state_schema: ClassVar[Any] = _State
 
-    def __init__(
-        self,
-        form: Form,
-        *,
-        targets: Targets | str | list[str] | None = None,
-        start: Moment = 0.0,
-        merge: Moment | None = None,
-        initial_scale: NonNegativeFloat = 0.0,
-    ) -> None:
+    form: Form
+    _: KW_ONLY
+    targets: Targets | str | list[str] | None = None
+    start: Moment = 0.0
+    merge: Moment | None = None
+    initial_scale: NonNegativeFloat = 0.0
+
+    def __post_init__(self) -> None:
+        start, merge = self.start, self.merge
         if merge is not None and type(start) is type(merge) and merge <= start:
             raise ValueError(
                 f"`Reparameterization(start={start}, merge={merge})`: expected branches to be merged after they are "
                 f"expanded, found `merge` at or before `start`. Give a later `merge`, or None."
             )
-        self.form = form
-        self.targets = targets
-        self.start = start
-        self.merge = merge
-        self.initial_scale = initial_scale
         self._window = (0.0, 1.0)
         self._merges = merge is not None
 
@@ -145,10 +142,10 @@ class Reparameterization(CompressionCallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Expand or merge before the batch, so that no checkpoint pairs new weights with an old metric."""
         state = self.state(pl_module)
-        if not state.get("expanded") and self._is_due(trainer, self._window[0]):
+        if not state.get("expanded") and is_due(trainer, self._window[0]):
             self._expand(trainer, pl_module, batch)
             state["expanded"] = True
-        if self._merges and not state.get("merged") and self._is_due(trainer, self._window[1]):
+        if self._merges and not state.get("merged") and is_due(trainer, self._window[1]):
             self._merge(trainer, pl_module)
             state["merged"] = True
 
@@ -182,7 +179,7 @@ class Reparameterization(CompressionCallback):
         follower = self._first_follower(trainer)
         self._merges = self.merge is not None or follower is not None
         if follower is not None:
-            name, begins, precedes = follower
+            begins, name, precedes = follower
             end = begins if self.merge is None else end
             if end > begins or (precedes and end == begins):
                 raise OrderError(
@@ -199,8 +196,8 @@ class Reparameterization(CompressionCallback):
             )
         return start, end
 
-    def _first_follower(self, trainer: Trainer) -> tuple[str, float, bool] | None:
-        """Return the first method that needs merged layers: its name, its start, whether the list has it before us."""
+    def _first_follower(self, trainer: Trainer) -> tuple[float, str, bool] | None:
+        """Return the first method that needs merged layers: its start, its name, whether the list has it before us."""
         callbacks = callbacks_of(trainer)
         found = [
             (window[0], type(peer).__name__, callbacks.index(peer) < callbacks.index(self))
@@ -209,20 +206,13 @@ class Reparameterization(CompressionCallback):
             if peer.stage == Stage.SUBSTITUTION or Stage.STRUCTURED < peer.stage < Stage.EXPORT
             if (window := peer.window(epochs_planned(trainer))) is not None
         ]
-        if not found:
-            return None
-        begins, name, precedes = min(found, key=lambda item: (item[0], not item[2]))
-        return name, begins, precedes
-
-    def _is_due(self, trainer: Trainer, moment: float) -> bool:
-        return Events.due([(moment, 1.0)], training_progress(trainer), steps_planned(trainer)) > 0
+        return min(found, key=lambda item: (item[0], not item[2]), default=None)
 
     # Private: what they do.
 
     def _plan(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Expansion:
         """Plan, and try the layers in a forward pass of the module, or in its training step; decided on rank 0."""
-        example = first_call(pl_module, batch)
-        targets = as_targets(self.targets)
+        targets, example = as_targets(self.targets), first_call(pl_module, batch)
         plan = plan_expansion(pl_module, self.form, targets, optimizers=trainer.optimizers, example=example)
         decided: Expansion = broadcast(trainer, plan)
         return decided

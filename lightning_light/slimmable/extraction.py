@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-import torch
 from torch import nn
 
 from lightning_light.copies import copy_network
 from lightning_light.slimmable.plan import METHOD, STAGE
-from lightning_light.surgery.attachment import attach, record, release, state_of
+from lightning_light.surgery.attachment import attach, release, state_of
 from lightning_light.surgery.edit import cut
 from lightning_light.validation import OpenFraction, validated
 
@@ -47,10 +46,9 @@ def extract_width(module: Module, width: OpenFraction) -> Module:
         network = state["networks"][state["widths"].index(width)]
         edit = cut(small, network["kept"], attributes=network["attributes"], method=METHOD, stage=STAGE)
         buffers = dict(small.named_buffers())
-        with torch.no_grad():
-            for name, value in network["statistics"].items():
-                buffers[name].copy_(value)
-        record(small, (), edit.entry(), edit.kept)
+        for name, value in network["statistics"].items():
+            buffers[name].copy_(value)
+        compression_state.record(edit.entry(), kept=edit.kept)
     compression_state.state.pop(METHOD)
     compression_state.disclaim(METHOD)
     release(small)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypedDict
 
 from torch import Tensor, nn
@@ -59,6 +60,7 @@ class _State(TypedDict, total=False):
 
 
 @validated
+@dataclass(eq=False, repr=False)
 class SlimmableTraining(AddedLoss):
     """Train one network that runs at several widths: each is a part of its channels.
 
@@ -116,37 +118,25 @@ class SlimmableTraining(AddedLoss):
     )
     state_schema: ClassVar[Any] = _State
 
-    def __init__(
-        self,
-        widths: tuple[OpenFraction, ...] | list[OpenFraction] = (1.0, 0.75, 0.5, 0.25),
-        *,
-        random_widths: NonNegativeInt = 1,
-        loss: DistillationLoss = SoftTargets(temperature=1.0),  # noqa: B008  # frozen
-        output: Selector = None,
-        network: str | None = None,
-        start: Moment = 0.0,
-        criterion: Criterion = ChannelPruningOptions.criterion,
-        targets: Targets | str | list[str] | None = ChannelPruningOptions.targets,
-        round_to: PositiveInt = 1,
-        heads: Literal["dim", "head"] = ChannelPruningOptions.heads,
-        seed: int = 0,
-    ) -> None:
-        self.widths = widths
-        self.random_widths = random_widths
-        self.loss = loss
-        self.output = output
-        self.network = network
-        self.start = start
-        self.criterion = criterion
-        self.targets = targets
-        self.round_to = round_to
-        self.heads: Literal["dim", "head"] = heads
-        self.seed = seed
-        _check_widths(widths)
-        _check_loss(loss)
-        check_needs("SlimmableTraining", criterion, frozenset(), scores_groups=True)
-        self._options = WidthOptions(widths, criterion, targets, round_to)
-        self._agreement = Agreement(None, [loss])
+    widths: tuple[OpenFraction, ...] | list[OpenFraction] = (1.0, 0.75, 0.5, 0.25)
+    _: KW_ONLY
+    random_widths: NonNegativeInt = 1
+    loss: DistillationLoss = SoftTargets(temperature=1.0)  # noqa: RUF009  # frozen
+    output: Selector = None
+    network: str | None = None
+    start: Moment = 0.0
+    criterion: Criterion = ChannelPruningOptions.criterion
+    targets: Targets | str | list[str] | None = ChannelPruningOptions.targets
+    round_to: PositiveInt = 1
+    heads: Literal["dim", "head"] = ChannelPruningOptions.heads
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_widths(self.widths)
+        _check_loss(self.loss)
+        check_needs("SlimmableTraining", self.criterion, frozenset(), scores_groups=True)
+        self._options = WidthOptions(self.widths, self.criterion, self.targets, self.round_to)
+        self._agreement = Agreement(None, [self.loss])
         self._calls: list[ExampleInput] = []
         self._example: ExampleInput | None = None
         self._part = ""
@@ -328,12 +318,7 @@ class SlimmableTraining(AddedLoss):
         return select(self._networks[width](*call.args, **call.kwargs), self.output, name), whole
 
     def _validation_step(
-        self,
-        pl_module: LightningModule,
-        hook: StudentHook,
-        original: Callable[..., Any],
-        *args: Any,
-        **kwargs: Any,
+        self, pl_module: LightningModule, hook: StudentHook, original: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         """Run the user's ``validation_step``, and log how well the outputs of each width agree with the whole."""
         hook.enabled = True

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 from typing import Any, cast
 
 from torch import nn
@@ -19,22 +20,17 @@ __all__ = ["apply_operators"]
 
 REPLACE = "substitution/replace"
 
+_replace = partial(replace_modules, method=METHOD, stage=Stage.SUBSTITUTION)
 
-def apply_operators(
-    model: nn.Module,
-    plan: SubstitutionPlan,
-    *,
-    optimizers: Iterable[Any] = (),
-    averaged_models: Sequence[nn.Module] = (),
-) -> dict[str, Any]:
+
+def apply_operators(model: nn.Module, plan: SubstitutionPlan, **followers: Any) -> dict[str, Any]:
     """Put the operators of ``plan`` into ``model``, in place.
 
     Args:
         model: the live model, of which the plan was made.
         plan: its layers are copied.
-        optimizers: new weights take the place of the old weight in its parameter group, new biases that of the old
-            bias, if there was one.
-        averaged_models: averaged copies of ``model``, which get copies of the operators.
+        **followers: ``optimizers``, where new weights take the place of the old weight in its parameter group and new
+            biases that of the old bias, if there was one, and ``averaged_models``, as in `replace_modules`.
 
     Returns:
         The edit log's entry.
@@ -44,7 +40,7 @@ def apply_operators(
         UnsupportedError: a later method owns one of the layers; nothing is changed.
     """
     new: dict[str, nn.Module] = {}
-    followers: dict[nn.Parameter, list[nn.Parameter]] = {}
+    parameters: dict[nn.Parameter, list[nn.Parameter]] = {}
     for name, layers in plan.layers.items():
         conv = model.get_submodule(name)
         assert isinstance(conv, nn.Conv2d)
@@ -52,16 +48,8 @@ def apply_operators(
         new[name] = placed = copy.deepcopy(layers).to(conv.weight).requires_grad_()
         biases = [p for own, p in placed.named_parameters() if bias is not None and own.endswith("bias")]
         others = [p for p in placed.parameters() if all(p is not own for own in biases)]
-        followers |= {weight: others} if bias is None else {weight: others, bias: biases}
-    replace_modules(
-        model,
-        new,
-        optimizers=optimizers,
-        parameters=followers,
-        averaged_models=averaged_models,
-        method=METHOD,
-        stage=Stage.SUBSTITUTION,
-    )
+        parameters |= {weight: others} if bias is None else {weight: others, bias: biases}
+    _replace(model, new, parameters=parameters, **followers)
     operators = {name: plain_operator(operator) for name, operator in plan.operators.items()}
     return {"op": REPLACE, "layers": operators}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from lightning_light.budgets import Budget, Latency
 from lightning_light.errors import BudgetError
 from lightning_light.example_input import ExampleInput
-from lightning_light.isolation import FORWARD_ERRORS, has_hooks, isolated
+from lightning_light.isolation import FORWARD_ERRORS, has_hooks, isolated, observe
 from lightning_light.measure.latency_table import LatencyTable
 from lightning_light.merging import BranchedLayer
 from lightning_light.substitution.operators import Operator
@@ -100,7 +99,7 @@ def find_candidates(
     for name, (conv, shape) in layers.items():
         reasons = {}
         for operator in options.candidates:
-            key = operator, _geometry(conv), shape  # equal layers have equal costs
+            key = operator, repr(conv), shape  # equal layers have equal costs
             if key not in costs:
                 costs[key] = _cost(model, name, conv, shape, operator, budget, example, table)
             cost = costs[key]
@@ -185,29 +184,11 @@ def _input_shapes(
 ) -> dict[str, list[torch.Size]]:
     shapes: dict[str, list[torch.Size]] = {}
 
-    def record(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            shapes.setdefault(name, []).append(args[0].shape)
+    def record(name: str, module: nn.Module, args: tuple[Tensor, ...], *_: Any) -> None:
+        shapes.setdefault(name, []).append(args[0].shape)
 
-        return hook
-
-    with isolated(model), ExitStack() as stack:
-        for name, module in modules.items():
-            stack.enter_context(module.register_forward_hook(record(name)))
-        model(*example.args, **example.kwargs)
+    observe(model, modules, [example], record)
     return shapes
-
-
-def _geometry(conv: nn.Conv2d) -> tuple[Any, ...]:
-    return (
-        conv.in_channels,
-        conv.out_channels,
-        conv.kernel_size,
-        conv.stride,
-        conv.padding,
-        conv.dilation,
-        conv.bias is None,
-    )
 
 
 def _cost(
@@ -235,14 +216,13 @@ def _cost(
         if reason := _other_shape(layers, x, conv(x)):
             return reason
         call = ExampleInput((x,))
-        if table is not None:
-            cost = table.part(layers, call) - table.part(conv, call)
-        elif isinstance(budget, Latency):
+        if table is None and isinstance(budget, Latency):
             with temporarily_replaced(model, {name: layers}):
                 replaced = budget.measure(model, example)
             cost = replaced - budget.measure(model, example)  # one after the other, on a machine that may be busy
         else:
-            cost = budget.measure(layers, call) - budget.measure(conv, call)
+            part = budget.measure if table is None else table.part
+            cost = part(layers, call) - part(conv, call)
     return cost if cost < 0 else f"does not reduce {budget.quantity}"
 
 

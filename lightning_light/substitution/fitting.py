@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_light.example_input import ExampleInput
-from lightning_light.isolation import isolated
+from lightning_light.isolation import observe
 from lightning_light.substitution.operators import Operator
 from lightning_light.substitution.starts import channel_scales
 
@@ -26,14 +26,11 @@ def record_layer(model: nn.Module, name: str, calls: Sequence[ExampleInput]) -> 
     inputs: list[Tensor] = []
     outputs: list[Tensor] = []
 
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def record(name: str, module: nn.Module, args: tuple[Tensor, ...], kwargs: Any, output: Tensor) -> None:
         inputs.append(args[0].float())
         outputs.append(output.float())
 
-    with isolated(model), ExitStack() as stack:
-        stack.enter_context(model.get_submodule(name).register_forward_hook(hook))
-        for call in calls:
-            model(*call.args, **call.kwargs)
+    observe(model, {name: model.get_submodule(name)}, calls, record)
     return inputs, outputs
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -19,7 +20,7 @@ from lightning_light.substitution.candidates import find_candidates
 from lightning_light.substitution.operators import Operator
 from lightning_light.substitution.options import SubstitutionOptions
 from lightning_light.substitution.plan import SubstitutionPlan, plan_substitution
-from lightning_light.surgery.attachment import attach, has_state, record, release, state_of
+from lightning_light.surgery.attachment import recording, state_of
 from lightning_light.targets import Targets
 from lightning_light.validation import NonNegativeInt, PositiveInt, validated
 
@@ -101,22 +102,16 @@ def substitute_operators(
     example, optimizers = ExampleInput.of(example_inputs).to(model), list(optimizers)
     batches = list(calls_from("substitute_operators", model, example_inputs, data, limit=calibration_batches))
     table = LatencyTable.of(budget)
-    dense = quantity(budget, model, example, table)
-    if has_state(model):
-        dense = state_of(model).reference(budget.quantity, lambda: dense)
+    measure = partial(quantity, budget, model, example, table)
+    dense = state_of(model).reference(budget.quantity, measure)
     candidates = find_candidates(model, budget, example, options, optimizers=optimizers or None, table=table)
     goal = budget.goal(dense)
-    plan = plan_substitution(
-        model, budget, example, candidates, batches, goal, options, table=table, progress_bar=progress_bar
-    )
+    plan = plan_substitution(model, budget, candidates, batches, goal, options, measure, progress_bar=progress_bar)
     if plan.layers and not dry_run:
-        attached = has_state(model)
-        attach(model).reference(budget.quantity, lambda: dense)
         calls = batches if correct_batch_norm and data is not None else []
-        before = measure_statistics(model, calls)
-        entry = apply_operators(model, plan, optimizers=optimizers)
-        move_statistics(model, before, measure_statistics(model, calls), {})
-        record(model, (), entry, None)
-        if not attached:
-            release(model)
+        with recording(model) as state:
+            state.reference(budget.quantity, lambda: dense)
+            before = measure_statistics(model, calls)
+            state.record(apply_operators(model, plan, optimizers=optimizers))
+            move_statistics(model, before, measure_statistics(model, calls), {})
     return plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from lightning_light.substitution.starts import (
     input_covariance,
     representatives,
 )
+from lightning_light.surgery.plain_layers import convolution_like
 from lightning_light.validation import OpenFraction, PositiveFloat, PositiveInt, validated
 
 __all__ = [
@@ -90,7 +92,7 @@ class DepthwiseSeparable(Operator):
 
     @override
     def incompatibility(self, conv: nn.Conv2d) -> str | None:
-        most = min(_kernel_elements(conv), conv.out_channels)
+        most = min(math.prod(conv.kernel_size), conv.out_channels)
         return None if self.multiplier <= most else f"its kernels are sums of {most} at most"
 
     @override
@@ -360,18 +362,14 @@ def operator_from(plain: Sequence[Any]) -> Operator:
 
 
 def _like(conv: nn.Conv2d, inputs: int, outputs: int, *, groups: int = 1, bias: bool) -> nn.Conv2d:
-    """Return a convolution with other channels."""
-    kernel: Any = conv.kernel_size
-    geometry: dict[str, Any] = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
-    return nn.Conv2d(inputs, outputs, kernel, **geometry, groups=groups, bias=bias)
+    """Return a convolution with other channels, and initial weights."""
+    changes: dict[str, Any] = {"in_channels": inputs, "out_channels": outputs, "groups": groups, "bias": bias}
+    layer: nn.Conv2d = convolution_like(conv, **changes, device=None)
+    return layer
 
 
 def _convolutions(layers: nn.Module) -> list[nn.Conv2d]:
     return [layer for layer in layers.children() if isinstance(layer, nn.Conv2d)]
-
-
-def _kernel_elements(conv: nn.Conv2d) -> int:
-    return conv.kernel_size[0] * conv.kernel_size[1]
 
 
 def _is_centred(conv: nn.Conv2d) -> bool:

@@ -6,13 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lightning_light.criteria.output_distance import Distance
-from lightning_light.substitution.operators import (
-    DepthwiseSeparable,
-    Fire,
-    Ghost,
-    GroupShuffle,
-    Operator,
-)
+from lightning_light.substitution.operators import DepthwiseSeparable, Fire, Ghost, GroupShuffle, Operator
 from lightning_light.targets import Targets
 from lightning_light.validation import NonNegativeInt, PositiveInt, validated
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
 
@@ -18,7 +18,6 @@ from lightning_light.example_input import ExampleInput
 from lightning_light.formatting import DataTable, Tabular, layer_lines, plural
 from lightning_light.integer_program import choose_items
 from lightning_light.isolation import isolated
-from lightning_light.measure.latency_table import LatencyTable, quantity
 from lightning_light.order import Stage
 from lightning_light.progress_bar import with_progress_bar
 from lightning_light.substitution.candidates import Candidate, Candidates, require_reachable
@@ -87,26 +86,24 @@ class SubstitutionPlan(Tabular):
 def plan_substitution(
     model: nn.Module,
     budget: Budget,
-    example: ExampleInput,
     candidates: Candidates,
     calls: Sequence[ExampleInput],
     goal: float,
     options: SubstitutionOptions,
+    measure: Callable[[], float],
     *,
-    table: LatencyTable | None = None,
     progress_bar: bool = True,
 ) -> SubstitutionPlan:
     """Fit and score the candidates, and choose one or none for each layer: the lowest sum of scores for the budget.
 
     Args:
         model: left as it is.
-        budget: its quantity is measured with the chosen operators in place.
-        example: one call of the model.
+        budget: whose quantity counts.
         candidates: of `find_candidates`.
         calls: calibration data, one call per batch.
         goal: value of the quantity to reach.
         options: how candidates are fitted and scored.
-        table: of ``budget``, if its quantity is that of a written file.
+        measure: measures the quantity, also with the chosen operators in place.
         progress_bar: show progress where there is a terminal.
 
     Raises:
@@ -114,7 +111,7 @@ def plan_substitution(
         ValueError: outputs of the network are not finite.
         UnsupportedError: a later method owns one of the layers.
     """
-    before = quantity(budget, model, example, table)
+    before = measure()
     plan = SubstitutionPlan({}, (), candidates.skipped, budget.quantity, before, before)
     if before <= goal:
         return plan
@@ -131,7 +128,7 @@ def plan_substitution(
             operators = {row.layer: row.operator for row in chosen}
             new = {row.layer: layers[row.layer, row.operator] for row in chosen}
             with temporarily_replaced(model, new):
-                after = quantity(budget, model, example, table)
+                after = measure()
             if after <= goal:
                 return replace(plan, operators=operators, table=rows, after=after, layers=new)
             target = before + sum(row.cost for row in chosen) - (after - goal)

@@ -3,42 +3,36 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypedDict
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from torch import nn
 from typing_extensions import override
 
-from lightning_light.batch_norm import move_statistics
 from lightning_light.budgets import Budget, require_reducible
 from lightning_light.criteria.output_distance import Distance
 from lightning_light.example_input import ExampleInput
 from lightning_light.helper_networks import frozen_parts
-from lightning_light.measure.latency_table import LatencyTable, TimedFiles, quantity
+from lightning_light.measure.latency_table import LatencyTable, quantity
 from lightning_light.order import DEFAULT_WINDOWS, Stage
-from lightning_light.progress import epochs_planned, steps_planned, training_progress
-from lightning_light.recorded_inputs import RecordedInputs
+from lightning_light.progress import epochs_planned
+from lightning_light.recorded_inputs import RecordedInputs, RecordedState
 from lightning_light.schedules import resolve_moment
-from lightning_light.schema import LayerName, PlainExample
+from lightning_light.schema import LayerName
 from lightning_light.substitution.apply import apply_operators
-from lightning_light.substitution.candidates import (
-    Candidates,
-    built_operators,
-    find_candidates,
-    require_reachable,
-)
+from lightning_light.substitution.candidates import Candidates, built_operators, find_candidates, require_reachable
 from lightning_light.substitution.functional import substitute_operators
 from lightning_light.substitution.operators import Operator
 from lightning_light.substitution.options import METHOD, SubstitutionOptions
 from lightning_light.substitution.plan import SubstitutionPlan, plan_substitution
-from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.distributed import log_rank_zero
 from lightning_light.surgery.stored_example import stored_calls
 from lightning_light.surgery.trial import failing_in_step
 from lightning_light.targets import Targets, as_targets
-from lightning_light.timing import Events
+from lightning_light.timing import is_due
 from lightning_light.validation import Moment, NonNegativeInt, PositiveInt, validated
 
 if TYPE_CHECKING:
@@ -48,27 +42,22 @@ if TYPE_CHECKING:
 __all__ = ["Substitution"]
 
 
-class _State(TypedDict, total=False):
+class _State(RecordedState, total=False):
     """What a checkpoint holds of a run.
 
     Attributes:
         done: whether the substitution of this run is done.
         layers: name of each replaced layer -> its operator, in all fits.
         planned: whether the budget was found possible.
-        example: the example input.
-        inputs: calls of the module in the last training batches, for fits, scores and batch-norm statistics.
-        latency: what was measured in the runtime of the budget.
     """
 
     done: bool
     layers: dict[Annotated[str, LayerName()], str]
     planned: bool
-    example: PlainExample
-    inputs: list[PlainExample]
-    latency: TimedFiles
 
 
 @validated
+@dataclass(eq=False, repr=False)
 class Substitution(RecordedInputs):
     """Replace convolutions by lighter operators, once, such that the network meets ``budget``; training goes on.
 
@@ -117,41 +106,23 @@ class Substitution(RecordedInputs):
     stage: ClassVar[int] = Stage.SUBSTITUTION
     state_schema: ClassVar[Any] = _State
 
-    def __init__(
-        self,
-        budget: Budget,
-        *,
-        operators: Sequence[Operator] | None = SubstitutionOptions.operators,
-        targets: Targets | str | list[str] | None = SubstitutionOptions.targets,
-        start: Moment = DEFAULT_WINDOWS[Stage.SUBSTITUTION][0],
-        fit_steps: NonNegativeInt = SubstitutionOptions.fit_steps,
-        distance: Distance = SubstitutionOptions.distance,
-        class_dim: int = SubstitutionOptions.class_dim,
-        calibration_batches: PositiveInt = SubstitutionOptions.calibration_batches,
-        correct_batch_norm: bool = SubstitutionOptions.correct_batch_norm,
-        dry_run: bool = False,
-    ) -> None:
-        require_reducible("Substitution", budget, "operators")
-        self.options = SubstitutionOptions(
-            operators, targets, fit_steps, distance, class_dim, calibration_batches, correct_batch_norm
-        )
-        self.budget = budget
-        self.operators = operators
-        self.targets = targets
-        self.start = start
-        self.fit_steps = fit_steps
-        self.distance: Distance = distance
-        self.class_dim = class_dim
-        self.calibration_batches = calibration_batches
-        self.correct_batch_norm = correct_batch_norm
-        self.dry_run = dry_run
+    budget: Budget
+    _: KW_ONLY
+    operators: Sequence[Operator] | None = SubstitutionOptions.operators
+    targets: Targets | str | list[str] | None = SubstitutionOptions.targets
+    start: Moment = DEFAULT_WINDOWS[Stage.SUBSTITUTION][0]
+    fit_steps: NonNegativeInt = SubstitutionOptions.fit_steps
+    distance: Distance = SubstitutionOptions.distance
+    class_dim: int = SubstitutionOptions.class_dim
+    calibration_batches: PositiveInt = SubstitutionOptions.calibration_batches
+    correct_batch_norm: bool = SubstitutionOptions.correct_batch_norm
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        require_reducible("Substitution", self.budget, "operators")
+        self.options = self.options_as(SubstitutionOptions)
         self.last_plan: SubstitutionPlan | None = None
         self._batch: Any = None
-
-    @property
-    @override
-    def recorded_batches(self) -> int:
-        return self.calibration_batches
 
     # Lightning's hooks, in the order a run meets them.
 
@@ -167,10 +138,9 @@ class Substitution(RecordedInputs):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Act if it is due: before the batch, so that no checkpoint pairs new weights with an old metric."""
-        state, planned = self.state(pl_module), steps_planned(trainer)
+        state = self.state(pl_module)
         self._batch = None if state.get("done") else batch
-        moment = resolve_moment(self.start, epochs_planned(trainer), repr(self))
-        due = Events.due([(moment, 1.0)], training_progress(trainer), planned) > 0
+        due = is_due(trainer, resolve_moment(self.start, epochs_planned(trainer), repr(self)))
         if due and not state.get("done") and state.get("planned") and state.get("inputs"):
             self._act(trainer, pl_module)
             state["done"] = True
@@ -217,9 +187,7 @@ class Substitution(RecordedInputs):
         substitution. Where a network is frozen, the training step is tried with a batch first.
         """
         state = self.state(pl_module)
-        if state.get("planned") or self.captured is None or self.captured.example is None:
-            return
-        if self._batch is None and frozen_parts(pl_module):
+        if state.get("planned") or not self.has_example or (self._batch is None and frozen_parts(pl_module)):
             return
         if self.changed_before(trainer):
             self._goal(trainer, pl_module)
@@ -251,9 +219,8 @@ class Substitution(RecordedInputs):
         calls = stored_calls(pl_module, state)
 
         def plan(table: LatencyTable | None) -> SubstitutionPlan:
-            found = plan_substitution(
-                pl_module, self.budget, example, candidates, calls, goal, self.options, table=table
-            )
+            measure = functools.partial(quantity, self.budget, pl_module, example, table)
+            found = plan_substitution(pl_module, self.budget, candidates, calls, goal, self.options, measure)
             return replace(found, layers={name: copy.deepcopy(new).cpu() for name, new in found.layers.items()})
 
         decided = self.last_plan = self.decided(trainer, pl_module, self.budget, plan)
@@ -261,22 +228,10 @@ class Substitution(RecordedInputs):
         if self.dry_run:
             log_rank_zero(trainer, text.replace("replaced", "dry run, would have replaced", 1))
         elif decided.layers:
-            self._replace(trainer, pl_module, decided, calls)
+            replace_layers = functools.partial(apply_operators, pl_module, decided)
+            entry = self.change(trainer, pl_module, replace_layers, calls if self.correct_batch_norm else [])
+            operators = {name: repr(operator) for name, operator in decided.operators.items()}
+            state["layers"] = {**state.get("layers", {}), **operators}
+            self.claim(pl_module, state["layers"], follows_cuts=True)
+            self._after_surgery(trainer, pl_module, entry, decided.summary())
             log_rank_zero(trainer, text, level=logging.DEBUG)
-
-    def _replace(
-        self, trainer: Trainer, pl_module: LightningModule, plan: SubstitutionPlan, calls: list[ExampleInput]
-    ) -> None:
-        averaged_models = averaged_models_of(trainer, pl_module)
-        corrected = calls if self.correct_batch_norm else []
-        self._before_surgery(trainer, pl_module)
-        before = self.statistics(trainer, pl_module, corrected)
-        entry = apply_operators(pl_module, plan, optimizers=trainer.optimizers, averaged_models=averaged_models)
-        after = self.statistics(trainer, pl_module, corrected)
-        for network in (pl_module, *averaged_models):
-            move_statistics(network, before, after, {})
-        state = self.state(pl_module)
-        replaced = {name: repr(operator) for name, operator in plan.operators.items()}
-        state["layers"] = {**state.get("layers", {}), **replaced}
-        self.claim(pl_module, state["layers"], follows_cuts=True)
-        self._after_surgery(trainer, pl_module, entry, plan.summary())

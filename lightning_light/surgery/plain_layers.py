@@ -1,4 +1,4 @@
-"""Find out which convolutions are plain: trained layers of `torch.nn` that other layers can take the place of."""
+"""Find out which convolutions are plain, trained layers of `torch.nn` that others can replace, and make others."""
 
 from __future__ import annotations
 
@@ -11,7 +11,24 @@ from torch.nn.utils import parametrize
 from lightning_light.merging import branch_of
 from lightning_light.surgery.optimizer import unwrap
 
-__all__ = ["why_not_plain"]
+__all__ = ["POINTWISE", "convolution_like", "why_not_plain"]
+
+POINTWISE: dict[str, Any] = {"kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1, "padding_mode": "zeros"}
+"""Options of a 1x1 convolution."""
+
+_OPTIONS = ("in_channels", "out_channels", "groups", *POINTWISE)
+
+
+def convolution_like(conv: Any, **changes: Any) -> Any:
+    """Make a convolution with the options of ``conv`` except for ``changes``; without bias, its weight on ``meta``.
+
+    Example:
+        >>> convolution_like(nn.Conv2d(4, 8, 3, padding=1), out_channels=6)
+        Conv2d(4, 6, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), bias=False)
+    """
+    make = getattr(nn, f"Conv{len(conv.kernel_size)}d")
+    options = {name: getattr(conv, name) for name in _OPTIONS}
+    return make(**{**options, "bias": False, "device": "meta", **changes})
 
 
 def why_not_plain(model: nn.Module, optimizers: Iterable[Any] | None) -> Callable[[str, nn.Module], str | None]:

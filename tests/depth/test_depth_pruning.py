@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import lightning_light as ll
+from lightning_light.lowrank import RankAllocation, RankRatio
 from lightning_light.schedules import Linear, OneShot, Window
 from tests.contract.bodies import Tied
 from tests.contract.cases.depth import Deep
@@ -100,3 +101,15 @@ def test_a_step_that_does_not_call_the_module_is_refused_after_its_first_batch()
 def test_a_network_without_residual_modules_is_refused_with_the_reasons() -> None:
     with pytest.raises(ll.BudgetError, match=r"0 residual blocks.*Kept: features: changes the shape"):
         trainer(ll.DepthPruning(ll.MACs(0.5))).fit(module_class(Tied, L)())
+
+
+def test_layers_of_removed_blocks_are_not_factorized() -> None:
+    module = module_class(Deep, L)()
+    pruning = ll.DepthPruning(ll.MACs(0.5), schedule=Window(Linear(), start=0.2, end=0.5), calibration_batches=2)
+    factorization = ll.LowRankFactorization(RankRatio(0.2), allocation=RankAllocation(round_to=1))
+    trainer(pruning, factorization).fit(module)
+    removed = pruning.state(module)["removed"]
+    factorized = factorization.state(module)["layers"]
+    assert len(removed) == 2
+    assert factorized
+    assert not any(name.startswith(f"{block}.") for name in factorized for block in removed)

@@ -78,6 +78,8 @@ def test_depthwise_factors_are_the_best_of_each_channel_and_read_as_the_layer(na
     for attribute in ("in_channels", "out_channels", "groups", "kernel_size", "stride", "padding", "padding_mode"):
         assert getattr(factors, attribute) == getattr(layer, attribute)
     assert current_ranks(factors) == (2,)
+    tucker = build_factors(layer, "tucker2", (2, 3))
+    assert (tucker.kernel_size, tucker.padding, tucker.padding_mode) == ((3, 3), (1, 1), "reflect")
 
 
 @pytest.mark.parametrize("dtype", list(EXACT), ids=str)

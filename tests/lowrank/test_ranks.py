@@ -28,7 +28,7 @@ from lightning_light.lowrank.factors import factor_form
 from lightning_light.lowrank.layers import FactorizableLayer, find_layers
 from lightning_light.lowrank.measurement import LayerTimer
 from lightning_light.lowrank.options import FactorizationOptions
-from lightning_light.lowrank.plan import Goal, plan_factors
+from lightning_light.lowrank.plan import Goal, Planner
 from lightning_light.lowrank.ranks import evbmf_rank
 from lightning_light.lowrank.spectra import decompose
 from lightning_light.measure import count_cost, tensor_bytes
@@ -215,7 +215,7 @@ def test_latency_budget_uses_measured_times_and_skips_slower_layers() -> None:
     layers, reasons = find_layers(net(), ExampleInput(EXAMPLE), ["0", "2", "4", "6", "8"], form="channel", split={})
     options = FactorizationOptions(allocation=RankAllocation(round_to=4))
     goal = Goal(Latency(4.0), current=6.0, limit=4.0, final=4.0, price=None)
-    plan = plan_factors(layers, reasons, options, goal, evidence={}, timer=by_rank)
+    plan = Planner(layers, reasons, options, goal, by_rank).plan()
     assert plan.skipped["8"] == "its factors do not run faster on this machine"
     timed = sum(by_rank(layer, found.form, found.ranks) for layer in layers if (found := plan.layers.get(layer.name)))
     assert plan.after == pytest.approx(6.0 - len(plan.layers) + timed)
@@ -226,7 +226,7 @@ def test_faster_only_skips_slower_layers_with_the_reason() -> None:
     layers, reasons = find_layers(net(), ExampleInput(EXAMPLE), ["2", "8"], form="channel", split={})
     options = FactorizationOptions(allocation=RankAllocation(round_to=2, faster_only=True))
     goal = Goal(RankRatio(0.25), current=6.0, limit=6.0, final=6.0, price=lambda macs, params: macs)
-    plan = plan_factors(layers, reasons, options, goal, evidence={}, timer=by_rank)
+    plan = Planner(layers, reasons, options, goal, by_rank).plan()
     assert list(plan.layers) == ["2"]
     assert "took 1200000 us on this machine, the layer itself 1000000 us" in plan.skipped["8"]
     assert [line.partition(":")[0] for line in plan.lines()] == ["2", "8"]

@@ -37,13 +37,14 @@ class Deep(Body):
 
 def remove_another(callback: DepthPruning) -> None:
     """Another block than decided is removed."""
-    remove = callback._remove
+    change = callback.change
 
-    def another(trainer: Any, pl_module: Any, plan: Any, *others: Any) -> None:
+    def another(*arguments: Any) -> Any:
+        plan: Any = callback._last_plan
         plan.removed[:] = [name for name in plan.scores if name not in plan.removed][: len(plan.removed)]
-        remove(trainer, pl_module, plan, *others)
+        return change(*arguments)
 
-    callback._remove = another  # type: ignore[method-assign]
+    callback.change = another  # type: ignore[method-assign]
 
 
 NO_BLOCKS = dict.fromkeys(  # the bodies of these contracts have no module that is a residual block

@@ -19,15 +19,16 @@ from tests.contract.case import Case
 
 def replace_others(callback: Substitution) -> None:
     """Fewer layers than decided are replaced."""
-    act = callback._replace
+    change = callback.change
 
-    def others(trainer: Any, pl_module: Any, plan: Any, *rest: Any) -> None:
+    def others(*arguments: Any) -> Any:
+        plan: Any = callback.last_plan
         name = next(iter(plan.operators))
         for chosen in (plan.operators, plan.layers):
             del chosen[name]
-        act(trainer, pl_module, plan, *rest)
+        return change(*arguments)
 
-    callback._replace = others  # type: ignore[method-assign]
+    callback.change = others  # type: ignore[method-assign]
 
 
 CASES = [
