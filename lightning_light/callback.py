@@ -6,7 +6,7 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from typing_extensions import override
@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from lightning_light.example_input import ExampleInput
 
 __all__ = ["CompressionCallback"]
+
+T = TypeVar("T")
 
 register_state(HISTORY, History)
 
@@ -319,6 +321,16 @@ class CompressionCallback(Callback):
             torch.compiler.reset()  # else the ninth shape falls back to eager code without a word
         reset_monitoring(trainer)
         self.log_event(trainer, pl_module, summary, part=part)
+
+    def options_as(self, kind: Callable[..., T]) -> T:
+        """Return the options ``kind``, a dataclass: the arguments of this callback of the same names."""
+        return kind(**{name: getattr(self, name) for name in inspect.signature(kind).parameters})
+
+    def log_scalars(self, trainer: Trainer, scalars: Mapping[str, float]) -> None:
+        """Log each of ``scalars`` as ``method/name`` to every logger, at the present step."""
+        named = {f"{type(self).method}/{name}": value for name, value in scalars.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(named, step=steps_done(trainer))
 
     def log_event(self, trainer: Trainer, pl_module: LightningModule, summary: str, *, part: str = "") -> None:
         """Log one line, and keep it in the history that every checkpoint holds. Call it on every rank.

@@ -36,6 +36,9 @@ class RecordedInputs(CompressionCallback):
     function: ClassVar[str]
     """Name of the function of this method, which does the same without a Trainer."""
 
+    requires_calls: ClassVar[bool] = True
+    """Whether a training step without a call of the module is refused."""
+
     captured: Capture | None = None
     recorder: InputRecorder | None = None
 
@@ -69,7 +72,7 @@ class RecordedInputs(CompressionCallback):
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        budget: Budget,
+        budget: Budget | None,
         decide: Callable[[LatencyTable | None], T],
     ) -> T:
         """Return what rank 0 decides, or raise its error, on every rank; keep the latencies that it has measured."""
@@ -101,17 +104,15 @@ class RecordedInputs(CompressionCallback):
         """Store the inputs of this batch, for the decision and for checkpoints."""
         state = self.state(pl_module)
         store_example(state, self.captured)
-        assert self.recorder is not None  # since `on_fit_start`
-        if not self.recorder.active:
-            return
-        calls = self.recorder.take()
-        if not calls:
+        calls = [] if self.recorder is None else self.recorder.take()
+        if calls:
+            state["inputs"] = [*state.get("inputs", []), *calls][-self.recorded_batches :]
+        elif self.requires_calls and self.recorder is not None and self.recorder.active:
             raise UnsupportedError(
                 f"`{self!r}` on `{type(pl_module).__name__}`: expected a LightningModule that calls `self(...)` in "
                 "`training_step`, with tensors, and is not compiled as a whole, found a step without such a call. Call "
                 f"`self(...)` there, or use `{self.function}(..., data=...)` before training."
             )
-        state["inputs"] = [*state.get("inputs", []), *calls][-self.recorded_batches :]
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_light.criteria.data import own_gradients
 from lightning_light.criteria.group_criterion import GroupCriterion
+from lightning_light.criteria.random import drawn_seed
 from lightning_light.validation import validated
 
 if TYPE_CHECKING:
@@ -102,9 +104,7 @@ class FromTorchPruning(GroupCriterion):
         items, channels = _items(model, group)
         if not items:
             return None
-        seed = self.seed
-        if generator is not None:
-            seed ^= int(torch.randint(2**62, (), generator=generator, device=generator.device))
+        seed = drawn_seed(self.seed, generator)
         with torch.random.fork_rng(devices=[]), self._gradients(model, gathered):
             torch.manual_seed(seed)
             scores = self.importance(_as_tp_group(items))
@@ -123,15 +123,11 @@ class FromTorchPruning(GroupCriterion):
     @contextmanager
     def _gradients(self, model: nn.Module, gathered: Gathered) -> Iterator[None]:
         """Put the evidence where the importance looks for it: into ``grad``, inside the block only."""
-        before = {parameter: parameter.grad for parameter in model.parameters()}
-        try:
+        with own_gradients(model):
             for name, parameter in model.named_parameters():
                 evidence = None if self._evidence is None else gathered.get(self._evidence, name)
                 parameter.grad = None if evidence is None else evidence.to(parameter)
             yield
-        finally:
-            for parameter, gradient in before.items():
-                parameter.grad = gradient
 
 
 @dataclass

@@ -56,15 +56,10 @@ def apply_items(
         after = measure_statistics(model, calls)
         move_statistics(model, statistics, after, change.kept or {})
         statistics = after
-        record_change(model, choices, change)
+        record(model, (), change.entry, change.kept)
+        claim_layers(model, choices, change)
     if not attached:
         release(model)
-
-
-def record_change(model: nn.Module, choices: Choices, change: Change) -> None:
-    """Record a change in the edit log, and claim the layers for the method that owns them now."""
-    record(model, (), change.entry, change.kept)
-    claim_layers(model, choices, change)
 
 
 def claim_layers(model: nn.Module, choices: Choices, change: Change) -> None:
