@@ -15,10 +15,9 @@ import torch
 from typing_extensions import override
 
 from lightning_light.errors import UnsupportedError
-from lightning_light.helper_networks import helper_networks
+from lightning_light.helper_networks import helper_networks, inside
 from lightning_light.merging import is_training_branch
 from lightning_light.runtime import Runtime
-from lightning_light.targets import inside
 from lightning_light.validation import Fraction, OpenFraction, PositiveInt, check_argument, validated
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import torch
 from typing_extensions import override
@@ -81,9 +81,10 @@ class CompressionCallback(Callback):
     """What `state` may hold, a `TypedDict` with ``total=False``: checked whenever a checkpoint is loaded."""
 
     _key: str | None = None
-    _run_position: RunPosition | None = None
     _attached: bool = False
-    _loading: InstancePatch | None = None
+    # Not annotated: jsonargparse resolves the annotations of all bases in the module of a subclass that is a dataclass.
+    _run_position = cast("RunPosition | None", None)
+    _loading = cast("InstancePatch | None", None)
 
     @override
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -18,7 +18,7 @@ from lightning_light.nested import tensors_in
 from lightning_light.targets import inside
 from lightning_light.training_step import callable_with, step_call
 
-__all__ = ["first_call", "frozen_parts", "helper_networks"]
+__all__ = ["first_call", "frozen_parts", "helper_networks", "inside"]
 
 
 def first_call(module: nn.Module, batch: Any = None) -> ExampleInput | None:

@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, TypeVar, cast
 
 from typing_extensions import override
 
-from lightning_light.batch_norm import SAMPLES, InputRecorder, Statistics, measure_statistics
+from lightning_light.batch_norm import SAMPLES, InputRecorder, Statistics, measure_statistics, move_statistics
 from lightning_light.budgets import Budget
 from lightning_light.callback import CompressionCallback
 from lightning_light.capture import Capture
 from lightning_light.errors import UnsupportedError
 from lightning_light.example_input import ExampleInput
-from lightning_light.measure.latency_table import LatencyTable, quantity
+from lightning_light.measure.latency_table import LatencyTable, TimedFiles, quantity
+from lightning_light.schema import PlainExample
+from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.distributed import on_rank_zero
 from lightning_light.surgery.stored_example import restore_or_capture_example, store_example
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["RecordedInputs"]
+__all__ = ["RecordedInputs", "RecordedState"]
 
 T = TypeVar("T")
+
+
+class RecordedState(TypedDict, total=False):
+    """What a checkpoint holds of every such method.
+
+    Attributes:
+        example: the example input.
+        inputs: calls of the module in the last training batches.
+        latency: what was measured in the runtime of the budget.
+    """
+
+    example: PlainExample
+    inputs: list[PlainExample]
+    latency: TimedFiles
 
 
 class RecordedInputs(CompressionCallback):
@@ -39,33 +54,43 @@ class RecordedInputs(CompressionCallback):
     requires_calls: ClassVar[bool] = True
     """Whether a training step without a call of the module is refused."""
 
-    captured: Capture | None = None
-    recorder: InputRecorder | None = None
+    calibration_batches: int
+
+    captured = cast("Capture | None", None)  # not annotated, see `CompressionCallback`
+    recorder = cast("InputRecorder | None", None)
 
     @property
-    @abstractmethod
     def recorded_batches(self) -> int:
         """How many batches are kept."""
+        return self.calibration_batches
 
-    def record_inputs(self, pl_module: LightningModule, *keys: str, samples: int | None = SAMPLES) -> None:
+    def record_inputs(
+        self, pl_module: LightningModule, *keys: str, samples: int | None = SAMPLES, recorded: bool = True
+    ) -> None:
         """Capture the example input and the inputs of training batches, and begin the state of a new fit.
 
         Args:
             pl_module: the module.
             keys: of the state that belong to one fit; they are removed unless the run is resumed.
             samples: of each batch that are kept; None: all.
+            recorded: whether the inputs of training batches are needed.
         """
         state = self.state(pl_module)
         if not self.resumed(pl_module):
             for key in (*keys, "inputs"):
                 state.pop(key, None)
         self.captured = restore_or_capture_example(pl_module, state)
-        self.recorder = InputRecorder(pl_module, samples)
+        self.recorder = InputRecorder(pl_module, samples) if recorded else None
+
+    @property
+    def has_example(self) -> bool:
+        """Whether the example input is known."""
+        return self.captured is not None and self.captured.example is not None
 
     def example(self, pl_module: LightningModule) -> ExampleInput:
         """Return the example input, which is known once the run is planned."""
         assert self.captured is not None
-        assert self.captured.example is not None
+        assert self.captured.example is not None  # `has_example`
         return self.captured.example.to(pl_module)
 
     def decided(
@@ -96,6 +121,30 @@ class RecordedInputs(CompressionCallback):
     ) -> dict[str, Statistics]:
         """Measure the batch-norm statistics on inputs of rank 0, which a checkpoint holds, for all ranks."""
         return on_rank_zero(trainer, lambda: measure_statistics(pl_module, calls))
+
+    def change(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        apply: Callable[..., dict[str, Any]],
+        calls: list[ExampleInput],
+    ) -> dict[str, Any]:
+        """Change the network, and move its batch-norm statistics by what that did to them; return ``apply``'s entry.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: the live module.
+            apply: changes it, the ``optimizers`` and the ``averaged_models``.
+            calls: of rank 0, on which statistics are measured; none: they stay as they are.
+        """
+        averaged_models = averaged_models_of(trainer, pl_module)
+        self._before_surgery(trainer, pl_module)
+        before = self.statistics(trainer, pl_module, calls)
+        entry = apply(optimizers=trainer.optimizers, averaged_models=averaged_models)
+        after = self.statistics(trainer, pl_module, calls)
+        for network in (pl_module, *averaged_models):
+            move_statistics(network, before, after, {})
+        return entry
 
     @override
     def on_train_batch_end(

@@ -13,7 +13,8 @@ from lightning_light.clustering.cluster_training import Clusters
 from lightning_light.clustering.kmeans import assign, kmeans
 from lightning_light.clustering.options import WeightClusteringOptions
 from lightning_light.errors import UnsupportedError
-from lightning_light.targets import as_targets, inside
+from lightning_light.helper_networks import inside
+from lightning_light.targets import as_targets
 from lightning_light.trained_weights import trained_weights
 
 __all__ = [

@@ -133,20 +133,15 @@ def _run_batch(
     model: nn.Module, batch: Any, index: int, loss: Loss | None, step: Callable[..., Any] | None
 ) -> Tensor | None:
     """Run one batch and return its loss, or None where no loss is wanted or the step gave none."""
-    if step is not None:
-        return _run_step(step, _to_device(batch, model), index)
-    example = example_of_batch(batch, model)
-    output = model(*example.args, **example.kwargs)
-    return None if loss is None else loss(output, _to_device(batch, model))
-
-
-def _run_step(step: Callable[..., Any], batch: Any, index: int) -> Tensor | None:
-    """Run a ``training_step`` as if it logged nothing; inside `isolated`, which puts its attributes back."""
+    if step is None:
+        example = example_of_batch(batch, model)
+        output = model(*example.args, **example.kwargs)
+        return None if loss is None else loss(output, _to_device(batch, model))
     attributes: dict[str, Any] = vars(getattr(step, "__self__"))  # noqa: B009
-    attributes["log"] = attributes["log_dict"] = lambda *args, **kwargs: None
-    output = step(batch, index)
-    loss = output.get("loss") if isinstance(output, Mapping) else output
-    return loss if isinstance(loss, Tensor) else None
+    attributes["log"] = attributes["log_dict"] = lambda *args, **kwargs: None  # `isolated` puts back what was there
+    output = step(_to_device(batch, model), index)
+    found = output.get("loss") if isinstance(output, Mapping) else output
+    return found if isinstance(found, Tensor) else None
 
 
 def _to_device(batch: Any, model: nn.Module) -> Any:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -105,7 +104,10 @@ class FromTorchPruning(GroupCriterion):
         if not items:
             return None
         seed = drawn_seed(self.seed, generator)
-        with torch.random.fork_rng(devices=[]), self._gradients(model, gathered):
+        with torch.random.fork_rng(devices=[]), own_gradients(model):
+            for name, parameter in model.named_parameters():  # the importance reads the evidence there
+                evidence = None if self._evidence is None else gathered.get(self._evidence, name)
+                parameter.grad = None if evidence is None else evidence.to(parameter)
             torch.manual_seed(seed)
             scores = self.importance(_as_tp_group(items))
         if scores is None:
@@ -119,15 +121,6 @@ class FromTorchPruning(GroupCriterion):
         ordered = torch.empty(group.width, dtype=scores.dtype)
         ordered[channels] = scores.detach().cpu()[: group.width]  # a root with several positions per channel is longer
         return ordered
-
-    @contextmanager
-    def _gradients(self, model: nn.Module, gathered: Gathered) -> Iterator[None]:
-        """Put the evidence where the importance looks for it: into ``grad``, inside the block only."""
-        with own_gradients(model):
-            for name, parameter in model.named_parameters():
-                evidence = None if self._evidence is None else gathered.get(self._evidence, name)
-                parameter.grad = None if evidence is None else evidence.to(parameter)
-            yield
 
 
 @dataclass

@@ -16,7 +16,6 @@ from lightning_light.distillation.feature_pairs import FeaturePairs
 from lightning_light.distillation.loss import DistillationLoss
 from lightning_light.distillation.student_hook import ForwardCall
 from lightning_light.distillation.teacher_modules import TeacherModule
-from lightning_light.example_input import ExampleInput
 from lightning_light.nested import tensors_in
 from lightning_light.selectors import Selector, select
 
@@ -144,7 +143,8 @@ class Distiller:
             stored = self.caches[place].outputs(
                 inputs, batch, lambda: self.selectors.of_teacher(teacher.output(call, inputs))
             )
-            return _like_outputs(stored, inputs, teacher)
+            dtype = next((parameter.dtype for parameter in teacher.root.parameters()), stored.dtype)
+            return stored.to(next(tensors_in((inputs.args, inputs.kwargs))).device, dtype)
         with self.features.recording(place):
             output = teacher.output(call, inputs)
         is_plain = isinstance(output, Tensor) and isinstance(call.output, Tensor)  # enough for the agreement
@@ -166,13 +166,6 @@ def weighted_sum(terms: Sequence[LossTerm], factors: Sequence[float] | None = No
 
 def _sum(values: Sequence[Tensor]) -> Tensor:
     return values[0] if len(values) == 1 else sum(values[1:], values[0])
-
-
-def _like_outputs(stored: Tensor, inputs: ExampleInput, teacher: TeacherModule) -> Tensor:
-    """Move stored outputs to the device of the inputs and the teacher's floating type."""
-    first = next(tensors_in((inputs.args, inputs.kwargs)))
-    dtype = next((parameter.dtype for parameter in teacher.root.parameters()), stored.dtype)
-    return stored.to(first.device, dtype)
 
 
 def gradient_factors(

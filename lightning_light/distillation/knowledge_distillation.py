@@ -372,7 +372,8 @@ class KnowledgeDistillation(AddedLoss):
         if len(pairs) > matched:
             log_rank_zero(trainer, f"{self.method}: feature_layers matched by resolution: {pairs}")
         factors = self._factors(trainer, state, task, losses.terms)
-        if self._is_logging(trainer):
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # an attribute set by a connector
+        if trainer.loggers and (steps_done(trainer) + 1) % every == 0:
             run.scalars = self._scalars(call, task, losses)
         return weighted_sum(losses.terms, factors)
 
@@ -424,10 +425,6 @@ class KnowledgeDistillation(AddedLoss):
             return values
         student = self._selectors.of_student(call.output)
         return values | self._agreement.values(student, losses.teacher_output, losses.positions.mask)
-
-    def _is_logging(self, trainer: Trainer) -> bool:
-        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # an attribute set by a connector
-        return bool(trainer.loggers) and (steps_done(trainer) + 1) % every == 0
 
     @override
     def check_called(self, pl_module: LightningModule) -> None:

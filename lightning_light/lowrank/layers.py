@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lightning_light.example_input import ExampleInput
-from lightning_light.helper_networks import helper_networks
+from lightning_light.helper_networks import helper_networks, inside
 from lightning_light.isolation import isolated
 from lightning_light.lowrank.build import current_ranks, dense_weight, exact_factors
 from lightning_light.lowrank.factors import factor_form
@@ -23,7 +23,6 @@ from lightning_light.lowrank.splitting import SplitAttention, SplitLinear, split
 from lightning_light.nested import tensors_in
 from lightning_light.surgery.replace import put_module
 from lightning_light.surgery.trial import failing_replacements
-from lightning_light.targets import inside
 from lightning_light.trained_weights import loose_parameters, trained_weights
 from lightning_light.training_step import callable_with
 

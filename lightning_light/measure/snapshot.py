@@ -108,13 +108,9 @@ class Snapshot(Tabular):
     def with_sparsity_of(self, earlier: Snapshot) -> Snapshot:
         """Return this snapshot with the sparsity of an ``earlier`` one of the same structure."""
         had = {row.name: row for row in earlier.rows}
-        rows = (
-            replace(row, sparsity=had[row.name].sparsity, dead_filters=had[row.name].dead_filters)
-            if row.name in had
-            else row
-            for row in self.rows
-        )
-        return replace(self, rows=tuple(rows), sparsity=earlier.sparsity)
+        pairs = [(row, had.get(row.name, row)) for row in self.rows]
+        rows = tuple(replace(row, sparsity=was.sparsity, dead_filters=was.dead_filters) for row, was in pairs)
+        return replace(self, rows=rows, sparsity=earlier.sparsity)
 
 
 @validated

@@ -276,7 +276,8 @@ class CompressionMonitor(RecordingCallback):
     def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
         recorder = self.conclude(trainer, pl_module)
         assert recorder is not None
-        if self.deflate and trainer.is_global_zero and not _is_quantized(recorder.now):  # the float weights remain
+        quantized = any("weight_bits" in numbers for numbers in recorder.now.stats.values())  # the float weights remain
+        if self.deflate and trainer.is_global_zero and not quantized:
             self.after = recorder.now = replace(recorder.now, deflated=deflated_bytes(pl_module))
         self._log_scalars(trainer, pl_module, recorder)
         self._draw(trainer, pl_module, recorder)
@@ -323,10 +324,6 @@ class CompressionMonitor(RecordingCallback):
         for logger in _tensorboard_loggers(trainer):
             if logger.hparams:
                 logger.log_hyperparams(dict(logger.hparams), metrics, steps_done(trainer))
-
-
-def _is_quantized(now: Snapshot) -> bool:
-    return any("weight_bits" in numbers for numbers in now.stats.values())
 
 
 def _tensorboard_loggers(trainer: Trainer) -> list[Any]:

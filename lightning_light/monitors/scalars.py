@@ -102,12 +102,8 @@ def layer_scalars(now: Snapshot, layers: Collection[str]) -> dict[str, float]:
 
 def custom_layout(tags: Collection[str]) -> dict[str, dict[str, list[Any]]]:
     """Return a layout for TensorBoard's Custom Scalars: the charts of which a curve is among ``tags``."""
-    charts = {
-        title: ["Multiline", [pattern]]
-        for title, pattern in _CHARTS.items()
-        if any(re.search(pattern, tag) for tag in tags)
-    }
-    return {"Compression": charts}
+    shown = [title for title, pattern in _CHARTS.items() if any(re.search(pattern, tag) for tag in tags)]
+    return {"Compression": {title: ["Multiline", [_CHARTS[title]]] for title in shown}}
 
 
 _CHARTS = {

@@ -27,9 +27,8 @@ from lightning_light.nas.options import SearchOptions, Space, check_budgets
 from lightning_light.nas.result import SearchResult
 from lightning_light.order import Stage
 from lightning_light.progress import epochs_planned, steps_done, steps_planned, training_progress
-from lightning_light.recorded_inputs import RecordedInputs
+from lightning_light.recorded_inputs import RecordedInputs, RecordedState
 from lightning_light.schedules import OneShot, Schedule, require_rising
-from lightning_light.schema import PlainExample
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.distributed import log_rank_zero, on_rank_zero
 from lightning_light.surgery.stored_example import stored_calls
@@ -51,7 +50,7 @@ class _PlainItem(TypedDict):
     layers: list[str]
 
 
-class _State(TypedDict, total=False):
+class _State(RecordedState, total=False):
     """What a checkpoint holds of a run.
 
     Attributes:
@@ -60,8 +59,6 @@ class _State(TypedDict, total=False):
         count: of the items that the search has chosen.
         pending: those that are not carried out yet, in order.
         items: names of the items that were carried out, in all fits.
-        example: the example input.
-        inputs: calls of the module in the last training batches, until all items are carried out.
     """
 
     planned: bool
@@ -69,8 +66,6 @@ class _State(TypedDict, total=False):
     count: int
     pending: list[_PlainItem]
     items: list[str]
-    example: PlainExample
-    inputs: list[PlainExample]
 
 
 @validated
@@ -214,13 +209,11 @@ class ArchitectureSearch(RecordedInputs):
         state = self.state(pl_module)
         if state.get("items") or getattr(trainer, "fast_dev_run", False):
             return
-        if state.get("searched"):
-            self._no_effect(f"the network meets `{self.budget!r}` as it is.")
-        else:
-            self._no_effect(
-                f"the run ended before the search, which needs the inputs of {self.recorded_batches} training batches; "
-                f"`schedule={self.schedule!r}`."
-            )
+        early = (
+            f"the run ended before the search, which needs the inputs of {self.recorded_batches} training batches; "
+            f"`schedule={self.schedule!r}`."
+        )
+        self._no_effect(f"the network meets `{self.budget!r}` as it is." if state.get("searched") else early)
 
     @override
     def window(self, max_epochs: int | None) -> tuple[float, float] | None:
@@ -253,7 +246,7 @@ class ArchitectureSearch(RecordedInputs):
     def _plan_run(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check, once per fit and as soon as the example input is known, that the counted budgets can be reached."""
         state = self.state(pl_module)
-        if not state.get("planned") and self.captured is not None and self.captured.example is not None:
+        if not state.get("planned") and self.has_example:
             example, references = self.example(pl_module), self._references(trainer, pl_module)
 
             @plain_execution()

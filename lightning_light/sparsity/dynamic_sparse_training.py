@@ -20,7 +20,7 @@ from lightning_light.schema import Needs, Within
 from lightning_light.sparsity.growth import Connections, DynamicMethod, RigL, SRigL, Static
 from lightning_light.sparsity.mask_enforcer import parameters_of
 from lightning_light.sparsity.mask_state import MaskState
-from lightning_light.sparsity.masking import MaskingCallback
+from lightning_light.sparsity.masking import EVENTS, SAME, MaskingCallback
 from lightning_light.sparsity.options import WeightPruningOptions, check_sparsity
 from lightning_light.sparsity.scope import Scope
 from lightning_light.sparsity.scores import score_weights
@@ -34,9 +34,6 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 __all__ = ["DynamicSparseTraining"]
-
-_SAME = 1e-9
-_EVENTS = 20
 
 
 class DynamicSparseTrainingState(MaskState, total=False):
@@ -104,7 +101,7 @@ class DynamicSparseTraining(MaskingCallback):
         every_n_steps: PositiveInt | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(Events(schedule, every_n_steps, default_events=_EVENTS))
+        super().__init__(Events(schedule, every_n_steps, default_events=EVENTS))
         call = type(self).__name__
         check_sparsity(call, budget)
         check_needs(call, criterion, frozenset())
@@ -128,7 +125,7 @@ class DynamicSparseTraining(MaskingCallback):
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         state = self.state(pl_module)
         if not state["masks"]:
-            if progress_at_step(trainer) + _SAME >= self._events.window(epochs_planned(trainer))[0]:
+            if progress_at_step(trainer) + SAME >= self._events.window(epochs_planned(trainer))[0]:
                 self._begin(trainer, pl_module)
         elif "connections" not in state:  # the masks of an earlier fit
             self._start_from(trainer, pl_module)
@@ -190,7 +187,7 @@ class DynamicSparseTraining(MaskingCallback):
         due = self._fraction_due(trainer, ahead)
         same_plan = state["planned_steps"] == self._planned_steps
         reached = state["fraction"] if same_plan else self._fraction_due(trainer, ahead - 1)
-        return due > reached + _SAME and steps_done(trainer) + ahead < self._planned_steps
+        return due > reached + SAME and steps_done(trainer) + ahead < self._planned_steps
 
     def _is_ready(self, state: Mapping[str, Any]) -> bool:
         gradients = state.get("per_weight", {}).get("gradients", {})

@@ -39,7 +39,9 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from torch.optim import Optimizer
 
-__all__ = ["MaskingCallback"]
+__all__ = ["EVENTS", "SAME", "MaskingCallback"]
+
+EVENTS, SAME = 20, 1e-9
 
 
 class _Known(NamedTuple):

@@ -18,7 +18,7 @@ from lightning_light.schedules import Cubic, Schedule, Window, require_rising
 from lightning_light.sparsity.mask_enforcer import parameters_of
 from lightning_light.sparsity.mask_schedules import Rewinding
 from lightning_light.sparsity.mask_state import MaskState
-from lightning_light.sparsity.masking import MaskingCallback
+from lightning_light.sparsity.masking import EVENTS, SAME, MaskingCallback
 from lightning_light.sparsity.options import WeightPruningOptions
 from lightning_light.sparsity.patterns import Pattern
 from lightning_light.sparsity.planning import check_existing_masks
@@ -35,9 +35,6 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 __all__ = ["WeightPruning"]
-
-_SAME = 1e-9
-_EVENTS = 20
 
 
 class WeightPruningState(MaskState, total=False):
@@ -116,7 +113,7 @@ class WeightPruning(MaskingCallback):
         calibration_batches: PositiveInt = WeightPruningOptions.calibration_batches,
         seed: int = WeightPruningOptions.seed,
     ) -> None:
-        super().__init__(Events(schedule, every_n_steps, default_events=_EVENTS))
+        super().__init__(Events(schedule, every_n_steps, default_events=EVENTS))
         self.budget = budget
         self.criterion = criterion
         self.schedule = schedule
@@ -155,10 +152,10 @@ class WeightPruning(MaskingCallback):
         state = self.state(pl_module)
         self._store_origin(trainer, pl_module)
         fraction = self._target(trainer, state)
-        if abs(fraction - state.get("fraction", 0.0)) > _SAME and (fraction == 0.0 or self._is_ready()):
+        if abs(fraction - state.get("fraction", 0.0)) > SAME and (fraction == 0.0 or self._is_ready()):
             self._prune(trainer, pl_module, fraction)
         self._collector.begin_batch(
-            self._needs_batches and self._is_due(trainer, state, ahead=self.options.calibration_batches)
+            self._needs_batches and self._is_due(trainer, state, ahead=self.calibration_batches)
         )
 
     @override
@@ -232,12 +229,9 @@ class WeightPruning(MaskingCallback):
 
     def _store_origin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Store the weights to rewind to, once, at their moment."""
-        if not isinstance(self.schedule, Rewinding):
-            return
         state = self.state(pl_module)
-        if "events" in state or "origin" in state.get("per_weight", {}):
-            return
-        if progress_at_step(trainer) + _SAME >= self.schedule.rewind_to:
+        due = isinstance(self.schedule, Rewinding) and progress_at_step(trainer) + SAME >= self.schedule.rewind_to
+        if due and "events" not in state and "origin" not in state.get("per_weight", {}):
             state.setdefault("per_weight", {})["origin"] = store_weights(pl_module)
 
     def _target(self, trainer: Trainer, state: Mapping[str, Any], ahead: int = 0) -> float:
@@ -247,7 +241,7 @@ class WeightPruning(MaskingCallback):
 
     def _is_due(self, trainer: Trainer, state: Mapping[str, Any], ahead: int = 0) -> bool:
         reached: float = state.get("fraction", 0.0)
-        return abs(self._target(trainer, state, ahead) - reached) > _SAME
+        return abs(self._target(trainer, state, ahead) - reached) > SAME
 
     def _is_ready(self) -> bool:
         """Whether the criterion's evidence has been gathered, of every kind."""

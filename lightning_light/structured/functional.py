@@ -24,7 +24,7 @@ from lightning_light.structured.options import ChannelPruningOptions, Widths, ch
 from lightning_light.structured.plan import Goal, Plan, check_run, gate_problem, plan_channels, widths_of
 from lightning_light.structured.ranking import Ranking
 from lightning_light.structured.sensitivity import Sensitivity
-from lightning_light.surgery.attachment import attach, has_state, record, release, state_of
+from lightning_light.surgery.attachment import has_state, record, recording, state_of
 from lightning_light.surgery.edit import cut
 from lightning_light.targets import Targets
 from lightning_light.validation import OpenFraction, PositiveInt, validated
@@ -135,15 +135,12 @@ def _carry_out(
     model: nn.Module, graph: DependencyGraph, plan: Plan, calls: list[ExampleInput], optimizers: Iterable[Optimizer]
 ) -> None:
     """Cut ``model``, record the cut in its compression state, and correct its batch-norm statistics."""
-    attached = has_state(model)
-    attach(model)  # remembers the structure before the cut
     kept = graph.kept_positions(plan.kept)
-    before = measure_statistics(model, calls)
-    edit = cut(model, kept, attributes=graph.attributes(model, plan.kept), optimizers=optimizers)
-    move_statistics(model, before, measure_statistics(model, calls), kept)
-    record(model, (), edit.entry(), kept)
-    if not attached:
-        release(model)
+    with recording(model):  # remembers the structure before the cut
+        before = measure_statistics(model, calls)
+        edit = cut(model, kept, attributes=graph.attributes(model, plan.kept), optimizers=optimizers)
+        move_statistics(model, before, measure_statistics(model, calls), kept)
+        record(model, (), edit.entry(), kept)
 
 
 def _endless(first: list[Any], data: Iterable[Any]) -> Iterator[Any]:

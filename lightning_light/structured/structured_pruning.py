@@ -6,29 +6,29 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_light.batch_norm import InputRecorder, has_statistics, move_statistics
+from lightning_light.batch_norm import has_statistics, move_statistics
 from lightning_light.budgets import Budget
 from lightning_light.capture import has_lazy_layers
 from lightning_light.criteria import Criterion, EvidenceCollector, check_needs
 from lightning_light.criteria.gathered import EvidenceStorage, Gathered
 from lightning_light.criteria.learned_gates import GateProblem, GateTrainer, LearnedGates
-from lightning_light.dependency import ChannelGroup, DependencyGraph, trace_calls
+from lightning_light.dependency import DependencyGraph, trace_calls
 from lightning_light.dependency.trace import UNUSED
 from lightning_light.errors import TraceError
 from lightning_light.example_input import ExampleInput
 from lightning_light.formatting import plural
-from lightning_light.measure.latency_table import LatencyTable, TimedFiles, measured_text
+from lightning_light.measure.latency_table import LatencyTable, measured_text
 from lightning_light.order import DEFAULT_WINDOWS, Stage
 from lightning_light.planning import criterion_for
 from lightning_light.progress import epochs_planned, steps_done, steps_planned, training_progress
-from lightning_light.recorded_inputs import RecordedInputs
+from lightning_light.recorded_inputs import RecordedInputs, RecordedState
 from lightning_light.schedules import Cubic, Schedule, Window, require_rising
-from lightning_light.schema import Needs, PlainExample
+from lightning_light.schema import Needs
 from lightning_light.structured.costs import measure
 from lightning_light.structured.functional import prune_channels
 from lightning_light.structured.options import ChannelPruningOptions, Widths, check_gates, check_goal
@@ -47,7 +47,7 @@ from lightning_light.structured.sensitivity import Sensitivity, curve_lines
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.distributed import broadcast, log_rank_zero, reduce_mean
 from lightning_light.surgery.edit import cut
-from lightning_light.surgery.stored_example import restore_or_capture_example, stored_calls
+from lightning_light.surgery.stored_example import stored_calls
 from lightning_light.targets import Targets, as_targets
 from lightning_light.timing import Events
 from lightning_light.training_step import callable_with
@@ -60,7 +60,7 @@ if TYPE_CHECKING:
 __all__ = ["StructuredPruning"]
 
 
-class _State(TypedDict, total=False):
+class _State(RecordedState, total=False):
     """What a checkpoint holds of a run.
 
     Attributes:
@@ -69,11 +69,8 @@ class _State(TypedDict, total=False):
         removed: channels removed so far, in all fits.
         original: group name -> width before the first cut.
         planned: whether the run was checked.
-        example: arguments of one call of the network.
-        inputs: calls of the last batches, for the correction of batch-norm statistics.
         evidence: what the collector has gathered.
         curves: what `Sensitivity` has measured.
-        latency: what the plans have measured in the runtime of the budget.
     """
 
     events: NonNegativeInt
@@ -81,11 +78,8 @@ class _State(TypedDict, total=False):
     removed: NonNegativeInt
     original: dict[str, PositiveInt]
     planned: Annotated[bool, Needs("original")]
-    example: PlainExample
-    inputs: list[PlainExample]
     evidence: EvidenceStorage
     curves: dict[str, Tensor]
-    latency: TimedFiles
 
 
 @validated
@@ -204,15 +198,13 @@ class StructuredPruning(RecordedInputs):
         check_prunable(pl_module)
         for pattern in (self.targets, *(self.remaining or {})):
             as_targets(pattern).select(pl_module)
-        if not self.resumed(pl_module):
-            _start_over(self.state(pl_module))
         self._graph, self._calls = None, []
-        self.captured = restore_or_capture_example(pl_module, self.state(pl_module))
+        self._corrects = self.correct_batch_norm and not self.dry_run and has_statistics(pl_module)
+        recorded = self._corrects or isinstance(self.ranking, Sensitivity)
+        of_this_fit = self.state(pl_module).keys() - {"original", "removed"}  # widths are relative to the first network
+        self.record_inputs(pl_module, *of_this_fit, recorded=recorded)
         if self._needs_data:
             self._collector = self._new_collector(trainer, pl_module)
-        self._corrects = self.correct_batch_norm and not self.dry_run and has_statistics(pl_module)
-        if self._corrects or isinstance(self.ranking, Sensitivity):
-            self.recorder = InputRecorder(pl_module)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -241,8 +233,12 @@ class StructuredPruning(RecordedInputs):
         self._plan_run(trainer, pl_module)
         if self._collector is not None:
             self._collector.observe_step(p for group in optimizer.param_groups for p in group["params"])
-        if self.regularizer is not None and not self._is_finished(pl_module):
-            add_penalty(pl_module, self._penalized(trainer, pl_module), self.regularizer, self._phase(trainer))
+        finished = self.dry_run or self.state(pl_module).get("events", 0) >= len(self._points)
+        if self.regularizer is not None and self.has_example and not finished:
+            graph = self._trace(trainer, pl_module, self.example(pl_module))
+            groups = [group for group in graph.groups if group.reason is None]
+            phase = min(training_progress(trainer) / max(self._points[-1][0], 1e-9), 1.0)
+            add_penalty(pl_module, groups, self.regularizer, phase)
 
     @override
     def on_train_batch_end(
@@ -302,8 +298,8 @@ class StructuredPruning(RecordedInputs):
         if not self._calls or not state.get("planned"):
             return False
         measured = True
-        if isinstance(self.ranking, Sensitivity) and self.captured is not None and self.captured.example is not None:
-            of_step = self.captured.example.method != "forward"
+        if isinstance(self.ranking, Sensitivity) and self.has_example:
+            of_step = self.example(pl_module).method != "forward"
             measured = of_step or "curves" in state or len(state.get("inputs", [])) >= self.ranking.batches
         return measured and (self._collector is None or self._collector.batches >= self._criterion_batches)
 
@@ -330,18 +326,12 @@ class StructuredPruning(RecordedInputs):
             self._corrects and state.get("events", 0) <= last and self._is_near(trainer, last, self.calibration_batches)
         )
 
-    def _is_finished(self, pl_module: LightningModule) -> bool:
-        return self.dry_run or self.state(pl_module).get("events", 0) >= len(self._points)
-
     def _is_near(self, trainer: Trainer, event: int, steps: int) -> bool:
         """Whether the cut number ``event`` is at most ``steps`` optimizer steps away, or overdue."""
         if event >= len(self._points):
             return False
         progress, _ = self._points[event]
         return steps_done(trainer) + steps >= progress * steps_planned(trainer)
-
-    def _phase(self, trainer: Trainer) -> float:
-        return min(training_progress(trainer) / max(self._points[-1][0], 1e-9), 1.0)
 
     # Private: what.
 
@@ -353,7 +343,7 @@ class StructuredPruning(RecordedInputs):
         state = self.state(pl_module)
         if self._batch is not None:
             self._calls, self._batch, self._graph = self._observe(trainer, pl_module, self._batch), None, None
-        if state.get("planned") or self.captured is None or self.captured.example is None:
+        if state.get("planned") or not self.has_example:
             return
         example = self.example(pl_module)
         graph = self._trace(trainer, pl_module, example)
@@ -429,12 +419,6 @@ class StructuredPruning(RecordedInputs):
             self._graph = broadcast(trainer, trace_calls(pl_module, calls, heads=self.heads))
         return self._graph
 
-    def _penalized(self, trainer: Trainer, pl_module: LightningModule) -> Sequence[ChannelGroup]:
-        if self.captured is None or self.captured.example is None:
-            return ()
-        graph = self._trace(trainer, pl_module, self.example(pl_module))
-        return [group for group in graph.groups if group.reason is None]
-
     def _cut(self, trainer: Trainer, pl_module: LightningModule, due: int) -> None:
         """Make one cut: decided on rank 0, carried out on every rank, followed by all that refers to the network."""
         example, state = self.example(pl_module), self.state(pl_module)
@@ -503,9 +487,3 @@ def _summary(plan: Plan, goal: Goal) -> str:
     reached += measured_text(plan.after, plan.estimated)
     layers = len(plan.cuts())
     return f"{reached}{plural(plan.removed, 'channel')} removed from {plural(layers, 'layer')}"
-
-
-def _start_over(state: dict[str, Any]) -> None:
-    """Count the cuts of another fit from the start; a width is still relative to the network as it was built."""
-    for name in set(state) - {"original", "removed"}:
-        del state[name]

@@ -9,7 +9,8 @@ class's own.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ __all__ = [
     "detach",
     "has_state",
     "record",
+    "recording",
     "register_operation",
     "release",
     "state_of",
@@ -72,6 +74,15 @@ def attach_if_kept(model: nn.Module) -> CompressionState | None:
     """Attach a compression state where checkpoints keep it: to a LightningModule, or a model that has one already."""
     is_lightning = hasattr(model, "on_save_checkpoint") and hasattr(model, "training_step")
     return attach(model) if is_lightning or has_state(model) else None
+
+
+@contextmanager
+def recording(model: nn.Module) -> Iterator[CompressionState]:
+    """Attach a compression state for a change inside the block; afterwards, `release` a model that had none."""
+    attached = has_state(model)
+    yield attach(model)
+    if not attached:
+        release(model)
 
 
 def _patch(module: nn.Module, hook: Callable[[Any, dict[str, Any]], None]) -> None:
