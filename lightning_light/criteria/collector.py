@@ -26,7 +26,7 @@ from lightning_light.validation import validated
 
 __all__ = ["EvidenceCollector", "input_rows"]
 
-_Convolution, _Transposed = nn.modules.conv._ConvNd, nn.modules.conv._ConvTransposeNd  # the second is one of the first
+_Convolution, _Transposed = nn.modules.conv._ConvNd, nn.modules.conv._ConvTransposeNd  # a transposed one is both
 _CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding)
 
 

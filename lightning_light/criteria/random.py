@@ -46,7 +46,6 @@ class Random(Criterion):
 
     @override
     def __call__(self, evidence: Evidence) -> Tensor:
-        own = torch.Generator().manual_seed(
-            drawn_seed(self.seed, evidence.generator)
-        )  # on the CPU: the same scores on every device
+        own = torch.Generator()  # on the CPU: the same scores on every device
+        own.manual_seed(drawn_seed(self.seed, evidence.generator))
         return torch.rand(evidence.weight.shape, generator=own).to(evidence.weight.device)

@@ -77,7 +77,8 @@ class Operator:
         channels, kernel = (self.weight[0], self.weight[1] * groups), tuple(self.weight[2:])
         kind = (_TRANSPOSED if transposed else _CONVOLUTIONS)[len(kernel) - 1]
         sizes |= {"output_padding": output_padding} if transposed else {}
-        layer: nn.Module = kind(*channels[:: 1 if transposed else -1], kernel, device="meta", **sizes)
+        inputs, outputs = channels if transposed else reversed(channels)
+        layer: nn.Module = kind(inputs, outputs, kernel, device="meta", **sizes)
         return layer
 
 
