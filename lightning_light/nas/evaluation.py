@@ -74,6 +74,7 @@ class Evaluator:
     class_dim: int = -1
 
     def __post_init__(self) -> None:
+        self.calibration, self.evaluation = list(self.calibration), list(self.evaluation)
         self._plain = self._outputs(self.model)
         self._check_outputs()
         self._statistics = measure_statistics(self.model, self.calibration)
