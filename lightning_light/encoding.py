@@ -11,9 +11,9 @@ from typing_extensions import Self
 from lightning_light.errors import ManifestError
 from lightning_light.schema import check_schema, hints_of
 
-__all__ = ["Extensible", "decode", "encode"]
+__all__ = ["Extensible", "decode", "encode", "subclasses"]
 
-E = TypeVar("E", bound="Extensible")
+E = TypeVar("E")
 
 
 class Extensible:
@@ -31,7 +31,7 @@ class Extensible:
         Raises:
             ManifestError: it has not been imported.
         """
-        kinds = {kind.kind(): kind for kind in _subclasses(cls)}
+        kinds = {kind.kind(): kind for kind in subclasses(cls)}
         if name not in kinds:
             raise ManifestError(
                 f"A checkpoint with the {cls.__name__.lower()} `{name}`: expected an imported subclass of "
@@ -40,9 +40,10 @@ class Extensible:
         return kinds[name]
 
 
-def _subclasses(kind: type[E]) -> list[type[E]]:
+def subclasses(kind: type[E]) -> list[type[E]]:
+    """List the classes that derive from ``kind``, as far as they are imported."""
     direct = kind.__subclasses__()
-    return [*direct, *(inner for derived in direct for inner in _subclasses(derived))]
+    return [*direct, *(inner for derived in direct for inner in subclasses(derived))]
 
 
 def encode(value: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -16,6 +15,7 @@ from lightning_light.example_input import ExampleInput
 from lightning_light.isolation import isolated
 from lightning_light.module_stack import ModuleCall, ModuleStack
 from lightning_light.nested import tensors_in
+from lightning_light.targets import inside
 from lightning_light.training_step import callable_with, step_call
 
 __all__ = ["first_call", "frozen_parts", "helper_networks", "inside"]
@@ -70,11 +70,6 @@ def helper_networks(model: nn.Module, example: ExampleInput | None) -> list[str]
     with callable_with(model, moved), isolated(model), watch, watch.stack.watching(model):
         model(*moved.args, **moved.kwargs)
     return [part for part in parts if part not in watch.used]
-
-
-def inside(name: str, parts: Iterable[str]) -> bool:
-    """Check whether the module or tensor ``name`` is one of ``parts`` or lies inside one."""
-    return any(name == part or name.startswith(f"{part}.") for part in parts)
 
 
 class _Watch(TorchFunctionMode):

@@ -20,8 +20,7 @@ from lightning_light.example_input import ExampleInput, example_of_batch
 from lightning_light.formatting import DataTable, Tabular, human_bytes, human_count, human_percent, layer_lines
 from lightning_light.isolation import isolated, plain_execution
 from lightning_light.measure import Snapshot, count_cost, take_snapshot
-from lightning_light.measure.layer_stats import layer_stats
-from lightning_light.measure.snapshot import matrix_layers
+from lightning_light.measure.snapshot import layer_stats, matrix_layers
 from lightning_light.order import Stage, check_order
 from lightning_light.surgery.attachment import state_of
 from lightning_light.validation import PositiveInt, validated

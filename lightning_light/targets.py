@@ -16,7 +16,7 @@ from torch import nn
 from lightning_light.errors import TargetError
 from lightning_light.validation import validated
 
-__all__ = ["Targets", "TargetsLike", "as_targets"]
+__all__ = ["Targets", "TargetsLike", "as_targets", "inside"]
 
 
 @validated
@@ -137,6 +137,11 @@ def as_targets(value: TargetsLike) -> Targets:
             "under a name write `Targets(include=..., types=...)`."
         )
     return Targets(types=types) if types else Targets(include=names)
+
+
+def inside(name: str, parts: Iterable[str]) -> bool:
+    """Check whether the module or tensor ``name`` is one of ``parts`` or lies inside one."""
+    return any(name == part or name.startswith(f"{part}.") for part in parts)
 
 
 def _names(model: nn.Module) -> dict[nn.Module, list[str]]:

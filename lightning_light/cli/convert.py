@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from lightning_light.budgets import Budget, MACs, Params
 from lightning_light.cli.errors import CommandError, as_command_error, expecting
 from lightning_light.cli.modules import example_of, import_class, load_module, working
-from lightning_light.lowrank.functional import factorize_checkpoint
+from lightning_light.lowrank import EVBMF, RankRatio, RankRule, RetainedEnergy, factorize_checkpoint
 from lightning_light.lowrank.options import FactorizationOptions, Form, RankAllocation
-from lightning_light.lowrank.ranks import EVBMF, RankRatio, RankRule, RetainedEnergy
 from lightning_light.reparameterization.functional import merge_checkpoint
 
 __all__ = ["convert"]

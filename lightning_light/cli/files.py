@@ -15,11 +15,9 @@ from torch import nn
 from lightning_light.cli.errors import CommandError, as_command_error, expecting
 from lightning_light.cli.modules import example_of, load_module, random_input, working
 from lightning_light.errors import ParityError
-from lightning_light.export import ExportReport, export_model, load_exported
-from lightning_light.export.exporter import Exporter
+from lightning_light.export import Exporter, ExportReport, Tolerance, export_model, load_exported
 from lightning_light.export.formats import exporter_of
 from lightning_light.export.functional import Batch, ExportOptions, verify_exported
-from lightning_light.export.parity import Tolerance
 from lightning_light.formatting import DataTable, human_bytes, human_milliseconds
 from lightning_light.measure import LatencyStats, file_bytes, measure_latency
 from lightning_light.measure.latency import torch_threads

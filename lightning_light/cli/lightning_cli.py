@@ -47,7 +47,8 @@ class LightningLightCLI(LightningCLI):
         return object.__new__(made)
 
     def __init__(self, model_class: Any = None, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault("parser_class", _parser_class(lightning_cli_of(model_class)))
+        parsers = sys.modules[lightning_cli_of(model_class).__module__]
+        kwargs.setdefault("parser_class", with_sentences(parsers.LightningArgumentParser))
         self._plans = False
         try:
             super().__init__(model_class, *args, **kwargs)
@@ -90,7 +91,3 @@ class LightningLightCLI(LightningCLI):
             max_epochs=None if (self.trainer.max_epochs or 0) < 1 else self.trainer.max_epochs,
         )
         sys.stdout.write(f"{found}\n")
-
-
-def _parser_class(cli: type) -> type:
-    return with_sentences(sys.modules[cli.__module__].LightningArgumentParser)

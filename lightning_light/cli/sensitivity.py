@@ -36,11 +36,7 @@ def sensitivity(
     with as_command_error():
         found = measure_sensitivity(network, data=given, bits=tuple(bits), distance=distance)
     lines = tuple(
-        (
-            layer,
-            human_count(found.weights[layer]),
-            *(f"{found.distances[layer][width]:.3g}" for width in found.widths),
-        )
+        (layer, human_count(found.weights[layer]), *(f"{found.distances[layer][width]:.3g}" for width in found.widths))
         for layer in found.most_sensitive(len(found.distances))
     )
     headers = ("layer", "weights", *(f"{width} bits" for width in found.widths))

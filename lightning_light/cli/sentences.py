@@ -89,11 +89,13 @@ def _arguments(path: str) -> set[str]:
 
 def _classes() -> set[str]:
     """Name the classes of this package and all callbacks that are loaded."""
+    from lightning_light.encoding import subclasses
+
     public = {name for name in sys.modules["lightning_light"].__all__ if name[0].isupper()}
-    return public | {each.__name__ for root in _roots() for each in _subclasses(root)}
+    return public | {each.__name__ for root in _roots() for each in subclasses(root)}
 
 
-def _roots() -> Iterator[type]:
+def _roots() -> Iterator[type[object]]:
     from lightning_light.budgets import Budget
     from lightning_light.criteria.evidence import Criterion
     from lightning_light.host.classes import Callback
@@ -101,9 +103,3 @@ def _roots() -> Iterator[type]:
 
     yield from (Budget, Criterion, Schedule)
     yield from Callback.__mro__[:-1]
-
-
-def _subclasses(root: type[Any]) -> Iterator[type[Any]]:
-    for each in root.__subclasses__():
-        yield each
-        yield from _subclasses(each)

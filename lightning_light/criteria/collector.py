@@ -7,6 +7,8 @@ is in checkpoints and a run that was interrupted while gathering continues bit f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,16 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_light.criteria.evidence import Criterion, full_precision
-from lightning_light.criteria.gathered import (
-    ATTENTION_INPUTS,
-    KINDS,
-    LAYER_KINDS,
-    PARAMETER_KINDS,
-    TRANSPOSED,
-    Gathered,
-    Storage,
-)
-from lightning_light.criteria.movement import Movement
+from lightning_light.criteria.gathered import ATTENTION_INPUTS, KINDS, LAYER_KINDS, PARAMETER_KINDS, Gathered, Storage
+from lightning_light.criteria.gradient import Movement
 from lightning_light.host.patches import RunHook
 from lightning_light.nested import tensors_in
 from lightning_light.schema import damage
@@ -32,7 +26,7 @@ from lightning_light.validation import validated
 
 __all__ = ["EvidenceCollector", "input_rows"]
 
-_CONVOLUTION = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_Convolution, _Transposed = nn.modules.conv._ConvNd, nn.modules.conv._ConvTransposeNd  # a transposed one is both
 _CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding)
 
 
@@ -88,7 +82,7 @@ class EvidenceCollector:
         self._accumulate = accumulate or Movement().accumulate
         self._active = False
         self._pending: dict[tuple[str, str], list[Tensor]] = {}
-        self._handles: list[Any] = []
+        self._hooks = ExitStack()
         self._names: dict[Tensor, str] = {}
         self._watch()
         self._check_storage()
@@ -212,9 +206,7 @@ class EvidenceCollector:
 
     def remove(self) -> None:
         """Remove all hooks; more than once does no harm."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._hooks.close()
         self._pending.clear()
         self._active = False
 
@@ -230,37 +222,28 @@ class EvidenceCollector:
         self._names = {p: name for name, p in self._model.named_parameters() if p in inside}
         for name, module in watched.items():
             if "activation" in self._needs:
-                self._handles.append(module.register_forward_hook(RunHook(self._output_hook(name))))
+                output_hook = RunHook(partial(self._see_output, name))
+                self._hooks.enter_context(module.register_forward_hook(output_hook))
             if self._needs & LAYER_KINDS - {"activation"}:
-                hook = self._input_hook(name)
-                self._handles.append(module.register_forward_pre_hook(RunHook(hook), with_kwargs=True))
+                hook = RunHook(partial(self._see_inputs, name))
+                self._hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
 
-    def _output_hook(self, name: str) -> Callable[..., None]:
-        def look(module: nn.Module, args: Any, output: Any) -> None:
-            if self._active and isinstance(output, Tensor) and output.dim() > 1:
-                dim = -1 if isinstance(module, _CHANNELS_LAST) else 1
-                channels = full_precision(output).abs().movedim(dim, 0).flatten(1)
-                self._see("activation", name, channels.mean(dim=1), 1)
+    def _see_output(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        if self._active and isinstance(output, Tensor) and output.dim() > 1:
+            dim = -1 if isinstance(module, _CHANNELS_LAST) else 1
+            channels = full_precision(output).abs().movedim(dim, 0).flatten(1)
+            self._see("activation", name, channels.mean(dim=1), 1)
 
-        return look
-
-    def _input_hook(self, name: str) -> Callable[..., None]:
-        def look(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if not self._active:
-                return
-            for key, x in _inputs_of(name, module, args, kwargs):
-                if "inputs" in self._needs and (dim := _input_dim(module)) is not None:
-                    self._see("inputs", key, full_precision(x).square().movedim(dim, 0).flatten(1).sum(dim=1), 1)
-                if self._needs & {"input_absolute", "input_covariance"} and not isinstance(module, TRANSPOSED):
-                    self._see_rows(key, input_rows(module, x))
-
-        return look
-
-    def _see_rows(self, name: str, rows: Tensor) -> None:
-        if "input_absolute" in self._needs:
-            self._see("input_absolute", name, rows.abs().sum(1).double(), rows.shape[1])
-        if "input_covariance" in self._needs:
-            self._see("input_covariance", name, (rows.mT @ rows).double(), rows.shape[1])
+    def _see_inputs(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        for key, x in _inputs_of(name, module, args, kwargs) if self._active else ():
+            if "inputs" in self._needs and (dim := _input_dim(module)) is not None:
+                self._see("inputs", key, full_precision(x).square().movedim(dim, 0).flatten(1).sum(dim=1), 1)
+            if self._needs & {"input_absolute", "input_covariance"} and not isinstance(module, _Transposed):
+                rows = input_rows(module, x)
+                if "input_absolute" in self._needs:
+                    self._see("input_absolute", key, rows.abs().sum(1).double(), rows.shape[1])
+                if "input_covariance" in self._needs:
+                    self._see("input_covariance", key, (rows.mT @ rows).double(), rows.shape[1])
 
     def _see(self, kind: str, name: str, total: Tensor, count: int) -> None:
         new = [total, torch.tensor(float(count), dtype=total.dtype, device=total.device)]
@@ -277,7 +260,7 @@ def input_rows(module: nn.Module, x: Tensor) -> Tensor:
     """
     x = full_precision(x)
     layer: Any = module
-    if not isinstance(module, _CONVOLUTION):
+    if not isinstance(module, _Convolution):
         return x.reshape(1, -1, x.shape[-1])
     dims = len(layer.kernel_size)
     x = x if x.dim() == dims + 2 else x[None]
@@ -319,7 +302,7 @@ def _inputs_of(name: str, module: nn.Module, args: Any, kwargs: Any) -> list[tup
     if isinstance(module, nn.MultiheadAttention):
         given = dict(zip(ATTENTION_INPUTS, args, strict=False)) | kwargs
         return [(f"{name}:{key}", given[key].detach()) for key in ATTENTION_INPUTS]
-    if not isinstance(module, (nn.Linear, *_CONVOLUTION, *TRANSPOSED)):
+    if not isinstance(module, nn.Linear | _Convolution):
         return []
     x = next(tensors_in((args, kwargs)), None)
     return [] if x is None else [(name, x.detach())]
@@ -329,4 +312,4 @@ def _input_dim(module: nn.Module) -> int | None:
     """Which dimension of its input counts the channels that a layer reads."""
     if isinstance(module, (nn.Linear, nn.MultiheadAttention)):
         return -1
-    return -1 - len(module.kernel_size) if isinstance(module, (*_CONVOLUTION, *TRANSPOSED)) else None
+    return -1 - len(module.kernel_size) if isinstance(module, _Convolution) else None

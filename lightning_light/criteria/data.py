@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -11,12 +12,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lightning_light.criteria.collector import EvidenceCollector
+from lightning_light.criteria.evidence import Criterion
 from lightning_light.criteria.gathered import PARAMETER_KINDS, Gathered, Storage
+from lightning_light.criteria.gradient import Movement
 from lightning_light.example_input import example_of_batch
 from lightning_light.isolation import isolated, plain_attention
 from lightning_light.validation import PositiveInt, validated
 
-__all__ = ["collect_evidence"]
+__all__ = ["collect_evidence", "evidence_for", "own_gradients"]
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -57,21 +60,21 @@ def collect_evidence(
         >>> found.get("grad", "weight")
         tensor([[1., 2.]])
     """
-    gradients = bool(needs & PARAMETER_KINDS)
-    run = _training_step(model) if gradients and loss is None else None
-    if gradients and loss is None and run is None:
-        raise ValueError(
-            f"`{type(model).__name__}` with a criterion that needs {sorted(needs & PARAMETER_KINDS)}: expected `loss`, "
-            "a function (output, batch) -> scalar tensor, found None. Write for instance "
-            "`loss=lambda output, batch: F.cross_entropy(output, batch[1])`."
-        )
+    gradients, run = bool(needs & PARAMETER_KINDS), None
+    if gradients and loss is None:
+        run = getattr(model, "training_step", None) if getattr(model, "automatic_optimization", True) else None
+        if run is None:
+            raise ValueError(
+                f"`{type(model).__name__}` with a criterion that needs {sorted(needs & PARAMETER_KINDS)}: expected "
+                "`loss`, a function (output, batch) -> scalar tensor, found None. Write for instance "
+                "`loss=lambda output, batch: F.cross_entropy(output, batch[1])`."
+            )
     storage: Storage = {}
-    before = {parameter: parameter.grad for parameter in model.parameters()}
-    with isolated(model), plain_attention(), torch.set_grad_enabled(gradients):
+    with isolated(model), plain_attention(), own_gradients(model), torch.set_grad_enabled(gradients):
         collector = EvidenceCollector(model, layers, needs, storage, accumulate=accumulate)
         try:
             for index, batch in enumerate(islice(data, batches)):
-                _clear_gradients(before)
+                model.zero_grad()
                 collector.begin_batch()
                 value = _run_batch(model, batch, index, loss, run)
                 if gradients and value is not None:
@@ -80,8 +83,6 @@ def collect_evidence(
                 collector.end_batch()
         finally:
             collector.remove()
-            for parameter, gradient in before.items():
-                parameter.grad = gradient
     if not collector.batches:
         raise ValueError(
             f"`{type(model).__name__}` with `data=...`: expected at least one batch, found none. An iterator that has "
@@ -90,30 +91,57 @@ def collect_evidence(
     return collector.means()
 
 
-def _training_step(model: nn.Module) -> Callable[..., Any] | None:
-    """The LightningModule's own step, if it can run without a Trainer."""
-    step: Callable[..., Any] | None = getattr(model, "training_step", None)
-    return step if step is not None and getattr(model, "automatic_optimization", True) else None
+def evidence_for(
+    call: str,
+    model: nn.Module,
+    criterion: Criterion,
+    data: Iterable[Any] | None,
+    *,
+    batches: int,
+    loss: Loss | None,
+    layers: Iterable[str] | None = None,
+) -> Gathered:
+    """Gather what ``criterion`` needs, for the function ``call``; arguments as in `collect_evidence`.
+
+    Raises:
+        ValueError: something is needed, and ``data`` is None or has no batch.
+    """
+    needs = criterion.needs - {"generator"}
+    if not needs:
+        return Gathered()
+    if data is None:
+        raise ValueError(
+            f"`{call}(criterion={criterion!r})`: expected `data`, batches from which {sorted(needs)} can be gathered, "
+            "found none. Pass `data=train_dataloader`, or use `criterion=Magnitude()`."
+        )
+    accumulate = criterion.accumulate if isinstance(criterion, Movement) else None
+    return collect_evidence(model, data, needs, batches=batches, loss=loss, layers=layers, accumulate=accumulate)
+
+
+@contextmanager
+def own_gradients(model: nn.Module) -> Iterator[None]:
+    """Put back afterwards the gradients that the parameters of ``model`` have now."""
+    before = {parameter: parameter.grad for parameter in model.parameters()}
+    try:
+        yield
+    finally:
+        for parameter, gradient in before.items():
+            parameter.grad = gradient
 
 
 def _run_batch(
     model: nn.Module, batch: Any, index: int, loss: Loss | None, step: Callable[..., Any] | None
 ) -> Tensor | None:
     """Run one batch and return its loss, or None where no loss is wanted or the step gave none."""
-    if step is not None:
-        return _run_step(step, _to_device(batch, model), index)
-    example = example_of_batch(batch, model)
-    output = model(*example.args, **example.kwargs)
-    return None if loss is None else loss(output, _to_device(batch, model))
-
-
-def _run_step(step: Callable[..., Any], batch: Any, index: int) -> Tensor | None:
-    """Run a ``training_step`` as if it logged nothing; inside `isolated`, which puts its attributes back."""
+    if step is None:
+        example = example_of_batch(batch, model)
+        output = model(*example.args, **example.kwargs)
+        return None if loss is None else loss(output, _to_device(batch, model))
     attributes: dict[str, Any] = vars(getattr(step, "__self__"))  # noqa: B009
-    attributes["log"] = attributes["log_dict"] = lambda *args, **kwargs: None
-    output = step(batch, index)
-    loss = output.get("loss") if isinstance(output, Mapping) else output
-    return loss if isinstance(loss, Tensor) else None
+    attributes["log"] = attributes["log_dict"] = lambda *args, **kwargs: None  # `isolated` puts back what was there
+    output = step(_to_device(batch, model), index)
+    found = output.get("loss") if isinstance(output, Mapping) else output
+    return found if isinstance(found, Tensor) else None
 
 
 def _to_device(batch: Any, model: nn.Module) -> Any:
@@ -122,8 +150,3 @@ def _to_device(batch: Any, model: nn.Module) -> Any:
     if parameter is None:
         return batch
     return tree_map_only(Tensor, lambda tensor: tensor.to(parameter.device), batch)
-
-
-def _clear_gradients(parameters: Iterable[Tensor]) -> None:
-    for parameter in parameters:
-        parameter.grad = None

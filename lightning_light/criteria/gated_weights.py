@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -70,30 +70,15 @@ class GatedWeights:
             example: arguments of the call.
             tensors: the parameters to use; the model's own by default.
         """
-        with self._weighted_norms(gates):
-            weights = self._weights(gates, tensors or _parameters(self._model))
-            return functional_call(self._model, weights, example.args, example.kwargs)
-
-    def _weights(self, gates: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        padded = torch.cat([gates, gates.new_ones(1)])
-        gated = dict(tensors)
+        padded, gated = torch.cat([gates, gates.new_ones(1)]), dict(tensors or _parameters(self._model))
         for (name, dim), where in self._gates.items():
             shape = [-1 if d == dim else 1 for d in range(gated[name].dim())]
             gated[name] = gated[name] * padded[where.to(gates.device)].to(gated[name]).view(shape)
-        return gated
-
-    @contextmanager
-    def _weighted_norms(self, gates: Tensor) -> Iterator[None]:
-        padded = torch.cat([gates, gates.new_ones(1)])
-        handles = [
-            self._model.get_submodule(name).register_forward_hook(_weighted_norm(padded[where.to(gates.device)]))
-            for name, where in self._norms.items()
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        with ExitStack() as hooks:
+            for name, where in self._norms.items():
+                hook = _weighted_norm(padded[where.to(gates.device)])
+                hooks.enter_context(self._model.get_submodule(name).register_forward_hook(hook))
+            return functional_call(self._model, gated, example.args, example.kwargs)
 
 
 def ungated_writers(model: nn.Module, groups: Sequence[ChannelGroup], example: ExampleInput) -> list[str]:
@@ -108,11 +93,9 @@ def ungated_writers(model: nn.Module, groups: Sequence[ChannelGroup], example: E
         example: one call of the model.
     """
     writers: list[str] = []
-    while True:
-        found = _next_writers(model, groups, example, writers)
-        if not found:
-            return writers
+    while found := _next_writers(model, groups, example, writers):
         writers += found
+    return writers
 
 
 def _next_writers(

@@ -31,7 +31,6 @@ The inputs of an `nn.MultiheadAttention` called ``attn`` are under ``attn:query`
 """
 
 ATTENTION_INPUTS = ("query", "key", "value")
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 class EvidenceSum(TypedDict):
@@ -102,8 +101,8 @@ class Gathered:
 
     def pieces(
         self, needs: Iterable[str], weight: Tensor, *, name: str, layer: str, module: nn.Module, dim: int = 0
-    ) -> dict[str, Tensor | None]:
-        """Return what `Evidence` takes for one tensor, with the axis ``dim`` in front; None for what is missing.
+    ) -> dict[str, Tensor]:
+        """Return what `Evidence` takes for one tensor, with the axis ``dim`` in front, without what is missing.
 
         Args:
             needs: kinds of evidence; ``"generator"`` is left out.
@@ -113,18 +112,14 @@ class Gathered:
             module: that module.
             dim: the axis of ``weight`` that counts the channels.
         """
-        found: dict[str, Tensor | None] = {}
+        found: dict[str, Tensor] = {}
         for kind in sorted(set(needs) - {"generator"}):
-            if kind == "activation":
-                activation = self.get(kind, layer)
-                fits = activation is not None and activation.numel() == weight.shape[dim]
-                found[kind] = activation if fits else None
-            elif kind == "inputs":
-                inputs = _inputs_like(self.tensors.get(kind, {}), weight, name, layer, module)
-                found[kind] = None if inputs is None else inputs.movedim(dim, 0)
+            if kind == "inputs":
+                piece = _inputs_like(self.tensors.get(kind, {}), weight, name, layer, module)
             else:
-                piece = self.get(kind, name)
-                found[kind] = None if piece is None else piece.movedim(dim, 0)
+                piece = self.get(kind, layer if kind == "activation" else name)
+            if piece is not None and (kind != "activation" or piece.numel() == weight.shape[dim]):
+                found[kind] = (piece if kind == "activation" else piece.movedim(dim, 0)).to(weight.device)
         return found
 
     def evidence(
@@ -148,17 +143,13 @@ class Gathered:
                 read.
         """
         pieces = self.pieces(criterion.needs, weight, name=name, layer=layer, module=module, dim=dim)
-        missing = [kind for kind, piece in pieces.items() if piece is None]
-        if missing:
+        if missing := sorted(criterion.needs - {"generator"} - pieces.keys()):
             raise UnsupportedError(
                 f"`criterion={criterion!r}` on `{name}`: expected {', '.join(missing)} from {self.batches} batches, "
                 f"found none: no batch reached it, it is frozen, or `{type(module).__name__}` has no input that can be "
                 f"read. Exclude the layer: `targets=Targets(exclude={layer!r})`."
             )
-        placed: dict[str, Any] = {
-            kind: None if piece is None else piece.to(weight.device) for kind, piece in pieces.items()
-        }
-        return Evidence(weight.detach().movedim(dim, 0), role=role, generator=generator, **placed)
+        return Evidence(weight.detach().movedim(dim, 0), role, generator=generator, **pieces)
 
 
 def _inputs_like(
@@ -171,7 +162,7 @@ def _inputs_like(
     if norms is None or weight.ndim < 2:
         return None
     kernel = [1] * (weight.ndim - 2)
-    if isinstance(module, TRANSPOSED):
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
         return norms.reshape(-1, 1, *kernel)
     groups = getattr(module, "groups", 1)
     if groups == 1:

@@ -252,12 +252,7 @@ def learn_gates(
 
 
 def solved_gates(
-    logits: Tensor,
-    owner: Tensor,
-    floors: Tensor,
-    cost: Callable[[Tensor], Tensor],
-    goal: float,
-    temperature: float,
+    logits: Tensor, owner: Tensor, floors: Tensor, cost: Callable[[Tensor], Tensor], goal: float, temperature: float
 ) -> Tensor:
     """Return the gates ``sigmoid((logits - s) / temperature)`` whose widths cost ``goal``; differentiable.
 

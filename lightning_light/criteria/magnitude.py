@@ -1,8 +1,9 @@
-"""Magnitude criterion."""
+"""Magnitude criteria: of weights, and of the scales of batch norms (network slimming)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 from typing_extensions import override
@@ -10,7 +11,7 @@ from typing_extensions import override
 from lightning_light.criteria.evidence import Criterion, Evidence, full_precision
 from lightning_light.validation import PositiveFloat, validated
 
-__all__ = ["Magnitude"]
+__all__ = ["BatchNormScale", "Magnitude"]
 
 
 @validated
@@ -41,3 +42,20 @@ class Magnitude(Criterion):
     def __call__(self, evidence: Evidence) -> Tensor:
         weight = full_precision(evidence.weight)
         return weight.square() if self.p == 2.0 else weight.abs() ** self.p
+
+
+@validated
+@dataclass(frozen=True)
+class BatchNormScale(Criterion):
+    """Score ``|gamma|``, the affine scale of the norm layer after the channels; other tensors do not count.
+
+    Liu et al., 2017, "Learning Efficient Convolutional Networks through Network Slimming". The paper trains with an
+    L1 penalty on ``gamma`` so that many of them shrink; without one, scales may differ too little to rank.
+    https://arxiv.org/abs/1708.06519
+    """
+
+    roles: ClassVar[frozenset[str]] = frozenset({"norm"})
+
+    @override
+    def __call__(self, evidence: Evidence) -> Tensor:
+        return full_precision(evidence.weight).abs()

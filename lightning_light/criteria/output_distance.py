@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_light.errors import UnsupportedError
 from lightning_light.nested import tensors_in
 
-__all__ = ["Distance", "output_distance"]
+__all__ = ["Distance", "exact", "output_distance"]
 
 Distance: TypeAlias = Literal["kl", "mse"]
 
@@ -34,7 +34,7 @@ def output_distance(changed: Any, plain: Any, distance: Distance, class_dim: int
         tensor(2.)
     """
     pairs = zip(tensors_in(changed), tensors_in(plain), strict=True)
-    found = [_of_tensors(_precise(a), _precise(b), distance, class_dim) for a, b in pairs if a.is_floating_point()]
+    found = [_of_tensors(exact(a), exact(b), distance, class_dim) for a, b in pairs if a.is_floating_point()]
     if not found:
         raise UnsupportedError(
             "Comparison of outputs: expected a network whose output holds floating-point tensors, found "
@@ -44,9 +44,9 @@ def output_distance(changed: Any, plain: Any, distance: Distance, class_dim: int
     return torch.stack(found).sum()
 
 
-def _precise(x: Tensor) -> Tensor:
-    """In float32 or finer."""
-    return x if x.dtype == torch.float64 else x.float()
+def exact(tensor: Tensor) -> Tensor:
+    """Convert to single precision at least: a softmax in half precision loses small probabilities."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _of_tensors(changed: Tensor, plain: Tensor, distance: Distance, class_dim: int) -> Tensor:

@@ -12,7 +12,14 @@ from typing_extensions import override
 from lightning_light.criteria.evidence import Criterion, Evidence
 from lightning_light.validation import validated
 
-__all__ = ["Random"]
+__all__ = ["Random", "drawn_seed"]
+
+
+def drawn_seed(seed: int, generator: torch.Generator | None) -> int:
+    """Change ``seed`` by a number that ``generator`` draws, if there is one."""
+    if generator is None:
+        return seed
+    return seed ^ int(torch.randint(2**62, (), generator=generator, device=generator.device))
 
 
 @validated
@@ -39,8 +46,6 @@ class Random(Criterion):
 
     @override
     def __call__(self, evidence: Evidence) -> Tensor:
-        seed = self.seed
-        if (given := evidence.generator) is not None:
-            seed ^= int(torch.randint(2**62, (), generator=given, device=given.device))
-        own = torch.Generator().manual_seed(seed)  # on the CPU: the same scores on every device
+        own = torch.Generator()  # on the CPU: the same scores on every device
+        own.manual_seed(drawn_seed(self.seed, evidence.generator))
         return torch.rand(evidence.weight.shape, generator=own).to(evidence.weight.device)

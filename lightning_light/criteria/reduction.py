@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -52,13 +52,9 @@ def combine(scores: Sequence[Tensor], reduction: Reduction) -> Tensor:
             "`roles` match no tensor of this group; choose a criterion that reads other roles."
         )
     stacked = torch.stack(list(scores))
-    if reduction == "first":
-        return stacked[0]
-    if reduction == "prod":
-        return stacked.prod(dim=0)
-    if reduction == "max":
-        return stacked.amax(dim=0)
-    return stacked.mean(dim=0) if reduction == "mean" else stacked.sum(dim=0)
+    functions: dict[str, Any] = {"sum": torch.sum, "mean": torch.mean, "max": torch.amax, "prod": torch.prod}
+    found: Tensor = stacked[0] if reduction == "first" else functions[reduction](stacked, dim=0)
+    return found
 
 
 @validated

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_light.criteria.data import own_gradients
 from lightning_light.criteria.group_criterion import GroupCriterion
+from lightning_light.criteria.random import drawn_seed
 from lightning_light.validation import validated
 
 if TYPE_CHECKING:
@@ -102,10 +103,11 @@ class FromTorchPruning(GroupCriterion):
         items, channels = _items(model, group)
         if not items:
             return None
-        seed = self.seed
-        if generator is not None:
-            seed ^= int(torch.randint(2**62, (), generator=generator, device=generator.device))
-        with torch.random.fork_rng(devices=[]), self._gradients(model, gathered):
+        seed = drawn_seed(self.seed, generator)
+        with torch.random.fork_rng(devices=[]), own_gradients(model):
+            for name, parameter in model.named_parameters():  # the importance reads the evidence there
+                evidence = None if self._evidence is None else gathered.get(self._evidence, name)
+                parameter.grad = None if evidence is None else evidence.to(parameter)
             torch.manual_seed(seed)
             scores = self.importance(_as_tp_group(items))
         if scores is None:
@@ -119,19 +121,6 @@ class FromTorchPruning(GroupCriterion):
         ordered = torch.empty(group.width, dtype=scores.dtype)
         ordered[channels] = scores.detach().cpu()[: group.width]  # a root with several positions per channel is longer
         return ordered
-
-    @contextmanager
-    def _gradients(self, model: nn.Module, gathered: Gathered) -> Iterator[None]:
-        """Put the evidence where the importance looks for it: into ``grad``, inside the block only."""
-        before = {parameter: parameter.grad for parameter in model.parameters()}
-        try:
-            for name, parameter in model.named_parameters():
-                evidence = None if self._evidence is None else gathered.get(self._evidence, name)
-                parameter.grad = None if evidence is None else evidence.to(parameter)
-            yield
-        finally:
-            for parameter, gradient in before.items():
-                parameter.grad = gradient
 
 
 @dataclass

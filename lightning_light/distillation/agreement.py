@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lightning_light.distillation.logits import SoftTargets
 from lightning_light.distillation.loss import DistillationLoss, rows
+from lightning_light.distillation.losses import SoftTargets
 from lightning_light.measure.metrics import MetricLike, Top1Agreement, local_copy, metric_values
 
 __all__ = ["Agreement"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
@@ -137,15 +137,12 @@ def stores_of(
         state: of the method; holds the rows of a store in memory.
         rank: of this process, which has its own files; None if there is one process.
     """
-    half = options.half_precision
-    if options.location == "memory":
-        rows = state.setdefault("cache", {})
-        return [
-            OutputStore(rows.setdefault(str(number), {}), None, half=half, teacher="")
-            for number in range(len(teachers))
-        ]
-    stores = []
+    half, stores = options.half_precision, []
     for number, teacher in enumerate(teachers):
+        if options.location == "memory":
+            rows = state.setdefault("cache", {}).setdefault(str(number), {})
+            stores.append(OutputStore(rows, None, half=half, teacher=""))
+            continue
         path = Path(f"{options.location}{f'.{number}' if number else ''}{'' if rank is None else f'.rank{rank}'}")
         stores.append(OutputStore(None, path, half=half, teacher=f"{digest(dict(teacher.state_dict()))} half={half}"))
     return stores
@@ -203,29 +200,25 @@ class OutputStore:
         """Store the outputs of samples that are not stored yet, and return those of all samples as stored."""
         stored = outputs.detach().to("cpu", torch.float16 if self._half else outputs.dtype)
         new = {key: position for position, key in enumerate(keys) if key not in self._positions}
+        start = len(self._positions)
+        rows = self._reserved(start + len(new), stored)
+        for row, (key, position) in enumerate(new.items(), start):
+            rows[row] = stored[position]
+            self._keys[row] = torch.tensor([key, hashes[position]])
+            self._positions[key] = row
         if new:
-            start = len(self._positions)
-            self._reserve(start + len(new), stored)
-            assert self._rows is not None
-            for row, (key, position) in enumerate(new.items(), start):
-                self._rows[row] = stored[position]
-                self._keys[row] = torch.tensor([key, hashes[position]])
-                self._positions[key] = row
             self._save(start)
-        return self._stored(keys)
-
-    def _stored(self, keys: Iterable[int]) -> Tensor:
-        assert self._rows is not None
-        return self._rows[torch.tensor([self._positions[key] for key in keys])]
+        return rows[torch.tensor([self._positions[key] for key in keys])]
 
     def _fill(self, keys: Tensor, rows: Tensor) -> None:
         self._positions = {key: position for position, key in enumerate(keys[:, 0].tolist())}
         self._keys, self._rows = keys.clone(), rows[: len(keys)]
 
-    def _reserve(self, count: int, like: Tensor) -> None:
+    def _reserved(self, count: int, like: Tensor) -> Tensor:
+        """Return the rows, of which there are at least ``count``."""
         have = len(self._keys)
-        if count <= have:
-            return
+        if self._rows is not None and count <= have:
+            return self._rows
         size, rows, keys = max(count, 2 * have, _FIRST_ROWS), self._rows, self._keys
         self._keys = torch.zeros(size, 2, dtype=torch.int64)
         self._keys[:have] = keys
@@ -233,10 +226,11 @@ class OutputStore:
             if rows is None:
                 self._create(like)
             self._rows = self._mapped(size, tuple(like.shape[1:]), like.dtype)
-            return
-        self._rows = like.new_zeros((size, *like.shape[1:]))
-        if rows is not None:
-            self._rows[:have] = rows
+        else:
+            self._rows = like.new_zeros((size, *like.shape[1:]))
+            if rows is not None:
+                self._rows[:have] = rows
+        return self._rows
 
     def _save(self, start: int) -> None:
         count = len(self._positions)

@@ -1,12 +1,13 @@
-"""Compute the distillation losses of one training step."""
+"""Compute the distillation losses of one training step, and balance them by the norms of their gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from lightning_light.distillation.alignment import Alignment
 from lightning_light.distillation.batch_fields import BatchFields, Positions
@@ -15,11 +16,10 @@ from lightning_light.distillation.feature_pairs import FeaturePairs
 from lightning_light.distillation.loss import DistillationLoss
 from lightning_light.distillation.student_hook import ForwardCall
 from lightning_light.distillation.teacher_modules import TeacherModule
-from lightning_light.example_input import ExampleInput
 from lightning_light.nested import tensors_in
 from lightning_light.selectors import Selector, select
 
-__all__ = ["Distiller", "LossTerm", "OutputSelectors", "StepLosses", "weighted_sum"]
+__all__ = ["Distiller", "LossTerm", "OutputSelectors", "StepLosses", "gradient_factors", "weighted_sum"]
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,8 @@ class Distiller:
             stored = self.caches[place].outputs(
                 inputs, batch, lambda: self.selectors.of_teacher(teacher.output(call, inputs))
             )
-            return _like_outputs(stored, inputs, teacher)
+            dtype = next((parameter.dtype for parameter in teacher.root.parameters()), stored.dtype)
+            return stored.to(next(tensors_in((inputs.args, inputs.kwargs))).device, dtype)
         with self.features.recording(place):
             output = teacher.output(call, inputs)
         is_plain = isinstance(output, Tensor) and isinstance(call.output, Tensor)  # enough for the agreement
@@ -167,8 +168,24 @@ def _sum(values: Sequence[Tensor]) -> Tensor:
     return values[0] if len(values) == 1 else sum(values[1:], values[0])
 
 
-def _like_outputs(stored: Tensor, inputs: ExampleInput, teacher: TeacherModule) -> Tensor:
-    """Move stored outputs to the device of the inputs and the teacher's floating type."""
-    first = next(tensors_in((inputs.args, inputs.kwargs)))
-    dtype = next((parameter.dtype for parameter in teacher.root.parameters()), stored.dtype)
-    return stored.to(first.device, dtype)
+def gradient_factors(
+    task: Tensor, terms: Sequence[Tensor], parameters: Sequence[nn.Parameter], reduce: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Compute for each term the factor at which its gradient norm equals the task's; 1 where it has no gradient.
+
+    Args:
+        task: the task's loss.
+        terms: the other losses, with their graphs, which are retained.
+        parameters: with respect to which gradients are taken.
+        reduce: the mean over processes.
+    """
+    norms = torch.stack([_gradient_norm(loss, parameters) for loss in (task, *terms)])
+    norms = reduce(norms)
+    factors = norms[0] / norms[1:]
+    return torch.where(factors.isfinite() & (factors > 0), factors, torch.ones_like(factors))
+
+
+def _gradient_norm(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
+    gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    squares = [gradient.detach().float().square().sum() for gradient in gradients if gradient is not None]
+    return torch.stack(squares).sum().sqrt() if squares else torch.zeros((), device=loss.device)

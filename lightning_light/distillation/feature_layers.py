@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from lightning_light.distillation.loss import FeatureLayers
 from lightning_light.errors import TargetError
@@ -81,19 +81,17 @@ class FeatureHooks:
     def __init__(self) -> None:
         self.enabled = False
         self.features: dict[str, Tensor] = {}
-        self._handles: list[RemovableHandle] = []
+        self._hooks = ExitStack()
 
     def register(self, model: nn.Module, paths: Iterable[str] | None) -> None:
         """Hook the modules at ``paths``, or all of them, and no others."""
         self.remove()
         for path, module in model.named_modules() if paths is None else [(p, model.get_submodule(p)) for p in paths]:
-            self._handles.append(module.register_forward_hook(RunHook(self._hook(path))))
+            self._hooks.enter_context(module.register_forward_hook(RunHook(self._hook(path))))
 
     def remove(self) -> None:
         """Remove the hooks and forget the features."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._hooks.close()
         self.features.clear()
 
     def _hook(self, path: str) -> Any:

@@ -52,6 +52,7 @@ class FeaturePairs:
         }
         self._student_hooks = FeatureHooks()
         self._teacher_hooks = [FeatureHooks() for _ in teachers]
+        self._all_hooks = (self._student_hooks, *self._teacher_hooks)
 
     def register(self, student: nn.Module | None = None) -> None:
         """Hook the feature layers, in the modules as they are now.
@@ -76,7 +77,7 @@ class FeaturePairs:
 
     def remove(self) -> None:
         """Remove all hooks."""
-        for hooks in (self._student_hooks, *self._teacher_hooks):
+        for hooks in self._all_hooks:
             hooks.remove()
 
     def record_training_step(self, enabled: bool) -> None:
@@ -88,35 +89,27 @@ class FeaturePairs:
     @contextmanager
     def recording(self, teacher: int) -> Iterator[None]:
         """Record features of a separate teacher while it is called."""
-        hooks = self._teacher_hooks[teacher]
-        if self._teachers[teacher].in_training_step:
-            yield
-            return
-        hooks.enabled = True
+        hooks, separate = self._teacher_hooks[teacher], not self._teachers[teacher].in_training_step
+        hooks.enabled |= separate
         try:
             yield
         finally:
-            hooks.enabled = False
+            hooks.enabled &= not separate
 
-    def match(self, teacher: int) -> bool:
-        """Pair the layers of losses with ``feature_layers='auto'`` by the recorded resolutions, once.
-
-        Returns:
-            Whether layers were paired.
-        """
+    def match(self, teacher: int) -> None:
+        """Pair the layers of losses with ``feature_layers='auto'`` by the recorded resolutions, once."""
         unmatched = self._unmatched()
         if not unmatched:
-            return False
+            return
         hooks = self._student_hooks, self._teacher_hooks[teacher]
         shapes = [{path: tuple(tensor.shape) for path, tensor in hook.features.items()} for hook in hooks]
         for number, loss in unmatched.items():
             _check_submodules(self._teachers[teacher], loss)
             self.pairs[str(number)] = [list(pair) for pair in loss.pairs(match_resolutions(*shapes))]
-        recorded = [dict(hook.features) for hook in (self._student_hooks, *self._teacher_hooks)]
+        recorded = [dict(hook.features) for hook in self._all_hooks]
         self.register()
-        for hook, features in zip((self._student_hooks, *self._teacher_hooks), recorded, strict=True):
+        for hook, features in zip(self._all_hooks, recorded, strict=True):
             hook.features.update(features)
-        return True
 
     def features(self, number: int, teacher: int) -> Iterator[FeaturePair]:
         """Return the recorded features of a loss's layers.
@@ -143,7 +136,7 @@ class FeaturePairs:
 
     def clear(self) -> None:
         """Forget the features of this step."""
-        for hooks in (self._student_hooks, *self._teacher_hooks):
+        for hooks in self._all_hooks:
             hooks.features.clear()
 
     def _unmatched(self) -> dict[int, FeatureLoss]:

@@ -18,12 +18,18 @@ from lightning_light.distillation.alignment import Alignment
 from lightning_light.distillation.batch_fields import BatchFields
 from lightning_light.distillation.cache import CachedOutputs, StoredOutputs, TeacherCache, samples_of, stores_of
 from lightning_light.distillation.checks import check_arguments, check_cache, check_exits
-from lightning_light.distillation.distiller import Distiller, LossTerm, OutputSelectors, StepLosses, weighted_sum
+from lightning_light.distillation.distiller import (
+    Distiller,
+    LossTerm,
+    OutputSelectors,
+    StepLosses,
+    gradient_factors,
+    weighted_sum,
+)
 from lightning_light.distillation.feature_layers import module_at
 from lightning_light.distillation.feature_pairs import FeaturePairs
-from lightning_light.distillation.logits import SoftTargets
 from lightning_light.distillation.loss import DistillationLoss, FeatureLoss
-from lightning_light.distillation.loss_balancing import gradient_factors
+from lightning_light.distillation.losses import SoftTargets
 from lightning_light.distillation.projectors import Projectors, ProjectorState
 from lightning_light.distillation.self_teacher import SelfTeacherState, copy_of_student, update_average
 from lightning_light.distillation.student_hook import ForwardCall, StudentHook
@@ -228,16 +234,14 @@ class KnowledgeDistillation(AddedLoss):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Build the teachers, and add the projectors to the optimizer before its state is loaded."""
-        resuming = is_restoring(trainer)
         if self._run is not None:
             disown(trainer.optimizers, self._run.projectors.parameters())  # of an earlier fit with the same optimizers
         state = self.state(pl_module)
-        if not resuming:
+        if not is_restoring(trainer):
             state.clear()
         student = module_at(pl_module, self.student or "", f"KnowledgeDistillation(student={self.student!r})")
         like = next((p for p in student.parameters() if p.is_floating_point()), torch.empty(0, device=pl_module.device))
-        owners = owners_of(student, trainer.optimizers)
-        optimizer = unwrap(trainer.optimizers[owners[0]]) if owners else None
+        optimizer = next((unwrap(trainer.optimizers[owner]) for owner in owners_of(student, trainer.optimizers)), None)
         projectors = Projectors(state.setdefault("projectors", {}), optimizer, self.seed, like)
         super().on_fit_start(trainer, pl_module)
         teachers = [self._teacher(source, pl_module, like) for source in self._sources]
@@ -282,9 +286,7 @@ class KnowledgeDistillation(AddedLoss):
             return
         scalars, self._run.scalars, self._run.batch = self._run.scalars, {}, None
         if scalars:
-            values = {f"{self.method}/{name}": value for name, value in scalars.items()}
-            for logger in trainer.loggers:
-                logger.log_metrics(values, step=steps_done(trainer))
+            self.log_scalars(trainer, scalars)
 
     @override
     def on_surgery(
@@ -312,15 +314,12 @@ class KnowledgeDistillation(AddedLoss):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Undo patches, remove hooks and release the teachers."""
-        self._release()
-        super().teardown(trainer, pl_module, stage)
-
-    # Private: preparation of a run.
-
-    def _release(self) -> None:
         if self._run is not None:
             self._run.release()
         self._run, self.averaged_model = None, None
+        super().teardown(trainer, pl_module, stage)
+
+    # Private: preparation of a run.
 
     def _teacher(self, source: TeacherSource, pl_module: LightningModule, like: Tensor) -> TeacherModule:
         if isinstance(source, OnlineTeacher):
@@ -367,13 +366,14 @@ class KnowledgeDistillation(AddedLoss):
             return None
         if not run.has_begun:
             self._begin(run, state)
-        matched = len(run.distiller.features.pairs)
+        pairs = run.distiller.features.pairs
+        matched = len(pairs)
         losses = run.distiller.step(call, run.batch, scales)
-        if len(run.distiller.features.pairs) > matched:
-            pairs = run.distiller.features.pairs
+        if len(pairs) > matched:
             log_rank_zero(trainer, f"{self.method}: feature_layers matched by resolution: {pairs}")
         factors = self._factors(trainer, state, task, losses.terms)
-        if self._is_logging(trainer):
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # an attribute set by a connector
+        if trainer.loggers and (steps_done(trainer) + 1) % every == 0:
             run.scalars = self._scalars(call, task, losses)
         return weighted_sum(losses.terms, factors)
 
@@ -425,10 +425,6 @@ class KnowledgeDistillation(AddedLoss):
             return values
         student = self._selectors.of_student(call.output)
         return values | self._agreement.values(student, losses.teacher_output, losses.positions.mask)
-
-    def _is_logging(self, trainer: Trainer) -> bool:
-        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # an attribute set by a connector
-        return bool(trainer.loggers) and (steps_done(trainer) + 1) % every == 0
 
     @override
     def check_called(self, pl_module: LightningModule) -> None:

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_light.criteria.output_distance import exact
 from lightning_light.schedules import Constant, Schedule
 from lightning_light.validation import NonNegativeFloat, validated
 
@@ -141,11 +141,6 @@ class FeatureLoss(DistillationLoss):
     def _applies(self, features: Tensor, mask: Tensor) -> bool:
         """Whether ``mask`` selects positions of ``features``."""
         return False
-
-
-def exact(tensor: Tensor) -> Tensor:
-    """Convert to single precision at least: a softmax in half precision loses small probabilities."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def rows(tensor: Tensor, class_dim: int, mask: Tensor | None = None) -> Tensor:

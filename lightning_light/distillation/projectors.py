@@ -144,6 +144,4 @@ def channel_source(model: nn.Module, layer: str, width: int) -> str | None:
 
 
 def _layer(kind: str, inputs: int, outputs: int) -> nn.Module:
-    if kind == "conv":
-        return nn.Conv2d(inputs, outputs, 1, bias=False)
-    return nn.Linear(inputs, outputs, bias=False)
+    return nn.Conv2d(inputs, outputs, 1, bias=False) if kind == "conv" else nn.Linear(inputs, outputs, bias=False)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from lightning_light.host.patches import RunHook
 
@@ -43,7 +43,7 @@ class StudentHook:
         self._gradients = gradients
         self.path = path
         self.calls: dict[str, ForwardCall] = {}
-        self._handles: list[RemovableHandle] = []
+        self._hooks = ExitStack()
 
     def register(self, pl_module: nn.Module) -> None:
         """Hook the student; if its path is not known yet, the LightningModule and its children."""
@@ -51,12 +51,10 @@ class StudentHook:
         if self.path is not None:
             candidates = {self.path: pl_module.get_submodule(self.path)}
         else:
-            children = {
-                name: child for name, child in pl_module.named_children() if any(True for _ in child.parameters())
-            }
-            candidates = {"": pl_module, **children}
+            children = dict(pl_module.named_children())
+            candidates = {"": pl_module} | {name: child for name, child in children.items() if [*child.parameters()]}
         for name, module in candidates.items():
-            self._handles.append(module.register_forward_hook(RunHook(self._hook(name)), with_kwargs=True))
+            self._hooks.enter_context(module.register_forward_hook(RunHook(self._hook(name)), with_kwargs=True))
 
     def pop(self) -> ForwardCall | None:
         """Return the student's call and forget all calls, so that their graphs can be freed.
@@ -79,9 +77,7 @@ class StudentHook:
 
     def remove(self) -> None:
         """Remove the hooks and forget the calls."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._hooks.close()
         self.calls.clear()
 
     def _hook(self, name: str) -> Callable[..., None]:

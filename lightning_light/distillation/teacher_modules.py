@@ -71,7 +71,8 @@ class SeparateTeacher(TeacherModule):
 
     def __init__(self, module: nn.Module, like: Tensor, prefix: str | None = None) -> None:
         self.prefix = prefix
-        if any(tensor.device != like.device or _differs(tensor, like) for tensor in _tensors(module)):
+        tensors = [*module.parameters(), *module.buffers()]
+        if any(t.device != like.device or (t.is_floating_point() and t.dtype != like.dtype) for t in tensors):
             module = _moved(module, like)
         self.module = self.root = module
         self._modes = {part: part.training for part in module.modules()}
@@ -183,14 +184,6 @@ class InModelTeacher(TeacherModule):
     def release(self) -> None:
         if self._hook is not None:
             self._hook.remove()
-
-
-def _tensors(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]
-
-
-def _differs(tensor: Tensor, like: Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.dtype != like.dtype
 
 
 def _moved(module: nn.Module, like: Tensor) -> nn.Module:

@@ -6,9 +6,10 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from lightning_light.formatting import DataTable, human_bytes, human_count, human_percent
-from lightning_light.measure.layer_matching import LayerPair, is_within, match_layers
+from lightning_light.measure.layer_matching import LayerPair, match_layers
 from lightning_light.measure.layer_table import LayerRow
 from lightning_light.measure.snapshot import Snapshot
+from lightning_light.targets import inside
 from lightning_light.validation import validated
 
 __all__ = ["compression_table"]
@@ -49,12 +50,22 @@ def compression_table(
         sparsity: 0%, unchanged
         bits per weight: 32, unchanged
     """
-    sheet = _sheet(before, after, layers)
+    pairs = _lines(match_layers(before.rows, after.rows), layers)
+    columns = [column for column in _COLUMNS if not _is_unchanged(column, pairs, before, after)]
+    if before.macs is None and after.macs is None:
+        columns = [column for column in columns if column.header != "MACs"]
+    stats = [key for key in _STATS if any(key in numbers for numbers in after.stats.values())]
+    unchanged = [column for column in _COLUMNS if column not in columns and column.header in _LABELS]
+    changes = [_change(column.of_model(before), column.of_model(after)) for column in columns]
+    shares, blank = [_remaining(column, before, after) for column in columns], [""] * len(stats)
     return DataTable(
-        tuple(sheet.headers),
-        tuple(map(tuple, sheet.lines)),
-        totals=tuple(map(tuple, sheet.totals)),
-        notes=(*sheet.constants, *notes),
+        ("layer", *(column.header for column in columns), *(_STATS[key][0] for key in stats)),
+        tuple(
+            (pair.name, *(_cell(column, pair) for column in columns), *(_stat(key, pair, after) for key in stats))
+            for pair in pairs
+        ),
+        totals=(("total", *changes, *blank), ("remaining", *shares, *blank)),
+        notes=(*(f"{_LABELS[column.header]}: {column.of_model(after)}, unchanged" for column in unchanged), *notes),
         title=title,
         text_columns=frozenset({"type"}),
         droppable=_DROPPABLE,
@@ -90,45 +101,40 @@ def _mean(rows: _Rows, values: Sequence[float]) -> float:
     return sum(value * weight for value, weight in zip(values, weights, strict=True)) / total if total else 0.0
 
 
+def _sum(header: str, key: str, shown: Callable[[float], str]) -> _Column:
+    """Return the column of a quantity that adds up over the layers, and of which a fraction can remain."""
+    return _Column(
+        header,
+        lambda rows: shown(sum(getattr(row, key) for row in rows)),
+        lambda model: _UNKNOWN if getattr(model, key) is None else shown(getattr(model, key)),
+        lambda model: getattr(model, key),
+    )
+
+
+def _average(key: str, shown: Callable[[float], str]) -> _Column:
+    """Return the column of a mean over the weights."""
+    return _Column(
+        key,
+        lambda rows: shown(_mean(rows, [getattr(row, key) for row in rows])),
+        lambda model: shown(getattr(model, key)),
+        optional=True,
+    )
+
+
 _COLUMNS = (
     _Column("type", _kinds, lambda _: "", optional=True),
     _Column("channels", _width, lambda _: ""),
-    _Column(
-        "params",
-        lambda rows: human_count(sum(row.params for row in rows)),
-        lambda model: human_count(model.params),
-        lambda model: model.params,
-    ),
-    _Column(
-        "MACs",
-        lambda rows: human_count(sum(row.macs for row in rows)),
-        lambda model: _UNKNOWN if model.macs is None else human_count(model.macs),
-        lambda model: model.macs,
-    ),
-    _Column(
-        "sparsity",
-        lambda rows: human_percent(_mean(rows, [row.sparsity for row in rows])),
-        lambda model: human_percent(model.sparsity),
-        optional=True,
-    ),
+    _sum("params", "params", human_count),
+    _sum("MACs", "macs", human_count),
+    _average("sparsity", human_percent),
     _Column(
         "dead filters",
         lambda rows: str(sum(row.dead_filters for row in rows)),
         lambda model: str(model.dead_filters),
         optional=True,
     ),
-    _Column(
-        "bits",
-        lambda rows: f"{_mean(rows, [row.bits for row in rows]):.3g}",
-        lambda model: f"{model.bits:.3g}",
-        optional=True,
-    ),
-    _Column(
-        "size",
-        lambda rows: human_bytes(sum(row.bytes for row in rows)),
-        lambda model: human_bytes(model.bytes),
-        lambda model: model.bytes,
-    ),
+    _average("bits", "{:.3g}".format),
+    _sum("size", "bytes", human_bytes),
 )
 _STATS: dict[str, tuple[str, Callable[[float], str]]] = {
     "rank": ("rank", lambda value: f"{value:.0f}"),
@@ -141,47 +147,11 @@ _DROPPABLE = ("type", "dead filters", "energy kept", "error", "coded bits", "act
 _LABELS = {"sparsity": "sparsity", "bits": "bits per weight"}
 
 
-# The cells of the table, independent of the format.
-
-
-@dataclass(frozen=True)
-class _Sheet:
-    headers: list[str]
-    lines: list[list[str]]
-    totals: list[list[str]]
-    constants: list[str]
-
-
-def _sheet(before: Snapshot, after: Snapshot, layers: Collection[str] | None) -> _Sheet:
-    pairs = _lines(match_layers(before.rows, after.rows), layers)
-    columns = [column for column in _COLUMNS if not _is_unchanged(column, pairs, before, after)]
-    if before.macs is None and after.macs is None:
-        columns = [column for column in columns if column.header != "MACs"]
-    stats = [key for key in _STATS if any(key in numbers for numbers in after.stats.values())]
-    unchanged = [column for column in _COLUMNS if column not in columns and column.header in _LABELS]
-    return _Sheet(
-        headers=["layer", *(column.header for column in columns), *(_STATS[key][0] for key in stats)],
-        lines=[
-            [pair.name, *(_cell(column, pair) for column in columns), *(_stat(key, pair, after) for key in stats)]
-            for pair in pairs
-        ],
-        totals=[
-            [
-                "total",
-                *(_change(column.of_model(before), column.of_model(after)) for column in columns),
-                *_blank(stats),
-            ],
-            ["remaining", *(_remaining(column, before, after) for column in columns), *_blank(stats)],
-        ],
-        constants=[f"{_LABELS[column.header]}: {column.of_model(after)}, unchanged" for column in unchanged],
-    )
-
-
 def _lines(pairs: list[LayerPair], layers: Collection[str] | None) -> list[LayerPair]:
     """Return one pair per line; the layers without a line of their own share one."""
     if layers is None:
         return [LayerPair(pair.name or "(model)", pair.before, pair.after) for pair in pairs]
-    shown = [pair for pair in pairs if is_within(pair.name, layers)]
+    shown = [pair for pair in pairs if inside(pair.name, layers)]
     rest = [pair for pair in pairs if pair not in shown]
     if not rest:
         return shown
@@ -215,10 +185,6 @@ def _stat(key: str, pair: LayerPair, now: Snapshot) -> str:
         return shown(now.stats[pair.name][key])
     known = tuple(row for row in pair.after if key in now.stats.get(row.name, {}))
     return shown(_mean(known, [now.stats[row.name][key] for row in known])) if known else ""
-
-
-def _blank(columns: Sequence[str]) -> list[str]:
-    return [""] * len(columns)
 
 
 def _change(old: str, new: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -46,13 +46,8 @@ class Cost(Tabular):
     def tables(self) -> list[DataTable]:
         """Return one line per module."""
         names = dict.fromkeys((*self.macs_by_module, *self.params_by_module))
-        lines = [
-            (
-                name or "(model)",
-                *(human_count(part.get(name, 0)) for part in (self.macs_by_module, self.params_by_module)),
-            )
-            for name in names
-        ]
+        counts = (self.macs_by_module, self.params_by_module)
+        lines = [(name or "(model)", *(human_count(part.get(name, 0)) for part in counts)) for name in names]
         total = ("total", human_count(self.macs), human_count(self.params))
         return [DataTable(("module", "MACs", "params"), tuple(lines), (total,))]
 
@@ -159,13 +154,7 @@ def _run(
     counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
     counter.mod_tracker = _NoModules()  # type: ignore[assignment]
     flops = _FlopsByModule(counter.get_total_flops)
-    with ExitStack() as stack:
-        stack.enter_context(isolated(model))
-        stack.enter_context(unfused_kernels())
-        stack.enter_context(flops.watching(model))
-        if shapes is not None:
-            stack.enter_context(shapes)
-        stack.enter_context(counter)
+    with isolated(model), unfused_kernels(), flops.watching(model), shapes or nullcontext(), counter:
         model(*args, **kwargs)
         flops.update()
     merged_away = is_training_branch(model)
@@ -208,14 +197,6 @@ class _FlopsByModule(ModuleStack):
 # Products that are not in torch's own table. The formula of an operator gets shapes in place of tensors.
 
 
-def _matrix_vector(matrix: Sequence[int], *_: object, **__: object) -> int:
-    return 2 * math.prod(matrix)
-
-
-def _add_matrix_vector(_: object, matrix: Sequence[int], *__: object, **___: object) -> int:
-    return 2 * math.prod(matrix)
-
-
 def _bilinear(
     left: Sequence[int], weight: Sequence[int], right: Sequence[int], *_: object, out_shape: Sequence[int], **__: object
 ) -> int:
@@ -225,8 +206,8 @@ def _bilinear(
 
 _aten = torch.ops.aten
 _FORMULAS: dict[Any, Any] = {
-    _aten.mv: _matrix_vector,
-    _aten.addmv: _add_matrix_vector,
-    _aten.dot: _matrix_vector,
+    _aten.mv: lambda matrix, *_, **__: 2 * math.prod(matrix),
+    _aten.addmv: lambda _, matrix, *__, **___: 2 * math.prod(matrix),
+    _aten.dot: lambda vector, *_, **__: 2 * math.prod(vector),
     _aten._trilinear: _bilinear,
 }

@@ -6,12 +6,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, TypedDict
 
-from lightning_light.measure.layer_matching import is_within, match_layers, remaining
+from lightning_light.measure.layer_matching import match_layers, remaining
 from lightning_light.measure.snapshot import Snapshot
 from lightning_light.schema import Length
+from lightning_light.targets import inside
 from lightning_light.validation import NonNegativeInt
 
-__all__ = ["History", "PlainHistory"]
+__all__ = ["History", "PlainHistory", "with_sequences"]
 
 _MAX_COLUMNS = 256  # a picture shows no more
 
@@ -50,7 +51,7 @@ class History:
     @classmethod
     def of(cls, before: Snapshot, layers: Collection[str]) -> History:
         """Return an empty history of ``layers``: names of layers, or of modules that contain them."""
-        return cls(layers=tuple(row.name for row in before.rows if is_within(row.name, layers)))
+        return cls(layers=tuple(row.name for row in before.rows if inside(row.name, layers)))
 
     def extended(self, step: int, before: Snapshot, now: Snapshot) -> History:
         """Return the history with one more step; with the same columns if nothing has changed since the last."""
@@ -83,26 +84,12 @@ class History:
 
     def plain(self) -> dict[str, Any]:
         """Return plain types, for a checkpoint."""
-        return {
-            "layers": list(self.layers),
-            "steps": list(self.steps),
-            "channels": [list(column) for column in self.channels],
-            "weights": [list(column) for column in self.weights],
-            "totals": [dict(total) for total in self.totals],
-            "end": self.end,
-        }
+        return {name: with_sequences(value, list) for name, value in vars(self).items()}
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> History:
         """Restore what `plain` returned."""
-        return cls(
-            layers=tuple(plain["layers"]),
-            steps=tuple(plain["steps"]),
-            channels=tuple(tuple(column) for column in plain["channels"]),
-            weights=tuple(tuple(column) for column in plain["weights"]),
-            totals=tuple(dict(total) for total in plain["totals"]),
-            end=plain["end"],
-        )
+        return cls(**{name: with_sequences(value, tuple) for name, value in plain.items()})
 
     def _thinned(self) -> History:
         """Drop every other column where there are too many, and keep the first and the last."""
@@ -110,13 +97,16 @@ class History:
         if count <= _MAX_COLUMNS:
             return self
         kept = [index for index in range(count) if index % 2 == 0 or index == count - 1]
-        return replace(
-            self,
-            steps=tuple(self.steps[index] for index in kept),
-            channels=tuple(self.channels[index] for index in kept),
-            weights=tuple(self.weights[index] for index in kept),
-            totals=tuple(self.totals[index] for index in kept),
-        )
+        names = ("steps", "channels", "weights", "totals")
+        columns: dict[str, Any] = {name: tuple(getattr(self, name)[index] for index in kept) for name in names}
+        return replace(self, **columns)
+
+
+def with_sequences(value: Any, kind: type[list[Any]] | type[tuple[Any, ...]]) -> Any:
+    """Return plain data with all sequences of one ``kind``."""
+    if isinstance(value, Mapping):
+        return {key: with_sequences(item, kind) for key, item in value.items()}
+    return kind(with_sequences(item, kind) for item in value) if isinstance(value, list | tuple) else value
 
 
 def _totals(before: Snapshot, now: Snapshot) -> dict[str, float]:

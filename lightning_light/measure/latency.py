@@ -1,11 +1,13 @@
-"""Time the calls of a function on this machine."""
+"""Time the calls of a function on this machine, and name its processor."""
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from typing_extensions import override
@@ -13,7 +15,7 @@ from typing_extensions import override
 from lightning_light.formatting import DataTable, Tabular
 from lightning_light.validation import NonNegativeInt, PositiveInt, validated
 
-__all__ = ["LatencyStats", "measure_latency", "torch_threads"]
+__all__ = ["LatencyStats", "measure_latency", "processor", "torch_threads"]
 
 
 @dataclass(frozen=True)
@@ -99,3 +101,12 @@ def torch_threads(count: int | None) -> Iterator[None]:
     finally:
         if count is not None:
             torch.set_num_threads(before)
+
+
+def processor() -> str:
+    """Name the processor: on Linux, where `platform` has no name, from the kernel's list."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

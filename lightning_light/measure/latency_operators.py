@@ -6,7 +6,7 @@ import copy
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,9 +53,7 @@ class Operator:
 
     @property
     def _kind(self) -> str:
-        if self.options:
-            return "conv"
-        return "linear" if len(self.weight) == 2 else "product"
+        return "conv" if self.options else "linear" if len(self.weight) == 2 else "product"
 
     def copies(self) -> tuple[nn.Module, ExampleInput]:
         """Build a module that applies the operator `COPIES` times, and a call of it.
@@ -76,11 +74,12 @@ class Operator:
             return nn.Linear(self.weight[1], self.weight[0], device="meta")
         stride, padding, dilation, output_padding, groups, transposed = self.options
         sizes: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-        place, kernel = len(self.weight) - 3, self.weight[2:]
-        if transposed:
-            sizes["output_padding"] = output_padding
-            return _module(_TRANSPOSED[place], self.weight[0], self.weight[1] * groups, kernel, sizes)
-        return _module(_CONVOLUTIONS[place], self.weight[1] * groups, self.weight[0], kernel, sizes)
+        channels, kernel = (self.weight[0], self.weight[1] * groups), tuple(self.weight[2:])
+        kind = (_TRANSPOSED if transposed else _CONVOLUTIONS)[len(kernel) - 1]
+        sizes |= {"output_padding": output_padding} if transposed else {}
+        inputs, outputs = channels if transposed else reversed(channels)
+        layer: nn.Module = kind(inputs, outputs, kernel, device="meta", **sizes)
+        return layer
 
 
 def repeated(module: nn.Module) -> nn.Module:
@@ -126,12 +125,7 @@ def operator_calls(model: nn.Module, example: ExampleInput) -> OperatorCalls:
 
 def _recorded(model: nn.Module, call: ExampleInput, shapes: FakeTensorMode | None) -> OperatorCalls:
     recorder = _Recorder()
-    with ExitStack() as stack:
-        stack.enter_context(isolated(model))
-        stack.enter_context(unfused_kernels())
-        if shapes is not None:
-            stack.enter_context(shapes)
-        stack.enter_context(recorder)
+    with isolated(model), unfused_kernels(), shapes or nullcontext(), recorder:
         model(*call.args, **call.kwargs)
     return recorder.calls
 
@@ -186,8 +180,3 @@ class _Products(nn.Module):
         for place in range(1, COPIES):
             output = (output + x @ (y * (1.0 + 0.01 * place))).relu()
         return output
-
-
-def _module(kind: Any, inputs: int, outputs: int, kernel: Sequence[int], options: Mapping[str, Any]) -> nn.Module:
-    module: nn.Module = kind(inputs, outputs, tuple(kernel), device="meta", **options)
-    return module

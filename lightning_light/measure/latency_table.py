@@ -16,6 +16,7 @@ from torch import nn
 
 from lightning_light.atomic import atomic_write
 from lightning_light.budgets import Budget, Latency
+from lightning_light.measure.latency import processor
 from lightning_light.measure.latency_operators import COPIES, Operator, OperatorCalls, operator_calls, repeated
 from lightning_light.progress_bar import with_progress_bar
 from lightning_light.validation import PositiveFloat
@@ -106,36 +107,31 @@ class LatencyTable:
         return self.file(repeated(module), example) / COPIES
 
     def _file(self, calls: OperatorCalls, model: nn.Module, example: ExampleInput) -> float:
-        if calls.digest not in self._used:
-            found = self._disk.get(calls.digest)
-            if found is None:
-                found = self._budget.measure(model, example)
-                self._disk.add({calls.digest: found})
-            self._used[calls.digest] = found
-        return self._used[calls.digest]
+        found = self._known(calls.digest)
+        if found is None:
+            found = self._used[calls.digest] = self._budget.measure(model, example)
+            self._disk.add({calls.digest: found})
+        return found
+
+    def _known(self, key: str) -> float | None:
+        """Return the seconds under ``key``, if they were measured."""
+        if key not in self._used and key in self._disk.seconds:
+            self._used[key] = self._disk.seconds[key]
+        return self._used.get(key)
 
     def _sum(self, calls: OperatorCalls) -> float:
         self._measure(calls.operators)
         return sum(count * self._used[operator.key] for operator, count in calls.operators.items())
 
     def _measure(self, operators: Iterable[Operator]) -> None:
-        missing = []
-        for operator in operators:
-            if operator.key not in self._used:
-                found = self._disk.get(operator.key)
-                if found is None:
-                    missing.append(operator)
-                else:
-                    self._used[operator.key] = found
-        if not missing:
-            return
-        new = {}
+        missing, new = [operator for operator in operators if self._known(operator.key) is None], {}
         shown = len(missing) >= _FEW
         for operator in with_progress_bar(missing, len(missing), "Timing operators", shown=shown):
             module, call = operator.copies()
             new[operator.key] = self._runtime.seconds(module, call, self._budget.threads) / COPIES
-        self._used |= new
-        self._disk.add(new)
+        if new:
+            self._used |= new
+            self._disk.add(new)
 
     def _line(self) -> tuple[float, float]:
         """Return offset and slope from the sum over operators to the seconds of a file."""
@@ -177,7 +173,7 @@ class _Disk:
     def __init__(self, runtime: Runtime, threads: int) -> None:
         self._of = {
             "machine": platform.node(),
-            "processor": _processor(),
+            "processor": processor(),
             "runtime": f"{runtime!r}, {runtime.runtime()}",
             "torch": torch.__version__,
             "threads": threads,
@@ -185,18 +181,14 @@ class _Disk:
         name = hashlib.sha256(json.dumps(self._of, sort_keys=True).encode()).hexdigest()[:16]
         folder = os.environ.get(CACHE) or Path.home() / ".cache" / "lightning_light"
         self._path = Path(folder) / "latency" / f"{type(runtime).__name__}-{name}.json"
-        self._seconds = self._read()
-
-    def get(self, key: str) -> float | None:
-        """Return the seconds under ``key``, if they were measured."""
-        return self._seconds.get(key)
+        self.seconds = self._read()
 
     def add(self, seconds: Mapping[str, float]) -> None:
         """Store measurements, beside those that other processes have stored since."""
-        self._seconds = {**self._read(), **seconds}
+        self.seconds = {**self._read(), **seconds}
         try:
             with atomic_write(self._path) as part:
-                part.write_text(json.dumps({**self._of, "seconds": self._seconds}, indent=1))
+                part.write_text(json.dumps({**self._of, "seconds": self.seconds}, indent=1))
         except OSError as error:
             warnings.warn(
                 f"Latency table {str(self._path)!r}: expected a folder that can be written to, found {error}. It is "
@@ -219,12 +211,3 @@ class _Disk:
             )
             return {}
         return dict(found)
-
-
-def _processor() -> str:
-    """Name the processor: on Linux, where `platform` has no name, from the kernel's list."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lightning_light.measure.layer_table import LayerRow
 
-__all__ = ["LayerPair", "is_within", "match_layers", "remaining"]
+__all__ = ["LayerPair", "match_layers", "remaining"]
 
 
 @dataclass(frozen=True)
@@ -39,16 +39,10 @@ def match_layers(before: Sequence[LayerRow], after: Sequence[LayerRow]) -> list[
     """
     left, right = {row.name for row in before}, {row.name for row in after}
     sides: dict[str, tuple[list[LayerRow], list[LayerRow]]] = {}
-    for row in before:
-        sides.setdefault(_paired_path(row.name, own=left, other=right), ([], []))[0].append(row)
-    for row in after:
-        sides.setdefault(_paired_path(row.name, own=right, other=left), ([], []))[1].append(row)
+    for side, rows, own, other in ((0, before, left, right), (1, after, right, left)):
+        for row in rows:
+            sides.setdefault(_paired_path(row.name, own=own, other=other), ([], []))[side].append(row)
     return [LayerPair(name, tuple(old), tuple(new)) for name, (old, new) in sides.items()]
-
-
-def is_within(name: str, paths: Iterable[str]) -> bool:
-    """Check whether the layer ``name`` is at one of ``paths`` or below one."""
-    return any(name == path or name.startswith(path + ".") for path in paths)
 
 
 def remaining(pair: LayerPair) -> tuple[float, float]:

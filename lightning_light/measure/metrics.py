@@ -73,7 +73,8 @@ def metrics_of(model: nn.Module) -> dict[str, MetricLike]:
     """
     found: dict[str, MetricLike] = {}
     for path, module in model.named_modules():
-        if isinstance(module, Metric | MetricCollection) and not _is_inside(path, found):
+        is_member = any(outer == "" or path.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, Metric | MetricCollection) and not is_member:
             found[path] = module
     return found
 
@@ -131,7 +132,3 @@ def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
 
 def _never() -> bool:
     return False
-
-
-def _is_inside(path: str, found: Mapping[str, MetricLike]) -> bool:
-    return any(path.startswith(f"{outer}.") or outer == "" for outer in found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass, field, replace
 from typing import Annotated, Any, TypedDict
@@ -19,7 +20,11 @@ from lightning_light.measure.sparsity import zero_fraction
 from lightning_light.schema import FieldsOf
 from lightning_light.validation import Fraction, NonNegativeFloat, NonNegativeInt, validated
 
-__all__ = ["PlainSnapshot", "Snapshot", "matrix_layers", "structure", "take_snapshot"]
+__all__ = ["QUANTITIES", "PlainSnapshot", "Snapshot", "layer_stats", "matrix_layers", "structure", "take_snapshot"]
+
+QUANTITIES = ("rank", "energy_kept", "reconstruction_error", "coded_bits", "weight_bits", "activation_bits")
+"""Rank of a layer's factors; fraction of the weight's energy that they keep; relative error of their product; bits per
+weight in a coded file, codebook included; bits of the layer's weight and of its input in computations."""
 
 
 class PlainSnapshot(TypedDict):
@@ -80,23 +85,15 @@ class Snapshot(Tabular):
     @override
     def tables(self) -> list[DataTable]:
         """Return one line per layer."""
-        lines = [
-            (
-                row.name or "(model)",
-                "" if row.channels_out is None else str(row.channels_out),
-                human_count(row.params),
-                "" if self.macs is None else human_count(row.macs),
-                human_bytes(row.bytes),
-                human_percent(row.sparsity),
-                f"{row.bits:.3g}",
-            )
-            for row in self.rows
-        ]
-        macs = "" if self.macs is None else human_count(self.macs)
-        costs = (human_count(self.params), macs, human_bytes(self.bytes))
-        total = ("total", "", *costs, human_percent(self.sparsity), f"{self.bits:.3g}")
+
+        def cells(name: str, channels: int | None, part: LayerRow | Snapshot) -> tuple[str, ...]:
+            costs = human_count(part.params), "" if self.macs is None else human_count(part.macs or 0)
+            shares = human_percent(part.sparsity), f"{part.bits:.3g}"
+            return name, "" if channels is None else str(channels), *costs, human_bytes(part.bytes), *shares
+
+        lines = tuple(cells(row.name or "(model)", row.channels_out, row) for row in self.rows)
         headers = ("layer", "channels", "params", "MACs", "size", "sparsity", "bits")
-        return [DataTable(headers, tuple(lines), (total,))]
+        return [DataTable(headers, lines, (cells("total", None, self),))]
 
     def plain(self) -> dict[str, Any]:
         """Return plain types, for a checkpoint."""
@@ -111,13 +108,9 @@ class Snapshot(Tabular):
     def with_sparsity_of(self, earlier: Snapshot) -> Snapshot:
         """Return this snapshot with the sparsity of an ``earlier`` one of the same structure."""
         had = {row.name: row for row in earlier.rows}
-        rows = (
-            replace(row, sparsity=had[row.name].sparsity, dead_filters=had[row.name].dead_filters)
-            if row.name in had
-            else row
-            for row in self.rows
-        )
-        return replace(self, rows=tuple(rows), sparsity=earlier.sparsity)
+        pairs = [(row, had.get(row.name, row)) for row in self.rows]
+        rows = tuple(replace(row, sparsity=was.sparsity, dead_filters=was.dead_filters) for row, was in pairs)
+        return replace(self, rows=rows, sparsity=earlier.sparsity)
 
 
 @validated
@@ -145,14 +138,14 @@ def take_snapshot(
         sparsity = zero_fraction(weight_matrices(model))
         layers = reversed(list(model.named_modules()))  # a shared weight belongs to the first
         weights = {weight: name for name, module in layers for weight in layer_weights(module)}
-    saved: dict[str, int] = {}
+    saved = Counter[str]()
     for weight, name in weights.items():
-        if _is_quantized(name, weight, numbers):
-            saved[name] = saved.get(name, 0) + _saved_bytes(weight)
+        if _is_quantized(name, weight, numbers):  # int8: a byte per element, and a float scale per output channel
+            saved[name] += weight.numel() * (weight.element_size() - 1) - 4 * len(weight)
     elements = sum(weight.numel() for weight in weights)
     bits = sum(_bits_of(name, weight, numbers) * weight.numel() for weight, name in weights.items())
     return Snapshot(
-        rows=tuple(_stored(row, saved.get(row.name, 0), numbers) for row in rows),
+        rows=tuple(_stored(row, saved[row.name], numbers) for row in rows),
         params=known.params,
         macs=None if cost is None else cost.macs,
         bytes=tensor_bytes(model) - sum(saved.values()),
@@ -160,6 +153,26 @@ def take_snapshot(
         bits=bits / elements if elements else 0.0,
         stats=numbers,
     )
+
+
+def layer_stats(state: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Map layer -> quantity -> number, from the entry ``layers`` of each method's state.
+
+    Args:
+        state: `CompressionState.state`: method -> its state. Methods without such an entry are skipped.
+
+    Example:
+        >>> layer_stats({"low_rank": {"layers": {"conv": {"form": "channel", "rank": 8.0}}, "events": 1}})
+        {'conv': {'rank': 8.0}}
+    """
+    stats: dict[str, dict[str, float]] = {}
+    for kept in state.values():
+        layers = kept.get("layers") if isinstance(kept, Mapping) else None
+        for name, entry in layers.items() if isinstance(layers, Mapping) else ():
+            found = {key: float(entry[key]) for key in QUANTITIES if isinstance(entry, Mapping) and key in entry}
+            if found:
+                stats.setdefault(name, {}).update(found)
+    return stats
 
 
 def _is_quantized(layer: str, weight: Tensor, stats: Mapping[str, Mapping[str, float]]) -> bool:
@@ -171,11 +184,6 @@ def _bits_of(layer: str, weight: Tensor, stats: Mapping[str, Mapping[str, float]
     """Return the bit width of a weight of ``layer``: of its fake quantization, else of its data type."""
     quantized = _is_quantized(layer, weight, stats)
     return stats[layer]["weight_bits"] if quantized else 8.0 * weight.element_size()
-
-
-def _saved_bytes(weight: Tensor) -> int:
-    """Count what int8 saves: one byte per element, also for fewer bits, and a float scale per output channel."""
-    return weight.numel() * (weight.element_size() - 1) - 4 * len(weight)
 
 
 def _stored(row: LayerRow, saved: int, stats: Mapping[str, Mapping[str, float]]) -> LayerRow:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor, nn
 
 __all__ = ["dead_filters", "mask_churn", "output_first", "zero_fraction", "zero_rows"]
 
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def output_first(layer: nn.Module, weight: Tensor) -> Tensor:
@@ -17,7 +17,7 @@ def output_first(layer: nn.Module, weight: Tensor) -> Tensor:
 
     The function is its own inverse.
     """
-    return weight.transpose(0, 1) if isinstance(layer, _TRANSPOSED) else weight
+    return weight.transpose(0, 1) if isinstance(layer, nn.modules.conv._ConvTransposeNd) else weight
 
 
 def zero_fraction(tensors: Iterable[Tensor]) -> float:
@@ -53,15 +53,9 @@ def mask_churn(before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> float
     """
     changed = total = 0
     for name in before.keys() | now.keys():
-        old, new = before.get(name), now.get(name)
-        if old is not None and new is not None and old.shape != new.shape:
-            continue
-        if old is None or new is None:
-            only = new if old is None else old
-            assert only is not None  # the name is in one of the two
-            changed += only.numel() - int(only.count_nonzero())
-        else:
-            only = new
+        dense = torch.ones_like(now[name] if name in now else before[name])
+        old, new = before.get(name, dense), now.get(name, dense)
+        if old.shape == new.shape:
             changed += int((old.to(new.device) != new).sum())
-        total += only.numel()
+            total += new.numel()
     return changed / total if total else 0.0

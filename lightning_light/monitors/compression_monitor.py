@@ -13,13 +13,11 @@ from lightning_light.host.classes import is_host
 from lightning_light.host.modules import add_hparams, logs_hparams
 from lightning_light.host.patches import InstancePatch
 from lightning_light.host.trainer import callbacks_of
-from lightning_light.measure.comparison import compression_table
-from lightning_light.measure.size import deflated_bytes
+from lightning_light.measure import compression_table, deflated_bytes
 from lightning_light.measure.sparsity import mask_churn
-from lightning_light.monitors.artifacts import log_table
 from lightning_light.monitors.dashboard import add_events, add_heat_maps, add_histograms, add_layout
-from lightning_light.monitors.hparams import defer_hparams, final_metrics, method_hparams
 from lightning_light.monitors.recording import RecordingCallback
+from lightning_light.monitors.results import defer_hparams, final_metrics, log_table, method_hparams
 from lightning_light.monitors.scalars import (
     COSTS,
     DETAILS,
@@ -31,7 +29,6 @@ from lightning_light.monitors.scalars import (
     remaining_scalars,
     total_scalars,
 )
-from lightning_light.monitors.validation_metrics import ValidationMetrics
 from lightning_light.progress import epochs_planned, steps_done, training_progress
 from lightning_light.targets import Targets
 from lightning_light.terminal import above_progress_bar
@@ -107,7 +104,6 @@ class CompressionMonitor(RecordingCallback):
     _patches: tuple[InstancePatch, ...] = ()
     _curves: frozenset[str] = COSTS  # tags that have changed, and those of costs
     _events_written: int = 0
-    _validation: ValidationMetrics | None = None
 
     def __init__(
         self,
@@ -141,22 +137,9 @@ class CompressionMonitor(RecordingCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the network before it is compressed, and add the budgets to the hyper-parameters."""
         super().on_fit_start(trainer, pl_module)
-        self._validation = ValidationMetrics()
         self._events_written = len(self.events(pl_module))
         if self.hparams and trainer.is_global_zero:
             self._patches = self._add_hparams(trainer, pl_module)
-
-    @override
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note which metrics there are."""
-        if self._validation is not None:
-            self._validation.start(trainer.callback_metrics)
-
-    @override
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note which metrics the validation has logged."""
-        if self._validation is not None:
-            self._validation.end(trainer.callback_metrics)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -206,7 +189,7 @@ class CompressionMonitor(RecordingCallback):
     @override
     def _reset(self) -> None:
         super()._reset()
-        self._last_step = self._masks = self._validation = None
+        self._last_step = self._masks = None
         self._curves = COSTS
 
     def _is_due(self, trainer: Trainer, pl_module: LightningModule) -> bool:
@@ -293,7 +276,8 @@ class CompressionMonitor(RecordingCallback):
     def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
         recorder = self.conclude(trainer, pl_module)
         assert recorder is not None
-        if self.deflate and trainer.is_global_zero and not _is_quantized(recorder.now):  # the float weights remain
+        quantized = any("weight_bits" in numbers for numbers in recorder.now.stats.values())  # the float weights remain
+        if self.deflate and trainer.is_global_zero and not quantized:
             self.after = recorder.now = replace(recorder.now, deflated=deflated_bytes(pl_module))
         self._log_scalars(trainer, pl_module, recorder)
         self._draw(trainer, pl_module, recorder)
@@ -340,10 +324,6 @@ class CompressionMonitor(RecordingCallback):
         for logger in _tensorboard_loggers(trainer):
             if logger.hparams:
                 logger.log_hyperparams(dict(logger.hparams), metrics, steps_done(trainer))
-
-
-def _is_quantized(now: Snapshot) -> bool:
-    return any("weight_bits" in numbers for numbers in now.stats.values())
 
 
 def _tensorboard_loggers(trainer: Trainer) -> list[Any]:

@@ -12,12 +12,10 @@ from typing_extensions import override
 from lightning_light.callback import CompressionCallback
 from lightning_light.host.trainer import callbacks_of
 from lightning_light.monitors.recording import RecordingCallback
-from lightning_light.monitors.validation_metrics import ValidationMetrics
 from lightning_light.progress import steps_done
+from lightning_light.report import describe_environment, write_report
 from lightning_light.report.contents import Curve, RunReport, curves_of, export_reports
-from lightning_light.report.environment import describe_environment
 from lightning_light.report.figures import check_matplotlib
-from lightning_light.report.page import write_report
 from lightning_light.surgery.distributed import log_rank_zero
 from lightning_light.validation import validated
 
@@ -70,8 +68,6 @@ class CompressionReport(RecordingCallback):
 
     method: ClassVar[str] = "compression_report"
 
-    _validation: ValidationMetrics | None = None
-
     def __init__(
         self, path: str | os.PathLike[str] = "report.html", *, baseline: str | os.PathLike[str] | None = None
     ) -> None:
@@ -102,22 +98,15 @@ class CompressionReport(RecordingCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the network before it is compressed."""
         super().on_fit_start(trainer, pl_module)
-        self.result, self._validation = None, ValidationMetrics()
-
-    @override
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note which metrics there are."""
-        if self._validation is not None:
-            self._validation.start(trainer.callback_metrics)
+        self.result = None
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the metrics that the validation has logged."""
-        if self._validation is None or trainer.sanity_checking:
-            return
-        self._validation.end(trainer.callback_metrics)
-        for name, value in self._validation.values.items():
-            self._metrics.setdefault(name, []).append((steps_done(trainer), value))
+        super().on_validation_end(trainer, pl_module)
+        if self._validation is not None and not trainer.sanity_checking:
+            for name, value in self._validation.values.items():
+                self._metrics.setdefault(name, []).append((steps_done(trainer), value))
 
     @override
     def on_train_batch_end(
@@ -151,11 +140,6 @@ class CompressionReport(RecordingCallback):
         self._metrics = curves_of(state_dict["metrics"])
 
     # Private.
-
-    @override
-    def _reset(self) -> None:
-        super()._reset()
-        self._validation = None
 
     def _contents(self, trainer: Trainer, pl_module: LightningModule) -> RunReport:
         assert self.before is not None

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from lightning_light.event_log import event_text
 from lightning_light.isolation import isolated
 from lightning_light.measure.history import History
-from lightning_light.measure.layer_matching import is_within
 from lightning_light.measure.layer_table import layer_weights
 from lightning_light.monitors.heat_map import Quantity, heat_map
 from lightning_light.monitors.scalars import LAYERS, PREFIX
+from lightning_light.targets import inside
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -46,7 +46,7 @@ def add_histograms(writer: SummaryWriter, model: nn.Module, layers: Collection[s
     with isolated(model):
         for name, module in model.named_modules():
             tensors = [weight.reshape(-1).float().cpu() for weight in layer_weights(module)]
-            if not tensors or not is_within(name, layers):
+            if not tensors or not inside(name, layers):
                 continue
             values = torch.cat(tensors)
             values = values[values.isfinite()]
@@ -114,8 +114,6 @@ def read_layout(folder: str | os.PathLike[str]) -> dict[str, dict[str, list[Any]
 
 def _chart(chart: Any) -> list[Any]:
     if chart.HasField("margin"):
-        return [
-            "Margin",
-            [name for series in chart.margin.series for name in (series.value, series.lower, series.upper)],
-        ]
+        names = [name for series in chart.margin.series for name in (series.value, series.lower, series.upper)]
+        return ["Margin", names]
     return ["Multiline", list(chart.multiline.tag)]

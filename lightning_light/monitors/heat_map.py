@@ -29,10 +29,7 @@ _ROW, _MIN_ROW, _MAX_HEIGHT = 22, 3, 1600
 _FONT, _TITLE = 15, 16
 _LONGEST_NAME = 14
 _INK, _FAINT = (34, 34, 34), (120, 120, 120)
-_TITLES = {
-    "channels": "Remaining output channels",
-    "weights": "Remaining nonzero weights",
-}
+_TITLES = {"channels": "Remaining output channels", "weights": "Remaining nonzero weights"}
 
 
 @validated

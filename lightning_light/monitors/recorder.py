@@ -15,9 +15,9 @@ from lightning_light.example_input import ExampleInput
 from lightning_light.isolation import FORWARD_ERRORS
 from lightning_light.measure.cost import Cost, count_cost
 from lightning_light.measure.history import History, PlainHistory
-from lightning_light.measure.layer_matching import is_within
 from lightning_light.measure.snapshot import PlainSnapshot, Snapshot, matrix_layers, structure, take_snapshot
 from lightning_light.schema import Needs, PlainExample
+from lightning_light.targets import inside
 from lightning_light.training_step import callable_with
 
 __all__ = ["CostCounter", "PlainRecorder", "Recorder", "is_countable"]
@@ -54,7 +54,7 @@ class Recorder:
         self.before = self.now = take_snapshot(model, cost)
         self.layers = matrix_layers(model) if layers is None else list(layers)
         rows = [row.name for row in self.before.rows]
-        self.history = History.of(self.before, [name for name in rows if is_within(name, self.layers)])
+        self.history = History.of(self.before, [name for name in rows if inside(name, self.layers)])
         self._first_structure = structure(model) if cost is None else None  # until its MACs are known
 
     @classmethod

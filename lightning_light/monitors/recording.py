@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from typing_extensions import override
 
 from lightning_light.callback import CompressionCallback
 from lightning_light.event_log import HISTORY
-from lightning_light.measure.layer_stats import layer_stats
+from lightning_light.measure.snapshot import layer_stats
 from lightning_light.monitors.recorder import CostCounter, PlainRecorder, Recorder, is_countable
 from lightning_light.order import Stage
 from lightning_light.progress import steps_done
@@ -18,12 +18,12 @@ from lightning_light.targets import Targets, as_targets
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
-    from torch import nn
+    from torch import Tensor, nn
 
     from lightning_light.measure.history import History
     from lightning_light.measure.snapshot import Snapshot
 
-__all__ = ["RecordingCallback"]
+__all__ = ["RecordingCallback", "ValidationMetrics"]
 
 
 class RecordingCallback(CompressionCallback):
@@ -47,6 +47,7 @@ class RecordingCallback(CompressionCallback):
 
     _cost_counter: CostCounter | None = None
     _recorder: Recorder | None = None
+    _validation: ValidationMetrics | None = None
     _parameters: tuple[nn.Parameter, ...] = ()
     _last_signature: tuple[Any, ...] = ()
 
@@ -63,11 +64,23 @@ class RecordingCallback(CompressionCallback):
         super().on_fit_start(trainer, pl_module)
         self._reset()
         self.before = self.after = self.history = None
-        self._cost_counter = CostCounter(
-            restore_or_capture_example(pl_module, self.state(pl_module)), type(self).__name__
-        )
+        self._validation = ValidationMetrics()
+        captured = restore_or_capture_example(pl_module, self.state(pl_module))
+        self._cost_counter = CostCounter(captured, type(self).__name__)
         if is_countable(pl_module):
             self._recorder = self._start_recorder(pl_module)
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note which metrics there are."""
+        if self._validation is not None:
+            self._validation.start(trainer.callback_metrics)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the metrics that the validation has logged."""
+        if self._validation is not None:
+            self._validation.end(trainer.callback_metrics)
 
     @override
     def on_train_batch_end(
@@ -117,7 +130,7 @@ class RecordingCallback(CompressionCallback):
     def _reset(self) -> None:
         if self._cost_counter is not None:
             self._cost_counter.captured.remove()
-        self._cost_counter = self._recorder = None
+        self._cost_counter = self._recorder = self._validation = None
         self._parameters, self._last_signature = (), ()
 
     def _start_recorder(self, pl_module: LightningModule) -> Recorder:
@@ -140,3 +153,30 @@ class RecordingCallback(CompressionCallback):
         """Return a cheap value that changes with the structure, and with every event of a method."""
         edits = len(self.compression_state(pl_module).edit_log)
         return edits, len(self.events(pl_module)), [parameter.shape for parameter in self._parameters]
+
+
+class ValidationMetrics:
+    """Keep the metrics that a validation has logged, out of all metrics before and after it.
+
+    Example:
+        >>> import torch
+        >>> metrics, seen = ValidationMetrics(), {"train_loss": torch.tensor(2.0)}
+        >>> metrics.start(seen)
+        >>> metrics.end(seen | {"val_accuracy": torch.tensor(0.5)})
+        >>> metrics.values
+        {'val_accuracy': 0.5}
+    """
+
+    def __init__(self) -> None:
+        self.values: dict[str, float] = {}
+        self._before: dict[str, Tensor] = {}
+
+    def start(self, metrics: Mapping[str, Tensor]) -> None:
+        """Note the metrics before a validation; a value that it logs is another tensor."""
+        self._before = dict(metrics)
+
+    def end(self, metrics: Mapping[str, Tensor]) -> None:
+        """Keep the metrics that are new or were logged again."""
+        logged = {name: value for name, value in metrics.items() if value is not self._before.get(name)}
+        self.values = {name: float(value) for name, value in logged.items() if value.numel() == 1}
+        self._before = {}

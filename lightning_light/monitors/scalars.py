@@ -7,10 +7,9 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from lightning_light.budgets import Budget
-from lightning_light.measure.layer_matching import is_within
-from lightning_light.measure.layer_table import LayerRow
-from lightning_light.measure.snapshot import Snapshot
+from lightning_light.measure import LayerRow, Snapshot
 from lightning_light.schedules import Schedule, resolve
+from lightning_light.targets import inside
 
 __all__ = [
     "COSTS",
@@ -93,22 +92,18 @@ def layer_scalars(now: Snapshot, layers: Collection[str]) -> dict[str, float]:
     """
     scalars: dict[str, float] = {}
     for row in now.rows:
-        if is_within(row.name, layers):
+        if inside(row.name, layers):
             scalars |= {f"{LAYERS}/{key}/{row.name or 'model'}": value for key, value in _of_row(row, now).items()}
     for name, numbers in now.stats.items():
-        if is_within(name, layers):
+        if inside(name, layers):
             scalars |= {f"{LAYERS}/{key}/{name}": value for key, value in numbers.items() if key != "weight_bits"}
     return scalars
 
 
 def custom_layout(tags: Collection[str]) -> dict[str, dict[str, list[Any]]]:
     """Return a layout for TensorBoard's Custom Scalars: the charts of which a curve is among ``tags``."""
-    charts = {
-        title: ["Multiline", [pattern]]
-        for title, pattern in _CHARTS.items()
-        if any(re.search(pattern, tag) for tag in tags)
-    }
-    return {"Compression": charts}
+    shown = [title for title, pattern in _CHARTS.items() if any(re.search(pattern, tag) for tag in tags)]
+    return {"Compression": {title: ["Multiline", [_CHARTS[title]]] for title in shown}}
 
 
 _CHARTS = {

@@ -10,7 +10,7 @@ from torch import nn
 from lightning_light.batch_norm import Statistics, measure_statistics, move_statistics
 from lightning_light.example_input import ExampleInput
 from lightning_light.nas.choices import Change, Choices, Item
-from lightning_light.surgery.attachment import attach, has_state, record, release
+from lightning_light.surgery.attachment import attach, record, recording
 
 __all__ = ["apply_items", "in_order"]
 
@@ -48,23 +48,15 @@ def apply_items(
         UnsupportedError: a later method owns one of the layers.
     """
     optimizers = list(optimizers)
-    attached = has_state(model)
-    attach(model)
-    statistics = measure_statistics(model, calls) if before is None else before
-    for choices, mine in in_order(space, items):
-        change = choices.carry_out(model, choices.plan(model, example, mine, calls), optimizers=optimizers)
-        after = measure_statistics(model, calls)
-        move_statistics(model, statistics, after, change.kept or {})
-        statistics = after
-        record_change(model, choices, change)
-    if not attached:
-        release(model)
-
-
-def record_change(model: nn.Module, choices: Choices, change: Change) -> None:
-    """Record a change in the edit log, and claim the layers for the method that owns them now."""
-    record(model, (), change.entry, change.kept)
-    claim_layers(model, choices, change)
+    with recording(model):
+        statistics = measure_statistics(model, calls) if before is None else before
+        for choices, mine in in_order(space, items):
+            change = choices.carry_out(model, choices.plan(model, example, mine, calls), optimizers=optimizers)
+            after = measure_statistics(model, calls)
+            move_statistics(model, statistics, after, change.kept or {})
+            statistics = after
+            record(model, (), change.entry, change.kept)
+            claim_layers(model, choices, change)
 
 
 def claim_layers(model: nn.Module, choices: Choices, change: Change) -> None:

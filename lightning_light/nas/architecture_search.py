@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 from torch import nn
 from typing_extensions import override
 
-from lightning_light.batch_norm import Statistics, measure_statistics, move_statistics
+from lightning_light.batch_norm import move_statistics
 from lightning_light.budgets import Budget
 from lightning_light.callback import CompressionCallback
 from lightning_light.criteria.output_distance import Distance
@@ -26,11 +27,10 @@ from lightning_light.nas.options import SearchOptions, Space, check_budgets
 from lightning_light.nas.result import SearchResult
 from lightning_light.order import Stage
 from lightning_light.progress import epochs_planned, steps_done, steps_planned, training_progress
-from lightning_light.recorded_inputs import RecordedInputs
+from lightning_light.recorded_inputs import RecordedInputs, RecordedState
 from lightning_light.schedules import OneShot, Schedule, require_rising
-from lightning_light.schema import PlainExample
 from lightning_light.surgery.averaged_models import averaged_models_of
-from lightning_light.surgery.distributed import broadcast, log_rank_zero, on_rank_zero
+from lightning_light.surgery.distributed import log_rank_zero, on_rank_zero
 from lightning_light.surgery.stored_example import stored_calls
 from lightning_light.timing import Events
 from lightning_light.validation import NonNegativeInt, PositiveInt, validated
@@ -50,7 +50,7 @@ class _PlainItem(TypedDict):
     layers: list[str]
 
 
-class _State(TypedDict, total=False):
+class _State(RecordedState, total=False):
     """What a checkpoint holds of a run.
 
     Attributes:
@@ -59,8 +59,6 @@ class _State(TypedDict, total=False):
         count: of the items that the search has chosen.
         pending: those that are not carried out yet, in order.
         items: names of the items that were carried out, in all fits.
-        example: the example input.
-        inputs: calls of the module in the last training batches, until all items are carried out.
     """
 
     planned: bool
@@ -68,8 +66,6 @@ class _State(TypedDict, total=False):
     count: int
     pending: list[_PlainItem]
     items: list[str]
-    example: PlainExample
-    inputs: list[PlainExample]
 
 
 @validated
@@ -153,23 +149,14 @@ class ArchitectureSearch(RecordedInputs):
         self.seed = seed
         self.table = table
         self._budgets = check_budgets("ArchitectureSearch", budget, self.options)
+        self._events = Events(schedule)
         self._points: list[tuple[float, float]] = []
         self.result: SearchResult | None = None
 
     @property
     def options(self) -> SearchOptions:
         """How the assignment is chosen."""
-        return SearchOptions(
-            self.space,
-            self.runtime,
-            self.distance,
-            self.class_dim,
-            self.calibration_batches,
-            self.evaluation_batches,
-            self.evaluations,
-            self.seed,
-            self.table,
-        )
+        return self.options_as(SearchOptions)
 
     @property
     @override
@@ -196,7 +183,7 @@ class ArchitectureSearch(RecordedInputs):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Place the search in the run."""
         super().on_train_start(trainer, pl_module)
-        self._points = self._events().points(epochs_planned(trainer), steps_planned(trainer))
+        self._points = self._events.points(epochs_planned(trainer), steps_planned(trainer))
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -222,18 +209,16 @@ class ArchitectureSearch(RecordedInputs):
         state = self.state(pl_module)
         if state.get("items") or getattr(trainer, "fast_dev_run", False):
             return
-        if state.get("searched"):
-            self._no_effect(f"the network meets `{self.budget!r}` as it is.")
-        else:
-            self._no_effect(
-                f"the run ended before the search, which needs the inputs of {self.recorded_batches} training batches; "
-                f"`schedule={self.schedule!r}`."
-            )
+        early = (
+            f"the run ended before the search, which needs the inputs of {self.recorded_batches} training batches; "
+            f"`schedule={self.schedule!r}`."
+        )
+        self._no_effect(f"the network meets `{self.budget!r}` as it is." if state.get("searched") else early)
 
     @override
     def window(self, max_epochs: int | None) -> tuple[float, float] | None:
         """The point of the search and that of the last change."""
-        return self._events().window(max_epochs)
+        return self._events.window(max_epochs)
 
     @override
     def rehearse(self, model: nn.Module, example: ExampleInput, batches: Sequence[Any]) -> list[str]:
@@ -246,9 +231,6 @@ class ArchitectureSearch(RecordedInputs):
         return search(model, example, self.budget, data=batches, **options, progress_bar=False).lines()
 
     # Private.
-
-    def _events(self) -> Events:
-        return Events(self.schedule)
 
     def _check_step(self, pl_module: LightningModule, batch: Any) -> None:
         """Refuse a training step that reads what the comparison of outputs does not show."""
@@ -264,50 +246,33 @@ class ArchitectureSearch(RecordedInputs):
     def _plan_run(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check, once per fit and as soon as the example input is known, that the counted budgets can be reached."""
         state = self.state(pl_module)
-        if not state.get("planned") and self.captured is not None and self.captured.example is not None:
+        if not state.get("planned") and self.has_example:
             example, references = self.example(pl_module), self._references(trainer, pl_module)
 
+            @plain_execution()
             def check() -> None:
-                with plain_execution():
-                    check_counts("ArchitectureSearch", pl_module, example, self._budgets, self.options, references)
+                check_counts("ArchitectureSearch", pl_module, example, self._budgets, self.options, references)
 
             on_rank_zero(trainer, check)
             state["planned"] = True
 
     def _references(self, trainer: Trainer, pl_module: LightningModule) -> Costs:
         """Return the counted quantities before any method changed the network."""
-        example, state = self.example(pl_module), self.compression_state(pl_module)
         counted = [budget for budget in self._budgets if not budget.runs_model]
-
-        def measured(budget: Budget) -> float:
-            return state.reference(budget.quantity, lambda: broadcast(trainer, budget.measure(pl_module, example)))
-
-        return {budget.quantity: measured(budget) for budget in counted}
+        return {budget.quantity: self.reference(trainer, pl_module, budget) for budget in counted}
 
     def _search(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Search on rank 0, and keep the chosen items for all."""
         state = self.state(pl_module)
         log_rank_zero(trainer, f"{self.method}: search on the inputs of {self.recorded_batches} training batches")
-        calls, example, references = (
-            self._calls(pl_module),
-            self.example(pl_module),
-            self._references(trainer, pl_module),
-        )
+        calls, example = stored_calls(pl_module, state), self.example(pl_module)
         parts = calls[: self.calibration_batches], calls[self.calibration_batches :]
+        given = (example, self._budgets, self.options, parts, self._references(trainer, pl_module))
         shown = trainer.progress_bar_callback is not None
 
+        @plain_execution()
         def find() -> list[dict[str, Any]]:
-            with plain_execution():
-                self.result = find_assignment(
-                    "ArchitectureSearch",
-                    pl_module,
-                    example,
-                    self._budgets,
-                    self.options,
-                    parts,
-                    references,
-                    progress_bar=shown,
-                )
+            self.result = find_assignment("ArchitectureSearch", pl_module, *given, progress_bar=shown)
             ordered = [item for _, mine in in_order(self.options.choices, self.result.items) for item in mine]
             return [item.plain() for item in ordered]
 
@@ -317,37 +282,19 @@ class ArchitectureSearch(RecordedInputs):
 
     def _change(self, trainer: Trainer, pl_module: LightningModule, fraction: float) -> None:
         """Carry out so many of the pending items that ``fraction`` of all are done."""
-        state, calls = self.state(pl_module), self._calls(pl_module)
+        state, example = self.state(pl_module), self.example(pl_module)
+        calls = stored_calls(pl_module, state)
         left = round((1.0 - fraction) * state["count"])
         items = [Item.of(plain) for plain in state["pending"][: max(0, len(state["pending"]) - left)]]
         steps = list(in_order(self.options.choices, items))
         for number, (choices, mine) in enumerate(steps, 1):
-            plan = self._plan(trainer, pl_module, choices, mine, calls)
+            planned = plain_execution()(partial(choices.plan, pl_module, example, mine, calls))
+            plan = on_rank_zero(trainer, planned)
             self._carry_out(trainer, pl_module, choices, plan, calls, f"{number}/{len(steps)}")
         state["items"] = [*state.get("items", []), *(item.name for item in items)]
         state["pending"] = state["pending"][len(items) :]
         if not state["pending"]:
             del state["pending"], state["inputs"]
-
-    def _calls(self, pl_module: LightningModule) -> list[ExampleInput]:
-        return stored_calls(pl_module, self.state(pl_module))
-
-    def _plan(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        choices: Choices,
-        items: list[Item],
-        calls: Sequence[ExampleInput],
-    ) -> Any:
-        """Return the plan of rank 0 on every rank."""
-        example = self.example(pl_module)
-
-        def plan() -> Any:
-            with plain_execution():
-                return choices.plan(pl_module, example, items, calls)
-
-        return on_rank_zero(trainer, plan)
 
     def _carry_out(
         self,
@@ -360,14 +307,10 @@ class ArchitectureSearch(RecordedInputs):
     ) -> None:
         averaged_models = averaged_models_of(trainer, pl_module)
         self._before_surgery(trainer, pl_module)
-        before = self._statistics(trainer, pl_module, calls)
+        before = self.statistics(trainer, pl_module, calls)
         change = choices.carry_out(pl_module, plan, optimizers=trainer.optimizers, averaged_models=averaged_models)
-        after = self._statistics(trainer, pl_module, calls)
+        after = self.statistics(trainer, pl_module, calls)
         for network in (pl_module, *averaged_models):
             move_statistics(network, before, after, change.kept or {})
         claim_layers(pl_module, choices, change)
         self._after_surgery(trainer, pl_module, change.entry, f"changed {choices.kind}", part=part, kept=change.kept)
-
-    def _statistics(self, trainer: Trainer, pl_module: nn.Module, calls: list[ExampleInput]) -> dict[str, Statistics]:
-        """Measure the batch-norm statistics on the inputs of rank 0, which a checkpoint holds, for all."""
-        return on_rank_zero(trainer, lambda: measure_statistics(pl_module, calls))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from lightning_light.depth.blocks import find_blocks, remove_blocks
 from lightning_light.example_input import ExampleInput
 from lightning_light.nas.choices import Change, Choices, Item
 from lightning_light.order import Stage
-from lightning_light.targets import Targets, as_targets
+from lightning_light.targets import Targets, as_targets, inside
 from lightning_light.validation import validated
 
 __all__ = ["BlockChoices"]
@@ -38,11 +38,9 @@ class BlockChoices(Choices):
 
     @override
     def items(self, model: nn.Module, example: ExampleInput) -> list[Item]:
-        def inside(block: str) -> frozenset[str]:
-            return frozenset(name for name, _ in model.named_modules() if f"{name}.".startswith(f"{block}."))
-
-        names = find_blocks(model, example, as_targets(self.targets)).names
-        return [Item(self.kind, name, "removed", inside(name)) for name in names]
+        blocks, names = find_blocks(model, example, as_targets(self.targets)).names, dict(model.named_modules())
+        parts = {block: frozenset(name for name in names if inside(name, [block])) for block in blocks}
+        return [Item(self.kind, block, "removed", parts[block]) for block in blocks]
 
     @override
     def plan(
@@ -51,12 +49,5 @@ class BlockChoices(Choices):
         return [item.target for item in items]
 
     @override
-    def carry_out(
-        self,
-        model: nn.Module,
-        plan: list[str],
-        *,
-        optimizers: Iterable[Any] = (),
-        averaged_models: Sequence[nn.Module] = (),
-    ) -> Change:
-        return Change(remove_blocks(model, plan, optimizers=optimizers, averaged_models=averaged_models))
+    def carry_out(self, model: nn.Module, plan: list[str], **followers: Any) -> Change:
+        return Change(remove_blocks(model, plan, **followers))

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_light.criteria.evidence import Criterion
-from lightning_light.criteria.magnitude import Magnitude
+from lightning_light.criteria import Criterion, Magnitude
 from lightning_light.dependency import trace_dependencies
 from lightning_light.errors import UnsupportedError
 from lightning_light.example_input import ExampleInput
@@ -87,11 +86,9 @@ class ChannelChoices(Choices):
         return graph.kept_positions(plan.kept), graph.attributes(model, plan.kept)
 
     @override
-    def carry_out(
-        self, model: nn.Module, plan: Cut, *, optimizers: Iterable[Any] = (), averaged_models: Sequence[nn.Module] = ()
-    ) -> Change:
+    def carry_out(self, model: nn.Module, plan: Cut, **followers: Any) -> Change:
         kept, attributes = plan
-        edit = cut(model, kept, attributes=attributes, optimizers=optimizers, averaged_models=averaged_models)
+        edit = cut(model, kept, attributes=attributes, **followers)
         return Change(edit.entry(), kept)
 
     def _options(self) -> dict[str, Any]:

@@ -101,12 +101,7 @@ class Choices(ABC):
 
     @abstractmethod
     def carry_out(
-        self,
-        model: nn.Module,
-        plan: Any,
-        *,
-        optimizers: Iterable[Any] = (),
-        averaged_models: Sequence[nn.Module] = (),
+        self, model: nn.Module, plan: Any, *, optimizers: Iterable[Any] = (), averaged_models: Sequence[nn.Module] = ()
     ) -> Change:
         """Change ``model``, its averaged copies and its optimizers as planned.
 

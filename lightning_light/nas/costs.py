@@ -71,7 +71,8 @@ class Meter:
         if not self.of_file:
             return {}
         network = make()
-        found = {b.quantity: b.measure(network, self._example) for b in self._budgets if self._runs(b)}
+        run = [budget for budget in self._budgets if budget.runs_model and runtime_of(budget) is None]
+        found = {budget.quantity: budget.measure(network, self._example) for budget in run}  # by running it itself
         if self._runtime is None:
             return found
         with computing(network, self._recipe):
@@ -83,10 +84,6 @@ class Meter:
             with torch_threads(self._threads):
                 found[Latency.quantity] = self._in_turns(file)
         return {quantity: value for quantity, value in found.items() if quantity in self.of_file}
-
-    def _runs(self, budget: Budget) -> bool:
-        """Whether ``budget`` is measured by running the network itself."""
-        return budget.runs_model and runtime_of(budget) is None
 
     def _new_path(self) -> Path:
         """Return a path for a file: the first one is kept, the others replace each other."""

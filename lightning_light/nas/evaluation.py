@@ -48,6 +48,7 @@ class Score:
         return self.changed + _DISTANCE_WEIGHT * self.distance
 
 
+@dataclass(eq=False)
 class Evaluator:
     """Carry out items on copies of a network, and compare the outputs; at most one copy exists at a time.
 
@@ -64,23 +65,19 @@ class Evaluator:
         ValueError: an output of the network is not finite, or has no dimension ``class_dim``.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        example: ExampleInput,
-        space: Sequence[Choices],
-        calibration: Sequence[ExampleInput],
-        evaluation: Sequence[ExampleInput],
-        distance: Distance = "kl",
-        class_dim: int = -1,
-    ) -> None:
-        self.model, self.example, self.space = model, example, list(space)
-        self.calibration, self.evaluation = list(calibration), list(evaluation)
-        self._distance: Distance = distance
-        self._class_dim = class_dim
-        self._plain = self._outputs(model)
+    model: nn.Module
+    example: ExampleInput
+    space: Sequence[Choices]
+    calibration: Sequence[ExampleInput]
+    evaluation: Sequence[ExampleInput]
+    distance: Distance = "kl"
+    class_dim: int = -1
+
+    def __post_init__(self) -> None:
+        self.calibration, self.evaluation = list(self.calibration), list(self.evaluation)
+        self._plain = self._outputs(self.model)
         self._check_outputs()
-        self._statistics = measure_statistics(model, self.calibration)
+        self._statistics = measure_statistics(self.model, self.calibration)
 
     def changed(self, items: Iterable[Item], recipe: Recipe | None = None) -> nn.Module:
         """Return a copy of the network with ``items`` carried out; with a recipe, quantized after training."""
@@ -99,22 +96,22 @@ class Evaluator:
             with plain_execution(), fake_quantized(network):
                 outputs = self._run(network)
         pairs = list(zip(outputs, self._plain, strict=True))
-        found = [output_distance(*pair, self._distance, self._class_dim) for pair in pairs]
-        changed = [_changed(*pair, self._class_dim) for pair in pairs] if self._distance == "kl" else []
+        found = [output_distance(*pair, self.distance, self.class_dim) for pair in pairs]
+        changed = [_changed(*pair, self.class_dim) for pair in pairs] if self.distance == "kl" else []
         return Score(float(torch.stack(found).mean()), sum(changed) / max(len(changed), 1))
 
     def digest(self) -> str:
         """Return the digest of the weights and of the batches."""
         tensors = {name: tensor for name, tensor in self.model.state_dict().items() if isinstance(tensor, Tensor)}
         calls = [list(tensors_in((call.args, call.kwargs))) for call in (*self.calibration, *self.evaluation)]
-        return digest([tensors, calls, len(self.calibration), self._distance, self._class_dim])
+        return digest([tensors, calls, len(self.calibration), self.distance, self.class_dim])
 
     def _check_outputs(self) -> None:
         for tensor in (tensor for tensor in tensors_in(self._plain) if tensor.is_floating_point()):
-            by_class = self._distance == "kl"
-            if by_class and not -tensor.dim() <= self._class_dim < tensor.dim():
+            by_class = self.distance == "kl"
+            if by_class and not -tensor.dim() <= self.class_dim < tensor.dim():
                 raise ValueError(
-                    f"`class_dim={self._class_dim}` on `{type(self.model).__name__}`: expected a dimension of its "
+                    f"`class_dim={self.class_dim}` on `{type(self.model).__name__}`: expected a dimension of its "
                     f'outputs, found the shape {tuple(tensor.shape)}. For outputs without classes: `distance="mse"`.'
                 )
             if not tensor.isfinite().all():

@@ -140,9 +140,7 @@ def find_assignment(
     runtime, recipe = options.file_of(budgets)
     if runtime is not None:
         runtime.check()
-    evaluator = Evaluator(
-        model, example, options.choices, *parts, distance=options.distance, class_dim=options.class_dim
-    )
+    evaluator = Evaluator(model, example, options.choices, *parts, options.distance, options.class_dim)
     items = _items(call, model, example, options)
     meter = Meter(budgets, example, runtime, recipe)
     where = [platform.node()] if "seconds" in meter.of_file else []
@@ -157,9 +155,8 @@ def find_assignment(
     solver.check_reachable()
     best = solver.solve(options.evaluations, progress_bar=progress_bar)
     predicted = {q: value for q, value in solver.predicted(best.items).items() if q in meter.of_file}
-    quantized = recipe is not None
-    evaluated = tuple(solver.evaluated)
-    return SearchResult(best.items, quantized, table, goals, predicted, best.costs, best.score, evaluated)
+    found = table, goals, predicted, best.costs, best.score, tuple(solver.evaluated)
+    return SearchResult(best.items, recipe is not None, *found)
 
 
 def check_counts(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,12 +15,11 @@ from lightning_light.example_input import ExampleInput
 from lightning_light.isolation import isolated
 from lightning_light.nas.choices import Change, Choices, Item
 from lightning_light.order import Stage
+from lightning_light.substitution import Operator, SubstitutionPlan
 from lightning_light.substitution.apply import apply_operators
 from lightning_light.substitution.candidates import find_candidates
 from lightning_light.substitution.fitting import fit_operator, record_layer
-from lightning_light.substitution.operators import Operator
 from lightning_light.substitution.options import METHOD, SubstitutionOptions
-from lightning_light.substitution.plan import SubstitutionPlan
 from lightning_light.targets import Targets
 from lightning_light.validation import NonNegativeInt, validated
 
@@ -76,15 +75,8 @@ class OperatorChoices(Choices):
         return SubstitutionPlan(operators, layers=layers)
 
     @override
-    def carry_out(
-        self,
-        model: nn.Module,
-        plan: SubstitutionPlan,
-        *,
-        optimizers: Iterable[Any] = (),
-        averaged_models: Sequence[nn.Module] = (),
-    ) -> Change:
-        entry = apply_operators(model, plan, optimizers=optimizers, averaged_models=averaged_models)
+    def carry_out(self, model: nn.Module, plan: SubstitutionPlan, **followers: Any) -> Change:
+        entry = apply_operators(model, plan, **followers)
         return Change(entry, method=METHOD, layers=tuple(plan.layers), follows_cuts=True)
 
     def _layers(self, model: nn.Module, name: str, operator: Operator, calls: Sequence[ExampleInput]) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,10 +10,9 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_light.example_input import ExampleInput
+from lightning_light.lowrank import FactorizationPlan, factorize
 from lightning_light.lowrank.apply import METHOD, apply_factors
-from lightning_light.lowrank.functional import factorize
 from lightning_light.lowrank.options import RankAllocation
-from lightning_light.lowrank.plan import FactorizationPlan
 from lightning_light.lowrank.ranks import Measure, RankRule
 from lightning_light.lowrank.spectra import MatrixSpectrum, Ranks, Spectrum
 from lightning_light.nas.choices import Change, Choices, Item
@@ -70,15 +69,8 @@ class RankChoices(Choices):
         return FactorizationPlan({name: layer for plan in plans for name, layer in plan.layers.items()})
 
     @override
-    def carry_out(
-        self,
-        model: nn.Module,
-        plan: FactorizationPlan,
-        *,
-        optimizers: Iterable[Any] = (),
-        averaged_models: Sequence[nn.Module] = (),
-    ) -> Change:
-        entry = apply_factors(model, plan, optimizers=optimizers, averaged_models=averaged_models)
+    def carry_out(self, model: nn.Module, plan: FactorizationPlan, **followers: Any) -> Change:
+        entry = apply_factors(model, plan, **followers)
         return Change(entry, method=METHOD, layers=tuple(plan.layers))
 
     def _factors(

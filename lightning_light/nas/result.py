@@ -45,7 +45,7 @@ class SearchResult:
 
     def lines(self) -> list[str]:
         """Return one line per target that is changed."""
-        return [f"{item.target}: {item.kind} {item.choice}" for item in self.items]
+        return [item.name for item in self.items]
 
     def summary(self) -> str:
         """Return one line: the costs before, predicted and measured, and how many predictions change."""

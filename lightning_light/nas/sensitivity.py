@@ -38,9 +38,7 @@ def fill_table(
         recipe: of the int8 file; None for a float file.
         progress_bar: whether a terminal shows the progress.
     """
-    now = meter.measure(
-        partial(evaluator.changed, (), recipe)
-    )  # the first measurement, which the later ones take turns with
+    now = meter.measure(partial(evaluator.changed, (), recipe))  # first: the later ones take turns with it
     if not table.costs:
         table.costs = {**meter.count(evaluator.model), **now}
         table.save()

@@ -115,12 +115,9 @@ class SearchTable(Tabular):
         Raises:
             UnsupportedError: matplotlib is not installed.
         """
-        from lightning_light.report.figures import check_matplotlib
+        from lightning_light.report.figures import new_figure
 
-        check_matplotlib("SearchTable.figure")
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(8, 5), layout="constrained")
+        figure = new_figure("SearchTable.figure", 8, 5)
         axes = figure.subplots()
         for kind in dict.fromkeys(item.kind for item in self.items):
             mine = [item for item in self.items if item.kind == kind and item.name in self.savings]

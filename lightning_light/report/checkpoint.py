@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_light.event_log import HISTORY
-from lightning_light.measure.history import History
-from lightning_light.measure.layer_table import LayerRow
-from lightning_light.measure.snapshot import Snapshot
+from lightning_light.measure import History, LayerRow, Snapshot
 from lightning_light.report.contents import RunReport, curves_of
 from lightning_light.validation import validated
 

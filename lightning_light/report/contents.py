@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -14,10 +13,9 @@ from typing_extensions import override
 
 from lightning_light.event_log import event_text
 from lightning_light.formatting import DataTable, Tabular, human_bytes, human_count, human_milliseconds, human_percent
-from lightning_light.measure.comparison import compression_table
-from lightning_light.measure.history import History
-from lightning_light.measure.snapshot import Snapshot
-from lightning_light.report.figures import run_figure, svg
+from lightning_light.measure import Snapshot, compression_table
+from lightning_light.measure.history import History, with_sequences
+from lightning_light.report.figures import has_matplotlib, run_figure, svg
 
 __all__ = ["Curve", "RunReport", "curves_of", "export_reports"]
 
@@ -53,33 +51,17 @@ class RunReport(Tabular):
 
     def plain(self) -> dict[str, Any]:
         """Return plain types, for JSON."""
-        return {
-            **vars(self),
-            "before": self.before.plain(),
-            "after": self.after.plain(),
-            "history": None if self.history is None else self.history.plain(),
-            "metrics": {name: [list(point) for point in curve] for name, curve in self.metrics.items()},
-            "events": list(self.events),
-            "exports": list(self.exports),
-            "methods": list(self.methods),
-            "environment": dict(self.environment),
-            "baseline": None if self.baseline is None else dict(self.baseline),
-        }
+        history = None if self.history is None else self.history.plain()
+        parts = {"before": self.before.plain(), "after": self.after.plain(), "history": history}
+        return {name: with_sequences(value, list) for name, value in {**vars(self), **parts}.items()}
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> RunReport:
         """Restore what `plain` returned."""
-        return cls(
-            before=Snapshot.from_plain(plain["before"]),
-            after=Snapshot.from_plain(plain["after"]),
-            history=None if plain["history"] is None else History.from_plain(plain["history"]),
-            metrics=curves_of(plain["metrics"]),
-            events=tuple(plain["events"]),
-            exports=tuple(plain["exports"]),
-            methods=tuple(plain["methods"]),
-            environment=plain["environment"],
-            baseline=plain["baseline"],
-        )
+        parts: dict[str, Any] = {name: Snapshot.from_plain(plain[name]) for name in ("before", "after")}
+        parts |= {name: tuple(plain[name]) for name in ("events", "exports", "methods")}
+        history = None if plain["history"] is None else History.from_plain(plain["history"])
+        return cls(**{**plain, **parts, "history": history, "metrics": curves_of(plain["metrics"])})
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write the report as JSON."""
@@ -160,7 +142,7 @@ class RunReport(Tabular):
     @override
     def _repr_html_(self) -> str:
         """Return the tables, and the picture where matplotlib is installed."""
-        drawn = self.picture() if importlib.util.find_spec("matplotlib") else ""
+        drawn = self.picture() if has_matplotlib() else ""
         return drawn + super()._repr_html_()
 
 

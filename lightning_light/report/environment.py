@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from lightning_light.measure.latency import processor
+
 __all__ = ["describe_environment"]
 
 _PACKAGES = ("lightning-light", "torch", "lightning", "pytorch-lightning", "executorch", "onnxruntime")
@@ -33,7 +35,7 @@ def describe_environment() -> dict[str, Any]:
         "seed": os.environ.get("PL_GLOBAL_SEED", "not set by `seed_everything`"),
         "python": platform.python_version(),
         "packages": {name: found for name in _PACKAGES if (found := _version(name)) is not None},
-        "machine": f"{platform.platform()}, {os.cpu_count()} CPUs ({_processor()})",
+        "machine": f"{platform.platform()}, {os.cpu_count()} CPUs ({processor()})",
         "threads": torch.get_num_threads(),
         "peak_memory": _peak_memory(),
     }
@@ -44,15 +46,6 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.machine()
 
 
 def _peak_memory() -> dict[str, int]:

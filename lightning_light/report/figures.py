@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_light.errors import UnsupportedError
 from lightning_light.formatting import human_count, short_names
-from lightning_light.measure.history import History
+from lightning_light.measure import History, Snapshot
 from lightning_light.measure.layer_matching import match_layers
-from lightning_light.measure.snapshot import Snapshot
 from lightning_light.validation import validated
 
 if TYPE_CHECKING:
@@ -30,6 +29,7 @@ __all__ = [
     "has_matplotlib",
     "layer_figure",
     "least_of",
+    "new_figure",
     "report_image",
     "run_figure",
     "svg",
@@ -96,6 +96,18 @@ def has_matplotlib() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
+def new_figure(call: str, width: float, height: float) -> Figure:
+    """Return an empty figure of a size in inches, for the function ``call``.
+
+    Raises:
+        UnsupportedError: matplotlib cannot be imported.
+    """
+    check_matplotlib(call)
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
 def front_figure(
     points: Sequence[Point],
     front: Sequence[Point],
@@ -115,10 +127,7 @@ def front_figure(
         joined: whether the front is joined by steps.
         chosen: the candidate that is marked.
     """
-    check_matplotlib("figure")
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = new_figure("figure", 6, 4)
     axes = figure.subplots()
     if points:
         axes.scatter(*zip(*points, strict=True), color="#7fcdbb", label=name)
@@ -151,11 +160,8 @@ def least_of(points: Sequence[Point]) -> list[Point]:
 
 def run_figure(history: History, metrics: Mapping[str, Curve]) -> Figure:
     """Draw the remaining costs and the metrics over the steps, and below them a heat map of the layers."""
-    check_matplotlib("run_figure")
-    from matplotlib.figure import Figure
-
     rows = max(1.2, 0.2 * len(history.layers))
-    figure = Figure(figsize=(8, 3.4 + rows), layout="constrained")
+    figure = new_figure("run_figure", 8, 3.4 + rows)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2.2, rows))
     steps = [step for curve in metrics.values() for step, _ in curve]
     end = max([history.end, history.steps[-1] + 1, *steps])
@@ -167,16 +173,13 @@ def run_figure(history: History, metrics: Mapping[str, Curve]) -> Figure:
 
 def layer_figure(before: Snapshot, after: Snapshot) -> Figure:
     """Draw the MACs of each layer before and after as bars; the parameters where MACs are not known."""
-    check_matplotlib("layer_figure")
-    from matplotlib.figure import Figure
-
     quantity = "params" if before.macs is None or after.macs is None else "macs"
     pairs = [
         (pair.name, *(sum(getattr(row, quantity) for row in rows) for rows in (pair.before, pair.after)))
         for pair in match_layers(before.rows, after.rows)
     ]
     shown = [pair for pair in pairs if max(pair[1:])]
-    figure = Figure(figsize=(8, 0.9 + 0.22 * len(shown)), layout="constrained")
+    figure = new_figure("layer_figure", 8, 0.9 + 0.22 * len(shown))
     axes, places = figure.subplots(), range(len(shown))
     axes.barh(places, [had for _, had, _ in shown], color="#d9e6ee", height=0.8, label="before")
     axes.barh(places, [has for _, _, has in shown], color=_COLORS["macs"], height=0.45, label="after")

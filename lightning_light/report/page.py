@@ -68,12 +68,8 @@ def _listing(text: str) -> str:
 
 
 def _exports(report: RunReport) -> str:
-    if not report.exports:
-        return ""
-    return (
-        _table(report.export_table())
-        + "<p>Latency (median, 10th and 90th percentile) and outputs were measured on the machine named below.</p>"
-    )
+    note = "<p>Latency (median, 10th and 90th percentile) and outputs were measured on the machine named below.</p>"
+    return _table(report.export_table()) + note if report.exports else ""
 
 
 def _environment(report: RunReport) -> str:

@@ -18,8 +18,8 @@ from lightning_light.dependency import trace_calls, trace_dependencies
 from lightning_light.distillation.added_loss import AddedLoss
 from lightning_light.distillation.agreement import Agreement
 from lightning_light.distillation.feature_layers import module_at
-from lightning_light.distillation.logits import SoftTargets
 from lightning_light.distillation.loss import DistillationLoss
+from lightning_light.distillation.losses import SoftTargets
 from lightning_light.distillation.student_hook import ForwardCall, StudentHook
 from lightning_light.errors import UnsupportedError
 from lightning_light.example_input import ExampleInput

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
@@ -10,9 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_light.budgets import Sparsity
-from lightning_light.criteria.evidence import Criterion
-from lightning_light.criteria.gathered import Gathered
-from lightning_light.criteria.group_criterion import check_needs
+from lightning_light.criteria import Criterion, Gathered, check_needs
 from lightning_light.criteria.random import Random
 from lightning_light.errors import UnsupportedError
 from lightning_light.order import DEFAULT_WINDOWS, Stage
@@ -22,11 +20,10 @@ from lightning_light.schema import Needs, Within
 from lightning_light.sparsity.growth import Connections, DynamicMethod, RigL, SRigL, Static
 from lightning_light.sparsity.mask_enforcer import parameters_of
 from lightning_light.sparsity.mask_state import MaskState
-from lightning_light.sparsity.masking import MaskingCallback
+from lightning_light.sparsity.masking import EVENTS, SAME, MaskingCallback
 from lightning_light.sparsity.options import WeightPruningOptions, check_sparsity
 from lightning_light.sparsity.scope import Scope
 from lightning_light.sparsity.scores import score_weights
-from lightning_light.sparsity.weights import MaskableWeight
 from lightning_light.surgery.distributed import reduce_mean
 from lightning_light.targets import TargetsLike
 from lightning_light.timing import Events
@@ -37,9 +34,6 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 __all__ = ["DynamicSparseTraining"]
-
-_SAME = 1e-9
-_EVENTS = 20
 
 
 class DynamicSparseTrainingState(MaskState, total=False):
@@ -107,7 +101,7 @@ class DynamicSparseTraining(MaskingCallback):
         every_n_steps: PositiveInt | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(Events(schedule, every_n_steps, default_events=_EVENTS))
+        super().__init__(Events(schedule, every_n_steps, default_events=EVENTS))
         call = type(self).__name__
         check_sparsity(call, budget)
         check_needs(call, criterion, frozenset())
@@ -131,7 +125,7 @@ class DynamicSparseTraining(MaskingCallback):
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         state = self.state(pl_module)
         if not state["masks"]:
-            if progress_at_step(trainer) + _SAME >= self._events.window(epochs_planned(trainer))[0]:
+            if progress_at_step(trainer) + SAME >= self._events.window(epochs_planned(trainer))[0]:
                 self._begin(trainer, pl_module)
         elif "connections" not in state:  # the masks of an earlier fit
             self._start_from(trainer, pl_module)
@@ -143,8 +137,11 @@ class DynamicSparseTraining(MaskingCallback):
         """Keep the dense gradients of the step before an update, accumulated, reduced and unscaled; then mask them."""
         state = self.state(pl_module)
         if self._rule.needs_gradient and "connections" in state and self._is_due(trainer, state, ahead=1):
-            gradients = state.setdefault("per_weight", {}).setdefault("gradients", {})
-            _keep_gradients(gradients, self._weights, parameters_of(optimizer))
+            kept, stepped = state.setdefault("per_weight", {}).setdefault("gradients", {}), parameters_of(optimizer)
+            for weight in self._weights:
+                gradient = weight.parameter.grad if weight.parameter in stepped else None
+                if gradient is not None and bool(gradient.isfinite().all()):  # else a scaled backward has overflowed
+                    kept[weight.name] = gradient.detach().float().clone()
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
 
     # Private.
@@ -190,7 +187,7 @@ class DynamicSparseTraining(MaskingCallback):
         due = self._fraction_due(trainer, ahead)
         same_plan = state["planned_steps"] == self._planned_steps
         reached = state["fraction"] if same_plan else self._fraction_due(trainer, ahead - 1)
-        return due > reached + _SAME and steps_done(trainer) + ahead < self._planned_steps
+        return due > reached + SAME and steps_done(trainer) + ahead < self._planned_steps
 
     def _is_ready(self, state: Mapping[str, Any]) -> bool:
         gradients = state.get("per_weight", {}).get("gradients", {})
@@ -202,12 +199,9 @@ class DynamicSparseTraining(MaskingCallback):
         scores = score_weights(self._weights, self.options.criterion, Gathered(), generator)
         masks = self._plan.masks(scores, 1.0)
         if isinstance(self._rule, SRigL):
-            masks = {
-                weight.name: weight.oriented(
-                    self._rule.initial_mask(scores[weight.name], int(masks[weight.name].sum()))
-                ).contiguous()
-                for weight in self._weights
-            }
+            for weight in self._weights:
+                own = self._rule.initial_mask(scores[weight.name], int(masks[weight.name].sum()))
+                masks[weight.name] = weight.oriented(own).contiguous()
         churn = self._set_masks(trainer, pl_module, masks)
         self._start_from(trainer, pl_module)
         self._report(trainer, pl_module, churn, restart=True)
@@ -237,13 +231,3 @@ class DynamicSparseTraining(MaskingCallback):
         state |= {"updates": updates + 1, "fraction": completed, "planned_steps": steps_planned(trainer)}
         state.get("per_weight", {}).pop("gradients", None)
         self._report(trainer, pl_module, churn, restart=False)
-
-
-def _keep_gradients(
-    kept: dict[str, Tensor], weights: Sequence[MaskableWeight], stepped: set[torch.nn.Parameter]
-) -> None:
-    """Keep the gradients of one optimizer's parameters, unless a scaled backward pass has overflowed."""
-    for weight in weights:
-        gradient = weight.parameter.grad
-        if weight.parameter in stepped and gradient is not None and bool(gradient.isfinite().all()):
-            kept[weight.name] = gradient.detach().float().clone()

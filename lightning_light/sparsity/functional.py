@@ -10,17 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_light.budgets import Budget, Sparsity
-from lightning_light.criteria.data import collect_evidence
+from lightning_light.criteria.data import evidence_for
 from lightning_light.criteria.evidence import Criterion
-from lightning_light.criteria.gathered import Gathered
-from lightning_light.criteria.movement import Movement
 from lightning_light.example_input import ExampleInput
 from lightning_light.helper_networks import helper_networks
 from lightning_light.order import Stage
 from lightning_light.sparsity.mask_enforcer import mask_model
 from lightning_light.sparsity.options import WeightPruningOptions
 from lightning_light.sparsity.patterns import Pattern
-from lightning_light.sparsity.planning import PruningPlan, plan_pruning
+from lightning_light.sparsity.planning import plan_pruning
 from lightning_light.sparsity.scope import Scope
 from lightning_light.sparsity.scores import score_weights
 from lightning_light.surgery.attachment import check_owners
@@ -99,35 +97,12 @@ def prune_weights(
     plan = plan_pruning("prune_weights", model, options, helpers)
     if uncovered := uncovered_parameters(model, as_targets(targets), (weight.parameter for weight in plan.weights)):
         _LOGGER.info("prune_weights: %s", uncovered_text(uncovered))
-    check_owners(model, [weight.layer for weight in plan.weights], method="prune_weights", stage=Stage.MASKS)
-    gathered = _gather(model, plan, data, loss)
+    layers = [weight.layer for weight in plan.weights]
+    check_owners(model, layers, method="prune_weights", stage=Stage.MASKS)
+    gathered = evidence_for(
+        "prune_weights", model, criterion, data, batches=calibration_batches, loss=loss, layers=layers
+    )
     generator = torch.Generator().manual_seed(seed)
     masks = plan.masks(score_weights(plan.weights, criterion, gathered, generator), 1.0)
     mask_model(model, masks)
     return masks
-
-
-def _gather(
-    model: nn.Module,
-    plan: PruningPlan,
-    data: Iterable[Any] | None,
-    loss: Callable[[Any, Any], Tensor] | None,
-) -> Gathered:
-    criterion = plan.options.criterion
-    needs = criterion.needs - {"generator"}
-    if not needs:
-        return Gathered()
-    if data is None:
-        raise ValueError(
-            f"`prune_weights(criterion={criterion!r})`: expected `data`, batches for a criterion that needs "
-            f"{sorted(needs)}, found None. Write for instance `data=train_loader`, or use `criterion=Magnitude()`."
-        )
-    return collect_evidence(
-        model,
-        data,
-        needs,
-        batches=plan.options.calibration_batches,
-        loss=loss,
-        layers=[weight.layer for weight in plan.weights],
-        accumulate=criterion.accumulate if isinstance(criterion, Movement) else None,
-    )

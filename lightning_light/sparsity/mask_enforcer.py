@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
+from torch.optim import ASGD, SGD, Adadelta, Adagrad, Adam, AdamW, NAdam, Optimizer, RAdam, RMSprop
 from typing_extensions import override
 
 from lightning_light.sparsity.weights import MaskableWeight
@@ -17,19 +17,7 @@ from lightning_light.sparsity.weights import MaskableWeight
 __all__ = ["MaskEnforcer", "StepHooks", "mask_model", "parameters_of"]
 
 # With a zero weight, a zero gradient and zero state these leave all three at zero. Others are masked after each step.
-_ELEMENTWISE = frozenset(
-    {
-        torch.optim.SGD,
-        torch.optim.Adam,
-        torch.optim.AdamW,
-        torch.optim.NAdam,
-        torch.optim.RAdam,
-        torch.optim.Adagrad,
-        torch.optim.Adadelta,
-        torch.optim.RMSprop,
-        torch.optim.ASGD,
-    }
-)
+_ELEMENTWISE = frozenset({SGD, Adam, AdamW, NAdam, RAdam, Adagrad, Adadelta, RMSprop, ASGD})
 
 Pairs = tuple[list[nn.Parameter], list[Tensor]]
 
@@ -42,18 +30,17 @@ class StepHooks(ABC):
     """
 
     def __init__(self) -> None:
-        self._handles: list[RemovableHandle] = []
+        self._hooks = ExitStack()
 
     def watch(self, optimizers: Iterable[Optimizer]) -> None:
         """Call `after_step` after each step of ``optimizers``."""
         self.release()
-        self._handles = [optimizer.register_step_post_hook(self._called) for optimizer in optimizers]
+        for optimizer in optimizers:
+            self._hooks.enter_context(optimizer.register_step_post_hook(self._called))
 
     def release(self) -> None:
         """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._hooks.close()
 
     @abstractmethod
     def before_step(self, optimizer: Optimizer) -> None:

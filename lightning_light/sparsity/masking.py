@@ -39,7 +39,9 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from torch.optim import Optimizer
 
-__all__ = ["MaskingCallback"]
+__all__ = ["EVENTS", "SAME", "MaskingCallback"]
+
+EVENTS, SAME = 20, 1e-9
 
 
 class _Known(NamedTuple):
@@ -122,10 +124,7 @@ class MaskingCallback(CompressionCallback):
 
     @override
     def on_surgery(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        kept: Mapping[str, Mapping[int, Tensor]] | None,
+        self, trainer: Trainer, pl_module: LightningModule, kept: Mapping[str, Mapping[int, Tensor]] | None
     ) -> None:
         """Cut masks and other tensors with their weights; drop those of weights that are gone."""
         cut_masks(pl_module, self.state(pl_module), kept)
@@ -235,12 +234,10 @@ class MaskingCallback(CompressionCallback):
 
     def _report(self, trainer: Trainer, pl_module: LightningModule, churn: float, *, restart: bool) -> None:
         """Log the masks as they are now; with ``restart``, reset checkpoint selection and early stopping."""
-        masks, key = self._masks(pl_module), type(self).method
+        masks = self._masks(pl_module)
         sparsity = zero_fraction(masks.values())
         dead = sum(zero_rows(weight.oriented(masks[weight.name])) for weight in self._weights if weight.name in masks)
-        metrics = {f"{key}/sparsity": sparsity, f"{key}/churn": churn, f"{key}/dead_filters": float(dead)}
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=steps_done(trainer))
+        self.log_scalars(trainer, {"sparsity": sparsity, "churn": churn, "dead_filters": float(dead)})
         if restart:
             reset_monitoring(trainer)
         self.log_event(trainer, pl_module, f"sparsity {sparsity:.2f}, {plural(dead, 'dead filter')}")

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lightning_light.budgets import Sparsity
-from lightning_light.criteria.evidence import Criterion
-from lightning_light.criteria.group_criterion import check_needs
-from lightning_light.criteria.magnitude import Magnitude
+from lightning_light.criteria import Criterion, Magnitude, check_needs
 from lightning_light.sparsity.patterns import NM, Pattern, Unstructured
 from lightning_light.sparsity.scope import Scope
 from lightning_light.targets import TargetsLike

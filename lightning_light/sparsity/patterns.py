@@ -30,15 +30,8 @@ class Pattern(ABC):
         return None
 
 
-@dataclass(frozen=True)
-class Unstructured(Pattern):
-    """Mask single weights: the highest sparsity for the least loss of accuracy.
-
-    It reduces the compressed size; it reduces time only in kernels for sparse weights.
-
-    Han et al., 2015, "Learning both Weights and Connections for Efficient Neural Networks".
-    https://arxiv.org/abs/1506.02626
-    """
+class _Single(Pattern):
+    """Mask single weights."""
 
     @override
     def pool(self, scores: Tensor) -> Tensor:
@@ -47,6 +40,17 @@ class Unstructured(Pattern):
     @override
     def expand(self, units: Tensor, shape: torch.Size) -> Tensor:
         return units
+
+
+@dataclass(frozen=True)
+class Unstructured(_Single):
+    """Mask single weights: the highest sparsity for the least loss of accuracy.
+
+    It reduces the compressed size; it reduces time only in kernels for sparse weights.
+
+    Han et al., 2015, "Learning both Weights and Connections for Efficient Neural Networks".
+    https://arxiv.org/abs/1506.02626
+    """
 
 
 class _Axes(Pattern):
@@ -142,7 +146,7 @@ class Block(Pattern):
 
 @validated
 @dataclass(frozen=True)
-class NM(Pattern):
+class NM(_Single):
     """Keep at most ``n`` of every ``m`` neighbouring weights along the inputs: ``NM(2, 4)`` is a sparsity of one half.
 
     Mishra et al., 2021, "Accelerating Sparse Deep Neural Networks". https://arxiv.org/abs/2104.08378
@@ -182,14 +186,6 @@ class NM(Pattern):
         first = torch.arange(self.m, device=scores.device).reshape(1, 1, -1, *[1] * len(kernel)) < kept
         mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(2, order, first.expand_as(order))
         return mask.reshape(scores.shape)
-
-    @override
-    def pool(self, scores: Tensor) -> Tensor:
-        return scores
-
-    @override
-    def expand(self, units: Tensor, shape: torch.Size) -> Tensor:
-        return units
 
     @override
     def incompatibility(self, shape: torch.Size) -> str | None:

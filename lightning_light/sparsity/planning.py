@@ -46,13 +46,10 @@ class PruningPlan:
         Returns:
             Weight name -> mask in the weight's own layout, True where a weight remains.
         """
-        current = current or {}
-        scores = {
-            weight.name: _without(weight.oriented(mask), scores[weight.name])
-            if (mask := current.get(weight.name)) is not None
-            else scores[weight.name]
-            for weight in self.weights
-        }
+        current, scores = current or {}, dict(scores)
+        for weight in self.weights:
+            if weight.name in current:
+                scores[weight.name] = _without(weight.oriented(current[weight.name]), scores[weight.name])
         pattern = self.options.pattern
         if isinstance(pattern, NM):
             selected = {name: pattern.mask(score, pattern.kept_at(fraction)) for name, score in scores.items()}
@@ -129,12 +126,7 @@ def check_existing_masks(method: str, plan: PruningPlan, masks: Mapping[str, Ten
 
 
 def _refuse_lower(
-    method: str,
-    what: str,
-    masks: Mapping[MaskableWeight, Tensor],
-    total: int,
-    sparsity: float,
-    pattern: Pattern,
+    method: str, what: str, masks: Mapping[MaskableWeight, Tensor], total: int, sparsity: float, pattern: Pattern
 ) -> None:
     masked = sum(int((~mask).sum()) for mask in masks.values())
     slack = sum(_unit_size(weight, pattern) for weight in masks)  # rounding to whole units, per weight
@@ -234,14 +226,10 @@ def _select(
     densities = erk_densities([weight.oriented(weight.parameter).shape for weight in weights], sparsity)
     wanted = [(1.0 - density) * found.numel() for density, found in zip(densities, units.values(), strict=True)]
     limits = [found.numel() - 1 for found in units.values()]
-    exact = set(sizes) == {1}
-    counts = (
-        apportion(wanted, limits, masked)
-        if exact
-        else [min(round(value), limit) for value, limit in zip(wanted, limits, strict=True)]
-    )
+    if set(sizes) == {1}:
+        counts = apportion(wanted, limits, masked)
+    else:
+        counts = [min(round(value), limit) for value, limit in zip(wanted, limits, strict=True)]
     already = [int((found == -torch.inf).sum()) for found in units.values()]
-    return {
-        name: lowest(found, max(count, had))
-        for (name, found), count, had in zip(units.items(), counts, already, strict=True)
-    }
+    numbered = zip(units.items(), counts, already, strict=True)
+    return {name: lowest(found, max(count, had)) for (name, found), count, had in numbered}

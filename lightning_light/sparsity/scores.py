@@ -14,16 +14,7 @@ from lightning_light.sparsity.weights import MaskableWeight
 
 __all__ = ["check_evidence", "score_weights"]
 
-_READABLE = (
-    nn.Linear,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    nn.MultiheadAttention,
-)
+_READABLE = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
 
 
 def check_evidence(method: str, criterion: Criterion, weights: Sequence[MaskableWeight]) -> None:
@@ -32,7 +23,7 @@ def check_evidence(method: str, criterion: Criterion, weights: Sequence[Maskable
     Raises:
         UnsupportedError: names the layers.
     """
-    if criterion.needs & {"grad", "grad_squared", "movement"}:
+    if criterion.needs & PARAMETER_KINDS:
         frozen = [weight.layer for weight in weights if not weight.parameter.requires_grad]
         if frozen:
             raise UnsupportedError(

@@ -10,8 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_light.budgets import Sparsity
-from lightning_light.criteria.collector import EvidenceCollector
-from lightning_light.criteria.evidence import Criterion
+from lightning_light.criteria import Criterion, EvidenceCollector
 from lightning_light.criteria.gathered import PARAMETER_KINDS, EvidenceStorage
 from lightning_light.order import DEFAULT_WINDOWS, Stage
 from lightning_light.progress import epochs_planned, progress_at_step
@@ -19,7 +18,7 @@ from lightning_light.schedules import Cubic, Schedule, Window, require_rising
 from lightning_light.sparsity.mask_enforcer import parameters_of
 from lightning_light.sparsity.mask_schedules import Rewinding
 from lightning_light.sparsity.mask_state import MaskState
-from lightning_light.sparsity.masking import MaskingCallback
+from lightning_light.sparsity.masking import EVENTS, SAME, MaskingCallback
 from lightning_light.sparsity.options import WeightPruningOptions
 from lightning_light.sparsity.patterns import Pattern
 from lightning_light.sparsity.planning import check_existing_masks
@@ -36,9 +35,6 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 __all__ = ["WeightPruning"]
-
-_SAME = 1e-9
-_EVENTS = 20
 
 
 class WeightPruningState(MaskState, total=False):
@@ -117,13 +113,7 @@ class WeightPruning(MaskingCallback):
         calibration_batches: PositiveInt = WeightPruningOptions.calibration_batches,
         seed: int = WeightPruningOptions.seed,
     ) -> None:
-        super().__init__(Events(schedule, every_n_steps, default_events=_EVENTS))
-        self.options = WeightPruningOptions(
-            budget, criterion, pattern, scope, targets, remaining, calibration_batches, seed
-        )
-        self.options.check(type(self).__name__)
-        if schedule.monotone:
-            require_rising(type(self).__name__, schedule)
+        super().__init__(Events(schedule, every_n_steps, default_events=EVENTS))
         self.budget = budget
         self.criterion = criterion
         self.schedule = schedule
@@ -134,7 +124,11 @@ class WeightPruning(MaskingCallback):
         self.every_n_steps = every_n_steps
         self.calibration_batches = calibration_batches
         self.seed = seed
-        self._collector: EvidenceCollector | None = None
+        self.options = self.options_as(WeightPruningOptions)
+        self.options.check(type(self).__name__)
+        if schedule.monotone:
+            require_rising(type(self).__name__, schedule)
+        self._evidence_collector: EvidenceCollector | None = None
 
     # Lightning's hooks, in the order a run meets them.
 
@@ -155,20 +149,18 @@ class WeightPruning(MaskingCallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Change the masks if that is due, before the batch and its metrics."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        assert self._collector is not None  # since `on_fit_start`
         state = self.state(pl_module)
         self._store_origin(trainer, pl_module)
         fraction = self._target(trainer, state)
-        if abs(fraction - state.get("fraction", 0.0)) > _SAME and (fraction == 0.0 or self._is_ready()):
+        if abs(fraction - state.get("fraction", 0.0)) > SAME and (fraction == 0.0 or self._is_ready()):
             self._prune(trainer, pl_module, fraction)
         self._collector.begin_batch(
-            self._needs_batches and self._is_due(trainer, state, ahead=self.options.calibration_batches)
+            self._needs_batches and self._is_due(trainer, state, ahead=self.calibration_batches)
         )
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Gather evidence from the dense gradients, accumulated, reduced and unscaled; then mask them."""
-        assert self._collector is not None  # since `on_fit_start`
         finished = self.schedule.monotone and self.state(pl_module).get("fraction", 0.0) >= 1.0
         if self.options.criterion.needs & PARAMETER_KINDS and not finished:
             stepped = parameters_of(optimizer)
@@ -180,7 +172,6 @@ class WeightPruning(MaskingCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Store the evidence of the batch."""
-        assert self._collector is not None  # since `on_fit_start`
         self._collector.end_batch((lambda tensor: reduce_mean(trainer, tensor)) if trainer.world_size > 1 else None)
 
     @override
@@ -189,30 +180,33 @@ class WeightPruning(MaskingCallback):
     ) -> None:
         """Cut masks and evidence with the weights."""
         super().on_surgery(trainer, pl_module, kept)
-        if self._collector is not None:
-            self._collector.follow(kept)
+        self._collector.follow(kept)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove the hooks."""
-        if self._collector is not None:
-            self._collector.remove()
-        self._collector = None
+        if self._evidence_collector is not None:
+            self._evidence_collector.remove()
+        self._evidence_collector = None
         super().teardown(trainer, pl_module, stage)
 
     # Private.
 
+    @property
+    def _collector(self) -> EvidenceCollector:
+        assert self._evidence_collector is not None  # since `on_fit_start`
+        return self._evidence_collector
+
     def _collect(self, pl_module: LightningModule) -> None:
         layers = [weight.layer for weight in self._weights]
-        self._collector = EvidenceCollector.for_criterion(
-            pl_module, layers, self.options.criterion, lambda: self._evidence(pl_module)
+        self._evidence_collector = EvidenceCollector.for_criterion(
+            pl_module, layers, self.criterion, lambda: self.state(pl_module).setdefault("evidence", {})
         )
 
     @override
     def _plan_again(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super()._plan_again(trainer, pl_module)
-        if self._collector is not None:
-            self._collector.remove()
+        self._collector.remove()
         self._collect(pl_module)
 
     @override
@@ -233,18 +227,11 @@ class WeightPruning(MaskingCallback):
     def _needs_batches(self) -> bool:
         return bool(self.options.criterion.needs - {"generator", "movement"})
 
-    def _evidence(self, pl_module: LightningModule) -> dict[str, Any]:
-        evidence: dict[str, Any] = self.state(pl_module).setdefault("evidence", {})
-        return evidence
-
     def _store_origin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Store the weights to rewind to, once, at their moment."""
-        if not isinstance(self.schedule, Rewinding):
-            return
         state = self.state(pl_module)
-        if "events" in state or "origin" in state.get("per_weight", {}):
-            return
-        if progress_at_step(trainer) + _SAME >= self.schedule.rewind_to:
+        due = isinstance(self.schedule, Rewinding) and progress_at_step(trainer) + SAME >= self.schedule.rewind_to
+        if due and "events" not in state and "origin" not in state.get("per_weight", {}):
             state.setdefault("per_weight", {})["origin"] = store_weights(pl_module)
 
     def _target(self, trainer: Trainer, state: Mapping[str, Any], ahead: int = 0) -> float:
@@ -254,11 +241,10 @@ class WeightPruning(MaskingCallback):
 
     def _is_due(self, trainer: Trainer, state: Mapping[str, Any], ahead: int = 0) -> bool:
         reached: float = state.get("fraction", 0.0)
-        return abs(self._target(trainer, state, ahead) - reached) > _SAME
+        return abs(self._target(trainer, state, ahead) - reached) > SAME
 
     def _is_ready(self) -> bool:
         """Whether the criterion's evidence has been gathered, of every kind."""
-        assert self._collector is not None  # since `on_fit_start`
         if self._needs_batches and self._collector.batches < self.options.calibration_batches:
             return False
         tensors = self._collector.means().tensors
@@ -266,17 +252,13 @@ class WeightPruning(MaskingCallback):
 
     def _prune(self, trainer: Trainer, pl_module: LightningModule, fraction: float) -> None:
         """Score, select the masks of all weights together, and apply them."""
-        assert self._collector is not None  # since `on_fit_start`
         state = self.state(pl_module)
         extended = self.schedule.monotone or 0.0 < state.get("fraction", 0.0) < fraction
         masks = self._select(trainer, pl_module, fraction, state["masks"] if extended else {})
         churn = self._set_masks(trainer, pl_module, masks)
         most = sum(int((~mask).sum()) for mask in state["masks"].values())
-        state |= {
-            "fraction": fraction,
-            "events": state.get("events", 0) + 1,
-            "most_masked": max(state.get("most_masked", 0), most),
-        }
+        events, most = state.get("events", 0) + 1, max(state.get("most_masked", 0), most)
+        state |= {"fraction": fraction, "events": events, "most_masked": most}
         self._collector.forget()
         if fraction == 0.0:
             state["masks"] = {}
@@ -289,7 +271,6 @@ class WeightPruning(MaskingCallback):
     def _select(
         self, trainer: Trainer, pl_module: LightningModule, fraction: float, current: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        assert self._collector is not None  # since `on_fit_start`
         if fraction == 0.0:  # masks are lifted: what was masked starts at zero
             return {weight.name: torch.ones_like(weight.parameter, dtype=torch.bool) for weight in self._weights}
         events = self.state(pl_module).get("events", 0)

@@ -9,15 +9,14 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
 from lightning_light.errors import TargetError, UnsupportedError
-from lightning_light.helper_networks import inside
-from lightning_light.targets import Targets
+from lightning_light.measure.sparsity import output_first
+from lightning_light.targets import Targets, inside
 from lightning_light.trained_weights import TrainedWeight, loose_parameters, other_parametrizations, trained_weights
 
 __all__ = ["MaskableWeight", "find_weights"]
 
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
 _MARKS = ("weight", "proj")
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,11 +40,11 @@ class MaskableWeight:
     @property
     def output_dim(self) -> int:
         """The axis of the weight that counts outputs; transposed convolutions store it second."""
-        return 1 if isinstance(self.module, _TRANSPOSED) else 0
+        return 1 if isinstance(self.module, nn.modules.conv._ConvTransposeNd) else 0
 
     def oriented(self, tensor: Tensor) -> Tensor:
         """View ``tensor``, in the layout of the weight, as ``(out, in, *kernel)``; its own inverse."""
-        return tensor.transpose(0, 1) if self.output_dim else tensor
+        return output_first(self.module, tensor)
 
 
 def find_weights(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ def measure(
     return budget.measure(model, example)
 
 
+@dataclass(eq=False)
 class Estimator:
     """Compute the cost of a model for any widths of its groups, from the shapes of its tensors.
 
@@ -41,23 +43,20 @@ class Estimator:
         is_noisy: whether the quantity is measured by running the model, so that two measurements differ.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        graph: DependencyGraph,
-        groups: Sequence[ChannelGroup],
-        budget: Budget,
-        example: ExampleInput,
-    ) -> None:
-        self._model, self._graph, self._groups = model, graph, list(groups)
-        self._budget, self._example = budget, example
-        self._widths = torch.tensor([group.width for group in self._groups])
-        self._dims = _shrinking_dims(graph, self._groups)
-        self.is_noisy = budget.runs_model
+    model: nn.Module
+    graph: DependencyGraph
+    groups: Sequence[ChannelGroup]
+    budget: Budget
+    example: ExampleInput
+
+    def __post_init__(self) -> None:
+        self._widths = torch.tensor([group.width for group in self.groups])
+        self._dims = _shrinking_dims(self.graph, self.groups)
+        self.is_noisy = self.budget.runs_model
         self.now = self._measure()
 
     def _measure(self) -> float:
-        return measure(self._model, self._budget, self._example, self._graph)
+        return measure(self.model, self.budget, self.example, self.graph)
 
     def __call__(self, widths: Tensor) -> float:
         """Estimate the cost when group ``i`` keeps ``widths[i]`` channels."""
@@ -66,48 +65,46 @@ class Estimator:
     def interpolate(self, widths: Tensor) -> Tensor:
         """Estimate the cost for widths that are not necessarily integers; differentiable, a scalar of type double."""
         removed = self._widths - widths.double()
-        if self._budget.channel_cost is not None:
-            return self.now - self._budget.channel_cost * removed.sum()
+        if self.budget.channel_cost is not None:
+            return self.now - self.budget.channel_cost * removed.sum()
         costs, slopes = self._shares
         return self.now - costs @ (1.0 - (1.0 - slopes @ removed).prod(dim=0))
 
     @functools.cached_property
     def _shares(self) -> tuple[Tensor, Tensor]:
         """Cost of each tensor; fraction of each of its dimensions, per removed channel of each group."""
-        costs = torch.tensor([self._costs.get(tensor, 0.0) for tensor in self._dims], dtype=torch.double)
+        known = self._tensor_costs()
+        costs = torch.tensor([known.get(tensor, 0.0) for tensor in self._dims], dtype=torch.double)
         depth = max((len(dims) for dims in self._dims.values()), default=0)
-        slopes = torch.zeros(depth, len(self._dims), len(self._groups), dtype=torch.double)
+        slopes = torch.zeros(depth, len(self._dims), len(self.groups), dtype=torch.double)
         for row, dims in enumerate(self._dims.values()):
             for place, (size, numbers, positions) in enumerate(dims):
                 slopes[place, row].index_add_(0, numbers, positions.double() / size)
         return costs, slopes
 
-    @functools.cached_property
-    def _costs(self) -> dict[str, float]:
-        return self._tensor_costs()
-
     def _tensor_costs(self) -> dict[str, float]:
-        return self._budget.tensor_costs(self._model, self._example)
+        return self.budget.tensor_costs(self.model, self.example)
 
     def exact(self, kept: Mapping[str, Tensor]) -> float:
         """Count or measure the cost of the model in the shape that it would have."""
-        if self._budget.channel_cost is not None:
+        if self.budget.channel_cost is not None:
             return self(self._widths_of(kept))
-        with self._cut(kept, values=self._budget.runs_model):
-            return self._budget.measure(self._model, self._example)
+        with self._cut(kept, values=self.budget.runs_model):
+            return self.budget.measure(self.model, self.example)
 
     def least(self, kept: Mapping[str, Tensor]) -> float:
         """Count or measure the cost with every group at its smallest width."""
         return self.exact(kept)
 
     def _widths_of(self, kept: Mapping[str, Tensor]) -> Tensor:
-        return torch.tensor([int(kept[group.name].sum()) for group in self._groups])
+        return torch.tensor([int(kept[group.name].sum()) for group in self.groups])
 
     def _cut(self, kept: Mapping[str, Tensor], *, values: bool) -> AbstractContextManager[object]:
-        positions, attributes = self._graph.kept_positions(kept), self._graph.attributes(self._model, kept)
-        return trial(self._model, positions, attributes, values=values)
+        positions, attributes = self.graph.kept_positions(kept), self.graph.attributes(self.model, kept)
+        return trial(self.model, positions, attributes, values=values)
 
 
+@dataclass(eq=False)
 class FileEstimator(Estimator):
     """Estimate the latency of the model's file for any widths, from a table of its operators in the runtime.
 
@@ -120,26 +117,16 @@ class FileEstimator(Estimator):
         table: corrected by the file of the model, if it is not corrected yet.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        graph: DependencyGraph,
-        groups: Sequence[ChannelGroup],
-        budget: Budget,
-        example: ExampleInput,
-        table: LatencyTable,
-    ) -> None:
-        self._table = table
-        self._known: dict[tuple[int, ...], float] = {}
-        super().__init__(model, graph, groups, budget, example)
+    table: LatencyTable
+    _known: dict[tuple[int, ...], float] = field(default_factory=dict, init=False)
 
     @override
     def __call__(self, widths: Tensor) -> float:
         key = tuple(widths.tolist())
         if key not in self._known:
-            kept = {g.name: torch.arange(g.width) < width for g, width in zip(self._groups, key, strict=True)}
+            kept = {g.name: torch.arange(g.width) < width for g, width in zip(self.groups, key, strict=True)}
             with self._cut(kept, values=False):
-                self._known[key] = self._table.estimate(self._model, self._example)
+                self._known[key] = self.table.estimate(self.model, self.example)
         return self._known[key]
 
     @override
@@ -150,26 +137,26 @@ class FileEstimator(Estimator):
     def least(self, kept: Mapping[str, Tensor]) -> float:
         """Measure the file with every group at its smallest width; the first one corrects the estimates."""
         with self._cut(kept, values=True):
-            if self._table.is_corrected:
-                return self._table.file(self._model, self._example)
-            seconds = self._table.correct_by(self._model, self._example)
-        self.now = self._table.estimate(self._model, self._example)
+            if self.table.is_corrected:
+                return self.table.file(self.model, self.example)
+            seconds = self.table.correct_by(self.model, self.example)
+        self.now = self.table.estimate(self.model, self.example)
         return seconds
 
     def file(self, kept: Mapping[str, Tensor]) -> float:
         """Measure the file of the model in the shape that it would have."""
         with self._cut(kept, values=True):
-            return self._table.file(self._model, self._example)
+            return self.table.file(self.model, self.example)
 
     @override
     def _measure(self) -> float:
-        if not self._table.used["estimated"]:
-            self._table.correct_by(self._model, self._example)
-        return self._table.estimate(self._model, self._example)
+        if not self.table.used["estimated"]:
+            self.table.correct_by(self.model, self.example)
+        return self.table.estimate(self.model, self.example)
 
     @override
     def _tensor_costs(self) -> dict[str, float]:
-        costs = MACs(1.0).tensor_costs(self._model, self._example)
+        costs = MACs(1.0).tensor_costs(self.model, self.example)
         scale = self.now / max(sum(costs.values()), 1.0)
         return {name: cost * scale for name, cost in costs.items()}
 

@@ -13,11 +13,9 @@ from torch.optim import Optimizer
 
 from lightning_light.batch_norm import measure_statistics, move_statistics
 from lightning_light.budgets import Budget
-from lightning_light.criteria.data import collect_evidence
+from lightning_light.criteria.data import evidence_for
 from lightning_light.criteria.evidence import Criterion
-from lightning_light.criteria.gathered import Gathered
 from lightning_light.criteria.learned_gates import LearnedGates, learn_gates
-from lightning_light.criteria.movement import Movement
 from lightning_light.dependency import DependencyGraph, trace_dependencies
 from lightning_light.example_input import ExampleInput, example_of_batch
 from lightning_light.measure.latency_table import LatencyTable
@@ -26,7 +24,7 @@ from lightning_light.structured.options import ChannelPruningOptions, Widths, ch
 from lightning_light.structured.plan import Goal, Plan, check_run, gate_problem, plan_channels, widths_of
 from lightning_light.structured.ranking import Ranking
 from lightning_light.structured.sensitivity import Sensitivity
-from lightning_light.surgery.attachment import attach, has_state, record, release, state_of
+from lightning_light.surgery.attachment import has_state, record, recording, state_of
 from lightning_light.surgery.edit import cut
 from lightning_light.targets import Targets
 from lightning_light.validation import OpenFraction, PositiveInt, validated
@@ -121,7 +119,9 @@ def prune_channels(
         inputs = (example_of_batch(batch, model) for batch in _endless(batches, data))
         gathered = learn_gates(model, criterion, gate_problem(model, graph, options, goal), inputs)
     else:
-        gathered = _gathered(model, criterion, batches, loss)
+        gathered = evidence_for(
+            "prune_channels", model, criterion, batches or None, batches=len(batches) or 1, loss=loss
+        )
     plan = plan_channels(model, graph, options, goal, gathered)
     if plan.removed and not dry_run:
         calls = [example_of_batch(batch, model) for batch in batches] if correct_batch_norm else []
@@ -132,22 +132,15 @@ def prune_channels(
 
 
 def _carry_out(
-    model: nn.Module,
-    graph: DependencyGraph,
-    plan: Plan,
-    calls: list[ExampleInput],
-    optimizers: Iterable[Optimizer],
+    model: nn.Module, graph: DependencyGraph, plan: Plan, calls: list[ExampleInput], optimizers: Iterable[Optimizer]
 ) -> None:
     """Cut ``model``, record the cut in its compression state, and correct its batch-norm statistics."""
-    attached = has_state(model)
-    attach(model)  # remembers the structure before the cut
     kept = graph.kept_positions(plan.kept)
-    before = measure_statistics(model, calls)
-    edit = cut(model, kept, attributes=graph.attributes(model, plan.kept), optimizers=optimizers)
-    move_statistics(model, before, measure_statistics(model, calls), kept)
-    record(model, (), edit.entry(), kept)
-    if not attached:
-        release(model)
+    with recording(model):  # remembers the structure before the cut
+        before = measure_statistics(model, calls)
+        edit = cut(model, kept, attributes=graph.attributes(model, plan.kept), optimizers=optimizers)
+        move_statistics(model, before, measure_statistics(model, calls), kept)
+        record(model, (), edit.entry(), kept)
 
 
 def _endless(first: list[Any], data: Iterable[Any]) -> Iterator[Any]:
@@ -159,19 +152,3 @@ def _endless(first: list[Any], data: Iterable[Any]) -> Iterator[Any]:
         for batch in data:
             found = True
             yield batch
-
-
-def _gathered(
-    model: nn.Module, criterion: Criterion, batches: list[Any], loss: Callable[[Any, Any], Tensor] | None
-) -> Gathered:
-    """The evidence that ``criterion`` needs, from ``batches``."""
-    if not criterion.needs - {"generator"}:
-        return Gathered()
-    if not batches:
-        raise ValueError(
-            f"`prune_channels(criterion={criterion!r})`: expected `data`, batches from which "
-            f"{sorted(criterion.needs - {'generator'})} can be gathered, found none. Pass `data=train_dataloader`, or "
-            "use `criterion=Magnitude()`."
-        )
-    accumulate = criterion.accumulate if isinstance(criterion, Movement) else None
-    return collect_evidence(model, batches, criterion.needs, batches=len(batches), loss=loss, accumulate=accumulate)

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lightning_light.budgets import Budget, require_reducible
-from lightning_light.criteria.evidence import Criterion
-from lightning_light.criteria.learned_gates import LearnedGates
-from lightning_light.criteria.magnitude import Magnitude
+from lightning_light.criteria import Criterion, LearnedGates, Magnitude
 from lightning_light.errors import UnsupportedError
 from lightning_light.structured.ranking import Global, Ranking
 from lightning_light.targets import Targets

@@ -19,7 +19,7 @@ from lightning_light.dependency import ChannelGroup, DependencyGraph
 from lightning_light.errors import BudgetError, UnsupportedError
 from lightning_light.example_input import ExampleInput
 from lightning_light.formatting import DataTable, Tabular, layer_lines
-from lightning_light.measure.latency_table import LatencyTable, TimedFiles, lowered
+from lightning_light.measure.latency_table import LatencyTable, lowered
 from lightning_light.order import Stage
 from lightning_light.structured.costs import Estimator, FileEstimator, smallest
 from lightning_light.structured.options import ChannelPruningOptions
@@ -61,11 +61,6 @@ class Goal:
     curves: Mapping[str, Tensor] = field(default_factory=dict)
     table: LatencyTable | None = None
 
-    @property
-    def timed(self) -> TimedFiles | None:
-        """What has been measured in the runtime of the budget."""
-        return None if self.table is None else self.table.used
-
 
 @dataclass(frozen=True, eq=False)
 class Plan(Tabular):
@@ -78,7 +73,6 @@ class Plan(Tabular):
         skipped: group name -> why its channels stay.
         curves: group name -> distance of the outputs without 0, 1, ... of its channels, of `Sensitivity`.
         estimated: ``after`` as it was estimated, where the written file was measured.
-        timed: what the plan has measured in the runtime of the budget.
     """
 
     kept: dict[str, Tensor] = field(default_factory=dict)
@@ -87,7 +81,6 @@ class Plan(Tabular):
     skipped: dict[str, str] = field(default_factory=dict)
     curves: Mapping[str, Tensor] = field(default_factory=dict)
     estimated: float | None = None
-    timed: TimedFiles | None = None
 
     @property
     def removed(self) -> int:
@@ -96,11 +89,8 @@ class Plan(Tabular):
 
     def cuts(self) -> list[str]:
         """Describe each layer that loses channels, one line per layer."""
-        return [
-            f"{name}: {mask.numel()} -> {int(mask.sum())} channels"
-            for name, mask in self.kept.items()
-            if not mask.all()
-        ]
+        cut = {name: mask for name, mask in self.kept.items() if not mask.all()}
+        return [f"{name}: {mask.numel()} -> {int(mask.sum())} channels" for name, mask in cut.items()]
 
     def lines(self) -> list[str]:
         """Describe each layer: its new width, or why its channels are kept."""
@@ -132,10 +122,8 @@ def check_prunable(model: nn.Module) -> None:
             )
 
 
-def check_run(
-    model: nn.Module, graph: DependencyGraph, options: ChannelPruningOptions, goal: Goal
-) -> TimedFiles | None:
-    """Refuse a run whose last cut could not be made, before the first; return what was measured for a file's latency.
+def check_run(model: nn.Module, graph: DependencyGraph, options: ChannelPruningOptions, goal: Goal) -> None:
+    """Refuse a run whose last cut could not be made, before the first.
 
     Args:
         model: read only.
@@ -159,7 +147,6 @@ def check_run(
     if not met:
         layers = {layer_of(member.tensor) for group in candidates.groups for member in group.members}
         check_owners(model, sorted(layers), method="structured_pruning", stage=Stage.STRUCTURED)
-    return goal.timed
 
 
 def plan_channels(
@@ -187,14 +174,14 @@ def plan_channels(
     estimator = _estimator(model, graph, candidates, goal)
     _check_reachable(candidates, estimator, goal)
     if not candidates.ranked:
-        return Plan(fixed, estimator.now, estimator.exact(fixed), candidates.skipped, timed=goal.timed)
+        return Plan(fixed, estimator.now, estimator.exact(fixed), candidates.skipped)
     order, curves = _order(model, candidates.ranked, scores, options.ranking, goal)
     search = _Search(candidates, scores, order, fixed, estimator)
     limit, estimated = goal.budget.at(goal.dense, goal.fraction) * (1.0 + _ROUNDING), None
     kept, value = search.solve(limit)
     if isinstance(estimator, FileEstimator) and goal.fraction == 1.0:
         kept, estimated, value = _met_by_file(search, estimator, limit)
-    return Plan(kept, estimator.now, value, candidates.skipped, curves, estimated, goal.timed)
+    return Plan(kept, estimator.now, value, candidates.skipped, curves, estimated)
 
 
 def _met_by_file(search: _Search, estimator: FileEstimator, limit: float) -> tuple[dict[str, Tensor], float, float]:

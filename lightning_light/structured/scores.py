@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from lightning_light.criteria.evidence import Criterion, Evidence
-from lightning_light.criteria.gathered import Gathered
-from lightning_light.criteria.group_criterion import GroupCriterion
-from lightning_light.criteria.reduction import Reduction, channel_scores, combine, normalize
+from lightning_light.criteria import (
+    Criterion,
+    Evidence,
+    Gathered,
+    GroupCriterion,
+    Reduction,
+    channel_scores,
+    combine,
+    normalize,
+)
 from lightning_light.dependency import ChannelGroup, Member
 from lightning_light.errors import UnsupportedError
 from lightning_light.structured.ranking import Ranking
@@ -80,9 +86,12 @@ def _position_scores(
     members = {(m.tensor, m.dim): m for group in groups for m in _scored(group, criterion)}
     scores = {}
     for key, member in members.items():
-        evidence = _evidence(model, tensors[member.tensor], member, criterion, gathered, generator)
-        if evidence is not None:
-            scores[key] = channel_scores(criterion(evidence))
+        tensor, layer, role = tensors[member.tensor], layer_of(member.tensor), cast("Role", member.role)
+        where: dict[str, Any] = {"name": member.tensor, "layer": layer, "module": model.get_submodule(layer)}
+        pieces = gathered.pieces(criterion.needs, tensor, dim=member.dim, **where)
+        if criterion.needs - {"generator"} <= pieces.keys():
+            weight = tensor.detach().movedim(member.dim, 0)
+            scores[key] = channel_scores(criterion(Evidence(weight, role, generator=generator, **pieces)))
     return scores
 
 
@@ -100,31 +109,6 @@ def _scored(group: ChannelGroup, criterion: Criterion) -> list[Member]:
     """The members that ``criterion`` reads, the layer that makes the channels first."""
     read = [member for member in group.members if member.role in _SCORED and member.role in criterion.roles]
     return sorted(read, key=lambda member: _SCORED.index(member.role))
-
-
-def _evidence(
-    model: nn.Module,
-    tensor: Tensor,
-    member: Member,
-    criterion: Criterion,
-    gathered: Gathered,
-    generator: torch.Generator,
-) -> Evidence | None:
-    """The evidence about one tensor, its channels first; None where a piece was not gathered."""
-    layer = layer_of(member.tensor)
-    pieces = gathered.pieces(
-        criterion.needs,
-        tensor,
-        name=member.tensor,
-        layer=layer,
-        module=model.get_submodule(layer),
-        dim=member.dim,
-    )
-    if any(piece is None for piece in pieces.values()):
-        return None
-    placed = {kind: piece.to(tensor.device) for kind, piece in pieces.items() if piece is not None}
-    role = cast("Role", member.role)
-    return Evidence(tensor.detach().movedim(member.dim, 0), role=role, generator=generator, **placed)
 
 
 def layer_of(tensor: str) -> str:

@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_light.batch_norm import InputRecorder, Statistics, has_statistics, measure_statistics, move_statistics
+from lightning_light.batch_norm import has_statistics, move_statistics
 from lightning_light.budgets import Budget
-from lightning_light.callback import CompressionCallback
-from lightning_light.capture import Capture, has_lazy_layers
-from lightning_light.criteria.collector import EvidenceCollector
-from lightning_light.criteria.evidence import Criterion
+from lightning_light.capture import has_lazy_layers
+from lightning_light.criteria import Criterion, EvidenceCollector, check_needs
 from lightning_light.criteria.gathered import EvidenceStorage, Gathered
-from lightning_light.criteria.group_criterion import check_needs
 from lightning_light.criteria.learned_gates import GateProblem, GateTrainer, LearnedGates
-from lightning_light.dependency import ChannelGroup, DependencyGraph, trace_calls
+from lightning_light.dependency import DependencyGraph, trace_calls
 from lightning_light.dependency.trace import UNUSED
 from lightning_light.errors import TraceError
 from lightning_light.example_input import ExampleInput
 from lightning_light.formatting import plural
-from lightning_light.measure.latency_table import LatencyTable, TimedFiles, measured_text
+from lightning_light.measure.latency_table import LatencyTable, measured_text
 from lightning_light.order import DEFAULT_WINDOWS, Stage
 from lightning_light.planning import criterion_for
 from lightning_light.progress import epochs_planned, steps_done, steps_planned, training_progress
+from lightning_light.recorded_inputs import RecordedInputs, RecordedState
 from lightning_light.schedules import Cubic, Schedule, Window, require_rising
-from lightning_light.schema import Needs, PlainExample
+from lightning_light.schema import Needs
 from lightning_light.structured.costs import measure
 from lightning_light.structured.functional import prune_channels
 from lightning_light.structured.options import ChannelPruningOptions, Widths, check_gates, check_goal
@@ -47,9 +45,9 @@ from lightning_light.structured.ranking import Ranking
 from lightning_light.structured.regularization import SparsityRegularizer, add_penalty
 from lightning_light.structured.sensitivity import Sensitivity, curve_lines
 from lightning_light.surgery.averaged_models import averaged_models_of
-from lightning_light.surgery.distributed import broadcast, log_rank_zero, on_rank_zero, reduce_mean
+from lightning_light.surgery.distributed import broadcast, log_rank_zero, reduce_mean
 from lightning_light.surgery.edit import cut
-from lightning_light.surgery.stored_example import restore_or_capture_example, store_example, stored_calls
+from lightning_light.surgery.stored_example import stored_calls
 from lightning_light.targets import Targets, as_targets
 from lightning_light.timing import Events
 from lightning_light.training_step import callable_with
@@ -61,10 +59,8 @@ if TYPE_CHECKING:
 
 __all__ = ["StructuredPruning"]
 
-T = TypeVar("T")
 
-
-class _State(TypedDict, total=False):
+class _State(RecordedState, total=False):
     """What a checkpoint holds of a run.
 
     Attributes:
@@ -73,11 +69,8 @@ class _State(TypedDict, total=False):
         removed: channels removed so far, in all fits.
         original: group name -> width before the first cut.
         planned: whether the run was checked.
-        example: arguments of one call of the network.
-        inputs: calls of the last batches, for the correction of batch-norm statistics.
         evidence: what the collector has gathered.
         curves: what `Sensitivity` has measured.
-        latency: what the plans have measured in the runtime of the budget.
     """
 
     events: NonNegativeInt
@@ -85,15 +78,12 @@ class _State(TypedDict, total=False):
     removed: NonNegativeInt
     original: dict[str, PositiveInt]
     planned: Annotated[bool, Needs("original")]
-    example: PlainExample
-    inputs: list[PlainExample]
     evidence: EvidenceStorage
     curves: dict[str, Tensor]
-    latency: TimedFiles
 
 
 @validated
-class StructuredPruning(CompressionCallback):
+class StructuredPruning(RecordedInputs):
     """Remove the least important channels, a few at a time, until the network meets ``budget``.
 
     When a channel is removed, the layer that computes it, every layer that reads it and the optimizer's state shrink
@@ -146,6 +136,8 @@ class StructuredPruning(CompressionCallback):
     """
 
     method: ClassVar[str] = "structured_pruning"
+    function: ClassVar[str] = "lightning_light.prune_channels"
+    requires_calls: ClassVar[bool] = False
     stage: ClassVar[int] = Stage.STRUCTURED
     state_schema: ClassVar[Any] = _State
 
@@ -183,10 +175,9 @@ class StructuredPruning(CompressionCallback):
         self.regularizer = regularizer
         self.dry_run = dry_run
         check_gates("StructuredPruning", self.options)
+        self._events = Events(schedule, every_n_steps)
         self._points: list[tuple[float, float]] = []
-        self._capture: Capture | None = None
         self._collector: EvidenceCollector | GateTrainer | None = None
-        self._recorder: InputRecorder | None = None
         self._corrects = False
         self._graph: DependencyGraph | None = None
         self._calls: list[ExampleInput] = []
@@ -196,8 +187,7 @@ class StructuredPruning(CompressionCallback):
     @property
     def options(self) -> ChannelPruningOptions:
         """Options by which channels are chosen."""
-        names = [field.name for field in dataclasses.fields(ChannelPruningOptions)]
-        return ChannelPruningOptions(**{name: getattr(self, name) for name in names})
+        return self.options_as(ChannelPruningOptions)
 
     # Lightning's hooks, in the order a run meets them.
 
@@ -208,21 +198,19 @@ class StructuredPruning(CompressionCallback):
         check_prunable(pl_module)
         for pattern in (self.targets, *(self.remaining or {})):
             as_targets(pattern).select(pl_module)
-        if not self.resumed(pl_module):
-            _start_over(self.state(pl_module))
         self._graph, self._calls = None, []
-        self._capture = restore_or_capture_example(pl_module, self.state(pl_module))
+        self._corrects = self.correct_batch_norm and not self.dry_run and has_statistics(pl_module)
+        recorded = self._corrects or isinstance(self.ranking, Sensitivity)
+        of_this_fit = self.state(pl_module).keys() - {"original", "removed"}  # widths are relative to the first network
+        self.record_inputs(pl_module, *of_this_fit, recorded=recorded)
         if self._needs_data:
             self._collector = self._new_collector(trainer, pl_module)
-        self._corrects = self.correct_batch_norm and not self.dry_run and has_statistics(pl_module)
-        if self._corrects or isinstance(self.ranking, Sensitivity):
-            self._recorder = InputRecorder(pl_module)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Place the cuts in the run."""
         super().on_train_start(trainer, pl_module)
-        self._points = self._events().points(epochs_planned(trainer), steps_planned(trainer))
+        self._points = self._events.points(epochs_planned(trainer), steps_planned(trainer))
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -236,8 +224,8 @@ class StructuredPruning(CompressionCallback):
             self._cut(trainer, pl_module, due)
         if self._collector is not None:
             self._collector.begin_batch(gather=self._is_near(trainer, state.get("events", 0), self._criterion_batches))
-        if self._recorder is not None:
-            self._recorder.active = self._uses_inputs(trainer, state)
+        if self.recorder is not None:
+            self.recorder.active = self._uses_inputs(trainer, state)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -245,20 +233,21 @@ class StructuredPruning(CompressionCallback):
         self._plan_run(trainer, pl_module)
         if self._collector is not None:
             self._collector.observe_step(p for group in optimizer.param_groups for p in group["params"])
-        if self.regularizer is not None and not self._is_finished(pl_module):
-            add_penalty(pl_module, self._penalized(trainer, pl_module), self.regularizer, self._phase(trainer))
+        finished = self.dry_run or self.state(pl_module).get("events", 0) >= len(self._points)
+        if self.regularizer is not None and self.has_example and not finished:
+            graph = self._trace(trainer, pl_module, self.example(pl_module))
+            groups = [group for group in graph.groups if group.reason is None]
+            phase = min(training_progress(trainer) / max(self._points[-1][0], 1e-9), 1.0)
+            add_penalty(pl_module, groups, self.regularizer, phase)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Store the evidence and the inputs of this batch, for the cut and for checkpoints."""
-        state = self.state(pl_module)
-        store_example(state, self._capture)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._collector is not None:
             self._collector.end_batch(lambda tensor: reduce_mean(trainer, tensor))
-        if self._recorder is not None and (calls := self._recorder.take()):
-            state["inputs"] = [*state.get("inputs", []), *calls][-self._input_batches :]
 
     @override
     def before_surgery(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -284,17 +273,15 @@ class StructuredPruning(CompressionCallback):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove all hooks."""
-        for held in (self._capture, self._collector, self._recorder):
-            if held is not None:
-                held.remove()
-        self._capture, self._collector, self._recorder, self._graph = None, None, None, None
-        self._batch, self._calls = None, []
+        if self._collector is not None:
+            self._collector.remove()
+        self._collector, self._graph, self._batch, self._calls = None, None, None, []
         super().teardown(trainer, pl_module, stage)
 
     @override
     def window(self, max_epochs: int | None) -> tuple[float, float] | None:
         """From the first cut to the last."""
-        return self._events().window(max_epochs)
+        return self._events.window(max_epochs)
 
     @override
     def rehearse(self, model: nn.Module, example: ExampleInput, batches: Sequence[Any]) -> list[str]:
@@ -305,17 +292,14 @@ class StructuredPruning(CompressionCallback):
 
     # Private: when.
 
-    def _events(self) -> Events:
-        return Events(self.schedule, self.every_n_steps)
-
     def _is_ready(self, pl_module: LightningModule) -> bool:
         """Whether the run is planned, and what criterion and ranking need has been gathered."""
         state = self.state(pl_module)
         if not self._calls or not state.get("planned"):
             return False
         measured = True
-        if isinstance(self.ranking, Sensitivity) and self._capture is not None and self._capture.example is not None:
-            of_step = self._capture.example.method != "forward"
+        if isinstance(self.ranking, Sensitivity) and self.has_example:
+            of_step = self.example(pl_module).method != "forward"
             measured = of_step or "curves" in state or len(state.get("inputs", [])) >= self.ranking.batches
         return measured and (self._collector is None or self._collector.batches >= self._criterion_batches)
 
@@ -329,22 +313,18 @@ class StructuredPruning(CompressionCallback):
         return self.criterion.steps if isinstance(self.criterion, LearnedGates) else self.calibration_batches
 
     @property
-    def _input_batches(self) -> int:
-        """The number of batches whose inputs are kept."""
-        if isinstance(self.ranking, Sensitivity):
-            return max(self.ranking.batches, self.calibration_batches)
-        return self.calibration_batches
+    @override
+    def recorded_batches(self) -> int:
+        measured = self.ranking.batches if isinstance(self.ranking, Sensitivity) else 0
+        return max(measured, self.calibration_batches)
 
     def _uses_inputs(self, trainer: Trainer, state: Mapping[str, Any]) -> bool:
         """Whether the inputs of this batch are for the curves of `Sensitivity` or for batch-norm statistics."""
-        last, steps = len(self._points) - 1, self._input_batches
+        last, steps = len(self._points) - 1, self.recorded_batches
         measures = isinstance(self.ranking, Sensitivity) and "curves" not in state and self._is_near(trainer, 0, steps)
         return measures or (
             self._corrects and state.get("events", 0) <= last and self._is_near(trainer, last, self.calibration_batches)
         )
-
-    def _is_finished(self, pl_module: LightningModule) -> bool:
-        return self.dry_run or self.state(pl_module).get("events", 0) >= len(self._points)
 
     def _is_near(self, trainer: Trainer, event: int, steps: int) -> bool:
         """Whether the cut number ``event`` is at most ``steps`` optimizer steps away, or overdue."""
@@ -352,9 +332,6 @@ class StructuredPruning(CompressionCallback):
             return False
         progress, _ = self._points[event]
         return steps_done(trainer) + steps >= progress * steps_planned(trainer)
-
-    def _phase(self, trainer: Trainer) -> float:
-        return min(training_progress(trainer) / max(self._points[-1][0], 1e-9), 1.0)
 
     # Private: what.
 
@@ -366,38 +343,38 @@ class StructuredPruning(CompressionCallback):
         state = self.state(pl_module)
         if self._batch is not None:
             self._calls, self._batch, self._graph = self._observe(trainer, pl_module, self._batch), None, None
-        if state.get("planned") or self._capture is None or self._capture.example is None:
+        if state.get("planned") or not self.has_example:
             return
-        example = self._capture.example.to(pl_module)
+        example = self.example(pl_module)
         graph = self._trace(trainer, pl_module, example)
         state["original"] = widths_of(graph) | state.get("original", {})
         with callable_with(pl_module, example):
             goal = self._goal(trainer, pl_module, example, fraction=1.0)
             if self._calls:
-                _keep_timed(state, on_rank_zero(trainer, lambda: check_run(pl_module, graph, self.options, goal)))
+                check = partial(check_run, pl_module, graph, self.options)
+                self.decided(trainer, pl_module, self.budget, lambda table: check(replace(goal, table=table)))
                 state["planned"] = True
 
     def _observe(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> list[ExampleInput]:
-        """Return the calls whose channels are followed: of ``forward``, the training step, the validation step."""
-        assert self._capture is not None
-        calls, found = self._capture.calls(pl_module, batch), self._capture.observed
-        assert found is not None
-        if found.step is None:
-            self._check_forward_suffices(trainer, pl_module, found.error, safe=bool(calls) and found.only_forward)
-        return calls
+        """Return the calls whose channels are followed: of ``forward``, the training step, the validation step.
 
-    def _check_forward_suffices(self, trainer: Trainer, pl_module: LightningModule, error: str, *, safe: bool) -> None:
-        """Refuse to prune by ``forward`` alone where the training step may read more than that shows."""
-        assert self._capture is not None
-        example, name = self._capture.example, f"{type(pl_module).__name__}.training_step"
-        if safe and example is not None:
-            graph = trace_calls(pl_module, [example.to(pl_module)], heads=self.heads)
+        Raises:
+            TraceError: the training step may read more than ``forward`` shows, and does not run in a trace.
+        """
+        assert self.captured is not None
+        calls, found = self.captured.calls(pl_module, batch), self.captured.observed
+        assert found is not None
+        if found.step is not None:
+            return calls
+        name = f"{type(pl_module).__name__}.training_step"
+        if calls and found.only_forward:  # `forward` may show all that the step reads
+            graph = trace_calls(pl_module, [self.example(pl_module)], heads=self.heads)
             if not any(group.reason == UNUSED for group in graph.groups):
-                reason = f"`{name}` does not run in a trace: {error}"
+                reason = f"`{name}` does not run in a trace: {found.error}"
                 log_rank_zero(trainer, f"{self.method}: channels are followed through `forward` alone: {reason}")
-                return
+                return calls
         raise TraceError(
-            f"`{name}` does not run in a trace of the first batch: {error}. Expected a step that runs without "
+            f"`{name}` does not run in a trace of the first batch: {found.error}. Expected a step that runs without "
             "gradients, optimizers and logging: what it reads of a channel has to be known before that is removed. Let "
             "it run under `torch.no_grad()`; or let all layers run in `forward`, call nothing but `self(...)`, and set "
             "`self.example_input_array = ...` in the module."
@@ -405,15 +382,16 @@ class StructuredPruning(CompressionCallback):
 
     def _goal(self, trainer: Trainer, pl_module: LightningModule, example: ExampleInput, fraction: float) -> Goal:
         state, graph, budget = self.state(pl_module), self._trace(trainer, pl_module, example), self.budget
-        dense, table = 0.0, LatencyTable.of(budget, state.get("latency"))
+        dense, known = 0.0, self.compression_state(pl_module)
         if budget is not None:
-            now = partial(measure, pl_module, budget, example, graph, table)
-            dense = self.compression_state(pl_module).reference(budget.quantity, lambda: on_rank_zero(trainer, now))
+            now = partial(measure, pl_module, budget, example, graph)
+            dense = known.reference(budget.quantity, lambda: self.decided(trainer, pl_module, budget, now))
         original, seed = widths_of(graph, state["original"]), state.get("events", 0)
+        table = LatencyTable.of(budget, state.get("latency"))
         goal = Goal(budget, example, original, dense, fraction, seed, table=table)
         if isinstance(self.ranking, Sensitivity):
             calls = stored_calls(pl_module, state)
-            goal = dataclasses.replace(goal, calls=calls[-self.ranking.batches :], curves=state.get("curves", {}))
+            goal = replace(goal, calls=calls[-self.ranking.batches :], curves=state.get("curves", {}))
         return goal
 
     def _new_collector(self, trainer: Trainer, pl_module: LightningModule) -> EvidenceCollector | GateTrainer:
@@ -429,12 +407,10 @@ class StructuredPruning(CompressionCallback):
     def _gate_problem(self, trainer: Trainer, pl_module: LightningModule) -> GateProblem:
         """What the gates of the next cut are trained for: the same on every rank."""
         self._plan_run(trainer, pl_module)
-        assert self._capture is not None
-        assert self._capture.example is not None  # a call was recorded
-        example, event = self._capture.example.to(pl_module), self.state(pl_module).get("events", 0)
+        example, event = self.example(pl_module), self.state(pl_module).get("events", 0)
         goal = self._goal(trainer, pl_module, example, self._points[event][1])
         problem = gate_problem(pl_module, self._trace(trainer, pl_module, example), self.options, goal)
-        return dataclasses.replace(problem, goal=broadcast(trainer, problem.goal))
+        return replace(problem, goal=broadcast(trainer, problem.goal))
 
     def _trace(self, trainer: Trainer, pl_module: LightningModule, example: ExampleInput) -> DependencyGraph:
         """Trace the dependencies once, and again where another method has changed the network; rank 0 decides."""
@@ -443,23 +419,14 @@ class StructuredPruning(CompressionCallback):
             self._graph = broadcast(trainer, trace_calls(pl_module, calls, heads=self.heads))
         return self._graph
 
-    def _penalized(self, trainer: Trainer, pl_module: LightningModule) -> Sequence[ChannelGroup]:
-        if self._capture is None or self._capture.example is None:
-            return ()
-        graph = self._trace(trainer, pl_module, self._capture.example.to(pl_module))
-        return [group for group in graph.groups if group.reason is None]
-
     def _cut(self, trainer: Trainer, pl_module: LightningModule, due: int) -> None:
         """Make one cut: decided on rank 0, carried out on every rank, followed by all that refers to the network."""
-        assert self._capture is not None
-        assert self._capture.example is not None  # `_is_ready`
-        example, state = self._capture.example.to(pl_module), self.state(pl_module)
+        example, state = self.example(pl_module), self.state(pl_module)
         graph, fraction = self._trace(trainer, pl_module, example), self._points[due - 1][1]
         with callable_with(pl_module, example):
             goal = self._goal(trainer, pl_module, example, fraction)
             plan = self._decide(trainer, pl_module, graph, goal)
         self._last_plan = plan
-        _keep_timed(state, plan.timed)
         if self.dry_run:
             log_rank_zero(trainer, "\n  ".join([f"{self.method}: dry run, nothing is removed", *plan.lines()]))
         elif plan.removed:
@@ -472,12 +439,17 @@ class StructuredPruning(CompressionCallback):
             state.pop("inputs", None)
         if self._collector is not None:
             self._collector.forget()
-        self._log(trainer, plan, fraction)
+        cost = {} if self.budget is None else {self.budget.quantity: plan.after}
+        self.log_scalars(trainer, {"fraction": fraction, "channels_removed": float(plan.removed), **cost})
 
     def _decide(self, trainer: Trainer, pl_module: LightningModule, graph: DependencyGraph, goal: Goal) -> Plan:
         """Return the plan of rank 0, on every rank, or raise its error on every rank."""
         gathered = self._collector.means() if self._collector is not None else Gathered()
-        return on_rank_zero(trainer, lambda: plan_channels(pl_module, graph, self.options, goal, gathered))
+
+        def decide(table: LatencyTable | None) -> Plan:
+            return plan_channels(pl_module, graph, self.options, replace(goal, table=table), gathered)
+
+        return self.decided(trainer, pl_module, self.budget, decide)
 
     def _carry_out(self, trainer: Trainer, pl_module: LightningModule, plan: Plan, summary: str, due: int) -> None:
         """Cut the network and everything that follows it; after the last cut, correct the batch-norm statistics."""
@@ -486,35 +458,17 @@ class StructuredPruning(CompressionCallback):
         state, graph = self.state(pl_module), self._graph
         kept, averaged_models = graph.kept_positions(plan.kept), averaged_models_of(trainer, pl_module)
         self._before_surgery(trainer, pl_module)
-        before = self._statistics(trainer, pl_module) if last else {}
-        edit = cut(
-            pl_module,
-            kept,
-            attributes=graph.attributes(pl_module, plan.kept),
-            optimizers=trainer.optimizers,
-            averaged_models=averaged_models,
-        )
-        after = self._statistics(trainer, pl_module) if last else {}
+        calls = stored_calls(pl_module, state) if last and self.recorder is not None else []
+        before = self.statistics(trainer, pl_module, calls)
+        followers: dict[str, Any] = {"optimizers": trainer.optimizers, "averaged_models": averaged_models}
+        edit = cut(pl_module, kept, attributes=graph.attributes(pl_module, plan.kept), **followers)
+        after = self.statistics(trainer, pl_module, calls)
         for network in (pl_module, *averaged_models):
             move_statistics(network, before, after, kept)
         state["removed"] = state.get("removed", 0) + plan.removed
         self._graph = graph.after_pruning(plan.kept)
         self._after_surgery(trainer, pl_module, edit.entry(), summary, part=part, kept=kept)
         log_rank_zero(trainer, "\n  ".join([f"{self.method}: {summary}", *plan.lines()]), level=logging.DEBUG)
-
-    def _statistics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Statistics]:
-        """Measure the batch-norm statistics on the recorded inputs of rank 0, which a checkpoint holds, for all."""
-        if self._recorder is None:
-            return {}
-        calls = stored_calls(pl_module, self.state(pl_module))
-        return on_rank_zero(trainer, lambda: measure_statistics(pl_module, calls))
-
-    def _log(self, trainer: Trainer, plan: Plan, fraction: float) -> None:
-        scalars = {f"{self.method}/fraction": fraction, f"{self.method}/channels_removed": float(plan.removed)}
-        if self.budget is not None:
-            scalars[f"{self.method}/{self.budget.quantity}"] = plan.after
-        for logger in trainer.loggers:
-            logger.log_metrics(scalars, step=steps_done(trainer))
 
     def _why_nothing(self, state: Mapping[str, Any]) -> str:
         if self._last_plan is None:
@@ -533,14 +487,3 @@ def _summary(plan: Plan, goal: Goal) -> str:
     reached += measured_text(plan.after, plan.estimated)
     layers = len(plan.cuts())
     return f"{reached}{plural(plan.removed, 'channel')} removed from {plural(layers, 'layer')}"
-
-
-def _keep_timed(state: dict[str, Any], timed: TimedFiles | None) -> None:
-    if timed is not None:
-        state["latency"] = timed
-
-
-def _start_over(state: dict[str, Any]) -> None:
-    """Count the cuts of another fit from the start; a width is still relative to the network as it was built."""
-    for name in set(state) - {"original", "removed"}:
-        del state[name]

@@ -81,11 +81,8 @@ class TuningResult:
         ]
         pruned = sum(trial.state == TrialState.PRUNED for trial in trials)
         refused = sum(error_of(trial) is not None for trial in trials)
-        notes = [
-            "* Pareto front",
-            *([f"{plural(pruned, 'trial')} pruned"] if pruned else []),
-            *([f"{plural(refused, 'trial')} refused by a method"] if refused else []),
-        ]
+        counts = {"pruned": pruned, "refused by a method": refused}
+        notes = ["* Pareto front", *(f"{plural(count, 'trial')} {what}" for what, count in counts.items() if count)]
         headers = ("trial", *(f"{name} ({mode})" for name, mode in self.objectives.items()), *names)
         return DataTable(headers, tuple(lines), notes=tuple(notes), droppable=tuple(reversed(names)))
 

@@ -35,8 +35,7 @@ from lightning_light.tuning.study import (
     run_study,
     sampler_of,
 )
-from lightning_light.tuning.trial_checkpoint import TrialCheckpoint, TrialCheckpoints
-from lightning_light.tuning.trial_report import TrialReport
+from lightning_light.tuning.trial_callbacks import TrialCheckpoint, TrialCheckpoints, TrialReport
 from lightning_light.validation import NonNegativeInt, PositiveInt, validated
 
 if TYPE_CHECKING:
@@ -45,12 +44,7 @@ if TYPE_CHECKING:
 __all__ = ["tune"]
 
 _COSTS: dict[str, Budget] = {"macs": MACs(1.0), "params": Params(1.0), "bytes": Size(1), "seconds": Latency(1.0)}
-_QUIET = {
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
+_QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 
 @validated
@@ -193,8 +187,7 @@ class _Job:
         captured = checkpoint.captured = restore_or_capture_example(module, checkpoint.stored)
         try:
             trainer = host_class(module, "Trainer")(
-                **{**_QUIET, **self.trainer},
-                callbacks=[checkpoint, RunStart(seed=self.seed), *callbacks, *reports],
+                **{**_QUIET, **self.trainer}, callbacks=[checkpoint, RunStart(seed=self.seed), *callbacks, *reports]
             )
             data = self.data() if callable(self.data) else _copy_data(self.data)
             _fit(trainer, module, data, checkpoint.resumed_from)

@@ -25,7 +25,7 @@ from lightning_light.distillation import (
     SoftTargets,
     TeacherCache,
 )
-from lightning_light.distillation.loss_balancing import gradient_factors
+from lightning_light.distillation.distiller import gradient_factors
 from lightning_light.errors import NoEffectWarning, TargetError
 from lightning_light.measure.metrics import Top1Agreement
 from lightning_light.schedules import OneShot

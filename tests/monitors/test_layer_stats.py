@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning_light.budgets import MACs
 from lightning_light.clustering import WeightClustering
 from lightning_light.lowrank import LowRankFactorization, RankAllocation
-from lightning_light.measure.layer_stats import layer_stats
+from lightning_light.measure.snapshot import layer_stats
 from lightning_light.monitors import CompressionMonitor
 from lightning_light.quantization import Int8, IntN, MixedPrecision, QuantizationAwareTraining, quantize
 from lightning_light.schedules import Linear, OneShot, Staircase, Window

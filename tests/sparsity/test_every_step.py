@@ -12,7 +12,7 @@ from lightning_light.sparsity.mask_enforcer import MaskEnforcer
 from lightning_light.sparsity.options import WeightPruningOptions
 from lightning_light.sparsity.planning import PruningPlan
 from lightning_light.sparsity.scope import Scope
-from lightning_light.sparsity.straight_through import StraightThroughMasks
+from lightning_light.sparsity.sr_ste import StraightThroughMasks
 from lightning_light.sparsity.weights import MaskableWeight, find_weights
 from lightning_light.targets import Targets
 

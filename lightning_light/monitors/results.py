@@ -1,18 +1,24 @@
-"""Hyper-parameters and final metrics of a run, by which loggers compare the runs of a sweep."""
+"""What loggers get at the end: hyper-parameters and metrics, by which they compare runs of a sweep, and the table."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from lightning_light.budgets import Budget, RelativeBudget
 from lightning_light.callback import CompressionCallback
+from lightning_light.formatting import DataTable
+from lightning_light.host.classes import is_host
 from lightning_light.host.patches import InstancePatch, wrap_method
 from lightning_light.measure.snapshot import Snapshot
+from lightning_light.monitors.scalars import PREFIX
 from lightning_light.order import Stage
 from lightning_light.report.contents import export_reports
 
-__all__ = ["defer_hparams", "final_metrics", "method_hparams"]
+__all__ = ["defer_hparams", "final_metrics", "log_table", "method_hparams"]
+
+_FILE = f"{PREFIX}.md"
 
 _DENSE = {"budget/macs": 1.0, "budget/params": 1.0, "budget/sparsity": 0.0, "budget/weight_bits": 32.0}
 
@@ -22,11 +28,7 @@ def method_hparams(callbacks: Iterable[object]) -> dict[str, Any]:
 
     The usual ones are there without such a method too: TensorBoard takes the columns of its page from one of the runs.
     """
-    methods = [
-        callback
-        for callback in callbacks
-        if isinstance(callback, CompressionCallback) and callback.stage < Stage.EXPORT
-    ]
+    methods = [each for each in callbacks if isinstance(each, CompressionCallback) and each.stage < Stage.EXPORT]
     hparams = dict(_DENSE)
     for callback in methods:
         budget, recipe = getattr(callback, "budget", None), getattr(callback, "recipe", None)
@@ -59,3 +61,19 @@ def defer_hparams(logger: Any) -> InstancePatch:
         original(params, metrics or {}, step)
 
     return wrap_method(logger, "log_hyperparams", around)
+
+
+def log_table(logger: Any, table: DataTable, step: int) -> None:
+    """Log ``table``: as text in TensorBoard, a table in W&B, a file in MLflow and beside the CSV; else not at all."""
+    text = table.markdown()
+    if is_host(logger, "loggers.TensorBoardLogger"):
+        logger.experiment.add_text(f"{PREFIX}/table", text, step)
+    elif is_host(logger, "loggers.CSVLogger"):
+        folder = Path(logger.log_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / _FILE).write_text(text + "\n", encoding="utf-8")
+    elif is_host(logger, "loggers.WandbLogger"):
+        rows = [list(line) for line in (*table.lines, *table.totals)]
+        logger.log_table(key=f"{PREFIX}/table", columns=list(table.headers), data=rows, step=step)
+    elif is_host(logger, "loggers.MLFlowLogger"):
+        logger.experiment.log_text(logger.run_id, text, _FILE)

@@ -1,4 +1,4 @@
-"""Keep a checkpoint of a trial's run, from which another process continues it after a kill."""
+"""Callbacks of a trial: a checkpoint, from which another process continues it after a kill, and reports to a pruner."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from lightning_light.capture import Capture
 
-__all__ = ["TrialCheckpoint", "TrialCheckpoints"]
+__all__ = ["TrialCheckpoint", "TrialCheckpoints", "TrialReport"]
 
 _KEY = "lightning_light_trial"
 _UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, LookupError, pickle.UnpicklingError, zipfile.BadZipFile)
@@ -173,3 +173,45 @@ def _read(path: Path) -> dict[str, Any]:
             raise ValueError(f"another checksum of {part}")
     stored: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)[_KEY]
     return stored
+
+
+class TrialReport(Callback):
+    """Report ``metric`` to Optuna's pruner after every validation.
+
+    Args:
+        trial: of Optuna, in a study with one objective.
+        metric: the objective, as the module logs it.
+
+    Raises:
+        optuna.TrialPruned: in the run, when the pruner ends the trial.
+    """
+
+    def __init__(self, trial: Any, metric: str) -> None:
+        self.trial = trial
+        self.metric = metric
+        self._values: list[float] = []
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Report, except after the sanity check and in validations in which the metric was not logged."""
+        if trainer.sanity_checking or self.metric not in trainer.callback_metrics:
+            return
+        self._report(float(trainer.callback_metrics[self.metric]))
+        if self.trial.should_prune():
+            import optuna
+
+            raise optuna.TrialPruned(f"after {len(self._values)} validations")
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"values": list(self._values)}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Report what the interrupted trial had reported before its checkpoint."""
+        for value in state_dict["values"]:
+            self._report(value)
+
+    def _report(self, value: float) -> None:
+        self.trial.report(value, len(self._values))
+        self._values.append(value)
