@@ -57,7 +57,7 @@ def traced_int8(
 
     Args:
         call: the exporter, as the user wrote it.
-        model: a copy in evaluation mode.
+        model: a copy in evaluation mode; of no further use, where it is fake-quantized.
         tensors: an example call, one sample.
         constraints: of the runtime.
         largest: samples in a batch, at most.
@@ -68,7 +68,7 @@ def traced_int8(
     quantizer = quantizer_of(call, model.model)
     if quantizer is None:
         return traced(call, model, tensors, largest=largest), {}
-    with quantizer.qdq(lambda: model(*tensors), constraints) as lowered:
+    with quantizer.qdq(lambda: model(*tensors), constraints, release_weights=True) as lowered:
         program = traced(call, model, tensors, largest=largest)
     return program, describe(call, model, lowered)
 

@@ -161,11 +161,11 @@ def quantize_weight(w: Tensor, spec: WeightSpec, scale: Tensor | None = None) ->
         ``q`` like ``w``, in floating point, and ``s``: ``(channels,)`` or ``()``.
     """
     rows = _rows(w, spec)
-    magnitude = rows.abs()
     if spec.form != "uniform":
+        magnitude = rows.abs()
         kept = magnitude > (0.7 * _mean(magnitude, magnitude > 0) if spec.form == "ternary" else 0.0)
         return (rows.sign() * kept).view_as(w), _mean(magnitude, kept)[..., 0].clamp_min(SMALLEST_SCALE)
-    found = magnitude.amax(-1) / spec.quant_max if scale is None else scale.detach().float().abs()
+    found = rows.abs().amax(-1) / spec.quant_max if scale is None else scale.detach().float().abs()
     found = found.clamp_min(SMALLEST_SCALE)
     return (rows * (1.0 / found)[..., None]).round_().clamp_(spec.quant_min, spec.quant_max).view_as(w), found
 
