@@ -66,11 +66,7 @@ class RecordedInputs(CompressionCallback):
         return self.captured.example.to(pl_module)
 
     def decided(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        budget: Budget,
-        decide: Callable[[LatencyTable | None], T],
+        self, trainer: Trainer, pl_module: LightningModule, budget: Budget, decide: Callable[[LatencyTable | None], T]
     ) -> T:
         """Return what rank 0 decides, or raise its error, on every rank; keep the latencies that it has measured."""
         state = self.state(pl_module)

@@ -46,12 +46,7 @@ def warn_of_float_file(model: nn.Module) -> None:
 
 
 def traced_int8(
-    call: str,
-    model: Positional,
-    tensors: tuple[Any, ...],
-    constraints: QDQConstraints,
-    *,
-    largest: int | None = None,
+    call: str, model: Positional, tensors: tuple[Any, ...], constraints: QDQConstraints, *, largest: int | None = None
 ) -> tuple[Program, dict[str, Any]]:
     """As `traced`, as a QDQ graph where the network is fake-quantized; and details for the report.
 

@@ -14,13 +14,7 @@ from typing_extensions import override
 
 from lightning_light.errors import LightningLightError, ParityError, UnsupportedError
 from lightning_light.export.copies import detached_copy
-from lightning_light.export.evaluation import (
-    Evaluation,
-    Evaluator,
-    MetricInputs,
-    PairedMetrics,
-    outputs_and_labels,
-)
+from lightning_light.export.evaluation import Evaluation, Evaluator, MetricInputs, PairedMetrics, outputs_and_labels
 from lightning_light.export.inputs import Positional
 from lightning_light.host.trainer import silent_loggers
 from lightning_light.measure.metrics import MetricLike, local_copy, metrics_of
