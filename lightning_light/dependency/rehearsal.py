@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
-from lightning_light.dependency.alignment import LAYOUT_OPS, channel_orders
+from lightning_light.dependency.alignment import channel_orders, paired_steps
 from lightning_light.dependency.labels import FIXED, LabelUnion, varying
 from lightning_light.dependency.placeholders import PRODUCT_FUNCTIONS, Placeholders, ValueNeededError
 from lightning_light.dependency.recording import (
@@ -271,11 +271,8 @@ class Rehearsal(TorchFunctionMode):
 
     def _order_error(self, call: Call) -> tuple[str | None, Tensor | None]:
         """Describe the first operation of the call that reads other channels, and give their labels."""
-        old = [step for step in self._recording.history[call.operations] if step[0] not in LAYOUT_OPS]
-        new = [step for step in self._tracer.history if step[0] not in LAYOUT_OPS]
-        if [name for name, _ in old] != [name for name, _ in new]:
-            old, new = old[-1:], new[-1:]
-        for (name, was), (_, now) in zip(old, new, strict=False):
+        steps = paired_steps(self._recording.history[call.operations], self._tracer.history)
+        for (name, was), (_, now) in steps:
             for left, right in zip(was, now, strict=False):
                 if any(bool((label >= self.expected.removed.numel()).any()) for label in right):
                     continue  # the first state of a recurrent layer, which is labelled by what it meets later
