@@ -76,10 +76,7 @@ if TYPE_CHECKING:
         export_model as export_model,
         load_exported as load_exported,
     )
-    from lightning_light.lowrank import (
-        LowRankFactorization as LowRankFactorization,
-        factorize as factorize,
-    )
+    from lightning_light.lowrank import LowRankFactorization as LowRankFactorization, factorize as factorize
     from lightning_light.measure import measure_sparsity as measure_sparsity
     from lightning_light.monitors import (
         CompressionMonitor as CompressionMonitor,
@@ -120,10 +117,7 @@ if TYPE_CHECKING:
         prune_channels as prune_channels,
         ranking as ranking,
     )
-    from lightning_light.substitution import (
-        Substitution as Substitution,
-        substitute_operators as substitute_operators,
-    )
+    from lightning_light.substitution import Substitution as Substitution, substitute_operators as substitute_operators
     from lightning_light.surgery import (
         expand_checkpoint as expand_checkpoint,
         load_from_checkpoint as load_from_checkpoint,
@@ -135,49 +129,15 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _NAMES = {
-    "budgets": (
-        "Channels",
-        "Latency",
-        "MACs",
-        "Params",
-        "Size",
-        "Sparsity",
-    ),
+    "budgets": ("Channels", "Latency", "MACs", "Params", "Size", "Sparsity"),
     "callback": ("CompressionCallback",),
-    "clustering": (
-        "WeightClustering",
-        "cluster",
-    ),
-    "criteria": (
-        "Magnitude",
-        "Taylor",
-    ),
+    "clustering": ("WeightClustering", "cluster"),
+    "criteria": ("Magnitude", "Taylor"),
     "depth": ("DepthPruning", "prune_blocks"),
-    "distillation": (
-        "CheckpointTeacher",
-        "FeatureHint",
-        "KnowledgeDistillation",
-        "SelfTeacher",
-        "SoftTargets",
-    ),
-    "errors": (
-        "BudgetError",
-        "LightningLightError",
-        "NoEffectWarning",
-    ),
-    "export": (
-        "ExecuTorch",
-        "MobileExport",
-        "ONNX",
-        "Tolerance",
-        "TorchScriptLite",
-        "export_model",
-        "load_exported",
-    ),
-    "lowrank": (
-        "LowRankFactorization",
-        "factorize",
-    ),
+    "distillation": ("CheckpointTeacher", "FeatureHint", "KnowledgeDistillation", "SelfTeacher", "SoftTargets"),
+    "errors": ("BudgetError", "LightningLightError", "NoEffectWarning"),
+    "export": ("ExecuTorch", "MobileExport", "ONNX", "Tolerance", "TorchScriptLite", "export_model", "load_exported"),
+    "lowrank": ("LowRankFactorization", "factorize"),
     "measure": ("measure_sparsity",),
     "monitors": ("CompressionMonitor", "CompressionReport"),
     "nas": ("ArchitectureSearch", "search"),
@@ -193,11 +153,7 @@ _NAMES = {
         "measure_sensitivity",
         "quantize",
     ),
-    "schedules": (
-        "Cubic",
-        "OneShot",
-        "Window",
-    ),
+    "schedules": ("Cubic", "OneShot", "Window"),
     "sparsity": (
         "Block",
         "DynamicSparseTraining",
@@ -208,16 +164,9 @@ _NAMES = {
         "prune_weights",
         "remove_dead_channels",
     ),
-    "structured": (
-        "StructuredPruning",
-        "prune_channels",
-    ),
+    "structured": ("StructuredPruning", "prune_channels"),
     "substitution": ("Substitution", "substitute_operators"),
-    "surgery": (
-        "expand_checkpoint",
-        "load_from_checkpoint",
-        "restructure",
-    ),
+    "surgery": ("expand_checkpoint", "load_from_checkpoint", "restructure"),
     "targets": ("Targets",),
     "tuning": ("tune",),
 }

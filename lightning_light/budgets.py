@@ -25,17 +25,7 @@ if TYPE_CHECKING:
 
     from lightning_light.example_input import ExampleInput
 
-__all__ = [
-    "Budget",
-    "Channels",
-    "Latency",
-    "MACs",
-    "Params",
-    "RelativeBudget",
-    "Size",
-    "Sparsity",
-    "require_reducible",
-]
+__all__ = ["Budget", "Channels", "Latency", "MACs", "Params", "RelativeBudget", "Size", "Sparsity", "require_reducible"]
 
 Change: TypeAlias = Literal["channels", "factors", "masks", "operators"]
 

@@ -266,10 +266,7 @@ class CompressionCallback(Callback):
         """
 
     def on_surgery(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        kept: Mapping[str, Mapping[int, Tensor]] | None,
+        self, trainer: Trainer, pl_module: LightningModule, kept: Mapping[str, Mapping[int, Tensor]] | None
     ) -> None:
         """Follow a change of structure that a method of this Trainer, maybe this one, has just made.
 

@@ -130,12 +130,15 @@ class Quantizer(ABC):
         """
 
     @abstractmethod
-    def qdq(self, call: Callable[[], Any], constraints: QDQConstraints) -> AbstractContextManager[LoweredModel]:
+    def qdq(
+        self, call: Callable[[], Any], constraints: QDQConstraints, *, release_weights: bool = False
+    ) -> AbstractContextManager[LoweredModel]:
         """Inside, a forward pass quantizes by a quantize and a dequantize operation, with weights in int8.
 
         Args:
             call: as above.
             constraints: of the runtime.
+            release_weights: release the memory of each weight that exists in int8; the network is of no further use.
         """
 
 

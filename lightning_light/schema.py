@@ -235,7 +235,10 @@ def _is_sound(value: Any, annotation: Any, path: str, context: Context) -> bool:
     if origin is Literal:
         return any(type(value) is type(one) and value == one for one in get_args(annotation))
     if origin is not None:
-        return _CONTAINERS[origin](value, get_args(annotation), path, context)
+        items = _items(value, origin, get_args(annotation), path)
+        for item, kind, place in items or ():
+            check_schema(item, kind, place, context)
+        return items is not None
     if annotation is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if annotation is int:
@@ -285,40 +288,21 @@ def _check_keys(value: dict[str, Any], annotation: Any, path: str, context: Cont
     return True
 
 
-def _check_dict(value: Any, arguments: tuple[Any, ...], path: str, context: Context) -> bool:
-    if not isinstance(value, dict):
-        return False
-    for key, item in value.items():
-        check_schema(key, arguments[0], f"{path}, key {key!r}", context)
-        check_schema(item, arguments[1], f"{path}[{key!r}]", context)
-    return True
-
-
-def _check_list(value: Any, arguments: tuple[Any, ...], path: str, context: Context) -> bool:
-    if not isinstance(value, list):
-        return False
-    for place, item in enumerate(value):
-        check_schema(item, arguments[0], f"{path}[{place}]", context)
-    return True
-
-
-def _check_tuple(value: Any, arguments: tuple[Any, ...], path: str, context: Context) -> bool:
-    """A tuple of any length, ``tuple[X, ...]``, or with one annotation per item."""
-    if not isinstance(value, tuple):
-        return False
-    items = [arguments[0]] * len(value) if arguments[1:] == (...,) else list(arguments)
-    if len(items) != len(value):
-        return False
-    for place, (item, annotation) in enumerate(zip(value, items, strict=True)):
-        check_schema(item, annotation, f"{path}[{place}]", context)
-    return True
-
-
-_CONTAINERS: dict[Any, Callable[[Any, tuple[Any, ...], str, Context], bool]] = {
-    dict: _check_dict,
-    list: _check_list,
-    tuple: _check_tuple,
-}
+def _items(value: Any, origin: Any, arguments: tuple[Any, ...], path: str) -> list[tuple[Any, Any, str]] | None:
+    """What lies in a container, each with its annotation and path; None where it is not such a container."""
+    if not isinstance(value, origin):
+        return None
+    if origin is dict:
+        keys, items = arguments
+        return [
+            one
+            for key, item in value.items()
+            for one in ((key, keys, f"{path}, key {key!r}"), (item, items, f"{path}[{key!r}]"))
+        ]
+    same = origin is list or arguments[1:] == (...,)
+    kinds = [arguments[0]] * len(value) if same else list(arguments)
+    places = [f"{path}[{place}]" for place in range(len(value))]
+    return list(zip(value, kinds, places, strict=True)) if len(kinds) == len(value) else None
 
 
 def _name(annotation: Any) -> str:

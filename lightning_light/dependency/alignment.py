@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 
 from lightning_light.dependency.labels import FIXED, collapsed
 from lightning_light.dependency.trace import Tracer
 
-__all__ = ["LAYOUT_OPS", "channel_orders", "misalignment"]
+__all__ = ["channel_orders", "misalignment", "paired_steps"]
 
-LAYOUT_OPS = {
-    "clone",
-    "contiguous",
-    "_to_copy",
-    "alias",
-    "detach",
-    "view",
-    "_unsafe_view",
-    "reshape",
-    "_reshape_alias",
-    "expand",
-}
+Step: TypeAlias = "tuple[str, list[list[Tensor]]]"
+
+_COPIES = {"clone", "contiguous", "_to_copy"}
+_LAYOUT_OPS = _COPIES | {"alias", "detach", "view", "_unsafe_view", "reshape", "_reshape_alias", "expand"}
 """Operations that torch inserts or omits depending on strides; a change would show at the next operation too."""
 
 
@@ -48,11 +43,7 @@ def misalignment(before: Tracer, after: Tracer, removed: Tensor, single: Tensor)
     remaining = torch.zeros(max(before.union.parent.numel(), after.union.parent.numel()), dtype=torch.bool)
     remaining[known] = True
     remaining[removed] = False
-    old = [step for step in before.history if step[0] not in LAYOUT_OPS]
-    new = [step for step in after.history if step[0] not in LAYOUT_OPS]
-    if [name for name, _ in old] != [name for name, _ in new]:
-        old, new = old[-1:], new[-1:]
-    for (name, was), (_, now) in zip(old, new, strict=True):
+    for (name, was), (_, now) in paired_steps(before.history, after.history):
         if len(was) != len(now):
             return f"`{name}` would give {len(now)} tensors instead of {len(was)}"
         for left, right in zip(was, now, strict=True):
@@ -61,6 +52,14 @@ def misalignment(before: Tracer, after: Tracer, removed: Tensor, single: Tensor)
             ):
                 return f"`{name}` would read other channels than before"
     return None
+
+
+def paired_steps(before: Iterable[Step], after: Iterable[Step]) -> Iterator[tuple[Step, Step]]:
+    """Pair the operations of two passes, and the labels of their outputs; the last alone where they run others."""
+    old, new = ([step for step in steps if step[0] not in _LAYOUT_OPS] for steps in (before, after))
+    if [name for name, _ in old] != [name for name, _ in new]:
+        old, new = old[-1:], new[-1:]
+    return zip(old, new, strict=False)
 
 
 def channel_orders(labels: list[Tensor], remaining: Tensor, name: str) -> set[tuple[int, ...]]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
-from lightning_light.dependency.alignment import LAYOUT_OPS, channel_orders
+from lightning_light.dependency.alignment import channel_orders, paired_steps
 from lightning_light.dependency.labels import FIXED, LabelUnion, varying
 from lightning_light.dependency.placeholders import PRODUCT_FUNCTIONS, Placeholders, ValueNeededError
 from lightning_light.dependency.recording import (
@@ -44,21 +44,7 @@ __all__ = ["Break", "OtherPathError", "Rehearsal"]
 _ACTIVATIONS = {"relu", "relu_", "relu6", "gelu", "silu", "elu", "leaky_relu", "sigmoid", "sigmoid_", "tanh", "tanh_"}
 _MORE_ACTIVATIONS = {"hardtanh", "hardtanh_", "hardswish", "hardswish_", "hardsigmoid", "mish", "softplus", "softmax"}
 _SUMS = {"add", "add_", "iadd", "sub", "sub_", "isub", "mul", "mul_", "imul", "div", "div_", "neg", "mean", "sum"}
-_POWERS = {
-    "pow",
-    "square",
-    "sqrt",
-    "rsqrt",
-    "exp",
-    "log",
-    "log_softmax",
-    "erf",
-    "sin",
-    "cos",
-    "abs",
-    "reciprocal",
-    "clamp",
-}
+_POWERS = {"pow", "square", "sqrt", "rsqrt", "exp", "log", "log_softmax", "erf", "sin", "cos", "abs", "reciprocal"}
 _LAYOUTS = {
     "permute",
     "transpose",
@@ -76,7 +62,7 @@ _POOLING = {"max_pool2d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_poo
 _LAYERS = {"batch_norm", "layer_norm", "rms_norm", "normalize", "embedding", "dropout", "dropout2d", "feature_dropout"}
 _FREE_OF_COUNTS = (
     PRODUCT_FUNCTIONS | _ACTIVATIONS | _MORE_ACTIVATIONS | _SUMS | _POWERS | _LAYOUTS | _POOLING | _LAYERS
-) | {"masked_fill", "masked_fill_"}
+) | {"clamp", "masked_fill", "masked_fill_"}
 """Functions without an argument that counts channels: on the right inputs they give the right result, or raise."""
 
 
@@ -152,15 +138,6 @@ class _TrialTracer(Tracer):  # type: ignore[no-untyped-call]  # torch's own sign
     @override
     def note_split(self, label: Tensor, dims: Sequence[int]) -> None: ...
 
-    @override
-    def note_parts(self, label: Tensor, dims: Sequence[int]) -> None: ...
-
-    @override
-    def note_selection(self, label: Tensor) -> None: ...
-
-    @override
-    def note_merge(self, label: Tensor) -> None: ...
-
 
 class Rehearsal(TorchFunctionMode):
     """One pass of a model that has lost channels, compared with a recording call by call.
@@ -182,11 +159,7 @@ class Rehearsal(TorchFunctionMode):
         self.expected = Expectation(recording, removed)
         self._recording, self._compare_order = recording, compare_order
         self._union = _FixedUnion(self.expected.removed.numel())
-        self._tracer = _TrialTracer(
-            heads=recording.trace.heads,
-            union=self._union,
-            skip_products=skip_products,
-        )
+        self._tracer = _TrialTracer(heads=recording.trace.heads, union=self._union, skip_products=skip_products)
         self._position = 0
 
     def run(
@@ -298,11 +271,8 @@ class Rehearsal(TorchFunctionMode):
 
     def _order_error(self, call: Call) -> tuple[str | None, Tensor | None]:
         """Describe the first operation of the call that reads other channels, and give their labels."""
-        old = [step for step in self._recording.history[call.operations] if step[0] not in LAYOUT_OPS]
-        new = [step for step in self._tracer.history if step[0] not in LAYOUT_OPS]
-        if [name for name, _ in old] != [name for name, _ in new]:
-            old, new = old[-1:], new[-1:]
-        for (name, was), (_, now) in zip(old, new, strict=False):
+        steps = paired_steps(self._recording.history[call.operations], self._tracer.history)
+        for (name, was), (_, now) in steps:
             for left, right in zip(was, now, strict=False):
                 if any(bool((label >= self.expected.removed.numel()).any()) for label in right):
                     continue  # the first state of a recurrent layer, which is labelled by what it meets later

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -233,12 +233,8 @@ def _set_threads(count: int, in_use: bool) -> None:
     portable_lib._unsafe_reset_threadpool(count)
 
 
-@contextmanager
-def _quiet_bindings() -> Iterator[None]:
+def _quiet_bindings() -> AbstractContextManager[None]:
     """Silence ExecuTorch's warnings about its experimental interface and its own deprecated calls."""
-    with ignored_warnings(
-        "This API is experimental",
-        r"\w+ is deprecated. Use files\(\) instead",
-        r"`torch\.jit\.\w+` is deprecated",
-    ):
-        yield
+    return ignored_warnings(
+        "This API is experimental", r"\w+ is deprecated. Use files\(\) instead", r"`torch\.jit\.\w+` is deprecated"
+    )

@@ -53,13 +53,13 @@ def first_sample(call: ExampleInput) -> ExampleInput:
 
 def first_samples(call: ExampleInput, limit: int | None) -> ExampleInput:
     """Return at most ``limit`` samples; all of them for None."""
-    return call if limit is None else _batched(call, lambda tensor: tensor[:limit])
+    return call if limit is None else sliced(call, 0, limit)
 
 
 def samples(call: ExampleInput, limit: int) -> list[ExampleInput]:
     """Return the first samples, each as a batch of one."""
     count = min(batch_size(call) or 0, limit)
-    return [_batched(call, lambda tensor, at=place: tensor[at : at + 1]) for place in range(count)]  # type: ignore[misc]
+    return [sliced(call, place, place + 1) for place in range(count)]
 
 
 def sliced(call: ExampleInput, start: int, stop: int) -> ExampleInput:
@@ -236,7 +236,9 @@ class Positional(nn.Module):
 
     def variation(self, call: ExampleInput) -> str:
         """List the values of a call that are constants of the file, and differ there; empty if there are none."""
-        found, wanted = self._complete(call), {**self._defaults(), **self._example}
+        parameters = self._signature.parameters.values()
+        defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+        found, wanted = {**defaults, **self._named(call)}, {**defaults, **self._example}
         constants, expected = _parts(found)[1], _parts(wanted)[1]
         names = [name for name in {**expected, **constants} if name not in _tensor_places(found)]
         differing = [
@@ -276,14 +278,6 @@ class Positional(nn.Module):
                     "`torch.utils._pytree.register_pytree_node`, or export a small module that takes the tensors and "
                     "calls yours."
                 )
-
-    def _defaults(self) -> dict[str, Any]:
-        parameters = self._signature.parameters.values()
-        return {p.name: p.default for p in parameters if p.default is not p.empty}
-
-    def _complete(self, call: ExampleInput) -> dict[str, Any]:
-        """Return all arguments by name, defaults included."""
-        return {**self._defaults(), **self._named(call)}
 
     def _bound(self, call: ExampleInput) -> inspect.BoundArguments:
         try:

@@ -46,18 +46,13 @@ def warn_of_float_file(model: nn.Module) -> None:
 
 
 def traced_int8(
-    call: str,
-    model: Positional,
-    tensors: tuple[Any, ...],
-    constraints: QDQConstraints,
-    *,
-    largest: int | None = None,
+    call: str, model: Positional, tensors: tuple[Any, ...], constraints: QDQConstraints, *, largest: int | None = None
 ) -> tuple[Program, dict[str, Any]]:
     """As `traced`, as a QDQ graph where the network is fake-quantized; and details for the report.
 
     Args:
         call: the exporter, as the user wrote it.
-        model: a copy in evaluation mode.
+        model: a copy in evaluation mode; of no further use, where it is fake-quantized.
         tensors: an example call, one sample.
         constraints: of the runtime.
         largest: samples in a batch, at most.
@@ -68,7 +63,7 @@ def traced_int8(
     quantizer = quantizer_of(call, model.model)
     if quantizer is None:
         return traced(call, model, tensors, largest=largest), {}
-    with quantizer.qdq(lambda: model(*tensors), constraints) as lowered:
+    with quantizer.qdq(lambda: model(*tensors), constraints, release_weights=True) as lowered:
         program = traced(call, model, tensors, largest=largest)
     return program, describe(call, model, lowered)
 

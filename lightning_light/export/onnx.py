@@ -170,14 +170,15 @@ def _name_apart(model: Any) -> None:
 
 
 def _without_traces(model: Any) -> None:
-    """Remove the metadata of each operator: lines of the user's code with their paths, half of a file."""
-    for node in model.graph.all_nodes():
-        node.metadata_props.clear()
-    for value in [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]:
-        value.metadata_props.clear()
-    for node in model.graph.all_nodes():
-        for value in node.outputs:
-            value.metadata_props.clear()
+    """Remove the metadata of each operator: lines of the user's code with their paths, half of a file; and its node.
+
+    Of the traced program: a rule of onnxscript keeps the last operator that it has looked at until the next export.
+    """
+    nodes = list(model.graph.all_nodes())
+    values = [*model.graph.inputs, *model.graph.initializers.values(), *(one for node in nodes for one in node.outputs)]
+    for part in (*nodes, *values):
+        part.metadata_props.clear()
+        part.meta.clear()
 
 
 def _save(model: Any, path: Path) -> None:

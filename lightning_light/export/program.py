@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -193,12 +192,10 @@ def advice(call: str, model: Positional, error: BaseException) -> str:
     )
 
 
-@contextmanager
-def quiet_torch() -> Iterator[None]:
+def quiet_torch() -> AbstractContextManager[None]:
     """Silence warnings of torch about its own code during the export, and no others."""
-    with ignored_warnings(
+    return ignored_warnings(
         r"`isinstance\(treespec, LeafSpec\)`",
         r"(?s)The tensor attributes? .* assigned during export",
         "_check_is_size will be removed",
-    ):
-        yield
+    )

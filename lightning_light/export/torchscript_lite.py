@@ -11,8 +11,8 @@ import sys
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -183,11 +183,9 @@ def _runtime() -> Any:
     return importlib.import_module("torch.jit.mobile")
 
 
-@contextmanager
-def quiet_deprecations() -> Iterator[None]:
+def quiet_deprecations() -> AbstractContextManager[None]:
     """Silence torch's warnings that TorchScript is deprecated, and no others."""
-    with ignored_warnings(*_DEPRECATIONS):  # a DeprecationWarning in some releases, a FutureWarning in others
-        yield
+    return ignored_warnings(*_DEPRECATIONS)  # a DeprecationWarning in some releases, a FutureWarning in others
 
 
 def _named(packed: Sequence[Any]) -> dict[str, Any]:

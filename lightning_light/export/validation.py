@@ -9,18 +9,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from typing_extensions import override
 
 from lightning_light.errors import LightningLightError, ParityError, UnsupportedError
 from lightning_light.export.copies import detached_copy
-from lightning_light.export.evaluation import (
-    Evaluation,
-    Evaluator,
-    MetricInputs,
-    PairedMetrics,
-    outputs_and_labels,
-)
+from lightning_light.export.evaluation import Evaluation, Evaluator, MetricInputs, PairedMetrics, outputs_and_labels
 from lightning_light.export.inputs import Positional
 from lightning_light.host.trainer import silent_loggers
 from lightning_light.measure.metrics import MetricLike, local_copy, metrics_of
@@ -125,8 +118,10 @@ class _Shell:
         self.metrics: dict[str, MetricLike] = {}
         for path in metrics_of(self._module):
             self.metrics[path] = self._replaced(path)
-        _remove_hooks(self._module.get_submodule(part))
-        vars(self._module.get_submodule(part)).update(forward=self._forward)
+        network_part = self._module.get_submodule(part)
+        for hooks in (network_part._forward_hooks, network_part._forward_pre_hooks):  # the network has them already
+            hooks.clear()
+        vars(network_part).update(forward=self._forward)
         vars(self._module).update(log=_ignored, log_dict=_ignored, all_gather=lambda data, *args, **kwargs: data)
 
     def start(self) -> None:
@@ -165,12 +160,6 @@ def _batches(trainer: Trainer, limit: int | None) -> Iterator[tuple[Any, tuple[i
             converted = trainer.precision_plugin.convert_input(batch)
             moved = trainer.strategy.batch_to_device(converted, torch.device("cpu"), dataloader_idx=number)
             yield moved, (index, number) if len(listed) > 1 else (index,)
-
-
-def _remove_hooks(module: nn.Module) -> None:
-    """Remove the hooks of the module itself: its network has them already."""
-    for hooks in (module._forward_hooks, module._forward_pre_hooks):
-        hooks.clear()
 
 
 def _ignored(*args: Any, **kwargs: Any) -> None: ...

@@ -160,8 +160,10 @@ class LoweringQuantizer(FakeQuantizer, Quantizer):
         return QuantizedOpsLowering(self, engine).active(call)
 
     @override
-    def qdq(self, call: Callable[[], Any], constraints: QDQConstraints) -> AbstractContextManager[LoweredModel]:
-        return QDQLowering(self, constraints).active(call)
+    def qdq(
+        self, call: Callable[[], Any], constraints: QDQConstraints, *, release_weights: bool = False
+    ) -> AbstractContextManager[LoweredModel]:
+        return QDQLowering(self, constraints, release_weights=release_weights).active(call)
 
 
 def attach_fake_quantizer(model: nn.Module, state: dict[str, Any]) -> FakeQuantizer | None:

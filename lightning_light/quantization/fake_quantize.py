@@ -160,11 +160,12 @@ def quantize_weight(w: Tensor, spec: WeightSpec, scale: Tensor | None = None) ->
     Returns:
         ``q`` like ``w``, in floating point, and ``s``: ``(channels,)`` or ``()``.
     """
-    w, magnitude = w.detach().float(), _rows(w, spec).abs()
+    w, rows = w.detach().float(), _rows(w, spec)
     if spec.form != "uniform":
+        magnitude = rows.abs()
         kept = magnitude > (0.7 * _mean(magnitude, magnitude > 0) if spec.form == "ternary" else 0.0)
         return w.sign().mul_(kept.view_as(w)), _mean(magnitude, kept)[..., 0].clamp_min(SMALLEST_SCALE)
-    found = magnitude.amax(-1) / spec.quant_max if scale is None else scale.detach().float().abs()
+    found = rows.abs().amax(-1) / spec.quant_max if scale is None else scale.detach().float().abs()
     found = found.clamp_min(SMALLEST_SCALE)
     return (w * columns(1.0 / found, w)).round_().clamp_(spec.quant_min, spec.quant_max), found
 

@@ -104,10 +104,7 @@ def _is_coupled(module: nn.Module, manifest: Manifest) -> bool:
 def _first_names(model: nn.Module) -> dict[str, str]:
     """Return, for every name of a tied tensor, the name that a cut uses."""
     first: dict[int, str] = {}
-    named = [
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
-    ]
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return {name: first.setdefault(id(tensor), name) for name, tensor in named}
 
 

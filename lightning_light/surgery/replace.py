@@ -97,10 +97,7 @@ def _pairs(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Pairs:
 
 
 def _check_parameters(
-    model: nn.Module,
-    pairs: Pairs,
-    parameters: Mapping[nn.Parameter, Sequence[nn.Parameter]],
-    optimizers: Sequence[Any],
+    model: nn.Module, pairs: Pairs, parameters: Mapping[nn.Parameter, Sequence[nn.Parameter]], optimizers: Sequence[Any]
 ) -> None:
     inside = {id(module) for old, _ in pairs.values() for module in old.modules()}
     elsewhere = {id(p) for m in model.modules() if id(m) not in inside for p in m.parameters(recurse=False)}

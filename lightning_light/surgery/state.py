@@ -167,7 +167,8 @@ class CompressionState:
             ManifestError: the manifest is damaged, or of another network. The model is untouched.
         """
         self._remember(model)
-        manifest = Manifest.decode(checkpoint[KEY]) if KEY in checkpoint else self._plain_manifest()
+        plain = Manifest(fingerprint=fingerprint_of(self._original, PRIVATE_PREFIX))  # written without this package
+        manifest = Manifest.decode(checkpoint[KEY]) if KEY in checkpoint else plain
         state_dict: Mapping[str, Any] = checkpoint.get("state_dict", {})
         _check_order(manifest.parameter_order, checkpoint.get("optimizer_states", []), state_dict)
         if manifest.edit_log or self.edit_log:
@@ -268,10 +269,6 @@ class CompressionState:
         """Take the present structure as the original one, as long as nothing has been changed."""
         if not self.edit_log:
             self._original = copy_structure(model)
-
-    def _plain_manifest(self) -> Manifest:
-        """Return the manifest of a checkpoint written without this package: the network as it was built."""
-        return Manifest(fingerprint=fingerprint_of(self._original, PRIVATE_PREFIX))
 
     def _keep(self, kept: Mapping[str, Mapping[int, Tensor]] | None) -> None:
         if kept is None or self.kept is None:

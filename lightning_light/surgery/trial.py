@@ -86,10 +86,7 @@ def failing_in_step(
 
 
 def _one_by_one(
-    model: nn.Module,
-    replacements: Mapping[str, nn.Module],
-    example: ExampleInput,
-    expected: list[Tensor] | None = None,
+    model: nn.Module, replacements: Mapping[str, nn.Module], example: ExampleInput, expected: list[Tensor] | None = None
 ) -> dict[str, str]:
     working: dict[str, nn.Module] = {}
     failing: dict[str, str] = {}
@@ -103,10 +100,7 @@ def _one_by_one(
 
 
 def _difference(
-    model: nn.Module,
-    replacements: Mapping[str, nn.Module],
-    example: ExampleInput,
-    expected: list[Tensor] | None = None,
+    model: nn.Module, replacements: Mapping[str, nn.Module], example: ExampleInput, expected: list[Tensor] | None = None
 ) -> str | None:
     """Return why the model does not run, or what it computes is not ``expected``."""
     try:

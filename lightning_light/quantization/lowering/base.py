@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lightning_light.int8 import LoweredModel
+from lightning_light.nested import tensors_in
 from lightning_light.quantization.fake_quantize import columns, gain_and_shift, quantize_weight
 from lightning_light.quantization.fake_quantizer import FakeQuantizer
 from lightning_light.quantization.op_calls import OpCall, OpId
@@ -23,6 +26,7 @@ __all__ = ["Lowering", "QuantizedWeight", "fold"]
 
 _COARSEST = 256.0  # XNNPACK does not load a file with more
 _MOST = 2.0**30  # of the 32 bits in which a kernel accumulates; products take the rest
+_PIECE = 2**16  # values of a weight that are rounded together, in float64
 
 
 class Lowering(ABC):
@@ -39,7 +43,9 @@ class Lowering(ABC):
         fused: layer or join -> what its kernel computes along with it.
         refused: operator call -> why it stays float.
         without_kernel: the layers that no int8 kernel computes, in any runtime.
+        collected: layer or batch norm -> its arguments by name, until every layer is folded.
         checking: whether this is the first or the second round.
+        reads: parameter -> how many operator calls of the first round read it.
     """
 
     def __init__(self, quantizer: FakeQuantizer, runtime: str) -> None:
@@ -52,7 +58,8 @@ class Lowering(ABC):
         self.checking = True
         self._collecting = True
         self._output_scales: Any = None
-        self._collected: dict[OpId, dict[str, Any]] = {}
+        self.reads: Counter[nn.Parameter] = Counter()
+        self.collected: dict[OpId, dict[str, Any]] = {}
         self.fused = {op: site.fused for op, site in self.plan.layers.items()} | self.plan.joins
         self._heads = {part: op for op, ops in self.fused.items() for part in (ops.batch_norm, ops.activation) if part}
 
@@ -79,21 +86,19 @@ class Lowering(ABC):
         """Compute one operator call."""
         if self._collecting:
             if call.id in self.plan.layers or operator_of(call.id.function).role == "batch_norm":
-                self._collected[call.id] = arguments(call)
+                self.collected[call.id] = arguments(call)
+            self.reads.update(value for value in tensors_in(call.values) if isinstance(value, nn.Parameter))
             return self.quantizer.compute(call)
         return self.read(call) if call.id.function in METADATA else self.run(call)
 
     def build(self) -> None:
         """Fold every layer, and go on to the second round."""
         for op in self.plan.layers:
-            if op not in self.refused and (reason := self._fold(op)):
+            if op not in self.refused and (reason := self.fold_layer(op)):
                 self.refused[op] = reason
-        for op in list(self.weights):
-            if reason := self.prepare(op, self._collected[op]):
-                self.refused[op] = reason
-        self._collected, self._collecting = {}, False
+        self.collected, self._collecting = {}, False
 
-    def _fold(self, op: OpId) -> str | None:
+    def fold_layer(self, op: OpId) -> str | None:
         """Fold a layer, or give the reason why it stays float.
 
         XNNPACK accepts an int8 layer whose input is float, and computes wrong values.
@@ -102,20 +107,16 @@ class Lowering(ABC):
         reads = None if site.input is None else self.qparams[site.input]
         if (reason := operator_of(op.function).refused.get(self.runtime)) is not None:
             return reason
-        if op not in self._collected:
+        if op not in self.collected:
             return "the forward pass did not call it"
         if reads is None or writes is None:
             return f"its {'output' if writes is None else 'input'} was never observed"
-        norm = None if site.fused.batch_norm is None else self._collected[site.fused.batch_norm]
-        weight = fold(self._collected[op], norm, *self.quantizer.weight(op), reads.scale, writes.scale)
+        norm = None if site.fused.batch_norm is None else self.collected[site.fused.batch_norm]
+        weight = fold(self.collected[op], norm, *self.quantizer.weight(op), reads.scale, writes.scale)
         if reads.scale * float(weight.scale.max()) >= _COARSEST * writes.scale:
             return "one step of its sums is more than the whole range of its output"
         self.weights[op] = weight
         return None
-
-    @abstractmethod
-    def prepare(self, op: OpId, named: dict[str, Any]) -> str | None:
-        """Prepare a layer's kernel, given its arguments by name; or the reason why there is none."""
 
     @abstractmethod
     def run(self, call: OpCall) -> Any:
@@ -211,10 +212,20 @@ def fold(
     found = found.double()
     if norm is not None:
         gain, shift = gain_and_shift(norm, bias)
-        integers, found, bias = integers * columns(gain.sign().float(), integers), found * gain.abs(), shift.float()
+        integers, found, bias = integers.mul_(columns(gain.sign().float(), integers)), found * gain.abs(), shift.float()
     most = torch.full_like(found, writes)
     if bias is not None:
         largest = bias.double().abs()
         most = torch.maximum(most, largest if found.dim() else largest.amax())
     fitting = torch.maximum(found, most / (_MOST * reads))
-    return QuantizedWeight((integers * columns(found / fitting, integers)).round().to(torch.int8), fitting, bias)
+    return QuantizedWeight(_rounded(integers, found / fitting), fitting, bias)
+
+
+def _rounded(integers: Tensor, factor: Tensor) -> Tensor:
+    """``round(integers * factor)``, computed in float64 by pieces, which need less memory than the whole weight."""
+    found = torch.empty_like(integers, dtype=torch.int8)
+    rows = max(_PIECE * len(integers) // max(integers.numel(), 1), 1)
+    factors = torch.split(factor, rows) if factor.dim() else repeat(factor)
+    for target, piece, one in zip(torch.split(found, rows), torch.split(integers, rows), factors, strict=False):
+        target.copy_((piece * columns(one, piece)).round_())
+    return found

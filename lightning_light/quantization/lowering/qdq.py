@@ -32,20 +32,29 @@ class QDQLowering(Lowering):
 
     A layer reads its weight from int8 constants, with the batch norm folded; an activation is quantized once, and
     dequantized for each reader of its own, so that a runtime can fuse every operator with what belongs to it.
+
+    Args:
+        quantizer: the fake quantizer whose plan it follows.
+        constraints: of the runtime.
+        release_weights: whether the memory of each weight is released as soon as it exists in integers.
     """
 
-    def __init__(self, quantizer: FakeQuantizer, constraints: QDQConstraints) -> None:
+    def __init__(self, quantizer: FakeQuantizer, constraints: QDQConstraints, *, release_weights: bool) -> None:
         super().__init__(quantizer, constraints.runtime)
         register_operations()
-        self.constraints = constraints
+        self.constraints, self._release_weights = constraints, release_weights
         self._constants: dict[OpId, Any] = {}  # of layers and batch norms, made once: a runtime looks for constants
         self._quantized: MutableMapping[Tensor, tuple[Tensor, QParams]] = WeakIdKeyDictionary()  # tensor -> integers
 
     @override
-    def prepare(self, op: OpId, named: dict[str, Any]) -> str | None:
-        if (dtype := named["weight"].dtype) is not torch.float32:
-            return f"its weight is {dtype}, and the runtimes compute in torch.float32: `module.float()`"
-        weight = self.weights[op]
+    def fold_layer(self, op: OpId) -> str | None:
+        if (reason := super().fold_layer(op)) is not None:
+            return reason
+        weight, plain = self.weights[op], self.collected[op]["weight"]
+        if plain.dtype is not torch.float32:
+            return f"its weight is {plain.dtype}, and the runtimes compute in torch.float32: `module.float()`"
+        if self._release_weights and self.reads[plain] == 1:
+            plain.data = plain.data.new_empty(0)
         qparams: tuple[Any, ...] = (float(weight.scale.max()), 0)
         if weight.per_channel:
             qparams = (weight.scale.float(), torch.zeros_like(weight.scale, dtype=torch.int64), 0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -40,22 +39,17 @@ class QuantizedOpsLowering(Lowering):
         with int8_kernels(self.runtime), super().active(call) as model:
             yield model
 
-    @cached_property
-    def _shared(self) -> dict[OpId, QuantizedWeight]:
-        return share_storage(self.weights)
-
-    @cached_property
-    def _zeros(self) -> Tensor:
-        """The zero points of every layer's channels: the layer with the most needs all of them."""
-        return torch.zeros(max(len(weight.integers) for weight in self.weights.values()), dtype=torch.int64)
-
     @override
-    def prepare(self, op: OpId, named: dict[str, Any]) -> str | None:
-        try:
-            self.packed[op] = _packed(op.function, self._shared[op], named, self._zeros)
-        except (RuntimeError, NotImplementedError, AttributeError) as error:
-            return f"the engine has no kernel: {str(error).strip().splitlines()[0]}"
-        return None
+    def build(self) -> None:
+        collected = self.collected
+        super().build()
+        most = max((len(weight.integers) for weight in self.weights.values()), default=0)
+        zeros = torch.zeros(most, dtype=torch.int64)  # zero points: layers with fewer channels use a part of them
+        for op, weight in share_storage(self.weights).items():
+            try:
+                self.packed[op] = _packed(op.function, weight, collected[op], zeros)
+            except (RuntimeError, NotImplementedError, AttributeError) as error:
+                self.refused[op] = f"the engine has no kernel: {str(error).strip().splitlines()[0]}"
 
     @override
     def run(self, call: OpCall) -> Any:

@@ -1,5 +1,6 @@
 """QDQ graphs: files for ONNX Runtime and ExecuTorch agree with the fake-quantized module."""
 
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ from lightning_light.example_input import ExampleInput
 from lightning_light.export import ONNX, ExecuTorch, Exporter, Tolerance, export_model
 from lightning_light.int8 import QDQConstraints, quantizers_of
 from lightning_light.quantization import DynamicObserver, Int8, IntN, Recipe, fake_quantized, quantize
+from lightning_light.quantization.lowering.base import fold
+from lightning_light.quantization.specs import WeightSpec
 from tests.quantization.helpers import calibrated
 from tests.zoo import ZOO, noise
 
@@ -196,3 +199,40 @@ def test_the_quantizer_at_work_is_found_in_the_compression_state() -> None:
         with pytest.warns(UserWarning, match="found no lowering.*not a part of it"):
             torch.export.export(net[0], (images,))
     assert quantizers_of(net) == []
+
+
+def test_float_weights_are_released_as_they_are_folded_except_those_that_others_read() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.middle, self.last = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.middle(self.first(x)).relu()) + self.last.weight.sum(0)
+
+    net, x = Tied().eval(), noise(4, 6)
+    quantizer, constraints = calibrated(net, ExampleInput((x,))), QDQConstraints("onnxruntime", signed=False)
+    with torch.no_grad():
+        with quantizer.qdq(lambda: net(x), constraints):
+            kept = net(x)
+        with quantizer.qdq(lambda: net(x), constraints, release_weights=True):
+            assert net(x).equal(kept)
+    assert [layer.weight.numel() for layer in (net.first, net.middle, net.last)] == [0, 0, 36]
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_a_weight_is_rounded_by_pieces_of_rows_as_it_is_in_one(per_channel, monkeypatch) -> None:
+    weight = torch.randn(7, 5) * torch.logspace(-12, 0, 7)[:, None]
+    layer = {"weight": weight, "bias": torch.randn(7)}, None, WeightSpec(8, per_channel=per_channel), None, 1e-3, 1.0
+    whole = fold(*layer).integers
+    monkeypatch.setattr("lightning_light.quantization.lowering.base._PIECE", 12)
+    assert fold(*layer).integers.equal(whole)
+
+
+def test_no_weight_stays_in_memory_once_its_file_is_written(tmp_path) -> None:
+    net, x = nn.Sequential(nn.Linear(6, 47), nn.Linear(47, 2)).eval(), noise(4, 6)
+    quantize(net, x, Int8())
+    with fake_quantized(net):
+        ONNX().write_in_place(net, ExampleInput((x,)), tmp_path / "net.onnx")
+    gc.collect()
+    assert not [x for x in gc.get_objects() if type(x) is Tensor and x.dtype is torch.int8 and x.shape == (47, 6)]
