@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, TypeVar, cast
 
 from typing_extensions import override
@@ -14,15 +14,18 @@ from lightning_light.capture import Capture
 from lightning_light.errors import UnsupportedError
 from lightning_light.example_input import ExampleInput
 from lightning_light.measure.latency_table import LatencyTable, TimedFiles, quantity
+from lightning_light.progress import epochs_planned, steps_done, steps_planned, training_progress
 from lightning_light.schema import PlainExample
 from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.distributed import on_rank_zero
+from lightning_light.surgery.edit import Positions
 from lightning_light.surgery.stored_example import restore_or_capture_example, store_example
+from lightning_light.timing import Events
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["RecordedInputs", "RecordedState"]
+__all__ = ["RecordedInputs", "RecordedState", "ScheduledChanges"]
 
 T = TypeVar("T")
 
@@ -126,25 +129,27 @@ class RecordedInputs(CompressionCallback):
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        apply: Callable[..., dict[str, Any]],
+        apply: Callable[..., T],
         calls: list[ExampleInput],
-    ) -> dict[str, Any]:
-        """Change the network, and move its batch-norm statistics by what that did to them; return ``apply``'s entry.
+        kept: Callable[[T], Positions] = lambda _: {},
+    ) -> T:
+        """Change the network, and move its batch-norm statistics by what that did to them; return ``apply``'s result.
 
         Args:
             trainer: the Trainer.
             pl_module: the live module.
             apply: changes it, the ``optimizers`` and the ``averaged_models``.
             calls: of rank 0, on which statistics are measured; none: they stay as they are.
+            kept: of the result of ``apply``: tensor name -> dimension -> positions that stayed.
         """
         averaged_models = averaged_models_of(trainer, pl_module)
         self._before_surgery(trainer, pl_module)
         before = self.statistics(trainer, pl_module, calls)
-        entry = apply(optimizers=trainer.optimizers, averaged_models=averaged_models)
+        result = apply(optimizers=trainer.optimizers, averaged_models=averaged_models)
         after = self.statistics(trainer, pl_module, calls)
         for network in (pl_module, *averaged_models):
-            move_statistics(network, before, after, {})
-        return entry
+            move_statistics(network, before, after, kept(result))
+        return result
 
     @override
     def on_train_batch_end(
@@ -171,3 +176,32 @@ class RecordedInputs(CompressionCallback):
                 held.remove()
         self.captured, self.recorder = None, None
         super().teardown(trainer, pl_module, stage)
+
+
+class ScheduledChanges(RecordedInputs):
+    """Change the network at the events of a schedule, which a subclass sets as ``self._events``."""
+
+    _events = cast("Events", None)
+    _points = cast("Sequence[tuple[float, float]]", ())
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Place the events in the run; earlier, its length would lose the position of a resumed loader."""
+        super().on_train_start(trainer, pl_module)
+        self._points = self._events.points(epochs_planned(trainer), steps_planned(trainer))
+
+    @override
+    def window(self, max_epochs: int | None) -> tuple[float, float] | None:
+        """From the first event to the last."""
+        return self._events.window(max_epochs)
+
+    def _due(self, trainer: Trainer) -> int:
+        """Count the events that are due, those before included."""
+        return Events.due(self._points, training_progress(trainer), steps_planned(trainer))
+
+    def _is_near(self, trainer: Trainer, event: int, steps: int) -> bool:
+        """Check whether the event of that number is at most ``steps`` optimizer steps away, or overdue."""
+        if event >= len(self._points):
+            return False
+        progress, _ = self._points[event]
+        return steps_done(trainer) + steps >= progress * steps_planned(trainer)

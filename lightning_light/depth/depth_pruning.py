@@ -18,8 +18,7 @@ from lightning_light.depth.plan import DepthPlan, check_budget, plan_blocks
 from lightning_light.example_input import ExampleInput
 from lightning_light.measure.latency_table import LatencyTable, quantity
 from lightning_light.order import DEFAULT_WINDOWS, Stage
-from lightning_light.progress import epochs_planned, steps_planned, training_progress
-from lightning_light.recorded_inputs import RecordedInputs, RecordedState
+from lightning_light.recorded_inputs import RecordedState, ScheduledChanges
 from lightning_light.schedules import Linear, Schedule, Window, require_rising
 from lightning_light.surgery.distributed import log_rank_zero
 from lightning_light.surgery.stored_example import stored_calls
@@ -51,7 +50,7 @@ class _State(RecordedState, total=False):
 
 @validated
 @dataclass(eq=False, repr=False)
-class DepthPruning(RecordedInputs):
+class DepthPruning(ScheduledChanges):
     """Remove whole residual blocks, the least important first, until the network meets ``budget``.
 
     A residual block computes ``x + f(x)`` without changing the shape; removed, it returns its input. Blocks are found
@@ -108,7 +107,6 @@ class DepthPruning(RecordedInputs):
         require_rising("DepthPruning", self.schedule)
         self.options = self.options_as(DepthPruningOptions)
         self._events = Events(self.schedule, self.every_n_steps)
-        self._points: list[tuple[float, float]] = []
         self._last_plan: DepthPlan | None = None
 
     # Lightning's hooks, in the order a run meets them.
@@ -123,16 +121,10 @@ class DepthPruning(RecordedInputs):
         self._plan_run(trainer, pl_module)
 
     @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Place the events in the run."""
-        super().on_train_start(trainer, pl_module)
-        self._points = self._events.points(epochs_planned(trainer), steps_planned(trainer))
-
-    @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Act if it is due: before the batch, so that no checkpoint pairs new weights with an old metric."""
         state = self.state(pl_module)
-        due = Events.due(self._points, training_progress(trainer), steps_planned(trainer))
+        due = self._due(trainer)
         if due > state.get("events", 0) and state.get("planned") and state.get("inputs"):
             self._act(trainer, pl_module, due)
         assert self.recorder is not None  # since `on_fit_start`
@@ -152,11 +144,6 @@ class DepthPruning(RecordedInputs):
             self._no_effect(f"the run ended before the first event; `schedule={self.schedule!r}`.")
         else:
             self._no_effect(f"the network meets `{self.budget!r}` as it is. {'; '.join(self._last_plan.lines())}.")
-
-    @override
-    def window(self, max_epochs: int | None) -> tuple[float, float] | None:
-        """From the first event to the last."""
-        return self._events.window(max_epochs)
 
     @override
     def rehearse(self, model: nn.Module, example: ExampleInput, batches: Sequence[Any]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypedDict
 
 import torch
@@ -113,6 +113,7 @@ class DistillationState(TypedDict, total=False):
 
 
 @validated
+@dataclass(eq=False, repr=False)
 class KnowledgeDistillation(AddedLoss):
     """Train the network with the outputs or features of a teacher besides its own task.
 
@@ -162,42 +163,30 @@ class KnowledgeDistillation(AddedLoss):
     stage: ClassVar[int] = Stage.DISTILLATION
     state_schema: ClassVar[Any] = DistillationState
 
-    def __init__(
-        self,
-        teacher: TeacherLike | list[TeacherLike],
-        *,
-        losses: DistillationLoss | list[DistillationLoss] | None = None,
-        metrics: MetricLike | None = None,
-        student: str | None = None,
-        output: Selector = None,
-        teacher_output: Selector = None,
-        batch: BatchFields = BatchFields(),  # noqa: B008  # frozen
-        teacher_weights: list[NonNegativeFloat] | None = None,
-        stop: Moment | None = None,
-        balance_every_n_steps: PositiveInt | None = None,
-        cache: TeacherCache | None = None,
-        seed: int = 0,
-    ) -> None:
-        self.teacher = teacher
-        self.losses = losses
-        self.metrics = metrics
-        self.student = student
-        self.output = output
-        self.teacher_output = teacher_output
-        self.batch = batch
-        self.teacher_weights = teacher_weights
-        self.stop = stop
-        self.balance_every_n_steps = balance_every_n_steps
-        self.cache = cache
-        self.seed = seed
-        losses = SoftTargets() if losses is None else losses
+    teacher: TeacherLike | list[TeacherLike]
+    _: KW_ONLY
+    losses: DistillationLoss | list[DistillationLoss] | None = None
+    metrics: MetricLike | None = None
+    student: str | None = None
+    output: Selector = None
+    teacher_output: Selector = None
+    batch: BatchFields = BatchFields()  # noqa: RUF009  # frozen
+    teacher_weights: list[NonNegativeFloat] | None = None
+    stop: Moment | None = None
+    balance_every_n_steps: PositiveInt | None = None
+    cache: TeacherCache | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        losses = SoftTargets() if self.losses is None else self.losses
         self._losses: list[DistillationLoss] = list(losses) if isinstance(losses, list | tuple) else [losses]
-        self._sources = [as_source(one) for one in (teacher if isinstance(teacher, list) else [teacher])]
-        check_arguments(self._losses, self._sources, teacher_weights)
-        check_exits(self._losses, self._sources, teacher_output)
-        check_cache(self._losses, self._sources, cache)
-        self._selectors = OutputSelectors(output, teacher_output)
-        self._agreement = Agreement(metrics, self._losses)
+        teachers = self.teacher if isinstance(self.teacher, list) else [self.teacher]
+        self._sources = [as_source(one) for one in teachers]
+        check_arguments(self._losses, self._sources, self.teacher_weights)
+        check_exits(self._losses, self._sources, self.teacher_output)
+        check_cache(self._losses, self._sources, self.cache)
+        self._selectors = OutputSelectors(self.output, self.teacher_output)
+        self._agreement = Agreement(self.metrics, self._losses)
         self._schedules: list[Schedule] = []
         self._end = math.inf
         self._run: _Run | None = None

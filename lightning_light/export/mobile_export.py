@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
 
@@ -55,6 +56,7 @@ class _State(TypedDict, total=False):
 
 
 @validated
+@dataclass(eq=False, repr=False)
 class MobileExport(CompressionCallback):
     """Export the trained network to a file when ``fit`` ends, and verify the file in its real runtime.
 
@@ -124,38 +126,24 @@ class MobileExport(CompressionCallback):
     )
     state_schema: ClassVar[Any] = _State
 
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        exporter: Exporter | None = ExportOptions.exporter,
-        parity: Tolerance = ExportOptions.parity,
-        checkpoint: Literal["last", "best"] = "last",
-        batch: Batch = ExportOptions.batch,
-        metrics: MetricLike | None = None,
-        metric_inputs: MetricInputs | None = None,
-        metric_batches: NonNegativeInt | None = None,
-        latency_runs: PositiveInt = ExportOptions.latency_runs,
-        latency_threads: PositiveInt = ExportOptions.latency_threads,
-        merge_branches: bool = ExportOptions.merge_branches,
-        module: str | None = None,
-        inputs: Sequence[str] | None = ExportOptions.inputs,
-    ) -> None:
-        self._options = ExportOptions(exporter, parity, batch, latency_runs, latency_threads, merge_branches, inputs)
-        self._exporter = self._options.for_path(path)
-        self.path = path
-        self.exporter = exporter
-        self.parity = parity
-        self.checkpoint = checkpoint
-        self.batch = batch
-        self.metrics = metrics
-        self.metric_inputs = metric_inputs
-        self.metric_batches = metric_batches
-        self.latency_runs = latency_runs
-        self.latency_threads = latency_threads
-        self.merge_branches = merge_branches
-        self.module = module
-        self.inputs = inputs
+    path: str | os.PathLike[str]
+    _: KW_ONLY
+    exporter: Exporter | None = ExportOptions.exporter
+    parity: Tolerance = ExportOptions.parity
+    checkpoint: Literal["last", "best"] = "last"
+    batch: Batch = ExportOptions.batch
+    metrics: MetricLike | None = None
+    metric_inputs: MetricInputs | None = None
+    metric_batches: NonNegativeInt | None = None
+    latency_runs: PositiveInt = ExportOptions.latency_runs
+    latency_threads: PositiveInt = ExportOptions.latency_threads
+    merge_branches: bool = ExportOptions.merge_branches
+    module: str | None = None
+    inputs: Sequence[str] | None = ExportOptions.inputs
+
+    def __post_init__(self) -> None:
+        self._options = self.options_as(ExportOptions)
+        self._exporter = self._options.for_path(self.path)
         self.report: ExportReport | None = None
         self._capture = Capture()
         self._recorder = Recorder(limit=_PARITY_BATCHES)

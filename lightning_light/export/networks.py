@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ class ReferenceNetwork:
         return self.positional.model(*call.args, **call.kwargs)
 
 
+@dataclass(frozen=True, eq=False)
 class ExportedNetwork:
     """The exported file, called as the model is: any batch size, keyword arguments, outputs in their structure.
 
@@ -46,17 +48,12 @@ class ExportedNetwork:
         inputs: as of `ReferenceNetwork`.
     """
 
-    def __init__(
-        self,
-        positional: Positional,
-        run: Callable[..., Any],
-        structure: Any,
-        largest_batch: int | None,
-        path: str,
-        inputs: Collection[str] | None = None,
-    ) -> None:
-        self._positional, self._run, self._structure = positional, run, structure
-        self._largest_batch, self._path, self._inputs = largest_batch, path, inputs
+    positional: Positional
+    run: Callable[..., Any]
+    structure: Any
+    largest_batch: int | None
+    path: str
+    inputs: Collection[str] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the file.
@@ -64,11 +61,11 @@ class ExportedNetwork:
         Raises:
             ParityError: the call lacks an input of the file.
         """
-        call = cloned(self._positional.only(ExampleInput(args, kwargs), self._inputs))
-        if (misfit := self._positional.misfit(call)) is not None:
-            raise ParityError(f"The file {self._path!r}: {misfit}. Export an example with the same inputs.")
-        outputs = run_in_parts(self._run, self._positional.tensors(call), self._largest_batch, self._path)
-        return with_structure(outputs, self._structure)
+        call = cloned(self.positional.only(ExampleInput(args, kwargs), self.inputs))
+        if (misfit := self.positional.misfit(call)) is not None:
+            raise ParityError(f"The file {self.path!r}: {misfit}. Export an example with the same inputs.")
+        outputs = run_in_parts(self.run, self.positional.tensors(call), self.largest_batch, self.path)
+        return with_structure(outputs, self.structure)
 
 
 def run_in_parts(run: Callable[..., Any], tensors: tuple[Any, ...], limit: int | None, path: str) -> list[Tensor]:

@@ -17,7 +17,6 @@ from lightning_light.criteria.collector import EvidenceCollector
 from lightning_light.criteria.gathered import EvidenceStorage
 from lightning_light.example_input import ExampleInput
 from lightning_light.helper_networks import frozen_parts
-from lightning_light.host.trainer import steps_done
 from lightning_light.lowrank.apply import METHOD, apply_factors, check_unowned
 from lightning_light.lowrank.calibration import first_batches, watched_modules
 from lightning_light.lowrank.factors import factor_form
@@ -31,8 +30,7 @@ from lightning_light.lowrank.ranks import RankRule
 from lightning_light.lowrank.regularize import RankRegularizer, add_regularizer_gradients
 from lightning_light.measure.latency_table import LatencyTable
 from lightning_light.order import DEFAULT_WINDOWS, Stage
-from lightning_light.progress import epochs_planned, steps_planned, training_progress
-from lightning_light.recorded_inputs import RecordedInputs, RecordedState
+from lightning_light.recorded_inputs import RecordedState, ScheduledChanges
 from lightning_light.schedules import OneShot, Schedule, Window, require_rising
 from lightning_light.surgery.distributed import log_rank_zero, reduce_mean
 from lightning_light.surgery.stored_example import stored_calls
@@ -84,7 +82,7 @@ class LowRankState(RecordedState, total=False):
 
 @validated
 @dataclass(eq=False, repr=False)
-class LowRankFactorization(RecordedInputs):
+class LowRankFactorization(ScheduledChanges):
     """Replace layers by low-rank factors within a budget, and continue training.
 
     Only layers whose factors are smaller and cheaper are replaced. The factors are an ``nn.Sequential`` of ``torch.nn``
@@ -164,7 +162,6 @@ class LowRankFactorization(RecordedInputs):
         self._events = Events(self.schedule, self.every_n_steps, default_events=_EVENTS)
         _check_one_shot(call, self.budget, self.schedule)
         self.last_plan: FactorizationPlan | None = None
-        self._points: list[tuple[float, float]] = []
         self._collector: EvidenceCollector | None = None
         self._is_checked = False
         self._first_batch: Any = None
@@ -186,26 +183,21 @@ class LowRankFactorization(RecordedInputs):
         self._check(trainer, pl_module)
 
     @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Place the events in the run; earlier, asking for its length would lose the position of a resumed loader."""
-        super().on_train_start(trainer, pl_module)
-        self._points = self._events.points(epochs_planned(trainer), steps_planned(trainer))
-
-    @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Factorize if it is due: before the batch, so that no checkpoint pairs new weights with an old metric."""
         self._check(trainer, pl_module, batch)
         state = self.state(pl_module)
-        due = Events.due(self._points, training_progress(trainer), steps_planned(trainer))
+        due = self._due(trainer)
         if due > state.get("events", 0) and self._is_ready(pl_module):
             if not state.get("events"):
                 self._helper_networks(trainer, pl_module, batch)  # logs them; the plan leaves them alone
             self._factorize(trainer, pl_module, due)
-        if self._gathers and self.has_example and self._is_near(trainer, state.get("events", 0)):
+        is_near, done = partial(self._is_near, trainer, steps=self.calibration_batches), state.get("events", 0)
+        if self._gathers and self.has_example and is_near(done):
             self._collect(pl_module).begin_batch()
         if self.recorder is not None:
             last = len(self._points) - 1
-            self.recorder.active = state.get("events", 0) <= last and self._is_near(trainer, last)
+            self.recorder.active = done <= last and is_near(last)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -238,11 +230,6 @@ class LowRankFactorization(RecordedInputs):
         """Remove all hooks."""
         self._drop_collector()
         super().teardown(trainer, pl_module, stage)
-
-    @override
-    def window(self, max_epochs: int | None) -> tuple[float, float] | None:
-        """From the first event to the last."""
-        return self._events.window(max_epochs)
 
     @override
     def before_surgery(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -393,13 +380,6 @@ class LowRankFactorization(RecordedInputs):
         if not self.has_example:
             return False
         return not self._gathers or self._collect(pl_module).batches >= self.calibration_batches
-
-    def _is_near(self, trainer: Trainer, event: int) -> bool:
-        """Check whether the event of that number is at most ``calibration_batches`` steps away, or overdue."""
-        if event >= len(self._points):
-            return False
-        progress, _ = self._points[event]
-        return steps_done(trainer) + self.calibration_batches >= progress * steps_planned(trainer)
 
     def _collect(self, pl_module: LightningModule) -> EvidenceCollector:
         if self._collector is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from typing_extensions import override
@@ -45,6 +45,7 @@ __all__ = ["CompressionMonitor"]
 
 
 @validated
+@dataclass(eq=False, repr=False)
 class CompressionMonitor(RecordingCallback):
     """Log the cost of a network while it is compressed, and print a table of every layer before and after.
 
@@ -99,37 +100,25 @@ class CompressionMonitor(RecordingCallback):
 
     method: ClassVar[str] = "compression_monitor"
 
-    _last_step: int | None = None  # of the last record
-    _masks: Mapping[str, Tensor] | None = None  # copies, of the last record
-    _patches: tuple[InstancePatch, ...] = ()
-    _curves: frozenset[str] = COSTS  # tags that have changed, and those of costs
-    _events_written: int = 0
+    _: KW_ONLY
+    every_n_steps: PositiveInt | None = None
+    layers: Targets | str | Sequence[str] | None = None
+    per_layer: bool = True
+    histograms: bool = True
+    heat_map: bool = True
+    layout: bool = True
+    hparams: bool = True
+    deflate: bool = True
+    progress_bar: bool = True
+    table: bool = True
 
-    def __init__(
-        self,
-        *,
-        every_n_steps: PositiveInt | None = None,
-        layers: Targets | str | Sequence[str] | None = None,
-        per_layer: bool = True,
-        histograms: bool = True,
-        heat_map: bool = True,
-        layout: bool = True,
-        hparams: bool = True,
-        deflate: bool = True,
-        progress_bar: bool = True,
-        table: bool = True,
-    ) -> None:
+    def __post_init__(self) -> None:
         super().__init__()
-        self.every_n_steps = every_n_steps
-        self.layers = layers
-        self.per_layer = per_layer
-        self.histograms = histograms
-        self.heat_map = heat_map
-        self.layout = layout
-        self.hparams = hparams
-        self.deflate = deflate
-        self.progress_bar = progress_bar
-        self.table = table
+        self._last_step: int | None = None  # of the last record
+        self._masks: Mapping[str, Tensor] | None = None  # copies, of the last record
+        self._patches: tuple[InstancePatch, ...] = ()
+        self._curves: frozenset[str] = COSTS  # tags that have changed, and those of costs
+        self._events_written = 0
 
     # Lightning's hooks, in the order a run meets them.
 

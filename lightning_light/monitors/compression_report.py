@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -26,6 +27,7 @@ __all__ = ["CompressionReport"]
 
 
 @validated
+@dataclass(eq=False, repr=False)
 class CompressionReport(RecordingCallback):
     """Write a report of the whole run at the end of ``fit``: one self-contained HTML file, and a JSON beside it.
 
@@ -68,17 +70,18 @@ class CompressionReport(RecordingCallback):
 
     method: ClassVar[str] = "compression_report"
 
-    def __init__(
-        self, path: str | os.PathLike[str] = "report.html", *, baseline: str | os.PathLike[str] | None = None
-    ) -> None:
+    path: str | os.PathLike[str] = "report.html"
+    _: KW_ONLY
+    baseline: str | os.PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
         super().__init__()
-        if Path(path).suffix != ".html":
+        path = Path(self.path)
+        if path.suffix != ".html":
             raise ValueError(
-                f"`CompressionReport({os.fspath(path)!r})`: expected a path that ends in '.html', found "
-                f"{Path(path).suffix or 'no suffix'!r}. Write for instance `CompressionReport('report.html')`."
+                f"`CompressionReport({os.fspath(self.path)!r})`: expected a path that ends in '.html', found "
+                f"{path.suffix or 'no suffix'!r}. Write for instance `CompressionReport('report.html')`."
             )
-        self.path = path
-        self.baseline = baseline
         self.result: RunReport | None = None
         self._metrics: dict[str, Curve] = {}
 

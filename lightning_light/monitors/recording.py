@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from typing_extensions import override
 
@@ -43,15 +43,14 @@ class RecordingCallback(CompressionCallback):
         "Leave the monitor out, or use `strategy='ddp'`.",
     )
 
-    layers: Targets | str | Sequence[str] | None = None
-
-    _cost_counter: CostCounter | None = None
-    _recorder: Recorder | None = None
-    _validation: ValidationMetrics | None = None
-    _parameters: tuple[nn.Parameter, ...] = ()
-    _last_signature: tuple[Any, ...] = ()
+    layers = cast("Targets | str | Sequence[str] | None", None)  # not annotated, see `CompressionCallback`
 
     def __init__(self) -> None:
+        self._cost_counter: CostCounter | None = None
+        self._recorder: Recorder | None = None
+        self._validation: ValidationMetrics | None = None
+        self._parameters: tuple[nn.Parameter, ...] = ()
+        self._last_signature: tuple[Any, ...] = ()
         self.before: Snapshot | None = None
         self.after: Snapshot | None = None
         self.history: History | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
@@ -10,7 +11,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 from torch import nn
 from typing_extensions import override
 
-from lightning_light.batch_norm import move_statistics
 from lightning_light.budgets import Budget
 from lightning_light.callback import CompressionCallback
 from lightning_light.criteria.output_distance import Distance
@@ -20,16 +20,14 @@ from lightning_light.export.exporter import Exporter
 from lightning_light.host.trainer import callbacks_of
 from lightning_light.isolation import plain_execution
 from lightning_light.nas.apply import claim_layers, in_order
-from lightning_light.nas.choices import Choices, Item
+from lightning_light.nas.choices import Item
 from lightning_light.nas.costs import Costs
 from lightning_light.nas.functional import check_counts, find_assignment, search
 from lightning_light.nas.options import SearchOptions, Space, check_budgets
 from lightning_light.nas.result import SearchResult
 from lightning_light.order import Stage
-from lightning_light.progress import epochs_planned, steps_done, steps_planned, training_progress
-from lightning_light.recorded_inputs import RecordedInputs, RecordedState
+from lightning_light.recorded_inputs import RecordedState, ScheduledChanges
 from lightning_light.schedules import OneShot, Schedule, require_rising
-from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.distributed import log_rank_zero, on_rank_zero
 from lightning_light.surgery.stored_example import stored_calls
 from lightning_light.timing import Events
@@ -69,7 +67,8 @@ class _State(RecordedState, total=False):
 
 
 @validated
-class ArchitectureSearch(RecordedInputs):
+@dataclass(eq=False, repr=False)
+class ArchitectureSearch(ScheduledChanges):
     """Choose widths, ranks and depth under one or several budgets at one point of the run, and train on.
 
     The search is that of `lightning_light.search`, on the inputs of the last training batches: those of the first are
@@ -119,44 +118,26 @@ class ArchitectureSearch(RecordedInputs):
     stage: ClassVar[int] = Stage.DEPTH
     state_schema: ClassVar[Any] = _State
 
-    def __init__(
-        self,
-        budget: Budget | Sequence[Budget],
-        *,
-        schedule: Schedule = OneShot(at=0.1),
-        space: Space | None = SearchOptions.space,
-        runtime: Exporter | None = SearchOptions.runtime,
-        distance: Distance = SearchOptions.distance,
-        class_dim: int = SearchOptions.class_dim,
-        calibration_batches: PositiveInt = SearchOptions.calibration_batches,
-        evaluation_batches: PositiveInt = SearchOptions.evaluation_batches,
-        samples: PositiveInt = 128,
-        evaluations: NonNegativeInt = SearchOptions.evaluations,
-        seed: NonNegativeInt = SearchOptions.seed,
-        table: str | Path | None = SearchOptions.table,
-    ) -> None:
-        require_rising("ArchitectureSearch", schedule)
-        self.budget = budget
-        self.schedule = schedule
-        self.space = space
-        self.runtime = runtime
-        self.distance: Distance = distance
-        self.class_dim = class_dim
-        self.calibration_batches = calibration_batches
-        self.evaluation_batches = evaluation_batches
-        self.samples = samples
-        self.evaluations = evaluations
-        self.seed = seed
-        self.table = table
-        self._budgets = check_budgets("ArchitectureSearch", budget, self.options)
-        self._events = Events(schedule)
-        self._points: list[tuple[float, float]] = []
-        self.result: SearchResult | None = None
+    budget: Budget | Sequence[Budget]
+    _: KW_ONLY
+    schedule: Schedule = OneShot(at=0.1)
+    space: Space | None = SearchOptions.space
+    runtime: Exporter | None = SearchOptions.runtime
+    distance: Distance = SearchOptions.distance
+    class_dim: int = SearchOptions.class_dim
+    calibration_batches: PositiveInt = SearchOptions.calibration_batches
+    evaluation_batches: PositiveInt = SearchOptions.evaluation_batches
+    samples: PositiveInt = 128
+    evaluations: NonNegativeInt = SearchOptions.evaluations
+    seed: NonNegativeInt = SearchOptions.seed
+    table: str | Path | None = SearchOptions.table
 
-    @property
-    def options(self) -> SearchOptions:
-        """How the assignment is chosen."""
-        return self.options_as(SearchOptions)
+    def __post_init__(self) -> None:
+        require_rising("ArchitectureSearch", self.schedule)
+        self.options = self.options_as(SearchOptions)
+        self._budgets = check_budgets("ArchitectureSearch", self.budget, self.options)
+        self._events = Events(self.schedule)
+        self.result: SearchResult | None = None
 
     @property
     @override
@@ -180,12 +161,6 @@ class ArchitectureSearch(RecordedInputs):
         self._plan_run(trainer, pl_module)
 
     @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Place the search in the run."""
-        super().on_train_start(trainer, pl_module)
-        self._points = self._events.points(epochs_planned(trainer), steps_planned(trainer))
-
-    @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Act if it is due: before the batch, so that no checkpoint pairs new weights with an old metric."""
         state = self.state(pl_module)
@@ -194,14 +169,12 @@ class ArchitectureSearch(RecordedInputs):
         if not state.get("searched") and self.captured.observed is None:
             self._check_step(pl_module, batch)
             self._plan_run(trainer, pl_module)
-        due = Events.due(self._points, training_progress(trainer), steps_planned(trainer))
+        due = self._due(trainer)
         if due and not state.get("searched") and len(state.get("inputs", [])) == self.recorded_batches:
             self._search(trainer, pl_module)
         if due and "pending" in state:
             self._change(trainer, pl_module, self._points[due - 1][1])
-        progress, _ = self._points[0]
-        near = steps_done(trainer) + self.recorded_batches >= progress * steps_planned(trainer)
-        self.recorder.active = near and not state.get("searched")
+        self.recorder.active = self._is_near(trainer, 0, self.recorded_batches) and not state.get("searched")
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -214,11 +187,6 @@ class ArchitectureSearch(RecordedInputs):
             f"`schedule={self.schedule!r}`."
         )
         self._no_effect(f"the network meets `{self.budget!r}` as it is." if state.get("searched") else early)
-
-    @override
-    def window(self, max_epochs: int | None) -> tuple[float, float] | None:
-        """The point of the search and that of the last change."""
-        return self._events.window(max_epochs)
 
     @override
     def rehearse(self, model: nn.Module, example: ExampleInput, batches: Sequence[Any]) -> list[str]:
@@ -290,27 +258,12 @@ class ArchitectureSearch(RecordedInputs):
         for number, (choices, mine) in enumerate(steps, 1):
             planned = plain_execution()(partial(choices.plan, pl_module, example, mine, calls))
             plan = on_rank_zero(trainer, planned)
-            self._carry_out(trainer, pl_module, choices, plan, calls, f"{number}/{len(steps)}")
+            carry_out = partial(choices.carry_out, pl_module, plan)
+            change = self.change(trainer, pl_module, carry_out, calls, kept=lambda done: done.kept or {})
+            claim_layers(pl_module, choices, change)
+            summary, part = f"changed {choices.kind}", f"{number}/{len(steps)}"
+            self._after_surgery(trainer, pl_module, change.entry, summary, part=part, kept=change.kept)
         state["items"] = [*state.get("items", []), *(item.name for item in items)]
         state["pending"] = state["pending"][len(items) :]
         if not state["pending"]:
             del state["pending"], state["inputs"]
-
-    def _carry_out(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        choices: Choices,
-        plan: Any,
-        calls: list[ExampleInput],
-        part: str,
-    ) -> None:
-        averaged_models = averaged_models_of(trainer, pl_module)
-        self._before_surgery(trainer, pl_module)
-        before = self.statistics(trainer, pl_module, calls)
-        change = choices.carry_out(pl_module, plan, optimizers=trainer.optimizers, averaged_models=averaged_models)
-        after = self.statistics(trainer, pl_module, calls)
-        for network in (pl_module, *averaged_models):
-            move_statistics(network, before, after, change.kept or {})
-        claim_layers(pl_module, choices, change)
-        self._after_surgery(trainer, pl_module, change.entry, f"changed {choices.kind}", part=part, kept=change.kept)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_light.example_input import ExampleInput
-from lightning_light.isolation import isolated
+from lightning_light.isolation import observe
 from lightning_light.nas.choices import Item
 from lightning_light.nas.costs import Meter
 from lightning_light.nas.evaluation import Evaluator
@@ -82,14 +81,11 @@ def _shapes(network: nn.Module, example: ExampleInput) -> str:
     """Return the digest of the layers' types, parameters and inputs, in any order."""
     found: list[list[Any]] = []
 
-    def record(module: nn.Module, args: Any, kwargs: Any) -> None:
+    def record(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         inputs = [list(tensor.shape) for tensor in tensors_in((args, kwargs))]
         own: Iterable[Tensor] = module.parameters(recurse=False)
         found.append([type(module).__name__, [list(parameter.shape) for parameter in own], inputs])
 
-    with isolated(network), ExitStack() as stack:
-        for module in network.modules():
-            if next(module.children(), None) is None:
-                stack.enter_context(module.register_forward_pre_hook(record, with_kwargs=True))
-        network(*example.args, **example.kwargs)
+    leaves = {name: module for name, module in network.named_modules() if next(module.children(), None) is None}
+    observe(network, leaves, [example], record)
     return digest(sorted(found, key=repr))

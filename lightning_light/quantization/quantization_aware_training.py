@@ -6,6 +6,7 @@ import logging
 import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from torch import nn
@@ -40,6 +41,7 @@ __all__ = ["QuantizationAwareTraining"]
 
 
 @validated
+@dataclass(eq=False, repr=False)
 class QuantizationAwareTraining(CompressionCallback):
     """Train with fake quantization in every forward pass, in place.
 
@@ -96,29 +98,23 @@ class QuantizationAwareTraining(CompressionCallback):
     )
     state_schema: ClassVar[Any] = Annotated[dict[str, Any], SoundState()]
 
-    def __init__(
-        self,
-        recipe: Recipe = Int8(),
-        *,
-        start: Moment = DEFAULT_WINDOWS[Stage.QUANTIZATION][0],
-        calibration_batches: PositiveInt = 32,
-        freeze_observers: Moment = 0.9,
-        freeze_batch_norm: Moment = 0.95,
-        bit_width_schedule: Schedule | None = None,
-    ) -> None:
-        fractions = [one for one in (start, freeze_observers, freeze_batch_norm) if isinstance(one, float)]
+    recipe: Recipe = Int8()
+    _: KW_ONLY
+    start: Moment = DEFAULT_WINDOWS[Stage.QUANTIZATION][0]
+    calibration_batches: PositiveInt = 32
+    freeze_observers: Moment = 0.9
+    freeze_batch_norm: Moment = 0.95
+    bit_width_schedule: Schedule | None = None
+
+    def __post_init__(self) -> None:
+        start, ranges, statistics = self.start, self.freeze_observers, self.freeze_batch_norm
+        fractions = [one for one in (start, ranges, statistics) if isinstance(one, float)]
         if fractions != sorted(fractions):
             raise ValueError(
-                f"`{type(self).__name__}(start={start}, freeze_observers={freeze_observers}, freeze_batch_norm="
-                f"{freeze_batch_norm})`: expected start <= freeze_observers <= freeze_batch_norm, found another order. "
+                f"`{type(self).__name__}(start={start}, freeze_observers={ranges}, freeze_batch_norm="
+                f"{statistics})`: expected start <= freeze_observers <= freeze_batch_norm, found another order. "
                 "To freeze nothing write 1.0."
             )
-        self.recipe = recipe
-        self.start = start
-        self.calibration_batches = calibration_batches
-        self.freeze_observers = freeze_observers
-        self.freeze_batch_norm = freeze_batch_norm
-        self.bit_width_schedule = bit_width_schedule
         self._warned = False
         self._bit_width_schedule: Schedule | None = None
         self._learned: dict[str, nn.Parameter] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
@@ -36,6 +37,7 @@ class SRSTEState(MaskState, total=False):
 
 
 @validated
+@dataclass(eq=False, repr=False)
 class SRSTE(MaskingCallback):
     """Train dense weights through N:M masks that are selected again by magnitude after every step.
 
@@ -66,21 +68,16 @@ class SRSTE(MaskingCallback):
     method: ClassVar[str] = "sr_ste"
     state_schema: ClassVar[Any] = SRSTEState
 
-    def __init__(
-        self,
-        pattern: NM = NM(2, 4),
-        *,
-        decay: NonNegativeFloat = 2e-4,
-        schedule: Schedule = OneShot(),
-        targets: TargetsLike = None,
-    ) -> None:
-        super().__init__(Events(schedule, every_n_steps=1))
-        require_rising(type(self).__name__, schedule)
-        self.options = WeightPruningOptions(pattern=pattern, targets=targets)
-        self.pattern = pattern
-        self.decay = decay
-        self.schedule = schedule
-        self.targets = targets
+    pattern: NM = NM(2, 4)
+    _: KW_ONLY
+    decay: NonNegativeFloat = 2e-4
+    schedule: Schedule = OneShot()
+    targets: TargetsLike = None
+
+    def __post_init__(self) -> None:
+        super().__init__(Events(self.schedule, every_n_steps=1))
+        require_rising(type(self).__name__, self.schedule)
+        self.options = WeightPruningOptions(pattern=self.pattern, targets=self.targets)
 
     # Lightning's hooks, in the order a run meets them.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -52,6 +53,7 @@ class WeightPruningState(MaskState, total=False):
 
 
 @validated
+@dataclass(eq=False, repr=False)
 class WeightPruning(MaskingCallback):
     """Mask the least important weights gradually, and keep them at zero.
 
@@ -99,35 +101,24 @@ class WeightPruning(MaskingCallback):
     method: ClassVar[str] = "weight_pruning"
     state_schema: ClassVar[Any] = WeightPruningState
 
-    def __init__(
-        self,
-        budget: Sparsity | None = WeightPruningOptions.budget,
-        *,
-        criterion: Criterion = WeightPruningOptions.criterion,
-        schedule: Schedule = Window(Cubic(), *DEFAULT_WINDOWS[Stage.MASKS]),
-        pattern: Pattern = WeightPruningOptions.pattern,
-        scope: Scope = WeightPruningOptions.scope,
-        targets: TargetsLike = WeightPruningOptions.targets,
-        remaining: dict[str, OpenFraction] | None = WeightPruningOptions.remaining,
-        every_n_steps: PositiveInt | None = None,
-        calibration_batches: PositiveInt = WeightPruningOptions.calibration_batches,
-        seed: int = WeightPruningOptions.seed,
-    ) -> None:
-        super().__init__(Events(schedule, every_n_steps, default_events=EVENTS))
-        self.budget = budget
-        self.criterion = criterion
-        self.schedule = schedule
-        self.pattern = pattern
-        self.scope: Scope = scope
-        self.targets = targets
-        self.remaining = remaining
-        self.every_n_steps = every_n_steps
-        self.calibration_batches = calibration_batches
-        self.seed = seed
+    budget: Sparsity | None = WeightPruningOptions.budget
+    _: KW_ONLY
+    criterion: Criterion = WeightPruningOptions.criterion
+    schedule: Schedule = Window(Cubic(), *DEFAULT_WINDOWS[Stage.MASKS])
+    pattern: Pattern = WeightPruningOptions.pattern
+    scope: Scope = WeightPruningOptions.scope
+    targets: TargetsLike = WeightPruningOptions.targets
+    remaining: dict[str, OpenFraction] | None = WeightPruningOptions.remaining
+    every_n_steps: PositiveInt | None = None
+    calibration_batches: PositiveInt = WeightPruningOptions.calibration_batches
+    seed: int = WeightPruningOptions.seed
+
+    def __post_init__(self) -> None:
+        super().__init__(Events(self.schedule, self.every_n_steps, default_events=EVENTS))
         self.options = self.options_as(WeightPruningOptions)
         self.options.check(type(self).__name__)
-        if schedule.monotone:
-            require_rising(type(self).__name__, schedule)
+        if self.schedule.monotone:
+            require_rising(type(self).__name__, self.schedule)
         self._evidence_collector: EvidenceCollector | None = None
 
     # Lightning's hooks, in the order a run meets them.

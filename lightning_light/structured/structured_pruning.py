@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_light.batch_norm import has_statistics, move_statistics
+from lightning_light.batch_norm import has_statistics
 from lightning_light.budgets import Budget
 from lightning_light.capture import has_lazy_layers
 from lightning_light.criteria import Criterion, EvidenceCollector, check_needs
@@ -25,8 +25,8 @@ from lightning_light.formatting import plural
 from lightning_light.measure.latency_table import LatencyTable, measured_text
 from lightning_light.order import DEFAULT_WINDOWS, Stage
 from lightning_light.planning import criterion_for
-from lightning_light.progress import epochs_planned, steps_done, steps_planned, training_progress
-from lightning_light.recorded_inputs import RecordedInputs, RecordedState
+from lightning_light.progress import training_progress
+from lightning_light.recorded_inputs import RecordedState, ScheduledChanges
 from lightning_light.schedules import Cubic, Schedule, Window, require_rising
 from lightning_light.schema import Needs
 from lightning_light.structured.costs import measure
@@ -44,7 +44,6 @@ from lightning_light.structured.plan import (
 from lightning_light.structured.ranking import Ranking
 from lightning_light.structured.regularization import SparsityRegularizer, add_penalty
 from lightning_light.structured.sensitivity import Sensitivity, curve_lines
-from lightning_light.surgery.averaged_models import averaged_models_of
 from lightning_light.surgery.distributed import broadcast, log_rank_zero, reduce_mean
 from lightning_light.surgery.edit import cut
 from lightning_light.surgery.stored_example import stored_calls
@@ -83,7 +82,8 @@ class _State(RecordedState, total=False):
 
 
 @validated
-class StructuredPruning(RecordedInputs):
+@dataclass(eq=False, repr=False)
+class StructuredPruning(ScheduledChanges):
     """Remove the least important channels, a few at a time, until the network meets ``budget``.
 
     When a channel is removed, the layer that computes it, every layer that reads it and the optimizer's state shrink
@@ -141,53 +141,34 @@ class StructuredPruning(RecordedInputs):
     stage: ClassVar[int] = Stage.STRUCTURED
     state_schema: ClassVar[Any] = _State
 
-    def __init__(
-        self,
-        budget: Budget | None = None,
-        *,
-        criterion: Criterion = ChannelPruningOptions.criterion,
-        schedule: Schedule = Window(Cubic(), *DEFAULT_WINDOWS[Stage.STRUCTURED]),
-        every_n_steps: PositiveInt | None = None,
-        ranking: Ranking = ChannelPruningOptions.ranking,
-        targets: Targets | str | list[str] | None = ChannelPruningOptions.targets,
-        remaining: dict[str, OpenFraction] | None = ChannelPruningOptions.remaining,
-        widths: Widths = ChannelPruningOptions.widths,
-        heads: Literal["dim", "head"] = ChannelPruningOptions.heads,
-        calibration_batches: PositiveInt = ChannelPruningOptions.calibration_batches,
-        correct_batch_norm: bool = ChannelPruningOptions.correct_batch_norm,
-        regularizer: SparsityRegularizer | None = None,
-        dry_run: bool = False,
-    ) -> None:
-        check_goal("StructuredPruning", budget, remaining)
-        check_needs("StructuredPruning", criterion, scores_groups=True)
-        require_rising("StructuredPruning", schedule)
-        self.budget = budget
-        self.criterion = criterion
-        self.schedule = schedule
-        self.every_n_steps = every_n_steps
-        self.ranking = ranking
-        self.targets = targets
-        self.remaining = remaining
-        self.widths = widths
-        self.heads = heads
-        self.calibration_batches = calibration_batches
-        self.correct_batch_norm = correct_batch_norm
-        self.regularizer = regularizer
-        self.dry_run = dry_run
+    budget: Budget | None = None
+    _: KW_ONLY
+    criterion: Criterion = ChannelPruningOptions.criterion
+    schedule: Schedule = Window(Cubic(), *DEFAULT_WINDOWS[Stage.STRUCTURED])
+    every_n_steps: PositiveInt | None = None
+    ranking: Ranking = ChannelPruningOptions.ranking
+    targets: Targets | str | list[str] | None = ChannelPruningOptions.targets
+    remaining: dict[str, OpenFraction] | None = ChannelPruningOptions.remaining
+    widths: Widths = ChannelPruningOptions.widths
+    heads: Literal["dim", "head"] = ChannelPruningOptions.heads
+    calibration_batches: PositiveInt = ChannelPruningOptions.calibration_batches
+    correct_batch_norm: bool = ChannelPruningOptions.correct_batch_norm
+    regularizer: SparsityRegularizer | None = None
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        check_goal("StructuredPruning", self.budget, self.remaining)
+        check_needs("StructuredPruning", self.criterion, scores_groups=True)
+        require_rising("StructuredPruning", self.schedule)
+        self.options = self.options_as(ChannelPruningOptions)
         check_gates("StructuredPruning", self.options)
-        self._events = Events(schedule, every_n_steps)
-        self._points: list[tuple[float, float]] = []
+        self._events = Events(self.schedule, self.every_n_steps)
         self._collector: EvidenceCollector | GateTrainer | None = None
         self._corrects = False
         self._graph: DependencyGraph | None = None
         self._calls: list[ExampleInput] = []
         self._batch: Any = None
         self._last_plan: Plan | None = None
-
-    @property
-    def options(self) -> ChannelPruningOptions:
-        """Options by which channels are chosen."""
-        return self.options_as(ChannelPruningOptions)
 
     # Lightning's hooks, in the order a run meets them.
 
@@ -207,19 +188,13 @@ class StructuredPruning(RecordedInputs):
             self._collector = self._new_collector(trainer, pl_module)
 
     @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Place the cuts in the run."""
-        super().on_train_start(trainer, pl_module)
-        self._points = self._events.points(epochs_planned(trainer), steps_planned(trainer))
-
-    @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Make the cut that is due: before the batch, so that no checkpoint pairs new weights with an old metric."""
         state = self.state(pl_module)
         self._batch = None if self._calls else batch
         if not has_lazy_layers(pl_module):
             self._plan_run(trainer, pl_module)
-        due = Events.due(self._points, training_progress(trainer), steps_planned(trainer))
+        due = self._due(trainer)
         if due > state.get("events", 0) and self._is_ready(pl_module):
             self._cut(trainer, pl_module, due)
         if self._collector is not None:
@@ -279,11 +254,6 @@ class StructuredPruning(RecordedInputs):
         super().teardown(trainer, pl_module, stage)
 
     @override
-    def window(self, max_epochs: int | None) -> tuple[float, float] | None:
-        """From the first cut to the last."""
-        return self._events.window(max_epochs)
-
-    @override
     def rehearse(self, model: nn.Module, example: ExampleInput, batches: Sequence[Any]) -> list[str]:
         """Make one cut that meets the budget."""
         criterion, note = criterion_for(model, self.criterion, batches)
@@ -325,13 +295,6 @@ class StructuredPruning(RecordedInputs):
         return measures or (
             self._corrects and state.get("events", 0) <= last and self._is_near(trainer, last, self.calibration_batches)
         )
-
-    def _is_near(self, trainer: Trainer, event: int, steps: int) -> bool:
-        """Whether the cut number ``event`` is at most ``steps`` optimizer steps away, or overdue."""
-        if event >= len(self._points):
-            return False
-        progress, _ = self._points[event]
-        return steps_done(trainer) + steps >= progress * steps_planned(trainer)
 
     # Private: what.
 
@@ -456,15 +419,10 @@ class StructuredPruning(RecordedInputs):
         assert self._graph is not None
         part, last = f"{due}/{len(self._points)}", due == len(self._points)
         state, graph = self.state(pl_module), self._graph
-        kept, averaged_models = graph.kept_positions(plan.kept), averaged_models_of(trainer, pl_module)
-        self._before_surgery(trainer, pl_module)
+        kept, attributes = graph.kept_positions(plan.kept), graph.attributes(pl_module, plan.kept)
         calls = stored_calls(pl_module, state) if last and self.recorder is not None else []
-        before = self.statistics(trainer, pl_module, calls)
-        followers: dict[str, Any] = {"optimizers": trainer.optimizers, "averaged_models": averaged_models}
-        edit = cut(pl_module, kept, attributes=graph.attributes(pl_module, plan.kept), **followers)
-        after = self.statistics(trainer, pl_module, calls)
-        for network in (pl_module, *averaged_models):
-            move_statistics(network, before, after, kept)
+        apply = partial(cut, pl_module, kept, attributes=attributes)
+        edit = self.change(trainer, pl_module, apply, calls, kept=lambda _: kept)
         state["removed"] = state.get("removed", 0) + plan.removed
         self._graph = graph.after_pruning(plan.kept)
         self._after_surgery(trainer, pl_module, edit.entry(), summary, part=part, kept=kept)
