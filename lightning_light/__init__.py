@@ -172,35 +172,13 @@ _NAMES = {
 }
 """Module below this package -> the names that ``lightning_light`` takes from it."""
 
-_MODULES = {
-    "budgets": "budgets",
-    "clustering": "clustering",
-    "criteria": "criteria",
-    "depth": "depth",
-    "distillation": "distillation",
-    "errors": "errors",
-    "export": "export",
+_MODULES = {name: name for name in (*_NAMES, "report", "slimmable") if name not in ("callback", "planning")} | {
     "losses": "distillation.losses",
-    "lowrank": "lowrank",
-    "measure": "measure",
-    "monitors": "monitors",
-    "nas": "nas",
     "observers": "quantization.observers",
     "patterns": "sparsity.patterns",
-    "quantization": "quantization",
     "ranking": "structured.ranking",
     "recipes": "quantization.recipes",
-    "reparameterization": "reparameterization",
-    "report": "report",
-    "schedules": "schedules",
-    "slimmable": "slimmable",
-    "sparsity": "sparsity",
-    "structured": "structured",
-    "substitution": "substitution",
-    "surgery": "surgery",
-    "targets": "targets",
     "teachers": "distillation.teachers",
-    "tuning": "tuning",
 }
 """Name of a module in ``lightning_light`` -> its path below this package."""
 

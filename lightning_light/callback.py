@@ -161,6 +161,13 @@ class CompressionCallback(Callback):
             self._run_position.load(trainer, checkpoint)
 
     @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn if the method found nothing to do."""
+        reason = None if getattr(trainer, "fast_dev_run", False) else self._no_effect_reason(pl_module)
+        if reason is not None:
+            self._no_effect(reason)
+
+    @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave nothing but what lets ``trainer.save_checkpoint()`` after the run keep the manifest."""
         if stage == "fit":
@@ -375,6 +382,10 @@ class CompressionCallback(Callback):
         if found:
             log_rank_zero(trainer, f"{type(self).method}: left alone, frozen and only used to train: {found}")
         return found
+
+    def _no_effect_reason(self, pl_module: LightningModule) -> str | None:
+        """Why the run changed nothing, for a warning at its end; None if that is no surprise."""
+        return None
 
     def _no_effect(self, reason: str) -> None:
         """Warn that the method found nothing to do, by name and with the reason."""

@@ -9,7 +9,7 @@ import sys
 import textwrap
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 
 __all__ = [
@@ -134,20 +134,15 @@ class DataTable:
         def cut(line: tuple[str, ...]) -> tuple[str, ...]:
             return line[:place] + line[place + 1 :]
 
-        return DataTable(
-            cut(self.headers),
-            tuple(map(cut, self.lines)),
-            tuple(map(cut, self.totals)),
-            title=self.title,
-            text_columns=self.text_columns,
-        )
+        lines, totals = tuple(map(cut, self.lines)), tuple(map(cut, self.totals))
+        return replace(self, headers=cut(self.headers), lines=lines, totals=totals)
 
     def _with_names_of(self, longest: int) -> DataTable:
         names = [line[0] for line in self.lines]
         if max(map(len, names), default=0) > longest:
             names = short_names(names, longest)
         lines = tuple((name, *line[1:]) for name, line in zip(names, self.lines, strict=True))
-        return DataTable(self.headers, lines, self.totals, title=self.title, text_columns=self.text_columns)
+        return replace(self, lines=lines)
 
     def _rendered(self, notes: Sequence[str], width: int | None, *, color: bool) -> list[str]:
         widths = self._widths()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -186,12 +186,8 @@ def _merge(module: nn.Module, name: str, merged: dict[str, str]) -> nn.Module:
 
 
 def _structure(module: nn.Module) -> list[tuple[Any, ...]]:
-    return [*_classes(module), *((name, tuple(tensor.shape)) for name, tensor in module.named_parameters())]
-
-
-def _classes(module: nn.Module) -> Iterator[tuple[Any, ...]]:
-    for name, part in module.named_modules():
-        yield name, type(part), "forward" in vars(part)
+    classes = ((name, type(part), "forward" in vars(part)) for name, part in module.named_modules())
+    return [*classes, *((name, tuple(tensor.shape)) for name, tensor in module.named_parameters())]
 
 
 def _is_callable_without_arguments(method: Any) -> bool:

@@ -21,7 +21,7 @@ from lightning_light.example_input import ExampleInput
 from lightning_light.formatting import plural
 from lightning_light.order import DEFAULT_WINDOWS, Stage
 from lightning_light.planning import not_targeted
-from lightning_light.progress import epochs_planned, steps_done
+from lightning_light.progress import epochs_planned
 from lightning_light.schedules import resolve_moment
 from lightning_light.schema import Context, Needs, Rule, TensorOf, damage
 from lightning_light.surgery.attachment import check_owners
@@ -188,14 +188,18 @@ class WeightClustering(CompressionCallback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set every weight to its centroid exactly, and log the sizes."""
-        if not self.state(pl_module).get("layers"):
-            if not getattr(trainer, "fast_dev_run", False):
-                few = "no targeted layer has a weight of two or more axes that is large enough for a codebook."
-                found = "layers" in self.state(pl_module)
-                self._no_effect(few if found else f"the run ended before `start={self.start!r}`.")
-            return
-        self._harden(trainer, pl_module)
-        self._report(trainer, pl_module)
+        super().on_train_end(trainer, pl_module)
+        if self.state(pl_module).get("layers"):
+            self._harden(trainer, pl_module)
+            self._report(trainer, pl_module)
+
+    @override
+    def _no_effect_reason(self, pl_module: LightningModule) -> str | None:
+        if self.state(pl_module).get("layers"):
+            return None
+        if "layers" not in self.state(pl_module):
+            return f"the run ended before `start={self.start!r}`."
+        return "no targeted layer has a weight of two or more axes that is large enough for a codebook."
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -277,9 +281,8 @@ class WeightClustering(CompressionCallback):
         bits = {name: clustered_sizes({"weight": weight})[0].bits for name, weight in weights.items()}
         count = max(sum(weight.numel() for weight in weights.values()), 1)
         total = sum(bits[name] * weight.numel() for name, weight in weights.items()) / count
-        curves = {f"{self.method}/bits/{name or 'weight'}": value for name, value in bits.items()}
-        for logger in trainer.loggers:
-            logger.log_metrics(curves | {f"{self.method}/bits": total}, step=steps_done(trainer))
+        curves = {f"bits/{name or 'weight'}": value for name, value in bits.items()}
+        self.log_scalars(trainer, curves | {"bits": total})
         for name, value in bits.items():
             self.state(pl_module)["layers"][name]["coded_bits"] = value
         values = f"{plural(len(bits), 'layer')} of at most {self.options.clusters} values"

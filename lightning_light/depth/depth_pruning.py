@@ -136,14 +136,12 @@ class DepthPruning(ScheduledChanges):
         self._plan_run(trainer, pl_module)
 
     @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn if nothing was removed."""
-        if self.dry_run or self.state(pl_module).get("removed") or getattr(trainer, "fast_dev_run", False):
-            return
+    def _no_effect_reason(self, pl_module: LightningModule) -> str | None:
+        if self.dry_run or self.state(pl_module).get("removed"):
+            return None
         if self._last_plan is None:
-            self._no_effect(f"the run ended before the first event; `schedule={self.schedule!r}`.")
-        else:
-            self._no_effect(f"the network meets `{self.budget!r}` as it is. {'; '.join(self._last_plan.lines())}.")
+            return f"the run ended before the first event; `schedule={self.schedule!r}`."
+        return f"the network meets `{self.budget!r}` as it is. {'; '.join(self._last_plan.lines())}."
 
     @override
     def rehearse(self, model: nn.Module, example: ExampleInput, batches: Sequence[Any]) -> list[str]:

@@ -219,13 +219,6 @@ class LowRankFactorization(ScheduledChanges):
             self._collector.end_batch(lambda tensor: reduce_mean(trainer, tensor))
 
     @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn if no layer was factorized."""
-        nothing = not self.state(pl_module).get("layers") and not self.dry_run
-        if nothing and not getattr(trainer, "fast_dev_run", False):
-            self._no_effect(self._why_nothing())
-
-    @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove all hooks."""
         self._drop_collector()
@@ -403,7 +396,10 @@ class LowRankFactorization(ScheduledChanges):
         kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
         return [module for module in modules if isinstance(module, kinds) and factor_form(module) is None]
 
-    def _why_nothing(self) -> str:
+    @override
+    def _no_effect_reason(self, pl_module: LightningModule) -> str | None:
+        if self.dry_run or self.state(pl_module).get("layers"):
+            return None
         if self.last_plan is not None:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in self.last_plan.skipped.items())
             return f"no layer was factorized. {reasons}"

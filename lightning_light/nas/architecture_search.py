@@ -177,16 +177,14 @@ class ArchitectureSearch(ScheduledChanges):
         self.recorder.active = self._is_near(trainer, 0, self.recorded_batches) and not state.get("searched")
 
     @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn if nothing was changed."""
+    def _no_effect_reason(self, pl_module: LightningModule) -> str | None:
         state = self.state(pl_module)
-        if state.get("items") or getattr(trainer, "fast_dev_run", False):
-            return
-        early = (
+        if state.get("searched"):
+            return None if state.get("items") else f"the network meets `{self.budget!r}` as it is."
+        return (
             f"the run ended before the search, which needs the inputs of {self.recorded_batches} training batches; "
             f"`schedule={self.schedule!r}`."
         )
-        self._no_effect(f"the network meets `{self.budget!r}` as it is." if state.get("searched") else early)
 
     @override
     def rehearse(self, model: nn.Module, example: ExampleInput, batches: Sequence[Any]) -> list[str]:

@@ -232,12 +232,17 @@ class QuantizationAwareTraining(CompressionCallback):
         """Warn if nothing was quantized."""
         if self._quantizer is not None:
             self._quantizer.freeze_batch_norm = False
+        super().on_train_end(trainer, pl_module)
+
+    @override
+    def _no_effect_reason(self, pl_module: LightningModule) -> str | None:
         state = self.state(pl_module)
-        if not state.get("enabled") and not getattr(trainer, "fast_dev_run", False) and not self._warned:
-            self._no_effect(
-                f"the run was over after {state.get('batches', 0)} of the `calibration_batches="
-                f"{self.calibration_batches}` that follow `start={self.start}`. Start earlier, or observe fewer."
-            )
+        if state.get("enabled") or self._warned:
+            return None
+        return (
+            f"the run was over after {state.get('batches', 0)} of the `calibration_batches={self.calibration_batches}` "
+            f"that follow `start={self.start}`. Start earlier, or observe fewer."
+        )
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

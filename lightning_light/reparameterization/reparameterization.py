@@ -150,10 +150,8 @@ class Reparameterization(CompressionCallback):
             state["merged"] = True
 
     @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn if the run was too short for the expansion."""
-        if not self.state(pl_module).get("expanded") and not getattr(trainer, "fast_dev_run", False):
-            self._no_effect(f"the run ended before `start={self.start!r}`.")
+    def _no_effect_reason(self, pl_module: LightningModule) -> str | None:
+        return None if self.state(pl_module).get("expanded") else f"the run ended before `start={self.start!r}`."
 
     @override
     def window(self, max_epochs: int | None) -> tuple[float, float] | None:

@@ -196,10 +196,8 @@ class SlimmableTraining(AddedLoss):
         self._begin(trainer, pl_module, state)
 
     @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn if no narrower network was trained."""
-        if not self.state(pl_module).get("steps") and not getattr(trainer, "fast_dev_run", False):
-            self._no_effect(f"the run ended before `start={self.start}`.")
+    def _no_effect_reason(self, pl_module: LightningModule) -> str | None:
+        return None if self.state(pl_module).get("steps") else f"the run ended before `start={self.start}`."
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

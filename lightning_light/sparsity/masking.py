@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -132,13 +131,6 @@ class MaskingCallback(CompressionCallback):
         self._watch(trainer, pl_module)
 
     @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn if nothing was masked."""
-        reason = None if getattr(trainer, "fast_dev_run", False) else self._no_effect_reason(pl_module)
-        if reason is not None:
-            self._no_effect(reason)
-
-    @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove the hooks, and the references to the network."""
         if self._step_hooks is not None:
@@ -179,10 +171,6 @@ class MaskingCallback(CompressionCallback):
         self._run_plan = self._planned(pl_module)
         self._check_plan(self._masks(pl_module))
         self._watch(trainer, pl_module)
-
-    @abstractmethod
-    def _no_effect_reason(self, pl_module: LightningModule) -> str | None:
-        """Why nothing was masked, or None."""
 
     def _make_step_hooks(self, pl_module: LightningModule) -> StepHooks:
         """What acts before and after every optimizer step."""

@@ -239,13 +239,6 @@ class StructuredPruning(ScheduledChanges):
             self._collector.follow(kept)
 
     @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn if nothing was removed."""
-        state = self.state(pl_module)
-        if not self.dry_run and not state.get("removed", 0) and not getattr(trainer, "fast_dev_run", False):
-            self._no_effect(self._why_nothing(state))
-
-    @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove all hooks."""
         if self._collector is not None:
@@ -428,7 +421,10 @@ class StructuredPruning(ScheduledChanges):
         self._after_surgery(trainer, pl_module, edit.entry(), summary, part=part, kept=kept)
         log_rank_zero(trainer, "\n  ".join([f"{self.method}: {summary}", *plan.lines()]), level=logging.DEBUG)
 
-    def _why_nothing(self, state: Mapping[str, Any]) -> str:
+    @override
+    def _no_effect_reason(self, pl_module: LightningModule) -> str | None:
+        if self.dry_run or self.state(pl_module).get("removed"):
+            return None
         if self._last_plan is None:
             reads = f" `{self.criterion!r}` reads {self._criterion_batches} batches before." if self._needs_data else ""
             return (

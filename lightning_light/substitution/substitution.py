@@ -154,14 +154,12 @@ class Substitution(RecordedInputs):
         self._check_budget(trainer, pl_module)
 
     @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn if nothing was replaced."""
-        if self.dry_run or self.state(pl_module).get("layers") or getattr(trainer, "fast_dev_run", False):
-            return
+    def _no_effect_reason(self, pl_module: LightningModule) -> str | None:
+        if self.dry_run or self.state(pl_module).get("layers"):
+            return None
         if self.last_plan is None:
-            self._no_effect(f"the run ended before `start={self.start!r}`.")
-        else:
-            self._no_effect(f"the network meets `{self.budget!r}` as it is.")
+            return f"the run ended before `start={self.start!r}`."
+        return f"the network meets `{self.budget!r}` as it is."
 
     @override
     def window(self, max_epochs: int | None) -> tuple[float, float] | None:
