@@ -458,7 +458,7 @@ class StructuredPruning(RecordedInputs):
         state, graph = self.state(pl_module), self._graph
         kept, averaged_models = graph.kept_positions(plan.kept), averaged_models_of(trainer, pl_module)
         self._before_surgery(trainer, pl_module)
-        calls = stored_calls(pl_module, state) if last and self.recorder is not None else []
+        calls = stored_calls(pl_module, state) if last and self._corrects else []
         before = self.statistics(trainer, pl_module, calls)
         followers: dict[str, Any] = {"optimizers": trainer.optimizers, "averaged_models": averaged_models}
         edit = cut(pl_module, kept, attributes=graph.attributes(pl_module, plan.kept), **followers)
