@@ -130,7 +130,7 @@ OPERATIONS = {
 def test_only_views_keep_quantization_parameters(exporter, tmp_path) -> None:
     """Nothing is quantized in the file that is not quantized in the module."""
     net = Beside(**{name: Between(operation) for name, operation in OPERATIONS.items()})
-    report = exported(net, exporter, tmp_path, *[IMAGES] * len(OPERATIONS))
+    report = exported(net, exporter, tmp_path, *[IMAGES] * len(OPERATIONS), batch="one")
     assert len(report.parity.quant_steps) == len(OPERATIONS)
     assert max(report.parity.quant_steps.values()) <= 1.01
     assert report.details["int8_layers"] == 2 * len(OPERATIONS)
