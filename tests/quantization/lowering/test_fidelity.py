@@ -11,7 +11,7 @@ from lightning_light.export import ONNX, ExecuTorch, Exporter, TorchScriptLite, 
 from lightning_light.int8 import QDQConstraints
 from lightning_light.quantization.fake_quantizer import FakeQuantizer
 from lightning_light.quantization.op_calls import OpId
-from tests.quantization.helpers import Beside, calibrated
+from tests.quantization.helpers import calibrated, in_turn
 from tests.zoo import noise, tokens
 
 EXPORTERS: list[Exporter] = [TorchScriptLite(), ONNX(), ExecuTorch(), ExecuTorch(partitioner=None)]
@@ -95,17 +95,14 @@ def test_the_graph_agrees_with_the_module(name) -> None:
     assert lowered.left_float == {}
 
 
-@pytest.mark.parametrize("exporter", EXPORTERS, ids=str)
-def test_every_file_agrees_with_the_module(exporter, tmp_path) -> None:
-    torch.manual_seed(0)
-    net = Beside(**{name: kind() for name, (kind, _) in NETS.items()}).eval()
-    inputs = tuple(example() for _, example in NETS.values())
-    layers = len(calibrated(net, ExampleInput(inputs)).plan.layers)
-    report = export_model(
-        net, inputs, tmp_path / f"net{exporter.suffix}", exporter=exporter, batch="one", latency_runs=1
-    )
+@pytest.mark.parametrize(
+    ("name", "exporter"), [*in_turn([*NETS], EXPORTERS), *in_turn([*NETS], EXPORTERS[1:])], ids=str
+)
+def test_every_file_agrees_with_the_module(name, exporter, tmp_path) -> None:
+    net, x, quantizer = prepared(name)
+    report = export_model(net, (x,), tmp_path / f"net{exporter.suffix}", exporter=exporter, batch="one", latency_runs=1)
     assert report.details["left_float"] == {}
-    assert report.details["int8_layers"] == layers
+    assert report.details["int8_layers"] == len(quantizer.plan.layers)
     assert max(report.parity.quant_steps.values()) < 1.01
 
 
