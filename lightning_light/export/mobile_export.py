@@ -244,8 +244,7 @@ class MobileExport(CompressionCallback):
     # Private: checks in `setup`.
 
     def _refuse_shared_path(self, trainer: Trainer) -> None:
-        callbacks = callbacks_of(trainer)
-        paths = [Path(one.path).absolute() for one in callbacks if isinstance(one, MobileExport)]
+        paths = [Path(one.path).absolute() for one in callbacks_of(trainer) if isinstance(one, MobileExport)]
         if paths.count(Path(self.path).absolute()) > 1:
             raise ValueError(
                 f"`MobileExport({str(self.path)!r})`: expected a path for each export of the Trainer, found it "
@@ -254,15 +253,13 @@ class MobileExport(CompressionCallback):
 
     def _others(self, trainer: Trainer) -> str:
         """Name the files of the Trainer's other exports: written before this one failed, or not written."""
-        callbacks = callbacks_of(trainer)
-        exports = [one for one in callbacks if isinstance(one, MobileExport)]
+        exports = [one for one in callbacks_of(trainer) if isinstance(one, MobileExport)]
         place = exports.index(self)
         parts = (("Written before", exports[:place]), ("Not exported after it", exports[place + 1 :]))
         return "".join(f" {what}: {', '.join(repr(str(one.path)) for one in some)}." for what, some in parts if some)
 
     def _check_int8(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        callbacks = callbacks_of(trainer)
-        found = [one.int8_weights() for one in callbacks if isinstance(one, CompressionCallback)]
+        found = [one.int8_weights() for one in callbacks_of(trainer) if isinstance(one, CompressionCallback)]
         weights = next((one for one in found if one is not None), None)
         if self.module is not None and (weights is not None or quantizers_of(pl_module)):
             raise UnsupportedError(

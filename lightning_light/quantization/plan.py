@@ -17,6 +17,8 @@ from lightning_light.validation import NonNegativeInt
 
 __all__ = ["FusedOps", "LayerSite", "QuantizationPlan", "origin_of", "plan_quantization"]
 
+_FLOAT_ROLES = ("float", "integer", "batch_norm")
+
 
 @dataclass(frozen=True)
 class FusedOps:
@@ -173,7 +175,7 @@ class _Planner:
         sources, (tail, fused) = [origin_of(source) for _, source in node.inputs], self._fused(node)
         if self._activations.keys().isdisjoint(sources) or any(source.role == "integer" for source in sources):
             return
-        if node.operator.fuses and any(map(self._is_float, _readers(tail))):
+        if node.operator.fuses and any(one.role in _FLOAT_ROLES or self._lacks_kernel(one) for one in _readers(tail)):
             return
         if node.operator.name == "cat" and any(map(_is_quantized_by_readers, sources)):
             return  # an element of a list is no argument of its own
@@ -210,9 +212,6 @@ class _Planner:
         bounded = replace(spec, non_negative=non_negative, upper_bound=origin.operator.upper_bound, learned=learned)
         self.plan.activations.append(bounded)
         return len(self.plan.activations) - 1
-
-    def _is_float(self, node: OpNode) -> bool:
-        return node.role in ("float", "integer", "batch_norm") or self._lacks_kernel(node)
 
 
 def origin_of(node: OpNode) -> OpNode:

@@ -8,6 +8,15 @@ from torch import nn
 
 __all__ = ["implied_attributes"]
 
+_SIZES: dict[Any, tuple[str, ...]] = {
+    nn.modules.batchnorm._NormBase: ("num_features",),
+    nn.GroupNorm: ("num_channels",),
+    nn.PReLU: ("num_parameters",),
+    (nn.Embedding, nn.EmbeddingBag): ("num_embeddings", "embedding_dim"),
+    nn.Bilinear: ("out_features", "in1_features", "in2_features"),
+}
+"""Classes -> attributes that state the sizes of the dimensions of their weight."""
+
 
 def implied_attributes(module: nn.Module) -> dict[str, Any]:
     """Attribute -> value, as implied by the shapes of ``module``'s own tensors; empty for modules that are not torch's.
@@ -24,7 +33,7 @@ def implied_attributes(module: nn.Module) -> dict[str, Any]:
         return _attention(module)
     if isinstance(module, nn.RNNBase):
         return _recurrent(module)
-    return _by_first_vector(module, shape, shapes)
+    return _by_weight(module, shape or shapes.get("running_mean"))
 
 
 def _tensors(module: nn.Module) -> list[tuple[str, Any]]:
@@ -58,22 +67,10 @@ def _recurrent(module: nn.RNNBase) -> dict[str, Any]:
     return sizes | ({"proj_size": module.get_parameter("weight_hh_l0").shape[1]} if module.proj_size else {})
 
 
-def _by_first_vector(
-    module: nn.Module, shape: tuple[int, ...] | None, shapes: dict[str, tuple[int, ...]]
-) -> dict[str, Any]:
-    shape = shape or shapes.get("running_mean")
+def _by_weight(module: nn.Module, shape: tuple[int, ...] | None) -> dict[str, Any]:
     if shape is None:
         return {}
-    if isinstance(module, nn.modules.batchnorm._NormBase):
-        return {"num_features": shape[0]}
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-        return {"normalized_shape": tuple(shape)}
-    if isinstance(module, nn.GroupNorm):
-        return {"num_channels": shape[0]}
-    if isinstance(module, nn.PReLU):
-        return {"num_parameters": shape[0]}
-    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-        return {"num_embeddings": shape[0], "embedding_dim": shape[1]}
-    if isinstance(module, nn.Bilinear):
-        return {"out_features": shape[0], "in1_features": shape[1], "in2_features": shape[2]}
-    return {}
+        return {"normalized_shape": shape}
+    names = next((names for kinds, names in _SIZES.items() if isinstance(module, kinds)), ())
+    return dict(zip(names, shape, strict=False))

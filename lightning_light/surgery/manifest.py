@@ -202,7 +202,8 @@ def plain_copy(value: Any, path: str) -> Any:
     Raises:
         TypeError: ``value`` holds another type; the message names the place.
     """
-    if value is None or type(value) in (int, float, bool, str) or _is_dense(value):
+    dense = isinstance(value, Tensor) and value.layout is torch.strided and value.device.type != "meta"
+    if dense or value is None or type(value) in (int, float, bool, str):
         return value
     if type(value) is dict:
         return {_plain_key(key, path): plain_copy(item, f"{path}[{key!r}]") for key, item in value.items()}
@@ -212,10 +213,6 @@ def plain_copy(value: Any, path: str) -> Any:
         f"`{path}`: expected int, float, bool, str, None, list, tuple, dict or a dense tensor, which `torch.load("
         f"weights_only=True)` admits, found {type(value).__name__}."
     )
-
-
-def _is_dense(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.layout is torch.strided and value.device.type != "meta"
 
 
 def _plain_key(key: Any, path: str) -> Any:

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import repeat
 from typing import Any
 
 import torch
@@ -156,8 +155,7 @@ class Lowering(ABC):
 
     def is_fused(self, op: OpId) -> bool:
         """Whether the kernel of an earlier call has computed this one."""
-        head = self._heads.get(op)
-        return head is not None and head not in self.refused
+        return op in self._heads and self._heads[op] not in self.refused
 
     def qparams_of_output(self, op: OpId) -> QParams | None:
         """Of a layer or join, after what is fused into it."""
@@ -225,7 +223,7 @@ def _rounded(integers: Tensor, factor: Tensor) -> Tensor:
     """``round(integers * factor)``, computed in float64 by pieces, which need less memory than the whole weight."""
     found = torch.empty_like(integers, dtype=torch.int8)
     rows = max(_PIECE * len(integers) // max(integers.numel(), 1), 1)
-    factors = torch.split(factor, rows) if factor.dim() else repeat(factor)
+    factors = torch.split(factor, rows) if factor.dim() else (factor,) * len(integers)
     for target, piece, one in zip(torch.split(found, rows), torch.split(integers, rows), factors, strict=False):
         target.copy_((piece * columns(one, piece)).round_())
     return found

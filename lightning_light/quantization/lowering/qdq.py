@@ -55,9 +55,8 @@ class QDQLowering(Lowering):
             return f"its weight is {plain.dtype}, and the runtimes compute in torch.float32: `module.float()`"
         if self._release_weights and self.reads[plain] == 1:
             plain.data = plain.data.new_empty(0)
-        qparams: tuple[Any, ...] = (float(weight.scale.max()), 0)
-        if weight.per_channel:
-            qparams = (weight.scale.float(), torch.zeros_like(weight.scale, dtype=torch.int64), 0)
+        points = torch.zeros_like(weight.scale, dtype=torch.int64)
+        qparams = (weight.scale.float(), points, 0) if weight.per_channel else (float(weight.scale), 0)
         self._constants[op] = (weight.integers, *qparams, -_WEIGHT_MAX, _WEIGHT_MAX, torch.int8)
         return None
 

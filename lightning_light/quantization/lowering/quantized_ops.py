@@ -21,8 +21,6 @@ from lightning_light.quantization.specs import QParams
 
 __all__ = ["QuantizedOpsLowering", "share_storage"]
 
-_VIEW = operator_of("view")
-
 
 class QuantizedOpsLowering(Lowering):
     """Computes one forward pass on int8 kernels, where there are some, with quantized tensors between them."""
@@ -43,8 +41,8 @@ class QuantizedOpsLowering(Lowering):
     def build(self) -> None:
         collected = self.collected
         super().build()
-        most = max((len(weight.integers) for weight in self.weights.values()), default=0)
-        zeros = torch.zeros(most, dtype=torch.int64)  # zero points: layers with fewer channels use a part of them
+        # Zero points: layers with fewer channels use a part of them.
+        zeros = torch.zeros(max((len(one.integers) for one in self.weights.values()), default=0), dtype=torch.int64)
         for op, weight in share_storage(self.weights).items():
             try:
                 self.packed[op] = _packed(op.function, weight, collected[op], zeros)
@@ -93,7 +91,7 @@ class QuantizedOpsLowering(Lowering):
         elif not _is_quantized(call.input):
             return None
         elif is_view(call) or call.id in self.plan.averages:
-            operator, output = _VIEW, QParams(1.0, 0)  # the kernel keeps those of the input
+            operator, output = operator_of("view"), QParams(1.0, 0)  # the kernel keeps those of the input
         else:
             activation = self.plan.outputs.get(call.id)
             output = None if activation is None or operator.role != "unary" else self.qparams[activation]

@@ -1,6 +1,5 @@
 """QDQ graphs: files for ONNX Runtime and ExecuTorch agree with the fake-quantized module."""
 
-import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -227,12 +226,3 @@ def test_a_weight_is_rounded_by_pieces_of_rows_as_it_is_in_one(per_channel, monk
     whole = fold(*layer).integers
     monkeypatch.setattr("lightning_light.quantization.lowering.base._PIECE", 12)
     assert fold(*layer).integers.equal(whole)
-
-
-def test_no_weight_stays_in_memory_once_its_file_is_written(tmp_path) -> None:
-    net, x = nn.Sequential(nn.Linear(6, 47), nn.Linear(47, 2)).eval(), noise(4, 6)
-    quantize(net, x, Int8())
-    with fake_quantized(net):
-        ONNX().write_in_place(net, ExampleInput((x,)), tmp_path / "net.onnx")
-    gc.collect()
-    assert not [x for x in gc.get_objects() if type(x) is Tensor and x.dtype is torch.int8 and x.shape == (47, 6)]
