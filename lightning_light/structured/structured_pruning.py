@@ -413,7 +413,7 @@ class StructuredPruning(ScheduledChanges):
         part, last = f"{due}/{len(self._points)}", due == len(self._points)
         state, graph = self.state(pl_module), self._graph
         kept, attributes = graph.kept_positions(plan.kept), graph.attributes(pl_module, plan.kept)
-        calls = stored_calls(pl_module, state) if last and self.recorder is not None else []
+        calls = stored_calls(pl_module, state) if last and self._corrects else []
         apply = partial(cut, pl_module, kept, attributes=attributes)
         edit = self.change(trainer, pl_module, apply, calls, kept=lambda _: kept)
         state["removed"] = state.get("removed", 0) + plan.removed

@@ -46,25 +46,19 @@ def test_a_run_that_is_counted_in_steps(case, tmp_path) -> None:
 
 
 @every_row
-def test_a_second_fit_with_the_same_callbacks(case, tmp_path) -> None:
+def test_further_fits_with_the_same_callbacks(case, tmp_path) -> None:
+    """Of the same module, which the second fit finds as the first has left it, and of another one."""
+    callbacks, modules = case.build(tmp_path), [module_of(case), module_of(case)]
+    torch.manual_seed(3)
+    trainer(*callbacks).fit(modules[0])
+    first, end = shapes(modules[0]), copy.deepcopy(modules[0].state_dict())
     with unless_refused(case, "second_fit"):
-        module, callbacks = module_of(case), case.build(tmp_path)
-        trainer(*callbacks).fit(module)
-        first = shapes(module)
-        trainer(*callbacks).fit(module)
-        assert len(module.losses) == 24
-        assert (shapes(module) == first) or case.structural
-
-
-@every_row
-def test_a_second_module_with_the_same_callbacks(case, tmp_path) -> None:
-    callbacks, ends = case.build(tmp_path), []
-    for _ in range(2):
-        torch.manual_seed(3)
-        module = module_of(case)
-        trainer(*callbacks).fit(module)
-        ends.append(module.state_dict())
-    assert not differences(*ends), "what a callback remembers of one network does not reach the next"
+        trainer(*callbacks).fit(modules[0])
+        assert len(modules[0].losses) == 24
+        assert (shapes(modules[0]) == first) or case.structural
+    torch.manual_seed(3)
+    trainer(*callbacks).fit(modules[1])
+    assert not differences(end, modules[1].state_dict()), "nothing of one network reaches the next"
 
 
 @dataclass(frozen=True)
@@ -119,12 +113,11 @@ def test_training_goes_on_from_a_checkpoint_of_weights_alone(finished) -> None:
 def test_validate_and_test_with_checkpoints_forwards_and_backwards(finished) -> None:
     module, case = finished.module, finished.case
     end = shapes(module)
-    for file in ("epoch=0", "step=10", "step=5", "epoch=2"):
+    for turn, file in enumerate(("epoch=0", "step=10", "step=5", "epoch=2")):
         path, fresh = finished.folder / f"{file}.ckpt", module_of(case)
-        for target in (module, fresh):
-            tester = trainer(*case.build(finished.folder / "again"))
-            found = tester.validate(target, ckpt_path=path, verbose=False)
-            assert finished.run.test(target, ckpt_path=path, verbose=False) == found
+        validated, tested = (module, fresh) if turn % 2 else (fresh, module)
+        found = trainer(*case.build(finished.folder / "again")).validate(validated, ckpt_path=path, verbose=False)
+        assert finished.run.test(tested, ckpt_path=path, verbose=False) == found
         saved = torch.load(path, weights_only=True)["state_dict"]
         assert not differences(dict(saved), dict(module.state_dict())), file
         assert not differences(dict(saved), dict(fresh.state_dict())), file

@@ -2,7 +2,8 @@
 
 import copy
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning.pytorch
@@ -144,8 +145,13 @@ def quantized() -> Any:
     return module
 
 
-@by_schedule
-@pytest.mark.parametrize("later", [clustered, quantized])
-@pytest.mark.parametrize("method", EARLIER)
+def methods_before_a_later_one() -> Iterator[Any]:
+    """Every two of method, later method and schedule."""
+    for (number, method), (place, schedule) in itertools.product(enumerate(EARLIER), enumerate(SCHEDULES)):
+        later = (clustered, quantized)[(number + place) % 2]
+        yield pytest.param(method, later, SCHEDULES[schedule], id=f"{method}-{later.__name__}-{schedule}")
+
+
+@pytest.mark.parametrize(("method", "later", "schedule"), list(methods_before_a_later_one()))
 def test_layers_of_a_later_method_change_nothing(method, later, schedule) -> None:
     assert_refused_unchanged(METHODS[method](REACHABLE[method], schedule), UnsupportedError, copy.deepcopy(later()))

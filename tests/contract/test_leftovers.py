@@ -1,5 +1,6 @@
 """A run leaves nothing behind, says when it had no effect, and takes nothing that it does not need."""
 
+import functools
 import random
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from lightning_light.distillation import KnowledgeDistillation
 from lightning_light.errors import NoEffectWarning
+from tests.contract.bodies import Body, module_class
 from tests.contract.runs import differences, module_of, trainer
 from tests.contract.table import FULL
 
@@ -40,22 +42,33 @@ class Drawn(lightning.pytorch.Callback):
         self.states.append((torch.get_rng_state(), random.getstate()))
 
 
+def run_with_watch(body: type[Body], callbacks: list[Any]) -> tuple[Any, list[Any]]:
+    """The module after a run, and what the generators gave at every step."""
+    torch.manual_seed(3)
+    random.seed(3)
+    module, watch = module_class(body, lightning.pytorch)(), Drawn()
+    trainer(*callbacks, watch).fit(module)
+    return module, watch.states
+
+
+@functools.cache
+def plain_run(body: type[Body]) -> tuple[dict[str, Any], list[Any]]:
+    """The same without a method."""
+    module, states = run_with_watch(body, [])
+    return traces(module), states
+
+
 @pytest.mark.parametrize("case", FULL)
 def test_no_hook_attribute_mode_or_random_number_is_left_changed(case, tmp_path) -> None:
-    ends, drawn = [], []
     before = torch.is_grad_enabled(), torch.get_num_threads(), torch.get_default_dtype()
-    for callbacks in ([], case.build(tmp_path)):
-        torch.manual_seed(3)
-        random.seed(3)
-        module, watch = module_of(case), Drawn()
-        trainer(*callbacks, watch).fit(module)
-        ends.append(traces(module))
-        drawn.append(watch.states)
-    for name, (attributes, hooks, mode, kind) in ends[0].items():
-        replaced = name in ends[1] and ends[1][name][-1] != kind
-        if not case.structural or (name in ends[1] and not replaced):
-            assert ends[1][name] == (attributes, hooks, mode, kind), name
-    assert not differences(*drawn)
+    plain, drawn = plain_run(case.body)
+    module, states = run_with_watch(case.body, case.build(tmp_path))
+    found = traces(module)
+    for name, (attributes, hooks, mode, kind) in plain.items():
+        replaced = name in found and found[name][-1] != kind
+        if not case.structural or (name in found and not replaced):
+            assert found[name] == (attributes, hooks, mode, kind), name
+    assert not differences(drawn, states)
     assert before == (torch.is_grad_enabled(), torch.get_num_threads(), torch.get_default_dtype())
     assert all(parameter.requires_grad for parameter in module.parameters())
 

@@ -1,5 +1,7 @@
 """Every way of training that Lightning has: precision, accumulation, clipping, optimizers, layers, beside averaging."""
 
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,6 @@ pytestmark = [
     pytest.mark.filterwarnings(
         "ignore:The .grad attribute of a Tensor that is not a leaf"
     ),  # of dynamo, at a graph break
-    pytest.mark.parametrize("case", FULL),
 ]
 
 PRECISIONS: dict[str, Any] = {
@@ -52,40 +53,44 @@ def fitted(case: Case, folder: Path, body: type[Body] | None = None, *beside: An
     return run, module
 
 
-@pytest.mark.parametrize("how", list(PRECISIONS))
-def test_fits_and_resumes_in_any_precision_with_accumulation_and_clipping(case, how, tmp_path) -> None:
-    with unless_refused(case, how):
-        run, module = fitted(case, tmp_path, None, *checkpoints(tmp_path, every=3), **PRECISIONS[how]())
-        assert_changed(case, module)
-        for parameter, state in run.optimizers[0].state.items():
-            moments = [value for value in state.values() if value.ndim]
-            assert all(value.shape == parameter.shape for value in moments)
-        if how in ("bf16", "fp16", "accumulation"):
-            resumed = module_of(case)
-            again = trainer(*case.build(tmp_path / "again"), **PRECISIONS[how]())
-            again.fit(resumed, ckpt_path=tmp_path / f"step={run.global_step // 2}.ckpt")
-            assert not differences(outcome(run, module), outcome(again, resumed))
-
-
 BODIES = {
     "manual": TwoOptimizers,
+    "configure_model": MadeLate,
     "frozen": FrozenBackbone,
     "tied": Tied,
-    "configure_model": MadeLate,
     "compiled": Compiled,
     "wrapped": Wrapped,
 }
 
 
-@pytest.mark.parametrize("what", list(BODIES))
-def test_models_and_optimizers_of_every_kind(case, what, tmp_path) -> None:
+def pairs() -> Iterator[Any]:
+    """Every row with every body and with every precision, two at a time; which two changes from row to row.
+
+    What Lightning refuses or cannot resume stays out: manual optimization with accumulation or clipping, and double
+    precision in layers that are made before the fit, which Lightning restores in single precision. The own body of a
+    row stands for the bodies that it refuses. Of the two ways to compile, a row resumes one.
+    """
+    fixed = {"manual": None, "configure_model": "double"}
+    for number, row in enumerate(FULL):
+        hows = [how for how in PRECISIONS if how != "double"]
+        turned = [*hows[number % len(hows) :], *hows[: number % len(hows)]]
+        together = fixed | dict(zip([what for what in BODIES if what not in fixed], turned, strict=True))
+        for what, how in together.items():
+            refused = what in row.values[0].refuses
+            for one in [(what, None), (None, how)] if refused and how else [(what, how)]:
+                resumes = one not in ((None, "double"), (("compiled", "wrapped")[number % 2], how))
+                name = "-".join(filter(None, [row.id, *one]))
+                yield pytest.param(*row.values, *one, resumes, id=name, marks=row.marks)
+
+
+@pytest.mark.parametrize(("case", "what", "how", "resumes"), list(pairs()))
+def test_fits_and_resumes_with_every_body_and_in_every_precision(case, what, how, resumes, tmp_path) -> None:
+    body, options = BODIES.get(what), PRECISIONS.get(how, dict)
     with unless_refused(case, what):
-        run, module = fitted(case, tmp_path, BODIES[what], *checkpoints(tmp_path, every=6))
-        assert_changed(case, module, BODIES[what])
-        resumed = module_of(case, BODIES[what])
-        again = trainer(*case.build(tmp_path / "again"))
-        again.fit(resumed, ckpt_path=tmp_path / "step=6.ckpt" if what != "manual" else tmp_path / "step=12.ckpt")
-        assert not differences(outcome(run, module), outcome(again, resumed))
+        run, module = fitted(case, tmp_path, body, *checkpoints(tmp_path, every=3), **options())
+        assert_changed(case, module, body)
+        for parameter, state in itertools.chain(*(optimizer.state.items() for optimizer in run.optimizers)):
+            assert all(value.shape == parameter.shape for value in state.values() if value.ndim)
         if what == "frozen":
             learning = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
             assert not learning.get("features.stem.weight", False)
@@ -93,6 +98,11 @@ def test_models_and_optimizers_of_every_kind(case, what, tmp_path) -> None:
         if what == "tied":
             assert module.alias is module.features.conv1
             assert getattr(module.first, "weight", 0) is getattr(module.second, "weight", 0)
+        if resumes:
+            resumed = module_of(case, body)
+            again = trainer(*case.build(tmp_path / "again"), **options())
+            again.fit(resumed, ckpt_path=tmp_path / f"step={run.global_step // 2}.ckpt")
+            assert not differences(outcome(run, module), outcome(again, resumed))
 
 
 def averaging(kind: str) -> Any:
@@ -111,8 +121,17 @@ class CopiesFollow(lightning.pytorch.Callback):
         self.equal += [shapes(pl_module) == shapes(copied) for copied in averaged_models_of(trainer, pl_module)]
 
 
-@pytest.mark.parametrize("order", ["before", "after"])
-@pytest.mark.parametrize("kind", ["ema", "swa"])
+def orders() -> Iterator[Any]:
+    """Every row with both kinds of averaging and in both orders; which kind comes first changes from row to row."""
+    for number, row in enumerate(FULL):
+        for turn, (kind, order) in enumerate(
+            [("ema", "before"), ("swa", "after"), ("swa", "before"), ("ema", "after")]
+        ):
+            marks = row.marks if number % 2 == turn // 2 else [pytest.mark.slow]
+            yield pytest.param(*row.values, kind, order, id=f"{row.id}-{kind}-{order}", marks=marks)
+
+
+@pytest.mark.parametrize(("case", "kind", "order"), list(orders()))
 @pytest.mark.filterwarnings("ignore:Swapping scheduler:UserWarning")
 def test_averaged_copies_follow_and_resume(case, kind, order, tmp_path) -> None:
     with unless_refused(case, kind):

@@ -24,6 +24,7 @@ from lightning_light.structured import Local, StructuredPruning, prune_channels
 from lightning_light.surgery.edit import cut
 from tests.contract.bodies import Body, module_class
 from tests.contract.runs import DEFAULT_HOST, trainer
+from tests.dependency.test_zoo import ROWS
 from tests.zoo import ZOO, Net, noise
 
 ATTENTION = {"attention": 2e-3, "encoder": 1e-2, "fused_qkv": 1e-2}  # a smaller head size has another temperature
@@ -34,8 +35,7 @@ def built(name: str) -> Net:
     return ZOO[name]().eval()
 
 
-@pytest.mark.parametrize("heads", ["dim", "head"])
-@pytest.mark.parametrize("name", list(ZOO))
+@pytest.mark.parametrize(("name", "heads"), ROWS)
 def test_closed_gates_compute_what_the_network_without_the_channels_computes(name, heads) -> None:
     net, small, generator = built(name), built(name), torch.Generator().manual_seed(1)
     args, kwargs = net.example

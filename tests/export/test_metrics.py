@@ -208,8 +208,18 @@ def expected(module: Any, task: type[Task]) -> dict[str, float]:
     return values
 
 
-@pytest.mark.parametrize("suffix", [".ptl", ".onnx", ".pte"])
-@pytest.mark.parametrize("task", list(NAMES))
+def tasks_and_formats() -> list[Any]:
+    """Every task in two formats; a third one is slow."""
+    formats = [".ptl", ".onnx", ".pte"]
+    marks = {(number, formats[1 + number % 2]): pytest.mark.slow for number in range(len(NAMES))}
+    return [
+        pytest.param(task, suffix, id=f"{task.__name__}-{suffix}", marks=marks.get((number, suffix), ()))
+        for number, task in enumerate(NAMES)
+        for suffix in formats
+    ]
+
+
+@pytest.mark.parametrize(("task", "suffix"), tasks_and_formats())
 def test_metrics_of_the_module_are_computed_for_the_file(task: type[Task], suffix: str, tmp_path: Path) -> None:
     export = MobileExport(tmp_path / f"model{suffix}", latency_runs=1)
     module = module_of(task)
@@ -331,7 +341,7 @@ def test_the_function_evaluates_data(tmp_path: Path) -> None:
     assert report.parity_batches == len(data)
 
 
-@pytest.mark.parametrize("suffix", [".onnx", ".pte"])
+@pytest.mark.parametrize("suffix", [".onnx", pytest.param(".pte", marks=pytest.mark.slow)])
 def test_metrics_of_an_int8_file(suffix: str, tmp_path: Path) -> None:
     export = MobileExport(tmp_path / f"model{suffix}", latency_runs=1)
     module = module_of(Classification)

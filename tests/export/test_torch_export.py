@@ -190,8 +190,7 @@ def test_the_dynamic_dimension_is_named_batch(tmp_path: Path) -> None:
     assert [(value.name, value.shape) for value in session.get_outputs()] == [("output", ["batch", 5])]
 
 
-@pytest.mark.parametrize("host", HOSTS, ids=lambda host: host.__name__)
-@pytest.mark.parametrize("exporter", BOTH, ids=lambda exporter: type(exporter).__name__)
+@pytest.mark.parametrize(("host", "exporter"), list(zip(HOSTS, BOTH, strict=True)), ids=["onnx", "executorch"])
 def test_pruned_network_at_the_end_of_a_fit(host: ModuleType, exporter: Exporter, tmp_path: Path) -> None:
     path = tmp_path / f"model{exporter.suffix}"
     module = MODULES[host](Images())

@@ -54,3 +54,15 @@ def calibrated(model: nn.Module, example: ExampleInput, recipe: Recipe = Int8())
 
 def decibels(right: Tensor, found: Tensor) -> float:
     return float(10 * torch.log10(right.square().sum() / (right - found).square().sum()))
+
+
+class Beside(nn.Module):
+    """Networks beside one another, each with an input and an output of its own: one file for all of them."""
+
+    def __init__(self, **networks: nn.Module) -> None:
+        super().__init__()
+        for name, network in networks.items():
+            self.add_module(name, network)
+
+    def forward(self, *inputs: Tensor) -> tuple[Any, ...]:
+        return tuple(network(x) for network, x in zip(self.children(), inputs, strict=True))

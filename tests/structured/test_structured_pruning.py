@@ -35,6 +35,7 @@ from lightning_light.structured import (
     Global,
     GroupLasso,
     GrowingRegularization,
+    Sensitivity,
     StructuredPruning,
     Widths,
     prune_channels,
@@ -308,6 +309,21 @@ def test_statistics_are_corrected_after_the_last_cut() -> None:
         trainer(pruning).fit(module)
         errors[correct] = statistics_error(module)
     assert errors[True] < errors[False] / 2
+
+
+def norms(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, layer) for name, layer in module.named_modules() if isinstance(layer, nn.BatchNorm2d)]
+
+
+def test_statistics_stay_without_the_correction_although_the_ranking_records_inputs() -> None:
+    module = body(Frozen)
+    means = {name: norm.running_mean.clone() for name, norm in norms(module)}
+    ranking = Sensitivity(distance="mse", batches=2)
+    pruning = StructuredPruning(MACs(0.5), schedule=OneShot(at=0.5), ranking=ranking, correct_batch_norm=False)
+    trainer(pruning).fit(module)
+    left = {name: norm.running_mean for name, norm in norms(module)}
+    assert sum(map(len, left.values())) < sum(map(len, means.values()))
+    assert all(set(mean.tolist()) <= set(means[name].tolist()) for name, mean in left.items())
 
 
 def test_recorded_inputs_leave_the_state_with_the_last_cut() -> None:

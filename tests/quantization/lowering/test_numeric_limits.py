@@ -14,7 +14,7 @@ from lightning_light.export import ONNX, ExecuTorch, Exporter, Tolerance, TorchS
 from lightning_light.quantization import Int8, fake_quantized, quantize
 from lightning_light.quantization.lowering.base import fold
 from lightning_light.quantization.specs import WeightSpec
-from tests.quantization.helpers import in_turn
+from tests.quantization.helpers import Beside
 from tests.zoo import noise
 
 EXPORTERS = [TorchScriptLite(), ExecuTorch(), ONNX()]
@@ -23,12 +23,12 @@ IMAGES = noise(2, 3, 8, 8)
 every_runtime = pytest.mark.parametrize("exporter", EXPORTERS, ids=["lite", "executorch", "onnx"])
 
 
-def exported(net: nn.Module, exporter: Exporter, folder: Path, images: Tensor = IMAGES, **options: Any) -> Any:
-    quantize(net.eval(), images, Int8())
+def exported(net: nn.Module, exporter: Exporter, folder: Path, *inputs: Tensor, **options: Any) -> Any:
+    quantize(net.eval(), inputs or (IMAGES,), Int8())
     with fake_quantized(net):
         return export_model(
             net,
-            (images,),
+            inputs or (IMAGES,),
             folder / f"net{exporter.suffix}",
             exporter=exporter,
             latency_runs=1,
@@ -41,45 +41,52 @@ def two_layers() -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
 
 
-@every_runtime
-def test_a_channel_that_is_all_but_dead(exporter, tmp_path) -> None:
+def with_a_channel_that_is_all_but_dead() -> nn.Module:
     """Its bias, counted in steps of its weight times those of its input, is beyond 2**31."""
     net = two_layers()
     with torch.no_grad():
         net[0].weight[1] *= 1e-6
         net[0].bias[1] = 1.0
-    report = exported(net, exporter, tmp_path)
-    assert report.details["int8_layers"] == 2
+    return net
 
 
-@every_runtime
-def test_a_layer_that_is_dead(exporter, tmp_path) -> None:
+def with_a_layer_that_is_dead() -> nn.Module:
     """What it writes is zero alone, and so is every step that the next bias would be counted in."""
     net = two_layers()
     with torch.no_grad():
         net[0].bias -= 100.0
-    report = exported(net, exporter, tmp_path)
-    assert report.details["int8_layers"] == 2
+    return net
 
 
-@every_runtime
-def test_inputs_that_are_all_but_zero(exporter, tmp_path) -> None:
+def for_inputs_that_are_all_but_zero() -> nn.Module:
     net = two_layers()
     with torch.no_grad():
         net[0].bias += 1.0
-    exported(net, exporter, tmp_path, IMAGES * 1e-6)
+    return net
 
 
-@every_runtime
-def test_sums_that_are_coarser_than_their_grid_stay_float(exporter, tmp_path) -> None:
-    """All but the last thousandth of a step is cut off: XNNPACK does not load such a layer."""
+def with_sums_that_are_coarser_than_their_grid() -> nn.Module:
+    """All but the last thousandth of a step is cut off: XNNPACK does not load such a layer, which stays float."""
     net = two_layers()
     with torch.no_grad():
         net[0].bias.fill_(0.0)
         top = net[0](IMAGES).amax((0, 2, 3))
         net[0].bias.copy_(-top + 1e-5)
-    with pytest.warns(UserWarning, match=r"stay float: {'0': 'one step of its sums is more than the whole range"):
-        exported(net, exporter, tmp_path)
+    return net
+
+
+@every_runtime
+def test_values_that_int8_kernels_do_not_hold(exporter, tmp_path) -> None:
+    net = Beside(
+        channel=with_a_channel_that_is_all_but_dead(),
+        layer=with_a_layer_that_is_dead(),
+        inputs=for_inputs_that_are_all_but_zero(),
+        sums=with_sums_that_are_coarser_than_their_grid(),
+    )
+    with pytest.warns(UserWarning, match=r"stay float: {'sums\.0': 'one step of its sums is more than the whole range"):
+        report = exported(net, exporter, tmp_path, IMAGES, IMAGES, IMAGES * 1e-6, IMAGES)
+    assert report.details["int8_layers"] == 7
+    assert len(report.parity.quant_steps) == 4
 
 
 def test_a_weight_on_a_wider_grid_is_the_same_weight() -> None:
@@ -119,14 +126,14 @@ OPERATIONS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "exporter"), [*in_turn([*OPERATIONS], EXPORTERS), *in_turn([*OPERATIONS], EXPORTERS[1:])], ids=str
-)
-def test_only_views_keep_quantization_parameters(name, exporter, tmp_path) -> None:
+@every_runtime
+def test_only_views_keep_quantization_parameters(exporter, tmp_path) -> None:
     """Nothing is quantized in the file that is not quantized in the module."""
-    report = exported(Between(OPERATIONS[name]), exporter, tmp_path)
-    assert report.parity.quant_steps["output"] <= 1.01
-    assert report.details["int8_layers"] == 2
+    net = Beside(**{name: Between(operation) for name, operation in OPERATIONS.items()})
+    report = exported(net, exporter, tmp_path, *[IMAGES] * len(OPERATIONS), batch="one")
+    assert len(report.parity.quant_steps) == len(OPERATIONS)
+    assert max(report.parity.quant_steps.values()) <= 1.01
+    assert report.details["int8_layers"] == 2 * len(OPERATIONS)
 
 
 class Attended(nn.Module):
