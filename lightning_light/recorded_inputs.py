@@ -17,13 +17,16 @@ from lightning_light.measure.latency_table import LatencyTable, TimedFiles, quan
 from lightning_light.progress import epochs_planned, steps_done, steps_planned, training_progress
 from lightning_light.schema import PlainExample
 from lightning_light.surgery.averaged_models import averaged_models_of
-from lightning_light.surgery.distributed import on_rank_zero
+from lightning_light.surgery.distributed import on_rank_zero, reduce_mean
 from lightning_light.surgery.edit import Positions
 from lightning_light.surgery.stored_example import restore_or_capture_example, store_example
 from lightning_light.timing import Events
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+
+    from lightning_light.criteria import EvidenceCollector
+    from lightning_light.criteria.learned_gates import GateTrainer
 
 __all__ = ["RecordedInputs", "RecordedState", "ScheduledChanges"]
 
@@ -61,6 +64,7 @@ class RecordedInputs(CompressionCallback):
 
     captured = cast("Capture | None", None)  # not annotated, see `CompressionCallback`
     recorder = cast("InputRecorder | None", None)
+    _collector = cast("EvidenceCollector | GateTrainer | None", None)
 
     @property
     def recorded_batches(self) -> int:
@@ -155,7 +159,7 @@ class RecordedInputs(CompressionCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Store the inputs of this batch, for the decision and for checkpoints."""
+        """Store the inputs and the evidence of this batch, for the decision and for checkpoints."""
         state = self.state(pl_module)
         store_example(state, self.captured)
         calls = [] if self.recorder is None else self.recorder.take()
@@ -167,14 +171,16 @@ class RecordedInputs(CompressionCallback):
                 "`training_step`, with tensors, and is not compiled as a whole, found a step without such a call. Call "
                 f"`self(...)` there, or use `{self.function}(..., data=...)` before training."
             )
+        if self._collector is not None:
+            self._collector.end_batch(lambda tensor: reduce_mean(trainer, tensor))
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove all hooks."""
-        for held in (self.captured, self.recorder):
+        for held in (self.captured, self.recorder, self._collector):
             if held is not None:
                 held.remove()
-        self.captured, self.recorder = None, None
+        self.captured, self.recorder, self._collector = None, None, None
         super().teardown(trainer, pl_module, stage)
 
 

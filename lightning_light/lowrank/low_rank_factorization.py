@@ -32,7 +32,7 @@ from lightning_light.measure.latency_table import LatencyTable
 from lightning_light.order import DEFAULT_WINDOWS, Stage
 from lightning_light.recorded_inputs import RecordedState, ScheduledChanges
 from lightning_light.schedules import OneShot, Schedule, Window, require_rising
-from lightning_light.surgery.distributed import log_rank_zero, reduce_mean
+from lightning_light.surgery.distributed import log_rank_zero
 from lightning_light.surgery.stored_example import stored_calls
 from lightning_light.surgery.trial import failing_in_step
 from lightning_light.targets import Targets, as_targets
@@ -210,21 +210,6 @@ class LowRankFactorization(ScheduledChanges):
             add_regularizer_gradients(self.regularizer, self._regularized(pl_module), parameters)
 
     @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Store the evidence and the example input in the state that checkpoints save."""
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if self._collector is not None:
-            self._collector.end_batch(lambda tensor: reduce_mean(trainer, tensor))
-
-    @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remove all hooks."""
-        self._drop_collector()
-        super().teardown(trainer, pl_module, stage)
-
-    @override
     def before_surgery(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the dense network before another method changes it."""
         self._check(trainer, pl_module)
@@ -337,7 +322,9 @@ class LowRankFactorization(ScheduledChanges):
         fraction = self._points[due - 1][1]
         plan = self._plan(trainer, pl_module, fraction)
         self.last_plan = plan
-        self._drop_collector()
+        if self._collector is not None:
+            self._collector.remove()
+            self._collector = None
         state = self.state(pl_module)
         state.pop("evidence", None)
         if self.dry_run:
@@ -384,11 +371,6 @@ class LowRankFactorization(ScheduledChanges):
                 lambda: self.state(pl_module).setdefault("evidence", {}),
             )
         return self._collector
-
-    def _drop_collector(self) -> None:
-        if self._collector is not None:
-            self._collector.remove()
-            self._collector = None
 
     def _regularized(self, pl_module: LightningModule) -> list[nn.Module]:
         named = dict(pl_module.named_modules(remove_duplicate=False))

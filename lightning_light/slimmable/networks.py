@@ -14,7 +14,7 @@ from lightning_light.host.patches import RunHook
 from lightning_light.isolation import uncompiled
 from lightning_light.schema import Context, Rule, TensorOf, damage
 from lightning_light.surgery.data import in_layout_of
-from lightning_light.surgery.edit import take
+from lightning_light.surgery.edit import named_tensors, take
 from lightning_light.validation import NonNegativeInt
 
 __all__ = ["NarrowNetwork", "PlainNetwork", "statistics_of"]
@@ -75,7 +75,7 @@ class NarrowNetwork:
     """
 
     def __init__(self, model: nn.Module, plain: _Plain, part: str) -> None:
-        tensors = _tensors(model)
+        tensors = named_tensors(model)
         plain["statistics"] = {name: value.to(tensors[name].device) for name, value in plain["statistics"].items()}
         self._model, self._network, self._statistics = model, model.get_submodule(part), plain["statistics"]
         self._kept = {
@@ -87,7 +87,7 @@ class NarrowNetwork:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the output of the narrower network. Compiled parts run uncompiled, hooks of a run do not act."""
-        tensors = _tensors(self._model)
+        tensors = named_tensors(self._model)
         whole = ((tensors[name], dims) for name, dims in self._kept.items())
         new = {id(tensor): in_layout_of(tensor, take(tensor, dims)) for tensor, dims in whole}
         new |= {id(tensors[name]): statistic for name, statistic in self._statistics.items()}
@@ -112,7 +112,3 @@ def _updated(changes: Iterable[tuple[dict[str, Any], Mapping[str, Any]]]) -> Ite
     finally:
         for table, old, _ in before:
             table.update(old)
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}

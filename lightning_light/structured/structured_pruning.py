@@ -44,7 +44,7 @@ from lightning_light.structured.plan import (
 from lightning_light.structured.ranking import Ranking
 from lightning_light.structured.regularization import SparsityRegularizer, add_penalty
 from lightning_light.structured.sensitivity import Sensitivity, curve_lines
-from lightning_light.surgery.distributed import broadcast, log_rank_zero, reduce_mean
+from lightning_light.surgery.distributed import broadcast, log_rank_zero
 from lightning_light.surgery.edit import cut
 from lightning_light.surgery.stored_example import stored_calls
 from lightning_light.targets import Targets, as_targets
@@ -163,7 +163,6 @@ class StructuredPruning(ScheduledChanges):
         self.options = self.options_as(ChannelPruningOptions)
         check_gates("StructuredPruning", self.options)
         self._events = Events(self.schedule, self.every_n_steps)
-        self._collector: EvidenceCollector | GateTrainer | None = None
         self._corrects = False
         self._graph: DependencyGraph | None = None
         self._calls: list[ExampleInput] = []
@@ -216,15 +215,6 @@ class StructuredPruning(ScheduledChanges):
             add_penalty(pl_module, groups, self.regularizer, phase)
 
     @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Store the evidence and the inputs of this batch, for the cut and for checkpoints."""
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if self._collector is not None:
-            self._collector.end_batch(lambda tensor: reduce_mean(trainer, tensor))
-
-    @override
     def before_surgery(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the unchanged network before another method changes it."""
         if not has_lazy_layers(pl_module):
@@ -240,10 +230,8 @@ class StructuredPruning(ScheduledChanges):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remove all hooks."""
-        if self._collector is not None:
-            self._collector.remove()
-        self._collector, self._graph, self._batch, self._calls = None, None, None, []
+        """Remove all hooks, and the references to the network."""
+        self._graph, self._batch, self._calls = None, None, []
         super().teardown(trainer, pl_module, stage)
 
     @override

@@ -21,7 +21,7 @@ from lightning_light.surgery.optimizer import check_sliceable, slice_state
 from lightning_light.surgery.ownership import layers_of
 from lightning_light.validation import validated
 
-__all__ = ["Edit", "cut", "take", "trial"]
+__all__ = ["Edit", "cut", "named_tensors", "take", "trial"]
 
 Positions = Mapping[str, Mapping[int, Tensor]]
 
@@ -88,11 +88,11 @@ def cut(
         UnsupportedError: an optimizer's state cannot be cut, or a later method owns a layer that would be cut.
     """
     optimizers = list(optimizers)
-    tensors = _named_tensors(model)
+    tensors = named_tensors(model)
     _check(model, tensors, kept)
     _check_attributes(model, attributes or {})
     check_owners(model, layers_of(model, [tensors[name] for name in kept]), method=method, stage=stage)
-    copies = [_named_tensors(averaged_model) for averaged_model in averaged_models]
+    copies = [named_tensors(averaged_model) for averaged_model in averaged_models]
     _check_averaged_models(tensors, copies, kept)
     for name in kept:
         for optimizer in optimizers:
@@ -127,7 +127,8 @@ def _commit(
             slice_state(optimizer, tensor, old, kept[name])
 
 
-def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and buffers by name."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
@@ -214,7 +215,7 @@ def trial(
     Without ``values`` only the shapes are right: the tensors are views of the first elements, and nothing is copied.
     For forward passes without gradients: nodes that accumulate them, and DDP's hooks on those, live through a trial.
     """
-    tensors = _named_tensors(model)
+    tensors = named_tensors(model)
     _check(model, tensors, kept)
     before = {name: (tensors[name].data, tensors[name].grad) for name in kept}
     edit = Edit()
