@@ -226,6 +226,7 @@ class Channels(RelativeBudget):
     quantity = "channels"
     reducible_by = frozenset({"channels"})
     runs_model = False
+    channel_cost = 1.0
 
     @override
     def measure(self, model: nn.Module, example: ExampleInput | None) -> float:
@@ -234,11 +235,6 @@ class Channels(RelativeBudget):
         call = _given(self, example)
         graph = trace_dependencies(model, call.args, call.kwargs)
         return float(sum(group.width for group in graph.groups if group.reason is None))
-
-    @property
-    @override
-    def channel_cost(self) -> float:
-        return 1.0
 
     @override
     def tensor_costs(self, model: nn.Module, example: ExampleInput | None) -> dict[str, float]:

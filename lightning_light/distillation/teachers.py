@@ -41,10 +41,7 @@ class TeacherSource(ABC):
 class BuiltTeacher(TeacherSource):
     """A teacher that is built when a fit begins and is independent of the student."""
 
-    @property
-    @override
-    def is_constant(self) -> bool:
-        return True
+    is_constant = True
 
     @abstractmethod
     def build(self) -> nn.Module:
@@ -192,10 +189,7 @@ class OnlineTeacher(TeacherSource):
 
     path: str | None = None
 
-    @property
-    @override
-    def is_constant(self) -> bool:
-        return False
+    is_constant = False
 
 
 @dataclass(frozen=True, eq=False)
