@@ -139,6 +139,7 @@ def as_targets(value: TargetsLike) -> Targets:
     return Targets(types=types) if types else Targets(include=names)
 
 
+@validated
 def inside(name: str, parts: Iterable[str]) -> bool:
     """Check whether the module or tensor ``name`` is one of ``parts`` or lies inside one."""
     return any(name == part or name.startswith(f"{part}.") for part in parts)
