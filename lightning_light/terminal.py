@@ -25,32 +25,15 @@ def above_progress_bar(logger: logging.Logger | None = None) -> Iterator[None]:
     with ExitStack() as stack:
         if _shares_file(sys.stderr, sys.stdout):
             if _has_tqdm_bar():
-                above: Any = _AboveTQDM(sys.stdout)
+                from tqdm.contrib import DummyTqdmFile
+
+                above = DummyTqdmFile(sys.stdout)
                 stack.enter_context(redirect_stdout(above))
                 stack.enter_context(redirect_stderr(above))
             for handler in _terminal_handlers(logger):  # `rich` redirects the streams, but not those of handlers
                 stack.callback(handler.setStream, handler.stream)
                 handler.setStream(sys.stderr)
         yield
-
-
-class _AboveTQDM:
-    """A text stream that clears the bars of tqdm, writes whole lines, and draws the bars again."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream, self._line = stream, ""
-
-    def write(self, text: str) -> int:
-        """Write the lines that are complete; keep the rest."""
-        from tqdm import tqdm
-
-        *lines, self._line = (self._line + text).split("\n")
-        if lines:
-            tqdm.write("\n".join(lines), file=self._stream)
-        return len(text)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
 
 
 def _has_tqdm_bar() -> bool:

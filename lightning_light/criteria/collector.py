@@ -113,8 +113,7 @@ class EvidenceCollector:
     @property
     def batches(self) -> int:
         """The number of batches that evidence has been gathered from since `forget`."""
-        count: int = self._storage().get("batches", 0)
-        return count
+        return int(self._storage().get("batches", 0))
 
     def begin_batch(self, gather: bool = True) -> None:
         """Start a training batch; with ``gather`` its evidence counts. ``"movement"`` counts in any case."""

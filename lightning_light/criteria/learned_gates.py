@@ -123,8 +123,7 @@ class GateTrainer:
     @property
     def batches(self) -> int:
         """The number of steps since `forget`."""
-        count: int = self._storage().get("batches", 0)
-        return count
+        return int(self._storage().get("batches", 0))
 
     def begin_batch(self, gather: bool = True) -> None:
         """Start a training batch; with ``gather`` its inputs are recorded."""

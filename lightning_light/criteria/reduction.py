@@ -53,8 +53,7 @@ def combine(scores: Sequence[Tensor], reduction: Reduction) -> Tensor:
         )
     stacked = torch.stack(list(scores))
     functions: dict[str, Any] = {"sum": torch.sum, "mean": torch.mean, "max": torch.amax, "prod": torch.prod}
-    found: Tensor = stacked[0] if reduction == "first" else functions[reduction](stacked, dim=0)
-    return found
+    return stacked[0] if reduction == "first" else functions[reduction](stacked, dim=0)
 
 
 @validated

@@ -212,8 +212,7 @@ class Reparameterization(CompressionCallback):
         """Plan, and try the layers in a forward pass of the module, or in its training step; decided on rank 0."""
         targets, example = as_targets(self.targets), first_call(pl_module, batch)
         plan = plan_expansion(pl_module, self.form, targets, optimizers=trainer.optimizers, example=example)
-        decided: Expansion = broadcast(trainer, plan)
-        return decided
+        return broadcast(trainer, plan)
 
     def _expand(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         plan = self._plan(trainer, pl_module, batch)

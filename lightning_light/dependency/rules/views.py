@@ -32,36 +32,7 @@ _SELECTIONS = {
 _FREE_OF_SIZE = {"transpose", "permute", "t", "unsqueeze", "transpose_", "t_", "unsqueeze_"}
 
 
-@rule(
-    "transpose",
-    "permute",
-    "t",
-    "unsqueeze",
-    "squeeze",
-    "slice",
-    "split",
-    "split_with_sizes",
-    "unsafe_split",
-    "unsafe_split_with_sizes",
-    "select",
-    "unbind",
-    "unsafe_chunk",
-    "view",
-    "_unsafe_view",
-    "reshape",
-    "_reshape_alias",
-    "expand",
-    "repeat",
-    "flip",
-    "roll",
-    "index_select",
-    "transpose_",
-    "squeeze_",
-    "unsqueeze_",
-    "t_",
-    "diagonal",
-    "narrow",
-)
+@rule(*_RESHAPES, *_SELECTIONS, *_FREE_OF_SIZE, "squeeze", "squeeze_", "expand", "repeat", "flip", "roll")
 def _view(context: TraceContext, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
     """Run the operation on the labels."""
     source, outputs = args[0], outputs_of(out)
