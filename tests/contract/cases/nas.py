@@ -1,5 +1,6 @@
 """`ArchitectureSearch`, on a body with residual blocks, and on one that is quantized afterwards."""
 
+from functools import partial
 from typing import Any
 
 from lightning_light.budgets import MACs, Params
@@ -16,14 +17,15 @@ SMALL: dict[str, Any] = {"calibration_batches": 1, "evaluation_batches": 1, "eva
 
 def choose_another(callback: ArchitectureSearch) -> None:
     """Other blocks than decided are removed."""
-    carry_out = callback._carry_out
+    change = callback.change
 
-    def another(trainer: Any, pl_module: Any, choices: Any, plan: Any, *others: Any) -> None:
-        if choices.kind == "blocks":
+    def another(trainer: Any, pl_module: Any, carry_out: Any, *others: Any, **kept: Any) -> Any:
+        model, plan = carry_out.args
+        if carry_out.func.__self__.kind == "blocks":
             plan = [f"features.{number}" for number in (1, 2, 3) if f"features.{number}" not in plan][: len(plan)]
-        carry_out(trainer, pl_module, choices, plan, *others)
+        return change(trainer, pl_module, partial(carry_out.func, model, plan), *others, **kept)
 
-    callback._carry_out = another  # type: ignore[method-assign]
+    callback.change = another  # type: ignore[method-assign]
 
 
 NO_BLOCKS = dict.fromkeys(  # the bodies of these contracts have no module that is a residual block
