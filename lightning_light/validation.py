@@ -188,7 +188,7 @@ def annotations_of(target: Any) -> dict[str, Any]:
     generated = "__dataclass_params__" in vars(target) and target.__dataclass_params__.init
     source = inspect.getattr_static(target, "__init__") if isinstance(target, type) and not generated else target
     try:
-        return get_type_hints(source, include_extras=True)
+        return get_type_hints(source, localns={"KW_ONLY": object}, include_extras=True)  # 3.10 expects types alone
     except NameError as error:
         raise TypeError(
             f"`@validated` on `{target.__qualname__}`: expected annotations that can be resolved at run time, found "
