@@ -95,16 +95,17 @@ class Meter:
 
     def _in_turns(self, file: WrittenFile) -> float:
         """Seconds of a call of ``file``, on the scale of the first network's measurement."""
-        run = file.load()
         if self._first is None:
-            self._first = file, measure_latency(run, runs=_TURNS * _RUNS, threads=self._threads).median
+            self._first = file, measure_latency(file.load(), runs=_TURNS * _RUNS, threads=self._threads).median
             return self._first[1]
-        first = self._first[0].load()
         least = [float("inf")] * 2
         for _ in range(_TURNS):
-            timed = [measure_latency(one, warmup=3, runs=_RUNS, threads=self._threads).p10 for one in (first, run)]
-            least = list(map(min, least, timed))
+            least = list(map(min, least, map(self._low_percentile, (self._first[0], file))))
         return self._first[1] * least[1] / least[0]
+
+    def _low_percentile(self, file: WrittenFile) -> float:
+        """Load ``file``, for this turn only: there is one file in memory at a time."""
+        return measure_latency(file.load(), warmup=3, runs=_RUNS, threads=self._threads).p10
 
     @property
     def _threads(self) -> int:
