@@ -86,11 +86,13 @@ SMALL: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "control_flow": (ControlFlow, torch.randn(1, 3, 32, 32)),
 }
 NETWORKS = [*TORCHVISION, *(f"timm:{name}" for name in TIMM), *SMALL]
-RUNTIMES: dict[str, ll.export.Exporter] = {
-    "qnnpack": ll.TorchScriptLite(),
-    "x86": ll.TorchScriptLite(),
-    "ExecuTorch": ll.ExecuTorch(max_batch=1),
-    "ONNX": ll.ONNX(),
+ARM, X86, VNNI = ll.Int8(), ll.Int8(engine="x86"), ll.Int8(engine="x86", reduce_range=False)
+RUNTIMES: dict[str, tuple[ll.quantization.Recipe, ll.export.Exporter]] = {
+    "qnnpack": (ARM, ll.TorchScriptLite()),
+    "x86": (X86, ll.TorchScriptLite()),
+    "x86 with VNNI": (VNNI, ll.TorchScriptLite()),
+    "ExecuTorch": (ARM, ll.ExecuTorch(max_batch=1)),
+    "ONNX": (ARM, ll.ONNX()),
 }
 
 
@@ -142,9 +144,8 @@ def warmed(net: nn.Module, example: Tensor) -> nn.Module:
     return net.eval()
 
 
-def trained(net: nn.Module, batches: list[Tensor], engine: str, folder: Path) -> Randomly:
+def trained(net: nn.Module, batches: list[Tensor], recipe: ll.quantization.Recipe, folder: Path) -> Randomly:
     """Ranges from the first two batches, then training fake-quantized on the others."""
-    recipe = ll.Int8(engine=engine)
     module = Randomly(copy.deepcopy(net))
     ll.quantize(module, None, recipe, data=batches[:2])
     qat = ll.QuantizationAwareTraining(recipe, start=0.0, freeze_observers=0.0, freeze_batch_norm=1.0)
@@ -178,18 +179,18 @@ def measure(name: str, seed: int, runtimes: list[str], folder: Path) -> dict[str
     warmed(net, example)
     x, batches = another(example, 1), [another(example, samples) for samples in (2, 2, 4, 4)]
     row: dict[str, Any] = {"name": name, "sqnr": {}, "error": {}, "ms": {}, "bytes": {}, "left_float": {}}
-    for engine in ("qnnpack", "x86"):
-        mine = [one for one in runtimes if (one == "x86") == (engine == "x86")]
+    for recipe in (ARM, X86, VNNI):
+        mine = [one for one in runtimes if RUNTIMES[one][0] is recipe]
         if not mine:
             continue
-        model = trained(net, batches, engine, folder)
+        model = trained(net, batches, recipe, folder)
         with torch.no_grad():
             plain = model(x)
         with ll.fake_quantized(model), torch.no_grad():
             module = model(x)
             with quantizers_of(model)[0].qdq(lambda model=model: model(x), QDQConstraints("xnnpack", signed=True)):
                 graph = model(x)
-            if engine == "qnnpack":
+            if recipe is ARM:
                 row |= {"module": decibels(plain, module), "graph": decibels(module, graph)}
             for runtime in mine:
                 try:
@@ -202,7 +203,7 @@ def measure(name: str, seed: int, runtimes: list[str], folder: Path) -> dict[str
 def row_of(
     row: dict[str, Any], runtime: str, net: nn.Module, x: Tensor, outputs: tuple[Tensor, ...], folder: Path
 ) -> None:
-    exporter = RUNTIMES[runtime]
+    exporter = RUNTIMES[runtime][1]
     path = folder / f"net{exporter.suffix}"
     with torch.no_grad():
         details = exporter.write(Positional(detached_copy(net), ExampleInput((x,))), (x,), path)

@@ -18,16 +18,19 @@ from lightning_light.warning_filters import ignored_warnings
 __all__ = [
     "QUANTIZED_TENSORS_ARE_DEPRECATED",
     "Int8Weights",
+    "REDUCED_MAX",
     "LoweredModel",
     "QDQConstraints",
     "Quantizer",
     "int8_kernels",
-    "largest_weight",
     "quantizers_of",
 ]
 
 QUANTIZED_TENSORS_ARE_DEPRECATED = r"torch\.quantize_per_tensor, torch\.quantize_per_channel"
 """How torch's deprecation warning of its int8 kernels begins."""
+
+REDUCED_MAX = 63
+"""The largest weight of which two products with an activation fit in 16 bits, as on x86 without VNNI."""
 
 
 @contextmanager
@@ -40,11 +43,6 @@ def int8_kernels(engine: str | None) -> Iterator[None]:
             yield
     finally:
         torch.backends.quantized.engine = before
-
-
-def largest_weight(engine: str) -> int:
-    """The largest int8 weight for the kernels of ``engine``; on x86 without VNNI two products must fit in 16 bits."""
-    return 63 if engine == "x86" else 127
 
 
 @dataclass(frozen=True)
@@ -60,16 +58,15 @@ class Int8Weights:
     quant_max: int
 
     def check(self, engine: str) -> None:
-        """Refuse the int8 kernels of an engine with a smaller range.
+        """Refuse the kernels of x86 for weights that need VNNI, unless they were quantized for it.
 
         Raises:
             UnsupportedError: names the engine to train for.
         """
-        limit = largest_weight(engine)
-        if self.quant_max > limit:
+        if engine == "x86" != self.engine and self.quant_max > REDUCED_MAX:
             raise UnsupportedError(
-                f"`TorchScriptLite(engine={engine!r})`: expected weights quantized to [-{limit}, {limit}], found "
-                f"[-{self.quant_max}, {self.quant_max}], for {self.engine!r}: sums would overflow. Train with "
+                f"`TorchScriptLite(engine={engine!r})`: expected weights quantized to [-{REDUCED_MAX}, {REDUCED_MAX}], "
+                f"found [-{self.quant_max}, {self.quant_max}], for {self.engine!r}: sums would overflow. Train with "
                 f"`Int8(engine={engine!r})`, or write `TorchScriptLite(engine='qnnpack')`."
             )
 

@@ -105,9 +105,7 @@ def learned_parameters(
             places[name] = _place(model, known[name].module, unwrapped)
         optimizer, group = places[name]
         if optimizer >= len(unwrapped) or group >= len(unwrapped[optimizer].param_groups):
-            raise damage(
-                f"optimizer_groups[{name!r}]", "an optimizer of this run and one of its groups", str(places[name])
-            )
+            raise damage(f"optimizer_groups[{name!r}]", "an optimizer and a group of this run", str(places[name]))
         adopt(unwrapped[optimizer].param_groups[group], parameter, f"quantization.{name}")
     return parameters
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_light.int8 import REDUCED_MAX
 from lightning_light.quantization.op_calls import OpCall, OpId
 from lightning_light.quantization.operators import FLOAT
 from lightning_light.quantization.recipes import Recipe
@@ -122,17 +123,19 @@ def plan_quantization(model: nn.Module, nodes: Sequence[OpNode], recipe: Recipe)
         recipe: how its layers are quantized.
     """
     layers = list(dict.fromkeys(node.id.module for node in nodes if node.role == "layer"))
-    return _Planner(nodes, recipe.specs(model, layers)).run()
+    return _Planner(nodes, recipe.specs(model, layers), recipe.engine).run()
 
 
 class _Planner:
-    def __init__(self, nodes: Sequence[OpNode], specs: Mapping[str, LayerSpec]) -> None:
+    def __init__(self, nodes: Sequence[OpNode], specs: Mapping[str, LayerSpec], engine: str) -> None:
         self.nodes, self.plan = nodes, QuantizationPlan()
         self._specs: dict[OpNode, LayerSpec] = {}
         for node in nodes:
             if node.role == "layer" and (spec := specs.get(node.id.module)) is not None:
-                per_channel = spec.weight.per_channel and node.operator.per_channel
-                self._specs[node] = replace(spec, weight=replace(spec.weight, per_channel=per_channel))
+                weight = replace(spec.weight, per_channel=spec.weight.per_channel and node.operator.per_channel)
+                if engine == "x86" and node.named.get("groups", 1) > 1:  # with VNNI too they add products in 16 bits
+                    weight = weight.within(REDUCED_MAX)
+                self._specs[node] = replace(spec, weight=weight)
             elif node.role == "layer":
                 node.operator = FLOAT
                 self.plan.left_float[node.id.module] = "excluded by the recipe"

@@ -274,12 +274,11 @@ class QuantizationAwareTraining(CompressionCallback):
         quantize(model, example, self.recipe, data=list(batches) or None, progress_bar=False)
         quantizer = attach_fake_quantizer(model, self.state(model))
         assert quantizer is not None  # `quantize` has found layers
-        plan = quantizer.plan
         lines = [
             f"{name}: weights of {bits['weight_bits']:g} bits, inputs of {bits.get('activation_bits', 32):g} bits"
-            for name, bits in plan.bits_of_layers().items()
+            for name, bits in quantizer.plan.bits_of_layers().items()
         ]
-        return lines + [f"{name}: left in float ({reason})" for name, reason in plan.left_float.items()]
+        return lines + [f"{name}: left in float ({reason})" for name, reason in quantizer.plan.left_float.items()]
 
     # Private: the small questions the hooks ask.
 

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, TypeAlias
 from torch import nn
 from typing_extensions import override
 
-from lightning_light.int8 import largest_weight
+from lightning_light.int8 import REDUCED_MAX
 from lightning_light.quantization.observers import LSQObserver, MovingAverage, MSEObserver, Observer
 from lightning_light.quantization.specs import ActivationSpec, LayerSpec, Learned, WeightSpec
 from lightning_light.targets import Targets, as_targets
@@ -63,8 +63,8 @@ class Recipe(ABC):
         excluded = {} if self.exclude is None else as_targets(self.exclude).select(model)
         return {layer: self.spec() for layer in layers if layer not in excluded}
 
-    def _weight(self, bits: int, *, learned: bool = False, per_channel: bool = True) -> WeightSpec:
-        top = largest_weight(self.engine) if bits == 8 else 2 ** (bits - 1) - 1
+    def _weight(self, bits: int, *, learned: bool = False, per_channel: bool = True, top: int = 0) -> WeightSpec:
+        top = top or (REDUCED_MAX if self.engine == "x86" and bits == 8 else 2 ** (bits - 1) - 1)
         # LSQ's range has one step more below zero than above; that of int8 kernels has not.
         return WeightSpec(bits, -top - (learned and bits < 8), top, per_channel=per_channel, learned=learned)
 
@@ -90,6 +90,9 @@ class Int8(Recipe):
         exclude: as in `Recipe`.
         observer: how the range of each tensor is found.
         per_channel: False for one scale per layer, which keeps the number of distinct values of a clustered weight.
+        reduce_range: quantize weights to [-63, 63]; None: only for ``engine="x86"``. With True, ONNX Runtime is exact
+            on x86 without VNNI too. With False, the kernels of x86 are exact with VNNI only; weights of grouped
+            convolutions stay reduced for them.
 
     Raises:
         ValueError: an argument out of range.
@@ -99,10 +102,12 @@ class Int8(Recipe):
     exclude: Exclude = None
     observer: Observer = MovingAverage()
     per_channel: bool = field(default=True, kw_only=True)
+    reduce_range: bool | None = field(default=None, kw_only=True)
 
     @override
     def spec(self) -> LayerSpec:
-        return LayerSpec(self._weight(8, per_channel=self.per_channel), ActivationSpec(observer=self.observer))
+        top = {None: 0, True: REDUCED_MAX, False: 127}[self.reduce_range]
+        return LayerSpec(self._weight(8, per_channel=self.per_channel, top=top), ActivationSpec(observer=self.observer))
 
 
 @validated

@@ -53,6 +53,10 @@ class WeightSpec:
         top = 2 ** (bits - 1) - 1
         return replace(self, bits=bits, quant_min=-top - (self.quant_min < -self.quant_max), quant_max=top)
 
+    def within(self, top: int) -> WeightSpec:
+        """The same with ``q`` in [-top, top]."""
+        return replace(self, quant_min=max(self.quant_min, -top), quant_max=min(self.quant_max, top))
+
 
 @dataclass(frozen=True)
 class ActivationSpec:

@@ -323,6 +323,8 @@ def test_bad_values_are_refused_where_they_are_written(make, sentence) -> None:
 def test_widths_are_those_of_the_engine() -> None:
     assert Int8(engine="x86").spec().weight.quant_max == 63
     assert all(Int8(engine=engine).spec().weight.quant_max == 127 for engine in ("qnnpack", "xnnpack", "onnx"))
+    assert Int8(engine="x86", reduce_range=False).spec().weight == Int8().spec().weight
+    assert Int8(engine="onnx", reduce_range=True).spec().weight == Int8(engine="x86").spec().weight
     assert LSQ(8, 8, engine="x86").spec().weight == WeightSpec(8, -63, 63, learned=True)
     assert math.isnan(float(RangeObserver([ActivationSpec(observer=MinMax())]).momentum))
 

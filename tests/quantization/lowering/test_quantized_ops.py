@@ -17,7 +17,14 @@ from lightning_light.errors import UnsupportedError
 from lightning_light.example_input import ExampleInput
 from lightning_light.export import MobileExport, Tolerance, TorchScriptLite, export_model
 from lightning_light.export.torchscript_lite import quiet_deprecations
-from lightning_light.quantization import Int8, MovingAverage, QuantizationAwareTraining, fake_quantized, quantize
+from lightning_light.quantization import (
+    Int8,
+    MinMax,
+    MovingAverage,
+    QuantizationAwareTraining,
+    fake_quantized,
+    quantize,
+)
 from lightning_light.quantization.lowering.base import QuantizedWeight
 from lightning_light.quantization.lowering.quantized_ops import QuantizedOpsLowering, share_storage
 from tests import zoo
@@ -278,6 +285,33 @@ def test_an_engine_with_a_smaller_range_than_the_recipe_is_refused(tmp_path) -> 
     quantizer.remove()
     calibrated(net, ExampleInput((images,)), Int8(engine="x86"))
     assert exported(net, tmp_path, images, exporter=TorchScriptLite("qnnpack")).details["engine"] == "qnnpack"
+
+
+class Saturating(nn.Module):
+    """Two products of eight bits per pair of inputs, each at the largest value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense, self.depthwise = nn.Conv2d(64, 128, 3, padding=1), nn.Conv2d(128, 128, 3, padding=1, groups=128)
+        self.head = nn.Linear(128, 5)
+        for layer in (self.dense, self.depthwise):
+            nn.init.constant_(layer.weight, 1.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.depthwise(self.dense(x)).amax((2, 3)))
+
+
+@pytest.mark.skipif("x86" not in ENGINES, reason="this torch has no x86 kernels")
+@pytest.mark.parametrize("reduce_range", [None, False])
+def test_the_largest_products_do_not_overflow_on_x86(reduce_range, tmp_path) -> None:
+    if reduce_range is False and not torch.cpu._is_vnni_supported():
+        pytest.skip("this processor has no VNNI")
+    torch.manual_seed(0)
+    net, images = Saturating().eval(), torch.ones(2, 64, 6, 6) * torch.tensor([0.5, 1.0])[:, None, None, None]
+    calibrated(net, ExampleInput((images,)), Int8(engine="x86", reduce_range=reduce_range, observer=MinMax()))
+    report = exported(net, tmp_path, images, parity=Tolerance(quant_steps=1))
+    assert report.details["int8_layers"] == 3
+    assert report.details["engine"] == "x86"
 
 
 def test_fake_quantizing_twice_is_refused(tmp_path) -> None:
