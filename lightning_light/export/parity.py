@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_light.errors import ParityError
 from lightning_light.export.inputs import in_order
 from lightning_light.nested import named_leaves
-from lightning_light.validation import NonNegativeFloat, validated
+from lightning_light.validation import Fraction, NonNegativeFloat, validated
 
 __all__ = ["Parity", "Tolerance", "compare_outputs"]
 
@@ -23,20 +23,23 @@ _QUANTIZATION_STEPS = 255
 @validated
 @dataclass(frozen=True)
 class Tolerance:
-    """Maximum difference of an output: ``|file - model| <= absolute + relative * |model|`` in every element.
+    """Maximum difference of an output: ``|file - model| <= absolute + relative * max(|model|, rms)`` in every element.
 
-    The defaults allow for the summation order of float32 in a folded network only. An int8 file may additionally differ
-    by ``quant_steps`` quantization steps of the output, because a difference of one step in one layer can propagate. A
-    step is the output's scale or, for an output that is not quantized, the range of the model's output over 255.
+    ``rms`` is the root mean square of the output, to which rounding errors are proportional. The defaults allow for the
+    summation order of float32 in a folded network only. An int8 file may additionally differ by ``quant_steps``
+    quantization steps of the output, because a difference of one step in one layer can propagate, and by more in a
+    fraction of the elements. A step is the output's scale or, for an output that is not quantized, the range of the
+    model's output over 255.
 
     Example:
         >>> Tolerance(absolute=1e-3)
-        Tolerance(absolute=0.001, relative=0.0001, quant_steps=8.0)
+        Tolerance(absolute=0.001, relative=0.0001, quant_steps=8.0, outliers=0.001)
 
     Args:
         absolute: absolute difference.
         relative: difference relative to the model's output.
         quant_steps: quantization steps of the output, in int8 files.
+        outliers: fraction of an output's elements that may differ by more, in int8 files.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -46,6 +49,7 @@ class Tolerance:
     absolute: NonNegativeFloat = 1e-4
     relative: NonNegativeFloat = 1e-4
     quant_steps: NonNegativeFloat = 8.0
+    outliers: Fraction = 1e-3
 
 
 @dataclass(frozen=True)
@@ -120,12 +124,15 @@ def _check_structure(expected: list[tuple[str, Tensor]], found: list[tuple[str, 
 
 def _check_output(name: str, right: Tensor, output: Tensor, tolerance: Tolerance, step: float, batch: int) -> float:
     """Return the largest difference; raise if it is above the tolerance."""
+    relative = tolerance.relative if right.is_floating_point() else 0.0  # indices are equal or not
     right, output = right.detach().double().cpu(), output.detach().double().cpu()
     same = (right == output) | (right.isnan() & output.isnan())
     off = torch.where(same, 0.0, (output - right).abs())
-    allowed = tolerance.absolute + tolerance.relative * right.abs() + tolerance.quant_steps * step
+    size = right.abs().clamp_min(right[right.isfinite()].square().mean().sqrt().nan_to_num())
+    allowed = tolerance.absolute + relative * size + tolerance.quant_steps * step
     wrong = ~same & ~(right.isfinite() & (off <= allowed))  # infinity and NaN have to be equal
-    if wrong.any():
+    outliers = tolerance.outliers * right.numel() if step and off.isfinite().all() else 0.0
+    if int(wrong.sum()) > outliers:
         worst = int(torch.where(wrong, off.nan_to_num(nan=math.inf) - allowed.nan_to_num(), -math.inf).argmax())
         raise ParityError(
             f"`parity={tolerance}`: expected the exported file to compute the outputs of the model, found "
@@ -133,7 +140,7 @@ def _check_output(name: str, right: Tensor, output: Tensor, tolerance: Tolerance
             f"worst is {output.flatten()[worst]:.6g} in the file, {right.flatten()[worst]:.6g} in the model. The usual "
             "causes: a branch or loop that depends on values, random numbers in `forward`, or a state that it changes. "
             "For rounding errors, of half precision for instance, allow more: `parity=Tolerance(absolute=...)`"
-            + (f", of int8 `parity=Tolerance(quant_steps=...)`: a step is {step:.3g} here." if step else ".")
+            + (f", of int8 `Tolerance(quant_steps=..., outliers=...)`: a step is {step:.3g} here." if step else ".")
         )
     return float(off.max()) if off.numel() else 0.0
 
