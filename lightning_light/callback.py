@@ -31,7 +31,7 @@ from lightning_light.progress import (
     training_progress,
 )
 from lightning_light.surgery.attachment import attach, detach, has_state, record, release, state_of
-from lightning_light.surgery.averaged_models import averaged_models_of
+from lightning_light.surgery.averaged_models import averaged_models_of, check_averaged_models
 from lightning_light.surgery.checkpoint_monitoring import reset_monitoring
 from lightning_light.surgery.distributed import check_agreement, log_rank_zero, refuse_sharding, refuse_unsupported
 from lightning_light.surgery.manifest import naming_file, register_state
@@ -123,6 +123,8 @@ class CompressionCallback(Callback):
         """Give the optimizers the parameters that their stored state belongs to, before it is loaded."""
         if self.structural:
             check_optimizers(trainer.optimizers)
+            if not is_restoring(trainer):  # else copies follow the checkpoint
+                check_averaged_models(trainer, pl_module)
         state = attach(pl_module)
         state.reconcile(trainer.optimizers, pl_module, resuming=is_restoring(trainer))
         if self._run_position is not None:

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
 
+from lightning_light.errors import UnsupportedError
 from lightning_light.surgery.averaged_models import averaged_models_of
 from tests.contract.bodies import Body, Compiled, FrozenBackbone, MadeLate, Tied, TwoOptimizers, Wrapped
 from tests.contract.case import Case
@@ -149,3 +150,11 @@ def test_averaged_copies_follow_and_resume(case, kind, order, tmp_path) -> None:
         assert look.equal
         assert all(look.equal)
         assert not differences(ends[0], ends[-1])
+
+
+@pytest.mark.parametrize("case", [row for row in FULL if row.values[0].structural and row.values[0].body is Body])
+def test_a_copy_that_was_made_before_the_layers_is_refused_before_training(case, tmp_path) -> None:
+    module = module_of(case, MadeLate)
+    with pytest.raises(UnsupportedError, match=r"found none named `features.stem.weight`.*EMAWeightAveraging"):
+        trainer(averaging("swa"), *case.build(tmp_path)).fit(module)
+    assert not module.losses
