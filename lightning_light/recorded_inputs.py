@@ -10,7 +10,7 @@ from typing_extensions import override
 from lightning_light.batch_norm import SAMPLES, InputRecorder, Statistics, measure_statistics, move_statistics
 from lightning_light.budgets import Budget
 from lightning_light.callback import CompressionCallback
-from lightning_light.capture import Capture
+from lightning_light.capture import Capture, has_lazy_layers
 from lightning_light.errors import UnsupportedError
 from lightning_light.example_input import ExampleInput
 from lightning_light.measure.latency_table import LatencyTable, TimedFiles, quantity
@@ -89,10 +89,9 @@ class RecordedInputs(CompressionCallback):
         self.captured = restore_or_capture_example(pl_module, state)
         self.recorder = InputRecorder(pl_module, samples) if recorded else None
 
-    @property
-    def has_example(self) -> bool:
-        """Whether the example input is known."""
-        return self.captured is not None and self.captured.example is not None
+    def has_example(self, pl_module: LightningModule) -> bool:
+        """Whether the example input is known, and the shape of every parameter."""
+        return self.captured is not None and self.captured.example is not None and not has_lazy_layers(pl_module)
 
     def example(self, pl_module: LightningModule) -> ExampleInput:
         """Return the example input, which is known once the run is planned."""

@@ -89,14 +89,13 @@ class EvidenceCollector:
 
     def _check_storage(self) -> None:
         """Refuse evidence of a checkpoint that is not in the shape of its parameter."""
-        storage, shapes = self._storage(), {name: parameter.shape for parameter, name in self._names.items()}
+        storage, parameters = self._storage(), {name: parameter for parameter, name in self._names.items()}
         for kind in PARAMETER_KINDS & storage.keys():
             for name, entry in storage[kind].items():
                 total = entry if kind == "movement" else entry["total"]
-                if total.shape != shapes.get(name, total.shape):
-                    raise damage(
-                        f"evidence[{kind!r}][{name!r}]", f"shape {tuple(shapes[name])}", f"{tuple(total.shape)}"
-                    )
+                shape = parameters.get(name, total).shape
+                if total.shape != shape:
+                    raise damage(f"evidence[{kind!r}][{name!r}]", f"shape {tuple(shape)}", f"{tuple(total.shape)}")
 
     @classmethod
     def for_criterion(

@@ -154,7 +154,7 @@ class DepthPruning(ScheduledChanges):
     def _plan_run(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check, once per fit and as soon as the example input is known, that the budget can be reached."""
         state = self.state(pl_module)
-        if not state.get("planned") and self.has_example:
+        if not state.get("planned") and self.has_example(pl_module):
             self._check(trainer, pl_module, fraction=1.0)
             state["planned"] = True
 

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_light.capture import has_lazy_layers
 from lightning_light.copies import copy_network
+from lightning_light.errors import UnsupportedError
 from lightning_light.schema import Context, Rule, damage
 from lightning_light.surgery.attachment import attach
 from lightning_light.surgery.manifest import KEY, Manifest
@@ -23,7 +25,15 @@ def copy_of_student(model: nn.Module, state: dict[str, Any], *, frozen: bool) ->
         model: the LightningModule, already restored to the structure of the checkpoint.
         state: of the method; stores the copy's weights.
         frozen: whether the copy keeps its structure; else it is pruned along with the model.
+
+    Raises:
+        UnsupportedError: a layer has no shape before its first forward pass.
     """
+    if has_lazy_layers(model):
+        raise UnsupportedError(
+            f"`SelfTeacher` on `{type(model).__name__}`: expected layers whose shapes are known, found lazy ones: no "
+            "copy can teach before the first forward pass. Call the module once before `trainer.fit`."
+        )
     saved = state.get("self")
     copied = copy_network(model)
     compression_state = attach(copied)

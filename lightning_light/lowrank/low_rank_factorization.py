@@ -193,7 +193,7 @@ class LowRankFactorization(ScheduledChanges):
                 self._helper_networks(trainer, pl_module, batch)  # logs them; the plan leaves them alone
             self._factorize(trainer, pl_module, due)
         is_near, done = partial(self._is_near, trainer, steps=self.calibration_batches), state.get("events", 0)
-        if self._gathers and self.has_example and is_near(done):
+        if self._gathers and self.has_example(pl_module) and is_near(done):
             self._collect(pl_module).begin_batch()
         if self.recorder is not None:
             last = len(self._points) - 1
@@ -239,7 +239,7 @@ class LowRankFactorization(ScheduledChanges):
         if self.captured is not None:
             self.captured.require(repr(self))
         self._first_batch = batch if self._first_batch is None and not self._is_checked else self._first_batch
-        if self._is_checked or not self.has_example:
+        if self._is_checked or not self.has_example(pl_module):
             return
         goal = self._goal(trainer, pl_module, fraction=1.0)
         if self._first_batch is None and frozen_parts(pl_module):
@@ -357,7 +357,7 @@ class LowRankFactorization(ScheduledChanges):
         return bool(self.fit.needs) and (self.data is None or "grad_squared" in self.fit.needs)
 
     def _is_ready(self, pl_module: LightningModule) -> bool:
-        if not self.has_example:
+        if not self.has_example(pl_module):
             return False
         return not self._gathers or self._collect(pl_module).batches >= self.calibration_batches
 

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lightning_light.budgets import Budget
 from lightning_light.callback import CompressionCallback
+from lightning_light.capture import has_lazy_layers
 from lightning_light.criteria.output_distance import Distance
 from lightning_light.errors import UnsupportedError
 from lightning_light.example_input import ExampleInput
@@ -166,7 +167,7 @@ class ArchitectureSearch(ScheduledChanges):
         state = self.state(pl_module)
         assert self.captured is not None  # since `on_fit_start`
         assert self.recorder is not None
-        if not state.get("searched") and self.captured.observed is None:
+        if not state.get("searched") and self.captured.observed is None and not has_lazy_layers(pl_module):
             self._check_step(pl_module, batch)
             self._plan_run(trainer, pl_module)
         due = self._due(trainer)
@@ -212,7 +213,7 @@ class ArchitectureSearch(ScheduledChanges):
     def _plan_run(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check, once per fit and as soon as the example input is known, that the counted budgets can be reached."""
         state = self.state(pl_module)
-        if not state.get("planned") and self.has_example:
+        if not state.get("planned") and self.has_example(pl_module):
             example, references = self.example(pl_module), self._references(trainer, pl_module)
 
             @plain_execution()

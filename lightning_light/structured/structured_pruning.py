@@ -208,7 +208,7 @@ class StructuredPruning(ScheduledChanges):
         if self._collector is not None:
             self._collector.observe_step(p for group in optimizer.param_groups for p in group["params"])
         finished = self.dry_run or self.state(pl_module).get("events", 0) >= len(self._points)
-        if self.regularizer is not None and self.has_example and not finished:
+        if self.regularizer is not None and self.has_example(pl_module) and not finished:
             graph = self._trace(trainer, pl_module, self.example(pl_module))
             groups = [group for group in graph.groups if group.reason is None]
             phase = min(training_progress(trainer) / max(self._points[-1][0], 1e-9), 1.0)
@@ -249,7 +249,7 @@ class StructuredPruning(ScheduledChanges):
         if not self._calls or not state.get("planned"):
             return False
         measured = True
-        if isinstance(self.ranking, Sensitivity) and self.has_example:
+        if isinstance(self.ranking, Sensitivity) and self.has_example(pl_module):
             of_step = self.example(pl_module).method != "forward"
             measured = of_step or "curves" in state or len(state.get("inputs", [])) >= self.ranking.batches
         return measured and (self._collector is None or self._collector.batches >= self._criterion_batches)
@@ -287,7 +287,7 @@ class StructuredPruning(ScheduledChanges):
         state = self.state(pl_module)
         if self._batch is not None:
             self._calls, self._batch, self._graph = self._observe(trainer, pl_module, self._batch), None, None
-        if state.get("planned") or not self.has_example:
+        if state.get("planned") or not self.has_example(pl_module):
             return
         example = self.example(pl_module)
         graph = self._trace(trainer, pl_module, example)

@@ -185,7 +185,7 @@ class Substitution(RecordedInputs):
         substitution. Where a network is frozen, the training step is tried with a batch first.
         """
         state = self.state(pl_module)
-        if state.get("planned") or not self.has_example or (self._batch is None and frozen_parts(pl_module)):
+        if state.get("planned") or not self.has_example(pl_module) or (self._batch is None and frozen_parts(pl_module)):
             return
         if self.changed_before(trainer):
             self._goal(trainer, pl_module)

@@ -174,6 +174,14 @@ class TwoOptimizers(Body):
         return [first, torch.optim.AdamW(self.head.parameters(), lr=self.lr)]
 
 
+class Lazy(Body):
+    """The head knows its inputs after the first forward pass."""
+
+    def make(self) -> None:
+        super().make()
+        self.head = nn.LazyLinear(5)
+
+
 class Compiled(Body):
     """The inner net goes through ``torch.compile`` in place; what the backend makes of it is not the point."""
 

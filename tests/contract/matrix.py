@@ -29,24 +29,16 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_light.surgery.distributed import digest
-from tests.contract.bodies import Body, FrozenBackbone, Loader, MadeLate, Momentum, Tied, TwoOptimizers
+from tests.contract.bodies import Body, FrozenBackbone, Lazy, Loader, MadeLate, Momentum, Tied, TwoOptimizers
 from tests.contract.case import Case
 from tests.contract.runs import checkpoints, differences, outcome, trainer
 from tests.contract.table import CASES
 from tests.kill_script import HUNG, forked
 
 REFUSED, FOREIGN = "refused", "foreign"
-
-
-class Lazy(Body):
-    """The head knows its inputs after the first forward pass."""
-
-    def make(self) -> None:
-        super().make()
-        self.head = nn.LazyLinear(5)
 
 
 class Uneven(Loader):

@@ -94,4 +94,5 @@ def assert_changed(case: Case, module: Any, body: type[Body] | None = None) -> N
     fresh = module_of(case, body)
     if hasattr(fresh, "configure_model"):
         fresh.configure_model()
+    fresh(next(iter(fresh.train_dataloader()))[0])  # lazy layers
     assert (shapes(module) != shapes(fresh)) == case.structural, f"{case}: {shapes(module)}"

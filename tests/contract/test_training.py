@@ -13,7 +13,7 @@ from lightning.pytorch.plugins import MixedPrecision
 
 from lightning_light.errors import UnsupportedError
 from lightning_light.surgery.averaged_models import averaged_models_of
-from tests.contract.bodies import Body, Compiled, FrozenBackbone, MadeLate, Tied, TwoOptimizers, Wrapped
+from tests.contract.bodies import Body, Compiled, FrozenBackbone, Lazy, MadeLate, Tied, TwoOptimizers, Wrapped
 from tests.contract.case import Case
 from tests.contract.runs import (
     assert_changed,
@@ -104,6 +104,20 @@ def test_fits_and_resumes_with_every_body_and_in_every_precision(case, what, how
             again = trainer(*case.build(tmp_path / "again"), **options())
             again.fit(resumed, ckpt_path=tmp_path / f"step={run.global_step // 2}.ckpt")
             assert not differences(outcome(run, module), outcome(again, resumed))
+
+
+@pytest.mark.parametrize("case", FULL)
+def test_layers_may_learn_their_shapes_in_the_first_step(case, tmp_path) -> None:
+    own: Any = case.body
+    body = Lazy if own is Body else type("Lazy", (Lazy, own), {})
+    module = module_of(case, body)
+    if case.name == "distillation_self":  # from a copy that is made before
+        with pytest.raises(UnsupportedError, match=r"found lazy ones.*Call the module once before `trainer.fit`"):
+            trainer(*case.build(tmp_path)).fit(module)
+        module(next(iter(module.train_dataloader()))[0])
+    trainer(*case.build(tmp_path), max_epochs=4).fit(module)
+    assert torch.tensor(module.losses).isfinite().all()
+    assert_changed(case, module, body)
 
 
 def averaging(kind: str) -> Any:
