@@ -73,7 +73,7 @@ def isolated(model: nn.Module, *, hooks: bool = False) -> Iterator[None]:
     modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
     scripted: list[Any] = [part for part in model.modules() if isinstance(part, torch.jit.ScriptModule)]
     modes = [(part, part.training) for part in scripted if hasattr(part, "training")]  # a frozen one has no mode
-    before = [(vars(module), dict(vars(module)), _items(module)) for module in modules]
+    before = [(module, type(module), dict(vars(module)), _items(module)) for module in modules]
     try:
         with plain_execution(_cuda_devices(model)), uncompiled(model):
             _copy_buffers(modules)
@@ -86,9 +86,11 @@ def isolated(model: nn.Module, *, hooks: bool = False) -> Iterator[None]:
     finally:
         for part, mode in modes:
             part.training = mode
-        for live, attributes, items in before:
-            live.clear()
-            live.update(attributes)
+        for module, kind, attributes, items in before:
+            if type(module) is not kind:  # a lazy layer has become another
+                module.__class__ = kind
+            vars(module).clear()
+            vars(module).update(attributes)
             for container, held in items:
                 container.clear()
                 getattr(container, "update" if isinstance(container, dict | set) else "extend")(held)

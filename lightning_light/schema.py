@@ -57,10 +57,11 @@ class Context:
     holder: Mapping[Any, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, network: nn.Module) -> Context:
-        """Return that of a network, or of a copy of its structure."""
+    def of(cls, network: nn.Module, weights: Mapping[str, Any]) -> Context:
+        """Return that of a network, or of a copy of its structure; ``weights`` have the shapes of its lazy layers."""
         tensors = (*network.named_parameters(remove_duplicate=False), *network.named_buffers(remove_duplicate=False))
-        shapes = {name: tensor.shape for name, tensor in tensors if not is_lazy(tensor)}
+        known = {name: weights.get(name) if is_lazy(tensor) else tensor for name, tensor in tensors}
+        shapes = {name: tensor.shape for name, tensor in known.items() if isinstance(tensor, Tensor)}
         return cls(shapes, frozenset(name for name, _ in network.named_modules(remove_duplicate=False)))
 
 

@@ -11,7 +11,7 @@ from lightning_light.lowrank.factors import Factors, compose, factor_form
 from lightning_light.lowrank.splitting import split_module
 from lightning_light.surgery.operations import register_operation
 from lightning_light.surgery.plain_layers import POINTWISE, convolution_like
-from lightning_light.surgery.replace import put_module
+from lightning_light.surgery.replace import put_module, replaced_layer
 
 __all__ = [
     "OPERATION",
@@ -68,7 +68,7 @@ def replay_factors(model: nn.Module, entry: Mapping[str, Any]) -> None:
     for name, parts in entry["split"]:
         put_module(model, name, split_module(model.get_submodule(name), parts))
     for name, form, ranks in entry["layers"]:
-        put_module(model, name, build_factors(model.get_submodule(name), form, ranks))
+        put_module(model, name, build_factors(replaced_layer(model, name), form, ranks))
     disable_fast_paths(model, [name for name, _, _ in entry["layers"]])
 
 

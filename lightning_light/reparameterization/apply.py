@@ -20,7 +20,7 @@ from lightning_light.reparameterization.branches import ExpandedConv2d, Spec, ex
 from lightning_light.reparameterization.forms import Form
 from lightning_light.surgery.operations import register_operation
 from lightning_light.surgery.plain_layers import why_not_plain
-from lightning_light.surgery.replace import put_module, replace_modules
+from lightning_light.surgery.replace import put_module, replace_modules, replaced_layer
 from lightning_light.surgery.trial import failing_replacements
 from lightning_light.targets import Targets
 
@@ -213,7 +213,7 @@ def merge_layers(
 def replay_expansion(model: nn.Module, entry: Mapping[str, Any]) -> None:
     """Put branches beside the convolutions; their tensors come from the state dict."""
     for name, specs in entry["layers"].items():
-        conv: Any = model.get_submodule(name)
+        conv = replaced_layer(model, name)
         branched = expand(conv, specs)
         put_module(model, name, branched.to(dtype=conv.weight.dtype))
 

@@ -123,6 +123,8 @@ class DynamicSparseTraining(MaskingCallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Become sparse, or replace connections, if that is due: between two steps."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if not self._is_settled:
+            return
         state = self.state(pl_module)
         if not state["masks"]:
             if progress_at_step(trainer) + SAME >= self._events.window(epochs_planned(trainer))[0]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_light.callback import CompressionCallback
+from lightning_light.capture import has_lazy_layers
 from lightning_light.errors import OrderError
 from lightning_light.example_input import ExampleInput
 from lightning_light.formatting import human_percent, plural
@@ -88,7 +89,7 @@ class MaskingCallback(CompressionCallback):
         state = self.state(pl_module)
         masks = state.get("masks", {}) if self.resumed(pl_module) else true_masks(pl_module, state.get("masks", {}))
         helpers = self._helper_networks(trainer, pl_module)
-        self._is_settled = helpers is not None
+        self._is_settled = helpers is not None and not has_lazy_layers(pl_module)
         self._left_alone = frozen_parts(pl_module) if helpers is None else helpers
         self._run_plan = self._planned(pl_module)
         if self._is_settled or not masks:
@@ -109,8 +110,8 @@ class MaskingCallback(CompressionCallback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Before the first batch, find out which frozen parts belong to the network, if that was not known."""
-        if not self._is_settled:
+        """Plan again if it was not known which frozen parts belong to the network, or which shape all layers have."""
+        if not self._is_settled and not has_lazy_layers(pl_module):
             self._left_alone = self._helper_networks(trainer, pl_module, batch) or []
             self._is_settled = True
             self._plan_again(trainer, pl_module)

@@ -14,7 +14,7 @@ from lightning_light.substitution.operators import operator_from, plain_operator
 from lightning_light.substitution.options import METHOD
 from lightning_light.substitution.plan import SubstitutionPlan
 from lightning_light.surgery.operations import register_operation
-from lightning_light.surgery.replace import put_module, replace_modules
+from lightning_light.surgery.replace import put_module, replace_modules, replaced_layer
 
 __all__ = ["apply_operators"]
 
@@ -58,5 +58,5 @@ def apply_operators(model: nn.Module, plan: SubstitutionPlan, **followers: Any) 
 def replay_replacement(model: nn.Module, entry: Mapping[str, Any]) -> None:
     """Put the layers of the operators into a structure; their tensors come from the state dict."""
     for name, plain in entry["layers"].items():
-        conv: Any = model.get_submodule(name)
+        conv = replaced_layer(model, name)
         put_module(model, name, operator_from(plain).build(conv).to(conv.weight.dtype))

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from lightning_light.errors import SurgeryError
+from lightning_light.errors import SurgeryError, UnsupportedError
 from lightning_light.order import Stage
 from lightning_light.surgery.attachment import check_owners
 from lightning_light.surgery.optimizer import replace_parameters, unwrap
@@ -74,6 +75,21 @@ def put_module(model: nn.Module, name: str, new: nn.Module) -> None:
         SurgeryError: there is no module of that name.
     """
     _put(model, _pairs(model, {name: new}))
+
+
+def replaced_layer(model: nn.Module, name: str) -> Any:
+    """Return the layer of a structure that a replay replaces.
+
+    Raises:
+        UnsupportedError: it has no shape before the first forward pass.
+    """
+    layer = model.get_submodule(name)
+    if any(map(is_lazy, layer.parameters())):
+        raise UnsupportedError(
+            f"A checkpoint in which `{name}` of `{type(model).__name__}` is replaced: expected a layer whose shape is "
+            f"known, found a `{type(layer).__name__}` before its first call. Call the module on a batch before loading."
+        )
+    return layer
 
 
 Pairs = dict[str, tuple[nn.Module, nn.Module]]

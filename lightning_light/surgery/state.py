@@ -177,10 +177,10 @@ class CompressionState:
             _check_unedited(manifest.fingerprint, state_dict)
         if manifest.edit_log != self.edit_log or (self.edit_log and other_shapes(model, state_dict)):
             current, target = self._structures(manifest, state_dict)
-            check_states(manifest.state, Context.of(target))
+            check_states(manifest.state, Context.of(target, state_dict))
             apply_structure(model, current, target)
         else:
-            check_states(manifest.state, Context.of(model))
+            check_states(manifest.state, Context.of(model, state_dict))
         self.edit_log, self.state, self.kept = manifest.edit_log, copy.deepcopy(manifest.state), manifest.kept
         self.claims, self.references = manifest.owners, manifest.references
         self._order = manifest.parameter_order

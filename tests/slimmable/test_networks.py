@@ -124,10 +124,10 @@ DAMAGES: dict[str, Any] = {
 def test_a_damaged_state_is_refused(what) -> None:
     net = ZOO["plain"]()
     plain = planned(net, 0.5).networks[0.5]
-    check_schema(plain, PlainNetwork, "state", Context.of(net))
+    check_schema(plain, PlainNetwork, "state", Context.of(net, {}))
     DAMAGES[what](plain)
     with pytest.raises(ManifestError, match="damaged at `state"):
-        check_schema(plain, PlainNetwork, "state", Context.of(net))
+        check_schema(plain, PlainNetwork, "state", Context.of(net, {}))
 
 
 def test_slices_keep_the_layout_of_the_parameters() -> None:
