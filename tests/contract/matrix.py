@@ -105,7 +105,7 @@ def is_supported(row: Row) -> bool:
     case = METHODS.get(row.get("method", ""))
     return not (
         (ranks > 1 and (body == "lazy" or beside == "batch size finder"))  # DDP and the finder refuse it
-        or (body == "lazy" and beside in ("lr finder", "batch size finder"))  # they save the module before it is made
+        or (body == "lazy" and beside in ("ema", "swa", "lr finder", "batch size finder"))  # copied or saved before
         or (row.get("optimizer") == "fused" and mixed and clips)  # Lightning refuses it
         or (by_hand and beside in ("swa", "lr finder"))  # they take one optimizer
         or (
