@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_leaves, tree_map
 
-__all__ = ["map_tensors", "named_leaves", "tensors_in"]
+__all__ = ["are_sizes", "map_tensors", "named_leaves", "tensors_in"]
 
 _OPAQUE = (nn.Module, type, types.ModuleType, types.FunctionType, types.MethodType)
 
@@ -33,6 +33,17 @@ def tensors_in(value: Any, *, objects: bool = False) -> Iterator[Tensor]:
         elif (items := _items(leaf, objects)) is not None:
             for path, item in items:
                 yield from (found for _, found in _leaves(item, path, objects, {id(leaf)}) if isinstance(found, Tensor))
+
+
+def are_sizes(values: Iterable[Any]) -> bool:
+    """Check whether all tensors among ``values`` are single integers: sizes are such tensors in `torch.jit.trace`.
+
+    Example:
+        >>> are_sizes([torch.tensor(3), 4]), are_sizes([3, 4]), are_sizes([torch.tensor(3), torch.ones(2)])
+        (True, False, False)
+    """
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    return bool(tensors) and all(tensor.dim() == 0 and not tensor.is_floating_point() for tensor in tensors)
 
 
 def named_leaves(value: Any, *, objects: bool = False) -> Iterator[tuple[str, Any]]:

@@ -85,16 +85,15 @@ def quantize(
     """
     inputs = calls_from("quantize", model, example_inputs, data)
     state: dict[str, Any] = {}
-    refined = correct_bias or rounding is not None
-    examples = list(inputs) if refined else []
-    inputs = iter(examples) if refined else inputs
+    examples = list(inputs) if correct_bias or rounding is not None else []  # for what changes the weights
+    inputs = iter(examples or inputs)
     first = next(inputs)
-    with isolated(model), _restored(model, equalize or refined):
+    with isolated(model), _restored(model, equalize or bool(examples)):
         with explained("quantize", model, first):
             model(*first.args, **first.kwargs)
         if equalize and not equalize_layers(model, first):
             _warn("equalize=True", "no two layers in a row with nothing but batch norm, ReLU and pooling between them")
-        original = copy_network(model) if refined else model
+        original = copy_network(model) if examples else model
         plan = begin(state, model, first, recipe)
         quantizer = attach_fake_quantizer(model, state)
         if quantizer is None:
@@ -107,7 +106,7 @@ def quantize(
             _observe(model, quantizer, state, chain([first], inputs))
             enable(state, quantizer)
             state["recipe"] = repr(recipe)
-            if refined:
+            if examples:
                 refinement = Refinement(model, original, quantizer, examples, rounding, correct_bias, state["learned"])
                 refinement.run(progress_bar=progress_bar)
                 _warn_of_unchanged(refinement)

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
 from lightning_light.module_stack import ModuleCall, ModuleStack
+from lightning_light.nested import are_sizes
 from lightning_light.validation import PositiveInt
 
 __all__ = ["OpCall", "OpId", "OpStack"]
@@ -131,7 +132,7 @@ class OpStack(ModuleStack, TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Return the result of a function that is called; outside of the model it is not handled."""
         kwargs, caller = kwargs or {}, self.current
-        if caller is None:
+        if caller is None or are_sizes(args):  # numbers in every run but a traced one
             return func(*args, **kwargs)
         key = (caller.name, caller.number, str(getattr(func, "__name__", func)))
         self._counts[key] += 1

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.backends import quantized
 
@@ -58,6 +59,25 @@ class Casts(nn.Module):
         return self.head(y.type(h.type()) + h) * signs.to(torch.int64).to(h.dtype).mean(-1, keepdim=True)
 
 
+class Windows(nn.Module):
+    """Pads to whole windows before a residual sum; its sizes are numbers, but tensors while it is traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = (
+            nn.Conv2d(3, 6, 3, padding=1),
+            nn.Conv2d(6, 6, 3, padding=1),
+            nn.Linear(6, 3),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, columns = x.shape[2:]
+        below, right = (4 - rows % 4) % 4, (4 - columns % 4) % 4
+        x = self.first(F.pad(x, (0, right, 0, below)))
+        whole = x.view(x.shape[0], x.shape[1], (rows + below) // 4, 4, columns + right).flatten(2, 3)
+        return self.head((x + self.second(whole).relu()).mean((2, 3)))
+
+
 def compared(net: nn.Module, x: Tensor, exporter: Exporter, folder: Path, engine: Any = "qnnpack") -> dict[str, Any]:
     """Details of a file that is two steps from the module at most, which itself is near to the float network."""
     with torch.no_grad():
@@ -87,6 +107,13 @@ def test_convolutions_in_three_dimensions_are_float_where_the_engine_has_none(en
             details = compared(net, x, TorchScriptLite(), tmp_path, engine)
     assert set(details["left_float"]) == is_float
     assert details["int8_layers"] == 3 - len(is_float)
+
+
+@pytest.mark.parametrize("runtime", EXPORTERS)
+def test_arithmetic_on_sizes_is_no_operator(runtime, tmp_path) -> None:
+    details = compared(Windows(), noise(2, 3, 7, 6), EXPORTERS[runtime], tmp_path)
+    assert details["int8_layers"] == 3
+    assert not details["left_float"]
 
 
 @pytest.mark.parametrize("runtime", EXPORTERS)
