@@ -96,7 +96,7 @@ class ONNX(Exporter):
     def _translated(self, program: Program) -> Any:
         with quiet_torch(), _quiet_registry():
             return torch.onnx.export(
-                program.graph,
+                _with_plain_attention(program.graph),
                 program.example,
                 dynamo=True,
                 verbose=False,
@@ -105,6 +105,27 @@ class ONNX(Exporter):
                 input_names=program.inputs,
                 output_names=program.outputs,
             )
+
+
+def _with_plain_attention(graph: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Compute attention by matrix products where it is not over four dimensions, which ONNX's translation expects."""
+    fused = torch.ops.aten.scaled_dot_product_attention.default
+    calls = graph.graph.find_nodes(op="call_function", target=fused)
+    if all(call.meta["val"].dim() == 4 for call in calls):
+        return graph
+    found: torch.export.ExportedProgram = graph.run_decompositions({fused: _plain_attention})
+    return found
+
+
+def _plain_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **options: Any
+) -> Tensor:
+    """As the fused operator, from matrix products and a softmax."""
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)
+    plain = torch.ops.aten._scaled_dot_product_attention_math
+    result: Tensor = plain(query, key, value, attn_mask, *args, **options)[0]
+    return result
 
 
 class _Session:

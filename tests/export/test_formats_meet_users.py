@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_light.errors import TraceError
@@ -75,3 +76,30 @@ def test_exceptions_of_executorch_become_trace_errors() -> None:
         raise Exception("An error occurred when running the 'Some' pass") from KeyError("why")
     with pytest.raises(KeyboardInterrupt), _Refusing("ExecuTorch()", model):
         raise KeyboardInterrupt
+
+
+class Attends(nn.Module):
+    """Attention in one dimension fewer, or one more, than the usual four: a single head, or windows."""
+
+    def __init__(self, windows: bool, masked: bool) -> None:
+        super().__init__()
+        self.windows, self.masked = windows, masked
+        self.qkv, self.head = nn.Linear(8, 24), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        if self.windows:
+            q, k, v = (part.view(x.shape[0], -1, 4, 2, 4).transpose(2, 3) for part in (q, k, v))
+        mask = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool).tril() if self.masked else None
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not self.masked)
+        return self.head((y.transpose(2, 3) if self.windows else y).reshape(x.shape)).mean(1)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("windows", [False, True])
+def test_onnx_has_attention_over_any_dimensions(windows, masked, tmp_path) -> None:
+    torch.manual_seed(0)
+    net = Attends(windows, masked).eval()
+    report = export_model(net, (noise(2, 16, 8),), tmp_path / "net.onnx", latency_runs=1)
+    assert report.parity.max_absolute < 1e-5
+    assert report.parity.batches == 3
