@@ -19,7 +19,7 @@ __all__ = ["main"]
 
 _CHECKPOINT = "checkpoint of Lightning, compressed or not"
 _MODULE = "class of the LightningModule, as package.module:MyModule"
-_TOLERANCES = ("absolute", "relative", "quant_steps")
+_TOLERANCES = ("absolute", "relative", "quant_steps", "outliers")
 _EXAMPLE = (
     "shape of each input, as 1,3,32,32 or 1,128:int64; by default the module's `example_input_array`, else the example "
     "that the checkpoint holds"

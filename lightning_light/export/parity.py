@@ -33,7 +33,7 @@ class Tolerance:
 
     Example:
         >>> Tolerance(absolute=1e-3)
-        Tolerance(absolute=0.001, relative=0.0001, quant_steps=8.0, outliers=0.001)
+        Tolerance(absolute=0.001, relative=0.0001, quant_steps=16.0, outliers=0.001)
 
     Args:
         absolute: absolute difference.
@@ -48,7 +48,7 @@ class Tolerance:
 
     absolute: NonNegativeFloat = 1e-4
     relative: NonNegativeFloat = 1e-4
-    quant_steps: NonNegativeFloat = 8.0
+    quant_steps: NonNegativeFloat = 16.0
     outliers: Fraction = 1e-3
 
 
