@@ -6,6 +6,7 @@ is in checkpoints and a run that was interrupted while gathering continues bit f
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -82,7 +83,7 @@ class EvidenceCollector:
         self._accumulate = accumulate or Movement().accumulate
         self._active = False
         self._pending: dict[tuple[str, str], list[Tensor]] = {}
-        self._hooks = ExitStack()
+        self._hooks, self._eager = ExitStack(), ExitStack()
         self._names: dict[Tensor, str] = {}
         self._watch()
         self._check_storage()
@@ -118,6 +119,9 @@ class EvidenceCollector:
         """Start a training batch; with ``gather`` its evidence counts. ``"movement"`` counts in any case."""
         self._active = gather
         self._pending.clear()
+        self._eager.close()
+        if gather and self._needs & LAYER_KINDS and "torch._dynamo" in sys.modules:  # compiled code may ignore hooks
+            self._eager.enter_context(torch.compiler.set_stance("force_eager"))
 
     def observe_step(self, parameters: Iterable[Tensor]) -> None:
         """Add the gradients of ``parameters``, those that the coming optimizer step changes."""
@@ -159,6 +163,7 @@ class EvidenceCollector:
                 _add(storage, kind, name, total, count)
         self._active = False
         self._pending.clear()
+        self._eager.close()
 
     def means(self) -> Gathered:
         """Return the evidence gathered so far."""
@@ -205,6 +210,7 @@ class EvidenceCollector:
     def remove(self) -> None:
         """Remove all hooks; more than once does no harm."""
         self._hooks.close()
+        self._eager.close()
         self._pending.clear()
         self._active = False
 

@@ -390,3 +390,18 @@ def test_every_criterion_scores_a_layer(net: Net, criterion: Any) -> None:
 
 def test_nothing_gathered_has_no_evidence() -> None:
     assert Gathered().get("grad", "weight") is None
+
+
+@pytest.mark.parametrize("before", [(), (8,), (8, 3)], ids=str)
+def test_layers_that_were_compiled_before_are_seen_in_every_batch(before) -> None:
+    net = nn.Sequential(torch.compile(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), backend="eager"), nn.Linear(4, 2))
+    for samples in before:
+        net(torch.randn(samples, 4)).sum().backward()
+    storage: dict[str, Any] = {}
+    collector = EvidenceCollector(net, None, frozenset({"inputs"}), storage)
+    for gather, samples in ((True, 8), (False, 8), (True, 3), (True, 8)):
+        collector.begin_batch(gather)
+        net(torch.randn(samples, 4)).sum().backward()
+        collector.end_batch()
+    collector.remove()
+    assert {name: int(entry["count"]) for name, entry in storage["inputs"].items()} == {"0._orig_mod.0": 3, "1": 3}
