@@ -28,6 +28,7 @@ from lightning_light.validation import validated
 __all__ = ["EvidenceCollector", "input_rows"]
 
 _Convolution, _Transposed = nn.modules.conv._ConvNd, nn.modules.conv._ConvTransposeNd  # a transposed one is both
+_EAGER, _EAGER_FOR = ExitStack(), set[int]()  # of the process, as the stance is; which collectors want it
 _CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding)
 
 
@@ -83,7 +84,7 @@ class EvidenceCollector:
         self._accumulate = accumulate or Movement().accumulate
         self._active = False
         self._pending: dict[tuple[str, str], list[Tensor]] = {}
-        self._hooks, self._eager = ExitStack(), ExitStack()
+        self._hooks = ExitStack()
         self._names: dict[Tensor, str] = {}
         self._watch()
         self._check_storage()
@@ -119,9 +120,7 @@ class EvidenceCollector:
         """Start a training batch; with ``gather`` its evidence counts. ``"movement"`` counts in any case."""
         self._active = gather
         self._pending.clear()
-        self._eager.close()
-        if gather and self._needs & LAYER_KINDS and "torch._dynamo" in sys.modules:  # compiled code may ignore hooks
-            self._eager.enter_context(torch.compiler.set_stance("force_eager"))
+        self._run_eagerly(gather and bool(self._needs & LAYER_KINDS) and "torch._dynamo" in sys.modules)
 
     def observe_step(self, parameters: Iterable[Tensor]) -> None:
         """Add the gradients of ``parameters``, those that the coming optimizer step changes."""
@@ -163,7 +162,7 @@ class EvidenceCollector:
                 _add(storage, kind, name, total, count)
         self._active = False
         self._pending.clear()
-        self._eager.close()
+        self._run_eagerly(False)
 
     def means(self) -> Gathered:
         """Return the evidence gathered so far."""
@@ -210,9 +209,17 @@ class EvidenceCollector:
     def remove(self) -> None:
         """Remove all hooks; more than once does no harm."""
         self._hooks.close()
-        self._eager.close()
+        self._run_eagerly(False)
         self._pending.clear()
         self._active = False
+
+    def _run_eagerly(self, wanted: bool) -> None:
+        """Run compiled code uncompiled as long as one collector wants it: it ignores hooks that were added later."""
+        if wanted and not _EAGER_FOR:
+            _EAGER.enter_context(torch.compiler.set_stance("force_eager"))
+        (_EAGER_FOR.add if wanted else _EAGER_FOR.discard)(id(self))
+        if not _EAGER_FOR:
+            _EAGER.close()
 
     def _watch(self) -> None:
         """Name the parameters as they are now, and hook the modules that are there now."""

@@ -405,3 +405,29 @@ def test_layers_that_were_compiled_before_are_seen_in_every_batch(before) -> Non
         collector.end_batch()
     collector.remove()
     assert {name: int(entry["count"]) for name, entry in storage["inputs"].items()} == {"0._orig_mod.0": 3, "1": 3}
+
+
+def test_compiled_code_is_back_after_two_methods_have_gathered() -> None:
+    """Callbacks end a batch in the order in which they began it."""
+    ran: list[str] = []
+
+    def backend(graph: Any, example: Any) -> Any:
+        return lambda *args: (ran.append("compiled"), graph(*args))[1]
+
+    net = nn.Sequential(torch.compile(nn.Linear(4, 4), backend=backend), nn.Linear(4, 2))
+    net(torch.randn(8, 4))
+    assert ran == ["compiled"]
+    collectors = [EvidenceCollector(net, None, frozenset({"inputs"}), {}) for _ in range(2)]
+    for collector in collectors:
+        collector.begin_batch()
+    net(torch.randn(8, 4))
+    assert ran == ["compiled"]
+    for collector in collectors:
+        collector.end_batch()
+    net(torch.randn(8, 4))
+    assert ran == ["compiled"] * 2
+    collectors[0].begin_batch()
+    for collector in collectors:  # an exception has ended the run in the middle of a batch
+        collector.remove()
+    net(torch.randn(8, 4))
+    assert ran == ["compiled"] * 3
