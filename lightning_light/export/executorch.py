@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -120,9 +121,10 @@ class ExecuTorch(Exporter):
         with _quiet_bindings(), quiet_torch():
             from executorch.exir import to_edge_transform_and_lower
 
-            _write_strides(program.graph.graph)
+            graph = _splits_as_slices(program.graph)
+            _write_strides(graph.graph)
             partitioners = [_xnnpack(open_batch)] if self.partitioner else []
-            edge = to_edge_transform_and_lower(program.graph, partitioner=partitioners)
+            edge = to_edge_transform_and_lower(graph, partitioner=partitioners)
             called = _called(edge.exported_program().graph_module.graph)
             left = sorted(set(called) - {_DELEGATE, "getitem"})
             return called.count(_DELEGATE), left, edge.to_executorch()
@@ -184,6 +186,30 @@ def _write_strides(graph: torch.fx.Graph) -> None:
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.max_pool2d.default):
         if len(node.args) == 2:
             node.args = (*node.args, node.args[1])
+
+
+def _splits_as_slices(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Write the parts of splits as slices: ExecuTorch makes the batch size of a tensor that is split a constant."""
+    aten, default = torch.ops.aten, torch.export.default_decompositions()
+    gates = (aten.gru.input, aten.lstm.input, aten.gru_cell.default, aten.lstm_cell.default)
+    table = {
+        **{operator: default[operator] for operator in gates},
+        **dict.fromkeys((aten.split.Tensor, aten.unsafe_split.Tensor), _split),
+        **dict.fromkeys((aten.split_with_sizes.default, aten.unsafe_split_with_sizes.default), _split_with_sizes),
+    }
+    composed = (aten.chunk.default, aten.unsafe_chunk.default, aten.split.sizes)  # they are decomposed in any case
+    splits = any(program.graph.find_nodes(op="call_function", target=operator) for operator in (*table, *composed))
+    return program.run_decompositions(table) if splits else program
+
+
+def _split(tensor: Tensor, size: int, dim: int = 0) -> list[Tensor]:
+    whole = tensor.shape[dim]
+    return _split_with_sizes(tensor, [min(size, whole - start) for start in range(0, whole, size)], dim)
+
+
+def _split_with_sizes(tensor: Tensor, sizes: list[int], dim: int = 0) -> list[Tensor]:
+    bounds = pairwise(accumulate(sizes, initial=0))
+    return [torch.ops.aten.slice.Tensor(tensor, dim, start, end) for start, end in bounds]
 
 
 def _called(graph: torch.fx.Graph) -> list[str]:

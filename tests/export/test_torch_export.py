@@ -6,6 +6,7 @@ They need the extras `onnx` and `executorch`: without them each test fails with 
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,6 +23,7 @@ from lightning_light.export import ONNX, ExecuTorch, Exporter, ExportReport, Mob
 from lightning_light.export.extras import check_pair
 from lightning_light.export.inputs import first_sample, tripled
 from lightning_light.export.program import flat_tensors
+from lightning_light.quantization import Int8, fake_quantized, quantize
 from lightning_light.schedules import OneShot
 from lightning_light.structured import StructuredPruning
 from tests.export.nets import HOSTS, MODULES, Images, Records, batches, fit
@@ -32,7 +34,6 @@ from tests.zoo import ZOO, noise, tokens
 QUICK: dict[str, Any] = {"latency_runs": 2}
 BOTH = [ONNX(), ExecuTorch()]
 FAST = {"plain", "dict_inputs"}
-ONE_ONLY = {"chunk"}  # XNNPACK builds the batch size in where a list of tensors leaves a split
 
 
 def zoo(*left_out: str) -> list[Any]:
@@ -60,22 +61,40 @@ def test_outputs_of_an_onnx_file_equal_the_models_at_every_batch_size(name: str,
     check_file(name, ONNX(), tmp_path)
 
 
-@pytest.mark.parametrize("name", zoo("dict_inputs", "gru", "lstm", *ONE_ONLY))
+@pytest.mark.parametrize("name", zoo("dict_inputs"))
 def test_outputs_of_an_executorch_file_equal_the_models_at_every_batch_size(name: str, tmp_path: Path) -> None:
     check_file(name, ExecuTorch(), tmp_path)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["chunk", "lstm"])
-def test_executorch_file_of_one_sample(name: str, tmp_path: Path) -> None:
-    check_file(name, ExecuTorch(), tmp_path, batch="one")
+class Parts(nn.Module):
+    """Convolutions beside each way to split a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 12, 3), nn.Linear(12, 4)
+        self.gru, self.lstm = nn.GRUCell(4, 6), nn.LSTMCell(4, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, c = self.conv(x).chunk(3, 1)
+        d, e = torch.cat([b, a, c], 1).split([5, 7], 1)
+        f, g, h = torch.cat([e, d], 1).split(5, dim=1)
+        i, j = torch.cat([h, f, g], 1).tensor_split(2, -1)
+        y = self.head(torch.stack((i + j).unbind(-1)).mean((0, 3)))
+        return torch.cat([self.gru(y), *self.lstm(y)], 1)
 
 
-@pytest.mark.slow
-def test_a_constant_batch_size_of_xnnpack_is_found(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match=r"or by the runtime, was built in.*batch='one'"):
-        check_file("chunk", ExecuTorch(), tmp_path)
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("quantized", [False, True])
+def test_split_tensors_have_memory_for_every_batch_size(quantized: bool, tmp_path: Path) -> None:
+    net, images = trained(Parts()).eval(), noise(8, 3, 8, 8)
+    if quantized:
+        quantize(net, (images,), Int8("xnnpack"), data=[images], progress_bar=False)
+    with torch.no_grad(), fake_quantized(net) if quantized else nullcontext():
+        report = export_model(net, (images,), tmp_path / "net.pte", exporter=ExecuTorch(), batch="any", **QUICK)
+        right = net(images)
+    assert not any("split" in operator for operator in report.details["portable_operators"])
+    run = ExecuTorch().load(tmp_path / "net.pte")
+    for size in (1, 3, 8):
+        torch.testing.assert_close(run(images[:size])[0], right[:size], atol=0.05 if quantized else 1e-5, rtol=1e-4)
 
 
 def test_a_batch_that_executorch_does_not_plan_for_is_refused(tmp_path: Path) -> None:
