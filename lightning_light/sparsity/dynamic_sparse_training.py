@@ -120,11 +120,8 @@ class DynamicSparseTraining(MaskingCallback):
     # Lightning's hooks, in the order a run meets them.
 
     @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def _change_masks(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Become sparse, or replace connections, if that is due: between two steps."""
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if not self._is_settled:
-            return
         state = self.state(pl_module)
         if not state["masks"]:
             if progress_at_step(trainer) + SAME >= self._events.window(epochs_planned(trainer))[0]:

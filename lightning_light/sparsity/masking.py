@@ -58,8 +58,8 @@ class MaskingCallback(CompressionCallback):
 
     The compression state is the only owner of the masks, under ``masks``; other tensors in the shapes of weights are
     under ``per_weight``, by kind and weight name, and are cut with the weights. A subclass implements
-    `_no_effect_reason`, may refuse a plan in `_check_plan`, decides when to change the masks, and calls `_set_masks`
-    and `_report`.
+    `_no_effect_reason` and `_change_masks`, which calls `_set_masks` and `_report`, and may refuse a plan in
+    `_check_plan`.
     """
 
     stage: ClassVar[int] = Stage.MASKS
@@ -110,11 +110,16 @@ class MaskingCallback(CompressionCallback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Plan again if it was not known which frozen parts belong to the network, or which shape all layers have."""
+        """Change the masks if that is due, before the batch and its metrics.
+
+        Plan again first if it was not known which frozen parts belong to the network, or which shape all layers have.
+        """
         if not self._is_settled and not has_lazy_layers(pl_module):
             self._left_alone = self._helper_networks(trainer, pl_module, batch) or []
             self._is_settled = True
             self._plan_again(trainer, pl_module)
+        if self._is_settled:
+            self._change_masks(trainer, pl_module)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -166,6 +171,10 @@ class MaskingCallback(CompressionCallback):
 
     def _check_plan(self, masks: Mapping[str, Tensor]) -> None:
         """Refuse a plan that the method cannot follow, before any change. ``masks``: those that hold already."""
+
+    def _change_masks(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Change the masks if that is due. Called before each training batch, once the weights are known."""
+        raise NotImplementedError
 
     def _plan_again(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Plan for other weights than in ``on_fit_start``; nothing is masked yet."""

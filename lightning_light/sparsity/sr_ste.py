@@ -82,11 +82,8 @@ class SRSTE(MaskingCallback):
     # Lightning's hooks, in the order a run meets them.
 
     @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def _change_masks(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Mask the first time, or keep fewer weights of each group, if that is due."""
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if not self._is_settled:
-            return
         state = self.state(pl_module)
         fraction = max(self._fraction_due(trainer), state.get("fraction", 0.0))
         kept_before = self.pattern.kept_at(state.get("fraction", 0.0))

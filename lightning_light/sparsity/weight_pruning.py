@@ -137,11 +137,8 @@ class WeightPruning(MaskingCallback):
         self._collect(pl_module)
 
     @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def _change_masks(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Change the masks if that is due, before the batch and its metrics."""
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if not self._is_settled:
-            return
         state = self.state(pl_module)
         self._store_origin(trainer, pl_module)
         fraction = self._target(trainer, state)
