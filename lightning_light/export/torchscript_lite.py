@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 from torch.jit._trace import TracerWarning
+from torch.utils._pytree import tree_leaves, tree_map
 from typing_extensions import override
 
 from lightning_light.errors import TraceError, UnsupportedError
@@ -215,7 +216,24 @@ class _TracedCall(nn.Module):
 def _trace(
     exporter: TorchScriptLite, model: Positional, tensors: tuple[Any, ...], packed: Sequence[Any]
 ) -> tuple[Any, list[str]]:
-    """Return the trace, and the lines of code whose Python values became constants."""
+    """Return the trace, and the lines of code whose Python values became constants.
+
+    Code that compares the batch size with one may take another side for one sample than for more. A trace has one side:
+    that of two samples where that of one does not run on two.
+    """
+    traced, lines = _trace_once(exporter, model, tensors, packed)
+    if any(tree_leaves(model.batched)):
+        two = tree_map(lambda leaf, batched: torch.cat([leaf, leaf]) if batched else leaf, tensors, model.batched)
+        try:
+            traced(*two)
+        except RuntimeError:
+            return _trace_once(exporter, model, two, packed)
+    return traced, lines
+
+
+def _trace_once(
+    exporter: TorchScriptLite, model: Positional, tensors: tuple[Any, ...], packed: Sequence[Any]
+) -> tuple[Any, list[str]]:
     lines: list[str] = []
     with warnings.catch_warnings():
         warnings.simplefilter("always", TracerWarning)

@@ -1,5 +1,6 @@
 """What users' networks are like: memory formats, types and Python functions that a format does not know."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from lightning_light.example_input import ExampleInput
 from lightning_light.export import ONNX, ExecuTorch, TorchScriptLite, export_model
 from lightning_light.export.executorch import _Refusing
 from lightning_light.export.inputs import Positional
+from lightning_light.quantization import Int8, fake_quantized, quantize
 from tests.zoo import ZOO, noise
 
 IMAGES = noise(2, 3, 8, 8)
@@ -103,3 +105,36 @@ def test_onnx_has_attention_over_any_dimensions(windows, masked, tmp_path) -> No
     report = export_model(net, (noise(2, 16, 8),), tmp_path / "net.onnx", latency_runs=1)
     assert report.parity.max_absolute < 1e-5
     assert report.parity.batches == 3
+
+
+class Decoder(nn.Module):
+    """Compares the batch size with one and reads by index, as the masks of transformers' decoders do while traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, offset: Tensor) -> Tensor:
+        offset.mul_(1.0)  # an input without a batch that is written to
+        positions = torch.arange(x.shape[1]).unsqueeze(0)
+        if positions.shape[0] != x.shape[0]:
+            positions = positions.expand(x.shape[0], -1)
+        rows = torch.arange(x.shape[0])[:, None]
+        known = positions[rows, torch.arange(x.shape[1])[None]].unsqueeze(-1) >= 2
+        return self.last(self.first(x) * known) + offset
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_trace_takes_the_side_of_several_samples(quantized, tmp_path) -> None:
+    torch.manual_seed(0)
+    net, x, offset = Decoder().eval(), noise(3, 5, 4), torch.ones(4)
+    if quantized:
+        quantize(net, (x, offset), Int8(), data=[ExampleInput((x, offset))], progress_bar=False)
+    with torch.no_grad(), fake_quantized(net) if quantized else nullcontext():
+        with pytest.warns(UserWarning, match="Python values that were taken from tensors"):
+            report = export_model(net, (x, offset), tmp_path / "net.ptl", batch="any", latency_runs=1)
+        right = net(x, offset)
+    assert report.parity.batches == 3
+    run = TorchScriptLite().load(tmp_path / "net.ptl")
+    for size in (1, 2, 3):
+        torch.testing.assert_close(run(x[:size], offset), right[:size], atol=0.05 if quantized else 1e-6, rtol=0)
