@@ -9,8 +9,8 @@ import torch
 
 from benchmarks.experiments import page
 from benchmarks.experiments.harness import RESULTS, Job, run_missing
-from benchmarks.experiments.table import EXPERIMENTS, PROFILES, SHORTCUTS
-from benchmarks.experiments.tasks import CIFARResNet, FashionCNN, FashionViT, from_environment
+from benchmarks.experiments.table import CONVERGED, EXPERIMENTS, PROFILES, SHORTCUTS
+from benchmarks.experiments.tasks import CIFARResNet, ConvergedCNN, FashionCNN, FashionViT, from_environment
 
 
 def jobs(args: argparse.Namespace) -> list[Job]:
@@ -18,8 +18,9 @@ def jobs(args: argparse.Namespace) -> list[Job]:
     profile = PROFILES[args.profile]
     tasks = {
         "cnn": FashionCNN(args.work, args.data),
+        CONVERGED: ConvergedCNN(args.work, args.data),
         "vit": FashionViT(args.work, args.data),
-        "resnet": CIFARResNet(profile.depth, args.cifar10, args.weights),
+        "resnet": CIFARResNet(profile.depth, args.cifar10, args.weights, args.teacher_weights),
         SHORTCUTS: CIFARResNet(profile.depth, args.cifar10, args.weights, convolution=True),
     }
     found = [
@@ -46,6 +47,9 @@ def main() -> None:
     parser.add_argument("--data", help="Fashion-MNIST; by default the part that ships with the examples")
     parser.add_argument("--cifar10", type=Path, default=from_environment("CIFAR10"), help="an .npz file")
     parser.add_argument("--weights", type=Path, default=from_environment("CIFAR10_WEIGHTS"), help="of the ResNet")
+    parser.add_argument(
+        "--teacher-weights", type=Path, default=from_environment("CIFAR10_TEACHER"), help="of ResNet-56"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--work", type=Path, default=Path("runs/experiments"), help="starting weights and files")
     args = parser.parse_args()

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lightning_light as ll
-from benchmarks.experiments.tasks import Task
+from benchmarks.experiments.tasks import CIFARResNet, Task
 from lightning_light.criteria import Criterion
 
 CALIBRATION_BATCHES = 10
@@ -100,6 +100,15 @@ class PruneChannels(Method):
 
     def callbacks(self, run: Run) -> list[L.Callback]:
         return teachers(run, self.teacher)
+
+
+@dataclass(frozen=True)
+class PruneUnderLargerTeacher(PruneChannels):
+    """Prune in one cut with `prune_channels`, then train on with `CIFARResNet.larger` as teacher."""
+
+    def callbacks(self, run: Run) -> list[L.Callback]:
+        assert isinstance(run.task, CIFARResNet)
+        return [ll.KnowledgeDistillation(run.task.larger())]
 
 
 @dataclass(frozen=True)

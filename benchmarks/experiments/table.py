@@ -6,7 +6,7 @@ from typing import Any
 import torch_pruning as tp
 
 import lightning_light as ll
-from benchmarks.experiments.methods import Callbacks, Method, PruneChannels, Quantize, Student
+from benchmarks.experiments.methods import Callbacks, Method, PruneChannels, PruneUnderLargerTeacher, Quantize, Student
 from benchmarks.experiments.peers import (
     FXQuantization,
     HandWrittenDistillation,
@@ -21,6 +21,7 @@ from lightning_light.sparsity import SET
 
 OURS, NONE = "lightning_light", "none"
 SHORTCUTS = "resnet-shortcuts"
+CONVERGED = "cnn-converged"
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,14 @@ class Profile:
 
 PROFILES = {
     "cpu": Profile(
-        20, {"cnn": 3, "vit": 3, "resnet": 10, SHORTCUTS: 10}, {"cnn": 3, "vit": 3, "resnet": 3, SHORTCUTS: 3}
+        20,
+        {"cnn": 3, CONVERGED: 5, "vit": 3, "resnet": 10, SHORTCUTS: 10},
+        {"cnn": 3, CONVERGED: 3, "vit": 3, "resnet": 3, SHORTCUTS: 3},
     ),
     "gpu": Profile(
-        56, {"cnn": 10, "vit": 10, "resnet": 200, SHORTCUTS: 200}, {"cnn": 5, "vit": 5, "resnet": 3, SHORTCUTS: 3}
+        56,
+        {"cnn": 10, CONVERGED: 10, "vit": 10, "resnet": 200, SHORTCUTS: 200},
+        {"cnn": 5, CONVERGED: 5, "vit": 5, "resnet": 3, SHORTCUTS: 3},
     ),
 }
 
@@ -59,7 +64,8 @@ class Experiment:
         method: how.
         package: that does it; `NONE` where nothing is compressed.
         beside: the experiments of this package with which the row of a peer is compared.
-        network: ``"cnn"``, ``"vit"``, ``"resnet"``, or `SHORTCUTS`: the ResNet with convolutional shortcuts.
+        network: ``"cnn"``, `CONVERGED`: the CNN after longer training, ``"vit"``, ``"resnet"``, or `SHORTCUTS`: the
+            ResNet with convolutional shortcuts.
         epochs: of training; None for those of the profile, 0 for none.
     """
 
@@ -236,6 +242,45 @@ CNN = [
 ]
 
 
+_TRAINED = "CNN trained for 20 epochs: structured pruning to 30% of the MACs"
+
+
+def _converged(name: str, title: str, method: Method, package: str = OURS, **options: Any) -> Experiment:
+    return Experiment(f"{CONVERGED}-{name}", _TRAINED, title, method, package, network=CONVERGED, **options)
+
+
+_THIRTY = ll.MACs(0.3)
+_RECIPES = tuple(f"{CONVERGED}-{name}" for name in ("magnitude-teacher-0.3", "gates-0.3", "gates-teacher-0.3"))
+
+CONVERGED_CNN = [
+    _converged("dense", "the starting weights of all rows", Method(), NONE, epochs=0),
+    _converged("dense-trained-on", "trained on for as many epochs as the others", Method(), NONE),
+    _converged("magnitude-0.3", "`Magnitude`, one cut", PruneChannels(_THIRTY)),
+    _converged("magnitude-teacher-0.3", "`Magnitude`, one cut, dense teacher", PruneChannels(_THIRTY, teacher=True)),
+    _converged("taylor-0.3", "`Taylor`, one cut", PruneChannels(_THIRTY, ll.Taylor())),
+    _converged("gates-0.3", "`LearnedGates`, one cut", PruneChannels(_THIRTY, LearnedGates())),
+    _converged(
+        "gates-teacher-0.3",
+        "`LearnedGates`, one cut, dense teacher",
+        PruneChannels(_THIRTY, LearnedGates(), teacher=True),
+    ),
+    _converged(
+        "torch-pruning-magnitude-0.3",
+        "`GroupMagnitudeImportance`, one cut",
+        TorchPruning(tp.importance.GroupMagnitudeImportance, 0.3),
+        "torch-pruning",
+        beside=_RECIPES,
+    ),
+    _converged(
+        "torch-pruning-taylor-0.3",
+        "`GroupTaylorImportance`, one cut",
+        TorchPruning(tp.importance.GroupTaylorImportance, 0.3, gradients=True),
+        "torch-pruning",
+        beside=_RECIPES[2:],
+    ),
+]
+
+
 def _untrained(remaining: float, name: str, criterion: ll.criteria.Criterion) -> Experiment:
     """Return a row of a ResNet that is pruned and not trained."""
     section = f"ResNet, CIFAR-10: pruned to {remaining:.0%} of the MACs, no training"
@@ -258,6 +303,13 @@ RESNET = [
         _RESNET,
         "`LearnedGates`, one cut to 50 % of the MACs, dense teacher",
         PruneChannels(ll.MACs(0.5), LearnedGates(), teacher=True),
+        network="resnet",
+    ),
+    Experiment(
+        "resnet-gates-larger-teacher-0.5",
+        _RESNET,
+        "`LearnedGates`, one cut to 50 % of the MACs, ResNet-56 as teacher",
+        PruneUnderLargerTeacher(ll.MACs(0.5), LearnedGates()),
         network="resnet",
     ),
     Experiment(
@@ -355,4 +407,4 @@ VIT = [
     ),
 ]
 
-EXPERIMENTS = [*CNN, *VIT, *RESNET, *RESNET_SHORTCUTS]
+EXPERIMENTS = [*CNN, *CONVERGED_CNN, *VIT, *RESNET, *RESNET_SHORTCUTS]

@@ -147,13 +147,23 @@ class Classifier(L.LightningModule):
 
 @dataclass
 class FashionCNN(Task):
-    """The CNN of the examples on Fashion-MNIST; trained once per seed, and kept in ``cache``."""
+    """The CNN of the examples on Fashion-MNIST; trained once per seed, and kept in ``cache``.
+
+    Args:
+        cache: folder of the starting weights.
+        data: folder of the data set.
+        width: of the network.
+        epochs: of the training of the starting weights.
+        lr: of that training.
+        second_lr: of the experiments; None for ``lr``.
+    """
 
     cache: Path
     data: str | None = None
     width: int = 24
     epochs: int = 6
     lr: float = 0.1
+    second_lr: float | None = None
 
     name = "CNN, Fashion-MNIST"
     shape = (1, 28, 28)
@@ -175,14 +185,14 @@ class FashionCNN(Task):
             L.seed_everything(seed, verbose=False)
             net = self.untrained()
             trainer = L.Trainer(max_epochs=self.epochs, default_root_dir=self.cache, **QUIET)
-            trainer.fit(self.module(net), self.train_loader())
+            trainer.fit(Classifier(net, self.lr, self.example, self.optimizer), self.train_loader())
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.save(net.state_dict(), path)
         net.load_state_dict(torch.load(path, weights_only=True))
         return net.eval()
 
     def module(self, net: nn.Module) -> L.LightningModule:
-        return Classifier(net, self.lr, self.example, self.optimizer)
+        return Classifier(net, self.second_lr or self.lr, self.example, self.optimizer)
 
     def train_loader(self) -> DataLoader[Any]:
         return self._loaded().train_dataloader()
@@ -195,6 +205,16 @@ class FashionCNN(Task):
             self._data = importlib.import_module("fashion_mnist").FashionMNIST(self.data)
             self._data.setup("fit")
         return self._data
+
+
+@dataclass
+class ConvergedCNN(FashionCNN):
+    """The same network from weights that longer training hardly improves."""
+
+    epochs: int = 20
+    second_lr: float | None = 0.03
+
+    name = "CNN trained for 20 epochs, Fashion-MNIST"
 
 
 @dataclass
@@ -219,11 +239,21 @@ class CIFARResNet(Task):
 
     With ``convolution`` shortcuts that change the shape are 1x1 convolutions, which start with the function of the
     published zero padding. torch-pruning cannot prune across the padding.
+
+    Args:
+        depth: number of layers.
+        data: an ``.npz`` file.
+        weights: of the network.
+        larger_weights: of ResNet-56, a teacher; None without experiments that name it.
+        lr: learning rate.
+        convolution: whether shortcuts that change the shape are convolutions.
+        precision: of training.
     """
 
     depth: int
     data: Path | None = None
     weights: Path | None = None
+    larger_weights: Path | None = None
     lr: float = 0.01
     convolution: bool = False
     precision: str = "bf16-mixed"
@@ -249,6 +279,12 @@ class CIFARResNet(Task):
         published = torch.load(self.weights, weights_only=True)
         net.load_state_dict({**net.state_dict(), **published})  # convolutional shortcuts are not in the file
         return net.eval()
+
+    def larger(self) -> nn.Module:
+        """Return ResNet-56 with published weights."""
+        if self.larger_weights is None:
+            raise SystemExit("expected the weights of ResNet-56: `--teacher-weights`, or the variable CIFAR10_TEACHER")
+        return CIFARResNet(56, weights=self.larger_weights).trained(0)
 
     def module(self, net: nn.Module) -> L.LightningModule:
         return importlib.import_module("low_bits_resnet").OwnCrops(net, self.lr)

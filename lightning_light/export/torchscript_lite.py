@@ -219,16 +219,22 @@ def _trace(
     """Return the trace, and the lines of code whose Python values became constants.
 
     Code that compares the batch size with one may take another side for one sample than for more. A trace has one side:
-    that of two samples where that of one does not run on two.
+    that of two samples where that of one does not run on two, but that of two on one.
     """
-    traced, lines = _trace_once(exporter, model, tensors, packed)
+    trace = _trace_once(exporter, model, tensors, packed)
     if any(tree_leaves(model.batched)):
         two = tree_map(lambda leaf, batched: torch.cat([leaf, leaf]) if batched else leaf, tensors, model.batched)
-        try:
-            traced(*two)
-        except RuntimeError:
-            return _trace_once(exporter, model, two, packed)
-    return traced, lines
+        if not _runs(trace, two) and _runs(other := _trace_once(exporter, model, two, packed), tensors):
+            return other
+    return trace
+
+
+def _runs(trace: tuple[Any, list[str]], tensors: tuple[Any, ...]) -> bool:
+    try:
+        trace[0](*tensors)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _trace_once(
