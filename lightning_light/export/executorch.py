@@ -121,6 +121,7 @@ class ExecuTorch(Exporter):
         with _quiet_bindings(), quiet_torch():
             from executorch.exir import to_edge_transform_and_lower
 
+            _copy_attention_before_views(program.graph.graph)
             graph = _splits_as_slices(program.graph)
             _write_strides(graph.graph)
             partitioners = [_xnnpack(open_batch)] if self.partitioner else []
@@ -186,6 +187,20 @@ def _write_strides(graph: torch.fx.Graph) -> None:
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.max_pool2d.default):
         if len(node.args) == 2:
             node.args = (*node.args, node.args[1])
+
+
+def _copy_attention_before_views(graph: torch.fx.Graph) -> None:
+    """Make attention contiguous where the network calls ``view``: its decomposition orders tokens before samples."""
+    aten = torch.ops.aten
+    for view in graph.find_nodes(op="call_function", target=aten.view.default):
+        given = source = view.args[0]
+        while source.target in (aten.transpose.int, aten.permute.default, aten.reshape.default, aten.alias.default):
+            source = source.args[0]
+        if source.target is aten.scaled_dot_product_attention.default:
+            with graph.inserting_before(view):
+                copy = graph.call_function(aten.clone.default, (given,), {"memory_format": torch.contiguous_format})
+            copy.meta = dict(given.meta)
+            view.replace_input_with(given, copy)
 
 
 def _splits_as_slices(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:

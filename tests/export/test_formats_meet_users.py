@@ -138,3 +138,25 @@ def test_a_trace_takes_the_side_of_several_samples(quantized, tmp_path) -> None:
     run = TorchScriptLite().load(tmp_path / "net.ptl")
     for size in (1, 2, 3):
         torch.testing.assert_close(run(x[:size], offset), right[:size], atol=0.05 if quantized else 1e-6, rtol=0)
+
+
+class Flattening(nn.Module):
+    """Flattens samples and tokens with ``view``, as the layers of GPT-2 do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.bias, self.weight = nn.Linear(8, 24), nn.Parameter(noise(3)), nn.Parameter(noise(8, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.view(x.shape[0], -1, 2, 4).transpose(1, 2) for part in self.qkv(x).split(8, 2))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(x.shape).contiguous()
+        return torch.addmm(self.bias, y.view(-1, 8), self.weight).view(*x.shape[:2], 3)
+
+
+@pytest.mark.parametrize("exporter", [ONNX(), ExecuTorch(), TorchScriptLite()], ids=str)
+def test_attention_may_be_viewed(exporter, tmp_path) -> None:
+    torch.manual_seed(0)
+    path = tmp_path / f"net{exporter.suffix}"
+    report = export_model(Flattening().eval(), (noise(2, 6, 8),), path, exporter=exporter, latency_runs=1)
+    assert report.parity.max_absolute < 1e-5
+    assert report.parity.batches == 3
