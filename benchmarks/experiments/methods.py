@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import lightning_light as ll
 from benchmarks.experiments.tasks import CIFARResNet, Task
 from lightning_light.criteria import Criterion
+from lightning_light.structured import Widths
 
 CALIBRATION_BATCHES = 10
 """For every criterion and peer that reads data, except `LearnedGates`, which reads one batch per step."""
@@ -96,10 +97,25 @@ class PruneChannels(Method):
             data=run.task.train_loader(),
             calibration_batches=CALIBRATION_BATCHES,
             loss=lambda outputs, batch: F.cross_entropy(outputs, batch[1]),
+            **self.options(),
         )
+
+    def options(self) -> dict[str, Any]:
+        """Return further arguments of `prune_channels`."""
+        return {}
 
     def callbacks(self, run: Run) -> list[L.Callback]:
         return teachers(run, self.teacher)
+
+
+@dataclass(frozen=True)
+class PruneWithinWidths(PruneChannels):
+    """Prune in one cut with bounds on the widths of layers, then train on."""
+
+    widths: Widths = field(default_factory=Widths)
+
+    def options(self) -> dict[str, Any]:
+        return {"widths": self.widths}
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,15 @@ from typing import Any
 import torch_pruning as tp
 
 import lightning_light as ll
-from benchmarks.experiments.methods import Callbacks, Method, PruneChannels, PruneUnderLargerTeacher, Quantize, Student
+from benchmarks.experiments.methods import (
+    Callbacks,
+    Method,
+    PruneChannels,
+    PruneUnderLargerTeacher,
+    PruneWithinWidths,
+    Quantize,
+    Student,
+)
 from benchmarks.experiments.peers import (
     FXQuantization,
     HandWrittenDistillation,
@@ -18,6 +26,7 @@ from lightning_light.criteria import LearnedGates
 from lightning_light.nas import ChannelChoices, RankChoices
 from lightning_light.reparameterization import ACB
 from lightning_light.sparsity import SET
+from lightning_light.structured import Widths
 
 OURS, NONE = "lightning_light", "none"
 SHORTCUTS = "resnet-shortcuts"
@@ -250,7 +259,8 @@ def _converged(name: str, title: str, method: Method, package: str = OURS, **opt
 
 
 _THIRTY = ll.MACs(0.3)
-_RECIPES = tuple(f"{CONVERGED}-{name}" for name in ("magnitude-teacher-0.3", "gates-0.3", "gates-teacher-0.3"))
+_EVEN = Widths(min_remaining=0.4)
+_RECIPES = tuple(f"{CONVERGED}-{name}-0.3" for name in ("magnitude-teacher", "gates-teacher", "gates-widths-teacher"))
 
 CONVERGED_CNN = [
     _converged("dense", "the starting weights of all rows", Method(), NONE, epochs=0),
@@ -265,6 +275,17 @@ CONVERGED_CNN = [
         PruneChannels(_THIRTY, LearnedGates(), teacher=True),
     ),
     _converged(
+        "gates-widths-teacher-0.3",
+        "`LearnedGates`, `min_remaining=0.4`, one cut, dense teacher",
+        PruneWithinWidths(_THIRTY, LearnedGates(), teacher=True, widths=_EVEN),
+    ),
+    _converged("magnitude-gradual-0.3", "`Magnitude`, gradual", Callbacks([ll.StructuredPruning(_THIRTY)])),
+    _converged(
+        "taylor-gradual-0.3",
+        "`Taylor`, gradual",
+        Callbacks([ll.StructuredPruning(_THIRTY, criterion=ll.Taylor())]),
+    ),
+    _converged(
         "torch-pruning-magnitude-0.3",
         "`GroupMagnitudeImportance`, one cut",
         TorchPruning(tp.importance.GroupMagnitudeImportance, 0.3),
@@ -276,7 +297,7 @@ CONVERGED_CNN = [
         "`GroupTaylorImportance`, one cut",
         TorchPruning(tp.importance.GroupTaylorImportance, 0.3, gradients=True),
         "torch-pruning",
-        beside=_RECIPES[2:],
+        beside=_RECIPES[1:],
     ),
 ]
 
