@@ -177,6 +177,7 @@ _TRANSPOSED = _CONV | {"parameters": "input weight bias stride padding output_pa
 _TRANSPOSED |= {"per_channel": False, "fuses": ()}
 _WRONG_TRANSPOSED = {"x86": "the x86 kernel of transposed convolutions computes wrong numbers"}  # dozens of steps off
 _NO_3D = dict.fromkeys(("qnnpack", "xnnpack"), "the engine has no kernel of 3-D convolutions")
+_XNNPACK = frozenset({"xnnpack"})
 
 TABLE: Final = (
     _entry("conv", "conv1d conv2d", **_CONV),
@@ -185,13 +186,13 @@ TABLE: Final = (
     _entry("conv_transpose", "conv_transpose3d", refused=_WRONG_TRANSPOSED | _NO_3D, **_TRANSPOSED),
     _entry("linear", "linear", parameters="input weight bias", **_LAYER),
     _entry("batch_norm", "batch_norm", "batch_norm", " ".join(inspect.signature(F.batch_norm).parameters)),
-    _entry("relu", "relu relu_", "activation", non_negative=True),
-    _entry("relu6", "relu6", "activation", non_negative=True, upper_bound=6.0),
+    _entry("relu", "relu relu_", "activation", non_negative=True, same_qparams=_XNNPACK),
+    _entry("relu6", "relu6", "activation", non_negative=True, upper_bound=6.0, same_qparams=_XNNPACK),
     # A clamp to [0, 6] is a ReLU6. Others are float: QNNPACK's clamp of channels-last tensors clamps all values away.
-    _entry("clamp", "hardtanh hardtanh_ clamp clamp_ clip", "float"),
+    _entry("clamp", "hardtanh hardtanh_ clamp clamp_ clip", "float", same_qparams=_XNNPACK),
     _entry("add", "add add_ __add__ __iadd__ __radd__", "join", fuses=("activation",), kernel=_add),
     _entry("mul", "mul mul_ __mul__ __imul__ __rmul__ multiply", "join", fuses=("activation",), kernel=_mul),
-    _entry("cat", "cat concat concatenate", "join", same_qparams=frozenset({"xnnpack"}), kernel=_cat),
+    _entry("cat", "cat concat concatenate", "join", same_qparams=_XNNPACK, kernel=_cat),
     _entry("average_pool", "adaptive_avg_pool1d adaptive_avg_pool2d avg_pool2d mean", "average", kernel=_same),
     _entry(
         "view",

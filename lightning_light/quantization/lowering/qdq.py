@@ -105,9 +105,13 @@ class QDQLowering(Lowering):
             dequantize = ops.dequantize_per_channel if integers.per_channel else ops.dequantize_per_tensor
             call.set("weight", 1, dequantize.default(*self._constants[call.id]))
             call.set("bias", 2, integers.bias)
-        elif call.id in self.plan.joins and self.runtime in operator_of(call.id.function).same_qparams:
-            output = self.qparams_of_output(call.id)
-            call.replace(0, [self._qdq(value, output) for value in call.values[0]])
+        elif self.runtime in operator_of(call.id.function).same_qparams and not self.is_fused(call.id):
+            last = self.fused[call.id].last if call.id in self.plan.joins else call.id
+            output = self.qparams[self.plan.outputs[last]] if last in self.plan.outputs else None
+            operand = tree_map(lambda x: self._qdq(x, output), call.values[0])
+            if _writes(call):
+                call.run()  # for other readers
+            call.replace(0, operand)
 
     def _constant(self, op: OpId, make: Callable[[], Any]) -> Any:
         if op not in self._constants:

@@ -1,5 +1,6 @@
 """Forms of layers and casts that need care: each runtime's file computes what the fake-quantized module does."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -121,3 +122,37 @@ def test_casts_to_the_type_of_another_tensor(runtime, tmp_path) -> None:
     details = compared(Casts(), noise(5, 6), EXPORTERS[runtime], tmp_path)
     assert details["int8_layers"] == 3
     assert not details["left_float"]
+
+
+CLAMPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "relu in place": nn.ReLU(inplace=True),
+    "relu6": F.relu6,
+    "hardtanh": F.hardtanh,
+    "clamp": lambda x: x.clamp(min=-0.3),
+    "clamp in place": lambda x: x.clamp_(-0.2, 0.3),
+}
+
+
+class Clamps(nn.Module):
+    """Clamps between pools, which keep quantization parameters, and layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 6, 3, padding=1)
+        self.heads = nn.ModuleList(nn.Conv2d(6, 4, 1) for _ in CLAMPS)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x = self.first(x)
+        return [head(clamp(F.max_pool2d(x, 2))) for head, clamp in zip(self.heads, CLAMPS.values(), strict=True)]
+
+
+@pytest.mark.parametrize("runtime", EXPORTERS)
+def test_a_clamp_after_a_pool_has_the_range_of_its_result(runtime, tmp_path) -> None:
+    torch.manual_seed(0)
+    net, x = Clamps().eval(), 4 * noise(2, 3, 8, 8)
+    calibrated(net, ExampleInput((x,)))
+    exporter = EXPORTERS[runtime]
+    report = export_model(net, (x,), tmp_path / f"net{exporter.suffix}", exporter=exporter, latency_runs=1)
+    assert report.details["int8_layers"] == len(CLAMPS) + 1
+    assert max(report.parity.quant_steps.values()) <= 2.0
