@@ -158,8 +158,9 @@ class Lowering(ABC):
         return op in self._heads and self._heads[op] not in self.refused
 
     def qparams_of_output(self, op: OpId) -> QParams | None:
-        """Of a layer or join, after what is fused into it."""
-        return self.qparams[self.plan.outputs[self.fused[op].last]]
+        """Of an operator call, after what is fused into it; None where its result is not quantized."""
+        last = self.fused[op].last if op in self.fused else op
+        return self.qparams[self.plan.outputs[last]] if last in self.plan.outputs else None
 
 
 @dataclass(frozen=True, eq=False)

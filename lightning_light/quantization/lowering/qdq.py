@@ -64,11 +64,10 @@ class QDQLowering(Lowering):
     def run(self, call: OpCall) -> Any:
         known, is_norm = self._known(call.input), operator_of(call.id.function).role == "batch_norm"
         kept = known[1] if known is not None and is_view(call) else None
-        if _writes(call):
-            if known is not None:
-                del self._quantized[call.input]  # from here on it is the result
-        else:
+        if not _writes(call):
             call.args, call.kwargs = tree_map(self._read, (call.args, call.kwargs))
+        elif known is not None:
+            del self._quantized[call.input]  # from here on it is the result
         if is_norm and self.is_fused(call.id):
             result = call.input
         elif is_norm and known is not None and self.runtime == "xnnpack" and call.get("running_var", 2) is not None:
@@ -76,8 +75,7 @@ class QDQLowering(Lowering):
         else:
             self._set_operands(call)
             result = call.run()
-        activation = self.plan.outputs.get(call.id)
-        qparams = kept if activation is None else self.qparams[activation]
+        qparams = self.qparams[self.plan.outputs[call.id]] if call.id in self.plan.outputs else kept
         return result if qparams is None else tree_map(lambda leaf: self._qdq(leaf, qparams), result)
 
     @override
@@ -106,8 +104,7 @@ class QDQLowering(Lowering):
             call.set("weight", 1, dequantize.default(*self._constants[call.id]))
             call.set("bias", 2, integers.bias)
         elif self.runtime in operator_of(call.id.function).same_qparams and not self.is_fused(call.id):
-            last = self.fused[call.id].last if call.id in self.plan.joins else call.id
-            output = self.qparams[self.plan.outputs[last]] if last in self.plan.outputs else None
+            output = self.qparams_of_output(call.id)
             operand = tree_map(lambda x: self._qdq(x, output), call.values[0])
             if _writes(call):
                 call.run()  # for other readers
@@ -122,8 +119,7 @@ class QDQLowering(Lowering):
         """By a product and a sum: ExecuTorch makes a convolution of a batch norm, and fails if its input is int8."""
         shape, x = (-1, *[1] * (call.input.dim() - 2)), call.input
         gain, shift = self._constant(call.id, lambda: [v.to(x).reshape(shape) for v in gain_and_shift(arguments(call))])
-        result: Tensor = x * gain + shift
-        return result
+        return x * gain + shift  # type: ignore[no-any-return]
 
     def _qdq(self, x: Any, qparams: QParams | None) -> Any:
         """Quantize and dequantize ``x``; what is no floating point tensor, or was not observed, stays itself."""
@@ -139,9 +135,8 @@ class QDQLowering(Lowering):
         """A quantized tensor, dequantized for this reader alone."""
         if (known := self._known(x)) is None:
             return x
-        integers, qparams = known
         dequantize = torch.ops.quantized_decomposed.dequantize_per_tensor.default
-        return _cast(x.dtype, dequantize(integers, *self._arguments(qparams)))
+        return _cast(x.dtype, dequantize(known[0], *self._arguments(known[1])))
 
     def _arguments(self, qparams: QParams) -> tuple[float, int, int, int, torch.dtype]:
         dtype = torch.int8 if self.constraints.signed else torch.uint8
@@ -166,8 +161,8 @@ def register_operations() -> None:
     Raises:
         UnsupportedError: this torch has dropped them.
     """
-    operation = getattr(torch.ops.quantized_decomposed, "quantize_per_tensor", None)
-    if hasattr(operation, "default"):  # ExecuTorch registers variants of its own, also before torch does the rest
+    # ExecuTorch registers variants of its own, also before torch does the rest.
+    if hasattr(getattr(torch.ops.quantized_decomposed, "quantize_per_tensor", None), "default"):
         return
     try:
         importlib.import_module(_OPERATIONS)
