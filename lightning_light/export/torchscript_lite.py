@@ -27,7 +27,7 @@ from lightning_light.errors import TraceError, UnsupportedError
 from lightning_light.export.exporter import Exporter
 from lightning_light.export.inputs import Positional, is_plain
 from lightning_light.export.int8 import describe, quantizer_of
-from lightning_light.export.program import flat_tensors
+from lightning_light.export.program import FAILURES, flat_tensors
 from lightning_light.int8 import Int8Weights, int8_kernels
 from lightning_light.isolation import plain_attention
 from lightning_light.validation import validated
@@ -232,7 +232,7 @@ def _trace(
 def _runs(trace: tuple[Any, list[str]], tensors: tuple[Any, ...]) -> bool:
     try:
         trace[0](*tensors)
-    except RuntimeError:
+    except FAILURES:
         return False
     return True
 
